@@ -1,0 +1,37 @@
+"""Train a P-EAGLE drafter on cached hidden states: the same run as `peagle-hf train`, spelt out.
+
+accelerate launch examples/train.py --verifier-name-or-path Qwen/Qwen3-8B --data-path output/qwen3_8b --num-depths 4
+"""
+
+import logging
+
+from peagle_hf import (
+    CODDataCollator,
+    PeagleTrainer,
+    PeagleTrainingArguments,
+    VllmExportCallback,
+    build_datasets,
+    build_drafter,
+    checkpoint_to_resume,
+    parse_arguments,
+)
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    args = parse_arguments(PeagleTrainingArguments)
+    drafter = build_drafter(args)
+    train_dataset, eval_dataset = build_datasets(args)
+    trainer = PeagleTrainer(
+        model=drafter,
+        args=args,
+        data_collator=CODDataCollator.from_config(drafter.config, seed=args.seed),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        callbacks=[VllmExportCallback(args.export_dtype)],
+    )
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Train P-EAGLE drafters for speculative decoding with the Hugging Face Trainer."""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoConfig, AutoModel
+
+from .configuration_peagle import PeagleConfig
+from .modeling_peagle import PeagleForSpeculation
+
+AutoConfig.register(PeagleConfig.model_type, PeagleConfig)
+AutoModel.register(PeagleConfig, PeagleForSpeculation)
+
+try:
+    __version__ = version("peagle-hf")
+except PackageNotFoundError:
+    __version__ = "0.0.0"
+
+_MODULE_OF = {
+    "CODDataCollator": "data.collator",
+    "EvaluateArguments": "evaluation",
+    "ExtractArguments": "data.extract",
+    "HiddenStatesDataset": "data.dataset",
+    "PeagleError": "errors",
+    "PeagleTrainer": "trainer",
+    "PeagleTrainingArguments": "training_args",
+    "PrepareArguments": "data.prepare",
+    "RegenerateArguments": "data.regenerate",
+    "VerifierHead": "target",
+    "VllmExportCallback": "callbacks",
+    "build_datasets": "trainer",
+    "build_drafter": "trainer",
+    "checkpoint_to_resume": "trainer",
+    "evaluate": "evaluation",
+    "extract": "data.extract",
+    "parse_arguments": "cli",
+    "prepare": "data.prepare",
+    "regenerate": "data.regenerate",
+    "train": "trainer",
+}
+
+__all__ = ["PeagleConfig", "PeagleForSpeculation", *_MODULE_OF]
+
+if TYPE_CHECKING:
+    from .callbacks import VllmExportCallback
+    from .cli import parse_arguments
+    from .data.collator import CODDataCollator
+    from .data.dataset import HiddenStatesDataset
+    from .data.extract import ExtractArguments, extract
+    from .data.prepare import PrepareArguments, prepare
+    from .data.regenerate import RegenerateArguments, regenerate
+    from .errors import PeagleError
+    from .evaluation import EvaluateArguments, evaluate
+    from .target import VerifierHead
+    from .trainer import PeagleTrainer, build_datasets, build_drafter, checkpoint_to_resume, train
+    from .training_args import PeagleTrainingArguments
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

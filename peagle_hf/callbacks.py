@@ -1,0 +1,180 @@
+"""`VllmExportCallback`: a folder an epoch that vLLM serves and training resumes from, and `checkpoint_best`."""
+
+import json
+import logging
+import math
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+
+from .errors import PeagleError
+from .files import atomic_path
+from .serving import check_checkpoint
+
+logger = logging.getLogger(__name__)
+
+BEST = "checkpoint_best"
+TRAINER_STATE = "trainer_state"
+TRAINER_FILES = {"optimizer.pt": "optimizer_state_dict.pt", "scheduler.pt": "scheduler_state_dict.pt"}
+
+
+class VllmExportCallback(TrainerCallback):
+    """At each epoch's end, write `output_dir/<epoch>/` from the Trainer's checkpoint and keep `checkpoint_best`.
+
+    An epoch folder holds `config.json` and `model.safetensors` as vLLM serves them, `optimizer_state_dict.pt`,
+    `scheduler_state_dict.pt`, and in `trainer_state/` the Trainer's whole checkpoint (full-precision weights, optimizer,
+    scheduler, RNG, Trainer state), from which training resumes exactly. Files are hard-linked where the disk allows.
+    `checkpoint_best` is a relative link to the folder with the best `metric_for_best_model`, or to the last one where
+    nothing is validated. `save_total_limit` counts epoch folders too; the best and the last are never removed.
+
+    Args:
+        dtype: of the exported weights: "bfloat16", "float16" or "float32".
+    """
+
+    def __init__(self, dtype: str = "bfloat16"):
+        self.dtype: torch.dtype = getattr(torch, dtype)
+        self._epoch_ended = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Make the folders that an interrupted run had no time for."""
+        if not state.is_world_process_zero:
+            return
+        for checkpoint in _trainer_checkpoints(args.output_dir):
+            saved = _trainer_state(checkpoint)
+            ended = math.isclose(saved["epoch"], round(saved["epoch"])) or saved["global_step"] == saved["max_steps"]
+            if ended and not (Path(args.output_dir) / str(_epoch_number(saved["epoch"]))).exists():
+                self._export(checkpoint, args.output_dir)
+        self._update(args, state)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        control.should_save = True
+        self._epoch_ended = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        if self._epoch_ended and state.is_world_process_zero:
+            self._export(Path(args.output_dir) / f"checkpoint-{state.global_step}", args.output_dir)
+            self._update(args, state)
+        self._epoch_ended = False
+
+    def _export(self, checkpoint: Path, output_dir: str) -> None:
+        folder = Path(output_dir) / str(_epoch_number(_trainer_state(checkpoint)["epoch"]))
+        export_checkpoint(checkpoint, folder, self.dtype)
+        logger.info("Wrote %s.", folder)
+
+    def _update(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Point `checkpoint_best` at the best epoch folder and remove those over the limit."""
+        folders = epoch_folders(args.output_dir)
+        if not folders:
+            return
+        step_of = {folder: _trainer_state(folder / TRAINER_STATE)["global_step"] for folder in folders}
+        name = f"eval_{(args.metric_for_best_model or 'loss').removeprefix('eval_')}"
+        score = {entry["step"]: entry[name] for entry in state.log_history if name in entry}
+        scored = [folder for folder in folders if step_of[folder] in score]
+        choose = max if args.greater_is_better else min
+        best = choose(scored, key=lambda folder: score[step_of[folder]]) if scored else folders[-1]
+        link = Path(args.output_dir) / BEST
+        with atomic_path(link) as temporary:
+            os.symlink(best.name, temporary)
+        if args.save_total_limit:
+            removable = [folder for folder in folders if folder not in (best, folders[-1])]
+            for folder in removable[: max(0, len(folders) - args.save_total_limit)]:
+                shutil.rmtree(folder)
+
+
+def export_checkpoint(checkpoint: Path, folder: Path, dtype: torch.dtype) -> None:
+    """Turn a checkpoint that the Trainer saved into an epoch folder (see `VllmExportCallback`), atomically.
+
+    Raises:
+        PeagleError: the checkpoint's weights are not in one file, or vLLM would load the result wrongly.
+    """
+    weights = checkpoint / "model.safetensors"
+    if not weights.exists():
+        raise PeagleError(
+            f"{checkpoint} holds no model.safetensors, so it can't be exported for vLLM. Save whole weights: with FSDP "
+            "set fsdp_state_dict_type to FULL_STATE_DICT, with ZeRO-3 stage3_gather_16bit_weights_on_model_save."
+        )
+    with atomic_path(folder) as temporary:
+        temporary.mkdir()
+        tensors = {
+            name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in load_file(weights).items()
+        }
+        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+        config = json.loads((checkpoint / "config.json").read_text())
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        shutil.copytree(checkpoint, temporary / TRAINER_STATE, copy_function=_link_or_copy)
+        for source, target in TRAINER_FILES.items():
+            if (checkpoint / source).exists():
+                _link_or_copy(checkpoint / source, temporary / target)
+        check_checkpoint(temporary)
+
+
+def epoch_folders(output_dir: str | os.PathLike[str]) -> list[Path]:
+    """The epoch folders, oldest first."""
+    folders = [path for path in Path(output_dir).glob("*") if path.name.isdecimal() and (path / TRAINER_STATE).is_dir()]
+    return sorted(folders, key=lambda path: int(path.name))
+
+
+def checkpoints_by_step(output_dir: str | os.PathLike[str] | None) -> list[Path]:
+    """All complete checkpoints of a run, `checkpoint-N` and epoch folders, by step; a half-written one is left out."""
+    if output_dir is None:
+        return []
+    folders = [*epoch_folders(output_dir), *_trainer_checkpoints(output_dir)]
+    return sorted(folders, key=lambda path: _trainer_state(resumable_folder(path))["global_step"])
+
+
+def resumable_folder(checkpoint: str | os.PathLike[str]) -> Path:
+    """The Trainer's own checkpoint inside an epoch folder, or the folder itself if it is one.
+
+    Raises:
+        PeagleError: it is neither.
+    """
+    path = Path(checkpoint)
+    for folder in (path / TRAINER_STATE, path):
+        if (folder / TRAINER_STATE_NAME).exists():
+            return folder.resolve()
+    raise PeagleError(
+        f"{path} holds no {TRAINER_STATE_NAME}, so training can't be resumed from it. Name a checkpoint-N, an epoch "
+        "folder or checkpoint_best of an earlier run; to start from its weights alone use --from-pretrained."
+    )
+
+
+def remove_checkpoints(output_dir: str | os.PathLike[str] | None) -> None:
+    """Remove every checkpoint of an earlier run: `checkpoint-N`, epoch folders, `checkpoint_best`."""
+    for folder in Path(output_dir or ".").glob("*"):
+        if re.fullmatch(r"checkpoint-\d+", folder.name) or folder in epoch_folders(folder.parent):
+            shutil.rmtree(folder)
+        elif folder.name == BEST and folder.is_symlink():
+            folder.unlink()
+
+
+def _trainer_checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
+    """Complete `checkpoint-N` folders; the Trainer writes its state last."""
+    return [path for path in Path(output_dir).glob("checkpoint-*") if (path / TRAINER_STATE_NAME).exists()]
+
+
+def _trainer_state(folder: Path) -> dict:
+    return json.loads((folder / TRAINER_STATE_NAME).read_text())
+
+
+def _epoch_number(epoch: float) -> int:
+    """0 for anything in the first epoch, its end included."""
+    return max(0, math.ceil(epoch - 1e-6) - 1)
+
+
+def _link_or_copy(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

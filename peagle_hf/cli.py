@@ -1,0 +1,171 @@
+"""The command line: `peagle-hf <command> [config.yaml] [--flag value ...]`."""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from transformers import HfArgumentParser
+
+from .errors import PeagleError
+from .files import write_json
+
+logger = logging.getLogger(__name__)
+Arguments = TypeVar("Arguments")
+
+
+@dataclass(frozen=True)
+class Command:
+    """Where a command's function and its arguments dataclass live, imported when the command is used."""
+
+    module: str
+    function: str
+    arguments: str
+    help: str
+
+    def load(self) -> tuple[Callable[[Any], Any], type]:
+        module = import_module(f".{self.module}", __package__)
+        return getattr(module, self.function), getattr(module, self.arguments)
+
+
+COMMANDS = {
+    "prepare": Command("data.prepare", "prepare", "PrepareArguments", "turn chats into tokens and a loss mask"),
+    "regenerate": Command("data.regenerate", "regenerate", "RegenerateArguments", "let the target answer prompts"),
+    "extract": Command("data.extract", "extract", "ExtractArguments", "cache the verifier's hidden states"),
+    "train": Command("trainer", "train", "PeagleTrainingArguments", "train a drafter on the cache"),
+    "evaluate": Command("evaluation", "evaluate", "EvaluateArguments", "measure acceptance in vLLM"),
+    "run": Command("cli", "run", "RunArguments", "all steps of a pipeline.yaml, going on where it stopped"),
+}
+STEPS = ("regenerate", "prepare", "extract", "train", "evaluate")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command; a `PeagleError` is printed as one paragraph and ends with status 1."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger(__package__).setLevel(logging.INFO)
+    name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help"):
+        print(_usage())
+        return
+    if name not in COMMANDS:
+        print(f"peagle-hf: there is no command {name!r}.\n\n{_usage()}", file=sys.stderr)
+        raise SystemExit(2)
+    try:
+        function, arguments = COMMANDS[name].load()
+        function(parse_arguments(arguments, rest, prog=f"peagle-hf {name}"))
+    except PeagleError as error:
+        print(f"peagle-hf {name}: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def parse_arguments(
+    arguments: type[Arguments], argv: Sequence[str] | None = None, prog: str | None = None
+) -> Arguments:
+    """Parse a command line into a dataclass: an optional YAML file first, whose values flags override.
+
+    Keys of the file are flag names without the dashes, aliases included; an unknown key or flag is an error.
+
+    Args:
+        arguments: the dataclass, such as `PeagleTrainingArguments`.
+        argv: default: the process's own arguments.
+
+    Raises:
+        PeagleError: the YAML file is missing or is no mapping.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0].endswith((".yaml", ".yml")):
+        argv = flags(read_yaml(argv[0])) + argv[1:]
+    parser = HfArgumentParser(arguments, prog=prog, allow_abbrev=False)  # type: ignore[arg-type]
+    parsed, unknown = parser.parse_args_into_dataclasses(
+        argv, look_for_args_file=False, return_remaining_strings=True
+    )
+    if unknown:
+        parser.error(f"unknown arguments: {' '.join(unknown)}")
+    return parsed  # type: ignore[return-value]
+
+
+@dataclass
+class RunArguments:
+    """A pipeline: the arguments of each step, by step, as a YAML file holds them; a step left out is not run."""
+
+    output: str = field(metadata={"help": "Folder that remembers which steps are finished (pipeline.json)."})
+    regenerate: dict | str | None = field(default=None, metadata={"help": "Arguments of peagle-hf regenerate."})
+    prepare: dict | str | None = field(default=None, metadata={"help": "Arguments of peagle-hf prepare."})
+    extract: dict | str | None = field(default=None, metadata={"help": "Arguments of peagle-hf extract."})
+    train: dict | str | None = field(default=None, metadata={"help": "Arguments of peagle-hf train."})
+    evaluate: dict | str | None = field(default=None, metadata={"help": "Arguments of peagle-hf evaluate."})
+
+    def __post_init__(self) -> None:
+        for step in STEPS:
+            section = getattr(self, step)
+            section = json.loads(section) if isinstance(section, str) else section
+            if section is not None and not isinstance(section, dict):
+                raise PeagleError(f"The section {step!r} of the pipeline must hold that command's arguments.")
+            setattr(self, step, section)
+
+
+def run(arguments: RunArguments) -> None:
+    """Run a pipeline's steps in order; a finished one is done again only if its arguments or an earlier step changed.
+
+    Steps that are cut off go on where they stopped, as their commands do. All arguments are parsed before the first
+    step starts.
+    """
+    sections = {step: section for step in STEPS if (section := getattr(arguments, step)) is not None}
+    parsed = {step: parse_arguments(COMMANDS[step].load()[1], flags(section), f"peagle-hf {step}") for step, section in sections.items()}
+    record = Path(arguments.output) / "pipeline.json"
+    finished = json.loads(record.read_text()) if record.exists() else {}
+    unchanged = True
+    for step, section in sections.items():
+        unchanged = unchanged and finished.get(step) == section
+        if unchanged:
+            logger.info("%s: finished earlier.", step)
+            continue
+        logger.info("%s", step)
+        started = time.monotonic()
+        COMMANDS[step].load()[0](parsed[step])
+        finished = {name: done for name, done in finished.items() if STEPS.index(name) < STEPS.index(step)}
+        finished[step] = section
+        write_json(record, finished)
+        logger.info("%s: %.0f s.", step, time.monotonic() - started)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML mapping.
+
+    Raises:
+        PeagleError: no such file, or something else than a mapping in it.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise PeagleError(f"There is no file {path}. Name the YAML file with the arguments.") from error
+    except yaml.YAMLError as error:
+        raise PeagleError(f"{path} is not valid YAML: {' '.join(str(error).split())}. Correct it there.") from error
+    if not isinstance(content, dict):
+        raise PeagleError(f"{path} must hold a mapping of arguments, such as `num_layers: 2`.")
+    return content
+
+
+def flags(content: dict[str, Any]) -> list[str]:
+    """The command line that says the same as a mapping; null leaves an argument at its default."""
+    argv = []
+    for key, value in content.items():
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [value]
+        argv.append(f"--{key}")
+        argv += [json.dumps(item) if isinstance(item, dict) else str(item) for item in values]
+    return argv
+
+
+def _usage() -> str:
+    lines = [f"  {name:<12} {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        ["usage: peagle-hf <command> [config.yaml] [--flag value ...]", "", *lines, "", "peagle-hf <command> --help"]
+    )

@@ -1,0 +1,260 @@
+"""`PeagleConfig`: what a drafter checkpoint's `config.json` says, and nothing else."""
+
+import logging
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from .errors import PeagleError
+from .target import default_aux_layer_ids, load_verifier_config
+
+logger = logging.getLogger(__name__)
+
+DRAFT_MODEL_TYPES = ("llama", "qwen3")
+SPECULATORS_VERSION = "0.9.0"
+VLLM_AUX_HIDDEN_STATES = 3
+"""How many verifier states vLLM expects unless `num_aux_hidden_states` in the layer configuration says otherwise."""
+REQUIRED = ("transformer_layer_config", "speculators_config", "mask_token_id", "eagle_aux_hidden_state_layer_ids")
+
+
+@strict
+class PeagleConfig(PreTrainedConfig):
+    r"""Configuration of a P-EAGLE drafter, in the format that vLLM reads (`speculators_model_type` "peagle").
+
+    Every field is written to `config.json`, defaults too, because vLLM's own defaults differ. A `config.json` that
+    vLLM's speculators 0.9.0 wrote loads as it is.
+
+    Args:
+        transformer_layer_config: the draft decoder's own configuration (Llama or Qwen3), or its fields as a dict with
+            `model_type`. Its `hidden_size` and `vocab_size` are the verifier's, its `num_hidden_layers` the drafter's.
+        speculators_config: algorithm, proposal method and verifier (`name_or_path`, `architectures`).
+        draft_vocab_size: rows of the drafter's head, V_d; None means the verifier's whole vocabulary.
+        mask_token_id: the token that stands at depths >= 1, where the real token is not known yet.
+        eagle_aux_hidden_state_layer_ids: the verifier's residual streams that the drafter reads, by number of layers
+            passed (0 = embeddings, l = after layer l).
+        norm_before_residual: whether layer 0's residual is the normed verifier state (True) or the raw one.
+        norm_before_fc: whether the concatenated verifier states pass one RMSNorm before `fc`.
+        embed_requires_grad: whether the token embeddings are trained.
+        num_depths: K, the tokens proposed in one forward pass (depths 0 .. K-1).
+        down_sample_ratio: r of COD sampling; depth d keeps the fraction max(r^d, r_min) of the learnt positions.
+        down_sample_ratio_min: r_min of COD sampling.
+        max_anchors: at most so many positions of a document start rollouts; None means all.
+
+    Raises:
+        PeagleError: a field has a value that no drafter of this format can have; the message names the field.
+    """
+
+    model_type = "speculators"
+    sub_configs = {"transformer_layer_config": AutoConfig}
+    has_no_defaults_at_init = True
+
+    speculators_model_type: str = "peagle"
+    speculators_version: str = SPECULATORS_VERSION
+    speculators_config: dict[str, Any] | None = None
+    transformer_layer_config: dict[str, Any] | PreTrainedConfig | None = None
+    draft_vocab_size: int | None = None
+    mask_token_id: int | None = None
+    eagle_aux_hidden_state_layer_ids: list[int] | None = None
+    norm_before_residual: bool = True
+    norm_before_fc: bool = False
+    embed_requires_grad: bool = True
+    fc_norm: bool = False
+    norm_output: bool = False
+    target_hidden_size: int | None = None
+    num_depths: int | None = None
+    down_sample_ratio: float = 0.7
+    down_sample_ratio_min: float = 0.2
+    max_anchors: int | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.speculators_model_type != "peagle":
+            raise PeagleError(
+                f"speculators_model_type is {self.speculators_model_type!r}; peagle_hf reads and trains 'peagle' "
+                "drafters only. Use the library that made this checkpoint."
+            )
+        missing = [name for name in REQUIRED if getattr(self, name) is None]
+        if missing:
+            raise PeagleError(f"The drafter's configuration lacks {', '.join(missing)}; vLLM needs each of them.")
+        layer_config = self.transformer_layer_config
+        if isinstance(layer_config, dict):
+            model_type = layer_config.get("model_type", "llama")
+            _check_draft_model_type(model_type)
+            fields = {key: value for key, value in layer_config.items() if key != "model_type"}
+            layer_config = CONFIG_MAPPING[model_type](**fields)
+        _check_draft_model_type(layer_config.model_type)
+        self.transformer_layer_config = layer_config
+
+        if self.draft_vocab_size is None:
+            self.draft_vocab_size = layer_config.vocab_size
+        if self.num_depths is None:
+            methods = self.speculators_config.get("proposal_methods") or [{}]
+            self.num_depths = methods[0].get("speculative_tokens", 8)
+        self.speculators_config = {
+            "algorithm": "peagle",
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": self.num_depths}],
+            "default_proposal_method": "greedy",
+            "verifier": self.speculators_config.get("verifier") or {"name_or_path": None, "architectures": []},
+        }
+        super().__post_init__(**kwargs)
+        self._check_values()
+
+    @classmethod
+    def from_verifier(
+        cls,
+        verifier: str,
+        *,
+        num_layers: int = 4,
+        num_depths: int = 8,
+        draft_arch: str | None = None,
+        draft_vocab_size: int | None = None,
+        mask_token_id: int | None = None,
+        target_layer_ids: list[int] | None = None,
+        norm_before_residual: bool = True,
+        norm_before_fc: bool = False,
+        embed_requires_grad: bool = True,
+        sliding_window: int | None = None,
+        down_sample_ratio: float = 0.7,
+        down_sample_ratio_min: float = 0.2,
+        max_anchors: int | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> "PeagleConfig":
+        """The configuration of a new drafter, its decoder layers sized like the verifier's own.
+
+        Args:
+            verifier: hub name or folder of the target model.
+            draft_arch: "llama" or "qwen3"; default: the verifier's where it is one of the two, else llama.
+            mask_token_id: default: see `choose_mask_token`; which one is logged.
+            target_layer_ids: default: see `target.default_aux_layer_ids`.
+            sliding_window: of every draft layer, in tokens; None means full attention.
+        """
+        target = load_verifier_config(verifier, revision=revision, trust_remote_code=trust_remote_code)
+        layer_ids = target_layer_ids or default_aux_layer_ids(target.num_hidden_layers)
+        if mask_token_id is None:
+            tokenizer = AutoTokenizer.from_pretrained(verifier, revision=revision, trust_remote_code=trust_remote_code)
+            mask_token_id, reason = choose_mask_token(tokenizer, target.vocab_size)
+            logger.info("Mask token: %d, %s.", mask_token_id, reason)
+        model_type = draft_arch or (target.model_type if target.model_type in DRAFT_MODEL_TYPES else "llama")
+        _check_draft_model_type(model_type)
+        layer_config = CONFIG_MAPPING[model_type](
+            vocab_size=target.vocab_size,
+            hidden_size=target.hidden_size,
+            intermediate_size=target.intermediate_size,
+            num_hidden_layers=num_layers,
+            num_attention_heads=target.num_attention_heads,
+            num_key_value_heads=target.num_key_value_heads,
+            head_dim=getattr(target, "head_dim", None) or target.hidden_size // target.num_attention_heads,
+            max_position_embeddings=target.max_position_embeddings,
+            rms_norm_eps=getattr(target, "rms_norm_eps", 1e-6),
+            rope_parameters=_rope_parameters(target),
+            tie_word_embeddings=False,
+            **_window_fields(model_type, sliding_window, num_layers),
+        )
+        if len(layer_ids) != VLLM_AUX_HIDDEN_STATES:
+            layer_config.num_aux_hidden_states = len(layer_ids)
+        return cls(
+            transformer_layer_config=layer_config,
+            speculators_config={"verifier": {"name_or_path": verifier, "architectures": target.architectures or []}},
+            draft_vocab_size=draft_vocab_size,
+            mask_token_id=mask_token_id,
+            eagle_aux_hidden_state_layer_ids=layer_ids,
+            norm_before_residual=norm_before_residual,
+            norm_before_fc=norm_before_fc,
+            embed_requires_grad=embed_requires_grad,
+            num_depths=num_depths,
+            down_sample_ratio=down_sample_ratio,
+            down_sample_ratio_min=down_sample_ratio_min,
+            max_anchors=max_anchors,
+        )
+
+    def _check_values(self) -> None:
+        vocab_size, hidden_size = self.transformer_layer_config.vocab_size, self.transformer_layer_config.hidden_size
+        problems = {
+            f"draft_vocab_size {self.draft_vocab_size} is not in 1..{vocab_size}, the verifier's vocabulary": (
+                not 1 <= self.draft_vocab_size <= vocab_size
+            ),
+            f"mask_token_id {self.mask_token_id} is outside the vocabulary of {vocab_size}": (
+                not 0 <= self.mask_token_id < vocab_size
+            ),
+            f"eagle_aux_hidden_state_layer_ids {self.eagle_aux_hidden_state_layer_ids} must be distinct ids >= 0": (
+                not self.eagle_aux_hidden_state_layer_ids
+                or min(self.eagle_aux_hidden_state_layer_ids) < 0
+                or len(set(self.eagle_aux_hidden_state_layer_ids)) != len(self.eagle_aux_hidden_state_layer_ids)
+            ),
+            "fc_norm is not supported: vLLM ignores it for P-EAGLE drafters": self.fc_norm,
+            "norm_output is not supported: vLLM ignores it for P-EAGLE drafters": self.norm_output,
+            f"target_hidden_size {self.target_hidden_size} differs from the drafter's {hidden_size}": (
+                self.target_hidden_size not in (None, hidden_size)
+            ),
+            f"num_depths {self.num_depths} must be at least 1": self.num_depths < 1,
+            f"down_sample_ratio {self.down_sample_ratio} is not in (0, 1]": not 0 < self.down_sample_ratio <= 1,
+            f"down_sample_ratio_min {self.down_sample_ratio_min} is not in [0, 1]": (
+                not 0 <= self.down_sample_ratio_min <= 1
+            ),
+            f"max_anchors {self.max_anchors} must be at least 1": self.max_anchors is not None and self.max_anchors < 1,
+        }
+        wrong = [problem for problem, present in problems.items() if present]
+        if wrong:
+            raise PeagleError(f"The drafter's configuration can't be used: {'; '.join(wrong)}. Correct it and try again.")
+
+    @property
+    def hidden_size(self) -> int:
+        return self.transformer_layer_config.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self.transformer_layer_config.vocab_size
+
+    @property
+    def num_aux_hidden_states(self) -> int:
+        """A, the number of verifier states that the drafter reads."""
+        return len(self.eagle_aux_hidden_state_layer_ids)
+
+    @property
+    def verifier_name_or_path(self) -> str | None:
+        return self.speculators_config["verifier"].get("name_or_path")
+
+
+def choose_mask_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tuple[int, str]:
+    """The token that stands where the real one is not known yet, and why this one.
+
+    The tokenizer's own mask token; else an id that no token has (models often have more embeddings than tokens); else
+    the padding or end-of-text token.
+
+    Raises:
+        PeagleError: the tokenizer has none of them.
+    """
+    if tokenizer.mask_token_id is not None:
+        return tokenizer.mask_token_id, "the tokenizer's mask token"
+    first_free = max(tokenizer.get_vocab().values()) + 1
+    if first_free < vocab_size:
+        return first_free, "an id that the tokenizer doesn't use"
+    for kind in ("pad", "eos"):
+        token_id = getattr(tokenizer, f"{kind}_token_id")
+        if token_id is not None:
+            return token_id, f"the tokenizer's {kind} token"
+    raise PeagleError("The tokenizer has no mask, unused, pad or eos token. Pass --mask-token-id with one to use.")
+
+
+def _rope_parameters(target: PreTrainedConfig) -> dict[str, Any]:
+    """The verifier's rotary embedding; of a verifier with one a layer type, that of full attention."""
+    parameters = getattr(target, "rope_parameters", None) or {}
+    parameters = parameters.get("full_attention", parameters)
+    return dict(parameters) if "rope_theta" in parameters else {"rope_type": "default", "rope_theta": 10000.0}
+
+
+def _window_fields(model_type: str, sliding_window: int | None, num_layers: int) -> dict[str, Any]:
+    if sliding_window is None:
+        return {}
+    fields = {"sliding_window": sliding_window, "layer_types": ["sliding_attention"] * num_layers}
+    return fields | ({"use_sliding_window": True} if model_type == "qwen3" else {})
+
+
+def _check_draft_model_type(model_type: str) -> None:
+    if model_type not in DRAFT_MODEL_TYPES:
+        raise PeagleError(
+            f"transformer_layer_config.model_type is {model_type!r}; vLLM loads P-EAGLE drafters made of "
+            f"{' or '.join(DRAFT_MODEL_TYPES)} layers only. Choose one of them."
+        )

@@ -1,0 +1,194 @@
+"""`HiddenStatesDataset`: a prepared dataset and its cached hidden states, planned into packed rows once."""
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from ..errors import PeagleError
+from .cache import cached_rows, read_row
+
+logger = logging.getLogger(__name__)
+
+OnMissing = Literal["raise", "skip", "warn"]
+MIN_TOKENS = 3
+"""A shorter document has no position that sees a token and predicts another."""
+
+
+class HiddenStatesDataset(Dataset):
+    """Map-style dataset whose items are packed rows: lists of documents that together fill `total_seq_len` positions.
+
+    Rows are planned from the documents' lengths alone (seeded first fit), before any cache file is opened. An item is
+    asked for by its number, or by (epoch, number) as `EpochSampler` does, so that loader workers hold no state.
+
+    Args:
+        data_path: folder of `peagle-hf prepare`.
+        hidden_states_path: folder of `peagle-hf extract`; default: `hidden_states` in `data_path`.
+        total_seq_len: positions in a row; a longer document is cut, which is counted and reported.
+        rows: the prepared rows to use; None means all.
+        on_missing: what to do about prepared rows without a cache file: "raise", or leave them out silently counted
+            ("skip") or named in a warning ("warn").
+        seed: of the packing.
+
+    Raises:
+        PeagleError: no such folder, missing cache files under "raise", or nothing left to train on.
+    """
+
+    def __init__(
+        self,
+        data_path: str | os.PathLike[str],
+        hidden_states_path: str | os.PathLike[str] | None = None,
+        total_seq_len: int = 8192,
+        rows: Sequence[int] | None = None,
+        on_missing: OnMissing = "raise",
+        seed: int = 0,
+    ):
+        self.data = load_prepared(data_path)
+        self.hidden_states_path = Path(hidden_states_path or Path(data_path) / "hidden_states")
+        self.total_seq_len = total_seq_len
+        rows = range(len(self.data)) if rows is None else rows
+        rows = self._present(rows, on_missing)
+        lengths = self.data.with_format(None)["seq_len"]
+        wanted = [row for row in rows if lengths[row] >= MIN_TOKENS]
+        self.num_truncated = sum(lengths[row] - 2 > total_seq_len for row in wanted)
+        if not wanted:
+            raise PeagleError(f"{data_path} has no row of at least {MIN_TOKENS} tokens to train on. Prepare more data.")
+        if len(wanted) < len(rows):
+            logger.warning("%d rows of %s are shorter than %d tokens.", len(rows) - len(wanted), data_path, MIN_TOKENS)
+        if self.num_truncated:
+            logger.warning(
+                "%d of %d documents are longer than total_seq_len %d and are cut; raise --total-seq-len to keep them.",
+                self.num_truncated,
+                len(wanted),
+                total_seq_len,
+            )
+        order = torch.randperm(len(wanted), generator=torch.Generator().manual_seed(seed)).tolist()
+        shuffled = [wanted[index] for index in order]
+        sizes = [min(lengths[row] - 2, total_seq_len) for row in shuffled]
+        self.plan = [[shuffled[index] for index in bin_] for bin_ in first_fit(sizes, total_seq_len)]
+
+    def _present(self, rows: Sequence[int], on_missing: OnMissing) -> Sequence[int]:
+        present = cached_rows(self.hidden_states_path)
+        missing = [row for row in rows if row not in present]
+        if not missing:
+            return rows
+        files = ", ".join(f"hs_{row}.safetensors" for row in missing[:5]) + (", …" if len(missing) > 5 else "")
+        message = f"{len(missing)} of {len(rows)} hidden-state files are missing in {self.hidden_states_path}: {files}"
+        if on_missing == "raise":
+            raise PeagleError(
+                f"{message}. Run peagle-hf extract again, which makes just those, or pass --on-missing skip to train "
+                "without them."
+            )
+        logger.log(logging.WARNING if on_missing == "warn" else logging.INFO, "%s; trained without them.", message)
+        gone = set(missing)
+        return [row for row in rows if row not in gone]
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Any]:
+        """The documents of a packed row: tokens and mask [T], states [T, A * H] and [T, H] as they are cached."""
+        epoch, number = index if isinstance(index, tuple) else (0, index)
+        return {"epoch": epoch, "documents": [self._document(row) for row in self.plan[number]]}
+
+    def _document(self, row: int) -> dict[str, Any]:
+        sample = self.data[row]
+        length = min(len(sample["input_ids"]), self.total_seq_len + 2)
+        tokens = torch.as_tensor(sample["input_ids"])[:length].long()
+        cached = read_row(self.hidden_states_path, row, length=length)
+        if not torch.equal(cached.token_ids, tokens):
+            raise PeagleError(
+                f"{self.hidden_states_path}/hs_{row}.safetensors holds the states of other tokens than row {row} of "
+                "the prepared dataset. Run peagle-hf extract with --validate-outputs, which makes such files again."
+            )
+        return {
+            "sample_id": row,
+            "input_ids": tokens,
+            "loss_mask": torch.as_tensor(sample["loss_mask"])[:length].bool(),
+            "hidden_states": cached.hidden_states,
+            "last_hidden_states": cached.last_hidden_states,
+        }
+
+
+class EpochSampler(Sampler[tuple[int, int]]):
+    """A seeded shuffle that yields (epoch, index), so that the epoch reaches dataset and collator in any worker."""
+
+    def __init__(self, size: int, seed: int):
+        self.size, self.seed, self.epoch = size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        epoch = self.epoch
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        for index in torch.randperm(self.size, generator=generator).tolist():
+            yield epoch, index
+
+
+def load_prepared(data_path: str | os.PathLike[str]) -> Any:
+    """Open a prepared dataset, memory-mapped.
+
+    Raises:
+        PeagleError: the folder isn't one.
+    """
+    from datasets import load_from_disk
+
+    if not (Path(data_path) / "dataset_info.json").exists():
+        raise PeagleError(f"{data_path} is not a prepared dataset. Make it with peagle-hf prepare --output {data_path}.")
+    data = load_from_disk(str(data_path))
+    lacking = {"input_ids", "loss_mask", "seq_len"} - set(data.column_names)
+    if lacking:
+        raise PeagleError(f"The dataset {data_path} lacks the columns {sorted(lacking)}. Make it with peagle-hf prepare.")
+    return data
+
+
+def split_rows(data_path: str | os.PathLike[str], train_ratio: float, seed: int = 0) -> tuple[list[int], list[int]]:
+    """Split the prepared rows into training and validation, whole conversations at a time.
+
+    Args:
+        train_ratio: share of the conversations for training, in (0, 1]; 1 leaves validation empty.
+
+    Raises:
+        PeagleError: the ratio is out of range or would leave a side empty.
+    """
+    if not 0 < train_ratio <= 1:
+        raise PeagleError(f"train_data_ratio is {train_ratio}; it must be in (0, 1], 1 meaning no validation.")
+    data = load_prepared(data_path).with_format(None)
+    conversations = data["conversation_id"] if "conversation_id" in data.column_names else range(len(data))
+    distinct = sorted(set(conversations))
+    order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(seed)).tolist()
+    held_out = {distinct[index] for index in order[: len(distinct) - int(len(distinct) * train_ratio)]}
+    train = [row for row, conversation in enumerate(conversations) if conversation not in held_out]
+    if not train or (train_ratio < 1 and not held_out):
+        raise PeagleError(
+            f"{len(distinct)} conversations can't be split at train_data_ratio {train_ratio} with something on either "
+            "side. Prepare more data or change --train-data-ratio."
+        )
+    return train, [row for row, conversation in enumerate(conversations) if conversation in held_out]
+
+
+def first_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
+    """Put each item, in order, into the first bin that has room; gives the items' numbers by bin."""
+    bins: list[list[int]] = []
+    open_bins: list[tuple[int, int]] = []
+    smallest = min(sizes, default=0)
+    for item, size in enumerate(sizes):
+        for place, (number, room) in enumerate(open_bins):
+            if size <= room:
+                bins[number].append(item)
+                open_bins[place] = (number, room - size)
+                if room - size < smallest:
+                    del open_bins[place]
+                break
+        else:
+            bins.append([item])
+            open_bins.append((len(bins) - 1, capacity - size))
+    return bins

@@ -1,0 +1,239 @@
+"""`PeagleTrainer`: the Hugging Face Trainer over packed rows, and the functions that `peagle-hf train` is made of."""
+
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset, Sampler
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
+from transformers.trainer_utils import EvalLoopOutput
+
+from .callbacks import VllmExportCallback, checkpoints_by_step, remove_checkpoints, resumable_folder
+from .configuration_peagle import PeagleConfig
+from .data.cache import Manifest
+from .data.collator import CODDataCollator
+from .data.dataset import EpochSampler, HiddenStatesDataset, split_rows
+from .errors import PeagleError
+from .metrics import COUNTERS, summarize
+from .modeling_peagle import PeagleForSpeculation
+from .target import draft_vocabulary, load_token_freq, load_verifier_config
+from .training_args import PeagleTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+
+class PeagleTrainer(Trainer):
+    """`transformers.Trainer` for `PeagleForSpeculation`.
+
+    Takes the Trainer's own arguments; `data_collator` defaults to the model's `CODDataCollator`. Logs, beside the
+    Trainer's metrics, `accuracy_d`, `acceptance_d` and `acceptance_length` (see `metrics.summarize`), over all steps
+    since the last log and all ranks; in evaluation with the prefix `eval_`, where `eval_loss` is the mean over tokens.
+    """
+
+    def __init__(
+        self,
+        model: PeagleForSpeculation | nn.Module | None = None,
+        args: PeagleTrainingArguments | None = None,
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        model_init: Callable[[], nn.Module] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+    ):
+        args = args or PeagleTrainingArguments()
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            model_init=model_init,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if args.n_gpu > 1:
+            raise PeagleError(
+                f"{args.n_gpu} GPUs are visible to one process, which would copy the model at every step. Start one "
+                "process a GPU with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one."
+            )
+        self.config: PeagleConfig = self.accelerator.unwrap_model(self.model).config
+        if data_collator is None:
+            self.data_collator = CODDataCollator.from_config(self.config, seed=args.seed)
+        self._train_counters = self._no_counters()
+        self._eval_counters = self._no_counters()
+        self._eval_loss = torch.zeros(2, dtype=torch.float64, device=args.device)
+
+    def train(  # type: ignore[override]
+        self,
+        resume_from_checkpoint: str | os.PathLike[str] | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """Train; `resume_from_checkpoint` takes a `checkpoint-N`, an epoch folder, `checkpoint_best`, or True (newest).
+
+        Raises:
+            PeagleError: the folder can't be resumed from.
+        """
+        if resume_from_checkpoint is True:
+            newest = checkpoints_by_step(self.args.output_dir)
+            if not newest:
+                raise PeagleError(f"{self.args.output_dir} has no checkpoint to resume from. Leave out the resuming.")
+            resume_from_checkpoint = newest[-1]
+        if resume_from_checkpoint:
+            resume_from_checkpoint = str(resumable_folder(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
+
+    def compute_loss(  # type: ignore[no-untyped-def]
+        self, model, inputs, return_outputs=False, num_items_in_batch=None
+    ):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if model.training:
+            self._train_counters += outputs.counters
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(  # type: ignore[no-untyped-def,override]
+        self, model, inputs, prediction_loss_only, ignore_keys=None
+    ):
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = model(**inputs)
+        learnt = outputs.counters[COUNTERS.index("learnt")].sum()
+        self._eval_counters += outputs.counters
+        self._eval_loss += torch.stack([outputs.loss.double() * learnt, learnt.double()])
+        return outputs.loss, None, None
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        self._eval_counters, self._eval_loss = self._no_counters(), torch.zeros_like(self._eval_loss)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        loss, learnt = self.accelerator.reduce(self._eval_loss, reduction="sum").tolist()
+        metrics = {"loss": loss / max(learnt, 1.0)}
+        metrics |= summarize(self.accelerator.reduce(self._eval_counters, reduction="sum"))
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= summarize(self.accelerator.reduce(self._train_counters, reduction="sum"))
+            self._train_counters = self._no_counters()
+        super().log(logs, start_time)
+
+    def _no_counters(self) -> torch.Tensor:
+        return torch.zeros(len(COUNTERS), self.config.num_depths, dtype=torch.long, device=self.args.device)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        train_dataset = train_dataset if train_dataset is not None else self.train_dataset
+        return EpochSampler(len(train_dataset), seed=self.args.seed)  # type: ignore[arg-type]
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # Epoch folders hard-link the files of a checkpoint, so an old one of this name is never written into.
+        if self.args.should_save:
+            shutil.rmtree(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}", ignore_errors=True)
+        super()._save_checkpoint(model, trial)
+
+
+def build_drafter(args: PeagleTrainingArguments) -> PeagleForSpeculation:
+    """The drafter that the arguments describe, new or from `from_pretrained`, with its verifier's head attached.
+
+    Raises:
+        PeagleError: no verifier is named, or the cache was made by another one.
+    """
+    set_seed(args.seed)
+    if not args.verifier_name_or_path:
+        raise PeagleError("No verifier is named. Pass --verifier-name-or-path with the model to draft for.")
+    cache = args.hidden_states_path or Path(args.data_path) / "hidden_states"
+    manifest = Manifest.read(cache)
+    sampling = {
+        "num_depths": args.num_depths,
+        "down_sample_ratio": args.down_sample_ratio,
+        "down_sample_ratio_min": args.down_sample_ratio_min,
+        "max_anchors": args.max_anchors,
+        "embed_requires_grad": args.embed_requires_grad,
+    }
+    if args.from_pretrained:
+        saved = PeagleConfig.from_pretrained(args.from_pretrained)
+        config = PeagleConfig.from_dict({**saved.to_dict(), **sampling})
+        drafter = PeagleForSpeculation.from_pretrained(args.from_pretrained, config=config, dtype=torch.float32)
+    else:
+        config = PeagleConfig.from_verifier(
+            args.verifier_name_or_path,
+            num_layers=args.num_layers,
+            draft_arch=args.draft_arch,
+            draft_vocab_size=args.draft_vocab_size,
+            mask_token_id=args.mask_token_id,
+            target_layer_ids=args.target_layer_ids or (manifest.aux_layer_ids if manifest else None),
+            norm_before_residual=args.norm_before_residual,
+            norm_before_fc=args.norm_before_fc,
+            sliding_window=args.sliding_window,
+            revision=args.verifier_revision,
+            trust_remote_code=args.trust_remote_code,
+            **sampling,
+        )
+        drafter = PeagleForSpeculation(config)
+        if drafter.d2t is not None:
+            frequencies = load_token_freq(args.token_freq_path or Path(args.data_path) / "token_freq.pt")
+            drafter.set_draft_vocabulary(*draft_vocabulary(frequencies, config.draft_vocab_size, config.vocab_size))
+    if manifest is not None:
+        target = load_verifier_config(args.verifier_name_or_path, args.verifier_revision, args.trust_remote_code)
+        manifest.check(
+            Manifest.of(args.verifier_name_or_path, target, config.eagle_aux_hidden_state_layer_ids), cache
+        )
+    drafter.load_verifier(
+        args.verifier_name_or_path,
+        initialize=not args.from_pretrained,
+        dtype=torch.bfloat16 if args.bf16 else torch.float32,
+        revision=args.verifier_revision,
+        trust_remote_code=args.trust_remote_code,
+    )
+    return drafter
+
+
+def build_datasets(args: PeagleTrainingArguments) -> tuple[HiddenStatesDataset, HiddenStatesDataset | None]:
+    """The training and validation rows that the arguments describe; no validation with `train_data_ratio` 1."""
+    train_rows, eval_rows = split_rows(args.data_path, args.train_data_ratio, args.seed)
+
+    def dataset(rows: list[int]) -> HiddenStatesDataset:
+        return HiddenStatesDataset(
+            args.data_path, args.hidden_states_path, args.total_seq_len, rows, args.on_missing, args.seed
+        )
+
+    return dataset(train_rows), dataset(eval_rows) if eval_rows else None
+
+
+def train(args: PeagleTrainingArguments) -> PeagleTrainer:
+    """Train a drafter on cached hidden states, going on from the output folder's newest checkpoint if there is one."""
+    drafter = build_drafter(args)
+    train_dataset, eval_dataset = build_datasets(args)
+    trainer = PeagleTrainer(
+        model=drafter,
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        callbacks=[VllmExportCallback(args.export_dtype)],
+    )
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
+    return trainer
+
+
+def checkpoint_to_resume(args: PeagleTrainingArguments) -> Path | None:
+    """The checkpoint that a run with these arguments goes on from: the named one, else the newest, else none.
+
+    With `resume` off, the checkpoints in the output folder are removed.
+    """
+    if args.resume_from_checkpoint:
+        return resumable_folder(args.resume_from_checkpoint)
+    if not args.resume:
+        if args.should_save:
+            remove_checkpoints(args.output_dir)
+        return None
+    found = checkpoints_by_step(args.output_dir)
+    if found:
+        logger.info("Resuming from %s; pass --no-resume to start afresh.", found[-1])
+    return found[-1] if found else None

@@ -1,0 +1,119 @@
+"""`PeagleTrainingArguments`: the Trainer's arguments, defaults that suit a drafter, and the drafter's own fields."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from transformers import SchedulerType, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+
+@dataclass
+class PeagleTrainingArguments(TrainingArguments):
+    """Arguments of `PeagleTrainer`; all of `transformers.TrainingArguments` plus the following.
+
+    The command line and YAML files also know the flag names of vLLM's speculators (`--save-path`, `--epochs`, `--lr`,
+    `--scheduler-type` …) as aliases of the Trainer's.
+    """
+
+    verifier_name_or_path: str | None = field(
+        default=None, metadata={"help": "The target model that the drafter is trained for: hub name or folder."}
+    )
+    data_path: str = field(default="./output", metadata={"help": "Folder of `peagle-hf prepare`."})
+    hidden_states_path: str | None = field(
+        default=None,
+        metadata={"help": "Folder of `peagle-hf extract`. Default: hidden_states in the data path."},
+    )
+    output_dir: str | None = field(
+        default="./output/checkpoints",
+        metadata={"help": "Where the checkpoints go.", "aliases": ["--save_path", "--save-path"]},
+    )
+    speculator_type: Literal["peagle"] = field(default="peagle", metadata={"help": "The kind of drafter."})
+    from_pretrained: str | None = field(
+        default=None,
+        metadata={"help": "Continue from the weights of this drafter (a folder or hub name) instead of new ones."},
+    )
+    num_layers: int = field(default=4, metadata={"help": "Decoder layers of the drafter."})
+    draft_arch: Literal["llama", "qwen3"] | None = field(
+        default=None, metadata={"help": "Kind of those layers. Default: the verifier's where it is one of the two, else llama."}
+    )
+    num_depths: int = field(default=8, metadata={"help": "K, the tokens proposed in one forward pass."})
+    down_sample_ratio: float = field(default=0.7, metadata={"help": "r of COD sampling, in (0, 1]."})
+    down_sample_ratio_min: float = field(default=0.2, metadata={"help": "r_min of COD sampling, in [0, 1]."})
+    max_anchors: int | None = field(
+        default=None, metadata={"help": "Start rollouts at no more than so many positions of a document. Default: all."}
+    )
+    norm_before_residual: bool = field(
+        default=True, metadata={"help": "Layer 0's residual is the normed verifier state, not the raw one."}
+    )
+    norm_before_fc: bool = field(
+        default=False, metadata={"help": "Normalise the concatenated verifier states before the projection."}
+    )
+    embed_requires_grad: bool = field(default=True, metadata={"help": "Train the token embeddings."})
+    sliding_window: int | None = field(
+        default=None, metadata={"help": "Window of the drafter's attention in tokens. Default: full attention."}
+    )
+    draft_vocab_size: int | None = field(
+        default=None, metadata={"help": "The drafter's head covers this many most frequent tokens. Default: all."}
+    )
+    token_freq_path: str | None = field(
+        default=None, metadata={"help": "Token counts for the draft vocabulary. Default: token_freq.pt in the data path."}
+    )
+    mask_token_id: int | None = field(
+        default=None,
+        metadata={"help": "Token that stands where none is known yet. Default: the tokenizer's mask, an unused id, or pad."},
+    )
+    target_layer_ids: list[int] | None = field(
+        default=None,
+        metadata={"help": "Verifier layers whose states the drafter reads. Default: those of the hidden-state cache."},
+    )
+    total_seq_len: int = field(default=8192, metadata={"help": "Positions in a packed row."})
+    train_data_ratio: float = field(
+        default=0.9, metadata={"help": "Share of the conversations to train on; the rest validates. 1: no validation."}
+    )
+    on_missing: Literal["raise", "skip", "warn"] = field(
+        default="raise", metadata={"help": "What to do about rows without cached hidden states."}
+    )
+    export_dtype: Literal["bfloat16", "float16", "float32"] = field(
+        default="bfloat16", metadata={"help": "dtype of the weights in the folders that vLLM serves."}
+    )
+    resume: bool = field(
+        default=True,
+        metadata={
+            "help": "Go on from the newest checkpoint in the output folder, if there is one. "
+            "--no-resume removes the old ones and starts afresh."
+        },
+    )
+    verifier_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the verifier."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the verifier."})
+
+    num_train_epochs: float = field(default=5.0, metadata={"help": "Epochs to train.", "aliases": ["--epochs"]})
+    learning_rate: float = field(default=6e-4, metadata={"help": "Peak learning rate.", "aliases": ["--lr"]})
+    lr_scheduler_type: SchedulerType | str = field(
+        default="cosine",
+        metadata={
+            "help": "Learning-rate schedule: cosine, linear, constant or any other of transformers.",
+            "aliases": ["--scheduler_type", "--scheduler-type"],
+        },
+    )
+    logging_steps: float = field(
+        default=10, metadata={"help": "Log every so many steps.", "aliases": ["--log_freq", "--log-freq"]}
+    )
+    per_device_train_batch_size: int = field(default=1, metadata={"help": "Packed rows a device and step."})
+    per_device_eval_batch_size: int = field(default=1, metadata={"help": "Packed rows a device and validation step."})
+    eval_strategy: IntervalStrategy | str = field(default="epoch", metadata={"help": "When to validate."})
+    save_strategy: SaveStrategy | str = field(default="epoch", metadata={"help": "When to save."})
+    metric_for_best_model: str | None = field(
+        default="loss", metadata={"help": "What makes a checkpoint the best: loss or acceptance_length."}
+    )
+    bf16: bool = field(
+        default=torch.cuda.is_available(), metadata={"help": "bfloat16 mixed precision. Default: on with a GPU."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False: the collator needs all."})
+    ddp_broadcast_buffers: bool | None = field(default=False, metadata={"help": "Nothing needs broadcasting."})
+
+    def __post_init__(self) -> None:
+        self.bf16 = self.bf16 and not self.fp16
+        if self.train_data_ratio == 1:
+            self.eval_strategy = "no"
+        super().__post_init__()

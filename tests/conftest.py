@@ -1,0 +1,104 @@
+"""A tiny verifier, a prepared dataset and its cached hidden states, all real files made by the real code."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+
+from peagle_hf.data.cache import Manifest, write_row
+
+VOCAB, HIDDEN, LAYERS = 96, 32, 7
+AUX = [2, 3, 4]
+
+
+@pytest.fixture(scope="session")
+def tiny_verifier(tmp_path_factory) -> Path:
+    """A Llama of 7 layers, 32 hidden, 96 tokens, whose tokenizer knows the words w0 .. w89 and four special ones."""
+    folder = tmp_path_factory.mktemp("verifier")
+    set_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=64,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    words = ["<unk>", "<|im_start|>", "<|im_end|>", "<pad>"] + [f"w{index}" for index in range(90)]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token=words[1], eos_token=words[2], pad_token=words[3]
+    ).save_pretrained(folder)
+    return folder
+
+
+def write_prepared(folder: Path, lengths: list[int], conversations: list[int] | None = None, seed: int = 0) -> Path:
+    """A prepared dataset of random tokens: the first third of a row is the prompt, the rest the reply."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randint(4, VOCAB - 2, (length,), generator=generator).tolist() for length in lengths]
+    data = Dataset.from_dict(
+        {
+            "input_ids": rows,
+            "loss_mask": [[int(index >= len(row) // 3) for index in range(len(row))] for row in rows],
+            "seq_len": lengths,
+            "conversation_id": conversations or list(range(len(rows))),
+        }
+    )
+    data.save_to_disk(str(folder))
+    counts = torch.bincount(torch.cat([torch.tensor(row) for row in rows]), minlength=VOCAB)
+    torch.save(dict(enumerate(counts.tolist())), folder / "token_freq.pt")
+    return folder
+
+
+def write_cache(folder: Path, verifier: Path, seed: int = 0) -> Path:
+    """The verifier's own states of a prepared dataset."""
+    from datasets import load_from_disk
+
+    model = LlamaForCausalLM.from_pretrained(verifier).eval()
+    last: list[torch.Tensor] = []
+    model.model.norm.register_forward_pre_hook(lambda _, inputs: last.append(inputs[0]))
+    for row, sample in enumerate(load_from_disk(str(folder))):
+        tokens = torch.tensor(sample["input_ids"])
+        with torch.no_grad():
+            output = model(tokens[None], output_hidden_states=True)
+        states = torch.stack([*(output.hidden_states[layer][0] for layer in AUX), last.pop()[0]], dim=1)
+        write_row(folder / "hidden_states", row, states.bfloat16(), tokens)
+    Manifest.of(str(verifier), model.config, AUX, dtype="bfloat16").write(folder / "hidden_states")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory, tiny_verifier) -> Path:
+    """20 conversations of 12 to 31 tokens, prepared and cached."""
+    folder = tmp_path_factory.mktemp("data")
+    return write_cache(write_prepared(folder, [12 + index for index in range(20)]), tiny_verifier)
+
+
+@pytest.fixture
+def train_flags(tiny_verifier, tiny_data, tmp_path) -> dict:
+    """What a short run needs, as keyword arguments of `PeagleTrainingArguments`."""
+    return {
+        "verifier_name_or_path": str(tiny_verifier),
+        "data_path": str(tiny_data),
+        "output_dir": str(tmp_path / "checkpoints"),
+        "num_layers": 2,
+        "num_depths": 3,
+        "draft_vocab_size": 64,
+        "total_seq_len": 64,
+        "num_train_epochs": 2,
+        "train_data_ratio": 0.8,
+        "logging_steps": 1,
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+        "report_to": "none",
+    }

@@ -1,0 +1,277 @@
+"""The drafter: parity with speculators 0.9.0, the checkpoint's exact contents, Auto classes, equal forms of one step."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoConfig, AutoModel
+
+from peagle_hf import CODDataCollator, PeagleConfig, PeagleError, PeagleForSpeculation, VerifierHead
+
+FIXTURE = Path(__file__).parent / "fixtures" / "speculators_0.9.0_peagle"
+LAYER = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+}
+
+
+def make_config(model_type="llama", layer=(), **fields):
+    return PeagleConfig(
+        **{
+            "transformer_layer_config": {"model_type": model_type, **LAYER, **dict(layer)},
+            "speculators_config": {"verifier": {"name_or_path": "org/verifier", "architectures": ["LlamaForCausalLM"]}},
+            "draft_vocab_size": 40,
+            "mask_token_id": 3,
+            "eagle_aux_hidden_state_layer_ids": [1, 2, 3],
+            "num_depths": 3,
+            **fields,
+        }
+    )
+
+
+def make_drafter(config, seed=0):
+    torch.manual_seed(seed)
+    drafter = PeagleForSpeculation(config)
+    norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
+    drafter.attach_verifier(VerifierHead(norm, torch.randn(config.vocab_size, config.hidden_size)))
+    return drafter
+
+
+def make_batch(config, lengths=(17, 23), seed=0):
+    documents = make_documents(config, lengths, seed)
+    return CODDataCollator.from_config(config)([{"epoch": 0, "documents": documents}])
+
+
+def test_loss_and_gradients_equal_those_of_speculators():
+    """Given speculators' rows, its loss (whose denominator has 1e-5 added) and every gradient, to 1e-5 relative."""
+    drafter = PeagleForSpeculation.from_pretrained(FIXTURE).train()
+    verifier, batch, grads = (load_file(FIXTURE / f"{name}.safetensors") for name in ("verifier", "batch", "grads"))
+    norm = nn.RMSNorm(64, eps=1e-5)
+    norm.weight.data = verifier["verifier_norm.weight"]
+    drafter.attach_verifier(VerifierHead(norm, verifier["verifier_lm_head.weight"]))
+
+    length = batch["input_ids"].shape[1]
+    anchors, depths = batch["anchor_pos"], batch["depth"]
+    order = torch.cat([torch.arange(length), length + (anchors * 10 + depths)[length:].argsort()])
+    anchors, depths = anchors[order], depths[order]
+    targets = anchors + depths
+    learnt = batch["loss_mask"][0, targets] == 1
+    learnt_rows = learnt.nonzero().flatten()
+    learnt_rows = learnt_rows[targets[learnt_rows].argsort(stable=True)]
+    positions, index = targets[learnt_rows].unique(return_inverse=True)
+    output = drafter(
+        input_ids=batch["input_ids"],
+        hidden_states=batch["hidden_states"],
+        anchors=anchors[None],
+        depths=depths[None],
+        document_ids=batch["document_ids"],
+        position_ids=targets[None],
+        labels=torch.where(learnt, 0, -100)[None],
+        learnt_rows=learnt_rows[None],
+        target_states=batch["verifier_last_hidden_states"][:, positions],
+        target_index=index[None],
+        num_items_in_batch=learnt_rows.numel() + 1e-5,
+    )
+    expected = json.loads((FIXTURE / "expected.json").read_text())
+    assert output.loss.item() == pytest.approx(expected["loss"], rel=1e-5)
+    learnt_by_depth = [expected["metrics"][f"position_{depth}_acc_total"] for depth in range(4)]
+    assert output.counters[0, :4].tolist() == learnt_by_depth
+    output.loss.backward()
+    trained = {name: parameter.grad for name, parameter in drafter.named_parameters() if parameter.grad is not None}
+    assert trained.keys() == grads.keys()
+    for name, grad in grads.items():
+        assert ((trained[name] - grad).norm() / grad.norm()).item() < 1e-5, name
+
+
+def test_speculators_checkpoint_loads_by_auto_class_and_saves_the_same_tensors(tmp_path):
+    (tmp_path / "in").mkdir()
+    config = json.loads((FIXTURE / "config.json").read_text())
+    assert "model_type" not in config
+    drafter = PeagleForSpeculation.from_pretrained(FIXTURE)
+    drafter.save_pretrained(tmp_path / "out")
+    saved, original = load_file(tmp_path / "out" / "model.safetensors"), load_file(FIXTURE / "model.safetensors")
+    assert saved.keys() == original.keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in original.items())
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+@pytest.mark.parametrize("draft_vocab_size", [40, 96])
+def test_save_then_auto_load_gives_equal_outputs(tmp_path, model_type, draft_vocab_size):
+    config = make_config(model_type, draft_vocab_size=draft_vocab_size, norm_before_residual=False)
+    drafter = make_drafter(config).eval()
+    drafter.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert isinstance(loaded, PeagleForSpeculation)
+    assert isinstance(AutoConfig.from_pretrained(tmp_path), PeagleConfig)
+    batch = make_batch(config)
+    for name in ("labels", "learnt_rows", "target_states", "target_index"):
+        del batch[name]
+    assert torch.equal(drafter(**batch).logits, loaded.eval()(**batch).logits)
+
+
+def layer_names(index, qwen3):
+    names = [f"self_attn.{part}_proj" for part in "qkvo"] + [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
+    names += ["input_layernorm", "post_attention_layernorm"] + ["hidden_norm"] * (index == 0)
+    names += ["self_attn.q_norm", "self_attn.k_norm"] * qwen3
+    return {f"layers.{index}.{name}.weight" for name in names}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_checkpoint_has_exactly_the_golden_tensors_and_fields(tmp_path, model_type):
+    drafter = make_drafter(make_config(model_type))
+    drafter.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    golden = {"embed_tokens.weight", "fc.weight", "norm.weight", "lm_head.weight", "mask_hidden", "d2t", "t2d"}
+    golden |= layer_names(0, model_type == "qwen3") | layer_names(1, model_type == "qwen3")
+    assert tensors.keys() == golden
+    assert tensors["layers.0.self_attn.q_proj.weight"].shape == (32, 64)
+    assert tensors["layers.1.self_attn.q_proj.weight"].shape == (32, 32)
+    assert tensors["fc.weight"].shape == (32, 96)
+    assert tensors["mask_hidden"].shape == (1, 1, 96)
+    assert tensors["lm_head.weight"].shape == (40, 32)
+    assert (tensors["d2t"].dtype, tensors["t2d"].dtype) == (torch.int64, torch.bool)
+    assert tensors["t2d"].sum() == 40
+    config = json.loads((tmp_path / "config.json").read_text())
+    golden_fields = {
+        "architectures": ["PeagleForSpeculation"],
+        "model_type": "speculators",
+        "speculators_model_type": "peagle",
+        "speculators_version": "0.9.0",
+        "speculators_config": {
+            "algorithm": "peagle",
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": 3}],
+            "default_proposal_method": "greedy",
+            "verifier": {"name_or_path": "org/verifier", "architectures": ["LlamaForCausalLM"]},
+        },
+        "draft_vocab_size": 40,
+        "mask_token_id": 3,
+        "eagle_aux_hidden_state_layer_ids": [1, 2, 3],
+        "norm_before_residual": True,
+        "norm_before_fc": False,
+        "embed_requires_grad": True,
+        "fc_norm": False,
+        "norm_output": False,
+        "target_hidden_size": None,
+        "tie_word_embeddings": False,
+        "num_depths": 3,
+        "down_sample_ratio": 0.7,
+        "down_sample_ratio_min": 0.2,
+        "max_anchors": None,
+    }
+    assert {name: config[name] for name in golden_fields} == golden_fields
+    assert config.keys() - golden_fields.keys() == {"transformer_layer_config", "transformers_version", "dtype"}
+    assert config["transformer_layer_config"]["model_type"] == model_type
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+@pytest.mark.parametrize("num_layers", [1, 2, 3])
+@pytest.mark.parametrize("window", [None, 5])
+def test_one_packed_step_equals_documents_one_by_one(model_type, num_layers, window):
+    layer = {"num_hidden_layers": num_layers}
+    if window:
+        layer |= {"sliding_window": window, "layer_types": ["sliding_attention"] * num_layers, "use_sliding_window": True}
+    config = make_config(model_type, layer)
+    packed = make_drafter(config)(**make_batch(config, (17, 23)))
+    rows, loss = 0, 0.0
+    counters = torch.zeros_like(packed.counters)
+    for index in (0, 1):
+        drafter = make_drafter(config)
+        documents = make_documents(config, (17, 23))
+        batch = CODDataCollator.from_config(config)([{"epoch": 0, "documents": [documents[index]]}])
+        output = drafter(**batch)
+        rows += batch["learnt_rows"].numel()
+        loss += output.loss.item() * batch["learnt_rows"].numel()
+        counters += output.counters
+    assert packed.loss.item() == pytest.approx(loss / rows, rel=1e-5)
+    assert torch.equal(packed.counters, counters)
+
+
+def make_documents(config, lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        {
+            "sample_id": index,
+            "input_ids": torch.randint(0, config.vocab_size, (length,), generator=generator),
+            "loss_mask": torch.arange(length) > length // 3,
+            "hidden_states": torch.randn(length, 3 * config.hidden_size, generator=generator),
+            "last_hidden_states": torch.randn(length, config.hidden_size, generator=generator),
+        }
+        for index, length in enumerate(lengths)
+    ]
+
+
+def test_evaluation_counts_a_target_outside_the_draft_vocabulary_as_rejected():
+    config = make_config(draft_vocab_size=40)
+    drafter = make_drafter(config)
+    head = drafter.verifier_head
+    head.weight[:40] *= 1e-3  # all of the verifier's own choices now lie outside the 40 drafted tokens
+    drafter.attach_verifier(head)
+    batch = make_batch(config)
+    correct = [mode(drafter)(**batch).counters[1].sum().item() for mode in (nn.Module.train, nn.Module.eval)]
+    assert correct[1] == 0
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    config = make_config()
+    batch = make_batch(config)
+    grads = []
+    for checkpointing in (False, True):
+        drafter = make_drafter(config).train()
+        if checkpointing:
+            drafter.gradient_checkpointing_enable()
+        drafter(**batch).loss.backward()
+        grads.append({name: p.grad for name, p in drafter.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
+
+
+def test_verifier_never_enters_state_dict_or_parameters():
+    drafter = make_drafter(make_config())
+    names = [*drafter.state_dict(), *(name for name, _ in drafter.named_parameters())]
+    assert not [name for name in names if "verifier" in name or "draft_head" in name]
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"speculators_model_type": "eagle3"}, "eagle3"),
+        ({"mask_token_id": 96}, "mask_token_id 96"),
+        ({"mask_token_id": None}, "mask_token_id"),
+        ({"draft_vocab_size": 97}, "draft_vocab_size 97"),
+        ({"eagle_aux_hidden_state_layer_ids": [1, 1, 2]}, "[1, 1, 2]"),
+        ({"fc_norm": True}, "fc_norm"),
+        ({"norm_output": True}, "norm_output"),
+        ({"target_hidden_size": 64}, "target_hidden_size 64"),
+        ({"num_depths": 0}, "num_depths 0"),
+        ({"down_sample_ratio": 1.5}, "down_sample_ratio 1.5"),
+        ({"model_type": "gpt2"}, "gpt2"),
+    ],
+)
+def test_a_configuration_that_can_not_be_is_refused_by_name(fields, named):
+    with pytest.raises(PeagleError, match=named.replace("[", r"\[")):
+        make_config(fields.pop("model_type", "llama"), **fields)
+
+
+def test_another_verifiers_head_is_refused():
+    drafter = make_drafter(make_config())
+    with pytest.raises(PeagleError, match=r"\(50, 32\).*\(96, 32\)"):
+        drafter.attach_verifier(VerifierHead(nn.RMSNorm(32), torch.randn(50, 32)))
+
+
+def test_import_is_light():
+    code = (
+        "import sys, peagle_hf; heavy = {'vllm', 'openai', 'datasets', 'peft', 'matplotlib'} & set(sys.modules); "
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
