@@ -1,0 +1,284 @@
+"""A run of the Trainer: metrics, epoch folders, the link to the best, resuming, and one path for CLI, YAML, example."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from peagle_hf import PeagleError, PeagleForSpeculation, PeagleTrainer, PeagleTrainingArguments, VllmExportCallback
+from peagle_hf.callbacks import checkpoints_by_step, epoch_folders
+from peagle_hf.cli import flags, main
+from peagle_hf.trainer import build_datasets, build_drafter, checkpoint_to_resume, train
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(train_flags, callbacks=(), resume=None, **changes):
+    args = PeagleTrainingArguments(**{**train_flags, **changes})
+    drafter = build_drafter(args)
+    train_dataset, eval_dataset = build_datasets(args)
+    trainer = PeagleTrainer(
+        model=drafter,
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        callbacks=[VllmExportCallback(args.export_dtype), *callbacks],
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def weights(trainer):
+    return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+
+
+class StopAt(TrainerCallback):
+    """Break off in the middle, as a kill would, without any orderly ending."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_folders_hold_what_vllm_and_a_resume_need(train_flags):
+    trainer = run(train_flags)
+    output = Path(train_flags["output_dir"])
+    assert [folder.name for folder in epoch_folders(output)] == ["0", "1"]
+    for number in "01":
+        folder = output / number
+        wanted = {"config.json", "model.safetensors", "optimizer_state_dict.pt", "scheduler_state_dict.pt", "trainer_state"}
+        assert {path.name for path in folder.iterdir()} == wanted
+        assert load_file(folder / "model.safetensors")["fc.weight"].dtype == torch.bfloat16
+        assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+        assert (folder / "optimizer_state_dict.pt").samefile(folder / "trainer_state" / "optimizer.pt")
+        full = load_file(folder / "trainer_state" / "model.safetensors")
+        assert full["fc.weight"].dtype == torch.float32
+    assert all(torch.equal(full[name], tensor) for name, tensor in weights(trainer).items())
+    link = output / "checkpoint_best"
+    assert link.is_symlink()
+    evaluations = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert os.readlink(link) == str(evaluations.index(min(evaluations)))
+
+
+def test_learning_lowers_the_loss_and_logs_by_depth(train_flags):
+    trainer = run(train_flags, num_train_epochs=12, learning_rate=3e-3)
+    found = losses(trainer)
+    assert sum(found[-5:]) < 0.8 * sum(found[:5])
+    log = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
+    assert {f"accuracy_{depth}" for depth in range(3)} | {f"acceptance_{depth}" for depth in range(3)} <= log.keys()
+    assert log["acceptance_length"] == pytest.approx(1 + sum(log[f"acceptance_{depth}"] for depth in range(3)))
+
+
+def test_metric_for_best_model_chooses_the_link(train_flags):
+    trainer = run(train_flags, num_train_epochs=4, learning_rate=5e-3, metric_for_best_model="acceptance_length")
+    lengths = [e["eval_acceptance_length"] for e in trainer.state.log_history if "eval_acceptance_length" in e]
+    assert int(os.readlink(Path(train_flags["output_dir"]) / "checkpoint_best")) == lengths.index(max(lengths))
+
+
+def test_evaluation_loss_is_the_mean_over_rows_however_they_are_batched(train_flags):
+    one = run(train_flags, max_steps=1).evaluate()
+    many = run(train_flags, max_steps=1, resume=None, per_device_eval_batch_size=2).evaluate()
+    assert one["eval_loss"] == pytest.approx(many["eval_loss"], rel=1e-5)
+    assert one["eval_acceptance_length"] == many["eval_acceptance_length"]
+
+
+@pytest.mark.parametrize("source", ["checkpoint-5", "0", "checkpoint_best", True])
+def test_resume_is_bit_equal(train_flags, tmp_path, source):
+    whole = run(train_flags)
+    with pytest.raises(KeyboardInterrupt):
+        run(train_flags, [StopAt(7)], output_dir=str(tmp_path / "cut"))
+    resume = source if source is True else str(tmp_path / "cut" / source)
+    resumed = run(train_flags, resume=resume, output_dir=str(tmp_path / "cut"))
+    assert resumed.state.global_step == whole.state.global_step == 10
+    assert losses(resumed) == losses(whole)
+    ours = weights(whole)
+    assert all(torch.equal(ours[name], tensor) for name, tensor in weights(resumed).items())
+    assert [folder.name for folder in epoch_folders(tmp_path / "cut")] == ["0", "1"]
+
+
+def test_resume_in_the_middle_of_an_epoch_is_bit_equal(train_flags, tmp_path):
+    whole = run(train_flags)
+    cut = {"output_dir": str(tmp_path / "cut"), "save_strategy": "steps", "save_steps": 3}
+    with pytest.raises(KeyboardInterrupt):
+        run(train_flags, [StopAt(8)], **cut)
+    resumed = run(train_flags, resume=True, **cut)
+    assert losses(resumed) == losses(whole)
+    ours = weights(whole)
+    assert all(torch.equal(ours[name], tensor) for name, tensor in weights(resumed).items())
+
+
+def test_a_folder_lost_to_an_interruption_is_made_on_resume(train_flags, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("peagle_hf.callbacks.export_checkpoint", raise_interrupt)
+        run(train_flags)
+    output = Path(train_flags["output_dir"])
+    assert epoch_folders(output) == []
+    run(train_flags, resume=True)
+    assert [folder.name for folder in epoch_folders(output)] == ["0", "1"]
+    assert (output / "checkpoint_best").resolve().parent == output.resolve()
+
+
+def raise_interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_a_half_written_checkpoint_is_not_resumed_from(train_flags):
+    run(train_flags, num_train_epochs=1)
+    output = Path(train_flags["output_dir"])
+    (output / "checkpoint-99").mkdir()
+    (output / "checkpoint-99" / "model.safetensors").write_bytes(b"half")
+    assert checkpoints_by_step(output)[-1].name in ("0", "checkpoint-5")
+
+
+def test_max_steps_in_the_middle_of_an_epoch_writes_its_folder(train_flags):
+    run(train_flags, max_steps=7)
+    assert [folder.name for folder in epoch_folders(train_flags["output_dir"])] == ["0", "1"]
+
+
+def test_save_total_limit_keeps_best_and_last(train_flags):
+    trainer = run(train_flags, num_train_epochs=5, save_total_limit=2, learning_rate=0.5, lr_scheduler_type="constant")
+    output = Path(train_flags["output_dir"])
+    evaluations = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    best = str(evaluations.index(min(evaluations)))
+    kept = [folder.name for folder in epoch_folders(output)]
+    assert len(kept) == 2
+    assert {best, "4"} <= set(kept)
+    assert os.readlink(output / "checkpoint_best") == best
+
+
+def test_without_validation_the_last_is_linked(train_flags):
+    run(train_flags, train_data_ratio=1)
+    assert os.readlink(Path(train_flags["output_dir"]) / "checkpoint_best") == "1"
+
+
+def test_no_resume_removes_old_checkpoints_and_starts_afresh(train_flags):
+    args = PeagleTrainingArguments(**train_flags)
+    train(args)
+    assert checkpoint_to_resume(args) is not None
+    assert checkpoint_to_resume(PeagleTrainingArguments(**train_flags, resume=False)) is None
+    assert list(Path(train_flags["output_dir"]).iterdir()) == []
+
+
+def test_from_pretrained_continues_from_the_weights_with_other_depths(train_flags, tmp_path):
+    run(train_flags)
+    best = str(Path(train_flags["output_dir"]) / "checkpoint_best")
+    args = PeagleTrainingArguments(
+        **{**train_flags, "output_dir": str(tmp_path / "more"), "from_pretrained": best, "num_depths": 2}
+    )
+    drafter = build_drafter(args)
+    saved = PeagleForSpeculation.from_pretrained(best, dtype=torch.float32).state_dict()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in drafter.state_dict().items())
+    assert drafter.config.speculators_config["proposal_methods"][0]["speculative_tokens"] == 2
+
+
+@pytest.fixture
+def cli_flags(train_flags, tmp_path):
+    """The same run under the flag names of speculators."""
+    names = {"output_dir": "save_path", "num_train_epochs": "epochs", "logging_steps": "log_freq"}
+    return lambda folder: {
+        **{names.get(name, name): value for name, value in train_flags.items()},
+        "save_path": str(tmp_path / folder),
+        "lr": 1e-3,
+        "scheduler_type": "linear",
+    }
+
+
+def logged(folder):
+    state = json.loads((folder / "1" / "trainer_state" / "trainer_state.json").read_text())
+    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+
+def test_cli_yaml_example_and_python_give_the_same_losses(train_flags, cli_flags, tmp_path):
+    python = losses(run(train_flags, learning_rate=1e-3, lr_scheduler_type="linear"))
+    assert len(python) == 10
+    main(["train", *[flag.replace("_", "-") if flag.startswith("--") else flag for flag in flags(cli_flags("cli"))]])
+    assert logged(tmp_path / "cli") == python
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump({**cli_flags("yaml"), "lr": 9.0}))
+    main(["train", str(tmp_path / "train.yaml"), "--lr", "1e-3"])
+    assert logged(tmp_path / "yaml") == python
+    command = [sys.executable, str(ROOT / "examples" / "train.py"), *flags(cli_flags("example"))]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    assert logged(tmp_path / "example") == python
+
+
+@pytest.mark.parametrize("workers", [2])
+def test_loader_workers_change_no_loss(train_flags, tmp_path, workers):
+    expected = losses(run(train_flags))
+    assert losses(run(train_flags, output_dir=str(tmp_path / "w"), dataloader_num_workers=workers)) == expected
+
+
+def test_accumulation_gives_the_loss_of_the_larger_batch(train_flags, tmp_path):
+    """One optimizer step over the same rows: 1 x 2 and 2 x 1 agree to float32 rounding (relative 1e-5)."""
+    large = run(train_flags, per_device_train_batch_size=2, max_steps=1)
+    small = run(train_flags, gradient_accumulation_steps=2, max_steps=1, output_dir=str(tmp_path / "a"))
+    assert losses(small) == pytest.approx(losses(large), rel=1e-5)
+    torch.testing.assert_close(weights(small), weights(large), rtol=1e-4, atol=1e-6)
+
+
+def test_unknown_yaml_key_and_flag_are_errors(tmp_path, capsys):
+    (tmp_path / "bad.yaml").write_text("num_layrs: 2\n")
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", str(tmp_path / "bad.yaml")])
+    assert stopped.value.code != 0
+    assert "--num_layrs" in capsys.readouterr().err
+
+
+def test_speculator_type_other_than_peagle_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--speculator-type", "eagle3"])
+    assert "peagle" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"verifier_name_or_path": None}, "--verifier-name-or-path"),
+        ({"mask_token_id": 96}, "mask_token_id 96 is outside the vocabulary of 96"),
+        ({"draft_vocab_size": 97}, "97"),
+        ({"target_layer_ids": [1, 2, 3]}, r"\[2, 3, 4\].*\[1, 2, 3\]"),
+        ({"data_path": "/nowhere"}, "/nowhere"),
+    ],
+)
+def test_bad_arguments_are_named(train_flags, changes, message):
+    args = PeagleTrainingArguments(**{**train_flags, **changes})
+    with pytest.raises(PeagleError, match=message):
+        train(args)
+
+
+def test_a_cache_of_another_verifier_is_refused_by_both_names(train_flags, tmp_path, tiny_verifier):
+    import shutil
+
+    other = shutil.copytree(tiny_verifier, tmp_path / "other-verifier")
+    with pytest.raises(PeagleError, match=f"{tiny_verifier}.*other-verifier"):
+        train(PeagleTrainingArguments(**{**train_flags, "verifier_name_or_path": str(other)}))
+
+
+def test_a_folder_that_can_not_be_resumed_from_is_named(train_flags, tmp_path):
+    with pytest.raises(PeagleError, match=str(tmp_path)):
+        run(train_flags, resume=str(tmp_path))
+
+
+def test_cli_prints_one_paragraph_and_fails(train_flags, capsys, caplog):
+    caplog.set_level(logging.INFO)
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--data-path", "/nowhere", "--verifier-name-or-path", train_flags["verifier_name_or_path"]])
+    assert stopped.value.code == 1
+    error = capsys.readouterr().err
+    assert error.startswith("peagle-hf train: ")
+    assert "Traceback" not in error
+    assert error.count("\n") == 1
