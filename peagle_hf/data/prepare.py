@@ -1,0 +1,505 @@
+"""Step 1: chats to token ids and a loss mask that is 1 exactly where the assistant speaks."""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import numpy as np
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from ..errors import PeagleError
+from ..files import atomic_path, write_json
+from .chats import Chat, Source, Unlearnable, is_local_file, open_source, read_chat
+
+if TYPE_CHECKING:
+    import datasets
+
+logger = logging.getLogger(__name__)
+
+PREPARE_RECORD = "prepare.json"
+# The record goes first when files are removed and comes last when they are put in place: it says that all is complete.
+_OWN_FILES = (PREPARE_RECORD, "data-*.arrow", "dataset_info.json", "state.json", "skipped.json", "token_freq.pt")
+
+# A letter of the private use area: no answer and no chat template begins or ends with it.
+_PROBE = "\ue000"
+_QUESTION = {"role": "user", "content": _PROBE}
+_OTHER_ANSWER = {"role": "assistant", "content": _PROBE}
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_GENERATION_MARK = re.compile(r"{%-?\s*generation\s*-?%}")
+
+Span = tuple[int, int]
+"""Where a piece of text begins and ends, in characters."""
+
+
+@dataclass
+class PrepareArguments:
+    """What `peagle-hf prepare` is told."""
+
+    model: str = field(metadata={"help": "The target model, a hub name or a folder: its tokenizer is used."})
+    data: list[str] = field(
+        metadata={
+            "help": "Conversations, one or more of: sharegpt, ultrachat, a .jsonl or .json file, a hub dataset as "
+            "org/name, org/name:split or org/name:configuration:split. The flag may be repeated.",
+            "action": "extend",
+        }
+    )
+    output: str = field(default="./output", metadata={"help": "Folder for the prepared dataset."})
+    max_samples: int | None = field(
+        default=None, metadata={"help": "Take this many conversations, drawn with the seed (all of them if not given)."}
+    )
+    seq_length: int = field(default=8192, metadata={"help": "Cut rows after this many tokens."})
+    seed: int = field(default=0, metadata={"help": "Seed of the order in which the conversations come."})
+    num_workers: int = field(
+        default=1, metadata={"help": "Processes that tokenize.", "aliases": ["--num-preprocessing-workers"]}
+    )
+    min_learnt_tokens: int = field(
+        default=1,
+        metadata={
+            "help": "Skip rows with fewer assistant tokens than this.",
+            "aliases": ["--minimum-valid-tokens"],
+        },
+    )
+    token_freq_path: str | None = field(
+        default=None,
+        metadata={"help": "A second place for the token counts, which are always in <output>/token_freq.pt."},
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Replace a dataset that is already in the output folder."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Let the tokenizer run code from its repository."})
+
+
+def prepare(arguments: PrepareArguments) -> Path:
+    """Tokenize conversations with the target's own chat template and mark what the assistant says.
+
+    The output folder is a `datasets` folder (`load_from_disk`) of the columns `input_ids` (int32), `loss_mask` (int8,
+    1 = learnt), `seq_len` and `conversation_id`, the conversation's number in the input; rows of one conversation
+    share it and lie side by side. Conversations come in an order drawn with the seed. Beside it lie `token_freq.pt`
+    (a dict from token id to its number of learnt occurrences), `skipped.json` (each row that was left out, and why)
+    and `prepare.json` (what the dataset was made from, and counts).
+
+    A dataset made from the same input in the same way is kept as it is. Another one stops the work unless `overwrite`
+    is set, which replaces the files written here and nothing else, and not under a cache of hidden states, which
+    would no longer fit. The new files take their place when all of them are complete.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        PeagleError: the model or the data can't be read, a row is malformed, no row is left, or the output folder
+            holds something else.
+    """
+    for name in ("max_samples", "seq_length", "num_workers", "min_learnt_tokens"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise PeagleError(f"--{name.replace('_', '-')} is {value} but must be at least 1.")
+    output = Path(arguments.output)
+    tokenizer = _load_tokenizer(arguments.model, arguments.trust_remote_code)
+    origin = {
+        "model": arguments.model,
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+        "data": arguments.data,
+        "data_sha256": [_file_sha256(Path(data)) if is_local_file(data) else None for data in arguments.data],
+        "max_samples": arguments.max_samples,
+        "seq_length": arguments.seq_length,
+        "seed": arguments.seed,
+        "min_learnt_tokens": arguments.min_learnt_tokens,
+    }
+    if _is_made(output, origin, arguments.overwrite):
+        logger.info("%s already holds this dataset; it is kept as it is.", output)
+    else:
+        with atomic_path(output / ".prepared") as folder:
+            folder.mkdir()
+            _make(folder, tokenizer, arguments, origin)
+        _move_files(output / ".prepared", output)
+    if arguments.token_freq_path is not None:
+        with atomic_path(arguments.token_freq_path) as temporary:
+            shutil.copyfile(output / "token_freq.pt", temporary)
+    return output
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of what decides over token ids: the vocabulary, the special tokens and the chat template."""
+    special_tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    content = [sorted(tokenizer.get_vocab().items()), special_tokens, tokenizer.chat_template]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+class ChatTokenizer:
+    """Turns a conversation into rows of token ids with a loss mask.
+
+    Learnt are the tokens that the assistant generates: its text as the template writes it (reasoning and tool calls
+    too) and the end-of-turn token, on which generation stops; neither the header before them, which the generation
+    prompt gives, nor what the template writes after them. A template that marks its `{% generation %}` is followed to
+    the letter instead. A token is learnt only if it lies wholly in the answer: one that a tokenizer makes of the
+    header's last character and the answer's first is nothing the assistant generates.
+
+    The first message is never learnt, as nothing asks for it.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        names = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        longest_first = sorted(names | set(tokenizer.all_special_tokens), key=len, reverse=True)
+        special_token = "|".join(map(re.escape, longest_first)) or "(?!)"
+        self._tokenizer = tokenizer
+        self._special_token = re.compile(special_token)
+        self._last_special_token = re.compile(rf"({special_token})\s*\Z")
+
+    def __call__(self, chat: Chat) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Tokenize a conversation: the ids (int32 [T]) and the loss mask (int8 [T]) of one row or more.
+
+        Answers stay in one row as long as the template renders them later as it did when they were given. One that
+        it renders otherwise later (Qwen3 takes out earlier reasoning) ends its row there, and the conversation goes
+        on in a new row in which only the later answers are learnt.
+
+        Raises:
+            PeagleError: the tokenizer has no chat template, or can't tell which characters a token stands for.
+            Unlearnable: there is no answer, or the template refuses the conversation or hides a part of an answer.
+        """
+        if self._tokenizer.chat_template is None or not self._tokenizer.is_fast:
+            raise PeagleError(
+                f"The tokenizer of {self._tokenizer.name_or_path} has no chat template or no tokenizer.json, and both "
+                "are needed to turn conversations into tokens. Name a chat model with both, or give rows with "
+                "`input_ids` and `loss_mask`."
+            )
+        rows: list[tuple[str, list[Span]]] = []
+        for index, message in enumerate(chat.messages):
+            if index == 0 or message["role"] != "assistant":
+                continue
+            text, answer = self._render_answer(Chat(chat.messages[: index + 1], chat.tools))
+            if not answer:
+                continue
+            if rows and text.startswith(rows[-1][0][: rows[-1][1][-1][1]]):
+                answer = rows.pop()[1] + answer
+            rows.append((text, answer))
+        if not rows:
+            raise Unlearnable("no answer of the assistant")
+        return [self._tokenize(text, answers) for text, answers in rows]
+
+    def _render_answer(self, chat: Chat) -> tuple[str, list[Span]]:
+        """Render a conversation that ends with an answer; give the text and where in it the answer is."""
+        before, answer = Chat(chat.messages[:-1], chat.tools), chat.messages[-1]
+        text, marks = self._render(chat)
+        if "tool_calls" in answer:
+            silent = {name: value for name, value in answer.items() if name != "tool_calls"}
+            if self._render(Chat([*before.messages, silent], chat.tools))[0] == text:
+                raise Unlearnable("the chat template does not show tool calls")
+        if answer.get("reasoning_content", "").strip() not in text:
+            raise Unlearnable("the chat template does not show reasoning")
+
+        if marks is not None:
+            begin = _common_prefix(text, self._render(before)[0])
+            return text, [mark for mark in marks if mark[0] >= begin]
+        start = self._start_of_answer(text, before)
+        return text, [(start, self._end_of_answer(text, start, chat))]
+
+    def _start_of_answer(self, text: str, before: Chat) -> int:
+        """Where generation would begin: after the generation prompt.
+
+        A prompt may begin the answer itself with something that this answer does not begin with (`<think>` for an
+        answer without reasoning). Then the answer begins after what the prompt, this answer and any other answer
+        share, if the conversation before it is still the same.
+        """
+        prompt, _ = self._render(before, add_generation_prompt=True)
+        if text.startswith(prompt):
+            return len(prompt)
+        other, _ = self._render(Chat([*before.messages, _OTHER_ANSWER], before.tools))
+        start = _common_prefix(text, prompt, other)
+        if start < len(self._render(before)[0]):
+            raise Unlearnable("the chat template changes the conversation once it is answered")
+        return start
+
+    def _end_of_answer(self, text: str, start: int, chat: Chat) -> int:
+        """Where generation stops: after the end-of-turn token, the first special token after the content.
+
+        What the template writes after the content is seen on a plain answer. An answer that closes otherwise (Llama
+        3.1 ends some tool calls with `<|eom_id|>`) ends with its last special token. Without a special token the
+        answer is its content alone.
+        """
+        plain, _ = self._render(Chat([_QUESTION, _OTHER_ANSWER], chat.tools))
+        closing = plain.rpartition(_PROBE)[2]
+        if text.endswith(closing):
+            end = len(text) - len(closing)
+            end_of_turn = self._special_token.search(text, end)
+            return end_of_turn.end() if end_of_turn else end
+        end_of_turn = self._last_special_token.search(text, start)
+        return end_of_turn.end(1) if end_of_turn else len(text)
+
+    def _render(self, chat: Chat, add_generation_prompt: bool = False) -> tuple[str, list[Span] | None]:
+        """Render with the chat template; give the text and the spans that the template marks, None if it marks none.
+
+        This is `apply_chat_template` short of the tokens, whose mask loses marks that begin with a trimmed space.
+        """
+        template = self._tokenizer.get_chat_template(tools=chat.tools)
+        is_marking = _GENERATION_MARK.search(template) is not None
+        special_tokens: Any = self._tokenizer.special_tokens_map
+        try:
+            rendered: Any = render_jinja_template(
+                [chat.messages],
+                tools=chat.tools,
+                chat_template=template,
+                return_assistant_tokens_mask=is_marking,
+                add_generation_prompt=add_generation_prompt,
+                **special_tokens,
+            )
+        except (jinja2.TemplateError, TypeError) as error:
+            raise Unlearnable(f"the chat template refuses it ({error})") from error
+        (text,), marks = rendered
+        return text, marks[0] if is_marking else None
+
+    def _tokenize(self, text: str, answers: list[Span]) -> tuple[np.ndarray, np.ndarray]:
+        if _SURROGATE.search(text):
+            raise Unlearnable("it holds half a surrogate pair, which is no text")
+        encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        starts, ends = np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
+        loss_mask = np.zeros(len(starts), dtype=np.int8)
+        for start, end in answers:
+            # A token whose spaces are trimmed away is empty: it then ends where the answer starts if it is before it.
+            loss_mask |= (starts >= start) & (ends > start) & (ends <= end)
+        return np.array(encoding["input_ids"], dtype=np.int32), loss_mask
+
+
+def _common_prefix(*texts: str) -> int:
+    return len(os.path.commonprefix(texts))  # noqa: RUF071 (characters, not path components, are wanted)
+
+
+@dataclass(frozen=True)
+class _RowMaker:
+    """Maps conversation numbers to rows, for `Dataset.map`; a row left out carries the reason and its place."""
+
+    chat_tokenizer: ChatTokenizer
+    sources: list[Source]
+    num_ids: int
+    seq_length: int
+    min_learnt_tokens: int
+
+    def __call__(self, batch: dict[str, list[int]]) -> dict[str, list[Any]]:
+        rows = []
+        for conversation_id in batch["conversation_id"]:
+            place, content = _read(self.sources, conversation_id)
+            skipped = {"conversation_id": conversation_id, "place": place}
+            try:
+                if "input_ids" in content and "loss_mask" in content:
+                    tokenized = [_read_tokens(content, place, self.num_ids)]
+                else:
+                    tokenized = self.chat_tokenizer(read_chat(content, place))
+            except Unlearnable as error:
+                rows.append(skipped | {"reason": str(error)})
+                continue
+            for input_ids, loss_mask in tokenized:
+                if loss_mask[: self.seq_length].sum() < self.min_learnt_tokens:
+                    limit = f"{self.min_learnt_tokens} learnt tokens within the first {self.seq_length}"
+                    rows.append(skipped | {"reason": f"fewer than {limit}"})
+                    continue
+                rows.append(
+                    {
+                        "conversation_id": conversation_id,
+                        "input_ids": input_ids[: self.seq_length],
+                        "loss_mask": loss_mask[: self.seq_length],
+                        "seq_len": min(len(input_ids), self.seq_length),
+                        "is_truncated": len(input_ids) > self.seq_length,
+                    }
+                )
+        return {name: [row.get(name) for row in rows] for name in _working_features()}
+
+
+def _read(sources: list[Source], conversation_id: int) -> tuple[str, dict[str, Any]]:
+    for source in sources:
+        if conversation_id < len(source):
+            return source.read(conversation_id)
+        conversation_id -= len(source)
+    raise IndexError(conversation_id)
+
+
+def _read_tokens(row: dict[str, Any], place: str, num_ids: int) -> tuple[np.ndarray, np.ndarray]:
+    """Check a row that is tokenized already; ids int32 [T] and loss mask int8 [T]."""
+    for name, limit in (("input_ids", num_ids), ("loss_mask", 2)):
+        values = row[name]
+        if not isinstance(values, list) or not all(type(value) is int and 0 <= value < limit for value in values):
+            what = "ids of the tokenizer's vocabulary" if name == "input_ids" else "a loss mask"
+            raise PeagleError(
+                f"{place}: {name} must be a list of integers from 0 to {limit - 1}, {what}. Was it made for another "
+                "model? Correct it or take the row out."
+            )
+    if len(row["input_ids"]) != len(row["loss_mask"]):
+        raise PeagleError(
+            f"{place}: there are {len(row['input_ids'])} input_ids but {len(row['loss_mask'])} values in loss_mask. "
+            "Correct the row or take it out."
+        )
+    return np.array(row["input_ids"], dtype=np.int32), np.array(row["loss_mask"], dtype=np.int8)
+
+
+def _working_features() -> "datasets.Features":
+    from datasets import Features, List, Value
+
+    return Features(
+        {
+            "input_ids": List(Value("int32")),
+            "loss_mask": List(Value("int8")),
+            "seq_len": Value("int64"),
+            "conversation_id": Value("int64"),
+            "is_truncated": Value("bool"),
+            "place": Value("string"),
+            "reason": Value("string"),
+        }
+    )
+
+
+def _make(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, arguments: PrepareArguments, origin: dict[str, Any]
+) -> None:
+    """Write all files of the prepared dataset into the empty `folder`."""
+    from datasets import Dataset
+
+    scratch = folder / "scratch"
+    scratch.mkdir()
+    sources = [open_source(data, scratch) for data in arguments.data]
+    num_conversations = sum(map(len, sources))
+    order = np.random.default_rng(arguments.seed).permutation(num_conversations)[: arguments.max_samples]
+    num_ids = max(tokenizer.get_vocab().values()) + 1
+    rows = Dataset.from_dict({"conversation_id": order}).map(
+        _RowMaker(ChatTokenizer(tokenizer), sources, num_ids, arguments.seq_length, arguments.min_learnt_tokens),
+        batched=True,
+        batch_size=100,
+        num_proc=arguments.num_workers if arguments.num_workers > 1 else None,
+        features=_working_features(),
+        cache_file_name=str(scratch / "rows.arrow"),
+        new_fingerprint=hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:16],
+        desc="Tokenizing",
+    )
+    notes = rows.select_columns(["conversation_id", "place", "reason", "is_truncated"])[:]
+    skipped = [
+        {"conversation_id": conversation_id, "row": place, "reason": reason}
+        for conversation_id, place, reason, _ in zip(*notes.values(), strict=True)
+        if reason is not None
+    ]
+    if len(skipped) == len(rows):
+        raise PeagleError(
+            f"Nothing can be learnt from {', '.join(arguments.data)}: all {len(order)} conversations were left out. "
+            f"{_summary(skipped)} Correct the data or choose other data."
+        )
+    kept = rows.select([index for index, reason in enumerate(notes["reason"]) if reason is None])
+    kept = kept.select_columns(["input_ids", "loss_mask", "seq_len", "conversation_id"]).with_format("torch")
+    kept.save_to_disk(folder)
+
+    token_counts = _count_learnt(kept)
+    torch.save(dict(token_counts), folder / "token_freq.pt")
+    counts = {
+        "conversations_in_data": num_conversations,
+        "conversations_read": len(order),
+        "rows": len(kept),
+        "tokens": sum(kept.with_format(None)["seq_len"]),
+        "learnt_tokens": token_counts.total(),
+        "truncated_rows": sum(filter(None, notes["is_truncated"])),
+        "skipped": dict(Counter(entry["reason"] for entry in skipped)),
+    }
+    write_json(folder / "skipped.json", skipped)
+    write_json(folder / PREPARE_RECORD, origin | {"counts": counts})
+    shutil.rmtree(scratch)
+
+    logger.info(
+        "%d rows from %d of %d conversations: %d tokens, %d of them learnt; %d rows cut after %d tokens.",
+        *(counts[name] for name in ("rows", "conversations_read", "conversations_in_data", "tokens", "learnt_tokens")),
+        counts["truncated_rows"],
+        arguments.seq_length,
+    )
+    if skipped:
+        logger.warning("%d rows were left out; skipped.json lists them. %s", len(skipped), _summary(skipped))
+
+
+def _summary(skipped: list[dict[str, Any]]) -> str:
+    """Say for each reason how many rows were left out, and name the first of them."""
+    places: dict[str, list[str]] = {}
+    for entry in skipped:
+        places.setdefault(entry["reason"], []).append(entry["row"])
+    return " ".join(
+        f"{reason}: {len(rows)} ({'; '.join(rows[:3])}{' …' if len(rows) > 3 else ''})."
+        for reason, rows in places.items()
+    )
+
+
+def _count_learnt(dataset: "datasets.Dataset") -> Counter[int]:
+    """Count how often each token id is learnt."""
+    counts: Counter[int] = Counter()
+    for batch in dataset.with_format("numpy").iter(batch_size=1000):
+        is_learnt = np.concatenate(batch["loss_mask"]) == 1
+        ids, numbers = np.unique(np.concatenate(batch["input_ids"])[is_learnt], return_counts=True)
+        counts.update(dict(zip(ids.tolist(), numbers.tolist(), strict=True)))
+    return counts
+
+
+def _is_made(output: Path, origin: dict[str, Any], overwrite: bool) -> bool:
+    """Whether the folder holds this very dataset.
+
+    Raises:
+        PeagleError: it holds another one that must not be replaced.
+    """
+    if output.exists() and not output.is_dir():
+        raise PeagleError(f"--output {output} is a file. Name a folder.")
+    if not any(_own_files(output)):
+        return False
+    if overwrite:
+        if any((output / "hidden_states").glob("*")):
+            raise PeagleError(
+                f"{output / 'hidden_states'} holds hidden states of the dataset in {output}; they would not fit "
+                "another one. Remove that folder first, or name another --output."
+            )
+        return False
+    record_path = output / PREPARE_RECORD
+    if not record_path.exists():
+        raise PeagleError(
+            f"{output} holds a dataset without {PREPARE_RECORD}: it is not complete, or something else made it. "
+            "Pass --overwrite to replace it, or name another --output."
+        )
+    record = json.loads(record_path.read_text(encoding="utf-8"))
+    changes = [
+        f"{name} was {record.get(name)}, is {value}" for name, value in origin.items() if record.get(name) != value
+    ]
+    if changes:
+        raise PeagleError(
+            f"{output} holds a dataset that was made otherwise: {'; '.join(changes)}. "
+            "Pass --overwrite to replace it, or name another --output."
+        )
+    return True
+
+
+def _own_files(folder: Path) -> Iterator[Path]:
+    for pattern in _OWN_FILES:
+        yield from folder.glob(pattern)
+
+
+def _move_files(source: Path, target: Path) -> None:
+    for path in _own_files(target):
+        path.unlink()
+    for path in reversed(list(_own_files(source))):
+        os.replace(path, target / path.name)
+    source.rmdir()
+
+
+def _load_tokenizer(model: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise PeagleError(
+            f"The tokenizer of --model {model} can't be loaded: {error} Check the name or the folder, and the network."
+        ) from error
+
+
+def _file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise PeagleError(f"{path} can't be read: {error.strerror}. Name an existing .jsonl or .json file.") from error
+    return digest.hexdigest()
