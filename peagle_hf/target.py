@@ -1,0 +1,357 @@
+"""What is needed of the verifier: its configuration, final norm, head, embeddings, and the draft vocabulary.
+
+Shape letters: H hidden size, V verifier vocabulary, Vd draft vocabulary.
+"""
+
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from .errors import PeagleError
+
+FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm")
+WRAPPERS = {"model", "language_model", "text_model"}
+"""Parts of a parameter's name that a checkpoint may order otherwise, leave out or add."""
+
+
+def load_verifier_config(
+    name_or_path: str | os.PathLike[str], revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedConfig:
+    """Read the verifier's configuration, of a multimodal model the part for text.
+
+    Raises:
+        PeagleError: there is none, or it isn't a language model's.
+    """
+    config = _load_config(name_or_path, revision, trust_remote_code).get_text_config(decoder=True)
+    lacking = [name for name in ("hidden_size", "num_hidden_layers", "vocab_size") if not hasattr(config, name)]
+    if lacking:
+        raise PeagleError(
+            f"The configuration of {name_or_path} (model type {config.model_type}) has no {', '.join(lacking)}: it "
+            "isn't a decoder-only language model's. Name the chat model that the drafter is to speed up."
+        )
+    return config
+
+
+def default_aux_layer_ids(num_layers: int) -> list[int]:
+    """Choose the residual streams that the drafter reads, by number of layers passed (0 = embeddings).
+
+    [2, n // 2, n - 3] as speculators and vLLM do. A verifier of fewer than 7 layers gets distinct ids all the same:
+    [1, (n + 1) // 2, n - 1] from 4 layers on, else the last three of 0 .. n (two of them if there is only one layer).
+    """
+    if num_layers >= 7:
+        return [2, num_layers // 2, num_layers - 3]
+    if num_layers >= 4:
+        return [1, (num_layers + 1) // 2, num_layers - 1]
+    return list(range(num_layers + 1))[-3:]
+
+
+def load_verifier(
+    name_or_path: str | os.PathLike[str],
+    dtype: torch.dtype,
+    device: str | torch.device,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load the whole verifier, in evaluation mode.
+
+    Raises:
+        PeagleError: it can't be read, or has no safetensors.
+    """
+    config = _load_config(name_or_path, revision, trust_remote_code)
+    with _readable(name_or_path):
+        return _auto_class(config).from_pretrained(
+            name_or_path,
+            dtype=dtype,
+            device_map=device,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+        )
+
+
+def decoder_parts(model: PreTrainedModel) -> tuple[nn.ModuleList, nn.Module]:
+    """Find the decoder's layers and its final norm: `layers` and one of `FINAL_NORMS` of `model.get_decoder()`.
+
+    The input of layer l is the residual stream after l layers, that of the final norm the one after all layers.
+
+    Raises:
+        PeagleError: the architecture names them otherwise.
+    """
+    decoder = model.get_decoder()
+    layers = getattr(decoder, "layers", None)
+    norms = [getattr(decoder, name) for name in FINAL_NORMS if isinstance(getattr(decoder, name, None), nn.Module)]
+    if not isinstance(layers, nn.ModuleList) or not norms:
+        raise PeagleError(
+            f"{type(model).__name__} is not supported as a verifier: its decoder {type(decoder).__name__} has no "
+            f"`layers` or no final norm ({', '.join(FINAL_NORMS)}). Teach peagle_hf.target.decoder_parts its names."
+        )
+    return layers, norms[0]
+
+
+class VerifierHead(nn.Module):
+    """The verifier's final norm and LM head, frozen: what turns its last residual stream into logits.
+
+    Everything is a non-persistent buffer, so that nothing of it enters a state dict.
+
+    Args:
+        norm: the verifier's own final norm module.
+        weight: [V, H].
+        bias: [V].
+        softcap: logits become softcap * tanh(logits / softcap).
+        scale: what the logits are multiplied by.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        norm: nn.Module,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        softcap: float | None = None,
+        scale: float = 1.0,
+    ):
+        super().__init__()
+        for name, parameter in list(norm.named_parameters(recurse=False)):
+            delattr(norm, name)
+            norm.register_buffer(name, parameter.detach(), persistent=False)
+        self.norm = norm
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+        self.softcap, self.scale = softcap, scale
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        dtype: torch.dtype | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> "VerifierHead":
+        """Read the norm and the head, and no other weight, of a local or hub verifier.
+
+        Args:
+            dtype: of the weights; None keeps the checkpoint's.
+
+        Raises:
+            PeagleError: the verifier can't be read, has no safetensors, or its norm or head isn't found in them.
+        """
+        model = _skeleton(name_or_path, revision, trust_remote_code)
+        weights = _Weights(name_or_path, revision, model, dtype)
+        config = model.config.get_text_config(decoder=True)
+        _, norm = decoder_parts(model)
+        for name, _ in list(norm.named_parameters(recurse=False)):
+            setattr(norm, name, nn.Parameter(weights.read(norm, name), requires_grad=False))
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        tied = head.weight is embedding.weight and not weights.has(head, "weight")
+        return cls(
+            norm,
+            weights.read(embedding if tied else head, "weight"),
+            None if head.bias is None else weights.read(head, "bias"),
+            getattr(config, "final_logit_softcapping", None),
+            _logit_scale(config),
+        )
+
+    def restrict(self, token_ids: Tensor) -> "VerifierHead":
+        """The same head for some tokens only, int64 [Vd]; its norm is shared with this one."""
+        bias = None if self.bias is None else self.bias[token_ids]
+        return VerifierHead(self.norm, self.weight[token_ids], bias, self.softcap, self.scale)
+
+    def normalize(self, hidden: Tensor) -> Tensor:
+        """Apply the final norm to the last residual stream [..., H], in the head's dtype."""
+        return self.norm(hidden.to(self.weight.dtype))
+
+    def logits(self, normed: Tensor) -> Tensor:
+        """Logits [..., V] of normed states [..., H], as the verifier itself gives them."""
+        logits = F.linear(normed, self.weight, self.bias)
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+
+def load_embedding(
+    name_or_path: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Tensor:
+    """Read the verifier's token embeddings [V, H], and no other weight; None as dtype keeps the checkpoint's.
+
+    Raises:
+        PeagleError: as `VerifierHead.from_pretrained`.
+    """
+    model = _skeleton(name_or_path, revision, trust_remote_code)
+    return _Weights(name_or_path, revision, model, dtype).read(model.get_input_embeddings(), "weight")
+
+
+def load_token_freq(path: str | os.PathLike[str]) -> Tensor | dict[int, int]:
+    """Read `token_freq.pt`: how often each token id is learnt, a tensor indexed by id or a dict.
+
+    Raises:
+        PeagleError: there is no such file, or it holds something else.
+    """
+    try:
+        token_freq = torch.load(path, weights_only=True) if zipfile.is_zipfile(path) else None
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise PeagleError(f"The token counts {path} can't be read: {error} Run peagle-hf prepare again.") from error
+    if not isinstance(token_freq, Tensor | dict):
+        raise PeagleError(f"{path} is no file of token counts. Make it with peagle-hf prepare.")
+    return token_freq
+
+
+def draft_vocabulary(token_freq: Tensor | Mapping[int, int], size: int, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Choose the `size` most frequent tokens, the lower id first among equals, and map them.
+
+    Where fewer tokens were seen, the lowest unused ids fill up.
+
+    Returns:
+        d2t int64 [Vd], the verifier's id of draft token i minus i, ids ascending; t2d bool [V], the drafted ids.
+
+    Raises:
+        PeagleError: `size` is not in 1 .. `vocab_size`, or a counted id is outside the vocabulary.
+    """
+    if not 1 <= size <= vocab_size:
+        raise PeagleError(
+            f"draft_vocab_size is {size}, but the verifier's vocabulary has {vocab_size} tokens. "
+            f"Choose a size in 1 .. {vocab_size}, or leave it out to draft the whole vocabulary."
+        )
+    pairs = enumerate(token_freq.tolist()) if isinstance(token_freq, Tensor) else token_freq.items()
+    seen = {token_id: count for token_id, count in pairs if count}
+    outside = [token_id for token_id in seen if not 0 <= token_id < vocab_size]
+    if outside:
+        raise PeagleError(
+            f"The token counts name token id {outside[0]}, but the verifier's vocabulary has {vocab_size} tokens: they "
+            "belong to another tokenizer. Run peagle-hf prepare with this verifier."
+        )
+    counts = torch.zeros(vocab_size, dtype=torch.int64)
+    counts[list(seen)] = torch.tensor(list(seen.values()), dtype=torch.int64)
+    token_ids = counts.argsort(descending=True, stable=True)[:size].sort().values
+    t2d = torch.zeros(vocab_size, dtype=torch.bool)
+    t2d[token_ids] = True
+    return token_ids - torch.arange(size), t2d
+
+
+def _logit_scale(config: PreTrainedConfig) -> float:
+    """What the architecture multiplies its logits by; Granite divides by a field that others multiply by."""
+    if config.model_type.startswith("granite"):
+        return 1.0 / getattr(config, "logits_scaling", 1.0)
+    fields = ("logit_scale", "logits_scaling", "lm_head_multiplier")
+    return next((getattr(config, name) for name in fields if getattr(config, name, None) is not None), 1.0)
+
+
+def _load_config(
+    name_or_path: str | os.PathLike[str], revision: str | None, trust_remote_code: bool
+) -> PreTrainedConfig:
+    with _readable(name_or_path):
+        return AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def _auto_class(config: PreTrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
+    multimodal = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if multimodal and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
+def _skeleton(name_or_path: str | os.PathLike[str], revision: str | None, trust_remote_code: bool) -> PreTrainedModel:
+    """The verifier without its weights (on the meta device): module names, norm class, tied or not."""
+    config = _load_config(name_or_path, revision, trust_remote_code)
+    with _readable(name_or_path), torch.device("meta"):
+        return _auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+
+
+class _Weights:
+    """The safetensors of a local or hub model, read one tensor at a time."""
+
+    def __init__(
+        self,
+        name_or_path: str | os.PathLike[str],
+        revision: str | None,
+        model: PreTrainedModel,
+        dtype: torch.dtype | None,
+    ):
+        self.name_or_path, self.revision, self.dtype = name_or_path, revision, dtype
+        self.module_names = {module: name for name, module in model.named_modules()}
+        self.file_of_key = self._keys()
+
+    def _keys(self) -> dict[str, str]:
+        """The file that holds each tensor, by the tensor's key."""
+        with _readable(self.name_or_path):
+            try:
+                file = self._path(SAFE_WEIGHTS_NAME)
+            except OSError:
+                with open(self._path(SAFE_WEIGHTS_INDEX_NAME), encoding="utf-8") as index:
+                    return json.load(index)["weight_map"]
+            with safe_open(file, framework="pt") as tensors:
+                return dict.fromkeys(tensors.keys(), SAFE_WEIGHTS_NAME)
+
+    def _path(self, file: str) -> str:
+        return str(cached_file(self.name_or_path, file, revision=self.revision))
+
+    def has(self, module: nn.Module, parameter: str) -> bool:
+        return self._key(f"{self.module_names[module]}.{parameter}") is not None
+
+    def read(self, module: nn.Module, parameter: str) -> Tensor:
+        """Read a module's parameter from the checkpoint; the module itself stays as it is."""
+        name = f"{self.module_names[module]}.{parameter}"
+        shape = tuple(module.get_parameter(parameter).shape)
+        key = self._key(name)
+        if key is None:
+            raise PeagleError(
+                f"The safetensors of {self.name_or_path} have no tensor that is clearly {name}. "
+                "Save the verifier again with transformers' save_pretrained."
+            )
+        with _readable(self.name_or_path), safe_open(self._path(self.file_of_key[key]), framework="pt") as tensors:
+            tensor = tensors.get_tensor(key)
+        if tuple(tensor.shape) != shape:
+            raise PeagleError(
+                f"{key} of {self.name_or_path} has the shape {tuple(tensor.shape)}, but by its config.json it should "
+                f"have {shape}. Put the configuration and the weights of one model together."
+            )
+        return tensor.to(self.dtype)
+
+    def _key(self, name: str) -> str | None:
+        """The checkpoint's key of a parameter: its name, or the one key that differs least and only in `WRAPPERS`.
+
+        So "language_model.model.norm.weight" in the file is "model.language_model.norm.weight" in the module.
+        """
+        if name in self.file_of_key:
+            return name
+        parts = name.split(".")
+        same_end = [key.split(".") for key in self.file_of_key if key.split(".")[-2:] == parts[-2:]]
+        differences = {".".join(other): set(other) ^ set(parts) for other in same_end}
+        sizes = {key: len(difference) for key, difference in differences.items() if difference <= WRAPPERS}
+        nearest = [key for key, size in sizes.items() if size == min(sizes.values())]
+        return nearest[0] if len(nearest) == 1 else None
+
+
+@contextmanager
+def _readable(name_or_path: str | os.PathLike[str]) -> Iterator[None]:
+    try:
+        yield
+    except PeagleError:
+        raise
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise PeagleError(
+            f"The verifier {name_or_path} can't be read: {error} Name a folder that holds config.json and safetensors, "
+            "or a model of the hub that this machine can reach or has in its cache."
+        ) from error

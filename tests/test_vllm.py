@@ -1,0 +1,136 @@
+"""Real vLLM: the alignment of training and serving, and a checkpoint served where peagle_hf was never imported."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import write_cache
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+
+from peagle_hf import EvaluateArguments, PeagleTrainingArguments, evaluate, train
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+NUM_DEPTHS, NEW_TOKENS, COPIES = 3, 60, 50
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def verifier(tmp_path_factory, tiny_verifier) -> Path:
+    """A random Llama with heads of a size that vLLM has kernels for."""
+    folder = tmp_path_factory.mktemp("served")
+    set_seed(1)
+    config = LlamaConfig(
+        vocab_size=96,
+        hidden_size=128,
+        intermediate_size=192,
+        num_hidden_layers=7,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.3,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_verifier)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def overfitted(tmp_path_factory, verifier) -> tuple[Path, Path]:
+    """A drafter trained on what the verifier itself writes after four prompts, and those prompts."""
+    folder = tmp_path_factory.mktemp("overfit")
+    model = LlamaForCausalLM.from_pretrained(verifier).eval()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(verifier)
+    prompts = [" ".join(f"w{(7 * number + 3 * step) % 90}" for step in range(6 + number)) for number in range(4)]
+    rows = []
+    for prompt in prompts:
+        ids = tokenizer(f"{prompt} ", return_tensors="pt").input_ids
+        rows.append(
+            (ids.shape[1], model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=3)[0].tolist())
+        )
+    rows *= COPIES
+    data = Dataset.from_dict(
+        {
+            "input_ids": [tokens for _, tokens in rows],
+            "loss_mask": [[int(index >= start) for index in range(len(tokens))] for start, tokens in rows],
+            "seq_len": [len(tokens) for _, tokens in rows],
+            "conversation_id": list(range(len(rows))),
+        }
+    )
+    data.save_to_disk(str(folder))
+    write_cache(folder, verifier)
+    (folder / "prompts.jsonl").write_text(
+        "".join(
+            json.dumps({"question_id": number, "category": "overfit", "turns": [prompt]}) + "\n"
+            for number, prompt in enumerate(prompts)
+        )
+    )
+    train(
+        PeagleTrainingArguments(
+            verifier_name_or_path=str(verifier),
+            data_path=str(folder),
+            output_dir=str(folder / "checkpoints"),
+            num_layers=2,
+            num_depths=NUM_DEPTHS,
+            down_sample_ratio=1.0,
+            total_seq_len=256,
+            num_train_epochs=3,
+            learning_rate=2e-3,
+            train_data_ratio=1,
+            export_dtype="float32",
+            use_cpu=True,
+            bf16=False,
+            disable_tqdm=True,
+            logging_steps=50,
+        )
+    )
+    return folder / "checkpoints" / "checkpoint_best", folder / "prompts.jsonl"
+
+
+def test_vllm_accepts_what_an_overfitted_drafter_proposes(overfitted, tmp_path):
+    drafter, prompts = overfitted
+    result = evaluate(
+        EvaluateArguments(model=str(drafter), prompts=str(prompts), max_tokens=NEW_TOKENS, output=str(tmp_path))
+    )
+    assert result["text_identical"] is True
+    assert result["num_prompts"] == 4
+    assert result["acceptance_rate"] >= 0.95
+    assert result["acceptance_length"] == pytest.approx(1 + sum(result["per_position_acceptance"]))
+
+
+def test_the_folder_serves_by_itself_where_peagle_hf_was_never_imported(overfitted, tmp_path):
+    """`vllm serve FOLDER` finds the verifier in the drafter's config.json; so does LLM(model=FOLDER)."""
+    drafter, _ = overfitted
+    script = tmp_path / "serve.py"
+    script.write_text(
+        """
+import sys
+from vllm import LLM, SamplingParams
+
+if __name__ == "__main__":
+    llm = LLM(model=sys.argv[1], dtype="float32", max_model_len=128, enforce_eager=True, disable_log_stats=False)
+    llm.generate([{"prompt_token_ids": [10, 11, 12]}], SamplingParams(temperature=0, max_tokens=12))
+    assert "peagle_hf" not in sys.modules
+    drafts = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
+    assert drafts["vllm:spec_decode_num_draft_tokens"] > 0
+"""
+    )
+    environment = os.environ | {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_TARGET_DEVICE": "cpu",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, str(script), str(drafter)], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
