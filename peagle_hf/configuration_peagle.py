@@ -4,7 +4,7 @@ import logging
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from .errors import PeagleError
 from .target import default_aux_layer_ids, load_verifier_config
@@ -46,7 +46,6 @@ class PeagleConfig(PreTrainedConfig):
     """
 
     model_type = "speculators"
-    sub_configs = {"transformer_layer_config": AutoConfig}
     has_no_defaults_at_init = True
 
     speculators_model_type: str = "peagle"

@@ -193,6 +193,10 @@ class PeagleForSpeculation(PreTrainedModel):
                 init.zeros_(module.d2t)
                 init.copy_(module.t2d, ids < module.config.draft_vocab_size)
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True
+
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embed_tokens
 

@@ -180,6 +180,8 @@ def build_drafter(args: PeagleTrainingArguments) -> PeagleForSpeculation:
         if drafter.d2t is not None:
             frequencies = load_token_freq(args.token_freq_path or Path(args.data_path) / "token_freq.pt")
             drafter.set_draft_vocabulary(*draft_vocabulary(frequencies, config.draft_vocab_size, config.vocab_size))
+    if args.device.type == "cuda":
+        drafter.set_attn_implementation("flex_attention")
     if manifest is not None:
         target = load_verifier_config(args.verifier_name_or_path, args.verifier_revision, args.trust_remote_code)
         manifest.check(

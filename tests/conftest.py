@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
@@ -43,6 +42,8 @@ def tiny_verifier(tmp_path_factory) -> Path:
 
 def write_prepared(folder: Path, lengths: list[int], conversations: list[int] | None = None, seed: int = 0) -> Path:
     """A prepared dataset of random tokens: the first third of a row is the prompt, the rest the reply."""
+    from datasets import Dataset
+
     generator = torch.Generator().manual_seed(seed)
     rows = [torch.randint(4, VOCAB - 2, (length,), generator=generator).tolist() for length in lengths]
     data = Dataset.from_dict(
