@@ -42,6 +42,7 @@ _MODULE_OF = {
 
 __all__ = ["PeagleConfig", "PeagleForSpeculation", *_MODULE_OF]
 
+
 if TYPE_CHECKING:
     from .callbacks import VllmExportCallback
     from .cli import parse_arguments

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,7 +69,7 @@ def block_attention(query: RowTags, key: RowTags, window: int | None) -> Attend:
     )
 
     def attend(query_states: Tensor, key_states: Tensor, value_states: Tensor) -> Tensor:
-        attention = _compiled_flex_attention() if query_states.is_cuda else flex_attention
+        attention: Any = _compiled_flex_attention() if query_states.is_cuda else flex_attention
         return attention(
             query_states,
             key_states,

@@ -28,10 +28,11 @@ class VllmExportCallback(TrainerCallback):
     """At each epoch's end, write `output_dir/<epoch>/` from the Trainer's checkpoint and keep `checkpoint_best`.
 
     An epoch folder holds `config.json` and `model.safetensors` as vLLM serves them, `optimizer_state_dict.pt`,
-    `scheduler_state_dict.pt`, and in `trainer_state/` the Trainer's whole checkpoint (full-precision weights, optimizer,
-    scheduler, RNG, Trainer state), from which training resumes exactly. Files are hard-linked where the disk allows.
-    `checkpoint_best` is a relative link to the folder with the best `metric_for_best_model`, or to the last one where
-    nothing is validated. `save_total_limit` counts epoch folders too; the best and the last are never removed.
+    `scheduler_state_dict.pt`, and in `trainer_state/` the Trainer's whole checkpoint (full-precision weights,
+    optimizer, scheduler, RNG, Trainer state), from which training resumes exactly. Files are hard-linked where the
+    disk allows. `checkpoint_best` is a relative link to the folder with the best `metric_for_best_model`, or to the
+    last one where nothing is validated. `save_total_limit` counts epoch folders too; the best and the last are never
+    removed.
 
     Args:
         dtype: of the exported weights: "bfloat16", "float16" or "float32".
@@ -45,13 +46,13 @@ class VllmExportCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Make the folders that an interrupted run had no time for."""
-        if not state.is_world_process_zero:
+        if not state.is_world_process_zero or state.global_step == 0:
             return
-        for checkpoint in _trainer_checkpoints(args.output_dir):
+        for checkpoint in _trainer_checkpoints(_run_folder(args)):
             saved = _trainer_state(checkpoint)
             ended = math.isclose(saved["epoch"], round(saved["epoch"])) or saved["global_step"] == saved["max_steps"]
-            if ended and not (Path(args.output_dir) / str(_epoch_number(saved["epoch"]))).exists():
-                self._export(checkpoint, args.output_dir)
+            if ended and not (checkpoint.parent / str(_epoch_number(saved["epoch"]))).exists():
+                self._export(checkpoint)
         self._update(args, state)
 
     def on_epoch_end(
@@ -62,18 +63,18 @@ class VllmExportCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         if self._epoch_ended and state.is_world_process_zero:
-            self._export(Path(args.output_dir) / f"checkpoint-{state.global_step}", args.output_dir)
+            self._export(_run_folder(args) / f"checkpoint-{state.global_step}")
             self._update(args, state)
         self._epoch_ended = False
 
-    def _export(self, checkpoint: Path, output_dir: str) -> None:
-        folder = Path(output_dir) / str(_epoch_number(_trainer_state(checkpoint)["epoch"]))
+    def _export(self, checkpoint: Path) -> None:
+        folder = checkpoint.parent / str(_epoch_number(_trainer_state(checkpoint)["epoch"]))
         export_checkpoint(checkpoint, folder, self.dtype)
         logger.info("Wrote %s.", folder)
 
     def _update(self, args: TrainingArguments, state: TrainerState) -> None:
         """Point `checkpoint_best` at the best epoch folder and remove those over the limit."""
-        folders = epoch_folders(args.output_dir)
+        folders = epoch_folders(_run_folder(args))
         if not folders:
             return
         step_of = {folder: _trainer_state(folder / TRAINER_STATE)["global_step"] for folder in folders}
@@ -82,8 +83,7 @@ class VllmExportCallback(TrainerCallback):
         scored = [folder for folder in folders if step_of[folder] in score]
         choose = max if args.greater_is_better else min
         best = choose(scored, key=lambda folder: score[step_of[folder]]) if scored else folders[-1]
-        link = Path(args.output_dir) / BEST
-        with atomic_path(link) as temporary:
+        with atomic_path(_run_folder(args) / BEST) as temporary:
             os.symlink(best.name, temporary)
         if args.save_total_limit:
             removable = [folder for folder in folders if folder not in (best, folders[-1])]
@@ -126,10 +126,8 @@ def epoch_folders(output_dir: str | os.PathLike[str]) -> list[Path]:
     return sorted(folders, key=lambda path: int(path.name))
 
 
-def checkpoints_by_step(output_dir: str | os.PathLike[str] | None) -> list[Path]:
+def checkpoints_by_step(output_dir: str | os.PathLike[str]) -> list[Path]:
     """All complete checkpoints of a run, `checkpoint-N` and epoch folders, by step; a half-written one is left out."""
-    if output_dir is None:
-        return []
     folders = [*epoch_folders(output_dir), *_trainer_checkpoints(output_dir)]
     return sorted(folders, key=lambda path: _trainer_state(resumable_folder(path))["global_step"])
 
@@ -150,13 +148,17 @@ def resumable_folder(checkpoint: str | os.PathLike[str]) -> Path:
     )
 
 
-def remove_checkpoints(output_dir: str | os.PathLike[str] | None) -> None:
+def remove_checkpoints(output_dir: str | os.PathLike[str]) -> None:
     """Remove every checkpoint of an earlier run: `checkpoint-N`, epoch folders, `checkpoint_best`."""
-    for folder in Path(output_dir or ".").glob("*"):
+    for folder in Path(output_dir).glob("*"):
         if re.fullmatch(r"checkpoint-\d+", folder.name) or folder in epoch_folders(folder.parent):
             shutil.rmtree(folder)
         elif folder.name == BEST and folder.is_symlink():
             folder.unlink()
+
+
+def _run_folder(args: TrainingArguments) -> Path:
+    return Path(args.output_dir or ".")
 
 
 def _trainer_checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:

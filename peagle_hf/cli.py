@@ -82,12 +82,11 @@ def parse_arguments(
     if argv and argv[0].endswith((".yaml", ".yml")):
         argv = flags(read_yaml(argv[0])) + argv[1:]
     parser = HfArgumentParser(arguments, prog=prog, allow_abbrev=False)  # type: ignore[arg-type]
-    parsed, unknown = parser.parse_args_into_dataclasses(
-        argv, look_for_args_file=False, return_remaining_strings=True
-    )
+    parsed: Any
+    parsed, unknown = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
     if unknown:
         parser.error(f"unknown arguments: {' '.join(unknown)}")
-    return parsed  # type: ignore[return-value]
+    return parsed
 
 
 @dataclass
@@ -117,7 +116,10 @@ def run(arguments: RunArguments) -> None:
     step starts.
     """
     sections = {step: section for step in STEPS if (section := getattr(arguments, step)) is not None}
-    parsed = {step: parse_arguments(COMMANDS[step].load()[1], flags(section), f"peagle-hf {step}") for step, section in sections.items()}
+    parsed: dict[str, Any] = {
+        step: parse_arguments(COMMANDS[step].load()[1], flags(section), f"peagle-hf {step}")
+        for step, section in sections.items()
+    }
     record = Path(arguments.output) / "pipeline.json"
     finished = json.loads(record.read_text()) if record.exists() else {}
     unchanged = True

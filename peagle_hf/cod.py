@@ -45,8 +45,8 @@ def sample_rows(
         >>> anchors, depths = sample_rows(learnt, 3, ratio=1.0, ratio_min=0.2, generator=torch.Generator())
         >>> list(zip(anchors.tolist(), depths.tolist()))[:5]
         [(0, 0), (1, 0), (2, 0), (3, 0), (4, 0)]
-        >>> set(zip(anchors.tolist()[5:], depths.tolist()[5:])) <= {(0, 1), (1, 1), (2, 1), (3, 1), (0, 2), (1, 2), (2, 2)}
-        True
+        >>> list(zip(anchors.tolist(), depths.tolist()))[5:]
+        [(1, 1), (1, 2), (2, 1), (2, 2), (3, 1)]
     """
     length = learnt_T.numel()
     seeds = learnt_T.nonzero().flatten()

@@ -1,7 +1,7 @@
 """`PeagleConfig`: what a drafter checkpoint's `config.json` says, and nothing else."""
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Optional, TypeVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
@@ -15,6 +15,12 @@ DRAFT_MODEL_TYPES = ("llama", "qwen3")
 SPECULATORS_VERSION = "0.9.0"
 VLLM_AUX_HIDDEN_STATES = 3
 """How many verifier states vLLM expects unless `num_aux_hidden_states` in the layer configuration says otherwise."""
+T = TypeVar("T")
+UNSET: Any = None
+if TYPE_CHECKING:
+    Filled = Annotated[T, "may be left out, and is never None once the configuration is made"]
+else:
+    Filled = Optional
 REQUIRED = ("transformer_layer_config", "speculators_config", "mask_token_id", "eagle_aux_hidden_state_layer_ids")
 
 
@@ -50,18 +56,18 @@ class PeagleConfig(PreTrainedConfig):
 
     speculators_model_type: str = "peagle"
     speculators_version: str = SPECULATORS_VERSION
-    speculators_config: dict[str, Any] | None = None
-    transformer_layer_config: dict[str, Any] | PreTrainedConfig | None = None
-    draft_vocab_size: int | None = None
-    mask_token_id: int | None = None
-    eagle_aux_hidden_state_layer_ids: list[int] | None = None
+    speculators_config: Filled[dict[str, Any]] = UNSET
+    transformer_layer_config: Any = None
+    draft_vocab_size: Filled[int] = UNSET
+    mask_token_id: Filled[int] = UNSET
+    eagle_aux_hidden_state_layer_ids: Filled[list[int]] = UNSET
     norm_before_residual: bool = True
     norm_before_fc: bool = False
     embed_requires_grad: bool = True
     fc_norm: bool = False
     norm_output: bool = False
     target_hidden_size: int | None = None
-    num_depths: int | None = None
+    num_depths: Filled[int] = UNSET
     down_sample_ratio: float = 0.7
     down_sample_ratio_min: float = 0.2
     max_anchors: int | None = None
@@ -137,7 +143,8 @@ class PeagleConfig(PreTrainedConfig):
             logger.info("Mask token: %d, %s.", mask_token_id, reason)
         model_type = draft_arch or (target.model_type if target.model_type in DRAFT_MODEL_TYPES else "llama")
         _check_draft_model_type(model_type)
-        layer_config = CONFIG_MAPPING[model_type](
+        layer_class: Any = CONFIG_MAPPING[model_type]
+        layer_config = layer_class(
             vocab_size=target.vocab_size,
             hidden_size=target.hidden_size,
             intermediate_size=target.intermediate_size,
@@ -156,7 +163,7 @@ class PeagleConfig(PreTrainedConfig):
         return cls(
             transformer_layer_config=layer_config,
             speculators_config={"verifier": {"name_or_path": verifier, "architectures": target.architectures or []}},
-            draft_vocab_size=draft_vocab_size,
+            draft_vocab_size=draft_vocab_size or target.vocab_size,
             mask_token_id=mask_token_id,
             eagle_aux_hidden_state_layer_ids=layer_ids,
             norm_before_residual=norm_before_residual,
@@ -196,7 +203,9 @@ class PeagleConfig(PreTrainedConfig):
         }
         wrong = [problem for problem, present in problems.items() if present]
         if wrong:
-            raise PeagleError(f"The drafter's configuration can't be used: {'; '.join(wrong)}. Correct it and try again.")
+            raise PeagleError(
+                f"The drafter's configuration can't be used: {'; '.join(wrong)}. Correct it and try again."
+            )
 
     @property
     def hidden_size(self) -> int:

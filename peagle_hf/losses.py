@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-CHUNK_ELEMENTS = 1 << 24
+CHUNK_ELEMENTS = 1 << 22
 """At most so many logits (rows x vocabulary) are alive at once, times a small constant."""
 
 
@@ -42,7 +42,7 @@ def chunks(target_N: Tensor, num_targets: int, vocab_size: int) -> Iterator[tupl
     """Cut the target positions so that a chunk's rows x vocabulary stays near `CHUNK_ELEMENTS`: (targets, rows)."""
     rows = target_N.numel()
     targets_a_chunk = max(1, int(num_targets * CHUNK_ELEMENTS / max(1, rows * vocab_size)))
-    bounds = list(range(0, num_targets, targets_a_chunk)) + [num_targets]
+    bounds = [*range(0, num_targets, targets_a_chunk), num_targets]
     row_bounds = torch.searchsorted(target_N, torch.tensor(bounds, device=target_N.device)).tolist()
     for index in range(len(bounds) - 1):
         yield slice(bounds[index], bounds[index + 1]), slice(row_bounds[index], row_bounds[index + 1])
@@ -50,7 +50,9 @@ def chunks(target_N: Tensor, num_targets: int, vocab_size: int) -> Iterator[tupl
 
 class _KlDivergence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student_NH, head_VH, teacher_UH, teacher_logits, target_N):  # type: ignore[no-untyped-def]
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, student_NH, head_VH, teacher_UH, teacher_logits, target_N
+    ):
         student_needed, head_needed = ctx.needs_input_grad[:2]
         loss = student_NH.new_zeros((), dtype=torch.float32)
         student_top_N = torch.empty_like(target_N)

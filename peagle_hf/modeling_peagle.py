@@ -83,11 +83,9 @@ class PeagleAttention(nn.Module):
         self.k_proj = nn.Linear(input_size, key_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(input_size, key_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
-        if config.model_type == "qwen3":
-            self.q_norm = LlamaRMSNorm(self.head_dim, config.rms_norm_eps)
-            self.k_norm = LlamaRMSNorm(self.head_dim, config.rms_norm_eps)
-        else:
-            self.q_norm = self.k_norm = nn.Identity()
+        has_norms = config.model_type == "qwen3"
+        self.q_norm = LlamaRMSNorm(self.head_dim, config.rms_norm_eps) if has_norms else nn.Identity()
+        self.k_norm = LlamaRMSNorm(self.head_dim, config.rms_norm_eps) if has_norms else nn.Identity()
 
     def forward(self, states: Tensor, rows: Rows, rotary: tuple[Tensor, Tensor]) -> Tensor:
         if self.is_first:
@@ -160,9 +158,14 @@ class PeagleForSpeculation(PreTrainedModel):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True
-    _no_split_modules = ["PeagleLayer"]
+    _no_split_modules = ["PeagleLayer"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flex_attn = True
+
+    d2t: Tensor | None
+    t2d: Tensor | None
+    verifier_head: VerifierHead | None
+    draft_head: VerifierHead | None
 
     def __init__(self, config: PeagleConfig):
         super().__init__(config)
@@ -188,7 +191,7 @@ class PeagleForSpeculation(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, PeagleForSpeculation):
             init.normal_(module.mask_hidden)
-            if module.d2t is not None:
+            if module.d2t is not None and module.t2d is not None:
                 ids = torch.arange(module.config.vocab_size, device=module.d2t.device)
                 init.zeros_(module.d2t)
                 init.copy_(module.t2d, ids < module.config.draft_vocab_size)
@@ -210,7 +213,8 @@ class PeagleForSpeculation(PreTrainedModel):
 
     def set_draft_vocabulary(self, d2t: Tensor, t2d: Tensor) -> None:
         """Set the vocabulary maps, d2t int64 [Vd] and t2d bool [V] (see `target.draft_vocabulary`)."""
-        if self.d2t is None or d2t.shape != self.d2t.shape or t2d.shape != self.t2d.shape:
+        sizes = (self.config.draft_vocab_size, self.config.vocab_size)
+        if self.d2t is None or self.t2d is None or (d2t.numel(), t2d.numel()) != sizes:
             raise PeagleError(
                 f"Maps for {d2t.numel()} draft tokens of {t2d.numel()} don't fit this drafter, which has "
                 f"draft_vocab_size {self.config.draft_vocab_size} of {self.config.vocab_size}."
@@ -232,12 +236,11 @@ class PeagleForSpeculation(PreTrainedModel):
             initialize: also start the drafter's token embeddings and head from the verifier's.
             dtype: of the verifier's head; default: as saved.
         """
-        where = {"revision": revision, "trust_remote_code": trust_remote_code}
-        head = VerifierHead.from_pretrained(name_or_path, dtype=dtype, **where)
+        head = VerifierHead.from_pretrained(name_or_path, dtype, revision, trust_remote_code)
         self.attach_verifier(head)
         if initialize:
             with torch.no_grad():
-                self.embed_tokens.weight.copy_(load_embedding(name_or_path, **where))
+                self.embed_tokens.weight.copy_(load_embedding(name_or_path, None, revision, trust_remote_code))
                 token_ids = self.draft_token_ids
                 self.lm_head.weight.copy_(head.weight if token_ids is None else head.weight[token_ids])
 
@@ -257,7 +260,8 @@ class PeagleForSpeculation(PreTrainedModel):
         self.lm_head.weight.requires_grad_(False)
         # Set around nn.Module, so that the head is no part of the state dict, of DDP's buffers or of FSDP's shards.
         self.__dict__["verifier_head"] = head
-        self.__dict__["draft_head"] = head if self.d2t is None else head.restrict(self.draft_token_ids)
+        token_ids = self.draft_token_ids
+        self.__dict__["draft_head"] = head if token_ids is None else head.restrict(token_ids)
 
     def forward(
         self,
@@ -295,7 +299,7 @@ class PeagleForSpeculation(PreTrainedModel):
         rows = Rows(
             keys=(anchor, depth, document_ids[0][anchor]),
             num_positions=num_positions,
-            query_index=None if labels is None else learnt_rows[0],
+            query_index=None if learnt_rows is None else learnt_rows[0],
             attention=self.config._attn_implementation,
         )
         mask_token = input_ids.new_full((1, 1), self.config.mask_token_id)
@@ -310,7 +314,10 @@ class PeagleForSpeculation(PreTrainedModel):
         if labels is None:
             return PeagleOutput(logits=self.lm_head(states))
 
-        if self.verifier_head is None:
+        assert learnt_rows is not None
+        assert target_states is not None
+        assert target_index is not None
+        if self.verifier_head is None or self.draft_head is None:
             raise PeagleError("The loss needs the verifier's head: call load_verifier(name_or_path) before training.")
         verifier, draft_head = self.verifier_head.to(device), self.draft_head.to(device)
         with torch.no_grad():
@@ -318,17 +325,16 @@ class PeagleForSpeculation(PreTrainedModel):
         loss, student_N, teacher_U = kl_divergence(
             states[0], self.lm_head.weight, teacher, draft_head.logits, target_index[0]
         )
-        if self.d2t is not None and not self.training:
-            student_N, teacher_U = self.draft_token_ids[student_N], self._greedy_tokens(teacher)
+        token_ids = self.draft_token_ids
+        if token_ids is not None and not self.training:
+            # Over the whole vocabulary: a token that the drafter doesn't have is one that it can't match.
+            chunks = teacher.split(max(1, CHUNK_ELEMENTS // self.config.vocab_size))
+            with torch.no_grad():
+                teacher_U = torch.cat([verifier.logits(chunk).argmax(-1) for chunk in chunks])
+            student_N = token_ids[student_N]
         learnt_R = labels[0] != -100
         correct_R = torch.zeros_like(learnt_R)
         correct_R[learnt_rows[0]] = student_N == teacher_U[target_index[0]]
         counters = count_by_depth(correct_R, learnt_R, anchor, depth, self.config.num_depths)
         divisor = max(student_N.numel(), 1) if num_items_in_batch is None else num_items_in_batch
         return PeagleOutput(loss=loss / divisor, counters=counters)
-
-    @torch.no_grad()
-    def _greedy_tokens(self, teacher_UH: Tensor) -> Tensor:
-        """The verifier's argmax over its whole vocabulary: a token outside the draft vocabulary can't be matched."""
-        rows = max(1, CHUNK_ELEMENTS // self.config.vocab_size)
-        return torch.cat([self.verifier_head.logits(chunk).argmax(-1) for chunk in teacher_UH.split(rows)])

@@ -115,7 +115,7 @@ def _check_config(path: Path) -> PeagleConfig:
             not (speculators_config.get("verifier") or {}).get("name_or_path")
         ),
         f"transformer_layer_config.num_aux_hidden_states must be {len(layer_ids)}, the number of auxiliary layers": (
-            layer_config.get("num_aux_hidden_states", VLLM_AUX_HIDDEN_STATES) != len(layer_ids)
+            len(layer_ids) not in (0, layer_config.get("num_aux_hidden_states", VLLM_AUX_HIDDEN_STATES))
         ),
     }
     wrong = [problem for problem, present in problems.items() if present]

@@ -1,7 +1,6 @@
 """`PeagleTrainer`: the Hugging Face Trainer over packed rows, and the functions that `peagle-hf train` is made of."""
 
 import logging
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset, Sampler
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 from .callbacks import VllmExportCallback, checkpoints_by_step, remove_checkpoints, resumable_folder
@@ -43,7 +42,7 @@ class PeagleTrainer(Trainer):
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        model_init: Callable[[], nn.Module] | None = None,
+        model_init: Callable[..., PreTrainedModel] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
     ):
@@ -71,9 +70,9 @@ class PeagleTrainer(Trainer):
         self._eval_counters = self._no_counters()
         self._eval_loss = torch.zeros(2, dtype=torch.float64, device=args.device)
 
-    def train(  # type: ignore[override]
+    def train(
         self,
-        resume_from_checkpoint: str | os.PathLike[str] | bool | None = None,
+        resume_from_checkpoint: str | bool | None = None,
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> Any:
@@ -83,10 +82,10 @@ class PeagleTrainer(Trainer):
             PeagleError: the folder can't be resumed from.
         """
         if resume_from_checkpoint is True:
-            newest = checkpoints_by_step(self.args.output_dir)
+            newest = checkpoints_by_step(self._get_output_dir(trial))
             if not newest:
                 raise PeagleError(f"{self.args.output_dir} has no checkpoint to resume from. Leave out the resuming.")
-            resume_from_checkpoint = newest[-1]
+            resume_from_checkpoint = str(newest[-1])
         if resume_from_checkpoint:
             resume_from_checkpoint = str(resumable_folder(resume_from_checkpoint))
         return super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
@@ -99,7 +98,7 @@ class PeagleTrainer(Trainer):
             self._train_counters += outputs.counters
         return (loss, outputs) if return_outputs else loss
 
-    def prediction_step(  # type: ignore[no-untyped-def,override]
+    def prediction_step(  # type: ignore[no-untyped-def]
         self, model, inputs, prediction_loss_only, ignore_keys=None
     ):
         inputs = self._prepare_inputs(inputs)
@@ -110,14 +109,21 @@ class PeagleTrainer(Trainer):
         self._eval_loss += torch.stack([outputs.loss.double() * learnt, learnt.double()])
         return outputs.loss, None, None
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
         self._eval_counters, self._eval_loss = self._no_counters(), torch.zeros_like(self._eval_loss)
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         loss, learnt = self.accelerator.reduce(self._eval_loss, reduction="sum").tolist()
         metrics = {"loss": loss / max(learnt, 1.0)}
         metrics |= summarize(self.accelerator.reduce(self._eval_counters, reduction="sum"))
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
-        return output
+        prefixed = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return output._replace(metrics={**(output.metrics or {}), **prefixed})
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -135,7 +141,9 @@ class PeagleTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # Epoch folders hard-link the files of a checkpoint, so an old one of this name is never written into.
         if self.args.should_save:
-            shutil.rmtree(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}", ignore_errors=True)
+            shutil.rmtree(
+                Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}", ignore_errors=True
+            )
         super()._save_checkpoint(model, trial)
 
 
@@ -150,7 +158,7 @@ def build_drafter(args: PeagleTrainingArguments) -> PeagleForSpeculation:
         raise PeagleError("No verifier is named. Pass --verifier-name-or-path with the model to draft for.")
     cache = args.hidden_states_path or Path(args.data_path) / "hidden_states"
     manifest = Manifest.read(cache)
-    sampling = {
+    sampling: dict[str, Any] = {
         "num_depths": args.num_depths,
         "down_sample_ratio": args.down_sample_ratio,
         "down_sample_ratio_min": args.down_sample_ratio_min,
@@ -184,9 +192,7 @@ def build_drafter(args: PeagleTrainingArguments) -> PeagleForSpeculation:
         drafter.set_attn_implementation("flex_attention")
     if manifest is not None:
         target = load_verifier_config(args.verifier_name_or_path, args.verifier_revision, args.trust_remote_code)
-        manifest.check(
-            Manifest.of(args.verifier_name_or_path, target, config.eagle_aux_hidden_state_layer_ids), cache
-        )
+        manifest.check(Manifest.of(args.verifier_name_or_path, target, config.eagle_aux_hidden_state_layer_ids), cache)
     drafter.load_verifier(
         args.verifier_name_or_path,
         initialize=not args.from_pretrained,
@@ -224,13 +230,13 @@ def train(args: PeagleTrainingArguments) -> PeagleTrainer:
     return trainer
 
 
-def checkpoint_to_resume(args: PeagleTrainingArguments) -> Path | None:
+def checkpoint_to_resume(args: PeagleTrainingArguments) -> str | None:
     """The checkpoint that a run with these arguments goes on from: the named one, else the newest, else none.
 
     With `resume` off, the checkpoints in the output folder are removed.
     """
     if args.resume_from_checkpoint:
-        return resumable_folder(args.resume_from_checkpoint)
+        return str(resumable_folder(args.resume_from_checkpoint))
     if not args.resume:
         if args.should_save:
             remove_checkpoints(args.output_dir)
@@ -238,4 +244,4 @@ def checkpoint_to_resume(args: PeagleTrainingArguments) -> Path | None:
     found = checkpoints_by_step(args.output_dir)
     if found:
         logger.info("Resuming from %s; pass --no-resume to start afresh.", found[-1])
-    return found[-1] if found else None
+    return str(found[-1]) if found else None

@@ -24,7 +24,7 @@ class PeagleTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "Folder of `peagle-hf extract`. Default: hidden_states in the data path."},
     )
-    output_dir: str | None = field(
+    output_dir: str = field(
         default="./output/checkpoints",
         metadata={"help": "Where the checkpoints go.", "aliases": ["--save_path", "--save-path"]},
     )
@@ -35,7 +35,8 @@ class PeagleTrainingArguments(TrainingArguments):
     )
     num_layers: int = field(default=4, metadata={"help": "Decoder layers of the drafter."})
     draft_arch: Literal["llama", "qwen3"] | None = field(
-        default=None, metadata={"help": "Kind of those layers. Default: the verifier's where it is one of the two, else llama."}
+        default=None,
+        metadata={"help": "Kind of those layers. Default: the verifier's where it is one of the two, else llama."},
     )
     num_depths: int = field(default=8, metadata={"help": "K, the tokens proposed in one forward pass."})
     down_sample_ratio: float = field(default=0.7, metadata={"help": "r of COD sampling, in (0, 1]."})
@@ -57,11 +58,14 @@ class PeagleTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "The drafter's head covers this many most frequent tokens. Default: all."}
     )
     token_freq_path: str | None = field(
-        default=None, metadata={"help": "Token counts for the draft vocabulary. Default: token_freq.pt in the data path."}
+        default=None,
+        metadata={"help": "Token counts for the draft vocabulary. Default: token_freq.pt in the data path."},
     )
     mask_token_id: int | None = field(
         default=None,
-        metadata={"help": "Token that stands where none is known yet. Default: the tokenizer's mask, an unused id, or pad."},
+        metadata={
+            "help": "Token that stands where none is known yet. Default: the tokenizer's mask, an unused id, or pad."
+        },
     )
     target_layer_ids: list[int] | None = field(
         default=None,

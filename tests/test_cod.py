@@ -45,7 +45,7 @@ def test_sampling_invariants(learnt, num_depths, ratio, ratio_min, seed, max_anc
     seeds = min(sum(learnt), max_anchors or length)
     for anchor, depth in rows[length:]:
         assert 1 <= depth < num_depths
-        assert 0 <= anchor
+        assert anchor >= 0
         assert learnt[anchor + depth]
         assert (anchor, depth - 1) in rows
     for depth in range(1, num_depths):

@@ -41,7 +41,7 @@ def collate():
 
 
 def test_alignment_of_tokens_states_labels_and_targets(dataset, collate):
-    """Position i sees x[i+1] and g[i]; a row (a, d) predicts x[a+d+2] from y[a+d+1], learnt if both are in the reply."""
+    """Position i sees x[i+1], g[i]; row (a, d) predicts x[a+d+2] from y[a+d+1], learnt if both are in the reply."""
     item = dataset[0]
     batch = collate([item])
     offset = 0
@@ -51,7 +51,8 @@ def test_alignment_of_tokens_states_labels_and_targets(dataset, collate):
         assert torch.equal(batch["input_ids"][0, offset : offset + size], tokens[1:-1])
         assert torch.equal(batch["hidden_states"][0, offset : offset + size], document["hidden_states"][:-2])
         assert (batch["document_ids"][0, offset : offset + size] == number).all()
-        rows = zip(*(batch[name][0].tolist() for name in ("anchors", "depths", "position_ids", "labels")), strict=True)
+        columns = [batch[name][0].tolist() for name in ("anchors", "depths", "position_ids", "labels")]
+        rows = zip(*columns, strict=True)
         for row, (anchor, depth, position, label) in enumerate(rows):
             if not offset <= anchor < offset + size:
                 continue

@@ -1,4 +1,4 @@
-"""The drafter: parity with speculators 0.9.0, the checkpoint's exact contents, Auto classes, equal forms of one step."""
+"""The drafter: parity with speculators 0.9.0, a checkpoint's exact contents, Auto classes, equal forms of a step."""
 
 import json
 import subprocess
@@ -180,7 +180,11 @@ def test_checkpoint_has_exactly_the_golden_tensors_and_fields(tmp_path, model_ty
 def test_one_packed_step_equals_documents_one_by_one(model_type, num_layers, window):
     layer = {"num_hidden_layers": num_layers}
     if window:
-        layer |= {"sliding_window": window, "layer_types": ["sliding_attention"] * num_layers, "use_sliding_window": True}
+        layer |= {
+            "sliding_window": window,
+            "layer_types": ["sliding_attention"] * num_layers,
+            "use_sliding_window": True,
+        }
     config = make_config(model_type, layer)
     packed = make_drafter(config)(**make_batch(config, (17, 23)))
     rows, loss = 0, 0.0

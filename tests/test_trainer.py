@@ -61,7 +61,13 @@ def test_folders_hold_what_vllm_and_a_resume_need(train_flags):
     assert [folder.name for folder in epoch_folders(output)] == ["0", "1"]
     for number in "01":
         folder = output / number
-        wanted = {"config.json", "model.safetensors", "optimizer_state_dict.pt", "scheduler_state_dict.pt", "trainer_state"}
+        wanted = {
+            "config.json",
+            "model.safetensors",
+            "optimizer_state_dict.pt",
+            "scheduler_state_dict.pt",
+            "trainer_state",
+        }
         assert {path.name for path in folder.iterdir()} == wanted
         assert load_file(folder / "model.safetensors")["fc.weight"].dtype == torch.bfloat16
         assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
@@ -123,9 +129,10 @@ def test_resume_in_the_middle_of_an_epoch_is_bit_equal(train_flags, tmp_path):
 
 
 def test_a_folder_lost_to_an_interruption_is_made_on_resume(train_flags, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr("peagle_hf.callbacks.export_checkpoint", raise_interrupt)
-        run(train_flags)
+        with pytest.raises(KeyboardInterrupt):
+            run(train_flags)
     output = Path(train_flags["output_dir"])
     assert epoch_folders(output) == []
     run(train_flags, resume=True)

@@ -131,6 +131,11 @@ if __name__ == "__main__":
         "VLLM_NO_USAGE_STATS": "1",
     }
     done = subprocess.run(
-        [sys.executable, str(script), str(drafter)], env=environment, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, str(script), str(drafter)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

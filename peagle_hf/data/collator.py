@@ -29,7 +29,8 @@ class CODDataCollator:
 
     Example:
         >>> tokens, states = torch.arange(6), torch.zeros(6, 4)
-        >>> document = dict(sample_id=0, input_ids=tokens, loss_mask=tokens > 1, hidden_states=states, last_hidden_states=states)
+        >>> document = {"sample_id": 0, "input_ids": tokens, "loss_mask": tokens > 1}
+        >>> document |= {"hidden_states": states, "last_hidden_states": states}
         >>> batch = CODDataCollator(num_depths=2, down_sample_ratio=1.0)([{"epoch": 0, "documents": [document]}])
         >>> batch["input_ids"]
         tensor([[1, 2, 3, 4]])
@@ -61,7 +62,7 @@ class CODDataCollator:
             self._rows(feature["epoch"], document) for feature in features for document in feature["documents"]
         ]
         lengths = [document["input_ids"].numel() for document in documents]
-        offsets = torch.tensor([0] + lengths).cumsum(0).tolist()
+        offsets = torch.tensor([0, *lengths]).cumsum(0).tolist()
 
         def pack(name: str, shift: bool = False) -> Tensor:
             """All documents' depth-0 rows, then all their rollouts."""
@@ -96,7 +97,7 @@ class CODDataCollator:
         return {name: tensor.unsqueeze(0) for name, tensor in batch.items()}
 
     def _rows(self, epoch: int, document: dict[str, Any]) -> dict[str, Tensor]:
-        """One document in shifted positions (see `cod`): position i sees x[i+1], g[i]; it predicts x[i+2] from y[i+1]."""
+        """One document in shifted positions: i sees x[i+1] and g[i] and predicts x[i+2] from y[i+1] (see `cod`)."""
         tokens, mask = document["input_ids"].long(), document["loss_mask"].bool()
         learnt = mask[1:-1] & mask[2:]
         generator = torch.Generator().manual_seed(sample_seed(self.seed, epoch, document["sample_id"]))

@@ -142,11 +142,15 @@ def load_prepared(data_path: str | os.PathLike[str]) -> Any:
     from datasets import load_from_disk
 
     if not (Path(data_path) / "dataset_info.json").exists():
-        raise PeagleError(f"{data_path} is not a prepared dataset. Make it with peagle-hf prepare --output {data_path}.")
+        raise PeagleError(
+            f"{data_path} is not a prepared dataset. Make it with peagle-hf prepare --output {data_path}."
+        )
     data = load_from_disk(str(data_path))
     lacking = {"input_ids", "loss_mask", "seq_len"} - set(data.column_names)
     if lacking:
-        raise PeagleError(f"The dataset {data_path} lacks the columns {sorted(lacking)}. Make it with peagle-hf prepare.")
+        raise PeagleError(
+            f"The dataset {data_path} lacks the columns {sorted(lacking)}. Make it with peagle-hf prepare."
+        )
     return data
 
 

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 MAX_PADDING = 0.05
 """At most this share of a batch is padding."""
+CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 2048, 8192
 
 Extracted = tuple[int, Tensor, Tensor]
 """What a backend yields: a row, its states [T, A+1, H] and the token ids [T] that they belong to."""
@@ -66,8 +67,9 @@ class ExtractArguments:
     verifier_dtype: Literal["auto", "bfloat16", "float16", "float32"] = field(
         default="auto", metadata={"help": "What the verifier computes in; auto: float32 on a CPU, else bfloat16."}
     )
-    max_batch_tokens: int = field(
-        default=2048, metadata={"help": "Tokens of a batch; a longer row is a batch of its own."}
+    max_batch_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Tokens of a batch; a longer row is one of its own (default: 2048 on a CPU, 8192 on a GPU)."},
     )
     device: str | None = field(
         default=None, metadata={"help": "Where the verifier runs (default: a GPU if there is one)."}
@@ -87,7 +89,7 @@ class ExtractReport:
         num_kept: rows that were there already.
         made_again: rows whose file could not be used, and why.
         num_tokens: tokens that went through the verifier.
-        seconds: that this took, loading the verifier left out.
+        seconds: that this took, without loading the verifier.
     """
 
     output: Path
@@ -116,56 +118,33 @@ def extract(arguments: ExtractArguments) -> ExtractReport:
         if value is not None and value < 1:
             raise PeagleError(f"--{name.replace('_', '-')} is {value} but must be at least 1.")
     config = load_verifier_config(arguments.model, arguments.revision, arguments.trust_remote_code)
-    layer_ids = _layer_ids(arguments.target_layer_ids, config)
-    data = load_prepared(arguments.preprocessed_data).with_format(None)
-    lengths = data["seq_len"][: arguments.max_samples]
-    output = Path(arguments.output or Path(arguments.preprocessed_data) / "hidden_states")
     manifest = Manifest.of(
         arguments.model,
         config,
-        layer_ids,
+        _layer_ids(arguments.target_layer_ids, config),
         revision=arguments.revision,
         dtype=arguments.dtype,
         tokenizer_fingerprint=_tokenizer_fingerprint(arguments.preprocessed_data),
     )
-    present = cached_rows(output) & set(range(len(lengths)))
+    data = load_prepared(arguments.preprocessed_data).with_format(None)
+    lengths = dict(enumerate(data["seq_len"][: arguments.max_samples]))
+    output = Path(arguments.output or Path(arguments.preprocessed_data) / "hidden_states")
+    present = cached_rows(output) & lengths.keys()
     _check_folder(output, manifest, present)
 
-    num_slots = len(layer_ids) + 1
     made_again = {}
     for row in tqdm(sorted(present), desc="Checking", unit="row", disable=not present):
+        shape = lengths[row], len(manifest.aux_layer_ids) + 1, manifest.hidden_size
         token_ids = torch.tensor(data[row]["input_ids"]) if arguments.validate_outputs else None
-        reason = check_row(row_path(output, row), (lengths[row], num_slots, config.hidden_size), token_ids)
+        reason = check_row(row_path(output, row), shape, token_ids)
         if reason is not None:
             logger.warning("Row %d is made again: %s is unusable, %s.", row, row_path(output, row), reason)
             made_again[row] = reason
-    missing = [row for row in range(len(lengths)) if row not in present or row in made_again]
-    num_tokens = sum(lengths[row] for row in missing)
-    logger.info("%d of %d rows are there; %d are to be made.", len(lengths) - len(missing), len(lengths), len(missing))
-
-    start = time.perf_counter()
-    if missing:
-        storage_dtype = getattr(torch, arguments.dtype)
-        _check_disk(output, len(missing), num_tokens, num_slots * config.hidden_size * storage_dtype.itemsize + 8)
-        if Manifest.read(output) is None:
-            manifest.write(output)
-        model = _load(arguments)
-        start = time.perf_counter()
-        batches = plan_batches({row: lengths[row] for row in missing}, arguments.max_batch_tokens)
-        with tqdm(total=num_tokens, desc="Extracting", unit="tok", unit_scale=True) as progress:
-            for row, states, token_ids in run_verifier(model, layer_ids, data, batches, storage_dtype):
-                if not states.isfinite().all():
-                    raise PeagleError(
-                        f"The verifier's hidden states of row {row} are not finite as {arguments.dtype}; nothing of "
-                        "the row was written, the rows before it are kept. Try --verifier-dtype float32 or --dtype "
-                        "bfloat16, and look at the row's text."
-                    )
-                write_row(output, row, states, token_ids)
-                progress.update(len(token_ids))
-    seconds = time.perf_counter() - start
-    if missing:
-        logger.info("%d tokens in %.1f s: %.0f tokens/s.", num_tokens, seconds, num_tokens / seconds)
-    return ExtractReport(output, manifest, len(lengths), len(lengths) - len(missing), made_again, num_tokens, seconds)
+    missing = {row: length for row, length in lengths.items() if row not in present or row in made_again}
+    num_kept = len(lengths) - len(missing)
+    logger.info("%d of %d rows are there; %d are to be made.", num_kept, len(lengths), len(missing))
+    seconds = _make(arguments, manifest, output, data, missing) if missing else 0.0
+    return ExtractReport(output, manifest, len(lengths), num_kept, made_again, sum(missing.values()), seconds)
 
 
 def plan_batches(lengths: dict[int, int], max_tokens: int) -> list[list[int]]:
@@ -237,6 +216,34 @@ def residual_streams(model: PreTrainedModel, layer_ids: Sequence[int], ids_BT: T
         for handle in handles:
             handle.remove()
     return torch.stack([streams[slot] for slot in slots], dim=2)
+
+
+def _make(
+    arguments: ExtractArguments, manifest: Manifest, output: Path, data: "datasets.Dataset", lengths: dict[int, int]
+) -> float:
+    """Run the verifier over the rows of `lengths` and write what it gives; returns the seconds that this took."""
+    dtype, num_tokens = getattr(torch, arguments.dtype), sum(lengths.values())
+    state_bytes = (len(manifest.aux_layer_ids) + 1) * manifest.hidden_size * dtype.itemsize
+    _check_disk(output, len(lengths), num_tokens, state_bytes + torch.int64.itemsize)
+    if Manifest.read(output) is None:
+        manifest.write(output)
+    model = _load(arguments)
+    on_cpu = model.device.type == "cpu"
+    batches = plan_batches(lengths, arguments.max_batch_tokens or (CPU_BATCH_TOKENS if on_cpu else GPU_BATCH_TOKENS))
+    start = time.perf_counter()
+    with tqdm(total=num_tokens, desc="Extracting", unit="tok", unit_scale=True) as progress:
+        for row, states, token_ids in run_verifier(model, manifest.aux_layer_ids, data, batches, dtype):
+            if not states.isfinite().all():
+                raise PeagleError(
+                    f"The verifier's hidden states of row {row} are not finite as {arguments.dtype}; nothing of the "
+                    "row was written, the rows before it are kept. Try --verifier-dtype float32 or --dtype bfloat16, "
+                    "and look at the row's text."
+                )
+            write_row(output, row, states, token_ids)
+            progress.update(len(token_ids))
+    seconds = time.perf_counter() - start
+    logger.info("%d tokens in %.1f s: %.0f tokens/s.", num_tokens, seconds, num_tokens / seconds)
+    return seconds
 
 
 def _layer_ids(wanted: list[int] | None, config: PreTrainedConfig) -> list[int]:

@@ -1,0 +1,541 @@
+"""`regenerate`: chats that a tiny target with a real byte-level tokenizer answers itself, and the bundled ones."""
+
+import itertools
+import json
+import shlex
+import shutil
+import string
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    HfArgumentParser,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
+
+from peagle_hf.data import regenerate as module
+from peagle_hf.data.regenerate import RegenerateArguments, learnt_spans, regenerate, repetition
+from peagle_hf.errors import PeagleError
+
+BUNDLE = Path(__file__).parent.parent / "examples" / "data"
+WORDS = 160
+END, START = WORDS, WORDS + 1
+BELL = "\u0007"  # the one token that is not text
+TEMPLATE = (
+    "{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+PROMPTS = [
+    {"question_id": 7, "category": "qa", "turns": ["Why is the grass green?"]},
+    {"question_id": 8, "category": "writing", "turns": ["Write a long letter to the owner of the house by the lake."]},
+    {"question_id": 9, "category": "multi_turn", "turns": ["Name a river.", "Where does it end?", "And where begin?"]},
+    {"question_id": 10, "category": "qa", "turns": ["Who sings?"]},
+    {"question_id": 11, "category": "multi_turn", "turns": ["Count the apples in the basket.", "Now the pears."]},
+]
+
+
+@pytest.fixture(scope="session")
+def target(tmp_path_factory) -> Path:
+    """A random Llama, chaotic enough not to loop, whose end token comes every now and then."""
+    folder = tmp_path_factory.mktemp("tiny-chat")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    text = [turn for prompt in PROMPTS for turn in prompt["turns"]] + [string.printable, "user\nassistant\nsystem\n"]
+    tokenizer.train_from_iterator([*text, BELL], trainers.BpeTrainer(vocab_size=WORDS))
+    tokenizer.add_special_tokens(["<|end|>", "<|start|>"])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>", chat_template=TEMPLATE
+    ).save_pretrained(folder)
+    set_seed(1)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=tokenizer.get_vocab_size(),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=512,
+            bos_token_id=START,
+            eos_token_id=END,
+            initializer_range=1.0,
+        )
+    )
+    with torch.no_grad():
+        model.lm_head.weight[END] *= 1.5
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def prompts(tmp_path) -> Path:
+    return write_jsonl(tmp_path / "prompts.jsonl", PROMPTS)
+
+
+def write_jsonl(path: Path, rows: list) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def run(target: Path, output: Path, **arguments) -> list[dict]:
+    arguments = {"max_new_tokens": 16, "batch_size": 2} | arguments
+    return read_jsonl(regenerate(RegenerateArguments(model=str(target), output=str(output), **arguments)))
+
+
+def report_of(output: Path) -> dict:
+    return json.loads(output.with_suffix(".report.json").read_text())
+
+
+def reasons_of(output: Path) -> dict[str, str]:
+    return {drop["id"]: drop["reason"] for drop in report_of(output)["dropped"]}
+
+
+# What is answered
+
+
+def test_greedy_answers_are_the_targets_own_token_by_token(target, prompts, tmp_path):
+    """Every learnt span is what `generate` makes of all that stands before it, one chat at a time."""
+    rows = run(target, tmp_path / "chats.jsonl", prompts=str(prompts))
+    assert [row["id"] for row in rows] == ["7", "8", "9", "10", "11"]
+    model = AutoModelForCausalLM.from_pretrained(target)
+    ends = Counter()
+    for row, prompt in zip(rows, PROMPTS, strict=True):
+        spans = learnt_spans(row)
+        assert len(spans) == len(prompt["turns"])
+        starts = [i for i, mask in enumerate(row["loss_mask"]) if mask and not row["loss_mask"][i - 1]]
+        for start, span in zip(starts, spans, strict=True):
+            alone = model.generate(torch.tensor([row["input_ids"][:start]]), max_new_tokens=16, do_sample=False)
+            assert alone[0, start:].tolist() == span
+            ends[span[-1] == END] += 1
+        assert row["finish_reason"] == ("stop" if spans[-1][-1] == END else "length")
+        assert row["model"] == target.name
+    assert ends[True], "no answer ended by itself"
+    assert ends[False], "no answer was cut off"
+
+
+def test_ids_between_the_answers_are_the_chat_templates(target, prompts, tmp_path):
+    rows = run(target, tmp_path / "chats.jsonl", prompts=str(prompts))
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    row = next(row for row in rows if row["id"] == "9")
+    expected = []
+    for number, (turn, span) in enumerate(zip(PROMPTS[2]["turns"], learnt_spans(row), strict=True)):
+        end_is_missing = number and expected[-1] != END
+        between = ("<|end|>" if end_is_missing else "") + ("\n" if number else "")
+        expected += tokenizer.encode(f"{between}<|start|>user\n{turn}<|end|>\n<|start|>assistant\n") + span
+    assert row["input_ids"] == expected
+    assert [message["role"] for message in row["messages"]] == ["user", "assistant"] * 3
+    last = [token_id for token_id in learnt_spans(row)[-1] if token_id != END]
+    assert row["messages"][-1]["content"] == tokenizer.decode(last, skip_special_tokens=True).strip()
+
+
+def test_chats_in_any_shape_keep_what_the_user_says(target, prompts, tmp_path):
+    """Answers of messages and of ShareGPT form are replaced; a system message stays."""
+    turns = run(target, tmp_path / "turns.jsonl", prompts=str(prompts))
+    as_messages = [
+        {"messages": [{"role": role, "content": text} for turn in row["turns"] for role, text in chat_of(turn)]}
+        for row in PROMPTS
+    ]
+    names = {"user": "human", "assistant": "gpt"}
+    as_conversations = [
+        {
+            "conversations": [
+                {"from": names[message["role"]], "value": message["content"]} for message in row["messages"]
+            ]
+        }
+        for row in as_messages
+    ]
+    for name, rows in (("messages", as_messages), ("conversations", as_conversations)):
+        source = write_jsonl(tmp_path / f"as_{name}.jsonl", rows)
+        chats = run(target, tmp_path / f"{name}.jsonl", prompts=str(source))
+        assert [row["input_ids"] for row in chats] == [row["input_ids"] for row in turns]
+        assert [row["id"] for row in chats] == ["0", "1", "2", "3", "4"]
+
+    system = {"role": "system", "content": "Be brief."}
+    source = write_jsonl(tmp_path / "system.jsonl", [{"messages": [system, {"role": "user", "content": "Who sings?"}]}])
+    (row,) = run(target, tmp_path / "with_system.jsonl", prompts=str(source))
+    text = AutoTokenizer.from_pretrained(target).decode(row["input_ids"])
+    assert text.startswith("<|start|>system\nBe brief.<|end|>\n<|start|>user\nWho sings?<|end|>\n<|start|>assistant\n")
+
+
+def chat_of(turn: str) -> list[tuple[str, str]]:
+    return [("user", turn), ("assistant", "an answer of someone else")]
+
+
+def test_a_template_that_rewrites_earlier_answers_gives_a_row_a_turn(target, prompts, tmp_path):
+    """As Qwen3 does, which strips earlier reasoning: the model then reads another history than it wrote."""
+    folder = tmp_path / "forgetful"
+    shutil.copytree(target, folder)
+    forgetful = TEMPLATE.replace(
+        "{{ message['content'] }}", "{{ 'hm' if message['role'] == 'assistant' else message['content'] }}"
+    )
+    (folder / "chat_template.jinja").write_text(forgetful)
+    rows = [row for row in run(folder, tmp_path / "chats.jsonl", prompts=str(prompts)) if row["id"] == "9"]
+    assert [len(row["messages"]) for row in rows] == [2, 4, 6]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for row in rows:
+        prompt = tokenizer.apply_chat_template(row["messages"][:-1], tokenize=False, add_generation_prompt=True)
+        (span,) = learnt_spans(row)
+        assert row["input_ids"] == tokenizer.encode(prompt) + span
+
+
+def test_the_checkpoints_sampling_advice_does_not_change_the_text(target, prompts, tmp_path):
+    folder = tmp_path / target.name
+    shutil.copytree(target, folder)
+    GenerationConfig(
+        eos_token_id=END, do_sample=True, top_k=1, temperature=0.1, repetition_penalty=5.0, no_repeat_ngram_size=1
+    ).save_pretrained(folder)
+    assert run(folder, tmp_path / "a.jsonl", prompts=str(prompts)) == run(
+        target, tmp_path / "b.jsonl", prompts=str(prompts)
+    )
+
+
+def test_sampling_depends_on_the_seed_alone(target, prompts, tmp_path):
+    def sampled(name: str, seed: int) -> list:
+        return run(target, tmp_path / name, prompts=str(prompts), temperature=1.0, seed=seed)
+
+    torch.manual_seed(5)
+    first = sampled("a.jsonl", seed=1)
+    state = torch.random.get_rng_state()
+    assert sampled("b.jsonl", seed=1) == first
+    assert torch.equal(torch.random.get_rng_state(), state), "global random state was touched"
+    assert sampled("c.jsonl", seed=2) != first
+
+
+# What is invented
+
+
+def test_invented_prompts_follow_the_users_tag(target, tmp_path):
+    output = tmp_path / "chats.jsonl"
+    rows = run(target, output, invent=40, batch_size=8, max_new_tokens=24)
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    assert rows
+    for row in rows:
+        assert row["category"] == "invented"
+        user, answer = row["messages"]
+        text = f"<|start|>user\n{user['content']}<|end|>\n<|start|>assistant\n"
+        (span,) = learnt_spans(row)
+        assert row["input_ids"] == tokenizer.encode(text) + span
+        assert user["content"].replace("\n", "").replace("\t", "").isprintable()
+        assert "\ufffd" not in user["content"]
+        assert answer["content"]
+    assert len({row["messages"][0]["content"] for row in rows}) == len(rows)
+    reasons = Counter(reasons_of(output).values())
+    assert len(rows) + reasons.total() == 40, "every invented prompt is kept or accounted for"
+    assert {"the invented prompt did not end", "the invented prompt is not text"} <= reasons.keys()
+
+
+def test_an_unusable_invention_is_named(target, tmp_path, monkeypatch):
+    """The sampled ids are put in by hand; everything after them is real."""
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    inventions = [
+        [*tokenizer.encode("Why is the grass green?"), END],
+        [*tokenizer.encode("Why is the grass green?"), END],
+        [*tokenizer.encode("Name."), END],
+        tokenizer.encode("Name a river that never"),
+        [*tokenizer.encode(f"Name the{BELL} long river"), END],
+        [*tokenizer.encode("Name the <|start|> long river"), END],
+    ]
+    answer = module._Target.complete
+    monkeypatch.setattr(
+        module._Target,
+        "complete",
+        lambda self, prompts, *rest: inventions if len(prompts) == 6 else answer(self, prompts, *rest),
+    )
+    output = tmp_path / "chats.jsonl"
+    rows = run(target, output, invent=6, batch_size=6)
+    assert [row["id"] for row in rows] == ["invented-0"]
+    assert reasons_of(output) == {
+        "invented-1": "resembles an earlier prompt",
+        "invented-2": "the invented prompt is too short",
+        "invented-3": "the invented prompt did not end",
+        "invented-4": "the invented prompt is not text",
+        "invented-5": "the invented prompt holds a special token",
+    }
+
+
+# What is dropped
+
+
+def test_near_duplicates_and_excluded_prompts_are_dropped_and_named(target, tmp_path):
+    long = "write a long letter to the owner of the house by the lake"
+    rows = [
+        {"question_id": 1, "category": "writing", "turns": [long]},
+        {
+            "question_id": 2,
+            "category": "writing",
+            "turns": ["WRITE a long letter: to the owner of the house by the lake!"],
+        },
+        {"question_id": 3, "category": "writing", "turns": [long + " and the hill"]},
+        {"question_id": 4, "category": "writing", "turns": ["paint the letter box of the owner by the lake red"]},
+        {"question_id": 5, "category": "qa", "turns": ["Who sings?"]},
+    ]
+    excluded = write_jsonl(tmp_path / "evaluation.jsonl", [{"turns": ["who sings"]}])
+    output = tmp_path / "chats.jsonl"
+    source = write_jsonl(tmp_path / "prompts.jsonl", rows)
+    kept = run(target, output, prompts=str(source), exclude=[str(excluded)])
+    assert [row["id"] for row in kept] == ["1", "4"]
+    assert reasons_of(output) == {
+        "2": "resembles an earlier prompt",
+        "3": "resembles an earlier prompt",
+        "5": "resembles an excluded prompt",
+    }
+    assert report_of(output)["dropped_by_category"] == {"qa": 1, "writing": 2}
+    assert report_of(output)["rows_by_category"] == {"writing": 2}
+
+
+def test_the_border_of_a_near_duplicate(target, tmp_path):
+    """Two prompts of 7 words have 3 grams of 5 each: 2 in common are 2 / 4, not above a half; 9 words share 4 of 6."""
+    rows = [
+        {"question_id": 1, "turns": ["a b c d e f g"]},
+        {"question_id": 2, "turns": ["b c d e f g h"]},
+        {"question_id": 3, "turns": ["k l m n o p q r s"]},
+        {"question_id": 4, "turns": ["l m n o p q r s t"]},
+    ]
+    output = tmp_path / "chats.jsonl"
+    run(target, output, prompts=str(write_jsonl(tmp_path / "prompts.jsonl", rows)))
+    assert reasons_of(output) == {"4": "resembles an earlier prompt"}
+
+
+def test_repetition_counts_repeated_4_grams():
+    assert repetition([]) == repetition([5]) == repetition(range(50)) == 0
+    assert repetition([1, 2, 3, 4] * 5) == 1 - 4 / 17
+    assert repetition([1] * 13) == 1 - 1 / 10
+
+
+@pytest.mark.parametrize(("end", "reason"), [(0, "an empty answer"), (END, "a looping answer")])
+def test_empty_and_looping_answers_are_dropped(target, prompts, tmp_path, end, reason):
+    """A model of zeros writes token 0 for ever: either its end token, or the same letter again and again."""
+    folder = shutil.copytree(target, tmp_path / "zeros")
+    model = LlamaForCausalLM.from_pretrained(folder)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    model.generation_config = GenerationConfig(eos_token_id=end)
+    model.save_pretrained(folder)
+    with pytest.raises(PeagleError, match=rf"No chat is left .*5 were dropped \({reason}\)"):
+        run(folder, tmp_path / "chats.jsonl", prompts=str(prompts))
+
+
+def test_unusable_rows_are_skipped_and_named(target, tmp_path):
+    rows = [
+        {"id": "a", "messages": [{"role": "assistant", "content": "I begin."}]},
+        {"id": "b", "messages": [{"role": "user", "content": [{"type": "image", "image": "x.png"}]}]},
+        {"id": "c", "messages": [{"role": "user", "content": "Who sings? " * 200}]},
+        {"id": "d", "messages": [{"role": "user", "content": "Who sings?"}]},
+    ]
+    source = write_jsonl(tmp_path / "prompts.jsonl", rows)
+    output = tmp_path / "chats.jsonl"
+    assert [row["id"] for row in run(target, output, prompts=str(source))] == ["d"]
+    assert reasons_of(output) == {
+        f"{source}, line 1": "no user turn",
+        f"{source}, line 2": "a message holds something other than text",
+        "c": "longer than the model's context with its answers",
+    }
+
+
+# What an interruption leaves
+
+
+@pytest.mark.parametrize("calls", range(7))
+def test_an_interrupted_run_continues_to_the_same_file(target, prompts, tmp_path, monkeypatch, calls):
+    arguments = {"prompts": str(prompts), "temperature": 1.0, "invent": 3, "max_new_tokens": 24}
+    whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
+    complete, count = module._Target.complete, itertools.count()
+
+    def counting(self, *rest):
+        next(count)
+        return complete(self, *rest)
+
+    monkeypatch.setattr(module._Target, "complete", counting)
+    run(target, whole, **arguments)
+    needed = next(count)
+
+    def interrupted(self, *rest):
+        if next(count) == needed + 1 + calls:
+            raise KeyboardInterrupt
+        return complete(self, *rest)
+
+    monkeypatch.setattr(module._Target, "complete", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(target, parts, **arguments)
+    assert not parts.exists()
+    with open(parts.with_suffix(".journal"), "a") as file:
+        file.write('{"batch": "Answering 99", "resu')
+
+    count = itertools.count()
+    monkeypatch.setattr(module._Target, "complete", counting)
+    run(target, parts, **arguments)
+    assert parts.read_bytes() == whole.read_bytes()
+    assert report_of(parts) == report_of(whole)
+    assert not parts.with_suffix(".journal").exists()
+    assert needed - calls <= next(count) <= needed - calls + 2, "more was done again than the turns of one batch"
+
+
+def test_a_finished_file_is_left_as_it_is(target, prompts, tmp_path, monkeypatch):
+    output = tmp_path / "chats.jsonl"
+    rows = run(target, output, prompts=str(prompts))
+    before = output.stat().st_mtime_ns
+    monkeypatch.setattr(module, "_Target", None)
+    assert run(target, output, prompts=str(prompts)) == rows
+    assert output.stat().st_mtime_ns == before
+
+
+def test_other_arguments_are_refused(target, prompts, tmp_path, monkeypatch):
+    output = tmp_path / "chats.jsonl"
+
+    def stop(self, *rest):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Target, "complete", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(target, output, prompts=str(prompts))
+    with pytest.raises(PeagleError, match=r"chats\.journal belongs to .* \(seed: 0 there, 1 now\)"):
+        run(target, output, prompts=str(prompts), seed=1)
+    run(target, output, prompts=str(prompts))
+    with pytest.raises(PeagleError, match=r"chats\.jsonl belongs to .* \(temperature: 0\.0 there, 0\.5 now\)"):
+        run(target, output, prompts=str(prompts), temperature=0.5)
+
+    other = shutil.copytree(target, tmp_path / "other-model")
+    with pytest.raises(PeagleError, match=f"model: {target.name} there, other-model now"):
+        run(other, output, prompts=str(prompts))
+    write_jsonl(prompts, PROMPTS[1:])
+    with pytest.raises(PeagleError, match=r"prompts: 5, sha256 .* there, 4, sha256"):
+        run(target, output, prompts=str(prompts))
+    output.with_suffix(".report.json").unlink()
+    with pytest.raises(PeagleError, match="no report"):
+        run(target, output, prompts=str(prompts))
+
+
+# What can't be used
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"turns": ["Who', "prompts.jsonl, line 2: this is not valid JSON"),
+        ('{"question_id": 3}', "prompts.jsonl, line 2: there is neither `turns` nor"),
+        ('{"turns": "Who sings?"}', "prompts.jsonl, line 2: `turns` must be a list"),
+        ('{"turns": []}', "prompts.jsonl, line 2: `turns` must be a list"),
+        ('{"turns": ["Who?", " "]}', "prompts.jsonl, line 2: `turns` must be a list"),
+        ('{"messages": [{"role": "bishop", "content": "Hm"}]}', "line 2: .* 'bishop'"),
+        ('["Who sings?"]', "prompts.jsonl, line 2: the row must be a JSON object"),
+    ],
+)
+@pytest.mark.parametrize("role", ["prompts", "exclude"])
+def test_a_malformed_line_is_named(target, prompts, tmp_path, role, line, message):
+    broken = tmp_path / "broken" / "prompts.jsonl"
+    broken.parent.mkdir()
+    broken.write_text('{"turns": ["Who sings?"]}\n' + line + "\n")
+    files = {"prompts": str(prompts), "exclude": [str(prompts)]} | {
+        role: str(broken) if role == "prompts" else [str(broken)]
+    }
+    with pytest.raises(PeagleError, match=message):
+        run(target, tmp_path / "chats.jsonl", **files)
+
+
+def test_a_model_that_cannot_chat_is_refused(target, prompts, tmp_path):
+    with pytest.raises(PeagleError, match="no-such-model can't be loaded"):
+        run(tmp_path / "no-such-model", tmp_path / "chats.jsonl", prompts=str(prompts))
+
+    mute = shutil.copytree(target, tmp_path / "mute")
+    (mute / "chat_template.jinja").unlink()
+    with pytest.raises(PeagleError, match="mute has no chat template"):
+        run(mute, tmp_path / "more_chats.jsonl", prompts=str(prompts))
+
+    strict = shutil.copytree(target, tmp_path / "strict")
+    (strict / "chat_template.jinja").write_text("{{ raise_exception('no users here') }}")
+    with pytest.raises(PeagleError, match="refuses a chat with the roles user: no users here"):
+        run(strict, tmp_path / "no_chats.jsonl", prompts=str(prompts))
+
+
+def test_nothing_to_answer_is_refused(target, tmp_path):
+    with pytest.raises(PeagleError, match="name a file with --prompts, or give --invent a number"):
+        RegenerateArguments(model=str(target), output="chats.jsonl")
+    with pytest.raises(PeagleError, match="--invent-temperature must be above 0"):
+        RegenerateArguments(model=str(target), output="chats.jsonl", invent=3, invent_temperature=0)
+    with pytest.raises(PeagleError, match=r"There is no file .*missing\.jsonl"):
+        run(target, tmp_path / "chats.jsonl", prompts=str(tmp_path / "missing.jsonl"))
+
+
+def test_the_command_line_makes_the_arguments():
+    flags = "--model m --output o.jsonl --invent 3 --exclude a.jsonl b.jsonl --top-p 0.9 --dtype bfloat16"
+    (arguments,) = HfArgumentParser(RegenerateArguments).parse_args_into_dataclasses(shlex.split(flags))
+    assert arguments == RegenerateArguments(
+        "m", "o.jsonl", invent=3, exclude=["a.jsonl", "b.jsonl"], top_p=0.9, dtype="bfloat16"
+    )
+
+
+# The bundle
+
+
+@pytest.fixture(scope="module")
+def bundle() -> dict[str, list[dict]]:
+    return {path.stem: read_jsonl(path) for path in BUNDLE.glob("*.jsonl")}
+
+
+def test_bundled_prompts_are_of_many_kinds(bundle):
+    kinds = Counter(row["category"] for row in bundle["eval_prompts"])
+    assert len(bundle["eval_prompts"]) == 80
+    assert set(kinds.values()) == {10}
+    training = Counter(row["category"] for row in bundle["train_prompts"])
+    assert len(training) == 10
+    assert min(training.values()) >= 33
+    assert kinds.keys() <= training.keys()
+    everything = bundle["train_prompts"] + bundle["eval_prompts"]
+    assert len({row["question_id"] for row in everything}) == len(everything)
+    for row in everything:
+        assert len(row["turns"]) in ((2, 3) if row["category"] == "multi_turn" else (1,))
+
+
+def test_bundled_prompts_do_not_resemble_each_other(bundle):
+    """Compared pair by pair, without the index that the command uses."""
+
+    def words(row: dict) -> set[tuple[str, ...]]:
+        turns = row.get("turns") or [m["content"] for m in row["messages"] if m["role"] == "user"]
+        words = "".join(c if c.isalnum() or c == "_" else " " for c in " ".join(turns).lower()).split()
+        return {tuple(words[i : i + 5]) for i in range(max(1, len(words) - 4))}
+
+    grams = [words(row) for name in ("train_prompts", "eval_prompts") for row in bundle[name]]
+    for one, other in itertools.combinations(grams, 2):
+        if shared := len(one & other):
+            assert shared / (len(one) + len(other) - shared) <= 0.5
+
+
+def test_bundled_chats_are_the_answers_to_the_prompts(bundle):
+    turns = {str(row["question_id"]): row["turns"] for row in bundle["train_prompts"]}
+    chats = bundle["train_chats"]
+    assert len(chats) >= 240
+    assert len({row["category"] for row in chats}) >= 8
+    for row in chats:
+        assert [m["content"] for m in row["messages"] if m["role"] == "user"] == turns[row["id"]]
+
+
+def test_bundled_chats_are_sound(bundle):
+    for row in bundle["train_chats"]:
+        assert len(row["input_ids"]) == len(row["loss_mask"])
+        assert set(row["loss_mask"]) == {0, 1}
+        answers = [m["content"] for m in row["messages"] if m["role"] == "assistant"]
+        assert all(answers)
+        spans = learnt_spans(row)
+        assert len(spans) == len(answers)
+        for span in spans:
+            grams = [tuple(span[i : i + 4]) for i in range(len(span) - 3)]
+            assert len(grams) - len(set(grams)) <= 0.3 * len(grams)
+        assert row["finish_reason"] == ("stop" if spans[-1][-1] == 2 else "length")
+        assert row["model"] == "SmolLM2-135M-Instruct"
+
+
+def test_the_bundle_is_small():
+    assert sum(path.stat().st_size for path in BUNDLE.iterdir()) < 6e6
