@@ -265,7 +265,9 @@ def test_bad_prompts_are_refused(drafter, tmp_path, rows, words):
 def test_vllm_counts_what_the_chain_and_the_drafter_must_give(drafter, tmp_path, caplog):
     """w5 is drafted: right once in two forward passes for the cycle w5 w6 w7, never for the chain that ends.
 
-    After w7 comes w5 (accepted) and then w6, the verifier's own; after w6 it's w7 (nothing accepted).
+    After w7 comes w5 (accepted) and then w6, the verifier's own; after w6 it's w7 (nothing accepted). Of 60 tokens the
+    prompt's pass gives the first and a rejection the second; 19 times a rejection and an acceptance give three more,
+    and the last comes from a rejection: 19 of 40 drafts.
     """
     caplog.set_level(logging.INFO, logger="peagle_hf")
     rows = [
@@ -276,8 +278,8 @@ def test_vllm_counts_what_the_chain_and_the_drafter_must_give(drafter, tmp_path,
     report = evaluate(arguments(drafter, tmp_path, rows, max_tokens=60))
     cycle, ends = report["by_category"]["cycle"], report["by_category"]["ends"]
     assert cycle["num_prompts"] == 2
-    assert cycle["per_position_acceptance"] == pytest.approx([0.5, 0, 0], abs=0.02)
-    assert cycle["acceptance_length"] == pytest.approx(1.5, abs=0.02)
+    assert cycle["per_position_acceptance"] == [19 / 40, 0, 0]
+    assert cycle["acceptance_length"] == 1 + 19 / 40
     assert ends["acceptance_length"] == 1
     assert ends["num_drafts"] <= 3  # it ends at EOS, long before 60 tokens
     assert report["num_drafts"] == cycle["num_drafts"] + ends["num_drafts"]
@@ -294,6 +296,7 @@ def test_vllm_counts_what_the_chain_and_the_drafter_must_give(drafter, tmp_path,
 
 @pytest.mark.vllm
 def test_drafter_serves_by_itself_where_peagle_hf_was_never_imported(drafter):
+    """30 tokens of the cycle: the first two as above, nine times three with one accepted, one more."""
     script = (
         "import sys; from vllm import LLM, SamplingParams\n"
         "llm = LLM(sys.argv[1], dtype='float32', enforce_eager=True, disable_log_stats=False)\n"
@@ -306,7 +309,7 @@ def test_drafter_serves_by_itself_where_peagle_hf_was_never_imported(drafter):
     done = subprocess.run(
         [sys.executable, "-c", script, str(drafter)], env=environment, capture_output=True, text=True, check=False
     )
-    assert "RESULT True [10]" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "RESULT True [9]" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
 
 
 @pytest.mark.vllm

@@ -1,9 +1,6 @@
-"""Real vLLM: the alignment of training and serving, and a checkpoint served where peagle_hf was never imported."""
+"""Real vLLM: what is trained is what is served."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -104,38 +101,3 @@ def test_vllm_accepts_what_an_overfitted_drafter_proposes(overfitted, tmp_path):
     assert result["num_prompts"] == 4
     assert result["acceptance_rate"] >= 0.95
     assert result["acceptance_length"] == pytest.approx(1 + sum(result["per_position_acceptance"]))
-
-
-def test_the_folder_serves_by_itself_where_peagle_hf_was_never_imported(overfitted, tmp_path):
-    """`vllm serve FOLDER` finds the verifier in the drafter's config.json; so does LLM(model=FOLDER)."""
-    drafter, _ = overfitted
-    script = tmp_path / "serve.py"
-    script.write_text(
-        """
-import sys
-from vllm import LLM, SamplingParams
-
-if __name__ == "__main__":
-    llm = LLM(model=sys.argv[1], dtype="float32", max_model_len=128, enforce_eager=True, disable_log_stats=False)
-    llm.generate([{"prompt_token_ids": [10, 11, 12]}], SamplingParams(temperature=0, max_tokens=12))
-    assert "peagle_hf" not in sys.modules
-    drafts = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
-    assert drafts["vllm:spec_decode_num_draft_tokens"] > 0
-"""
-    )
-    environment = os.environ | {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_TARGET_DEVICE": "cpu",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, str(script), str(drafter)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
