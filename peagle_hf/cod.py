@@ -40,7 +40,7 @@ def sample_rows(
     Returns:
         anchors and depths, int64 [R]: the T rows of depth 0 in order, then the rollouts sorted by anchor and depth.
 
-    Example:
+    Examples:
         >>> learnt = torch.tensor([False, True, True, True, True])
         >>> anchors, depths = sample_rows(learnt, 3, ratio=1.0, ratio_min=0.2, generator=torch.Generator())
         >>> list(zip(anchors.tolist(), depths.tolist()))[:5]

@@ -163,7 +163,7 @@ class PeagleConfig(PreTrainedConfig):
         return cls(
             transformer_layer_config=layer_config,
             speculators_config={"verifier": {"name_or_path": verifier, "architectures": target.architectures or []}},
-            draft_vocab_size=draft_vocab_size or target.vocab_size,
+            draft_vocab_size=target.vocab_size if draft_vocab_size is None else draft_vocab_size,
             mask_token_id=mask_token_id,
             eagle_aux_hidden_state_layer_ids=layer_ids,
             norm_before_residual=norm_before_residual,

@@ -113,6 +113,9 @@ class PeagleTrainingArguments(TrainingArguments):
     bf16: bool = field(
         default=torch.cuda.is_available(), metadata={"help": "bfloat16 mixed precision. Default: on with a GPU."}
     )
+    dataloader_pin_memory: bool = field(
+        default=torch.cuda.is_available(), metadata={"help": "Pin the loader's memory. Default: on with a GPU."}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False: the collator needs all."})
     ddp_broadcast_buffers: bool | None = field(default=False, metadata={"help": "Nothing needs broadcasting."})
 

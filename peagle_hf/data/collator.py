@@ -27,7 +27,7 @@ class CODDataCollator:
     Returns (from the call):
         the keyword arguments of `PeagleForSpeculation.forward`.
 
-    Example:
+    Examples:
         >>> tokens, states = torch.arange(6), torch.zeros(6, 4)
         >>> document = {"sample_id": 0, "input_ids": tokens, "loss_mask": tokens > 1}
         >>> document |= {"hidden_states": states, "last_hidden_states": states}
