@@ -31,7 +31,7 @@ class PeagleConfig(PreTrainedConfig):
     Every field is written to `config.json`, defaults too, because vLLM's own defaults differ. A `config.json` that
     vLLM's speculators 0.9.0 wrote loads as it is.
 
-    Args:
+    Attributes:
         transformer_layer_config: the draft decoder's own configuration (Llama or Qwen3), or its fields as a dict with
             `model_type`. Its `hidden_size` and `vocab_size` are the verifier's, its `num_hidden_layers` the drafter's.
         speculators_config: algorithm, proposal method and verifier (`name_or_path`, `architectures`).
