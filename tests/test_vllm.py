@@ -1,9 +1,11 @@
 """Real vLLM: what is trained is what is served."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import write_cache
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
@@ -40,9 +42,10 @@ def verifier(tmp_path_factory, tiny_verifier) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def overfitted(tmp_path_factory, verifier) -> tuple[Path, Path]:
+@pytest.fixture(scope="module", params=[("llama", True, None), ("qwen3", False, 90)], ids=["llama", "qwen3"])
+def overfitted(request, tmp_path_factory, verifier) -> tuple[Path, Path]:
     """A drafter trained on what the verifier itself writes after four prompts, and those prompts."""
+    draft_arch, norm_before_residual, draft_vocab_size = request.param
     folder = tmp_path_factory.mktemp("overfit")
     model = LlamaForCausalLM.from_pretrained(verifier).eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(verifier)
@@ -63,6 +66,7 @@ def overfitted(tmp_path_factory, verifier) -> tuple[Path, Path]:
         }
     )
     data.save_to_disk(str(folder))
+    torch.save(dict(Counter(token for _, tokens in rows for token in tokens)), folder / "token_freq.pt")
     write_cache(folder, verifier)
     (folder / "prompts.jsonl").write_text(
         "".join(
@@ -76,10 +80,13 @@ def overfitted(tmp_path_factory, verifier) -> tuple[Path, Path]:
             data_path=str(folder),
             output_dir=str(folder / "checkpoints"),
             num_layers=2,
+            draft_arch=draft_arch,
+            norm_before_residual=norm_before_residual,
+            draft_vocab_size=draft_vocab_size,
             num_depths=NUM_DEPTHS,
             down_sample_ratio=1.0,
             total_seq_len=256,
-            num_train_epochs=3,
+            num_train_epochs=6,
             learning_rate=2e-3,
             train_data_ratio=1,
             export_dtype="float32",
