@@ -6,10 +6,11 @@ states g[i], and predicts x[i+2] from the target distribution at y[i+1]. A *row*
 what position a + d predicts, d tokens further on. The rows of one anchor are its *rollout*: what the drafter proposes
 in one forward pass after the verifier has accepted everything up to the anchor.
 
-Shape letters: T positions of a document, L positions of a packed row, R rows, Q query rows.
+Shape letters: T positions of a document, L positions of a packed batch, R rows, Q query rows.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,51 +81,54 @@ def _draw(pool: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return pool[torch.randperm(pool.numel(), generator=generator)[:count]].sort().values
 
 
-def visible(
-    query: tuple[Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor, Tensor], window: int | None = None
-) -> Tensor:
-    """Whether a query row may attend to a key row; each is (anchor, depth, document), broadcast against each other.
+class Spans(NamedTuple):
+    """The rows that each of Q rows may attend to, as two half-open ranges of row numbers, int32 [Q] each.
 
-    A row sees the depth-0 rows of its document up to its own anchor (within `window` positions of its own place, if
-    given) and the rows of its own rollout up to its own depth. Padding belongs to document -1 and sees nothing.
+    A row sees its context, the depth-0 rows of its document up to its own anchor (within a window of its own place, if
+    there is one), and the rows of its own rollout up to its own depth. As depth-0 rows come first and rollouts are
+    sorted, both are ranges.
 
-    Worked example, one document of four positions, rollout rows (1,1), (1,2), (2,1); x = visible:
+    Worked example, one document of four positions, rollout rows (1,1), (1,2), (2,1); x = may be attended to:
 
-        query \\ key  0,0  1,0  2,0  3,0  1,1  1,2  2,1
-        1,0            x    x
-        1,1            x    x              x
-        1,2            x    x              x    x
-        2,1            x    x    x                   x
+        row number    0    1    2    3    4    5    6
+        query \\ key  0,0  1,0  2,0  3,0  1,1  1,2  2,1    context  own
+        1,0            x    x                              0:2      4:4
+        1,1            x    x              x               0:2      4:5
+        1,2            x    x              x    x          0:2      4:6
+        2,1            x    x    x                   x     0:3      6:7
     """
-    (anchor_q, depth_q, document_q), (anchor_k, depth_k, document_k) = query, key
-    context = (depth_k == 0) & (anchor_k <= anchor_q)
+
+    context_start: Tensor
+    context_stop: Tensor
+    own_start: Tensor
+    own_stop: Tensor
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Spans":
+        return Spans(*map(function, self))
+
+    def sees(self, keys: Tensor) -> Tensor:
+        """Whether each row may attend to the rows with these numbers, which broadcast against the spans."""
+        context = (self.context_start <= keys) & (keys < self.context_stop)
+        return context | ((self.own_start <= keys) & (keys < self.own_stop))
+
+
+def find_spans(anchors_R: Tensor, depths_R: Tensor, document_ids_L: Tensor, window: int | None = None) -> Spans:
+    """What the rows of a packed batch may attend to.
+
+    Args:
+        anchors_R: rows in the order of `CODDataCollator`: the positions, then all rollouts by anchor and depth.
+        depths_R: int64.
+        document_ids_L: -1 for padding, which sees nothing and is seen by nothing.
+        window: a row sees positions after its own place (anchor + depth) - `window` only, and always its own anchor.
+    """
+    num_positions = document_ids_L.numel()
+    positions = torch.arange(num_positions, device=document_ids_L.device)
+    is_first = torch.ones_like(document_ids_L, dtype=torch.bool)
+    is_first[1:] = document_ids_L[1:] != document_ids_L[:-1]
+    context_start = torch.where(is_first, positions, 0).cummax(0).values[anchors_R]
     if window is not None:
-        context = context & (anchor_k > anchor_q + depth_q - window)
-    rollout = (anchor_k == anchor_q) & (depth_k <= depth_q)
-    return (document_q == document_k) & (document_q >= 0) & (context | rollout)
-
-
-def mask_function(
-    query: tuple[Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor, Tensor], window: int | None = None
-) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """`visible` in the form that FlexAttention wants: (batch, head, query index, key index) -> bool."""
-
-    def mask_mod(_batch: Tensor, _head: Tensor, query_index: Tensor, key_index: Tensor) -> Tensor:
-        return visible(
-            tuple(part[query_index] for part in query),  # type: ignore[arg-type]
-            tuple(part[key_index] for part in key),  # type: ignore[arg-type]
-            window,
-        )
-
-    return mask_mod
-
-
-def dense_mask(
-    query: tuple[Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor, Tensor], window: int | None = None
-) -> Tensor:
-    """The whole mask, bool [Q, R]: the reference that every faster form is tested against."""
-    return visible(
-        tuple(part[:, None] for part in query),  # type: ignore[arg-type]
-        tuple(part[None, :] for part in key),  # type: ignore[arg-type]
-        window,
-    )
+        context_start = torch.maximum(context_start, anchors_R + depths_R - window + 1).minimum(anchors_R)
+    own_start = num_positions + torch.searchsorted(anchors_R[num_positions:].contiguous(), anchors_R)
+    spans = Spans(context_start, anchors_R + 1, own_start, own_start + depths_R)
+    is_real = document_ids_L[anchors_R] >= 0
+    return spans.map(lambda bound: torch.where(is_real, bound, 0).int())

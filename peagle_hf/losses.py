@@ -1,29 +1,126 @@
-"""The distillation loss straight from hidden states: logits live one chunk at a time.
+"""Distillation losses straight from hidden states: logits live one chunk at a time.
 
-Shape letters: N learnt rows, U different target positions (U <= N), H hidden size, V draft vocabulary.
+Shape letters: N learnt rows, U different target positions (U <= N), H hidden size, V draft vocabulary; n and u are the
+rows and target positions of one chunk. p is the verifier's distribution, q the drafter's.
 """
 
-from collections.abc import Callable, Iterator
+import json
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-CHUNK_ELEMENTS = 1 << 22
-"""At most so many logits (rows x vocabulary) are alive at once, times a small constant."""
+from .errors import PeagleError
+from .fusion import fuse_on_gpu
+
+CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 4224 * 151936}
+"""At most so many logits (rows x vocabulary) of the drafter are alive at once, by device type.
+
+On a GPU 4,224 rows of Qwen3's vocabulary: the product that gives the gradient then has as many 128 x 256 tiles as four
+rounds over an H100's multiprocessors take.
+"""
+
+Divergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(log p, log q), each [n, V] -> (the divergence of each row [n], its gradient to q's logits [n, V])."""
 
 
-def kl_divergence(
+def _kl_div(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    p = log_p.exp()
+    # Not the difference of entropy and cross-entropy, which cancel where the two distributions are close.
+    return (p * (log_p - log_q)).sum(-1), log_q.exp() - p
+
+
+def _rkl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    q, gap = log_q.exp(), log_q - log_p
+    loss = (q * gap).sum(-1)
+    return loss, q * (gap - loss[:, None])
+
+
+def _jsd(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    p, q = log_p.exp(), log_q.exp()
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    loss = (p * (log_p - log_m) + q * (log_q - log_m)).sum(-1) / 2
+    return loss, _through_softmax(q, (log_q - log_m) / 2)
+
+
+def _ce(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    top = log_p.argmax(-1, keepdim=True)
+    is_top = torch.arange(log_p.shape[-1], device=log_p.device) == top
+    q = log_q.exp()
+    return -log_q.gather(-1, top).squeeze(-1), torch.where(is_top, q - 1, q)
+
+
+def _tv(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    p, q = log_p.exp(), log_q.exp()
+    return 1 - torch.minimum(p, q).sum(-1), _through_softmax(q, -(q < p).to(q.dtype))
+
+
+def _nla(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    distance, grad = _tv(log_p, log_q)
+    acceptance = (1 - distance).clamp_min(1e-5)
+    return -acceptance.log(), grad / acceptance[:, None]
+
+
+def _lk_hybrid(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    (kl, kl_grad), (distance, distance_grad) = _kl_div(log_p, log_q), _tv(log_p, log_q)
+    weight = torch.exp(-3 * (1 - distance))
+    return weight * kl + (1 - weight) * distance, (weight[:, None] * kl_grad + (1 - weight[:, None]) * distance_grad)
+
+
+def _through_softmax(q: Tensor, slope: Tensor) -> Tensor:
+    """The gradient to the logits from the one to q."""
+    return q * (slope - (q * slope).sum(-1, keepdim=True))
+
+
+DIVERGENCES: dict[str, Divergence] = {
+    "kl_div": _kl_div,
+    "rkl": _rkl,
+    "jsd": _jsd,
+    "ce": _ce,
+    "tv": _tv,
+    "nla": _nla,
+    "lk_hybrid": _lk_hybrid,
+}
+
+
+def parse_loss(loss_fn: str) -> dict[str, float]:
+    r"""A loss's name, or JSON that weights several, as {name: weight}.
+
+    `kl_div`: \(\mathrm{KL}(p \| q)\). `rkl`: \(\mathrm{KL}(q \| p)\). `jsd`: Jensen-Shannon. `ce`: cross-entropy with
+    the verifier's most likely token. `tv`: total variation, \(1 - \alpha\) with the chance of acceptance
+    \(\alpha = \sum_v \min(p_v, q_v)\). `nla`: \(-\log \alpha\). `lk_hybrid`: \(w\,\mathrm{KL} + (1 - w)\,\mathrm{TV}\)
+    with \(w = e^{-3\alpha}\), through which no gradient flows (the last two: LK losses, arXiv 2602.23881).
+
+    Raises:
+        PeagleError: it is neither.
+    """
+    try:
+        weights = {loss_fn: 1.0} if loss_fn in DIVERGENCES else json.loads(loss_fn)
+        if isinstance(weights, dict) and weights and weights.keys() <= DIVERGENCES.keys():
+            return {name: float(weight) for name, weight in weights.items()}
+    except (TypeError, ValueError):
+        pass
+    raise PeagleError(
+        f"The loss {loss_fn!r} is not known. Use one of {', '.join(DIVERGENCES)}, or weights of several as JSON, such "
+        'as {"kl_div": 0.5, "tv": 0.5}.'
+    )
+
+
+def distillation_loss(
     student_NH: Tensor,
     head_VH: Tensor,
     teacher_UH: Tensor,
     teacher_logits: Callable[[Tensor], Tensor],
     target_N: Tensor,
+    weights: Mapping[str, float],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Sum over rows of \(\mathrm{KL}(p \| q)\), p the verifier's and q the drafter's distribution.
+    """The sum over rows of a weighted sum of divergences between the verifier's and the drafter's distributions.
 
-    Softmaxes are float32 whatever the inputs are. With gradients on, the gradients are formed in the same pass and no
-    logits are kept for the backward pass.
+    Softmaxes are float32 at least, whatever the inputs are. With gradients on, the gradients are formed in the same
+    pass and no logits are kept for the backward pass.
 
     Args:
         student_NH: the drafter's normed hidden states of the learnt rows, sorted by target position.
@@ -31,50 +128,51 @@ def kl_divergence(
         teacher_UH: what `teacher_logits` turns into the verifier's logits, one row a target position.
         teacher_logits: [u, H] -> [u, V].
         target_N: int64, the row of `teacher_UH` that each row learns from, ascending.
+        weights: of `DIVERGENCES`, by name (see `parse_loss`).
 
     Returns:
-        the sum (float32 scalar), the drafter's argmax [N] and the verifier's [U], int64 draft token numbers.
+        the sum (float32 scalar at least), the drafter's argmax [N] and the verifier's [U], int64 draft token numbers.
     """
-    return _KlDivergence.apply(student_NH, head_VH, teacher_UH, teacher_logits, target_N)
+    return _DistillationLoss.apply(student_NH, head_VH, teacher_UH, teacher_logits, target_N, dict(weights))
 
 
 def chunks(target_N: Tensor, num_targets: int, vocab_size: int) -> Iterator[tuple[slice, slice]]:
-    """Cut the target positions so that a chunk's rows x vocabulary stays near `CHUNK_ELEMENTS`: (targets, rows)."""
-    rows = target_N.numel()
-    targets_a_chunk = max(1, int(num_targets * CHUNK_ELEMENTS / max(1, rows * vocab_size)))
-    bounds = [*range(0, num_targets, targets_a_chunk), num_targets]
-    row_bounds = torch.searchsorted(target_N, torch.tensor(bounds, device=target_N.device)).tolist()
-    for index in range(len(bounds) - 1):
-        yield slice(bounds[index], bounds[index + 1]), slice(row_bounds[index], row_bounds[index + 1])
+    """Cut the target positions so that a chunk has at most `CHUNK_ELEMENTS` logits if it can: (targets, rows)."""
+    max_rows = CHUNK_ELEMENTS[target_N.device.type] // vocab_size
+    boundaries = torch.arange(num_targets + 1, device=target_N.device)
+    row_of_target = torch.searchsorted(target_N, boundaries).tolist()
+    start = 0
+    while start < num_targets:
+        stop = max(start + 1, bisect_right(row_of_target, row_of_target[start] + max_rows) - 1)
+        yield slice(start, stop), slice(row_of_target[start], row_of_target[stop])
+        start = stop
 
 
-class _KlDivergence(torch.autograd.Function):
+class _DistillationLoss(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, student_NH, head_VH, teacher_UH, teacher_logits, target_N
+        ctx, student_NH, head_VH, teacher_UH, teacher_logits, target_N, weights
     ):
         student_needed, head_needed = ctx.needs_input_grad[:2]
-        loss = student_NH.new_zeros((), dtype=torch.float32)
+        precision = torch.promote_types(student_NH.dtype, torch.float32)
+        loss = student_NH.new_zeros((), dtype=precision)
         student_top_N = torch.empty_like(target_N)
         teacher_top_U = target_N.new_empty(teacher_UH.shape[0])
         student_grad = torch.empty_like(student_NH) if student_needed else None
-        head_grad = torch.zeros_like(head_VH, dtype=torch.float32) if head_needed else None
+        head_grad = torch.zeros_like(head_VH, dtype=precision) if head_needed else None
         head = head_VH.to(student_NH.dtype)
         for targets, rows in chunks(target_N, teacher_UH.shape[0], head.shape[0]):
-            target_n = target_N[rows] - targets.start
-            log_p_uV = F.log_softmax(teacher_logits(teacher_UH[targets]).float(), dim=-1)
-            log_q_nV = F.log_softmax(F.linear(student_NH[rows], head).float(), dim=-1)
-            student_top_N[rows] = log_q_nV.argmax(-1)
-            teacher_top_U[targets] = log_p_uV.argmax(-1)
-            p_nV = log_p_uV.exp()[target_n]
-            # Not the difference of entropy and cross-entropy, which cancel where the two distributions are close.
-            loss += (p_nV * (log_p_uV[target_n] - log_q_nV)).sum()
-            if student_needed or head_needed:
-                logits_grad = (log_q_nV.exp_() - p_nV).to(head.dtype)
-                if student_grad is not None:
-                    student_grad[rows] = logits_grad @ head
-                if head_grad is not None:
-                    head_grad += (logits_grad.T @ student_NH[rows]).float()
+            teacher_uV, student_nV = teacher_logits(teacher_UH[targets]), F.linear(student_NH[rows], head)
+            teacher_norm_u, teacher_top_U[targets] = _normalizers(teacher_uV)
+            student_norm_n, student_top_N[rows] = _normalizers(student_nV)
+            chunk_loss, logits_grad_nV = _divergence(
+                student_nV, student_norm_n, teacher_uV, teacher_norm_u, target_N[rows] - targets.start, weights
+            )
+            loss += chunk_loss
+            if student_grad is not None:
+                torch.mm(logits_grad_nV, head, out=student_grad[rows])
+            if head_grad is not None:
+                head_grad += (logits_grad_nV.T @ student_NH[rows]).to(precision)
         ctx.save_for_backward(student_grad, None if head_grad is None else head_grad.to(head_VH.dtype))
         ctx.mark_non_differentiable(student_top_N, teacher_top_U)
         return loss, student_top_N, teacher_top_U
@@ -85,7 +183,32 @@ class _KlDivergence(torch.autograd.Function):
         return (
             None if student_grad is None else student_grad * loss_grad.to(student_grad.dtype),
             None if head_grad is None else head_grad * loss_grad.to(head_grad.dtype),
-            None,
-            None,
-            None,
+            *[None] * 4,
         )
+
+
+def _normalizers(logits_nV: Tensor) -> tuple[Tensor, Tensor]:
+    """The log-sum-exp and the argmax of each row."""
+    if logits_nV.is_cuda and logits_nV.dtype != torch.float64:
+        from .kernels import row_statistics
+
+        return row_statistics(logits_nV)
+    return logits_nV.to(torch.promote_types(logits_nV.dtype, torch.float32)).logsumexp(-1), logits_nV.argmax(-1)
+
+
+@fuse_on_gpu(rows_dim=0)
+def _divergence(
+    student_nV: Tensor,
+    student_norm_n: Tensor,
+    teacher_uV: Tensor,
+    teacher_norm_u: Tensor,
+    target_n: Tensor,
+    weights: dict[str, float],
+) -> tuple[Tensor, Tensor]:
+    """The weighted divergences, summed over the rows, and the gradient to the student's logits."""
+    log_q = student_nV.to(student_norm_n.dtype) - student_norm_n[:, None]
+    log_p = teacher_uV[target_n].to(teacher_norm_u.dtype) - teacher_norm_u[target_n][:, None]
+    parts = [(weight, *DIVERGENCES[name](log_p, log_q)) for name, weight in weights.items()]
+    loss = sum(weight * losses.sum() for weight, losses, _ in parts)
+    grad = sum(weight * grads for weight, _, grads in parts)
+    return loss, grad.to(student_nV.dtype)  # type: ignore[return-value, union-attr]

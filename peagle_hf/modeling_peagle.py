@@ -4,24 +4,30 @@ Shape letters: L positions, R rows, N learnt rows, U target positions, A auxilia
 vocabulary, Vd draft vocabulary. A batch is one packed sequence, so every tensor has a first dimension of 1.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding, rotate_half
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 from transformers.utils import ModelOutput
 
-from .attention import ATTENTION, Attend, RowTags
+from .attention import ATTENTION, BLOCK, Attend, Kept
+from .cod import find_spans
 from .configuration_peagle import PeagleConfig
 from .errors import PeagleError
-from .losses import CHUNK_ELEMENTS, kl_divergence
+from .fusion import fuse_on_gpu
+from .losses import CHUNK_ELEMENTS, distillation_loss, parse_loss
 from .metrics import count_by_depth
 from .target import VerifierHead, load_embedding
+
+RECOMPUTED_ROWS = 16384
+"""How many rows' feed-forward part is recomputed at a time under activation checkpointing."""
 
 
 @dataclass
@@ -40,43 +46,77 @@ class PeagleOutput(ModelOutput):
 
 
 class Rows:
-    """The rows of one forward pass: who they are, where they stand, and what they may attend to."""
+    """The rows of one forward pass: where they stand, what they may attend to, and which of them are learnt.
 
-    def __init__(self, keys: RowTags, num_positions: int, query_index: Tensor | None, attention: str):
-        self.keys = keys
-        self.num_positions = num_positions
-        self.query_index = query_index
-        self.attention = attention
+    On the GPU's path rows and learnt rows are padded to whole blocks by repeating the last one; `num_rows` and
+    `num_learnt` count them without the padding.
+    """
+
+    def __init__(
+        self,
+        anchors: Tensor,
+        depths: Tensor,
+        document_ids: Tensor,
+        learnt_rows: Tensor | None,
+        max_length: int,
+        attention: str,
+    ):
+        block = BLOCK if attention == "flex_attention" else 1
+        self.attention = ATTENTION[attention]
+        self.num_rows = anchors.numel()
+        self.padding = -self.num_rows % block
+        self.anchors, self.depths, self.document_ids, self.max_length = anchors, depths, document_ids, max_length
+        self.documents = self.pad(document_ids[anchors])
+        self.learnt = self.num_learnt = None
+        if learnt_rows is not None:
+            self.num_learnt = learnt_rows.numel()
+            num_queries = max(1, math.ceil(self.num_learnt / block)) * block
+            padding = num_queries - self.num_learnt
+            last = learnt_rows[-1:] if self.num_learnt else learnt_rows.new_zeros(1)
+            self.learnt = torch.cat([learnt_rows, last.expand(padding)])
         self._attend: dict[tuple[int | None, bool], Attend] = {}
 
-    @cached_property
-    def queries(self) -> RowTags:
-        anchor, depth, document = self.keys
-        index = self.query_index
-        return self.keys if index is None else (anchor[index], depth[index], document[index])
+    def pad(self, rows: Tensor) -> Tensor:
+        """[R before padding] -> [R]."""
+        return torch.cat([rows, rows[-1:].expand(self.padding)])
 
-    def spread(self, states: Tensor) -> Tensor:
-        """[1, L + 1, ...] (the positions, then the mask row) -> [1, R, ...]: every rollout row is the mask row."""
-        positions, mask_row = states[:, : self.num_positions], states[:, self.num_positions :]
-        return torch.cat([positions, mask_row.expand(-1, self.keys[0].numel() - self.num_positions, -1)], dim=1)
+    def place(self, rotary: tuple[Tensor, Tensor]) -> None:
+        """Take the rotary embedding of the rows, cos and sin [1, R, D]."""
+        self.rotary = rotary
+        self.learnt_rotary = (self.select(rotary[0]), self.select(rotary[1]))
 
     def select(self, states: Tensor) -> Tensor:
         """[1, R, ...] -> the rows that are learnt, [1, N, ...], or all of them when nothing is learnt here."""
-        return states if self.query_index is None else states[:, self.query_index]
+        return states if self.learnt is None else states.index_select(1, self.learnt)
 
-    def attend(self, window: int | None, selected: bool) -> Attend:
-        if (window, selected) not in self._attend:
-            queries = self.queries if selected else self.keys
-            self._attend[window, selected] = ATTENTION[self.attention](queries, self.keys, window)
-        return self._attend[window, selected]
+    def trim(self, states: Tensor) -> Tensor:
+        """Cut the padding off what the last layer gives."""
+        return states[:, : self.num_rows if self.num_learnt is None else self.num_learnt]
+
+    def attend(self, window: int | None, learnt_only: bool) -> Attend:
+        """Attention of all rows, or of those that are learnt, to all rows."""
+        if (window, learnt_only) not in self._attend:
+            spans = find_spans(self.anchors, self.depths, self.document_ids, window)
+            spans, documents = spans.map(self.pad), self.documents
+            if learnt_only and self.learnt is not None:
+                spans, documents = spans.map(lambda bound: bound[self.learnt]), documents[self.learnt]
+            self._attend[window, learnt_only] = self.attention(spans, documents, self.documents, self.max_length)
+        return self._attend[window, learnt_only]
+
+
+class RMSNorm(LlamaRMSNorm):
+    """RMSNorm in float32 whose result has the input's dtype, also when the weight is float32."""
+
+    @fuse_on_gpu(rows_dim=1)
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return super().forward(hidden_states).to(hidden_states.dtype)
 
 
 class PeagleAttention(nn.Module):
-    """Grouped-query attention over rows; layer 0 projects each distinct input once, the last layer asks learnt rows."""
+    """The projections of grouped-query attention, with rotary embedding; the first layer's see each input once."""
 
-    def __init__(self, config: PreTrainedConfig, input_size: int, window: int | None, is_first: bool, is_last: bool):
+    def __init__(self, config: PreTrainedConfig, input_size: int):
         super().__init__()
-        self.window, self.is_first, self.is_last = window, is_first, is_last
         self.head_dim = config.head_dim
         query_size, key_size = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(input_size, query_size, bias=config.attention_bias)
@@ -84,65 +124,107 @@ class PeagleAttention(nn.Module):
         self.v_proj = nn.Linear(input_size, key_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
         has_norms = config.model_type == "qwen3"
-        self.q_norm = LlamaRMSNorm(self.head_dim, config.rms_norm_eps) if has_norms else nn.Identity()
-        self.k_norm = LlamaRMSNorm(self.head_dim, config.rms_norm_eps) if has_norms else nn.Identity()
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if has_norms else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if has_norms else nn.Identity()
 
-    def forward(self, states: Tensor, rows: Rows, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        if self.is_first:
-            query, key, value = (rows.spread(project(states)) for project in (self.q_proj, self.k_proj, self.v_proj))
-            query = rows.select(query) if self.is_last else query
-        else:
-            query = self.q_proj(rows.select(states) if self.is_last else states)
-            key, value = self.k_proj(states), self.v_proj(states)
-        query_rotary = tuple(rows.select(part) for part in rotary) if self.is_last else rotary
-        output = rows.attend(self.window, selected=self.is_last)(
-            rotate(self.q_norm(self.heads(query)), query_rotary).transpose(1, 2),
-            rotate(self.k_norm(self.heads(key)), rotary).transpose(1, 2),
-            self.heads(value).transpose(1, 2),
-        )
-        return self.o_proj(output.transpose(1, 2).flatten(2))
+    def query(self, inputs: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """[1, R or L + 1, inputs] -> [1, heads, R, D]."""
+        return rotate(spread(self.q_norm(self.heads(self.q_proj(inputs))), cos.shape[1]), cos, sin).transpose(1, 2)
+
+    def key_value(self, inputs: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """[1, R or L + 1, inputs] -> two [1, key heads, R, D]."""
+        key = rotate(spread(self.k_norm(self.heads(self.k_proj(inputs))), cos.shape[1]), cos, sin)
+        return key.transpose(1, 2), spread(self.heads(self.v_proj(inputs)), cos.shape[1]).transpose(1, 2)
 
     def heads(self, states: Tensor) -> Tensor:
         return states.unflatten(-1, (-1, self.head_dim))
 
 
-def rotate(states: Tensor, rotary: tuple[Tensor, ...]) -> Tensor:
+def spread(states: Tensor, num_rows: int) -> Tensor:
+    """[1, L + 1, ...] (the positions, then the mask row) -> [1, R, ...], as every rollout row is the mask row."""
+    if states.shape[1] == num_rows:
+        return states
+    copies = num_rows - states.shape[1] + 1
+    return torch.cat([states[:, :-1], states[:, -1:].expand(-1, copies, *states.shape[2:])], dim=1)
+
+
+def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of [1, rows, heads, D] by cos and sin [1, rows, D]."""
-    cos, sin = (part.unsqueeze(2) for part in rotary)
-    return (states * cos + rotate_half(states) * sin).to(states.dtype)
+    return (states * cos.unsqueeze(2) + rotate_half(states) * sin.unsqueeze(2)).to(states.dtype)
 
 
-class PeagleLayer(GradientCheckpointingLayer):
-    """A decoder layer; the first reads token embeddings beside the verifier's states (EAGLE-3, arXiv 2503.01840)."""
+class PeagleLayer(nn.Module):
+    """A decoder layer; the first reads token embeddings beside the verifier's states (EAGLE-3, arXiv 2503.01840).
+
+    Attributes:
+        gradient_checkpointing: recompute in the backward pass what is between the layer's input and its output.
+        keep_attention: but keep what attention gave, and recompute the feed-forward part by `RECOMPUTED_ROWS`.
+    """
+
+    gradient_checkpointing = False
+    keep_attention = True
+    _gradient_checkpointing_func: Callable[..., Any]
 
     def __init__(self, config: PeagleConfig, layer_idx: int):
         super().__init__()
         layer_config = config.transformer_layer_config
         size, eps = layer_config.hidden_size, layer_config.rms_norm_eps
-        is_first, is_last = layer_idx == 0, layer_idx == layer_config.num_hidden_layers - 1
+        self.is_first, self.is_last = layer_idx == 0, layer_idx == layer_config.num_hidden_layers - 1
         layer_types = getattr(layer_config, "layer_types", None) or ["full_attention"] * layer_config.num_hidden_layers
-        window = layer_config.sliding_window if layer_types[layer_idx] == "sliding_attention" else None
-        self.is_last = is_last
+        self.window = layer_config.sliding_window if layer_types[layer_idx] == "sliding_attention" else None
         self.norm_before_residual = config.norm_before_residual
-        self.input_layernorm = LlamaRMSNorm(size, eps)
-        if is_first:
-            self.hidden_norm = LlamaRMSNorm(size, eps)
-        self.self_attn = PeagleAttention(layer_config, 2 * size if is_first else size, window, is_first, is_last)
-        self.post_attention_layernorm = LlamaRMSNorm(size, eps)
+        self.input_layernorm = RMSNorm(size, eps)
+        if self.is_first:
+            self.hidden_norm = RMSNorm(size, eps)
+        self.self_attn = PeagleAttention(layer_config, 2 * size if self.is_first else size)
+        self.post_attention_layernorm = RMSNorm(size, eps)
         self.mlp = Qwen3MLP(layer_config) if layer_config.model_type == "qwen3" else LlamaMLP(layer_config)
 
-    def forward(
-        self, states: Tensor, rows: Rows, rotary: tuple[Tensor, Tensor], embeds: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, states: Tensor, rows: Rows, embeds: Tensor | None = None) -> Tensor:
         """[1, R, H] -> [1, R, H] ([1, N, H] in the last layer); the first layer takes [1, L + 1, H] and embeddings."""
-        if embeds is None:
-            residual, inputs = states, self.input_layernorm(states)
+        if not (self.gradient_checkpointing and self.training):
+            return self.feed_forward(*self.attention(states, embeds, rows, None))
+        recomputed = self._gradient_checkpointing_func
+        if not self.keep_attention:
+            return recomputed(self._whole, states, embeds, rows)
+        residual, attended = recomputed(self.attention, states, embeds, rows, {})
+        pieces = zip(residual.split(RECOMPUTED_ROWS, dim=1), attended.split(RECOMPUTED_ROWS, dim=1), strict=True)
+        return torch.cat([recomputed(self.feed_forward, *piece) for piece in pieces], dim=1)
+
+    def _whole(self, states: Tensor, embeds: Tensor | None, rows: Rows) -> Tensor:
+        return self.feed_forward(*self.attention(states, embeds, rows, None))
+
+    def attention(self, states: Tensor, embeds: Tensor | None, rows: Rows, kept: Kept) -> tuple[Tensor, Tensor]:
+        """The residual and what attention gives before `o_proj`, of all rows or, in the last layer, the learnt ones."""
+        if embeds is not None:
+            residual, query, key, value = self.first_inputs(states, embeds, *rows.rotary)
+            if self.is_last:
+                residual, query = rows.select(residual), rows.select(query.transpose(1, 2)).transpose(1, 2)
         else:
-            normed = self.hidden_norm(states)
-            residual = rows.spread(normed if self.norm_before_residual else states)
-            inputs = torch.cat([self.input_layernorm(embeds), normed], dim=-1)
-        residual = rows.select(residual) if self.is_last else residual
-        states = residual + self.self_attn(inputs, rows, rotary)
+            residual = rows.select(states) if self.is_last else states
+            query = self.query(residual, *(rows.learnt_rotary if self.is_last else rows.rotary))
+            key, value = self.key_value(states, *rows.rotary)
+        output = rows.attend(self.window, learnt_only=self.is_last)(query, key, value, kept)
+        return residual, output.transpose(1, 2).flatten(2)
+
+    @fuse_on_gpu(rows_dim=1)
+    def first_inputs(self, states: Tensor, embeds: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        normed = self.hidden_norm(states)
+        residual = spread(normed if self.norm_before_residual else states, cos.shape[1])
+        inputs = torch.cat([self.input_layernorm(embeds), normed], dim=-1)
+        return residual, self.self_attn.query(inputs, cos, sin), *self.self_attn.key_value(inputs, cos, sin)
+
+    @fuse_on_gpu(rows_dim=1)
+    def query(self, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return self.self_attn.query(self.input_layernorm(states), cos, sin)
+
+    @fuse_on_gpu(rows_dim=1)
+    def key_value(self, states: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        return self.self_attn.key_value(self.input_layernorm(states), cos, sin)
+
+    @fuse_on_gpu(rows_dim=1)
+    def feed_forward(self, residual: Tensor, attended: Tensor) -> Tensor:
+        states = residual + self.self_attn.o_proj(attended)
         return states + self.mlp(self.post_attention_layernorm(states))
 
 
@@ -151,6 +233,9 @@ class PeagleForSpeculation(PreTrainedModel):
 
     `save_pretrained` writes what vLLM serves. The verifier's head, which training needs for its targets, is attached by
     `attach_verifier` and is never part of a checkpoint.
+
+    Attributes:
+        loss_weights: what the loss is made of, see `losses.parse_loss`.
     """
 
     config_class = PeagleConfig
@@ -166,6 +251,7 @@ class PeagleForSpeculation(PreTrainedModel):
     t2d: Tensor | None
     verifier_head: VerifierHead | None
     draft_head: VerifierHead | None
+    heads_are_one: bool
 
     def __init__(self, config: PeagleConfig):
         super().__init__(config)
@@ -173,10 +259,10 @@ class PeagleForSpeculation(PreTrainedModel):
         size, eps, states_size = layer_config.hidden_size, layer_config.rms_norm_eps, config.num_aux_hidden_states
         self.embed_tokens = nn.Embedding(layer_config.vocab_size, size)
         self.mask_hidden = nn.Parameter(torch.empty(1, 1, states_size * size))
-        self.input_norm = LlamaRMSNorm(states_size * size, eps) if config.norm_before_fc else nn.Identity()
+        self.input_norm = RMSNorm(states_size * size, eps) if config.norm_before_fc else nn.Identity()
         self.fc = nn.Linear(states_size * size, size, bias=False)
         self.layers = nn.ModuleList(PeagleLayer(config, index) for index in range(layer_config.num_hidden_layers))
-        self.norm = LlamaRMSNorm(size, eps)
+        self.norm = RMSNorm(size, eps)
         self.rotary_emb = LlamaRotaryEmbedding(layer_config)
         self.lm_head = nn.Linear(size, config.draft_vocab_size, bias=False)
         if config.draft_vocab_size < layer_config.vocab_size:
@@ -185,6 +271,7 @@ class PeagleForSpeculation(PreTrainedModel):
         else:
             self.d2t = self.t2d = None
         self.__dict__["verifier_head"] = self.__dict__["draft_head"] = None
+        self.loss_weights = parse_loss("kl_div")
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -226,6 +313,7 @@ class PeagleForSpeculation(PreTrainedModel):
         self,
         name_or_path: str,
         initialize: bool = True,
+        train_head: bool = False,
         dtype: torch.dtype | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
@@ -234,34 +322,49 @@ class PeagleForSpeculation(PreTrainedModel):
 
         Args:
             initialize: also start the drafter's token embeddings and head from the verifier's.
+            train_head: see `attach_verifier`.
             dtype: of the verifier's head; default: as saved.
         """
         head = VerifierHead.from_pretrained(name_or_path, dtype, revision, trust_remote_code)
-        self.attach_verifier(head)
+        self._check_head(head)
         if initialize:
             with torch.no_grad():
                 self.embed_tokens.weight.copy_(load_embedding(name_or_path, None, revision, trust_remote_code))
                 token_ids = self.draft_token_ids
                 self.lm_head.weight.copy_(head.weight if token_ids is None else head.weight[token_ids])
+        self.attach_verifier(head, train_head)
 
-    def attach_verifier(self, head: VerifierHead) -> None:
-        """Make the drafter ready to be trained: the verifier's head gives the targets; the drafter's own is frozen.
+    def attach_verifier(self, head: VerifierHead, train_head: bool = False) -> None:
+        """Make the drafter ready to be trained: the verifier's head gives the targets.
+
+        What isn't trained takes the dtype of `head`, and a frozen head that is the verifier's is one tensor with it.
+
+        Args:
+            train_head: also train the drafter's own head.
 
         Raises:
             PeagleError: the head's sizes are not those of this drafter's verifier.
         """
+        self._check_head(head)
+        self.embed_tokens.weight.requires_grad_(self.config.embed_requires_grad)
+        self.lm_head.weight.requires_grad_(train_head)
+        for module in (self.embed_tokens, self.lm_head):
+            if not module.weight.requires_grad:
+                module.to(head.weight.dtype)
+        token_ids = self.draft_token_ids
+        draft_head = head if token_ids is None else head.restrict(token_ids)
+        # Set around nn.Module, so that the heads are no part of the state dict, of DDP's buffers or of FSDP's shards.
+        self.__dict__["verifier_head"], self.__dict__["draft_head"] = head, draft_head
+        same = not train_head and torch.equal(draft_head.weight, self.lm_head.weight.to(draft_head.weight.device))
+        self.__dict__["heads_are_one"] = same
+
+    def _check_head(self, head: VerifierHead) -> None:
         expected = (self.config.vocab_size, self.config.hidden_size)
         if tuple(head.weight.shape) != expected:
             raise PeagleError(
                 f"The verifier's head is {tuple(head.weight.shape)}, this drafter was made for {expected} "
                 f"({self.config.verifier_name_or_path}). Name the verifier that the drafter belongs to."
             )
-        self.embed_tokens.weight.requires_grad_(self.config.embed_requires_grad)
-        self.lm_head.weight.requires_grad_(False)
-        # Set around nn.Module, so that the head is no part of the state dict, of DDP's buffers or of FSDP's shards.
-        self.__dict__["verifier_head"] = head
-        token_ids = self.draft_token_ids
-        self.__dict__["draft_head"] = head if token_ids is None else head.restrict(token_ids)
 
     def forward(
         self,
@@ -275,6 +378,7 @@ class PeagleForSpeculation(PreTrainedModel):
         learnt_rows: Tensor | None = None,
         target_states: Tensor | None = None,
         target_index: Tensor | None = None,
+        max_length: int | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> PeagleOutput:
         """Run the rows; with labels give the loss and the counters, without them the logits.
@@ -290,27 +394,30 @@ class PeagleForSpeculation(PreTrainedModel):
             learnt_rows: int64 [1, N], the rows with a label, sorted by target position.
             target_states: [1, U, H], the verifier's last states, before its final norm, of the target positions.
             target_index: int64 [1, N], which target position each of `learnt_rows` has, ascending.
+            max_length: positions of the longest document, known without asking the device; default: L.
             num_items_in_batch: what the summed loss is divided by.
         """
-        device, num_positions = input_ids.device, input_ids.shape[1]
+        device = input_ids.device
         mixed_precision = torch.is_autocast_enabled(device.type)
-        hidden_states = hidden_states.to(torch.get_autocast_dtype(device.type) if mixed_precision else self.dtype)
+        dtype = torch.get_autocast_dtype(device.type) if mixed_precision else self.fc.weight.dtype
         anchor, depth = anchors[0], depths[0]
         rows = Rows(
-            keys=(anchor, depth, document_ids[0][anchor]),
-            num_positions=num_positions,
-            query_index=None if learnt_rows is None else learnt_rows[0],
-            attention=self.config._attn_implementation,
+            anchor,
+            depth,
+            document_ids[0],
+            None if learnt_rows is None else learnt_rows[0],
+            document_ids.numel() if max_length is None else max_length,
+            self.config._attn_implementation,
         )
         mask_token = input_ids.new_full((1, 1), self.config.mask_token_id)
-        embeds = self.embed_tokens(torch.cat([input_ids, mask_token], dim=1)).to(hidden_states.dtype)
-        states = torch.cat([hidden_states, self.mask_hidden.to(hidden_states.dtype)], dim=1)
-        states = self.fc(self.input_norm(states))
-        rotary = self.rotary_emb(states, position_ids)
-        states = self.layers[0](states, rows, rotary, embeds=embeds)
+        embeds = self.embed_tokens(torch.cat([input_ids, mask_token], dim=1)).to(dtype)
+        parts = (hidden_states.to(dtype), self.mask_hidden.to(dtype))
+        states = torch.cat([self.fc(self.input_norm(part)) for part in parts], dim=1)
+        rows.place(self.rotary_emb(states, rows.pad(position_ids[0])[None]))
+        states = self.layers[0](states, rows, embeds)
         for layer in self.layers[1:]:
-            states = layer(states, rows, rotary)
-        states = self.norm(states)
+            states = layer(states, rows)
+        states = rows.trim(self.norm(states))
         if labels is None:
             return PeagleOutput(logits=self.lm_head(states))
 
@@ -319,16 +426,19 @@ class PeagleForSpeculation(PreTrainedModel):
         assert target_index is not None
         if self.verifier_head is None or self.draft_head is None:
             raise PeagleError("The loss needs the verifier's head: call load_verifier(name_or_path) before training.")
-        verifier, draft_head = self.verifier_head.to(device), self.draft_head.to(device)
+        if self.heads_are_one:
+            self.draft_head.weight = self.lm_head.weight.detach()
+        draft_head = self.draft_head.to(device)
         with torch.no_grad():
-            teacher = verifier.normalize(target_states[0].to(verifier.weight.dtype))
-        loss, student_N, teacher_U = kl_divergence(
-            states[0], self.lm_head.weight, teacher, draft_head.logits, target_index[0]
+            teacher = draft_head.normalize(target_states[0])
+        loss, student_N, teacher_U = distillation_loss(
+            states[0], self.lm_head.weight, teacher, draft_head.logits, target_index[0], self.loss_weights
         )
         token_ids = self.draft_token_ids
         if token_ids is not None and not self.training:
             # Over the whole vocabulary: a token that the drafter doesn't have is one that it can't match.
-            chunks = teacher.split(max(1, CHUNK_ELEMENTS // self.config.vocab_size))
+            verifier = self.verifier_head.to(device)
+            chunks = teacher.split(max(1, CHUNK_ELEMENTS[device.type] // self.config.vocab_size))
             with torch.no_grad():
                 teacher_U = torch.cat([verifier.logits(chunk).argmax(-1) for chunk in chunks])
             student_N = token_ids[student_N]

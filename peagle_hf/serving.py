@@ -107,6 +107,7 @@ def _check_config(path: Path) -> PeagleConfig:
             fields.get("model_type", "speculators") != "speculators"
         ),
         "speculators_model_type must be 'peagle'": fields.get("speculators_model_type") != "peagle",
+        "eagle_aux_hidden_state_layer_ids is missing": not layer_ids,
         "norm_before_residual is missing, and vLLM would take it as false": "norm_before_residual" not in fields,
         "speculators_config.proposal_methods[0].speculative_tokens is missing": (
             methods[0].get("speculative_tokens") is None

@@ -2,7 +2,9 @@
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,13 @@ from .callbacks import VllmExportCallback, checkpoints_by_step, remove_checkpoin
 from .configuration_peagle import PeagleConfig
 from .data.cache import Manifest
 from .data.collator import CODDataCollator
-from .data.dataset import EpochSampler, HiddenStatesDataset, split_rows
+from .data.dataset import EpochSampler, HiddenStatesDataset, learnt_share, split_rows
+from .data.partition import partition, partition_by_rows
 from .errors import PeagleError
+from .losses import parse_loss
+from .memory import GIB, MemoryPlan, device_memory, report, rows_that_fit
 from .metrics import COUNTERS, summarize
-from .modeling_peagle import PeagleForSpeculation
+from .modeling_peagle import PeagleForSpeculation, PeagleLayer
 from .target import draft_vocabulary, load_token_freq, load_verifier_config
 from .training_args import PeagleTrainingArguments
 
@@ -33,6 +38,9 @@ class PeagleTrainer(Trainer):
     Trainer's metrics, `accuracy_d`, `acceptance_d` and `acceptance_length` (see `metrics.summarize`), over all steps
     since the last log and all ranks; in evaluation with the prefix `eval_`, where `eval_loss` is the mean over tokens.
     """
+
+    args: PeagleTrainingArguments
+    model: nn.Module
 
     def __init__(
         self,
@@ -66,6 +74,11 @@ class PeagleTrainer(Trainer):
         self.config: PeagleConfig = self.accelerator.unwrap_model(self.model).config
         if data_collator is None:
             self.data_collator = CODDataCollator.from_config(self.config, seed=args.seed)
+        for module in self.model.modules():
+            if isinstance(module, PeagleForSpeculation):
+                module.loss_weights = parse_loss(args.loss_fn)
+            if isinstance(module, PeagleLayer):
+                module.keep_attention = args.keep_attention
         self._train_counters = self._no_counters()
         self._eval_counters = self._no_counters()
         self._eval_loss = torch.zeros(2, dtype=torch.float64, device=args.device)
@@ -79,7 +92,7 @@ class PeagleTrainer(Trainer):
         """Train; `resume_from_checkpoint` takes a `checkpoint-N`, an epoch folder, `checkpoint_best`, or True (newest).
 
         Raises:
-            PeagleError: the folder can't be resumed from.
+            PeagleError: the folder can't be resumed from, or the device's memory is too small; says what would help.
         """
         if resume_from_checkpoint is True:
             newest = checkpoints_by_step(self._get_output_dir(trial))
@@ -88,7 +101,59 @@ class PeagleTrainer(Trainer):
             resume_from_checkpoint = str(newest[-1])
         if resume_from_checkpoint:
             resume_from_checkpoint = str(resumable_folder(resume_from_checkpoint))
-        return super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
+        try:
+            return super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
+        except torch.OutOfMemoryError as error:
+            raise PeagleError(
+                f"The memory of {self.args.device} is too small: {str(error).splitlines()[0]}\n"
+                f"{report(self._memory_plan, memory_budget(self.args))}"
+            ) from error
+
+    def training_step(  # type: ignore[no-untyped-def]
+        self, model, inputs, num_items_in_batch=None
+    ):
+        """Forward and backward, part by part with `sequence_partitions`; gradients are reduced with the last part."""
+        if num_items_in_batch is None:
+            num_items_in_batch = (inputs["labels"] != -100).sum()
+        *others, last = self._parts(inputs)
+        loss = torch.zeros((), device=self.args.device)
+        for part in others:
+            with self._without_reduction(model):
+                loss = loss + super().training_step(model, part, num_items_in_batch)
+        return loss + super().training_step(model, last, num_items_in_batch)
+
+    def _parts(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
+        if self.args.sequence_partitions != "auto":
+            return partition(inputs, int(self.args.sequence_partitions))
+        return partition_by_rows(inputs, self._rows_that_fit)
+
+    @contextmanager
+    def _without_reduction(self, model: nn.Module) -> Iterator[None]:
+        """Gradients stay on the process, as in all but the last step of gradient accumulation."""
+        state = self.accelerator.gradient_state
+        if not state.sync_gradients:
+            yield
+            return
+        state._set_sync_gradients(False)
+        try:
+            with self.accelerator.no_sync(model):
+                yield
+        finally:
+            state._set_sync_gradients(True)
+
+    @property
+    def _memory_plan(self) -> MemoryPlan:
+        return memory_plan(self.args, self.config)
+
+    @cached_property
+    def _rows_that_fit(self) -> int:
+        budget = memory_budget(self.args)
+        if budget is None:
+            raise PeagleError(
+                "sequence_partitions is auto, but how much memory a CPU may use is for you to say: pass "
+                "--memory-budget with a number of GiB."
+            )
+        return rows_that_fit(self._memory_plan, budget)
 
     def compute_loss(  # type: ignore[no-untyped-def]
         self, model, inputs, return_outputs=False, num_items_in_batch=None
@@ -147,17 +212,13 @@ class PeagleTrainer(Trainer):
         super()._save_checkpoint(model, trial)
 
 
-def build_drafter(args: PeagleTrainingArguments) -> PeagleForSpeculation:
-    """The drafter that the arguments describe, new or from `from_pretrained`, with its verifier's head attached.
+def build_config(args: PeagleTrainingArguments) -> PeagleConfig:
+    """The configuration that the arguments describe, or that of `from_pretrained` with the arguments' sampling.
 
     Raises:
-        PeagleError: no verifier is named, or the cache was made by another one.
+        PeagleError: no verifier is named.
     """
-    set_seed(args.seed)
-    if not args.verifier_name_or_path:
-        raise PeagleError("No verifier is named. Pass --verifier-name-or-path with the model to draft for.")
-    cache = args.hidden_states_path or Path(args.data_path) / "hidden_states"
-    manifest = Manifest.read(cache)
+    verifier = _verifier(args)
     sampling: dict[str, Any] = {
         "num_depths": args.num_depths,
         "down_sample_ratio": args.down_sample_ratio,
@@ -167,40 +228,65 @@ def build_drafter(args: PeagleTrainingArguments) -> PeagleForSpeculation:
     }
     if args.from_pretrained:
         saved = PeagleConfig.from_pretrained(args.from_pretrained)
-        config = PeagleConfig.from_dict({**saved.to_dict(), **sampling})
+        return PeagleConfig.from_dict({**saved.to_dict(), **sampling})
+    manifest = Manifest.read(_cache_folder(args))
+    return PeagleConfig.from_verifier(
+        verifier,
+        num_layers=args.num_layers,
+        draft_arch=args.draft_arch,
+        draft_vocab_size=args.draft_vocab_size,
+        mask_token_id=args.mask_token_id,
+        target_layer_ids=args.target_layer_ids or (manifest.aux_layer_ids if manifest else None),
+        norm_before_residual=args.norm_before_residual,
+        norm_before_fc=args.norm_before_fc,
+        sliding_window=args.sliding_window,
+        revision=args.verifier_revision,
+        trust_remote_code=args.trust_remote_code,
+        **sampling,
+    )
+
+
+def build_drafter(args: PeagleTrainingArguments) -> PeagleForSpeculation:
+    """The drafter that the arguments describe, new or from `from_pretrained`, with its verifier's head attached.
+
+    Raises:
+        PeagleError: no verifier is named, or the cache was made by another one.
+    """
+    set_seed(args.seed)
+    verifier, config = _verifier(args), build_config(args)
+    if args.from_pretrained:
         drafter = PeagleForSpeculation.from_pretrained(args.from_pretrained, config=config, dtype=torch.float32)
     else:
-        config = PeagleConfig.from_verifier(
-            args.verifier_name_or_path,
-            num_layers=args.num_layers,
-            draft_arch=args.draft_arch,
-            draft_vocab_size=args.draft_vocab_size,
-            mask_token_id=args.mask_token_id,
-            target_layer_ids=args.target_layer_ids or (manifest.aux_layer_ids if manifest else None),
-            norm_before_residual=args.norm_before_residual,
-            norm_before_fc=args.norm_before_fc,
-            sliding_window=args.sliding_window,
-            revision=args.verifier_revision,
-            trust_remote_code=args.trust_remote_code,
-            **sampling,
-        )
         drafter = PeagleForSpeculation(config)
         if drafter.d2t is not None:
             frequencies = load_token_freq(args.token_freq_path or Path(args.data_path) / "token_freq.pt")
             drafter.set_draft_vocabulary(*draft_vocabulary(frequencies, config.draft_vocab_size, config.vocab_size))
     if args.device.type == "cuda":
         drafter.set_attn_implementation("flex_attention")
+    cache = _cache_folder(args)
+    manifest = Manifest.read(cache)
     if manifest is not None:
-        target = load_verifier_config(args.verifier_name_or_path, args.verifier_revision, args.trust_remote_code)
-        manifest.check(Manifest.of(args.verifier_name_or_path, target, config.eagle_aux_hidden_state_layer_ids), cache)
+        target = load_verifier_config(verifier, args.verifier_revision, args.trust_remote_code)
+        manifest.check(Manifest.of(verifier, target, config.eagle_aux_hidden_state_layer_ids), cache)
     drafter.load_verifier(
-        args.verifier_name_or_path,
+        verifier,
         initialize=not args.from_pretrained,
+        train_head=args.train_head,
         dtype=torch.bfloat16 if args.bf16 else torch.float32,
         revision=args.verifier_revision,
         trust_remote_code=args.trust_remote_code,
     )
     return drafter
+
+
+def _verifier(args: PeagleTrainingArguments) -> str:
+    if not args.verifier_name_or_path:
+        raise PeagleError("No verifier is named. Pass --verifier-name-or-path with the model to draft for.")
+    return args.verifier_name_or_path
+
+
+def _cache_folder(args: PeagleTrainingArguments) -> str | Path:
+    return args.hidden_states_path or Path(args.data_path) / "hidden_states"
 
 
 def build_datasets(args: PeagleTrainingArguments) -> tuple[HiddenStatesDataset, HiddenStatesDataset | None]:
@@ -215,8 +301,35 @@ def build_datasets(args: PeagleTrainingArguments) -> tuple[HiddenStatesDataset, 
     return dataset(train_rows), dataset(eval_rows) if eval_rows else None
 
 
-def train(args: PeagleTrainingArguments) -> PeagleTrainer:
-    """Train a drafter on cached hidden states, going on from the output folder's newest checkpoint if there is one."""
+def memory_plan(args: PeagleTrainingArguments, config: PeagleConfig) -> MemoryPlan:
+    """What the arguments mean for memory; for a CPU, or without mixed precision, it is an estimate from below."""
+    checkpointing = getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing
+    is_prepared = (Path(args.data_path) / "token_freq.pt").exists()
+    return MemoryPlan(
+        config,
+        positions=args.per_device_train_batch_size * args.total_seq_len,
+        learnt_share=learnt_share(args.data_path) if is_prepared else MemoryPlan.learnt_share,
+        optimizer=str(args.optim),
+        checkpointing=("keep_attention" if args.keep_attention else "whole") if checkpointing else "none",
+        partitions=1 if args.sequence_partitions == "auto" else int(args.sequence_partitions),
+        accumulates=args.gradient_accumulation_steps > 1,
+        train_head=args.train_head,
+    )
+
+
+def memory_budget(args: PeagleTrainingArguments) -> int | None:
+    """Bytes that a process may use on its device; None where nobody has said."""
+    return device_memory(args.device) if args.memory_budget is None else round(args.memory_budget * GIB)
+
+
+def train(args: PeagleTrainingArguments) -> PeagleTrainer | None:
+    """Train a drafter on cached hidden states, going on from the output folder's newest checkpoint if there is one.
+
+    With `memory_report` print the prediction instead and return None.
+    """
+    if args.memory_report:
+        print(report(memory_plan(args, build_config(args)), memory_budget(args)))
+        return None
     drafter = build_drafter(args)
     train_dataset, eval_dataset = build_datasets(args)
     trainer = PeagleTrainer(

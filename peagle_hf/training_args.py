@@ -7,6 +7,9 @@ import torch
 from transformers import SchedulerType, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
+from .errors import PeagleError
+from .losses import parse_loss
+
 
 @dataclass
 class PeagleTrainingArguments(TrainingArguments):
@@ -71,6 +74,34 @@ class PeagleTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "Verifier layers whose states the drafter reads. Default: those of the hidden-state cache."},
     )
+    loss_fn: str = field(
+        default="kl_div",
+        metadata={
+            "help": "Loss: kl_div, rkl, jsd, ce, tv, nla, lk_hybrid, or weights of several as JSON "
+            '(\'{"kl_div": 0.5, "tv": 0.5}\').'
+        },
+    )
+    train_head: bool = field(default=False, metadata={"help": "Also train the drafter's head."})
+    sequence_partitions: str = field(
+        default="1",
+        metadata={
+            "help": "Run each batch in this many parts, one after another, for less memory and the same gradient; "
+            "auto: in parts that fit the memory budget."
+        },
+    )
+    memory_budget: float | None = field(
+        default=None, metadata={"help": "GiB that a process may use on its device. Default: 92 % of the device."}
+    )
+    memory_report: bool = field(
+        default=False, metadata={"help": "Predict the memory of a training step, say what to change, and stop."}
+    )
+    keep_attention: bool = field(
+        default=True,
+        metadata={
+            "help": "With gradient checkpointing keep what attention gave instead of recomputing it, which matters for "
+            "long documents."
+        },
+    )
     total_seq_len: int = field(default=8192, metadata={"help": "Positions in a packed row."})
     train_data_ratio: float = field(
         default=0.9, metadata={"help": "Share of the conversations to train on; the rest validates. 1: no validation."}
@@ -121,6 +152,13 @@ class PeagleTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         self.bf16 = self.bf16 and not self.fp16
+        parse_loss(self.loss_fn)
+        if self.sequence_partitions != "auto" and not (
+            self.sequence_partitions.isdecimal() and int(self.sequence_partitions)
+        ):
+            raise PeagleError(
+                f"sequence_partitions is {self.sequence_partitions!r}. Give a number of parts from 1 on, or auto."
+            )
         if self.train_data_ratio == 1:
             self.eval_strategy = "no"
         super().__post_init__()

@@ -6,10 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.attention.flex_attention import create_mask
 
-from peagle_hf import cod
-from peagle_hf.attention import block_attention, document_attention
+from peagle_hf import attention, cod
 
 
 def sample(learnt, num_depths=4, ratio=0.7, ratio_min=0.2, seed=0, max_anchors=None):
@@ -80,10 +78,8 @@ def random_rows(seed):
     return tuple(torch.cat(columns) for columns in zip(*heads, *tails, strict=True))
 
 
-@pytest.mark.parametrize("window", [None, 1, 4])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_masks_follow_the_rule(seed, window):
-    rows = random_rows(seed)
+def rule(rows, window):
+    """Who may attend to whom, pair by pair: bool [R, R]."""
     listed = list(zip(*(part.tolist() for part in rows), strict=True))
     expected = torch.zeros(len(listed), len(listed), dtype=torch.bool)
     for q, (anchor_q, depth_q, document_q) in enumerate(listed):
@@ -94,23 +90,34 @@ def test_masks_follow_the_rule(seed, window):
             if window is not None:
                 context = context and anchor_k > anchor_q + depth_q - window
             expected[q, k] = context or (anchor_k == anchor_q and depth_k <= depth_q)
-    assert torch.equal(cod.dense_mask(rows, rows, window), expected)
-    size = len(listed)
-    flex = create_mask(cod.mask_function(rows, rows, window), None, None, size, size, device="cpu")
-    assert torch.equal(flex[0, 0], expected)
+    return expected
+
+
+def spans_of(rows, window):
+    anchors, depths, documents = rows
+    return cod.find_spans(anchors, depths, documents[: 9 + 5 + 12 + 3], window)
+
+
+@pytest.mark.parametrize("window", [None, 1, 4])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_spans_follow_the_rule(seed, window):
+    rows = random_rows(seed)
+    spans = spans_of(rows, window).map(lambda bound: bound[:, None])
+    assert torch.equal(spans.sees(torch.arange(rows[0].numel())), rule(rows, window))
 
 
 @pytest.mark.parametrize("window", [None, 4])
-def test_attention_paths_agree_with_one_dense_mask(window):
-    keys = random_rows(2)
-    chosen = (torch.rand(keys[0].numel(), generator=torch.Generator().manual_seed(3)) > 0.5).nonzero().flatten()
-    queries = tuple(part[chosen] for part in keys)
+def test_attention_paths_agree_with_one_dense_mask(monkeypatch, window):
+    monkeypatch.setattr(attention, "BLOCK", 1)
+    rows = random_rows(2)
+    chosen = (torch.rand(rows[0].numel(), generator=torch.Generator().manual_seed(3)) > 0.5).nonzero().flatten()
     generator = torch.Generator().manual_seed(4)
     query = torch.randn(1, 4, chosen.numel(), 16, generator=generator)
-    key, value = torch.randn(2, 1, 2, keys[0].numel(), 16, generator=generator)
-    mask = cod.dense_mask(queries, keys, window)
+    key, value = torch.randn(2, 1, 2, rows[0].numel(), 16, generator=generator)
+    mask = rule(rows, window)[chosen]
     expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
-    expected = torch.where(queries[2][:, None] >= 0, expected, 0)
-    torch.testing.assert_close(document_attention(queries, keys, window)(query, key, value), expected)
+    expected = torch.where(rows[2][chosen, None] >= 0, expected, 0)
+    arguments = (spans_of(rows, window).map(lambda bound: bound[chosen]), rows[2][chosen], rows[2], 12)
+    torch.testing.assert_close(attention.document_attention(*arguments)(query, key, value), expected)
     with torch.no_grad():
-        torch.testing.assert_close(block_attention(queries, keys, window)(query, key, value), expected)
+        torch.testing.assert_close(attention.block_attention(*arguments)(query, key, value), expected)

@@ -1,21 +1,31 @@
 """On a GPU: FlexAttention against SDPA, and mixed precision against float32."""
 
+from functools import partial
+
 import pytest
 import torch
 from test_modeling import make_batch, make_config, make_drafter
+from torch.utils.checkpoint import checkpoint
+
+from peagle_hf import attention, losses
+from peagle_hf.modeling_peagle import PeagleLayer
+
+FIND = attention.find_rectangles
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 SIZES = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "num_hidden_layers": 3}
 
 
-def step(attention, autocast=False, window=None):
+def step(attention, autocast=False, window=None, lengths=(90, 57, 33)):
     layer = SIZES | ({"sliding_window": window, "layer_types": ["sliding_attention"] * 3} if window else {})
     config = make_config("llama", layer)
     drafter = make_drafter(config).cuda().train()
     drafter.set_attn_implementation(attention)
     assert drafter.config._attn_implementation == attention
-    batch = {name: tensor.cuda() for name, tensor in make_batch(config, (90, 57, 33)).items()}
+    batch = {
+        name: value.cuda() if torch.is_tensor(value) else value for name, value in make_batch(config, lengths).items()
+    }
     with torch.autocast("cuda", dtype=torch.bfloat16, enabled=autocast):
         output = drafter(**batch)
     output.loss.backward()
@@ -43,3 +53,66 @@ def test_mixed_precision_stays_near_float32(attention):
     assert mixed.loss.dtype == torch.float32
     assert mixed.loss.item() == pytest.approx(full.loss.item(), rel=2e-2)
     assert max(relative(grad, full_grads[name]) for name, grad in mixed_grads.items()) < 0.1
+
+
+def test_rectangles_stay_near_float32(monkeypatch):
+    monkeypatch.setattr(attention, "STRIPE", 256)
+    monkeypatch.setattr(attention, "KEY_UNIT", 128)
+    monkeypatch.setitem(SIZES, "head_dim", 64)
+    found = []
+    monkeypatch.setattr(attention, "find_rectangles", lambda spans: found.append(FIND(spans)) or found[-1])
+    lengths = (1500, 90)
+    (mixed, mixed_grads), (full, full_grads) = (
+        step("flex_attention", autocast=True, lengths=lengths),
+        step("sdpa", lengths=lengths),
+    )
+    if torch.cuda.get_device_capability() >= (9, 0):
+        assert sum(map(len, found)) > 6
+    assert mixed.loss.item() == pytest.approx(full.loss.item(), rel=2e-2)
+    assert max(relative(grad, full_grads[name]) for name, grad in mixed_grads.items()) < 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size", [100, 4096, 151936])
+def test_row_statistics_are_logsumexp_and_argmax(dtype, size):
+    from peagle_hf.kernels import row_statistics
+
+    logits = torch.randn(33, size, device="cuda").mul_(5).to(dtype)
+    logits[0, 7] = logits[0, 50] = 100  # equal maxima: the first counts
+    norm, top = row_statistics(logits)
+    torch.testing.assert_close(norm, logits.float().logsumexp(-1), rtol=1e-5, atol=1e-5)
+    assert torch.equal(logits.gather(1, top[:, None])[:, 0], logits.amax(1))
+    assert top[0] == 7
+
+
+@pytest.mark.parametrize("name", losses.DIVERGENCES)
+def test_compiled_losses_equal_uncompiled_ones(name):
+    from test_losses import inputs, plain
+
+    student, head, teacher, _, target = inputs(torch.float32)
+    student, head = (tensor.detach().cuda().requires_grad_() for tensor in (student, head))
+    teacher_head = torch.randn(head.shape, device="cuda")
+    rest = (teacher.cuda(), lambda states: states @ teacher_head.T, target.cuda())
+    loss, _, _ = losses.distillation_loss(student, head, *rest, {name: 1.0})
+    expected = plain(name, student, head, *rest)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    grads, expected_grads = (torch.autograd.grad(value, [student, head]) for value in (loss, expected))
+    torch.testing.assert_close(grads, expected_grads, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("keep_attention", [True, False])
+def test_checkpointing_changes_nothing_on_the_fast_path(monkeypatch, keep_attention):
+    monkeypatch.setattr(attention, "STRIPE", 256)
+    monkeypatch.setattr(attention, "KEY_UNIT", 128)
+    monkeypatch.setitem(SIZES, "head_dim", 64)
+    (_, plain_grads) = step("flex_attention", autocast=True, lengths=(1500,))
+    monkeypatch.setattr(PeagleLayer, "keep_attention", keep_attention)
+    monkeypatch.setattr(PeagleLayer, "gradient_checkpointing", True)
+    monkeypatch.setattr(
+        PeagleLayer,
+        "_gradient_checkpointing_func",
+        staticmethod(partial(checkpoint, use_reentrant=False)),
+        raising=False,
+    )
+    (_, grads) = step("flex_attention", autocast=True, lengths=(1500,))
+    assert max(relative(grad, plain_grads[name]) for name, grad in grads.items()) < 0.02

@@ -1,10 +1,10 @@
-"""The chunked loss against the plain formula with whole logits."""
+"""The chunked losses against the plain formulas with whole logits."""
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from peagle_hf import losses
+from peagle_hf import PeagleError, losses
 
 N, U, H, V = 37, 11, 8, 23
 
@@ -18,21 +18,50 @@ def inputs(dtype, seed=0):
     return student, head, teacher.to(dtype), lambda states: F.linear(states, teacher_head.to(dtype)), target
 
 
-def plain(student, head, teacher, teacher_logits, target):
-    log_p = F.log_softmax(teacher_logits(teacher).float(), -1)[target]
-    log_q = F.log_softmax(F.linear(student, head).float(), -1)
-    return F.kl_div(log_q, log_p, log_target=True, reduction="sum")
+def overlap(p, q):
+    return torch.minimum(p, q).sum(-1)
 
 
+def kl(p, q):
+    return (p * (p / q).log()).sum(-1)
+
+
+def lk_hybrid(p, q):
+    weight = torch.exp(-3 * overlap(p, q).detach())
+    return weight * kl(p, q) + (1 - weight) * (1 - overlap(p, q))
+
+
+FORMULAS = {
+    "kl_div": kl,
+    "rkl": lambda p, q: kl(q, p),
+    "jsd": lambda p, q: (kl(p, (p + q) / 2) + kl(q, (p + q) / 2)) / 2,
+    "ce": lambda p, q: -q.gather(-1, p.argmax(-1, keepdim=True)).squeeze(-1).log(),
+    "tv": lambda p, q: 1 - overlap(p, q),
+    "nla": lambda p, q: -overlap(p, q).log(),
+    "lk_hybrid": lk_hybrid,
+}
+
+
+def plain(name, student, head, teacher, teacher_logits, target):
+    precision = torch.promote_types(student.dtype, torch.float32)
+    p = F.softmax(teacher_logits(teacher).to(precision), -1)[target]
+    return FORMULAS[name](p, F.softmax(F.linear(student, head).to(precision), -1)).sum()
+
+
+def test_every_divergence_has_a_formula_here():
+    assert FORMULAS.keys() == losses.DIVERGENCES.keys()
+
+
+@pytest.mark.parametrize("name", FORMULAS)
 @pytest.mark.parametrize("chunk_elements", [1, 5 * V, 1 << 20])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_loss_and_gradients_equal_the_plain_formula(monkeypatch, chunk_elements, dtype, tolerance):
-    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", chunk_elements)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_loss_and_gradients_equal_the_plain_formula(monkeypatch, name, chunk_elements, dtype, tolerance):
+    monkeypatch.setitem(losses.CHUNK_ELEMENTS, "cpu", chunk_elements)
     student, head, *rest = inputs(dtype)
-    expected = plain(student, head, *rest)
+    expected = plain(name, student, head, *rest)
     expected_grads = torch.autograd.grad(expected * 0.3, [student, head])
-    loss, student_top, teacher_top = losses.kl_divergence(student, head, *rest)
-    assert loss.dtype == torch.float32
+    loss, student_top, teacher_top = losses.distillation_loss(student, head, *rest, {name: 1.0})
+    assert loss.dtype == torch.promote_types(dtype, torch.float32)
     torch.testing.assert_close(loss, expected, rtol=tolerance, atol=tolerance)
     for grad, expected_grad in zip(torch.autograd.grad(loss * 0.3, [student, head]), expected_grads, strict=True):
         assert ((grad - expected_grad).float().norm() / expected_grad.float().norm()).item() < tolerance
@@ -40,10 +69,53 @@ def test_loss_and_gradients_equal_the_plain_formula(monkeypatch, chunk_elements,
     assert torch.equal(teacher_top, rest[1](rest[0]).argmax(-1))
 
 
+@pytest.mark.parametrize(
+    "name", [name for name in FORMULAS if name != "lk_hybrid"]
+)  # whose weight is a constant to autograd alone
+def test_gradcheck(monkeypatch, name):
+    monkeypatch.setitem(losses.CHUNK_ELEMENTS, "cpu", 5 * V)
+    student, head, *rest = inputs(torch.float64, seed=1)
+    torch.autograd.gradcheck(
+        lambda student, head: losses.distillation_loss(student, head, *rest, {name: 1.0})[0], (student, head)
+    )
+
+
+def test_a_weighted_sum_of_losses():
+    student, head, *rest = inputs(torch.float64)
+    weights = losses.parse_loss('{"kl_div": 0.25, "tv": 2}')
+    loss, _, _ = losses.distillation_loss(student, head, *rest, weights)
+    expected = 0.25 * plain("kl_div", student, head, *rest) + 2 * plain("tv", student, head, *rest)
+    torch.testing.assert_close(loss, expected)
+    grads, expected_grads = (torch.autograd.grad(value, [student, head]) for value in (loss, expected))
+    torch.testing.assert_close(grads, expected_grads)
+
+
+@pytest.mark.parametrize("loss_fn", ["kl", "{}", "[1]", '{"kl_div": "much"}', '{"kl": 1}', "{"])
+def test_an_unknown_loss_is_refused(loss_fn):
+    with pytest.raises(PeagleError, match="kl_div, rkl, jsd, ce, tv, nla, lk_hybrid"):
+        losses.parse_loss(loss_fn)
+
+
+def test_logits_are_never_whole(monkeypatch):
+    monkeypatch.setitem(losses.CHUNK_ELEMENTS, "cpu", 4 * V)
+    largest = 0
+
+    def watch(student_nV, *rest):
+        nonlocal largest
+        largest = max(largest, student_nV.shape[0])
+        return divergence(student_nV, *rest)
+
+    divergence = losses._divergence
+    monkeypatch.setattr(losses, "_divergence", watch)
+    student, head, *rest = inputs(torch.float32)
+    losses.distillation_loss(student, head, *rest, {"kl_div": 1.0})
+    assert 0 < largest <= max(4, rest[-1].bincount().max().item())
+
+
 def test_a_frozen_head_gets_no_gradient():
     student, head, *rest = inputs(torch.float32)
     head = head.detach()
-    loss, _, _ = losses.kl_divergence(student, head, *rest)
+    loss, _, _ = losses.distillation_loss(student, head, *rest, {"kl_div": 1.0})
     loss.backward()
     assert head.grad is None
     assert student.grad is not None
@@ -52,12 +124,12 @@ def test_a_frozen_head_gets_no_gradient():
 def test_without_gradients_nothing_is_formed():
     student, head, *rest = inputs(torch.float32)
     with torch.no_grad():
-        loss, _, _ = losses.kl_divergence(student, head, *rest)
-    torch.testing.assert_close(loss, plain(student, head, *rest).detach(), rtol=1e-5, atol=1e-5)
+        loss, _, _ = losses.distillation_loss(student, head, *rest, {"kl_div": 1.0})
+    torch.testing.assert_close(loss, plain("kl_div", student, head, *rest).detach(), rtol=1e-5, atol=1e-5)
     assert not loss.requires_grad
 
 
 def test_no_row_to_learn_gives_zero():
     student, head, teacher, teacher_logits, target = inputs(torch.float32)
-    loss, _, _ = losses.kl_divergence(student[:0], head, teacher[:0], teacher_logits, target[:0])
+    loss, _, _ = losses.distillation_loss(student[:0], head, teacher[:0], teacher_logits, target[:0], {"kl_div": 1.0})
     assert loss.item() == 0

@@ -11,8 +11,17 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
-from peagle_hf import CODDataCollator, PeagleConfig, PeagleError, PeagleForSpeculation, VerifierHead
+from peagle_hf import (
+    CODDataCollator,
+    PeagleConfig,
+    PeagleError,
+    PeagleForSpeculation,
+    VerifierHead,
+    losses,
+    modeling_peagle,
+)
 
+FEED_FORWARD = modeling_peagle.PeagleLayer.feed_forward
 FIXTURE = Path(__file__).parent / "fixtures" / "speculators_0.9.0_peagle"
 LAYER = {
     "vocab_size": 96,
@@ -226,18 +235,59 @@ def test_evaluation_counts_a_target_outside_the_draft_vocabulary_as_rejected():
     assert correct[1] == 0
 
 
-def test_gradient_checkpointing_changes_no_gradient():
+@pytest.mark.parametrize("keep_attention", [True, False])
+def test_gradient_checkpointing_changes_no_gradient(monkeypatch, keep_attention):
+    monkeypatch.setattr(modeling_peagle, "RECOMPUTED_ROWS", 16)
     config = make_config()
     batch = make_batch(config)
-    grads = []
+    grads, calls = [], []
     for checkpointing in (False, True):
         drafter = make_drafter(config).train()
+        for layer in drafter.layers:
+            layer.keep_attention = keep_attention
         if checkpointing:
-            drafter.gradient_checkpointing_enable()
+            drafter.gradient_checkpointing_enable({"use_reentrant": False})
+        counted = [0]
+        monkeypatch.setattr(
+            modeling_peagle.PeagleLayer,
+            "feed_forward",
+            lambda *args, count=counted: (count.__setitem__(0, count[0] + 1), FEED_FORWARD(*args))[1],
+        )
         drafter(**batch).loss.backward()
         grads.append({name: p.grad for name, p in drafter.named_parameters() if p.grad is not None})
+        calls.append(counted[0])
+    assert calls[1] > calls[0]
     assert grads[0].keys() == grads[1].keys()
-    assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, rtol=1e-5, atol=1e-7)
+
+
+def test_what_is_frozen_has_the_verifiers_dtype_and_is_one_tensor_with_its_head():
+    config = make_config(embed_requires_grad=False)
+    drafter = make_drafter(config)
+    head = drafter.verifier_head
+    head.to(torch.bfloat16)
+    with torch.no_grad():
+        drafter.lm_head.weight.copy_(head.weight[drafter.draft_token_ids])
+    drafter.attach_verifier(head)
+    assert drafter.lm_head.weight.dtype == drafter.embed_tokens.weight.dtype == torch.bfloat16
+    drafter(**make_batch(config))
+    assert drafter.draft_head.weight.data_ptr() == drafter.lm_head.weight.data_ptr()
+
+    drafter.attach_verifier(head, train_head=True)
+    drafter(**make_batch(config)).loss.backward()
+    assert drafter.lm_head.weight.grad.norm() > 0
+    assert drafter.draft_head.weight.data_ptr() != drafter.lm_head.weight.data_ptr()
+
+
+def test_another_loss_is_another_number():
+    config = make_config()
+    drafter, batch = make_drafter(config), make_batch(config)
+    values = set()
+    for name in losses.DIVERGENCES:
+        drafter.loss_weights = losses.parse_loss(name)
+        values.add(drafter(**batch).loss.item())
+    assert len(values) == len(losses.DIVERGENCES)
 
 
 def test_verifier_never_enters_state_dict_or_parameters():

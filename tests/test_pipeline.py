@@ -95,10 +95,10 @@ def test_a_yaml_file_that_can_not_be_read_is_named(tmp_path, text, words):
 LAYERS = [
     {"errors"},
     {"files"},
-    {"target", "cod", "losses", "metrics"},
-    {"configuration_peagle", "attention"},
+    {"target", "cod", "fusion", "kernels", "metrics"},
+    {"configuration_peagle", "attention", "losses"},
     {"modeling_peagle"},
-    {"data.cache", "data.chats", "data.collator", "serving"},
+    {"data.cache", "data.chats", "data.collator", "data.partition", "memory", "serving"},
     {"data.dataset", "data.prepare", "data.regenerate"},
     {"data.extract", "callbacks", "training_args"},
     {"trainer", "evaluation"},

@@ -57,7 +57,7 @@ class CODDataCollator:
             seed=seed,
         )
 
-    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         documents = [
             self._rows(feature["epoch"], document) for feature in features for document in feature["documents"]
         ]
@@ -94,7 +94,7 @@ class CODDataCollator:
             "target_states": torch.cat([document["target_states"] for document in documents])[target_positions],
             "target_index": target_index,
         }
-        return {name: tensor.unsqueeze(0) for name, tensor in batch.items()}
+        return {name: tensor.unsqueeze(0) for name, tensor in batch.items()} | {"max_length": max(lengths)}
 
     def _rows(self, epoch: int, document: dict[str, Any]) -> dict[str, Tensor]:
         """One document in shifted positions: i sees x[i+1] and g[i] and predicts x[i+2] from y[i+1] (see `cod`)."""

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from ..errors import PeagleError
+from ..target import load_token_freq
 from .cache import cached_rows, read_row
 
 logger = logging.getLogger(__name__)
@@ -152,6 +153,13 @@ def load_prepared(data_path: str | os.PathLike[str]) -> Any:
             f"The dataset {data_path} lacks the columns {sorted(lacking)}. Make it with peagle-hf prepare."
         )
     return data
+
+
+def learnt_share(data_path: str | os.PathLike[str]) -> float:
+    """The share of a prepared dataset's tokens that is learnt."""
+    frequencies = load_token_freq(Path(data_path) / "token_freq.pt")
+    counts = frequencies.values() if isinstance(frequencies, dict) else frequencies.tolist()
+    return sum(counts) / max(1, sum(load_prepared(data_path)["seq_len"]))
 
 
 def split_rows(data_path: str | os.PathLike[str], train_ratio: float, seed: int = 0) -> tuple[list[int], list[int]]:

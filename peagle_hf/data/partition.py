@@ -1,0 +1,122 @@
+"""Sequence partitioning: cut a batch into smaller ones whose losses and gradients add up to its own.
+
+Every rollout stays whole and brings the depth-0 rows that it may attend to, from the start of its document on; those
+that belong to an earlier part are there without a label (P-EAGLE, arXiv 2602.01469, Algorithm 1). So a part needs
+nothing of another, and its memory is that of its own rows.
+
+Shape letters: L positions, R rows, N learnt rows.
+"""
+
+from bisect import bisect_right
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from ..errors import PeagleError
+
+
+def partition(batch: dict[str, Any], num_parts: int) -> list[dict[str, Any]]:
+    """Cut a batch of `CODDataCollator` into at most `num_parts` batches, the largest as small as can be.
+
+    Loss sums (with the whole batch's `num_items_in_batch`) and counters of the parts add up to the batch's.
+    """
+    if num_parts <= 1:
+        return [batch]
+    costs = _Costs(batch)
+    least, most = 1, costs.total
+    while least < most:
+        middle = (least + most) // 2
+        cuts = costs.cuts(middle)
+        if cuts is not None and len(cuts) - 1 <= num_parts:
+            most = middle
+        else:
+            least = middle + 1
+    return _cut(batch, costs.cuts(most))
+
+
+def partition_by_rows(batch: dict[str, Any], max_rows: int) -> list[dict[str, Any]]:
+    """Cut a batch into batches of at most `max_rows` rows.
+
+    Raises:
+        PeagleError: one rollout and the positions before it in its document have more rows than that.
+    """
+    costs = _Costs(batch)
+    cuts = costs.cuts(max_rows)
+    if cuts is None:
+        raise PeagleError(
+            f"{costs.num_positions} positions can't be partitioned into parts of {max_rows} rows: a part holds all "
+            "positions of its document up to its last anchor. Use a smaller --total-seq-len."
+        )
+    return _cut(batch, cuts)
+
+
+class _Costs:
+    """How many rows a part from one position to another has."""
+
+    def __init__(self, batch: dict[str, Any]):
+        document_ids = batch["document_ids"][0]
+        self.num_positions = document_ids.numel()
+        _, lengths = document_ids.unique_consecutive(return_counts=True)
+        self.document_start = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths).tolist()
+        rollouts = batch["anchors"][0, self.num_positions :].contiguous()
+        boundaries = torch.arange(self.num_positions + 1, device=rollouts.device)
+        self.rollouts_before = torch.searchsorted(rollouts, boundaries).tolist()
+        self.rows_before = [position + rollouts for position, rollouts in enumerate(self.rollouts_before)]
+        self.total = self.rows_before[-1]
+
+    def cuts(self, max_rows: int) -> list[int] | None:
+        """Where parts of at most `max_rows` rows, each as long as can be, begin and end; None if there are none."""
+        cuts = [0]
+        while cuts[-1] < self.num_positions:
+            start = cuts[-1]
+            room = max_rows + self.document_start[start] + self.rollouts_before[start]
+            stop = bisect_right(self.rows_before, room) - 1
+            if stop <= start:
+                return None
+            cuts.append(stop)
+        return cuts
+
+
+def _cut(batch: dict[str, Any], cuts: list[int] | None) -> list[dict[str, Any]]:
+    assert cuts is not None
+    costs = _Costs(batch)
+    return [
+        _part(
+            batch, costs.document_start[start], start, stop, costs.rollouts_before[start], costs.rollouts_before[stop]
+        )
+        for start, stop in pairwise(cuts)
+    ]
+
+
+def _part(
+    batch: dict[str, Any], context: int, start: int, stop: int, first_rollout: int, last_rollout: int
+) -> dict[str, Any]:
+    """The rows of the anchors in start .. stop - 1, and the positions context .. start - 1 for them to attend to."""
+    num_positions, device = batch["input_ids"].shape[1], batch["input_ids"].device
+    rows = torch.cat(
+        [
+            torch.arange(context, stop, device=device),
+            torch.arange(num_positions + first_rollout, num_positions + last_rollout, device=device),
+        ]
+    )
+    labels = batch["labels"][:, rows]
+    labels[:, : start - context] = -100
+    number_of_row = torch.full((batch["anchors"].shape[1],), -1, device=device)
+    number_of_row[rows[start - context :]] = torch.arange(start - context, rows.numel(), device=device)
+    learnt_rows = number_of_row[batch["learnt_rows"][0]]
+    kept = learnt_rows >= 0
+    targets, target_index = batch["target_index"][0, kept].unique(return_inverse=True)
+    return {
+        "input_ids": batch["input_ids"][:, context:stop],
+        "hidden_states": batch["hidden_states"][:, context:stop],
+        "document_ids": batch["document_ids"][:, context:stop],
+        "anchors": batch["anchors"][:, rows] - context,
+        "depths": batch["depths"][:, rows],
+        "position_ids": batch["position_ids"][:, rows],
+        "labels": labels,
+        "learnt_rows": learnt_rows[kept][None],
+        "target_states": batch["target_states"][:, targets],
+        "target_index": target_index[None],
+        "max_length": batch["max_length"],
+    }

@@ -1,0 +1,41 @@
+"""Compile small functions for a GPU, where elementwise work between matrix products is bound by memory traffic."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch._functorch import config as autograd_compiler
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def fuse_on_gpu(rows_dim: int) -> Callable[[Function], Function]:
+    """Compile the decorated function at its first call with CUDA tensors; on a CPU it runs as it is.
+
+    Args:
+        rows_dim: the dimension of the tensor arguments whose size changes from call to call; one compilation serves
+            all sizes. The others, and all of a parameter's, are compiled in.
+    """
+
+    def decorate(function: Function) -> Function:
+        compiled = torch.compile(function)
+
+        @wraps(function)
+        def run(*args: Any) -> Any:
+            tensors = [
+                arg for arg in args if isinstance(arg, Tensor) and arg.is_cuda and not isinstance(arg, nn.Parameter)
+            ]
+            if not tensors or torch.compiler.is_compiling():
+                return function(*args)
+            for tensor in tensors:
+                if tensor.shape[rows_dim] > 1:
+                    torch._dynamo.maybe_mark_dynamic(tensor, rows_dim)
+            # Between matrix products recomputing costs less time than keeping costs memory.
+            with autograd_compiler.patch(aggressive_recomputation=True):
+                return compiled(*args)
+
+        return run  # type: ignore[return-value]
+
+    return decorate

@@ -1,0 +1,204 @@
+"""What a training step needs on the device, predicted from the configuration, and which flags help if it is too much.
+
+The model is linear: something fixed, and something for each row of the largest part that is run at once. It describes
+one process on a GPU in bf16 mixed precision, without sharding. Shape letters: L positions, R rows, H hidden size.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from .configuration_peagle import PeagleConfig
+from .errors import PeagleError
+from .losses import CHUNK_ELEMENTS
+from .modeling_peagle import RECOMPUTED_ROWS
+
+GIB = 1 << 30
+FLOAT, HALF = 4, 2
+STATE_BYTES = {"8bit": 2, "4bit": 1, "adamw": 2 * FLOAT, "adam": 2 * FLOAT, "lion": FLOAT, "muon": FLOAT}
+"""Bytes of optimizer state a trained weight by what the optimizer's name contains (first match); others have none."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What the prediction depends on.
+
+    Args:
+        positions: L of a device's batch.
+        learnt_share: of the positions.
+        optimizer: the Trainer's `optim`.
+        checkpointing: "none", "keep_attention" or "whole".
+        partitions: parts that a batch is cut into.
+        accumulates: gradients of earlier micro-batches are there during the forward pass.
+        train_head: as in `PeagleForSpeculation.attach_verifier`.
+    """
+
+    config: PeagleConfig
+    positions: int
+    learnt_share: float = 0.6
+    optimizer: str = "adamw_torch_fused"
+    checkpointing: str = "none"
+    partitions: int = 1
+    accumulates: bool = False
+    train_head: bool = False
+
+    @property
+    def rows(self) -> int:
+        """R of the whole batch: the positions, and what COD keeps of the learnt ones at each further depth."""
+        config = self.config
+        kept = [max(config.down_sample_ratio**d, config.down_sample_ratio_min) for d in range(1, config.num_depths)]
+        return round(self.positions * (1 + self.learnt_share * sum(kept)))
+
+    @property
+    def rows_at_once(self) -> int:
+        """R of the largest part, which holds all positions up to its last anchor (see `data.partition`)."""
+        if self.partitions == 1:
+            return self.rows
+        rollouts = self.rows - self.positions
+        # Equal parts of n rows: each brings its prefix, so that the k-th has the rollouts of fewer positions.
+        least, most = self.positions, self.rows
+        while least < most:
+            middle = (least + most) // 2
+            reached = 0.0
+            for _ in range(self.partitions):
+                reached = min(1.0, (middle + reached * rollouts) / self.rows)
+            least, most = (least, middle) if reached >= 1 else (middle + 1, most)
+        return most
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes by kind; `total` is the larger of the two peaks, in the backward pass and in the optimizer's step."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    frozen: int
+    inputs: int
+    loss: int
+    activations: int
+    accumulates: bool
+
+    @property
+    def total(self) -> int:
+        held = self.weights + self.optimizer + self.frozen + self.inputs
+        passes = held + self.loss + self.activations + (self.gradients if self.accumulates else 0)
+        return max(passes, held + self.gradients)
+
+
+def estimate(plan: MemoryPlan) -> MemoryEstimate:
+    """Predict a step's memory in bytes."""
+    config, layer = plan.config, plan.config.transformer_layer_config
+    size, num_layers = layer.hidden_size, layer.num_hidden_layers
+    query, key = layer.num_attention_heads * layer.head_dim, layer.num_key_value_heads * layer.head_dim
+    projections = size * (2 * query + 2 * key + 3 * layer.intermediate_size)
+    weights = num_layers * projections + size * (query + 2 * key) + size * size * config.num_aux_hidden_states
+    embedding, head = layer.vocab_size * size, config.draft_vocab_size * size
+    trained = weights + embedding * config.embed_requires_grad + head * plan.train_head
+    frozen = (
+        embedding * (not config.embed_requires_grad) + head * (2 if plan.train_head else 1) - head * plan.train_head
+    )
+    state_bytes = next((size for name, size in STATE_BYTES.items() if name in plan.optimizer), 0)
+    rows = plan.rows_at_once
+    chunk_rows = min(rows, CHUNK_ELEMENTS["cuda"] // config.draft_vocab_size)
+    return MemoryEstimate(
+        weights=trained * FLOAT,
+        gradients=trained * FLOAT,
+        optimizer=trained * state_bytes,
+        frozen=frozen * HALF,
+        inputs=plan.positions * size * (config.num_aux_hidden_states + 3) * HALF,
+        # The logits, their gradient, and the verifier's logits of the same targets.
+        loss=round(2.4 * chunk_rows * config.draft_vocab_size * HALF),
+        activations=rows * bytes_a_row(plan),
+        accumulates=plan.accumulates or plan.partitions > 1,
+    )
+
+
+def bytes_a_row(plan: MemoryPlan) -> int:
+    """What the forward pass keeps of a row for the backward pass, and what the backward pass of a layer works with."""
+    layer = plan.config.transformer_layer_config
+    size, inner, num_layers = layer.hidden_size, layer.intermediate_size, layer.num_hidden_layers
+    query, key = layer.num_attention_heads * layer.head_dim, layer.num_key_value_heads * layer.head_dim
+    attention, feed_forward = size + 2 * query + 2 * key, size + 2 * inner
+    if plan.checkpointing == "none":
+        kept, working = num_layers * (attention + feed_forward), 3 * inner
+    elif plan.checkpointing == "keep_attention":
+        share = min(1.0, RECOMPUTED_ROWS / plan.rows_at_once)
+        kept, working = num_layers * (size + query), attention + 2 * query + round(share * 5 * inner)
+    else:
+        kept, working = num_layers * size, attention + feed_forward + 3 * inner
+    return (kept + working + 2 * size) * HALF
+
+
+def rows_that_fit(plan: MemoryPlan, budget: int) -> int:
+    """How many rows can be run at once within `budget` bytes.
+
+    Raises:
+        PeagleError: the weights, their gradients and the optimizer's states alone are more than the budget.
+    """
+    without_rows = replace(plan, accumulates=True)
+    fixed = estimate(without_rows)
+    room = budget - (fixed.total - fixed.activations)
+    rows = room // bytes_a_row(without_rows)
+    if rows < 1:
+        raise PeagleError(
+            f"Whatever the batch is, training needs {(budget - room) / GIB:.1f} GiB, but there are "
+            f"{budget / GIB:.1f} GiB.\n{advice(plan, budget)}"
+        )
+    return rows
+
+
+def report(plan: MemoryPlan, budget: int | None) -> str:
+    """A table of what goes where, and what to change if it is more than `budget` bytes."""
+    predicted = estimate(plan)
+    shares = {
+        "weights, float32": predicted.weights,
+        "gradients, float32": predicted.gradients,
+        f"optimizer states ({plan.optimizer})": predicted.optimizer,
+        "frozen weights, bfloat16": predicted.frozen,
+        f"inputs of {plan.positions:,} positions": predicted.inputs,
+        f"activations of {plan.rows_at_once:,} rows at once": predicted.activations,
+        "logits of one chunk": predicted.loss,
+    }
+    lines = [f"{name:<44}{size / GIB:>8.2f} GiB" for name, size in shares.items()]
+    lines.append(f"{'predicted peak (not all are there at once)':<44}{predicted.total / GIB:>8.2f} GiB")
+    if budget is not None:
+        lines.append(f"{'available':<44}{budget / GIB:>8.2f} GiB")
+        if predicted.total > budget:
+            lines.append(advice(plan, budget))
+        else:
+            lines.append("It fits.")
+    return "\n".join(lines)
+
+
+def advice(plan: MemoryPlan, budget: int) -> str:
+    """The flags that would help, each with the peak that is predicted with it and all before it, until it fits."""
+    steps = [
+        ("--gradient-checkpointing true", replace(plan, checkpointing="keep_attention")),
+        ("--sequence-partitions 4", replace(plan, checkpointing="keep_attention", partitions=max(4, plan.partitions))),
+    ]
+    narrow = replace(steps[-1][1], optimizer="adamw_bnb_8bit")
+    steps.append(("--optim adamw_bnb_8bit", narrow))
+    half = replace(narrow, positions=plan.positions // 2)
+    steps.append((f"--total-seq-len {half.positions} (a row of one device)", half))
+    small = replace(half, config=PeagleConfig.from_dict(plan.config.to_dict() | {"embed_requires_grad": False}))
+    steps.append(("--no-embed-requires-grad", small))
+    lines = ["To need less, turn these on, one after another:"]
+    current = estimate(plan).total
+    for flag, changed in steps:
+        total = estimate(changed).total
+        if total < current:
+            lines.append(f"  {flag:<48}{total / GIB:>8.2f} GiB")
+            current = total
+        if current <= budget:
+            break
+    else:
+        lines.append("A drafter with fewer layers or a smaller --draft-vocab-size needs less still.")
+    return "\n".join(lines)
+
+
+def device_memory(device: torch.device) -> int | None:
+    """Bytes of the device's memory that can be counted on; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    return round(0.92 * torch.cuda.get_device_properties(device).total_memory)

@@ -1,0 +1,132 @@
+"""The prediction of a step's memory: what it counts exactly, what it advises, and how a run uses it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_modeling import make_batch, make_config, make_drafter
+from test_trainer import losses, run, weights
+
+from peagle_hf import PeagleError, PeagleTrainer, PeagleTrainingArguments
+from peagle_hf.cli import flags, main
+from peagle_hf.memory import GIB, MemoryPlan, bytes_a_row, estimate, report, rows_that_fit
+
+
+def qwen3_8b(**fields):
+    sizes = {
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "num_hidden_layers": 4,
+        "vocab_size": 151936,
+    }
+    return make_config(layer=sizes, draft_vocab_size=151936, num_depths=8, **fields)
+
+
+@pytest.mark.parametrize("embed_requires_grad", [True, False])
+@pytest.mark.parametrize("train_head", [True, False])
+def test_weights_are_counted_as_the_model_has_them(embed_requires_grad, train_head):
+    config = make_config(embed_requires_grad=embed_requires_grad)
+    drafter = make_drafter(config)
+    drafter.attach_verifier(drafter.verifier_head, train_head=train_head)
+    predicted = estimate(MemoryPlan(config, 100, train_head=train_head))
+    trained = sum(p.numel() for p in drafter.parameters() if p.requires_grad)
+    # Norms and mask_hidden are left out.
+    assert predicted.weights == predicted.gradients == pytest.approx(4 * trained, rel=0.02)
+    assert predicted.optimizer == 2 * predicted.weights
+    frozen = sum(p.numel() for p in drafter.parameters() if not p.requires_grad)
+    assert predicted.frozen == 2 * (frozen + drafter.lm_head.weight.numel() * train_head)
+
+
+def test_rows_are_what_the_collator_gives():
+    config = make_config(num_depths=4)
+    batch = make_batch(config, (150,))
+    plan = MemoryPlan(config, 148, learnt_share=((batch["labels"] != -100) & (batch["depths"] == 0)).sum().item() / 148)
+    assert plan.rows == pytest.approx(batch["anchors"].numel(), rel=0.05)
+
+
+def test_what_costs_less_is_predicted_to_cost_less():
+    plan = MemoryPlan(qwen3_8b(), 32768)
+    kept = replace(plan, checkpointing="keep_attention")
+    totals = [
+        estimate(each).total
+        for each in (
+            plan,
+            kept,
+            replace(kept, optimizer="adamw_bnb_8bit"),
+            replace(kept, optimizer="sgd", positions=64),
+        )
+    ]
+    assert totals == sorted(totals, reverse=True)
+    assert estimate(replace(plan, partitions=4)).total < estimate(plan).total
+    assert replace(plan, partitions=4).rows_at_once < plan.rows
+    assert bytes_a_row(replace(plan, checkpointing="whole")) < bytes_a_row(plan)
+
+
+def test_the_advice_ends_with_what_fits():
+    lines = report(MemoryPlan(qwen3_8b(), 8192), 20 * GIB).splitlines()
+    advised = lines[lines.index("To need less, turn these on, one after another:") + 1 :]
+    totals = [float(line.split()[-2]) for line in advised]
+    assert totals == sorted(totals, reverse=True)
+    assert totals[-1] <= 20
+    assert all(total > 20 for total in totals[:-1])
+    assert report(MemoryPlan(qwen3_8b(), 8192), 80 * GIB).endswith("It fits.")
+
+
+def test_a_budget_below_the_weights_is_refused():
+    with pytest.raises(PeagleError, match=r"(?s)Whatever the batch is.*--optim adamw_bnb_8bit"):
+        rows_that_fit(MemoryPlan(qwen3_8b(), 8192), 10 * GIB)
+    assert rows_that_fit(MemoryPlan(qwen3_8b(), 8192), 40 * GIB) > 8192
+
+
+def test_memory_report_prints_and_trains_nothing(train_flags, tmp_path, capsys):
+    main(["train", *flags({**train_flags, "memory_report": True, "memory_budget": 1})])
+    printed = capsys.readouterr().out
+    assert "predicted peak" in printed
+    assert "1.00 GiB" in printed
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_out_of_memory_ends_with_advice(train_flags, monkeypatch, tmp_path):
+    def fail(*_args, **_kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(PeagleTrainer, "compute_loss", fail)
+    with pytest.raises(PeagleError, match=r"(?s)Tried to allocate 2.00 GiB.*predicted peak") as caught:
+        run(train_flags)
+    assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "two", "1.5"])
+def test_bad_numbers_of_partitions_are_refused(train_flags, value):
+    with pytest.raises(PeagleError, match="sequence_partitions"):
+        PeagleTrainingArguments(**train_flags, sequence_partitions=value)
+
+
+def test_partitioned_training_is_the_same_training(train_flags):
+    whole = run(train_flags, max_steps=4)
+    for changes in (
+        {"sequence_partitions": "3"},
+        {"sequence_partitions": "auto", "memory_budget": estimate_for_parts(train_flags)},
+    ):
+        parts = run(train_flags, max_steps=4, output_dir=train_flags["output_dir"] + "_parts", **changes)
+        assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
+        for name, weight in weights(whole).items():
+            torch.testing.assert_close(weights(parts)[name], weight, rtol=1e-3, atol=1e-5)
+
+
+def estimate_for_parts(train_flags):
+    """A budget in GiB that lets about two thirds of a row run at once."""
+    from peagle_hf.trainer import build_config, memory_plan
+
+    args = PeagleTrainingArguments(**train_flags)
+    plan = replace(memory_plan(args, build_config(args)), accumulates=True)
+    predicted = estimate(plan)
+    return (predicted.total - predicted.activations + plan.rows * bytes_a_row(plan) * 2 / 3) / GIB
+
+
+def test_auto_partitions_on_a_cpu_want_a_budget(train_flags):
+    with pytest.raises(PeagleError, match="--memory-budget"):
+        run(train_flags, max_steps=1, sequence_partitions="auto")

@@ -1,0 +1,70 @@
+"""A batch in parts gives the loss, the counters and the gradients of the whole."""
+
+import pytest
+import torch
+from test_modeling import make_batch, make_config, make_drafter
+
+from peagle_hf import PeagleError
+from peagle_hf.data.partition import partition, partition_by_rows
+
+LENGTHS = (37, 12, 58)
+
+
+def step(drafter, batches, num_items):
+    drafter.zero_grad()
+    losses, counters = [], []
+    for batch in batches:
+        output = drafter(**batch, num_items_in_batch=num_items)
+        output.loss.backward()
+        losses.append(output.loss.item())
+        counters.append(output.counters)
+    grads = {name: p.grad.clone() for name, p in drafter.named_parameters() if p.grad is not None}
+    return sum(losses), sum(counters), grads
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, (107,)])
+@pytest.mark.parametrize("num_parts", [2, 3, 7])
+@pytest.mark.parametrize("window", [None, 9])
+def test_parts_add_up_to_the_whole(lengths, num_parts, window):
+    layer = {"sliding_window": window, "layer_types": ["sliding_attention"] * 2} if window else {}
+    config = make_config(layer=layer)
+    # The norms round to float32.
+    drafter, batch = make_drafter(config).double().train(), make_batch(config, lengths)
+    drafter.verifier_head.double()
+    drafter.draft_head.double()
+    num_items = int((batch["labels"] != -100).sum())
+    parts = partition(batch, num_parts)
+    assert 1 < len(parts) <= num_parts
+    rows = [part["anchors"].numel() for part in parts]
+    assert max(rows) < batch["anchors"].numel()
+
+    loss, counters, grads = step(drafter, [batch], num_items)
+    part_loss, part_counters, part_grads = step(drafter, parts, num_items)
+    assert part_loss == pytest.approx(loss, rel=1e-6)
+    assert torch.equal(part_counters, counters)
+    assert part_grads.keys() == grads.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(part_grads[name], grad, rtol=1e-4, atol=1e-8)
+
+
+def test_no_part_is_larger_than_asked_and_fewer_parts_would_be():
+    batch = make_batch(make_config(), LENGTHS)
+    for max_rows in (90, 130, 200):
+        parts = partition_by_rows(batch, max_rows)
+        assert all(part["anchors"].numel() <= max_rows for part in parts)
+    smallest = max(part["anchors"].numel() for part in partition(batch, 3))
+    assert len(partition_by_rows(batch, smallest - 1)) > 3
+
+
+def test_one_part_is_the_batch_itself():
+    batch = make_batch(make_config(), LENGTHS)
+    assert partition(batch, 1) == [batch]
+    (only,) = partition_by_rows(batch, batch["anchors"].numel())
+    for name, value in batch.items():
+        torch.testing.assert_close(only[name], value, rtol=0, atol=0)
+
+
+def test_a_document_too_long_for_a_part_is_refused():
+    batch = make_batch(make_config(), LENGTHS)
+    with pytest.raises(PeagleError, match="parts of 20 rows"):
+        partition_by_rows(batch, 20)
