@@ -32,7 +32,9 @@ KEY_UNIT = 512
 
 
 def document_attention(spans: Spans, query_documents: Tensor, key_documents: Tensor, max_length: int) -> Attend:
-    """Attention as one dense SDPA a document, so that the cost grows with a document's rows, not with the batch's.
+    """Attention as two dense SDPAs a document, so that the cost grows with a document's rows, not with the batch's.
+
+    One is for its positions, which see no rollout, the other for its rollouts.
 
     Args:
         spans: of the Q query rows.
@@ -40,32 +42,32 @@ def document_attention(spans: Spans, query_documents: Tensor, key_documents: Ten
         key_documents: integer [R].
         max_length: positions of the longest document, or more.
     """
-    documents = key_documents.unique()
-    pieces = []
-    for document in documents[documents >= 0].tolist():
-        query_rows = (query_documents == document).nonzero().flatten()
-        key_rows = (key_documents == document).nonzero().flatten()
-        if query_rows.numel():
-            mask = spans.map(lambda bound, rows=query_rows: bound[rows, None]).sees(key_rows)  # type: ignore[misc]
-            pieces.append((query_rows, key_rows, mask))
-    padding_rows = (query_documents < 0).nonzero().flatten()
-    order = torch.cat([rows for rows, _, _ in pieces] + [padding_rows])
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(order.numel(), device=order.device)
+    query_groups = 2 * query_documents + (spans.own_start < spans.own_stop)
+    query_order, key_order = query_groups.argsort(stable=True), key_documents.argsort(stable=True)
+    num_documents = int(key_documents.max()) + 1
+    query_counts = torch.bincount(query_groups + 2, minlength=2 * num_documents + 2).tolist()
+    key_counts = torch.bincount(key_documents + 1, minlength=num_documents + 1).tolist()
+    keys_of_document = key_order.split(key_counts)[1:]
+    masks = []
+    for group, rows in enumerate(query_order.split(query_counts)[2:]):
+        sees = Spans(*(bound[rows, None] for bound in spans)).sees(keys_of_document[group // 2])
+        last_seen = sees.any(0).nonzero().amax().item() if rows.numel() else -1
+        masks.append(sees[:, : last_seen + 1])
+    num_padding = sum(query_counts[:2])
+    inverse = query_order.argsort()
 
     def attend(query: Tensor, key: Tensor, value: Tensor, kept: Kept = None) -> Tensor:
-        outputs = [
-            F.scaled_dot_product_attention(
-                query[:, :, query_rows],
-                key[:, :, key_rows],
-                value[:, :, key_rows],
-                attn_mask=mask,
-                enable_gqa=query.shape[1] != key.shape[1],
-            )
-            for query_rows, key_rows, mask in pieces
-        ]
-        outputs.append(torch.zeros_like(query[:, :, padding_rows]))
-        return torch.cat(outputs, dim=2)[:, :, inverse]
+        padding, *queries = query.index_select(2, query_order).split([num_padding, *query_counts[2:]], dim=2)
+        keys, values = (states.index_select(2, key_order).split(key_counts, dim=2)[1:] for states in (key, value))
+        outputs = [torch.zeros_like(padding)]
+        for group, (rows, mask) in enumerate(zip(queries, masks, strict=True)):
+            if mask.numel():
+                seen_keys, seen_values = (states[group // 2][:, :, : mask.shape[1]] for states in (keys, values))
+                is_grouped = query.shape[1] != key.shape[1]
+                outputs.append(
+                    F.scaled_dot_product_attention(rows, seen_keys, seen_values, attn_mask=mask, enable_gqa=is_grouped)
+                )
+        return torch.cat(outputs, dim=2).index_select(2, inverse)
 
     return attend
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from .errors import PeagleError
 from .fusion import fuse_on_gpu
 
-CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 4224 * 151936}
+CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 4224 * 151936}
 """At most so many logits (rows x vocabulary) of the drafter are alive at once, by device type.
 
 On a GPU 4,224 rows of Qwen3's vocabulary: the product that gives the gradient then has as many 128 x 256 tiles as four

