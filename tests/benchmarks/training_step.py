@@ -369,12 +369,13 @@ def print_profile(forward_and_backward, optimizer, parameters) -> None:
 def run_child(implementation: str, cases: list[Case], options: argparse.Namespace) -> list[dict]:
     command = [sys.executable, __file__, "--child", implementation, "--cases-json", json.dumps([*map(asdict, cases)])]
     command += ["--steps", str(options.steps)] + ["--small"] * options.small + ["--profile"] * options.profile
-    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    lines = process.stdout.splitlines()
-    print("\n".join(line for line in lines if not line.startswith("RESULT ")), end="", flush=True)
-    results = [json.loads(line.removeprefix("RESULT ")) for line in lines if line.startswith("RESULT ")]
-    for result in results:
-        print(json.dumps(result), flush=True)
+    results = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout or ():
+            if line.startswith("RESULT "):
+                line = line.removeprefix("RESULT ")
+                results.append(json.loads(line))
+            print(line, end="", flush=True)
     if process.returncode:
         sys.exit(f"{implementation} ended with {process.returncode} on {[case.label for case in cases]}")
     return results
