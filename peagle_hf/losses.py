@@ -16,11 +16,11 @@ from torch.nn import functional as F
 from .errors import PeagleError
 from .fusion import fuse_on_gpu
 
-CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 4224 * 151936}
+CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 2048 * 151936}
 """At most so many logits (rows x vocabulary) of the drafter are alive at once, by device type.
 
-On a GPU 4,224 rows of Qwen3's vocabulary: the product that gives the gradient then has as many 128 x 256 tiles as four
-rounds over an H100's multiprocessors take.
+On a GPU 2,048 rows of Qwen3's vocabulary: the product that gives the gradient then has 256 tiles of 128 x 256, two
+rounds over an H100's 132 multiprocessors.
 """
 
 Divergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
