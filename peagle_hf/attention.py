@@ -133,8 +133,8 @@ def block_mask(spans: Spans, num_keys: int, rectangles: list[Rectangle]) -> Bloc
 
     A pair of blocks is left out only if nothing in it is visible, and goes without a mask only if everything is.
     """
-    blocks = spans.map(lambda bound: bound.view(-1, BLOCK))
-    least, most = (Spans(*(getattr(bound, kind)(1)[:, None] for bound in blocks)) for kind in ("amin", "amax"))
+    blocks = torch.stack(spans).unflatten(1, (-1, BLOCK))
+    least, most = Spans(*blocks.amin(2, keepdim=True)), Spans(*blocks.amax(2, keepdim=True))
     first_key = torch.arange(0, num_keys, BLOCK, device=spans.context_start.device)
     end_key = first_key + BLOCK
     visible = (least.context_start < end_key) & (first_key < most.context_stop)
@@ -146,18 +146,21 @@ def block_mask(spans: Spans, num_keys: int, rectangles: list[Rectangle]) -> Bloc
     def sees(_batch: Tensor, _head: Tensor, query_index: Tensor, key_index: Tensor) -> Tensor:
         return Spans(*(bound[query_index] for bound in spans)).sees(key_index)
 
-    return BlockMask.from_kv_blocks(
-        *_ordered(visible & ~whole),
-        *_ordered(visible & whole),
-        BLOCK_SIZE=BLOCK,
+    masked, whole = visible & ~whole, visible & whole
+    return BlockMask(
+        (spans.context_start.numel(), num_keys),
+        *_ordered(masked),
+        *_ordered(whole),
+        *_ordered(masked.T.contiguous()),
+        *_ordered(whole.T.contiguous()),
+        BLOCK_SIZE=(BLOCK, BLOCK),
         mask_mod=sees,
-        seq_lengths=(spans.context_start.numel(), num_keys),
     )
 
 
 def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """How many key blocks each query block visits, and which."""
-    indices = blocks.int().argsort(dim=1, descending=True, stable=True)
+    """How many blocks each row of blocks visits, and which."""
+    indices = blocks.byte().argsort(dim=1, descending=True, stable=True)
     return blocks.sum(1, dtype=torch.int32)[None, None], indices.int()[None, None]
 
 

@@ -18,7 +18,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 from transformers.utils import ModelOutput
 
 from .attention import ATTENTION, BLOCK, Attend, Kept
-from .cod import find_spans
+from .cod import Spans, find_spans
 from .configuration_peagle import PeagleConfig
 from .errors import PeagleError
 from .fusion import fuse_on_gpu
@@ -77,8 +77,8 @@ class Rows:
         self._attend: dict[tuple[int | None, bool], Attend] = {}
 
     def pad(self, rows: Tensor) -> Tensor:
-        """[R before padding] -> [R]."""
-        return torch.cat([rows, rows[-1:].expand(self.padding)])
+        """[..., R before padding] -> [..., R]."""
+        return torch.cat([rows, rows[..., -1:].expand(*rows.shape[:-1], self.padding)], dim=-1)
 
     def place(self, rotary: tuple[Tensor, Tensor]) -> None:
         """Take the rotary embedding of the rows, cos and sin [1, R, D]."""
@@ -96,10 +96,11 @@ class Rows:
     def attend(self, window: int | None, learnt_only: bool) -> Attend:
         """Attention of all rows, or of those that are learnt, to all rows."""
         if (window, learnt_only) not in self._attend:
-            spans = find_spans(self.anchors, self.depths, self.document_ids, window)
-            spans, documents = spans.map(self.pad), self.documents
+            bounds = torch.stack(find_spans(self.anchors, self.depths, self.document_ids, window))
+            bounds, documents = self.pad(bounds), self.documents
             if learnt_only and self.learnt is not None:
-                spans, documents = spans.map(lambda bound: bound[self.learnt]), documents[self.learnt]
+                bounds, documents = bounds[:, self.learnt], documents[self.learnt]
+            spans = Spans(*bounds)
             self._attend[window, learnt_only] = self.attention(spans, documents, self.documents, self.max_length)
         return self._attend[window, learnt_only]
 

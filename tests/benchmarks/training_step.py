@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -44,7 +45,13 @@ SMALL = Sizes(64, 128, 4, 2, 16, 512, 2)
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement; `document` is the length of each document in the row of `length` positions."""
+    """One measurement.
+
+    Args:
+        length: positions of the row.
+        document: positions of each document in it.
+        anchors: positions of the row where rollouts start; the peer's cap is for the row, ours for a document.
+    """
 
     length: int
     document: int
@@ -160,7 +167,8 @@ def make_ours(sizes: Sizes, case: Case, device: str):
             }
             for index in range(count)
         ]
-        collator = CODDataCollator(case.depths, DEPTH_RATIO, DEPTH_RATIO_MIN, case.anchors)
+        anchors = case.anchors and case.anchors // count
+        collator = CODDataCollator(case.depths, DEPTH_RATIO, DEPTH_RATIO_MIN, anchors)
         batch = collator([{"epoch": 0, "documents": documents}])
         parts = [
             {name: value.to(device) if torch.is_tensor(value) else value for name, value in part.items()}
@@ -305,6 +313,13 @@ def measure(implementation: str, sizes: Sizes, cases: list[Case], device: str, s
             torch.cuda.synchronize()
         return time.perf_counter()
 
+    def step(forward_and_backward: Callable[[], torch.Tensor]) -> torch.Tensor:
+        loss = forward_and_backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
     for case in cases:
         result = {"implementation": implementation, "case": case.label, "build_s": round(built, 1)}
         try:
@@ -313,38 +328,38 @@ def measure(implementation: str, sizes: Sizes, cases: list[Case], device: str, s
             gc.collect()
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            whole, partial = [], []
             # Some of the first steps compile; a step over a very long row is long enough to be its own warm-up.
-            warm_up = 1 if case.length > 1 << 16 else 4
-            for index in range(warm_up + steps):
+            for index in range(1 if case.length > 1 << 16 else 4):
                 start = wait()
-                loss = forward_and_backward()
-                middle = wait()
-                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
-                end = wait()
-                print(f"{implementation}, {case.label}, step {index}: {end - start:.3f} s", file=sys.stderr, flush=True)
-                if index == 0:
-                    result["first_step_s"] = round(end - start, 2)
-                if index >= warm_up:
-                    whole.append(end - start)
-                    partial.append(middle - start)
-                if sum(whole) > 25:
-                    break
-            step = sorted(whole)[len(whole) // 2]
+                loss = step(forward_and_backward)
+                seconds = wait() - start
+                print(f"{implementation}, {case.label}, warm-up {index}: {seconds:.3f} s", file=sys.stderr, flush=True)
+                result.setdefault("first_step_s", round(seconds, 2))
+            count = max(1, min(steps, int(25 / seconds)))
+            # Back to back, as training runs them: the GPU need not wait while the CPU prepares the next step.
+            start = wait()
+            for _ in range(count):
+                loss = step(forward_and_backward)
+            seconds = (wait() - start) / count
             result |= {
-                "step_ms": round(step * 1e3, 1),
-                "forward_backward_ms": round(sorted(partial)[len(partial) // 2] * 1e3, 1),
-                "tokens_per_s": round(case.length / step),
+                "step_ms": round(seconds * 1e3, 1),
+                "tokens_per_s": round(case.length / seconds),
                 "loss": round(float(loss), 4),
             }
+            if seconds < 5:
+                partial = []
+                for _ in range(3):
+                    start = wait()
+                    forward_and_backward()
+                    partial.append(wait() - start)
+                    optimizer.zero_grad()
+                result["forward_backward_ms"] = round(sorted(partial)[1] * 1e3, 1)
             if device == "cuda":
                 result["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
                 name = torch.cuda.get_device_name()
                 peak = next((value for key, value in PEAK_FLOPS.items() if key in name), None)
                 if peak and "flops" in result:
-                    result["mfu"] = round(result["flops"] / step / peak, 3)
+                    result["mfu"] = round(result["flops"] / seconds / peak, 3)
             if profile:
                 print_profile(forward_and_backward, optimizer, parameters)
         except torch.OutOfMemoryError:
