@@ -21,7 +21,7 @@ from .configuration_peagle import PeagleConfig
 from .data.cache import Manifest
 from .data.collator import CODDataCollator
 from .data.dataset import EpochSampler, HiddenStatesDataset, learnt_share, split_rows
-from .data.partition import partition, partition_by_rows
+from .data.partition import partition, partition_by_rows, without_labels
 from .errors import PeagleError
 from .losses import parse_loss
 from .memory import GIB, MemoryPlan, device_memory, report, rows_that_fit
@@ -127,9 +127,17 @@ class PeagleTrainer(Trainer):
         return loss + super().training_step(model, last, num_items_in_batch)
 
     def _parts(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
-        if self.args.sequence_partitions != "auto":
-            return partition(inputs, int(self.args.sequence_partitions))
-        return partition_by_rows(inputs, self._rows_that_fit)
+        if self.args.sequence_partitions == "1":
+            return [inputs]
+        if self.args.sequence_partitions == "auto":
+            parts = partition_by_rows(inputs, self._rows_that_fit)
+        else:
+            parts = partition(inputs, int(self.args.sequence_partitions))
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            # Every pass gathers the shards of all processes, so all must run equally many.
+            counts = self.accelerator.gather(torch.tensor([len(parts)], device=self.args.device))
+            parts = [without_labels(parts[0])] * (int(counts.max()) - len(parts)) + parts
+        return parts
 
     @contextmanager
     def _without_reduction(self, model: nn.Module) -> Iterator[None]:
@@ -205,7 +213,16 @@ class PeagleTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         train_dataset = train_dataset if train_dataset is not None else self.train_dataset
-        return EpochSampler(len(train_dataset), seed=self.args.seed)  # type: ignore[arg-type]
+        return self._sampler(train_dataset, self.args.per_device_train_batch_size, shuffle=True)
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
+        return self._sampler(eval_dataset, self.args.per_device_eval_batch_size, shuffle=False)
+
+    def _sampler(self, dataset: Any, batch_size: int, shuffle: bool) -> Sampler:
+        # Without fillers accelerate would repeat rows until all processes have equally many.
+        processes = self.args.world_size
+        multiple = processes * batch_size if processes > 1 else 1
+        return EpochSampler(len(dataset), self.args.seed, multiple, shuffle)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # Epoch folders hard-link the files of a checkpoint, so an old one of this name is never written into.

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from peagle_hf import CODDataCollator, HiddenStatesDataset, PeagleError
 from peagle_hf.data import collator
-from peagle_hf.data.dataset import EpochSampler, first_fit, split_rows
+from peagle_hf.data.dataset import EpochSampler, RowRequest, first_fit, split_rows
 
 
 def test_doctests():
@@ -82,11 +82,21 @@ def test_packing_changes_no_row(dataset, collate):
 
 def test_epochs_differ_and_repeat(dataset, collate):
     def rows(epoch):
-        item = dataset[epoch, 0]
+        item = dataset[RowRequest(epoch, 0)]
         return rows_by_sample(collate([item]), [document["sample_id"] for document in item["documents"]])
 
     assert rows(1) == rows(1)
     assert rows(1) != rows(2)
+
+
+def test_fillers_even_out_the_processes_and_teach_nothing(dataset, collate):
+    requests = list(EpochSampler(len(dataset), seed=1, multiple=len(dataset) + 2))
+    assert len(requests) == len(dataset) + 2
+    assert sorted(request.number for request in requests[:-2]) == list(range(len(dataset)))
+    assert [request.is_filler for request in requests[-3:]] == [False, True, True]
+    batch = collate([dataset[requests[-1]]])
+    assert (batch["labels"] == -100).all()
+    assert batch["learnt_rows"].shape == batch["target_index"].shape == (1, 0)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from peagle_hf import PeagleError, PeagleForSpeculation, PeagleTrainer, PeagleTrainingArguments, VllmExportCallback
 from peagle_hf.callbacks import checkpoints_by_step, epoch_folders
 from peagle_hf.cli import flags, main
+from peagle_hf.target import load_embedding
 from peagle_hf.trainer import build_datasets, build_drafter, checkpoint_to_resume, train
 
 ROOT = Path(__file__).parents[1]
@@ -235,6 +236,39 @@ def test_accumulation_gives_the_loss_of_the_larger_batch(train_flags, tmp_path):
     small = run(train_flags, gradient_accumulation_steps=2, max_steps=1, output_dir=str(tmp_path / "a"))
     assert losses(small) == pytest.approx(losses(large), rel=1e-5)
     torch.testing.assert_close(weights(small), weights(large), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "keep_attention": False},
+        {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+    ],
+    ids=str,
+)
+def test_saving_memory_or_compiling_changes_no_loss(train_flags, tmp_path, changes):
+    expected = run(train_flags, max_steps=3)
+    found = run(train_flags, max_steps=3, output_dir=str(tmp_path / "other"), **changes)
+    assert losses(found) == pytest.approx(losses(expected), rel=1e-5)
+    saved, wanted = (
+        load_file(Path(trainer.args.output_dir) / "0" / "model.safetensors") for trainer in (found, expected)
+    )
+    assert saved.keys() == wanted.keys()
+
+
+@pytest.mark.parametrize("optimizer", ["adafactor", "sgd", "adamw_torch"])
+def test_optimizers_of_the_trainer_lower_the_loss(train_flags, optimizer):
+    rate = 0.3 if optimizer == "sgd" else 3e-3
+    found = losses(run(train_flags, optim=optimizer, learning_rate=rate, num_train_epochs=6))
+    assert sum(found[-5:]) < 0.95 * sum(found[:5])
+
+
+def test_frozen_embeddings_stay_the_verifiers(train_flags):
+    trainer = run(train_flags, embed_requires_grad=False, max_steps=3)
+    embedding = load_embedding(train_flags["verifier_name_or_path"], torch.float32)
+    assert torch.equal(trainer.model.embed_tokens.weight, embedding)
+    assert "embed_tokens.weight" not in {name for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
 def test_unknown_yaml_key_and_flag_are_errors(tmp_path, capsys):

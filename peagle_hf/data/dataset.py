@@ -2,9 +2,9 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.utils.data import Dataset, Sampler
@@ -20,11 +20,23 @@ MIN_TOKENS = 3
 """A shorter document has no position that sees a token and predicts another."""
 
 
+class RowRequest(NamedTuple):
+    """Which packed row is wanted, and for which epoch, so that loader workers hold no state.
+
+    Attributes:
+        is_filler: nothing is to be learnt from it: it is there for all processes to have equally many rows.
+    """
+
+    epoch: int
+    number: int
+    is_filler: bool = False
+
+
 class HiddenStatesDataset(Dataset):
     """Map-style dataset whose items are packed rows: lists of documents that together fill `total_seq_len` positions.
 
     Rows are planned from the documents' lengths alone (seeded first fit), before any cache file is opened. An item is
-    asked for by its number, or by (epoch, number) as `EpochSampler` does, so that loader workers hold no state.
+    asked for by its number, or by a `RowRequest` as `EpochSampler` does.
 
     Args:
         data_path: folder of `peagle-hf prepare`.
@@ -91,10 +103,14 @@ class HiddenStatesDataset(Dataset):
     def __len__(self) -> int:
         return len(self.plan)
 
-    def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Any]:
+    def __getitem__(self, index: int | RowRequest) -> dict[str, Any]:
         """The documents of a packed row: tokens and mask [T], states [T, A * H] and [T, H] as they are cached."""
-        epoch, number = index if isinstance(index, tuple) else (0, index)
-        return {"epoch": epoch, "documents": [self._document(row) for row in self.plan[number]]}
+        request = index if isinstance(index, RowRequest) else RowRequest(0, index)
+        documents = [self._document(row) for row in self.plan[request.number]]
+        if request.is_filler:
+            for document in documents:
+                document["loss_mask"] = torch.zeros_like(document["loss_mask"])
+        return {"epoch": request.epoch, "documents": documents}
 
     def _document(self, row: int) -> dict[str, Any]:
         sample = self.data[row]
@@ -115,23 +131,32 @@ class HiddenStatesDataset(Dataset):
         }
 
 
-class EpochSampler(Sampler[tuple[int, int]]):
-    """A seeded shuffle that yields (epoch, index), so that the epoch reaches dataset and collator in any worker."""
+class EpochSampler(Sampler[RowRequest]):
+    """Each row once an epoch, and fillers up to a multiple of what all processes together take at a time.
 
-    def __init__(self, size: int, seed: int):
-        self.size, self.seed, self.epoch = size, seed, 0
+    Args:
+        size: rows of the dataset.
+        seed: of the shuffle, together with the epoch.
+        multiple: the number of requests is a multiple of this.
+        shuffle: whether there is one.
+    """
+
+    def __init__(self, size: int, seed: int, multiple: int = 1, shuffle: bool = True):
+        self.size, self.seed, self.shuffle, self.epoch = size, seed, shuffle, 0
+        self.num_fillers = -size % multiple
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.size
+        return self.size + self.num_fillers
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
-        epoch = self.epoch
-        generator = torch.Generator().manual_seed(self.seed + epoch)
-        for index in torch.randperm(self.size, generator=generator).tolist():
-            yield epoch, index
+    def __iter__(self) -> Iterator[RowRequest]:
+        epoch, order = self.epoch, list(range(self.size))
+        if self.shuffle:
+            order = torch.randperm(self.size, generator=torch.Generator().manual_seed(self.seed + epoch)).tolist()
+        yield from (RowRequest(epoch, number) for number in order)
+        yield from (RowRequest(epoch, order[0], is_filler=True) for _ in range(self.num_fillers))
 
 
 def load_prepared(data_path: str | os.PathLike[str]) -> Any:

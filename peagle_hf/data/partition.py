@@ -51,6 +51,12 @@ def partition_by_rows(batch: dict[str, Any], max_rows: int) -> list[dict[str, An
     return _cut(batch, cuts)
 
 
+def without_labels(batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch with nothing to learn, for a process that has fewer parts than another."""
+    empty = {name: batch[name][:, :0] for name in ("learnt_rows", "target_states", "target_index")}
+    return {**batch, **empty, "labels": torch.full_like(batch["labels"], -100)}
+
+
 class _Costs:
     """How many rows a part from one position to another has."""
 
