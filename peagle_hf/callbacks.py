@@ -21,7 +21,11 @@ logger = logging.getLogger(__name__)
 
 BEST = "checkpoint_best"
 TRAINER_STATE = "trainer_state"
-TRAINER_FILES = {"optimizer.pt": "optimizer_state_dict.pt", "scheduler.pt": "scheduler_state_dict.pt"}
+TRAINER_FILES = {
+    "optimizer.pt": "optimizer_state_dict.pt",
+    "optimizer.bin": "optimizer_state_dict.pt",
+    "scheduler.pt": "scheduler_state_dict.pt",
+}
 
 
 class VllmExportCallback(TrainerCallback):

@@ -155,6 +155,7 @@ class PeagleTrainingArguments(TrainingArguments):
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False: the collator needs all."})
     ddp_broadcast_buffers: bool | None = field(default=False, metadata={"help": "Nothing needs broadcasting."})
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "None is ever unused."})
 
     def __post_init__(self) -> None:
         self.bf16 = self.bf16 and not self.fp16

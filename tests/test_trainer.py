@@ -250,6 +250,8 @@ def test_accumulation_gives_the_loss_of_the_larger_batch(train_flags, tmp_path):
 def test_saving_memory_or_compiling_changes_no_loss(train_flags, tmp_path, changes):
     expected = run(train_flags, max_steps=3)
     found = run(train_flags, max_steps=3, output_dir=str(tmp_path / "other"), **changes)
+    checkpointing = changes.get("gradient_checkpointing", False)
+    assert all(layer.gradient_checkpointing is checkpointing for layer in found.model.layers)
     assert losses(found) == pytest.approx(losses(expected), rel=1e-5)
     saved, wanted = (
         load_file(Path(trainer.args.output_dir) / "0" / "model.safetensors") for trainer in (found, expected)

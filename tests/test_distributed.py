@@ -1,0 +1,103 @@
+"""Two processes on a CPU (gloo), under DDP and under FSDP2, give the training of one process."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_trainer import ROOT, losses, run
+
+from peagle_hf.cli import flags
+from peagle_hf.data.dataset import HiddenStatesDataset
+
+WORKERS = Path(__file__).parent / "workers"
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "PeagleLayer",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+}
+PROGRAMS = {"ddp": (["-m", "peagle_hf"], {}), "fsdp2": ([str(WORKERS / "fsdp_on_cpu.py")], FSDP)}
+
+
+def torchrun(program, *arguments, environment=None, processes=2):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | (environment or {})
+    done = subprocess.run(
+        [*command, *program, *arguments], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return done.stdout
+
+
+def launch(kind, train_flags, **changes):
+    program, environment = PROGRAMS[kind]
+    torchrun(program, "train", *flags({**train_flags, **changes}), environment=environment)
+
+
+def history(folder, metric):
+    log = json.loads((Path(folder) / "trainer_state" / "trainer_state.json").read_text())["log_history"]
+    return [entry[metric] for entry in log if metric in entry]
+
+
+@pytest.mark.parametrize("partitions", ["1", "3"])
+@pytest.mark.parametrize("kind", PROGRAMS)
+def test_two_processes_are_one(train_flags, tmp_path, kind, partitions):
+    """Rows that don't divide by two, so that a filler is needed; float32, relative 1e-5 in the losses."""
+    one = run(train_flags, gradient_accumulation_steps=2)
+    assert len(one.train_dataset) % 2 == 1
+    folder = tmp_path / "two"
+    launch(kind, train_flags, output_dir=str(folder), sequence_partitions=partitions)
+    assert history(folder / "1", "loss") == pytest.approx(losses(one), rel=1e-5)
+    evaluations = [entry["eval_loss"] for entry in one.state.log_history if "eval_loss" in entry]
+    assert history(folder / "1", "eval_loss") == pytest.approx(evaluations, rel=1e-5)
+    ours, theirs = (Path(path) / "1" for path in (train_flags["output_dir"], folder))
+    assert (ours / "config.json").read_text() == (theirs / "config.json").read_text()
+    assert load_file(ours / "model.safetensors").keys() == load_file(theirs / "model.safetensors").keys()
+    expected, found = (load_file(path / "trainer_state" / "model.safetensors") for path in (ours, theirs))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", PROGRAMS)
+def test_resume_is_bit_equal_on_two_processes(train_flags, tmp_path, kind):
+    folder = tmp_path / "two"
+    launch(kind, train_flags, output_dir=str(folder))
+    kept = tmp_path / "whole"
+    (folder / "1").rename(kept)
+    shutil.rmtree(folder / "checkpoint-6")
+    launch(kind, train_flags, output_dir=str(folder))
+    assert history(folder / "1", "loss") == history(kept, "loss")
+    expected, found = (load_file(path / "trainer_state" / "model.safetensors") for path in (kept, folder / "1"))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_accumulation_batch_size_and_processes_are_interchangeable(train_flags, tmp_path):
+    """8 x 1, 1 x 8 and 2 processes x 4 rows a step, all in float32 (losses 1e-5, weights 1e-3 relative)."""
+    common = {"max_steps": 3, "total_seq_len": 32, "eval_strategy": "no"}
+    assert len(HiddenStatesDataset(train_flags["data_path"], total_seq_len=32)) > 8
+    accumulated = run(train_flags, **common, gradient_accumulation_steps=8)
+    batched = run(train_flags, **common, per_device_train_batch_size=8, output_dir=str(tmp_path / "batched"))
+    launch("ddp", train_flags, **common, gradient_accumulation_steps=4, output_dir=str(tmp_path / "processes"))
+    assert losses(batched) == pytest.approx(losses(accumulated), rel=1e-5)
+    last = max(int(path.name) for path in (tmp_path / "processes").iterdir() if path.name.isdecimal())
+    assert history(tmp_path / "processes" / str(last), "loss") == pytest.approx(losses(accumulated), rel=1e-5)
+    expected = accumulated.model.state_dict()
+    torch.testing.assert_close(batched.model.state_dict(), expected, rtol=1e-3, atol=1e-5)
+    found = load_file(tmp_path / "processes" / str(last) / "trainer_state" / "model.safetensors")
+    torch.testing.assert_close(found, {name: expected[name] for name in found}, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("partitions", ["1", "4"])
+def test_gradients_are_reduced_once_a_step(train_flags, partitions):
+    changes = {"sequence_partitions": partitions, "gradient_accumulation_steps": 2, "save_strategy": "no"}
+    changes |= {"eval_strategy": "no"}
+    printed = torchrun([str(WORKERS / "count_reductions.py")], json.dumps({**train_flags, **changes}))
+    steps, reductions = json.loads(printed.split("COUNTS ")[1].splitlines()[0])
+    assert steps == reductions == 4
