@@ -31,6 +31,8 @@ def main() -> None:
         callbacks=[VllmExportCallback(args.export_dtype)],
     )
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

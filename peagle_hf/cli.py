@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import yaml
 from transformers import HfArgumentParser
 
@@ -62,6 +63,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except PeagleError as error:
         print(f"peagle-hf {name}: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # A process that ends while another still waits for it would abort that one.
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def parse_arguments(

@@ -28,5 +28,7 @@ if __name__ == "__main__":
     args = PeagleTrainingArguments(**json.loads(sys.argv[1]))
     trainer = CountingTrainer(model=build_drafter(args), args=args, train_dataset=build_datasets(args)[0])
     trainer.train()
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
     if args.process_index == 0:
         print("COUNTS", json.dumps([trainer.state.global_step, trainer.reductions]))
