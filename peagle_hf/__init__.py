@@ -29,14 +29,18 @@ _MODULE_OF = {
     "RegenerateArguments": "data.regenerate",
     "VerifierHead": "target",
     "VllmExportCallback": "callbacks",
+    "add_adapter": "adapters",
     "build_datasets": "trainer",
     "build_drafter": "trainer",
     "checkpoint_to_resume": "trainer",
     "evaluate": "evaluation",
     "extract": "data.extract",
+    "load_adapter": "adapters",
+    "merge_adapter": "adapters",
     "parse_arguments": "cli",
     "prepare": "data.prepare",
     "regenerate": "data.regenerate",
+    "save_adapter": "adapters",
     "train": "trainer",
 }
 
@@ -44,6 +48,7 @@ __all__ = ["PeagleConfig", "PeagleForSpeculation", *_MODULE_OF]
 
 
 if TYPE_CHECKING:
+    from .adapters import add_adapter, load_adapter, merge_adapter, save_adapter
     from .callbacks import VllmExportCallback
     from .cli import parse_arguments
     from .data.collator import CODDataCollator

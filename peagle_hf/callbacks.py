@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 BEST = "checkpoint_best"
 TRAINER_STATE = "trainer_state"
+MERGED = "merged"
 TRAINER_FILES = {
     "optimizer.pt": "optimizer_state_dict.pt",
     "optimizer.bin": "optimizer_state_dict.pt",
@@ -101,7 +102,8 @@ def export_checkpoint(checkpoint: Path, folder: Path, dtype: torch.dtype) -> Non
     Raises:
         PeagleError: the checkpoint's weights are not in one file, or vLLM would load the result wrongly.
     """
-    weights = checkpoint / "model.safetensors"
+    drafter = drafter_folder(checkpoint)
+    weights = drafter / "model.safetensors"
     if not weights.exists():
         raise PeagleError(
             f"{checkpoint} holds no model.safetensors, so it can't be exported for vLLM. Save whole weights: with FSDP "
@@ -114,7 +116,7 @@ def export_checkpoint(checkpoint: Path, folder: Path, dtype: torch.dtype) -> Non
             for name, tensor in load_file(weights).items()
         }
         save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
-        config = json.loads((checkpoint / "config.json").read_text())
+        config = json.loads((drafter / "config.json").read_text())
         config["dtype"] = str(dtype).removeprefix("torch.")
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         shutil.copytree(checkpoint, temporary / TRAINER_STATE, copy_function=_link_or_copy)
@@ -122,6 +124,11 @@ def export_checkpoint(checkpoint: Path, folder: Path, dtype: torch.dtype) -> Non
             if (checkpoint / source).exists():
                 _link_or_copy(checkpoint / source, temporary / target)
         check_checkpoint(temporary)
+
+
+def drafter_folder(checkpoint: Path) -> Path:
+    """Where in a checkpoint the whole drafter is: with an adapter, merged beside it."""
+    return checkpoint / MERGED if (checkpoint / MERGED).is_dir() else checkpoint
 
 
 def epoch_folders(output_dir: str | os.PathLike[str]) -> list[Path]:

@@ -175,6 +175,12 @@ class PeagleConfig(PreTrainedConfig):
             max_anchors=max_anchors,
         )
 
+    def differences(self, other: "PeagleConfig") -> dict[str, tuple[Any, Any]]:
+        """The fields in which a run with `other` would be another run: (value here, value there) by name."""
+        ours, theirs = (flatten(config.to_dict()) for config in (self, other))
+        names = sorted(ours.keys() | theirs.keys())
+        return {name: (ours.get(name), theirs.get(name)) for name in names if ours.get(name) != theirs.get(name)}
+
     def _check_values(self) -> None:
         vocab_size, hidden_size = self.transformer_layer_config.vocab_size, self.transformer_layer_config.hidden_size
         problems = {
@@ -223,6 +229,27 @@ class PeagleConfig(PreTrainedConfig):
     @property
     def verifier_name_or_path(self) -> str | None:
         return self.speculators_config["verifier"].get("name_or_path")
+
+
+UNRELATED_TO_TRAINING = {
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "speculators_version",
+    "transformers_version",
+    "use_cache",
+}
+
+
+def flatten(fields: dict[str, Any]) -> dict[str, Any]:
+    """Nested fields by dotted names, without those that change nothing in training."""
+    found: dict[str, Any] = {}
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            found |= {f"{name}.{inner}": content for inner, content in flatten(value).items()}
+        elif name not in UNRELATED_TO_TRAINING:
+            found[name] = value
+    return found
 
 
 def choose_mask_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tuple[int, str]:

@@ -11,12 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, PeftModel
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
-from .callbacks import VllmExportCallback, checkpoints_by_step, remove_checkpoints, resumable_folder
+from .adapters import add_adapter, merge_adapter, save_adapter
+from .callbacks import (
+    MERGED,
+    VllmExportCallback,
+    checkpoints_by_step,
+    drafter_folder,
+    remove_checkpoints,
+    resumable_folder,
+)
 from .configuration_peagle import PeagleConfig
 from .data.cache import Manifest
 from .data.collator import CODDataCollator
@@ -104,7 +113,9 @@ class PeagleTrainer(Trainer):
                 raise PeagleError(f"{self.args.output_dir} has no checkpoint to resume from. Leave out the resuming.")
             resume_from_checkpoint = str(newest[-1])
         if resume_from_checkpoint:
-            resume_from_checkpoint = str(resumable_folder(resume_from_checkpoint))
+            folder = resumable_folder(resume_from_checkpoint)
+            check_same_configuration(folder, self.config)
+            resume_from_checkpoint = str(folder)
         try:
             return super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
         except torch.OutOfMemoryError as error:
@@ -232,6 +243,18 @@ class PeagleTrainer(Trainer):
             )
         super()._save_checkpoint(model, trial)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """As the Trainer; with an adapter, the adapter and in a folder beside it the merged drafter."""
+        super()._save(output_dir, state_dict)
+        if isinstance(self.model, PeftModel):
+            if state_dict is not None:
+                raise PeagleError(
+                    "An adapter can't be merged out of shards. Train it with DDP instead of FSDP or ZeRO."
+                )
+            folder = output_dir or self.args.output_dir
+            save_adapter(self.model, folder)
+            merge_adapter(self.model).save_pretrained(Path(folder) / MERGED)
+
 
 def keep_freed_memory() -> None:
     """Let the C library keep memory that is freed instead of giving it back to the kernel, which clears it each time.
@@ -243,6 +266,21 @@ def keep_freed_memory() -> None:
         trim_threshold, mmap_max, arena_max = -1, -4, -8  # from <malloc.h>
         for parameter, value in ((arena_max, 1), (mmap_max, 0), (trim_threshold, 2**31 - 1)):
             mallopt(parameter, value)
+
+
+def check_same_configuration(folder: Path, config: PeagleConfig) -> None:
+    """Refuse to resume a checkpoint of another drafter or of other sampling.
+
+    Raises:
+        PeagleError: names the fields that differ.
+    """
+    differences = config.differences(PeagleConfig.from_pretrained(drafter_folder(folder)))
+    if differences:
+        listed = ", ".join(f"{name} (there {theirs!r}, here {ours!r})" for name, (ours, theirs) in differences.items())
+        raise PeagleError(
+            f"{folder} is from a run with another configuration: {listed}. Resume with the same arguments, train into "
+            "another --output-dir, or start from its weights alone with --from-pretrained."
+        )
 
 
 def build_config(args: PeagleTrainingArguments) -> PeagleConfig:
@@ -279,8 +317,10 @@ def build_config(args: PeagleTrainingArguments) -> PeagleConfig:
     )
 
 
-def build_drafter(args: PeagleTrainingArguments) -> PeagleForSpeculation:
+def build_drafter(args: PeagleTrainingArguments) -> PeagleForSpeculation | PeftModel:
     """The drafter that the arguments describe, new or from `from_pretrained`, with its verifier's head attached.
+
+    With `lora_r` it comes with an adapter on all of its linear layers (see `adapters`).
 
     Raises:
         PeagleError: no verifier is named, or the cache was made by another one.
@@ -309,7 +349,18 @@ def build_drafter(args: PeagleTrainingArguments) -> PeagleForSpeculation:
         revision=args.verifier_revision,
         trust_remote_code=args.trust_remote_code,
     )
-    return drafter
+    if args.lora_r is None:
+        return drafter
+    return add_adapter(
+        drafter,
+        LoraConfig(
+            r=args.lora_r,
+            lora_alpha=args.lora_alpha,
+            lora_dropout=args.lora_dropout,
+            target_modules="all-linear",
+            modules_to_save=args.lora_modules_to_save,
+        ),
+    )
 
 
 def _verifier(args: PeagleTrainingArguments) -> str:

@@ -36,6 +36,15 @@ class PeagleTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "Continue from the weights of this drafter (a folder or hub name) instead of new ones."},
     )
+    lora_r: int | None = field(
+        default=None,
+        metadata={"help": "Train a LoRA adapter of this rank on from_pretrained's drafter instead of its weights."},
+    )
+    lora_alpha: int = field(default=32, metadata={"help": "The adapter's scale is lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapter."})
+    lora_modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules that are trained whole and saved with the adapter, such as norm."}
+    )
     num_layers: int = field(default=4, metadata={"help": "Decoder layers of the drafter."})
     draft_arch: Literal["llama", "qwen3"] | None = field(
         default=None,
@@ -166,6 +175,8 @@ class PeagleTrainingArguments(TrainingArguments):
             raise PeagleError(
                 f"sequence_partitions is {self.sequence_partitions!r}. Give a number of parts from 1 on, or auto."
             )
+        if self.lora_r is not None and self.from_pretrained is None:
+            raise PeagleError("lora_r adapts a trained drafter: name it with --from-pretrained.")
         if self.train_data_ratio == 1:
             self.eval_strategy = "no"
         super().__post_init__()

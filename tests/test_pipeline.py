@@ -98,7 +98,7 @@ LAYERS = [
     {"target", "cod", "fusion", "kernels", "metrics"},
     {"configuration_peagle", "attention", "losses"},
     {"modeling_peagle"},
-    {"data.cache", "data.chats", "data.collator", "data.partition", "memory", "serving"},
+    {"adapters", "data.cache", "data.chats", "data.collator", "data.partition", "memory", "serving"},
     {"data.dataset", "data.prepare", "data.regenerate"},
     {"data.extract", "callbacks", "training_args"},
     {"trainer", "evaluation"},

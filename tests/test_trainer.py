@@ -319,6 +319,14 @@ def test_a_folder_that_can_not_be_resumed_from_is_named(train_flags, tmp_path):
         run(train_flags, resume=str(tmp_path))
 
 
+def test_resuming_another_configuration_names_the_fields(train_flags):
+    run(train_flags, num_train_epochs=1)
+    with pytest.raises(PeagleError, match=r"down_sample_ratio \(there 0.7, here 0.5\).*--output-dir"):
+        run(train_flags, resume=True, down_sample_ratio=0.5)
+    with pytest.raises(PeagleError, match=r"transformer_layer_config.num_hidden_layers \(there 2, here 1\)"):
+        run(train_flags, resume=True, num_layers=1)
+
+
 def test_cli_prints_one_paragraph_and_fails(train_flags, capsys, caplog):
     caplog.set_level(logging.INFO)
     with pytest.raises(SystemExit) as stopped:

@@ -1,0 +1,87 @@
+"""PEFT adapters on a drafter: to adapt it to another domain, or to a fine-tuned verifier, in a few megabytes.
+
+Beside what `peft` trains, the drafter's `mask_hidden` is trained and saved: a bare parameter, which `modules_to_save`
+can't name. `peft.PeftModel.from_pretrained` restores it as well.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from safetensors.torch import load_file, save_file
+
+from .configuration_peagle import PeagleConfig
+from .errors import PeagleError
+from .files import atomic_path
+from .modeling_peagle import PeagleForSpeculation
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+
+WEIGHTS = "adapter_model.safetensors"
+MASK_HIDDEN = "base_model.model.mask_hidden"
+
+
+def add_adapter(drafter: PeagleForSpeculation, config: PeftConfig) -> PeftModel:
+    """Freeze the drafter but for `mask_hidden`, and add an adapter; train the result with `PeagleTrainer`.
+
+    Attach the verifier before (`PeagleForSpeculation.load_verifier`).
+    """
+    from peft import get_peft_model
+
+    model = get_peft_model(drafter, config)
+    drafter.mask_hidden.requires_grad_(True)
+    return cast("PeftModel", model)
+
+
+def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
+    """Save the adapter with `mask_hidden` in the layout of PEFT."""
+    model.save_pretrained(str(folder))
+    path = Path(folder) / WEIGHTS
+    mask_hidden = cast(PeagleForSpeculation, model.get_base_model()).mask_hidden
+    tensors = {**load_file(path), MASK_HIDDEN: mask_hidden.detach().cpu().contiguous()}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+
+
+def load_adapter(
+    drafter: PeagleForSpeculation, folder: str | os.PathLike[str], is_trainable: bool = False
+) -> PeftModel:
+    """Put a saved adapter on its drafter.
+
+    Raises:
+        PeagleError: the folder holds no adapter, or one whose tensors don't fit this drafter.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+
+    path = Path(folder) / WEIGHTS
+    if not path.exists():
+        raise PeagleError(f"{folder} holds no {WEIGHTS}. Name a folder that save_adapter wrote.")
+    try:
+        model = PeftModel.from_pretrained(drafter, str(folder), is_trainable=is_trainable)
+        fitting = {name: tensor.shape for name, tensor in get_peft_model_state_dict(model).items()}
+        fitting[MASK_HIDDEN] = drafter.mask_hidden.shape
+        found = {name: tensor.shape for name, tensor in load_file(path).items()}
+        wrong = [name for name in found.keys() | fitting.keys() if found.get(name) != fitting.get(name)]
+        problem = ", ".join(sorted(wrong)[:5])
+    except (RuntimeError, ValueError) as error:
+        problem = str(error).splitlines()[0]
+    if problem:
+        raise PeagleError(
+            f"The adapter in {folder} is not one for this drafter: {problem}. Load it onto the drafter that it was "
+            "trained from."
+        )
+    drafter.mask_hidden.requires_grad_(is_trainable)
+    return model
+
+
+def merge_adapter(model: PeftModel) -> PeagleForSpeculation:
+    """A plain drafter on the CPU with the adapter worked into its weights; `model` stays as it is."""
+    from peft import get_peft_model
+
+    drafter = PeagleForSpeculation(cast(PeagleConfig, model.get_base_model().config))
+    copy = get_peft_model(drafter, model.peft_config[model.active_adapter], adapter_name=model.active_adapter)
+    copy.load_state_dict({name: tensor.cpu() for name, tensor in model.state_dict().items()})
+    return cast(PeagleForSpeculation, copy.merge_and_unload())

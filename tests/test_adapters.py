@@ -1,0 +1,82 @@
+"""LoRA on a trained drafter: train, save with `mask_hidden`, load, merge, export."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+from test_trainer import losses, run
+
+from peagle_hf import PeagleConfig, PeagleError, PeagleForSpeculation, PeagleTrainingArguments
+from peagle_hf.adapters import MASK_HIDDEN, add_adapter, load_adapter, merge_adapter, save_adapter
+
+
+@pytest.fixture
+def trained(train_flags):
+    """A drafter to adapt, and the flags that adapt it."""
+    run(train_flags, num_train_epochs=1)
+    base = Path(train_flags["output_dir"]) / "0" / "trainer_state"
+    changes = {"from_pretrained": str(base), "output_dir": train_flags["output_dir"] + "_lora", "lora_r": 4}
+    return base, {**train_flags, **changes}
+
+
+def test_an_adapter_learns_saves_and_exports(trained):
+    base, adapter_flags = trained
+    trainer = run(adapter_flags, num_train_epochs=8, learning_rate=5e-3, lora_modules_to_save=["norm"])
+    found = losses(trainer)
+    assert sum(found[-5:]) < 0.95 * sum(found[:5])
+    trained_names = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    assert MASK_HIDDEN in trained_names
+    assert all("lora_" in name or "modules_to_save" in name or name == MASK_HIDDEN for name in trained_names)
+    folder = Path(adapter_flags["output_dir"]) / "7"
+    before, after = (
+        load_file(base / "model.safetensors"),
+        load_file(folder / "trainer_state" / "merged" / "model.safetensors"),
+    )
+    assert before.keys() == after.keys() == load_file(folder / "model.safetensors").keys()
+    for name in ("mask_hidden", "norm.weight", "fc.weight", "layers.1.mlp.up_proj.weight"):
+        assert not torch.equal(before[name], after[name]), name
+    for name in ("embed_tokens.weight", "lm_head.weight"):
+        torch.testing.assert_close(before[name], after[name], rtol=0, atol=0)
+    plain = PeagleForSpeculation(PeagleConfig.from_pretrained(base))
+    plain.load_state_dict(before)
+    merged = merge_adapter(load_adapter(plain, folder / "trainer_state")).state_dict()
+    assert all(torch.equal(merged[name], tensor) for name, tensor in after.items())
+    restored = PeagleForSpeculation(PeagleConfig.from_pretrained(base))
+    restored.load_state_dict(before)
+    PeftModel.from_pretrained(restored, str(folder / "trainer_state"))
+    assert torch.equal(restored.mask_hidden, after["mask_hidden"])
+
+
+def test_resuming_an_adapter_is_bit_equal(trained, tmp_path):
+    _, adapter_flags = trained
+    whole = run(adapter_flags)
+    half = {**adapter_flags, "output_dir": str(tmp_path / "half")}
+    cut = run(half, save_strategy="steps", save_steps=4)
+    assert losses(cut) == losses(whole)
+    resumed = run(half, save_strategy="steps", save_steps=4, resume=str(tmp_path / "half" / "checkpoint-4"))
+    assert losses(resumed) == losses(whole)
+    expected = whole.model.state_dict()
+    assert all(torch.equal(expected[name], tensor) for name, tensor in resumed.model.state_dict().items())
+
+
+def test_an_adapter_of_another_drafter_is_refused(trained, tmp_path):
+    base, _ = trained
+    config = PeagleConfig.from_pretrained(base)
+    save_adapter(add_adapter(PeagleForSpeculation(config), LoraConfig(target_modules="all-linear")), tmp_path / "a")
+    load_adapter(PeagleForSpeculation(config), tmp_path / "a")
+    fields = config.to_dict()
+    for changes in ({"num_hidden_layers": 1}, {"intermediate_size": 48}):
+        other = PeagleConfig.from_dict(
+            {**fields, "transformer_layer_config": {**fields["transformer_layer_config"], **changes}}
+        )
+        with pytest.raises(PeagleError, match=f"{tmp_path / 'a'} is not one for this drafter"):
+            load_adapter(PeagleForSpeculation(other), tmp_path / "a")
+    with pytest.raises(PeagleError, match=r"adapter_model\.safetensors"):
+        load_adapter(PeagleForSpeculation(config), tmp_path)
+
+
+def test_an_adapter_wants_a_drafter_to_adapt(train_flags):
+    with pytest.raises(PeagleError, match="--from-pretrained"):
+        PeagleTrainingArguments(**train_flags, lora_r=4)
