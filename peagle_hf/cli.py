@@ -1,5 +1,6 @@
 """The command line: `peagle-hf <command> [config.yaml] [--flag value ...]`."""
 
+import gc
 import json
 import logging
 import sys
@@ -63,8 +64,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     except PeagleError as error:
         print(f"peagle-hf {name}: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+    end_processes()
+
+
+def end_processes() -> None:
+    """Let the processes of a distributed run end together: one that is still waited for would abort the others."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        # A process that ends while another still waits for it would abort that one.
+        gc.collect()  # a model that is still wrapped keeps threads of the process group alive
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 

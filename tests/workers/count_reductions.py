@@ -6,6 +6,7 @@ import sys
 import torch.distributed
 
 from peagle_hf import PeagleTrainer, PeagleTrainingArguments
+from peagle_hf.cli import end_processes
 from peagle_hf.trainer import build_datasets, build_drafter
 
 
@@ -24,11 +25,14 @@ class CountingTrainer(PeagleTrainer):
         return torch.distributed.all_reduce(buffer, async_op=True).get_future().then(lambda done: done.value()[0])
 
 
-if __name__ == "__main__":
+def main():
     args = PeagleTrainingArguments(**json.loads(sys.argv[1]))
     trainer = CountingTrainer(model=build_drafter(args), args=args, train_dataset=build_datasets(args)[0])
     trainer.train()
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
     if args.process_index == 0:
         print("COUNTS", json.dumps([trainer.state.global_step, trainer.reductions]))
+
+
+if __name__ == "__main__":
+    main()
+    end_processes()
