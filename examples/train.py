@@ -13,6 +13,7 @@ from peagle_hf import (
     build_datasets,
     build_drafter,
     checkpoint_to_resume,
+    end_processes,
     parse_arguments,
 )
 
@@ -31,9 +32,8 @@ def main() -> None:
         callbacks=[VllmExportCallback(args.export_dtype)],
     )
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
     main()
+    end_processes()

@@ -33,6 +33,7 @@ _MODULE_OF = {
     "build_datasets": "trainer",
     "build_drafter": "trainer",
     "checkpoint_to_resume": "trainer",
+    "end_processes": "cli",
     "evaluate": "evaluation",
     "extract": "data.extract",
     "load_adapter": "adapters",
@@ -50,7 +51,7 @@ __all__ = ["PeagleConfig", "PeagleForSpeculation", *_MODULE_OF]
 if TYPE_CHECKING:
     from .adapters import add_adapter, load_adapter, merge_adapter, save_adapter
     from .callbacks import VllmExportCallback
-    from .cli import parse_arguments
+    from .cli import end_processes, parse_arguments
     from .data.collator import CODDataCollator
     from .data.dataset import HiddenStatesDataset
     from .data.extract import ExtractArguments, extract

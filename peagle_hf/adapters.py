@@ -4,21 +4,17 @@ Beside what `peft` trains, the drafter's `mask_hidden` is trained and saved: a b
 can't name. `peft.PeftModel.from_pretrained` restores it as well.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from .configuration_peagle import PeagleConfig
 from .errors import PeagleError
 from .files import atomic_path
 from .modeling_peagle import PeagleForSpeculation
-
-if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
 
 WEIGHTS = "adapter_model.safetensors"
 MASK_HIDDEN = "base_model.model.mask_hidden"
@@ -29,11 +25,9 @@ def add_adapter(drafter: PeagleForSpeculation, config: PeftConfig) -> PeftModel:
 
     Attach the verifier before (`PeagleForSpeculation.load_verifier`).
     """
-    from peft import get_peft_model
-
     model = get_peft_model(drafter, config)
     drafter.mask_hidden.requires_grad_(True)
-    return cast("PeftModel", model)
+    return cast(PeftModel, model)
 
 
 def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
@@ -54,8 +48,6 @@ def load_adapter(
     Raises:
         PeagleError: the folder holds no adapter, or one whose tensors don't fit this drafter.
     """
-    from peft import PeftModel, get_peft_model_state_dict
-
     path = Path(folder) / WEIGHTS
     if not path.exists():
         raise PeagleError(f"{folder} holds no {WEIGHTS}. Name a folder that save_adapter wrote.")
@@ -79,8 +71,6 @@ def load_adapter(
 
 def merge_adapter(model: PeftModel) -> PeagleForSpeculation:
     """A plain drafter on the CPU with the adapter worked into its weights; `model` stays as it is."""
-    from peft import get_peft_model
-
     drafter = PeagleForSpeculation(cast(PeagleConfig, model.get_base_model().config))
     copy = get_peft_model(drafter, model.peft_config[model.active_adapter], adapter_name=model.active_adapter)
     copy.load_state_dict({name: tensor.cpu() for name, tensor in model.state_dict().items()})

@@ -82,6 +82,8 @@ class PeagleTrainer(Trainer):
                 f"{args.n_gpu} GPUs are visible to one process, which would copy the model at every step. Start one "
                 "process a GPU with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one."
             )
+        if isinstance(self.model, PeftModel) and self.is_sharded:
+            raise PeagleError("An adapter can't be merged out of shards. Train it with DDP instead of FSDP or ZeRO.")
         self.config: PeagleConfig = self.accelerator.unwrap_model(self.model).config
         if data_collator is None:
             self.data_collator = CODDataCollator.from_config(self.config, seed=args.seed)
@@ -144,7 +146,7 @@ class PeagleTrainer(Trainer):
             parts = partition_by_rows(inputs, self._rows_that_fit)
         else:
             parts = partition(inputs, int(self.args.sequence_partitions))
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.is_sharded:
             # Every pass gathers the shards of all processes, so all must run equally many.
             counts = self.accelerator.gather(torch.tensor([len(parts)], device=self.args.device))
             parts = [without_labels(parts[0])] * (int(counts.max()) - len(parts)) + parts
@@ -163,6 +165,11 @@ class PeagleTrainer(Trainer):
                 yield
         finally:
             state._set_sync_gradients(True)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds only a part of the weights or of the optimizer's states."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     @property
     def _memory_plan(self) -> MemoryPlan:
@@ -247,10 +254,6 @@ class PeagleTrainer(Trainer):
         """As the Trainer; with an adapter, the adapter and in a folder beside it the merged drafter."""
         super()._save(output_dir, state_dict)
         if isinstance(self.model, PeftModel):
-            if state_dict is not None:
-                raise PeagleError(
-                    "An adapter can't be merged out of shards. Train it with DDP instead of FSDP or ZeRO."
-                )
             folder = output_dir or self.args.output_dir
             save_adapter(self.model, folder)
             merge_adapter(self.model).save_pretrained(Path(folder) / MERGED)

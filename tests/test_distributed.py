@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from test_trainer import ROOT, losses, run
 
@@ -16,14 +17,9 @@ from peagle_hf.cli import flags
 from peagle_hf.data.dataset import HiddenStatesDataset
 
 WORKERS = Path(__file__).parent / "workers"
-FSDP = {
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_TRANSFORMER_CLS_TO_WRAP": "PeagleLayer",
-    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
-}
+EXAMPLE = yaml.safe_load((ROOT / "examples" / "accelerate" / "fsdp2.yaml").read_text())["fsdp_config"]
+FSDP = {name.upper().replace("LAYER_CLS", "CLS"): str(value) for name, value in EXAMPLE.items()}
+FSDP["ACCELERATE_USE_FSDP"] = "true"
 PROGRAMS = {"ddp": (["-m", "peagle_hf"], {}), "fsdp2": ([str(WORKERS / "fsdp_on_cpu.py")], FSDP)}
 
 

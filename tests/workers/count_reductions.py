@@ -5,9 +5,7 @@ import sys
 
 import torch.distributed
 
-from peagle_hf import PeagleTrainer, PeagleTrainingArguments
-from peagle_hf.cli import end_processes
-from peagle_hf.trainer import build_datasets, build_drafter
+from peagle_hf import PeagleTrainer, PeagleTrainingArguments, build_datasets, build_drafter, end_processes
 
 
 class CountingTrainer(PeagleTrainer):
