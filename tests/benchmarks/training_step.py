@@ -92,7 +92,7 @@ def gpu_cases() -> list[Case]:
 def long_cases() -> list[Case]:
     vocab = QWEN3_8B.vocab
     return [
-        Case(4096, 1024, 8, vocab, checkpointing=True, optimizer="adamw_8bit"),
+        Case(4096, 1024, 8, vocab, checkpointing=True, optimizer="adamw_bnb_8bit"),
         *(Case(length, length, 8, vocab, checkpointing=True) for length in (32768, 131072, 262144)),
     ]
 
@@ -292,8 +292,8 @@ def flops(sizes: Sizes, case: Case, batch: dict[str, torch.Tensor]) -> float:
 
 
 def make_optimizer(case: Case, parameters: list[torch.nn.Parameter], device: str) -> torch.optim.Optimizer:
-    if case.optimizer == "adamw_8bit":
-        from torchao.optim import AdamW8bit
+    if case.optimizer == "adamw_bnb_8bit":
+        from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(parameters, lr=1e-4)
     return torch.optim.AdamW(parameters, lr=1e-4, fused=True)
