@@ -24,12 +24,19 @@ Arguments = TypeVar("Arguments")
 
 @dataclass(frozen=True)
 class Command:
-    """Where a command's function and its arguments dataclass live, imported when the command is used."""
+    """Where a command's function and its arguments dataclass live, imported when the command is used.
+
+    Args:
+        first: the argument that may stand first, without its flag.
+        rest: the field that takes everything after `--`.
+    """
 
     module: str
     function: str
     arguments: str
     help: str
+    first: str | None = None
+    rest: str | None = None
 
     def load(self) -> tuple[Callable[[Any], Any], type]:
         module = import_module(f".{self.module}", __package__)
@@ -39,6 +46,9 @@ class Command:
 COMMANDS = {
     "prepare": Command("data.prepare", "prepare", "PrepareArguments", "turn chats into tokens and a loss mask"),
     "regenerate": Command("data.regenerate", "regenerate", "RegenerateArguments", "let the target answer prompts"),
+    "launch-vllm": Command(
+        "launch", "launch", "LaunchArguments", "run vLLM as a server of hidden states", first="model", rest="vllm_args"
+    ),
     "extract": Command("data.extract", "extract", "ExtractArguments", "cache the verifier's hidden states"),
     "train": Command("trainer", "train", "PeagleTrainingArguments", "train a drafter on the cache"),
     "evaluate": Command("evaluation", "evaluate", "EvaluateArguments", "measure acceptance in vLLM"),
@@ -59,8 +69,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"peagle-hf: there is no command {name!r}.\n\n{_usage()}", file=sys.stderr)
         raise SystemExit(2)
     try:
-        function, arguments = COMMANDS[name].load()
-        function(parse_arguments(arguments, rest, prog=f"peagle-hf {name}"))
+        command = COMMANDS[name]
+        function, arguments = command.load()
+        passed_on: list[str] = []
+        if command.rest and "--" in rest:
+            passed_on, rest = rest[rest.index("--") + 1 :], rest[: rest.index("--")]
+        if command.first and rest and not rest[0].startswith("-") and not rest[0].endswith((".yaml", ".yml")):
+            rest.insert(0, f"--{command.first}")
+        parsed: Any = parse_arguments(arguments, rest, prog=f"peagle-hf {name}")
+        if command.rest:
+            setattr(parsed, command.rest, passed_on)
+        function(parsed)
     except PeagleError as error:
         print(f"peagle-hf {name}: {error}", file=sys.stderr)
         raise SystemExit(1) from None

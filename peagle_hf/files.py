@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,17 +17,16 @@ from .errors import PeagleError
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary path beside `path`, a file or a folder, that takes its place when the block ends well.
 
-    The temporary name starts with a dot and carries the process id, so that two writers do not meet, and is removed
-    when the block fails. A folder replaces an older folder of the same name.
+    The temporary name starts with a dot and ends at random, so that two writers do not meet, on whichever machines, and
+    is removed when the block fails. A folder replaces an older folder of the same name.
 
     Raises:
         PeagleError: no space is left, or the folder cannot be written to.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove(temporary)
         yield temporary
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

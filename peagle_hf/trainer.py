@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,11 @@ from .callbacks import (
     resumable_folder,
 )
 from .configuration_peagle import PeagleConfig
-from .data.cache import Manifest
+from .data.cache import Manifest, cached_rows
 from .data.collator import CODDataCollator
-from .data.dataset import EpochSampler, HiddenStatesDataset, learnt_share, split_rows
+from .data.dataset import GENERATED_DTYPE, EpochSampler, HiddenStatesDataset, learnt_share, split_rows
+from .data.endpoint import Endpoint, EndpointError, check_layers, endpoint_urls, served_layers, served_model
+from .data.extract import check_folder, tokenizer_fingerprint
 from .data.partition import partition, partition_by_rows, without_labels
 from .errors import PeagleError
 from .losses import parse_loss
@@ -107,7 +110,8 @@ class PeagleTrainer(Trainer):
         """Train; `resume_from_checkpoint` takes a `checkpoint-N`, an epoch folder, `checkpoint_best`, or True (newest).
 
         Raises:
-            PeagleError: the folder can't be resumed from, or the device's memory is too small; says what would help.
+            PeagleError: the folder can't be resumed from, the device's memory is too small, or the vLLM server that
+                rows are asked of is gone, in which case there is a checkpoint to go on from; says what would help.
         """
         if resume_from_checkpoint is True:
             newest = checkpoints_by_step(self._get_output_dir(trial))
@@ -125,6 +129,34 @@ class PeagleTrainer(Trainer):
                 f"The memory of {self.args.device} is too small: {str(error).splitlines()[0]}\n"
                 f"{report(self._memory_plan, memory_budget(self.args))}"
             ) from error
+        except EndpointError as error:
+            reason = (
+                str(error).rpartition(f"{EndpointError.__name__}: ")[2].strip()
+            )  # a loader worker adds its traceback
+            step = self.state.global_step
+            if step:
+                self._save_checkpoint(self.model, trial)
+            saved = f"and is saved in {self._get_output_dir(trial)}/checkpoint-{step}" if step else "so nothing is lost"
+            raise PeagleError(
+                f"Training ended after step {step}, {saved}: the hidden states of a row were not to be had "
+                f"({reason}). Start the server again and run the same command, which goes on from there."
+            ) from error
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor | int | None]:
+        """As the Trainer; where one process has no hidden states from the endpoint, all of them end."""
+        if self.args.on_missing != "generate" or self.args.world_size == 1:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches, failure = [], None
+        try:
+            batches = list(islice(epoch_iterator, num_batches))
+        except EndpointError as error:
+            failure = error
+        failures = self.accelerator.gather(torch.tensor([float(failure is not None)], device=device))
+        if failures.any():
+            raise failure or EndpointError("another process was given none")
+        return super().get_batch_samples(iter(batches), num_batches, device)
 
     def training_step(  # type: ignore[no-untyped-def]
         self, model, inputs, num_items_in_batch=None
@@ -213,7 +245,15 @@ class PeagleTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         self._eval_counters, self._eval_loss = self._no_counters(), torch.zeros_like(self._eval_loss)
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        try:
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        except EndpointError as error:
+            if self.args.world_size == 1:
+                raise
+            # The other processes are waiting for this one, so that nothing can be saved together.
+            raise PeagleError(f"{error}. Start the server again and run the same command.") from error
         loss, learnt = self.accelerator.reduce(self._eval_loss, reduction="sum").tolist()
         metrics = {"loss": loss / max(learnt, 1.0)}
         metrics |= summarize(self.accelerator.reduce(self._eval_counters, reduction="sum"))
@@ -304,13 +344,15 @@ def build_config(args: PeagleTrainingArguments) -> PeagleConfig:
         saved = PeagleConfig.from_pretrained(args.from_pretrained)
         return PeagleConfig.from_dict({**saved.to_dict(), **sampling})
     manifest = Manifest.read(_cache_folder(args))
+    served = served_layers(_server_folder(args)) if args.on_missing == "generate" and manifest is None else None
+    layer_ids = manifest.aux_layer_ids if manifest else served[:-1] if served else None
     return PeagleConfig.from_verifier(
         verifier,
         num_layers=args.num_layers,
         draft_arch=args.draft_arch,
         draft_vocab_size=args.draft_vocab_size,
         mask_token_id=args.mask_token_id,
-        target_layer_ids=args.target_layer_ids or (manifest.aux_layer_ids if manifest else None),
+        target_layer_ids=args.target_layer_ids or layer_ids,
         norm_before_residual=args.norm_before_residual,
         norm_before_fc=args.norm_before_fc,
         sliding_window=args.sliding_window,
@@ -376,16 +418,60 @@ def _cache_folder(args: PeagleTrainingArguments) -> str | Path:
     return args.hidden_states_path or Path(args.data_path) / "hidden_states"
 
 
+def _server_folder(args: PeagleTrainingArguments) -> Path:
+    return Path(args.server_hidden_states_path or _cache_folder(args))
+
+
 def build_datasets(args: PeagleTrainingArguments) -> tuple[HiddenStatesDataset, HiddenStatesDataset | None]:
     """The training and validation rows that the arguments describe; no validation with `train_data_ratio` 1."""
     train_rows, eval_rows = split_rows(args.data_path, args.train_data_ratio, args.seed)
+    endpoint = build_endpoint(args) if args.on_missing == "generate" else None
 
     def dataset(rows: list[int]) -> HiddenStatesDataset:
         return HiddenStatesDataset(
-            args.data_path, args.hidden_states_path, args.total_seq_len, rows, args.on_missing, args.seed
+            args.data_path,
+            args.hidden_states_path,
+            args.total_seq_len,
+            rows,
+            args.on_missing,
+            args.seed,
+            endpoint,
+            keep_generated=args.on_generate == "cache",
         )
 
     return dataset(train_rows), dataset(eval_rows) if eval_rows else None
+
+
+def build_endpoint(args: PeagleTrainingArguments) -> Endpoint:
+    """The vLLM servers that missing rows are asked of; if these are to be kept, the cache gets its manifest here.
+
+    Raises:
+        PeagleError: a server can't be reached, or runs another model or other layers.
+    """
+    config, cache = build_config(args), Path(_cache_folder(args))
+    verifier = _verifier(args)
+    target = load_verifier_config(verifier, args.verifier_revision, args.trust_remote_code)
+    layer_ids = config.eagle_aux_hidden_state_layer_ids
+    urls = endpoint_urls(args.vllm_endpoint)
+    served_model(urls, verifier, args.request_timeout)
+    endpoint = Endpoint(
+        urls,
+        _server_folder(args),
+        (*layer_ids, target.num_hidden_layers),
+        config.hidden_size,
+        args.request_timeout,
+        args.max_retries,
+    )
+    check_layers(endpoint.folder, endpoint.slots)
+    if args.on_generate == "cache":
+        fingerprint = tokenizer_fingerprint(args.data_path)
+        existing = Manifest.read(cache)
+        dtype = existing.dtype if existing else GENERATED_DTYPE
+        wanted = Manifest.of(verifier, target, layer_ids, args.verifier_revision, dtype, fingerprint)
+        check_folder(cache, wanted, cached_rows(cache))
+        if existing is None:
+            wanted.write(cache)
+    return endpoint
 
 
 def memory_plan(args: PeagleTrainingArguments, config: PeagleConfig) -> MemoryPlan:

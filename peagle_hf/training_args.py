@@ -7,8 +7,11 @@ import torch
 from transformers import SchedulerType, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
+from .data.endpoint import DEFAULT_URL, MAX_RETRIES, REQUEST_TIMEOUT
 from .errors import PeagleError
 from .losses import parse_loss
+
+GENERATE_WORKERS = 4
 
 
 @dataclass
@@ -115,8 +118,32 @@ class PeagleTrainingArguments(TrainingArguments):
     train_data_ratio: float = field(
         default=0.9, metadata={"help": "Share of the conversations to train on; the rest validates. 1: no validation."}
     )
-    on_missing: Literal["raise", "skip", "warn"] = field(
-        default="raise", metadata={"help": "What to do about rows without cached hidden states."}
+    on_missing: Literal["raise", "skip", "warn", "generate"] = field(
+        default="raise",
+        metadata={
+            "help": "What to do about rows without cached hidden states; generate asks a vLLM server for them while "
+            "training (with at least one loader worker, by default four)."
+        },
+    )
+    vllm_endpoint: str = field(
+        default=DEFAULT_URL,
+        metadata={"help": "vLLM servers for generate, URL[,URL...], started by `peagle-hf launch-vllm`."},
+    )
+    on_generate: Literal["cache", "delete"] = field(
+        default="delete",
+        metadata={"help": "Whether generated states are kept in the hidden-states folder or asked for each epoch."},
+    )
+    server_hidden_states_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "The folder that the servers write to, as it is seen here. Default: the hidden-states folder."
+        },
+    )
+    request_timeout: float = field(
+        default=REQUEST_TIMEOUT, metadata={"help": "Seconds to wait for a server's answer, each time it is tried."}
+    )
+    max_retries: int = field(
+        default=MAX_RETRIES, metadata={"help": "How often a request is repeated that a server fails."}
     )
     export_dtype: Literal["bfloat16", "float16", "float32"] = field(
         default="bfloat16", metadata={"help": "dtype of the weights in the folders that vLLM serves."}
@@ -177,6 +204,8 @@ class PeagleTrainingArguments(TrainingArguments):
             )
         if self.lora_r is not None and self.from_pretrained is None:
             raise PeagleError("lora_r adapts a trained drafter: name it with --from-pretrained.")
+        if self.on_missing == "generate" and self.dataloader_num_workers == 0:
+            self.dataloader_num_workers = GENERATE_WORKERS  # so that the next rows are asked for during a step
         if self.train_data_ratio == 1:
             self.eval_strategy = "no"
         super().__post_init__()

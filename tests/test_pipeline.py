@@ -99,9 +99,10 @@ LAYERS = [
     {"configuration_peagle", "attention", "losses"},
     {"modeling_peagle"},
     {"adapters", "data.cache", "data.chats", "data.collator", "data.partition", "memory", "serving"},
-    {"data.dataset", "data.prepare", "data.regenerate"},
-    {"data.extract", "callbacks", "training_args"},
-    {"trainer", "evaluation"},
+    {"data.endpoint", "data.prepare", "data.regenerate", "vllm_plugin.peagle_cpu_connector"},
+    {"data.dataset", "training_args"},
+    {"data.extract", "callbacks"},
+    {"trainer", "evaluation", "launch"},
     {"cli"},
 ]
 

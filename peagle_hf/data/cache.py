@@ -24,6 +24,7 @@ MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 PLAIN_DTYPES = ("BF16", "F16", "F32")
 FP8_DTYPE = "F8_E4M3"
+ROW_FILE = re.compile(r"hs_(\d+)\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class Manifest:
         differing = [
             f"{name} {here!r} there, {there!r} wanted"
             for name, here, there in pairs
-            if here is not None and there is not None and _place(here) != _place(there)
+            if here is not None and there is not None and place(here) != place(there)
         ]
         if differing:
             raise PeagleError(
@@ -137,6 +138,13 @@ class CachedRow:
     hidden_states: Tensor
     last_hidden_states: Tensor
 
+    @classmethod
+    def of(cls, states: Tensor, token_ids: Tensor) -> "CachedRow":
+        """From states [T, A+1, H] as they are stored."""
+        hidden_size = states.shape[2]
+        side_by_side = states.flatten(1)
+        return cls(token_ids, side_by_side[:, :-hidden_size], side_by_side[:, -hidden_size:])
+
 
 def row_path(folder: str | os.PathLike[str], row: int) -> Path:
     """Where a row's states are."""
@@ -149,7 +157,7 @@ def cached_rows(folder: str | os.PathLike[str]) -> set[int]:
         names = os.listdir(folder)
     except FileNotFoundError:
         return set()
-    return {int(match[1]) for match in map(re.compile(r"hs_(\d+)\.safetensors").fullmatch, names) if match}
+    return {int(match[1]) for match in map(ROW_FILE.fullmatch, names) if match}
 
 
 def write_row(folder: str | os.PathLike[str], row: int, hidden_states: Tensor, token_ids: Tensor) -> None:
@@ -183,9 +191,7 @@ def read_row(folder: str | os.PathLike[str], row: int, length: int | None = None
             f"The hidden states {path} can't be read: {error}. Remove the file and run peagle-hf extract again, which "
             "makes just what is missing."
         ) from error
-    hidden_size = states.shape[2]
-    side_by_side = states.flatten(1)
-    return CachedRow(token_ids, side_by_side[:, :-hidden_size], side_by_side[:, -hidden_size:])
+    return CachedRow.of(states, token_ids)
 
 
 def check_row(path: str | os.PathLike[str], shape: tuple[int, int, int], token_ids: Tensor | None = None) -> str | None:
@@ -222,6 +228,6 @@ def check_row(path: str | os.PathLike[str], shape: tuple[int, int, int], token_i
         return f"it can't be opened: {error}"
 
 
-def _place(value: object) -> object:
+def place(value: object) -> object:
     """A folder's real path, so that two spellings of it are one verifier; else the value itself."""
     return os.path.realpath(value) if isinstance(value, str) and os.path.isdir(value) else value

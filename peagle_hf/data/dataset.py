@@ -11,11 +11,16 @@ from torch.utils.data import Dataset, Sampler
 
 from ..errors import PeagleError
 from ..target import load_token_freq
-from .cache import cached_rows, read_row
+from .cache import CachedRow, Manifest, cached_rows, read_row, row_path, write_row
+from .endpoint import Endpoint, concurrently
 
 logger = logging.getLogger(__name__)
 
-OnMissing = Literal["raise", "skip", "warn"]
+OnMissing = Literal["raise", "skip", "warn", "generate"]
+MAX_REQUESTS = 16
+"""So many documents of a packed row are asked for at a time."""
+GENERATED_DTYPE = "bfloat16"
+"""What the endpoint's states are kept in where no manifest says otherwise, as `peagle-hf extract` does."""
 MIN_TOKENS = 3
 """A shorter document has no position that sees a token and predicts another."""
 
@@ -43,9 +48,11 @@ class HiddenStatesDataset(Dataset):
         hidden_states_path: folder of `peagle-hf extract`; default: `hidden_states` in `data_path`.
         total_seq_len: positions in a row; a longer document is cut, which is counted and reported.
         rows: the prepared rows to use; None means all.
-        on_missing: what to do about prepared rows without a cache file: "raise", or leave them out silently counted
-            ("skip") or named in a warning ("warn").
+        on_missing: what to do about prepared rows without a cache file: "raise", leave them out silently counted
+            ("skip") or named in a warning ("warn"), or ask the endpoint for them whenever they are needed ("generate").
         seed: of the packing.
+        endpoint: the vLLM servers for "generate".
+        keep_generated: write what the endpoint gives into the cache, so that it is asked once only.
 
     Raises:
         PeagleError: no such folder, missing cache files under "raise", or nothing left to train on.
@@ -59,9 +66,14 @@ class HiddenStatesDataset(Dataset):
         rows: Sequence[int] | None = None,
         on_missing: OnMissing = "raise",
         seed: int = 0,
+        endpoint: Endpoint | None = None,
+        keep_generated: bool = False,
     ):
         self.data = load_prepared(data_path)
         self.hidden_states_path = Path(hidden_states_path or Path(data_path) / "hidden_states")
+        self.endpoint, self.keep_generated = endpoint, keep_generated
+        if (on_missing == "generate") != (endpoint is not None):
+            raise PeagleError('An endpoint and on_missing="generate" go together: give both or neither.')
         self.total_seq_len = total_seq_len
         rows = range(len(self.data)) if rows is None else rows
         rows = self._present(rows, on_missing)
@@ -89,6 +101,9 @@ class HiddenStatesDataset(Dataset):
         missing = [row for row in rows if row not in present]
         if not missing:
             return rows
+        if on_missing == "generate":
+            logger.info("%d of %d rows will be asked of the vLLM server.", len(missing), len(rows))
+            return rows
         files = ", ".join(f"hs_{row}.safetensors" for row in missing[:5]) + (", …" if len(missing) > 5 else "")
         message = f"{len(missing)} of {len(rows)} hidden-state files are missing in {self.hidden_states_path}: {files}"
         if on_missing == "raise":
@@ -106,17 +121,43 @@ class HiddenStatesDataset(Dataset):
     def __getitem__(self, index: int | RowRequest) -> dict[str, Any]:
         """The documents of a packed row: tokens and mask [T], states [T, A * H] and [T, H] as they are cached."""
         request = index if isinstance(index, RowRequest) else RowRequest(0, index)
-        documents = [self._document(row) for row in self.plan[request.number]]
+        rows = self.plan[request.number]
+        generated = self._generated(rows)
+        documents = [self._document(row, generated.get(row)) for row in rows]
         if request.is_filler:
             for document in documents:
                 document["loss_mask"] = torch.zeros_like(document["loss_mask"])
         return {"epoch": request.epoch, "documents": documents}
 
-    def _document(self, row: int) -> dict[str, Any]:
+    def _generated(self, rows: Sequence[int]) -> dict[int, CachedRow]:
+        """The states of the rows that have no file, from the endpoint; stored they would be the same."""
+        missing = [row for row in rows if not row_path(self.hidden_states_path, row).exists()]
+        if self.endpoint is None or not missing:
+            return {}
+        endpoint, manifest = self.endpoint, Manifest.read(self.hidden_states_path)
+        dtype = getattr(torch, manifest.dtype if manifest and manifest.dtype else GENERATED_DTYPE)
+
+        def generate(row: int) -> CachedRow:
+            tokens = torch.as_tensor(self.data[row]["input_ids"]).long()
+            if not self.keep_generated:
+                tokens = tokens[: self.total_seq_len + 2]
+            states = endpoint.fetch(tokens.tolist(), dtype)
+            if self.keep_generated:
+                write_row(self.hidden_states_path, row, states, tokens)
+            return CachedRow.of(states[: self.total_seq_len + 2], tokens[: self.total_seq_len + 2])
+
+        generated = {}
+        for row, result in concurrently(generate, missing, min(len(missing), MAX_REQUESTS)):
+            if isinstance(result, BaseException):
+                raise result
+            generated[row] = result
+        return generated
+
+    def _document(self, row: int, generated: CachedRow | None) -> dict[str, Any]:
         sample = self.data[row]
         length = min(len(sample["input_ids"]), self.total_seq_len + 2)
         tokens = torch.as_tensor(sample["input_ids"])[:length].long()
-        cached = read_row(self.hidden_states_path, row, length=length)
+        cached = generated or read_row(self.hidden_states_path, row, length=length)
         if not torch.equal(cached.token_ids, tokens):
             raise PeagleError(
                 f"{self.hidden_states_path}/hs_{row}.safetensors holds the states of other tokens than row {row} of "

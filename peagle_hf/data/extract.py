@@ -1,4 +1,4 @@
-"""Steps 2-3: run the verifier over the prepared rows and cache its hidden states.
+"""Steps 2-3: run the verifier over the prepared rows, in this process or in a vLLM server, and cache its hidden states.
 
 Shape letters: B rows of a batch, T tokens, A auxiliary layers, H the verifier's hidden size.
 """
@@ -8,7 +8,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -19,9 +19,22 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import PeagleError
+from ..files import write_json
 from ..target import decoder_parts, default_aux_layer_ids, load_verifier, load_verifier_config
 from .cache import Manifest, cached_rows, check_row, row_path, write_row
 from .dataset import load_prepared
+from .endpoint import (
+    MAX_RETRIES,
+    REQUEST_TIMEOUT,
+    Endpoint,
+    EndpointError,
+    check_layers,
+    concurrently,
+    endpoint_urls,
+    remove_leftovers,
+    served_layers,
+    served_model,
+)
 from .prepare import PREPARE_RECORD
 
 if TYPE_CHECKING:
@@ -31,6 +44,8 @@ logger = logging.getLogger(__name__)
 
 MAX_PADDING = 0.05
 """At most this share of a batch is padding."""
+LEFTOVER_SECONDS = 600.0
+"""Nothing that is being written is older."""
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 2048, 8192
 
 Extracted = tuple[int, Tensor, Tensor]
@@ -41,7 +56,10 @@ Extracted = tuple[int, Tensor, Tensor]
 class ExtractArguments:
     """What `peagle-hf extract` is told."""
 
-    model: str = field(metadata={"help": "The verifier (target model), a hub name or a folder."})
+    model: str | None = field(
+        default=None,
+        metadata={"help": "The verifier (target model), a hub name or a folder (default: what the endpoint runs)."},
+    )
     preprocessed_data: str = field(default="./output", metadata={"help": "Folder of `peagle-hf prepare`."})
     output: str | None = field(
         default=None,
@@ -58,8 +76,37 @@ class ExtractArguments:
         default=None,
         metadata={
             "help": "The auxiliary layers, by number of layers passed (0 = embeddings); the last layer's states are "
-            "always added (default: 2, n/2 and n-3 of n layers)."
+            "always added (default: those of the server, else 2, n/2 and n-3 of n layers)."
         },
+    )
+    rank: int = field(default=0, metadata={"help": "Which share of the rows to make, from 0 on, of --world-size."})
+    world_size: int = field(
+        default=1, metadata={"help": "Into how many shares the rows are split, each made by a command of its own."}
+    )
+    endpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "vLLM servers that run the verifier, URL[,URL...], started by `peagle-hf launch-vllm` "
+            "(default: run it in this process)."
+        },
+    )
+    server_hidden_states_path: str | None = field(
+        default=None,
+        metadata={"help": "The folder that the servers write to, as it is seen here (default: the output folder)."},
+    )
+    concurrency: int = field(default=32, metadata={"help": "Requests to the servers at a time."})
+    request_timeout: float = field(
+        default=REQUEST_TIMEOUT, metadata={"help": "Seconds to wait for a server's answer, each time it is tried."}
+    )
+    max_retries: int = field(
+        default=MAX_RETRIES, metadata={"help": "How often a request is repeated that a server fails."}
+    )
+    fail_on_error: bool = field(
+        default=False, metadata={"help": "End with the first row that the servers fail, instead of going on without."}
+    )
+    max_consecutive_errors: int | None = field(
+        default=None,
+        metadata={"help": "End when so many rows in turn have failed (default: as many as --concurrency)."},
     )
     dtype: Literal["bfloat16", "float16", "float32"] = field(
         default="bfloat16", metadata={"help": "How the states are stored."}
@@ -69,7 +116,10 @@ class ExtractArguments:
     )
     max_batch_tokens: int | None = field(
         default=None,
-        metadata={"help": "Tokens of a batch; a longer row is one of its own (default: 2048 on a CPU, 8192 on a GPU)."},
+        metadata={
+            "help": "Tokens of a batch in this process; a longer row is one of its own (default: 2048 on a CPU, 8192 "
+            "on a GPU)."
+        },
     )
     device: str | None = field(
         default=None, metadata={"help": "Where the verifier runs (default: a GPU if there is one)."}
@@ -109,28 +159,40 @@ def extract(arguments: ExtractArguments) -> ExtractReport:
     batch and order only as far as the verifier's arithmetic does: with float32 the difference is below the rounding of
     bfloat16.
 
+    With an `endpoint` a row that the servers fail is left out, and the others are made; what failed is listed with the
+    reason in `failed.json` in the output folder (`failed_<rank>.json` with several ranks).
+
     Raises:
         PeagleError: verifier or data can't be read or don't fit each other, the folder holds states of another kind,
-            they would not fit on the disk, or the verifier's states aren't finite.
+            they would not fit on the disk, the verifier's states aren't finite, or the servers failed a row.
     """
-    for name in ("max_samples", "max_batch_tokens"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise PeagleError(f"--{name.replace('_', '-')} is {value} but must be at least 1.")
-    config = load_verifier_config(arguments.model, arguments.revision, arguments.trust_remote_code)
+    _check_arguments(arguments)
+    output = Path(arguments.output or Path(arguments.preprocessed_data) / "hidden_states")
+    urls = endpoint_urls(arguments.endpoint) if arguments.endpoint else ()
+    model = served_model(urls, arguments.model, arguments.request_timeout) if urls else arguments.model
+    if model is None:
+        raise PeagleError("No verifier is named. Pass --model with a hub name or a folder, or an --endpoint.")
+    arguments = replace(arguments, model=model)
+    config = load_verifier_config(model, arguments.revision, arguments.trust_remote_code)
+    server_folder = Path(arguments.server_hidden_states_path or output)
+    wanted = arguments.target_layer_ids
+    if urls and wanted is None and (served := served_layers(server_folder)):
+        wanted = served[:-1]
     manifest = Manifest.of(
-        arguments.model,
+        model,
         config,
-        _layer_ids(arguments.target_layer_ids, config),
+        check_layer_ids(wanted, config),
         revision=arguments.revision,
         dtype=arguments.dtype,
-        tokenizer_fingerprint=_tokenizer_fingerprint(arguments.preprocessed_data),
+        tokenizer_fingerprint=tokenizer_fingerprint(arguments.preprocessed_data),
     )
     data = load_prepared(arguments.preprocessed_data).with_format(None)
-    lengths = dict(enumerate(data["seq_len"][: arguments.max_samples]))
-    output = Path(arguments.output or Path(arguments.preprocessed_data) / "hidden_states")
+    rows = enumerate(data["seq_len"][: arguments.max_samples])
+    lengths = {row: length for row, length in rows if row % arguments.world_size == arguments.rank}
     present = cached_rows(output) & lengths.keys()
-    _check_folder(output, manifest, present)
+    check_folder(output, manifest, present)
+    for folder in {output, server_folder}:
+        remove_leftovers(folder, max(LEFTOVER_SECONDS, 2 * arguments.request_timeout))
 
     made_again = {}
     for row in tqdm(sorted(present), desc="Checking", unit="row", disable=not present):
@@ -143,7 +205,20 @@ def extract(arguments: ExtractArguments) -> ExtractReport:
     missing = {row: length for row, length in lengths.items() if row not in present or row in made_again}
     num_kept = len(lengths) - len(missing)
     logger.info("%d of %d rows are there; %d are to be made.", num_kept, len(lengths), len(missing))
-    seconds = _make(arguments, manifest, output, data, missing) if missing else 0.0
+    seconds = 0.0
+    if urls:
+        endpoint = Endpoint(
+            urls,
+            server_folder,
+            (*manifest.aux_layer_ids, manifest.num_layers),
+            manifest.hidden_size,
+            arguments.request_timeout,
+            arguments.max_retries,
+        )
+        check_layers(server_folder, endpoint.slots)
+        seconds = _make_by_server(arguments, manifest, output, data, missing, endpoint)
+    elif missing:
+        seconds = _make(arguments, manifest, output, data, missing)
     return ExtractReport(output, manifest, len(lengths), num_kept, made_again, sum(missing.values()), seconds)
 
 
@@ -223,10 +298,7 @@ def _make(
 ) -> float:
     """Run the verifier over the rows of `lengths` and write what it gives; returns the seconds that this took."""
     dtype, num_tokens = getattr(torch, arguments.dtype), sum(lengths.values())
-    state_bytes = (len(manifest.aux_layer_ids) + 1) * manifest.hidden_size * dtype.itemsize
-    _check_disk(output, len(lengths), num_tokens, state_bytes + torch.int64.itemsize)
-    if Manifest.read(output) is None:
-        manifest.write(output)
+    _begin(output, manifest, dtype, lengths)
     model = _load(arguments)
     on_cpu = model.device.type == "cpu"
     batches = plan_batches(lengths, arguments.max_batch_tokens or (CPU_BATCH_TOKENS if on_cpu else GPU_BATCH_TOKENS))
@@ -246,7 +318,88 @@ def _make(
     return seconds
 
 
-def _layer_ids(wanted: list[int] | None, config: PreTrainedConfig) -> list[int]:
+def _make_by_server(
+    arguments: ExtractArguments,
+    manifest: Manifest,
+    output: Path,
+    data: "datasets.Dataset",
+    lengths: dict[int, int],
+    endpoint: Endpoint,
+) -> float:
+    """As `_make`, with the rows' states from a vLLM server.
+
+    Raises:
+        PeagleError: a row failed; all that didn't are there.
+    """
+    dtype, num_tokens = getattr(torch, arguments.dtype), 0
+    _begin(output, manifest, dtype, lengths)
+    record = output / ("failed.json" if arguments.world_size == 1 else f"failed_{arguments.rank}.json")
+    record.unlink(missing_ok=True)
+    limit = 1 if arguments.fail_on_error else arguments.max_consecutive_errors or arguments.concurrency
+    failed: dict[int, str] = {}
+    in_turn = 0
+
+    def make(row: int) -> None:
+        token_ids = data[row]["input_ids"]
+        write_row(output, row, endpoint.fetch(token_ids, dtype), torch.tensor(token_ids))
+
+    start = time.perf_counter()
+    longest_first = sorted(lengths, key=lambda row: (-lengths[row], row))
+    with tqdm(total=sum(lengths.values()), desc="Extracting", unit="tok", unit_scale=True) as progress:
+        for row, result in concurrently(make, longest_first, arguments.concurrency):
+            if isinstance(result, EndpointError):
+                logger.warning("Row %d failed: %s.", row, result)
+                failed[row] = str(result)
+                in_turn += 1
+                progress.set_postfix(failed=len(failed))
+                if in_turn >= limit:
+                    break
+            elif isinstance(result, BaseException):
+                raise result
+            else:
+                in_turn = 0
+                num_tokens += lengths[row]
+                progress.update(lengths[row])
+    seconds = time.perf_counter() - start
+    logger.info("%d tokens in %.1f s: %.0f tokens/s.", num_tokens, seconds, num_tokens / seconds)
+    if failed:
+        write_json(record, {str(row): failed[row] for row in sorted(failed)})
+        ended = f"The last {in_turn} rows in turn failed, so no more were tried. " if in_turn >= limit else ""
+        raise PeagleError(
+            f"{ended}{len(failed)} of {len(lengths)} rows failed, row {row} with: {failed[row]}. All are listed with "
+            f"their reason in {record}. Run the same command again, which makes just what is missing."
+        )
+    return seconds
+
+
+def _begin(output: Path, manifest: Manifest, dtype: torch.dtype, lengths: dict[int, int]) -> None:
+    """Make sure that the rows fit on the disk, and say in the folder what they are."""
+    state_bytes = (len(manifest.aux_layer_ids) + 1) * manifest.hidden_size * dtype.itemsize
+    _check_disk(output, len(lengths), sum(lengths.values()), state_bytes + torch.int64.itemsize)
+    if Manifest.read(output) is None:
+        manifest.write(output)
+
+
+def _check_arguments(arguments: ExtractArguments) -> None:
+    for name in ("max_samples", "max_batch_tokens", "concurrency", "max_consecutive_errors", "world_size"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise PeagleError(f"--{name.replace('_', '-')} is {value} but must be at least 1.")
+    if not 0 <= arguments.rank < arguments.world_size:
+        raise PeagleError(f"--rank is {arguments.rank} but must be in 0 .. {arguments.world_size - 1} (--world-size).")
+    if arguments.endpoint and (arguments.device or arguments.max_batch_tokens or arguments.verifier_dtype != "auto"):
+        raise PeagleError(
+            "--device, --verifier-dtype and --max-batch-tokens are for a verifier in this process. With --endpoint "
+            "tell the server: peagle-hf launch-vllm MODEL ... -- --dtype float32 --max-num-batched-tokens 8192."
+        )
+
+
+def check_layer_ids(wanted: list[int] | None, config: PreTrainedConfig) -> list[int]:
+    """The auxiliary layers that are wanted of a verifier, or the default ones.
+
+    Raises:
+        PeagleError: it has no such layers, or one is named twice.
+    """
     num_layers = config.num_hidden_layers
     layer_ids = default_aux_layer_ids(num_layers) if wanted is None else wanted
     if not layer_ids or len(set(layer_ids)) < len(layer_ids) or not all(0 <= id_ <= num_layers for id_ in layer_ids):
@@ -257,12 +410,13 @@ def _layer_ids(wanted: list[int] | None, config: PreTrainedConfig) -> list[int]:
     return layer_ids
 
 
-def _tokenizer_fingerprint(preprocessed_data: str) -> str | None:
+def tokenizer_fingerprint(preprocessed_data: str) -> str | None:
+    """Of the tokenizer that a dataset was prepared with, if that is known."""
     record = Path(preprocessed_data) / PREPARE_RECORD
     return json.loads(record.read_text(encoding="utf-8")).get("tokenizer_fingerprint") if record.exists() else None
 
 
-def _check_folder(output: Path, manifest: Manifest, present: set[int]) -> None:
+def check_folder(output: Path, manifest: Manifest, present: set[int]) -> None:
     """Refuse to add to states of another kind."""
     existing = Manifest.read(output)
     if existing is not None:
@@ -293,4 +447,5 @@ def _load(arguments: ExtractArguments) -> PreTrainedModel:
     on_cpu = torch.device(device).type == "cpu"
     name = arguments.verifier_dtype
     dtype = getattr(torch, ("float32" if on_cpu else "bfloat16") if name == "auto" else name)
+    assert arguments.model is not None
     return load_verifier(arguments.model, dtype, device, arguments.revision, arguments.trust_remote_code)

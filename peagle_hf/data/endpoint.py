@@ -1,0 +1,349 @@
+"""A vLLM server as the verifier: it is asked over HTTP and answers through files in a folder that both sides see.
+
+Shape letters: T tokens, S slots (the auxiliary layers and the last), H the verifier's hidden size.
+"""
+
+import fcntl
+import json
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..errors import PeagleError
+from ..files import write_json
+from .cache import ROW_FILE, place
+
+SERVER_RECORD = "server.json"
+"""In the server's folder: its model and layers, as `peagle-hf launch-vllm` started it."""
+DEFAULT_URL = "http://localhost:8000/v1"
+REQUEST_TIMEOUT, MAX_RETRIES = 120.0, 3
+LOCK_POLL_SECONDS = 0.01
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class EndpointError(PeagleError):
+    """One row's states that were not to be had; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """vLLM servers that give the hidden states of token ids; they are told apart by nothing but their load.
+
+    A frozen description, so that loader workers can have it; connections are opened by the process that uses them.
+
+    Args:
+        urls: one or more, with or without `/v1`.
+        folder: what the servers write to, as it is seen from here. No other file is ever read.
+        slots: the layers wanted, by number of layers passed: the auxiliary ones, then the last.
+        hidden_size: H.
+        request_timeout: seconds for an answer, and again for the file to be written.
+        max_retries: of a request that fails, by each server.
+    """
+
+    urls: tuple[str, ...]
+    folder: Path
+    slots: tuple[int, ...]
+    hidden_size: int
+    request_timeout: float = REQUEST_TIMEOUT
+    max_retries: int = MAX_RETRIES
+
+    def fetch(self, token_ids: list[int], dtype: torch.dtype) -> Tensor:
+        """The states [T, S, H] of a document, checked, from the server that is doing best; its files are removed.
+
+        Raises:
+            EndpointError: no server gave states that can be used.
+            PeagleError: a server is not what was asked for: another folder, other layers or another model.
+        """
+        servers = [_server(url, self.request_timeout, self.max_retries, os.getpid()) for url in self.urls]
+        reasons = []
+        for server in sorted(servers, key=lambda server: (server.failures, server.in_flight)):
+            try:
+                with server.busy():
+                    return self._read(server.ask(token_ids), token_ids, dtype)
+            except EndpointError as error:
+                reasons.append(f"{server.url}: {error}")
+        raise EndpointError("; ".join(reasons))
+
+    def _read(self, path: str, token_ids: list[int], dtype: torch.dtype) -> Tensor:
+        """Read, check and remove a file that a server says it has written."""
+        real = Path(os.path.realpath(path))
+        inside = real.is_relative_to(os.path.realpath(self.folder))
+        if not inside or real.suffix != ".safetensors" or ROW_FILE.fullmatch(real.name):
+            raise PeagleError(
+                f"The server says that it wrote the hidden states to {path}, which is no file of a server in "
+                f"{self.folder}; it was not read. Start the server with --hidden-states-path {self.folder}, or name "
+                "the folder that it writes to with --server-hidden-states-path."
+            )
+        lock = Path(f"{real}.lock")
+        try:
+            check_layers(self.folder, self.slots)
+            with _shared_lock(lock, self.request_timeout):
+                return self._states(load_file(real), token_ids, dtype)
+        except (OSError, SafetensorError) as error:
+            raise EndpointError(f"what the server wrote can't be read ({error})") from error
+        finally:
+            real.unlink(missing_ok=True)
+            lock.unlink(missing_ok=True)
+
+    def _states(self, tensors: dict[str, Tensor], token_ids: list[int], dtype: torch.dtype) -> Tensor:
+        lacking = {"hidden_states", "token_ids"} - tensors.keys()
+        if lacking:
+            raise EndpointError(f"what the server wrote has no {' and no '.join(sorted(lacking))}")
+        states = tensors["hidden_states"]
+        served = sorted(set(self.slots))  # vLLM gives the layers in their own order, each once
+        if list(states.shape[1:]) != [len(served), self.hidden_size] or not states.is_floating_point():
+            raise PeagleError(
+                f"The server gives {states.dtype} states of the shape {list(states.shape)} (tokens, layers, size), "
+                f"wanted are the layers {served} of size {self.hidden_size}. Start it with peagle-hf launch-vllm, the "
+                f"same model and --target-layer-ids {' '.join(map(str, self.slots[:-1]))}."
+            )
+        if not torch.equal(tensors["token_ids"].long(), torch.tensor(token_ids)) or len(states) != len(token_ids):
+            raise EndpointError("the server gave the states of other tokens than it was asked for")
+        states = states[:, [served.index(slot) for slot in self.slots]].to(dtype)
+        if not states.isfinite().all():
+            raise EndpointError(f"the server's states are not finite as {dtype}")
+        return states
+
+
+def endpoint_urls(endpoint: str) -> tuple[str, ...]:
+    """Split `URL[,URL…]`; a URL without a path gets vLLM's `/v1`.
+
+    Raises:
+        PeagleError: something in there is no HTTP address.
+    """
+    urls = [url.strip().rstrip("/") for url in endpoint.split(",")]
+    for url in urls:
+        if not url.startswith(("http://", "https://")):
+            raise PeagleError(f"The endpoint {url!r} is no HTTP address. Write it as {DEFAULT_URL}.")
+    return tuple(url if "/" in url.partition("://")[2] else f"{url}/v1" for url in urls)
+
+
+def served_model(urls: tuple[str, ...], wanted: str | None = None, timeout: float = REQUEST_TIMEOUT) -> str:
+    """Ask every server which model it runs, and make sure that it is the one that is wanted.
+
+    Args:
+        wanted: hub name or folder; None takes whatever the servers run.
+
+    Returns:
+        `wanted`, or the name of what they run.
+
+    Raises:
+        PeagleError: a server can't be reached or runs another model.
+    """
+    for url in urls:
+        try:
+            found = _server(url, timeout, 1, os.getpid()).model
+        except EndpointError as error:
+            raise PeagleError(
+                f"The vLLM server {url} can't be asked for its model: {error}. Start one with peagle-hf launch-vllm "
+                "and wait until it is ready, or correct the endpoint."
+            ) from error
+        wanted = wanted or found["root"]
+        if place(wanted) not in {place(name) for name in found.values()}:
+            raise PeagleError(
+                f"The vLLM server {url} runs {found['root']}, wanted is {wanted}. Start it with that model, or name "
+                "the right endpoint. (A model that is merely called otherwise there can be given its name here with "
+                "vLLM's --served-model-name.)"
+            )
+    assert wanted is not None
+    return wanted
+
+
+def write_server_record(folder: str | os.PathLike[str], model: str, slots: list[int]) -> None:
+    """Say in the server's folder what it extracts: the auxiliary layers, then the last."""
+    write_json(Path(folder) / SERVER_RECORD, {"model": model, "layer_ids": slots})
+
+
+def served_layers(folder: str | os.PathLike[str]) -> list[int] | None:
+    """The layers that the folder's server was started with, the last one at the end; None if that isn't known."""
+    try:
+        return list(json.loads((Path(folder) / SERVER_RECORD).read_text(encoding="utf-8"))["layer_ids"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise PeagleError(
+            f"{Path(folder) / SERVER_RECORD} is damaged ({error}). Start the server again with peagle-hf launch-vllm."
+        ) from error
+
+
+def check_layers(folder: str | os.PathLike[str], slots: tuple[int, ...]) -> None:
+    """Make sure that the folder's server was started with these layers, as far as is known.
+
+    Raises:
+        PeagleError: it was started with others.
+    """
+    served = served_layers(folder)
+    if served is not None and set(served) != set(slots):
+        raise PeagleError(
+            f"The server of {folder} extracts the layers {served}, wanted are {list(slots)} (the last one included). "
+            f"Start it with --target-layer-ids {' '.join(map(str, slots[:-1]))}, or pass its layers here. Servers with "
+            "different layers need a folder each."
+        )
+
+
+def remove_leftovers(folder: str | os.PathLike[str], age: float) -> None:
+    """Remove what killed programs left `age` seconds ago or earlier: half-written rows, and answers nobody fetched."""
+    for temporary in Path(folder).glob(".hs_*.tmp"):
+        if _age(temporary) > age:
+            temporary.unlink(missing_ok=True)
+    for lock in Path(folder).glob("*.safetensors.lock"):
+        answer = lock.with_suffix("")
+        if not ROW_FILE.fullmatch(answer.name) and _age(lock) > age:
+            answer.unlink(missing_ok=True)
+            lock.unlink(missing_ok=True)
+
+
+def concurrently(
+    function: Callable[[Item], Result], items: Iterable[Item], num_threads: int
+) -> Iterator[tuple[Item, Result | BaseException]]:
+    """Results, or the exceptions in their place, in the order in which they come.
+
+    The threads are daemons: who is interrupted, or has seen enough, need not wait for a server that hangs.
+    """
+    end = object()
+    source, turn, stopped = iter(items), threading.Lock(), threading.Event()
+    results: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def work() -> None:
+        while not stopped.is_set():
+            with turn:
+                item = next(source, end)
+            if item is end:
+                break
+            try:
+                results.put((item, function(item)))  # type: ignore[arg-type]
+            except BaseException as error:
+                results.put((item, error))
+        results.put(end)
+
+    for _ in range(num_threads):
+        threading.Thread(target=work, daemon=True).start()
+    try:
+        working = num_threads
+        while working:
+            result = results.get()
+            if result is end:
+                working -= 1
+            else:
+                yield result
+    finally:
+        stopped.set()
+
+
+class _Server:
+    """One server, as this process sees it: how often it failed since it last answered, and what it is busy with."""
+
+    def __init__(self, url: str, timeout: float, max_retries: int):
+        try:
+            import openai
+        except ImportError as error:
+            raise PeagleError(
+                "Asking a vLLM server takes the openai package. Install it with pip install 'peagle-hf[endpoint]'."
+            ) from error
+        self.url = url
+        self.errors = (openai.OpenAIError, json.JSONDecodeError)
+        key = os.environ.get("VLLM_API_KEY", "none")
+        self.client = openai.OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=max_retries)
+        self.failures = self.in_flight = 0
+        self._turn = threading.Lock()
+        self._model: dict[str, str] | None = None
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        self._count(in_flight=1)
+        try:
+            yield
+            self.failures = 0
+        except EndpointError:
+            self._count(failures=1)
+            raise
+        finally:
+            self._count(in_flight=-1)
+
+    def _count(self, in_flight: int = 0, failures: int = 0) -> None:
+        with self._turn:
+            self.in_flight += in_flight
+            self.failures += failures
+
+    @property
+    def model(self) -> dict[str, str]:
+        """What the model is called there (`id`), and the folder or hub name that it was loaded from (`root`)."""
+        if self._model is None:
+            with self._reasons():
+                models = self.client.models.list().data
+            if not models:
+                raise EndpointError("it serves no model")
+            self._model = {"id": models[0].id, "root": getattr(models[0], "root", None) or models[0].id}
+        return self._model
+
+    def ask(self, token_ids: list[int]) -> str:
+        """Send a document through the model; gives the path where its states are or will be."""
+        with self._reasons():
+            answer = self.client.completions.create(
+                model=self.model["id"], prompt=token_ids, max_tokens=1, temperature=0
+            )
+        path = (getattr(answer, "kv_transfer_params", None) or {}).get("hidden_states_path")
+        if not isinstance(path, str):
+            raise PeagleError(
+                f"The vLLM server {self.url} answers, but extracts no hidden states. Start it with peagle-hf "
+                "launch-vllm."
+            )
+        return path
+
+    @contextmanager
+    def _reasons(self) -> Iterator[None]:
+        try:
+            yield
+        except self.errors as error:
+            cause = f" ({error.__cause__})" if error.__cause__ else ""
+            raise EndpointError(f"{' '.join(str(error).split())}{cause}") from error
+
+
+@cache
+def _server(url: str, timeout: float, max_retries: int, process_id: int) -> _Server:
+    """The connections of this process; a forked one opens its own."""
+    return _Server(url, timeout, max_retries)
+
+
+@contextmanager
+def _shared_lock(lock: Path, timeout: float) -> Iterator[None]:
+    """Wait until the server has written: it holds the lock until then, and the kernel lets go of it if it dies."""
+    try:
+        descriptor = os.open(lock, os.O_RDONLY)
+    except FileNotFoundError:  # a server that was told to lock nothing
+        yield
+        return
+    try:
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise EndpointError(f"the server was still writing after {timeout:g} s") from None
+                time.sleep(LOCK_POLL_SECONDS)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _age(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0

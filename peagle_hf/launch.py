@@ -1,0 +1,162 @@
+"""Step 2: run vLLM's OpenAI-compatible server so that it gives the hidden states of every prompt."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import psutil
+
+from .data.endpoint import write_server_record
+from .data.extract import check_layer_ids
+from .errors import PeagleError
+from .serving import vllm_environment
+from .target import load_verifier_config
+
+PLUGIN_FOLDER = Path(__file__).parent / "vllm_plugin"
+GRACE_SECONDS = 15.0
+"""How long vLLM may take to end by itself."""
+
+
+@dataclass
+class LaunchArguments:
+    """Arguments of `peagle-hf launch-vllm MODEL ... -- <vLLM's own flags>`."""
+
+    model: str = field(metadata={"help": "The verifier, a hub name or a folder; the flag may be left out."})
+    hidden_states_path: str = field(
+        metadata={"help": "Folder that the server writes to. Who asks it must see the folder under the same path."}
+    )
+    target_layer_ids: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "The auxiliary layers, by number of layers passed (0 = embeddings; default: 2, n/2 and n-3 of n)."
+        },
+    )
+    include_last_layer: bool = field(
+        default=True,
+        metadata={
+            "help": "Give the last layer's states after those of --target-layer-ids. Training needs them: "
+            "--no-include-last-layer is for a list that ends with the last layer already."
+        },
+    )
+    dry_run: bool = field(default=False, metadata={"help": "Print the command and stop."})
+    vllm_python: str | None = field(
+        default=None, metadata={"help": "The Python that vLLM is installed in (default: the one that runs this)."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Let the verifier run code from its repository, in vLLM too."}
+    )
+    vllm_args: list[str] = field(default_factory=list, init=False)
+
+
+def launch(arguments: LaunchArguments) -> None:
+    """Run the server until it ends or is told to; with it end all processes that it has started.
+
+    Raises:
+        PeagleError: vLLM isn't installed, the verifier can't be read or has no such layers, or the server failed.
+    """
+    python = arguments.vllm_python
+    environment = vllm_environment(python)
+    command, slots = server_command(arguments, on_cpu=environment.get("VLLM_TARGET_DEVICE") == "cpu")
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PLUGIN_FOLDER), environment.get("PYTHONPATH")]))
+    added = [f"{name}={value}" for name, value in environment.items() if os.environ.get(name) != value]
+    print(shlex.join(["env", *added, *command]), flush=True)
+    if arguments.dry_run:
+        return
+    Path(arguments.hidden_states_path).mkdir(parents=True, exist_ok=True)
+    write_server_record(arguments.hidden_states_path, arguments.model, slots)
+    status = run_to_the_end(command, environment)
+    if status:
+        raise PeagleError(f"vLLM ended with status {status}. What it said is above; correct the flags after --.")
+
+
+def server_command(arguments: LaunchArguments, on_cpu: bool) -> tuple[list[str], list[int]]:
+    """The command line of vLLM, and the layers that it will extract: the auxiliary ones, then the last.
+
+    Raises:
+        PeagleError: the verifier can't be read or has no such layers.
+    """
+    config = load_verifier_config(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    last = config.num_hidden_layers
+    wanted = arguments.target_layer_ids
+    if wanted and wanted[-1] == last and len(wanted) > 1:
+        wanted = wanted[:-1]
+    elif not arguments.include_last_layer:
+        raise PeagleError(
+            f"--no-include-last-layer needs --target-layer-ids that end with {last}, the verifier's last layer: "
+            "drafters learn from its states. Leave the flag out to have them added."
+        )
+    slots = [*check_layer_ids(wanted, config), last]
+    extraction = {
+        "method": "extract_hidden_states",
+        "num_speculative_tokens": 1,
+        "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids": sorted(set(slots))}},
+    }
+    folder = os.path.abspath(arguments.hidden_states_path)
+    connector: dict[str, Any] = {
+        "kv_connector": "ExampleHiddenStatesConnector",
+        "kv_role": "kv_producer",
+        "kv_connector_extra_config": {"shared_storage_path": folder},
+    }
+    if on_cpu:
+        connector |= {
+            "kv_connector": "CpuHiddenStatesConnector",
+            "kv_connector_module_path": "peagle_cpu_connector",
+        }
+        # The CPU builds go by another name, by which `vllm serve` doesn't find its own version.
+        server = ["vllm.entrypoints.openai.api_server", "--model", arguments.model, "--enforce-eager"]
+    else:
+        server = ["vllm.entrypoints.cli.main", "serve", arguments.model]
+    command = [
+        arguments.vllm_python or sys.executable,
+        "-m",
+        *server,
+        "--speculative-config",
+        json.dumps(extraction),
+        "--kv-transfer-config",
+        json.dumps(connector),
+        *(["--trust-remote-code"] if arguments.trust_remote_code else []),
+        *arguments.vllm_args,
+    ]
+    return command, slots
+
+
+def run_to_the_end(command: list[str], environment: dict[str, str]) -> int:
+    """Run a program in a session of its own; however it ends, no process of the session stays.
+
+    Returns:
+        The program's exit status. An interrupt or a request to end becomes `SystemExit` once all have ended.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    try:
+        return process.wait()
+    finally:
+        try:
+            process.terminate()
+            process.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            _kill_session(process.pid)
+            process.wait()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+def _kill_session(session: int) -> None:
+    for process_id in psutil.pids():
+        with suppress(ProcessLookupError):
+            if os.getsid(process_id) == session:
+                os.kill(process_id, signal.SIGKILL)
