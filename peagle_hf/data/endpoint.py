@@ -30,6 +30,8 @@ SERVER_RECORD = "server.json"
 DEFAULT_URL = "http://localhost:8000/v1"
 REQUEST_TIMEOUT, MAX_RETRIES = 120.0, 3
 LOCK_POLL_SECONDS = 0.01
+_CHOICE = threading.Lock()
+"""Held while a server is chosen."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -41,7 +43,7 @@ class EndpointError(PeagleError):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """vLLM servers that give the hidden states of token ids; they are told apart by nothing but their load.
+    """vLLM servers that give the hidden states of token ids, any of them the same.
 
     A frozen description, so that loader workers can have it; connections are opened by the process that uses them.
 
@@ -68,15 +70,32 @@ class Endpoint:
             EndpointError: no server gave states that can be used.
             PeagleError: a server is not what was asked for: another folder, other layers or another model.
         """
-        servers = [_server(url, self.request_timeout, self.max_retries, os.getpid()) for url in self.urls]
-        reasons = []
-        for server in sorted(servers, key=lambda server: (server.failures, server.in_flight)):
-            try:
-                with server.busy():
-                    return self._read(server.ask(token_ids), token_ids, dtype)
-            except EndpointError as error:
-                reasons.append(f"{server.url}: {error}")
-        raise EndpointError("; ".join(reasons))
+        reasons: dict[str, str] = {}
+        while len(reasons) < len(self.urls):
+            with self._best_server(untried=set(self.urls) - reasons.keys()) as server:
+                try:
+                    states = self._read(server.ask(token_ids), token_ids, dtype)
+                    server.failures = 0
+                    return states
+                except EndpointError as error:
+                    server.failures += 1
+                    reasons[server.url] = str(error)
+        raise EndpointError("; ".join(f"{url}: {reason}" for url, reason in reasons.items()))
+
+    @contextmanager
+    def _best_server(self, untried: set[str]) -> Iterator["_Server"]:
+        """The server that failed the fewest requests since it last answered, and of several the least busy one."""
+        with _CHOICE:
+            servers = [
+                _server(url, self.request_timeout, self.max_retries, os.getpid()) for url in self.urls if url in untried
+            ]
+            server = min(servers, key=lambda server: (server.failures, server.in_flight))
+            server.in_flight += 1
+        try:
+            yield server
+        finally:
+            with _CHOICE:
+                server.in_flight -= 1
 
     def _read(self, path: str, token_ids: list[int], dtype: torch.dtype) -> Tensor:
         """Read, check and remove a file that a server says it has written."""
@@ -129,7 +148,7 @@ def endpoint_urls(endpoint: str) -> tuple[str, ...]:
     for url in urls:
         if not url.startswith(("http://", "https://")):
             raise PeagleError(f"The endpoint {url!r} is no HTTP address. Write it as {DEFAULT_URL}.")
-    return tuple(url if "/" in url.partition("://")[2] else f"{url}/v1" for url in urls)
+    return tuple(dict.fromkeys(url if "/" in url.partition("://")[2] else f"{url}/v1" for url in urls))
 
 
 def served_model(urls: tuple[str, ...], wanted: str | None = None, timeout: float = REQUEST_TIMEOUT) -> str:
@@ -259,25 +278,7 @@ class _Server:
         key = os.environ.get("VLLM_API_KEY", "none")
         self.client = openai.OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=max_retries)
         self.failures = self.in_flight = 0
-        self._turn = threading.Lock()
         self._model: dict[str, str] | None = None
-
-    @contextmanager
-    def busy(self) -> Iterator[None]:
-        self._count(in_flight=1)
-        try:
-            yield
-            self.failures = 0
-        except EndpointError:
-            self._count(failures=1)
-            raise
-        finally:
-            self._count(in_flight=-1)
-
-    def _count(self, in_flight: int = 0, failures: int = 0) -> None:
-        with self._turn:
-            self.in_flight += in_flight
-            self.failures += failures
 
     @property
     def model(self) -> dict[str, str]:
@@ -310,7 +311,7 @@ class _Server:
             yield
         except self.errors as error:
             cause = f" ({error.__cause__})" if error.__cause__ else ""
-            raise EndpointError(f"{' '.join(str(error).split())}{cause}") from error
+            raise EndpointError(f"{' '.join(str(error).split()).rstrip('.')}{cause}") from error
 
 
 @cache

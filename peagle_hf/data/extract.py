@@ -364,10 +364,11 @@ def _make_by_server(
     logger.info("%d tokens in %.1f s: %.0f tokens/s.", num_tokens, seconds, num_tokens / seconds)
     if failed:
         write_json(record, {str(row): failed[row] for row in sorted(failed)})
+        row, reason = next(reversed(failed.items()))
         ended = f"The last {in_turn} rows in turn failed, so no more were tried. " if in_turn >= limit else ""
         raise PeagleError(
-            f"{ended}{len(failed)} of {len(lengths)} rows failed, row {row} with: {failed[row]}. All are listed with "
-            f"their reason in {record}. Run the same command again, which makes just what is missing."
+            f"{ended}{len(failed)} of {len(lengths)} rows failed, row {row} with: {reason}. All are listed with their "
+            f"reason in {record}. Run the same command again, which makes just what is missing."
         )
     return seconds
 

@@ -1,0 +1,541 @@
+"""Extraction from a server and online training, with a small HTTP server that fails in every way that is known of."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import AUX, HIDDEN, LAYERS, write_prepared
+from fake_vllm import FakeVllm, states_of
+from safetensors.torch import load_file, save_file
+
+from peagle_hf import PeagleError, PeagleTrainingArguments, cli, train
+from peagle_hf.callbacks import checkpoints_by_step
+from peagle_hf.data.cache import Manifest, cached_rows, check_row, row_path, write_row
+from peagle_hf.data.endpoint import Endpoint, EndpointError, concurrently, endpoint_urls, write_server_record
+from peagle_hf.data.extract import ExtractArguments, extract
+from peagle_hf.launch import LaunchArguments, server_command
+
+LENGTHS = [9, 30, 20, 29, 12, 19]
+SLOTS = [*AUX, LAYERS]
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    return write_prepared(tmp_path / "data with spaces", LENGTHS)
+
+
+@pytest.fixture
+def tokens(data) -> list[list[int]]:
+    from datasets import load_from_disk
+
+    return load_from_disk(str(data)).with_format(None)["input_ids"][:]
+
+
+@pytest.fixture
+def output(data) -> Path:
+    folder = data / "hidden_states"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def server(output, tiny_verifier):
+    with FakeVllm(output, str(tiny_verifier), SLOTS, HIDDEN) as fake:
+        yield fake
+
+
+@pytest.fixture
+def arguments(server, data) -> ExtractArguments:
+    return ExtractArguments(
+        preprocessed_data=str(data),
+        endpoint=server.url,
+        target_layer_ids=AUX,
+        concurrency=3,
+        request_timeout=5,
+        max_retries=0,
+        dtype="float32",
+    )
+
+
+def assert_right(folder: Path, tokens: list[list[int]], rows: list[int]) -> None:
+    """Exactly these rows are there, each as the server's model has it, and nothing else but the manifest."""
+    assert cached_rows(folder) == set(rows)
+    for row in rows:
+        tensors = load_file(row_path(folder, row))
+        assert tensors["token_ids"].tolist() == tokens[row]
+        torch.testing.assert_close(tensors["hidden_states"], states_of(tokens[row], SLOTS, HIDDEN))
+    others = {path.name for path in folder.iterdir()} - {row_path(folder, row).name for row in rows}
+    assert others <= {"manifest.json", "failed.json", "server.json"}
+
+
+def failing(server, tokens, row: int, fault: str, times: int = 1000) -> None:
+    """Let the server fail one row, so many times."""
+    left = [times]
+
+    def choose(token_ids: list[int]) -> str | None:
+        if token_ids != tokens[row] or left[0] == 0:
+            return None
+        left[0] -= 1
+        return fault
+
+    server.fault = choose
+
+
+def test_a_server_gives_the_files_and_the_manifest(arguments, server, output, tokens, tiny_verifier):
+    report = extract(replace(arguments, validate_outputs=True))
+    assert (report.num_rows, report.num_kept, report.num_tokens) == (6, 0, sum(LENGTHS))
+    assert_right(output, tokens, list(range(6)))
+    manifest = Manifest.read(output)
+    assert (manifest.verifier, manifest.aux_layer_ids, manifest.dtype) == (str(tiny_verifier), AUX, "float32")
+    assert extract(arguments).num_kept == 6
+    assert len(server.asked) == 6
+
+
+def test_model_and_layers_are_the_servers_where_none_are_named(arguments, server, output, tokens, tiny_verifier):
+    write_server_record(output, str(tiny_verifier), [3, 1, 0, LAYERS])
+    server.layer_ids = [0, 1, 3, LAYERS]
+    report = extract(replace(arguments, target_layer_ids=None))
+    assert (report.manifest.verifier, report.manifest.aux_layer_ids) == (str(tiny_verifier), [3, 1, 0])
+    states = load_file(row_path(output, 2))["hidden_states"]
+    torch.testing.assert_close(states, states_of(tokens[2], [3, 1, 0, LAYERS], HIDDEN))
+
+
+REASONS = {
+    "500": "the engine is gone",
+    "400": "the prompt is too long",
+    "dead": "Connection error",
+    "hang": "timed out",
+    "locked": "still writing after 0.3 s",
+    "missing": "can't be read",
+    "truncated": "can't be read",
+    "no states": "has no hidden_states",
+    "tokens": "other tokens",
+    "short": "other tokens",
+    "nan": "not finite",
+}
+
+
+@pytest.mark.parametrize("fault", REASONS)
+def test_a_row_that_fails_is_listed_and_a_rerun_makes_just_that_row(arguments, server, output, tokens, fault):
+    failing(server, tokens, 3, fault)
+    arguments = replace(arguments, request_timeout=0.3 if fault in ("hang", "locked") else 5)
+    with pytest.raises(PeagleError, match=r"1 of 6 rows failed, row 3 with: .*failed\.json"):
+        extract(arguments)
+    failed = json.loads((output / "failed.json").read_text())
+    assert list(failed) == ["3"]
+    assert REASONS[fault] in failed["3"]
+    assert_right(output, tokens, [0, 1, 2, 4, 5])
+
+    server.fault, server.asked = lambda token_ids: None, []
+    server.released.set()
+    assert extract(arguments).num_kept == 5
+    assert server.asked == [tokens[3]]
+    assert_right(output, tokens, list(range(6)))
+    assert not (output / "failed.json").exists()
+
+
+def test_a_request_that_fails_once_is_repeated(arguments, server, output, tokens):
+    failing(server, tokens, 3, "500", times=1)
+    extract(replace(arguments, max_retries=1))
+    assert_right(output, tokens, list(range(6)))
+    assert len(server.asked) == 7
+
+
+FATAL = {
+    "outside": r"secret\.safetensors, which is no file of a server in .*it was not read",
+    "link": "which is no file of a server",
+    "a row's": r"hs_0\.safetensors, which is no file of a server",
+    "layers": r"shape \[\d+, 3, 32\] .* wanted are the layers \[2, 3, 4, 7\] of size 32",
+    "size": r"shape \[\d+, 4, 64\]",
+    "no path": "extracts no hidden states",
+}
+
+
+@pytest.mark.parametrize("fault", FATAL)
+def test_a_server_that_is_another_than_asked_for_ends_it(arguments, server, output, tokens, fault):
+    secret = output.parent / "secret.safetensors"
+    right = {"hidden_states": states_of(tokens[3], SLOTS, HIDDEN), "token_ids": torch.tensor(tokens[3])}
+    save_file(right, secret)
+    kept = secret.read_bytes()
+    write_row(output, 0, states_of(tokens[0], SLOTS, HIDDEN), torch.tensor(tokens[0]))
+    Manifest.read(output)
+    failing(server, tokens, 3, fault)
+    (output / "hs_0.safetensors").unlink()
+    extract(replace(arguments, max_samples=1))
+    with pytest.raises(PeagleError, match=FATAL[fault]):
+        extract(arguments)
+    assert secret.read_bytes() == kept
+    assert 0 in cached_rows(output)
+    assert 3 not in cached_rows(output)
+
+
+def test_another_model_or_other_layers_are_found_before_anything_is_asked(arguments, server, output, tiny_verifier):
+    server.model = "Qwen/Qwen3-8B"
+    with pytest.raises(PeagleError, match=r"runs Qwen/Qwen3-8B, wanted is "):
+        extract(replace(arguments, model=str(tiny_verifier)))
+    server.model = str(tiny_verifier)
+    write_server_record(output, str(tiny_verifier), [1, 2, 3, LAYERS])
+    fresh = f"http://localhost:{server.port}/v1"  # what a server runs is asked once a process
+    with pytest.raises(PeagleError, match=r"extracts the layers \[1, 2, 3, 7\], wanted are \[2, 3, 4, 7\]"):
+        extract(replace(arguments, model=str(tiny_verifier), endpoint=fresh))
+    assert server.asked == []
+
+
+def test_a_server_with_other_layers_that_takes_over_midway_ends_it(arguments, server, output, tiny_verifier):
+    def restart(token_ids: list[int]) -> None:
+        write_server_record(output, str(tiny_verifier), [1, 2, 3, LAYERS])
+
+    server.fault = restart
+    with pytest.raises(PeagleError, match=r"extracts the layers \[1, 2, 3, 7\]"):
+        extract(arguments)
+    assert cached_rows(output) == set()
+
+
+def test_a_server_that_dies_ends_it_and_when_it_is_back_nothing_is_lost(arguments, server, output, tokens):
+    answered = []
+
+    def die(token_ids: list[int]) -> str | None:
+        answered.append(token_ids)
+        return "dead" if len(answered) > 2 else None
+
+    server.fault = die
+    with pytest.raises(PeagleError, match="The last 2 rows in turn failed, so no more were tried"):
+        extract(replace(arguments, concurrency=1, max_consecutive_errors=2))
+    assert len(server.asked) == 4
+    made = cached_rows(output)
+    assert len(made) == 2
+    assert_right(output, tokens, sorted(made))
+    server.fault = lambda token_ids: None
+    assert extract(arguments).num_kept == 2
+    assert_right(output, tokens, list(range(6)))
+
+
+def test_the_first_failure_ends_it_where_that_is_wanted(arguments, server, tokens, output):
+    failing(server, tokens, 3, "500")
+    with pytest.raises(PeagleError, match="1 of 6 rows failed"):
+        extract(replace(arguments, concurrency=1, fail_on_error=True))
+    assert len(server.asked) == 2, "the longest row, then row 3"
+
+
+def test_a_server_that_is_not_there_is_named(arguments):
+    with pytest.raises(PeagleError, match=r"http://127\.0\.0\.1:9/v1 can't be asked for its model: Connection error"):
+        extract(replace(arguments, endpoint="http://127.0.0.1:9"))
+
+
+def test_other_servers_take_over_from_one_that_dies(arguments, server, output, tokens, tiny_verifier):
+    with FakeVllm(output, str(tiny_verifier), SLOTS, HIDDEN, lambda token_ids: "dead") as dying:
+        extract(replace(arguments, endpoint=f"{dying.url},{server.url}"))
+    assert_right(output, tokens, list(range(6)))
+    assert 1 <= len(dying.asked) <= arguments.concurrency, "a server that failed is the last choice"
+
+
+def test_servers_share_the_rows(arguments, server, output, tokens, tiny_verifier):
+    with FakeVllm(output, str(tiny_verifier), SLOTS, HIDDEN) as second:
+        extract(replace(arguments, endpoint=f"{server.url},{second.url}", concurrency=6))
+    assert (len(server.asked), len(second.asked)) == (3, 3)
+
+
+def test_ranks_share_the_rows(arguments, server, output, tokens):
+    assert extract(replace(arguments, rank=1, world_size=2)).num_rows == 3
+    assert cached_rows(output) == {1, 3, 5}
+    failing(server, tokens, 2, "500")
+    with pytest.raises(PeagleError, match=r"failed_0\.json"):
+        extract(replace(arguments, rank=0, world_size=2))
+    assert cached_rows(output) == {0, 1, 3, 4, 5}
+    with pytest.raises(PeagleError, match=r"--rank is 2 but must be in 0 \.\. 1"):
+        extract(replace(arguments, rank=2, world_size=2))
+
+
+def test_two_extractors_on_one_folder_do_not_disturb_each_other(arguments, server, output, tokens):
+    threads = [threading.Thread(target=extract, args=(arguments,)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert_right(output, tokens, list(range(6)))
+
+
+def test_what_killed_programs_left_is_removed_once_nobody_can_want_it(arguments, output):
+    names = ("cmpl-1.safetensors", "cmpl-1.safetensors.lock", ".hs_3.safetensors.ab.tmp")
+    for name in (*names, "notes.txt"):
+        (output / name).touch()
+    extract(arguments)
+    assert all((output / name).exists() for name in names), "another extractor may be about to read them"
+    for name in (*names, "notes.txt"):
+        os.utime(output / name, (time.time() - 3600,) * 2)
+    extract(arguments)
+    assert not any((output / name).exists() for name in names)
+    assert (output / "notes.txt").exists()
+
+
+def test_an_extractor_that_is_killed_leaves_whole_rows_only(arguments, server, data, output, tokens, tiny_verifier):
+    command = [sys.executable, "-m", "peagle_hf", "extract", "--preprocessed-data", str(data), "--endpoint", server.url]
+    command += ["--target-layer-ids", *map(str, AUX), "--dtype", "float32", "--concurrency", "1"]
+    slow = threading.Event()
+    server.fault = lambda token_ids: None if len(server.asked) < 3 else slow.wait() and None
+    with subprocess.Popen(command) as process:
+        while len(server.asked) < 3:
+            time.sleep(0.02)
+        process.kill()
+    slow.set()
+    made = cached_rows(output)
+    assert len(made) == 2
+    server.fault = lambda token_ids: None
+    assert extract(replace(arguments, validate_outputs=True)).num_kept == 2
+    assert cached_rows(output) == set(range(6))
+    assert all(
+        check_row(row_path(output, row), (len(tokens[row]), 4, HIDDEN), torch.tensor(tokens[row])) is None
+        for row in range(6)
+    )
+
+
+def test_the_command_says_in_its_status_that_rows_failed(arguments, server, data, tokens, capsys):
+    failing(server, tokens, 3, "500")
+    flags = ["--preprocessed-data", str(data), "--endpoint", server.url, "--max-retries", "0", "--validate-outputs"]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["extract", *flags, "--target-layer-ids", *map(str, AUX), "--concurrency", "32"])
+    assert stopped.value.code == 1
+    assert "row 3 with" in capsys.readouterr().err
+
+
+def test_what_is_the_servers_business_is_refused(arguments):
+    with pytest.raises(PeagleError, match="tell the server"):
+        extract(replace(arguments, verifier_dtype="float32"))
+    with pytest.raises(PeagleError, match="No verifier is named"):
+        extract(replace(arguments, endpoint=None))
+
+
+def test_urls_are_completed_or_refused():
+    assert endpoint_urls("http://a:8000, https://b/v1/") == ("http://a:8000/v1", "https://b/v1")
+    with pytest.raises(PeagleError, match="'localhost:8000' is no HTTP address"):
+        endpoint_urls("localhost:8000")
+
+
+def test_results_come_as_they_are_ready_and_nothing_more_is_begun_when_they_are_not_wanted():
+    begun = []
+
+    def work(number: int) -> int:
+        begun.append(number)
+        if number == 1:
+            raise EndpointError("one")
+        return 10 * number
+
+    results = dict(concurrently(work, range(4), 2))
+    assert (results[0], results[2], results[3], str(results[1])) == (0, 20, 30, "one")
+    begun.clear()
+    for _ in concurrently(lambda number: begun.append(number) or time.sleep(0.01), range(1000), 1):
+        break
+    time.sleep(0.1)
+    assert len(begun) <= 3
+
+
+# Online training
+
+
+@pytest.fixture
+def online(train_flags, tiny_verifier, server, data) -> dict:
+    """A short run on the rows of `data`, which has no hidden states."""
+    return {
+        **train_flags,
+        "data_path": str(data),
+        "total_seq_len": 40,
+        "num_train_epochs": 2,
+        "train_data_ratio": 0.7,
+        "draft_vocab_size": None,
+        "target_layer_ids": AUX,
+        "on_missing": "generate",
+        "vllm_endpoint": server.url,
+        "dataloader_num_workers": 2,
+        "request_timeout": 5,
+        "max_retries": 0,
+    }
+
+
+def losses(trainer) -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history for name in ("loss", "eval_loss") if name in entry]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_online_training_is_that_on_a_cache(online, server, data, output, tokens, arguments, dtype, tmp_path):
+    reference = shutil.copytree(data, tmp_path / "reference")
+    extract(replace(arguments, preprocessed_data=str(data), output=str(output), dtype=dtype))
+    shutil.rmtree(reference / "hidden_states")
+    shutil.copytree(output, reference / "hidden_states")
+    cached = {**online, "data_path": str(reference), "on_missing": "raise", "output_dir": str(tmp_path / "cached")}
+    wanted = losses(train(PeagleTrainingArguments(**cached)))
+    for row in range(6):
+        row_path(output, row).unlink()
+    server.asked.clear()
+    assert losses(train(PeagleTrainingArguments(**online))) == wanted
+    assert cached_rows(output) == set()
+    assert len(server.asked) == 2 * len(tokens), "two epochs, and validation after each"
+
+    server.asked.clear()
+    keeping = {**online, "on_generate": "cache", "output_dir": str(tmp_path / "keeping")}
+    assert losses(train(PeagleTrainingArguments(**keeping))) == wanted
+    assert len(server.asked) == len(tokens)
+    assert cached_rows(output) == set(range(6))
+    for row in range(6):
+        kept, extracted = (load_file(row_path(folder, row)) for folder in (output, reference / "hidden_states"))
+        assert torch.equal(kept["hidden_states"], extracted["hidden_states"])
+
+
+def test_a_cache_that_training_begins_has_its_manifest(online, output, tiny_verifier):
+    train(PeagleTrainingArguments(**{**online, "on_generate": "cache", "num_train_epochs": 1}))
+    manifest = Manifest.read(output)
+    assert (manifest.verifier, manifest.aux_layer_ids, manifest.dtype) == (str(tiny_verifier), AUX, "bfloat16")
+
+
+def test_rows_are_asked_for_while_the_model_computes():
+    arguments = PeagleTrainingArguments(on_missing="generate", use_cpu=True, bf16=False)
+    assert arguments.dataloader_num_workers >= 1
+    assert PeagleTrainingArguments(use_cpu=True, bf16=False).dataloader_num_workers == 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_dead_server_ends_training_with_a_checkpoint_to_go_on_from(online, server, tmp_path, workers):
+    online |= {"train_data_ratio": 1, "save_strategy": "no", "total_seq_len": 30}
+    reference = train(PeagleTrainingArguments(**{**online, "output_dir": str(tmp_path / "reference")}))
+    steps, num_asked = reference.state.global_step, len(server.asked)
+    assert steps >= 6
+    server.asked.clear()
+    server.fault = lambda token_ids: "dead" if len(server.asked) > num_asked - 2 else None
+    arguments = PeagleTrainingArguments(**online)
+    arguments.dataloader_num_workers = workers
+    with pytest.raises(
+        PeagleError, match=r"(?s)Training ended after step \d+, and is saved in .*Connection error"
+    ) as error:
+        train(arguments)
+    assert "Traceback" not in str(error.value)
+    checkpoint = checkpoints_by_step(arguments.output_dir)[-1]
+    assert str(checkpoint) in str(error.value)
+    assert 0 < int(checkpoint.name.split("-")[1]) < steps
+
+    server.fault = lambda token_ids: None
+    resumed = train(PeagleTrainingArguments(**online))
+    assert resumed.state.global_step == steps
+    for name, parameter in reference.model.named_parameters():
+        assert torch.equal(parameter, resumed.model.get_parameter(name)), name
+
+
+def test_a_server_that_is_dead_from_the_start_or_another_is_found_before_training(online, server, output):
+    with pytest.raises(PeagleError, match="can't be asked for its model"):
+        train(PeagleTrainingArguments(**{**online, "vllm_endpoint": "http://127.0.0.1:9/v1"}))
+    write_server_record(output, server.model, [1, 2, 3, LAYERS])
+    with pytest.raises(PeagleError, match=r"extracts the layers \[1, 2, 3, 7\]"):
+        train(PeagleTrainingArguments(**online))
+
+
+def test_an_endpoint_is_taken_to_other_processes(server, output):
+    import pickle
+
+    endpoint = Endpoint((server.url,), output, tuple(SLOTS), HIDDEN)
+    endpoint.fetch([5, 6, 7], torch.float32)
+    copy = pickle.loads(pickle.dumps(endpoint))
+    torch.testing.assert_close(copy.fetch([5, 6, 7], torch.float32), states_of([5, 6, 7], SLOTS, HIDDEN))
+
+
+# Launching
+
+
+def launch_arguments(model: Path, folder: Path, **others) -> LaunchArguments:
+    arguments = LaunchArguments(str(model), str(folder), **others)
+    arguments.vllm_args = ["--port", "8000"]
+    return arguments
+
+
+def option(command: list[str], name: str) -> dict:
+    return json.loads(command[command.index(name) + 1])
+
+
+def test_the_server_command_on_a_gpu_and_on_a_cpu(tiny_verifier, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command, slots = server_command(launch_arguments(tiny_verifier, Path("a b")), on_cpu=False)
+    assert command[:5] == [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(tiny_verifier)]
+    assert command[-2:] == ["--port", "8000"]
+    config = option(command, "--speculative-config")["draft_model_config"]["hf_config"]
+    assert config["eagle_aux_hidden_state_layer_ids"] == slots == [2, 3, 4, 7]
+    connector = option(command, "--kv-transfer-config")
+    assert connector["kv_connector"] == "ExampleHiddenStatesConnector"
+    assert connector["kv_connector_extra_config"]["shared_storage_path"] == str(tmp_path / "a b")
+    on_cpu, _ = server_command(launch_arguments(tiny_verifier, Path("a b")), on_cpu=True)
+    assert option(on_cpu, "--kv-transfer-config")["kv_connector_module_path"] == "peagle_cpu_connector"
+
+
+def test_the_last_layer_is_always_extracted(tiny_verifier, tmp_path):
+    def slots(**others) -> list[int]:
+        return server_command(launch_arguments(tiny_verifier, tmp_path, **others), on_cpu=True)[1]
+
+    assert slots(target_layer_ids=[1, 3]) == [1, 3, 7]
+    assert slots(target_layer_ids=[1, 3, 7]) == [1, 3, 7]
+    assert slots(target_layer_ids=[1, 3, 7], include_last_layer=False) == [1, 3, 7]
+    with pytest.raises(PeagleError, match="that end with 7"):
+        slots(target_layer_ids=[1, 3], include_last_layer=False)
+    with pytest.raises(PeagleError, match=r"in 0 \.\. 7"):
+        slots(target_layer_ids=[1, 9])
+
+
+def test_the_tutorials_command_line_is_printed_for_a_shell(tiny_verifier, tmp_path, capfd):
+    pytest.importorskip("vllm")
+    python = tmp_path / "python with vllm"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    folder = tmp_path / "a b"
+    flags = ["--hidden-states-path", str(folder), "--dry-run", "--vllm-python", str(python)]
+    cli.main(["launch-vllm", str(tiny_verifier), *flags, "--", "--data-parallel-size", "2", "--port", "8000"])
+    line = capfd.readouterr().out.strip()
+    shown = subprocess.run(["sh", "-c", f'set -- {line}; printf "%s\\n" "$@"'], capture_output=True, text=True)
+    words = shown.stdout.splitlines()
+    assert words[0] == "env"
+    assert str(python) in words
+    assert words[-4:] == ["--data-parallel-size", "2", "--port", "8000"]
+    assert not folder.exists()
+
+
+def test_a_python_without_vllm_is_refused(tiny_verifier, tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "no module named torch" >&2\nexit 1\n')
+    python.chmod(0o755)
+    with pytest.raises(SystemExit):
+        cli.main(
+            ["launch-vllm", str(tiny_verifier), "--hidden-states-path", str(tmp_path), "--vllm-python", str(python)]
+        )
+
+
+TREE = """
+import os, signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if sys.argv[1:]:
+    os.setpgrp()
+    print(os.getpid(), flush=True)
+else:
+    subprocess.Popen([sys.executable, __file__, "child"])
+    print(os.getpid(), flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("signal_name", ["SIGINT", "SIGTERM"])
+def test_a_signal_ends_the_whole_tree_of_processes(tmp_path, signal_name):
+    import signal
+
+    import psutil
+
+    (tmp_path / "tree.py").write_text(TREE)
+    program = (
+        "import os, sys; from peagle_hf import launch; launch.GRACE_SECONDS = 0.3; "
+        f"launch.run_to_the_end([sys.executable, {str(tmp_path / 'tree.py')!r}], dict(os.environ))"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+        started = [int(process.stdout.readline()) for _ in range(2)]
+        process.send_signal(getattr(signal, signal_name))
+        assert process.wait(10) == 128 + getattr(signal, signal_name)
+    assert not any(psutil.pid_exists(number) for number in started)
