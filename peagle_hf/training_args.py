@@ -1,5 +1,6 @@
 """`PeagleTrainingArguments`: the Trainer's arguments, defaults that suit a drafter, and the drafter's own fields."""
 
+import os
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,7 +12,7 @@ from .data.endpoint import DEFAULT_URL, MAX_RETRIES, REQUEST_TIMEOUT
 from .errors import PeagleError
 from .losses import parse_loss
 
-GENERATE_WORKERS = 4
+GENERATE_WORKERS = min(4, os.cpu_count() or 1)
 
 
 @dataclass
@@ -122,7 +123,7 @@ class PeagleTrainingArguments(TrainingArguments):
         default="raise",
         metadata={
             "help": "What to do about rows without cached hidden states; generate asks a vLLM server for them while "
-            "training (with at least one loader worker, by default four)."
+            "training, a few steps ahead: it takes at least one loader worker (default: up to four)."
         },
     )
     vllm_endpoint: str = field(

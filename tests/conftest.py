@@ -40,6 +40,30 @@ def tiny_verifier(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def servable_verifier(tmp_path_factory, tiny_verifier) -> Path:
+    """A random Llama with heads of a size that vLLM has kernels for."""
+    folder = tmp_path_factory.mktemp("servable")
+    set_seed(1)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=128,
+        intermediate_size=192,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.3,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_verifier)
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def write_prepared(folder: Path, lengths: list[int], conversations: list[int] | None = None, seed: int = 0) -> Path:
     """A prepared dataset of random tokens: the first third of a row is the prompt, the rest the reply."""
     from datasets import Dataset

@@ -8,47 +8,22 @@ import pytest
 import torch
 from conftest import write_cache
 from datasets import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from peagle_hf import EvaluateArguments, PeagleTrainingArguments, evaluate, train
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 NUM_DEPTHS, NEW_TOKENS, COPIES = 3, 60, 50
-CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
-
-
-@pytest.fixture(scope="module")
-def verifier(tmp_path_factory, tiny_verifier) -> Path:
-    """A random Llama with heads of a size that vLLM has kernels for."""
-    folder = tmp_path_factory.mktemp("served")
-    set_seed(1)
-    config = LlamaConfig(
-        vocab_size=96,
-        hidden_size=128,
-        intermediate_size=192,
-        num_hidden_layers=7,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=512,
-        bos_token_id=1,
-        eos_token_id=2,
-        initializer_range=0.3,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_verifier)
-    tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module", params=[("llama", True, None), ("qwen3", False, 90)], ids=["llama", "qwen3"])
-def overfitted(request, tmp_path_factory, verifier) -> tuple[Path, Path]:
+def overfitted(request, tmp_path_factory, servable_verifier) -> tuple[Path, Path]:
     """A drafter trained on what the verifier itself writes after four prompts, and those prompts."""
     draft_arch, norm_before_residual, draft_vocab_size = request.param
     folder = tmp_path_factory.mktemp("overfit")
-    model = LlamaForCausalLM.from_pretrained(verifier).eval()
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(verifier)
+    model = LlamaForCausalLM.from_pretrained(servable_verifier).eval()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(servable_verifier)
     prompts = [" ".join(f"w{(7 * number + 3 * step) % 90}" for step in range(6 + number)) for number in range(4)]
     rows = []
     for prompt in prompts:
@@ -67,7 +42,7 @@ def overfitted(request, tmp_path_factory, verifier) -> tuple[Path, Path]:
     )
     data.save_to_disk(str(folder))
     torch.save(dict(Counter(token for _, tokens in rows for token in tokens)), folder / "token_freq.pt")
-    write_cache(folder, verifier)
+    write_cache(folder, servable_verifier)
     (folder / "prompts.jsonl").write_text(
         "".join(
             json.dumps({"question_id": number, "category": "overfit", "turns": [prompt]}) + "\n"
@@ -76,7 +51,7 @@ def overfitted(request, tmp_path_factory, verifier) -> tuple[Path, Path]:
     )
     train(
         PeagleTrainingArguments(
-            verifier_name_or_path=str(verifier),
+            verifier_name_or_path=str(servable_verifier),
             data_path=str(folder),
             output_dir=str(folder / "checkpoints"),
             num_layers=2,

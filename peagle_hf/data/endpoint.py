@@ -108,15 +108,15 @@ class Endpoint:
                 "the folder that it writes to with --server-hidden-states-path."
             )
         lock = Path(f"{real}.lock")
-        try:
-            check_layers(self.folder, self.slots)
-            with _shared_lock(lock, self.request_timeout):
+        with _shared_lock(lock, self.request_timeout):
+            try:
+                check_layers(self.folder, self.slots)
                 return self._states(load_file(real), token_ids, dtype)
-        except (OSError, SafetensorError) as error:
-            raise EndpointError(f"what the server wrote can't be read ({error})") from error
-        finally:
-            real.unlink(missing_ok=True)
-            lock.unlink(missing_ok=True)
+            except (OSError, SafetensorError) as error:
+                raise EndpointError(f"what the server wrote can't be read ({error})") from error
+            finally:
+                real.unlink(missing_ok=True)
+                lock.unlink(missing_ok=True)
 
     def _states(self, tensors: dict[str, Tensor], token_ids: list[int], dtype: torch.dtype) -> Tensor:
         lacking = {"hidden_states", "token_ids"} - tensors.keys()
@@ -215,7 +215,7 @@ def check_layers(folder: str | os.PathLike[str], slots: tuple[int, ...]) -> None
 
 
 def remove_leftovers(folder: str | os.PathLike[str], age: float) -> None:
-    """Remove what killed programs left `age` seconds ago or earlier: half-written rows, and answers nobody fetched."""
+    """Remove what killed programs left `age` seconds ago or earlier: half-written rows, and answers not fetched."""
     for temporary in Path(folder).glob(".hs_*.tmp"):
         if _age(temporary) > age:
             temporary.unlink(missing_ok=True)

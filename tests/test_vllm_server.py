@@ -1,0 +1,217 @@
+"""A real vLLM server, started by `peagle-hf launch-vllm`: what it extracts, what becomes of it, and training on it."""
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import AUX, write_prepared
+from safetensors.torch import load_file
+
+from peagle_hf import PeagleError, PeagleTrainingArguments, train
+from peagle_hf.data.cache import cached_rows, row_path
+from peagle_hf.data.endpoint import SERVER_RECORD
+from peagle_hf.data.extract import ExtractArguments, extract
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+LENGTHS = [40, 9, 120, 33, 300, 57, 12, 200]
+START_SECONDS = 240
+
+
+class Launched:
+    """A server as a user starts it, and the processes of its session."""
+
+    def __init__(self, model: Path, folder: Path, log: Path):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.model, self.folder, self.log = model, folder, log
+        self.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "peagle_hf", "launch-vllm", str(self.model)]
+        command += ["--hidden-states-path", str(self.folder), "--"]
+        command += ["--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32", "--max-model-len", "400"]
+        with open(self.log, "a") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            with suppress(OSError), urllib.request.urlopen(f"{self.url}/models", timeout=5):
+                break
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.stop()
+                raise AssertionError(f"vLLM did not start:\n{self.log.read_text()[-3000:]}")
+            time.sleep(0.5)
+        self.tree = psutil.Process(self.process.pid).children(recursive=True)
+
+    @property
+    def api_server(self) -> psutil.Process:
+        return psutil.Process(self.process.pid).children()[0]
+
+    def stop(self, number: signal.Signals = signal.SIGINT) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, servable_verifier) -> Iterator[Launched]:
+    folder = tmp_path_factory.mktemp("served") / "hidden states"
+    launched = Launched(servable_verifier, folder, folder.parent / "vllm.log")
+    try:
+        yield launched
+    finally:
+        launched.stop()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_prepared(tmp_path_factory.mktemp("data") / "with spaces", LENGTHS)
+
+
+@pytest.fixture(scope="module")
+def embedded(servable_verifier, data, tmp_path_factory) -> Path:
+    """The same rows from transformers, in float32."""
+    output = tmp_path_factory.mktemp("embedded")
+    flags = {"preprocessed_data": str(data), "target_layer_ids": AUX, "dtype": "float32"}
+    return extract(ExtractArguments(model=str(servable_verifier), output=str(output), **flags)).output
+
+
+@pytest.fixture
+def arguments(server, data, tmp_path) -> ExtractArguments:
+    return ExtractArguments(
+        preprocessed_data=str(data),
+        output=str(tmp_path / "out put"),
+        endpoint=server.url,
+        server_hidden_states_path=str(server.folder),
+        target_layer_ids=AUX,
+        dtype="float32",
+        concurrency=4,
+        request_timeout=30,
+    )
+
+
+def largest_difference(one: Path, other: Path) -> float:
+    """Over all rows and layers, relative to the layer's largest value."""
+    differences = []
+    for row in range(len(LENGTHS)):
+        ours, theirs = load_file(row_path(one, row)), load_file(row_path(other, row))
+        assert torch.equal(ours["token_ids"], theirs["token_ids"])
+        assert ours["hidden_states"].dtype == theirs["hidden_states"].dtype
+        states, wanted = ours["hidden_states"].float(), theirs["hidden_states"].float()
+        differences.append(((states - wanted).abs().amax((0, 2)) / wanted.abs().amax((0, 2))).max())
+    return float(torch.stack(differences).max())
+
+
+def left_behind(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} - {SERVER_RECORD}
+
+
+def test_the_server_gives_the_states_that_transformers_gives(arguments, server, embedded, data, tmp_path):
+    report = extract(arguments)
+    assert report.num_tokens == sum(LENGTHS)
+    assert largest_difference(report.output, embedded) < 1e-4
+    assert left_behind(server.folder) == set()
+    assert extract(replace(arguments, validate_outputs=True)).num_kept == len(LENGTHS)
+
+    half = replace(arguments, dtype="bfloat16", output=str(tmp_path / "half"))
+    alone = ExtractArguments(str(server.model), str(data), str(tmp_path / "alone"), target_layer_ids=AUX)
+    assert largest_difference(extract(half).output, extract(alone).output) <= 2**-7, "one step of bfloat16"
+
+
+def test_a_row_that_the_server_refuses_is_listed(arguments, data, tmp_path):
+    long = write_prepared(tmp_path / "long", [20, 450])
+    with pytest.raises(PeagleError, match=r"1 of 2 rows failed, row 1 with: .*context length"):
+        extract(replace(arguments, preprocessed_data=str(long)))
+    assert cached_rows(arguments.output) == {0}
+
+
+def test_other_layers_than_the_servers_are_refused(arguments, server):
+    with pytest.raises(PeagleError, match=r"extracts the layers \[2, 3, 4, 7\], wanted are \[1, 2, 3, 7\]"):
+        extract(replace(arguments, target_layer_ids=[1, 2, 3]))
+    record = server.folder / SERVER_RECORD
+    record.rename(record.with_suffix(".away"))
+    try:
+        with pytest.raises(PeagleError, match=r"\[\d+, 4, 128\] .* wanted are the layers \[1, 2, 7\] of size 128"):
+            extract(replace(arguments, target_layer_ids=[1, 2]))
+    finally:
+        record.with_suffix(".away").rename(record)
+    assert cached_rows(arguments.output) == set()
+
+
+def test_a_client_that_is_killed_goes_on_where_it_was(arguments, server, data, embedded):
+    command = [sys.executable, "-m", "peagle_hf", "extract", "--preprocessed-data", str(data), "--concurrency", "1"]
+    command += ["--endpoint", server.url, "--output", arguments.output, "--dtype", "float32"]
+    command += ["--server-hidden-states-path", str(server.folder)]
+    with subprocess.Popen(command) as process:
+        while len(cached_rows(arguments.output)) < 2:
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.kill()
+    assert 2 <= len(cached_rows(arguments.output)) < len(LENGTHS)
+    report = extract(replace(arguments, validate_outputs=True))
+    assert (report.made_again, cached_rows(report.output)) == ({}, set(range(len(LENGTHS))))
+    assert largest_difference(report.output, embedded) < 1e-4
+
+
+def test_a_server_that_hangs_is_given_up_and_asked_again_by_a_rerun(arguments, server, embedded):
+    server.api_server.suspend()
+    try:
+        with pytest.raises(PeagleError, match="timed out"):
+            extract(replace(arguments, request_timeout=0.5, max_retries=0, max_consecutive_errors=2))
+    finally:
+        server.api_server.resume()
+    assert largest_difference(extract(arguments).output, embedded) < 1e-4
+
+
+def test_online_training_is_that_on_a_cache_of_the_same_server(arguments, server, train_flags, data, tmp_path):
+    cache = extract(replace(arguments, dtype="bfloat16")).output
+    flags = train_flags | {
+        "verifier_name_or_path": str(server.model),
+        "data_path": str(data),
+        "total_seq_len": 400,
+        "draft_vocab_size": None,
+        "num_train_epochs": 2,
+        "target_layer_ids": AUX,
+    }
+    online = {"on_missing": "generate", "vllm_endpoint": server.url, "server_hidden_states_path": str(server.folder)}
+    online |= {"hidden_states_path": str(tmp_path / "none"), "output_dir": str(tmp_path / "online")}
+
+    def losses(**others: object) -> list[float]:
+        history = train(PeagleTrainingArguments(**(flags | others))).state.log_history
+        return [entry[name] for entry in history for name in ("loss", "eval_loss") if name in entry]
+
+    # The server's own float32 sums depend on what it computes at the same time.
+    assert losses(**online) == pytest.approx(losses(hidden_states_path=str(cache)), rel=1e-3)
+    assert left_behind(server.folder) == set()
+
+
+def test_a_server_that_is_killed_and_started_again(arguments, server, embedded):
+    server.api_server.kill()
+    with pytest.raises(PeagleError, match=r"asked for its model|rows in turn failed"):
+        extract(replace(arguments, max_retries=0, max_consecutive_errors=2))
+    assert server.process.wait(60) == 1, "launch-vllm says that vLLM failed"
+    assert not any(process.is_running() for process in server.tree)
+    server.start()
+    assert largest_difference(extract(arguments).output, embedded) < 1e-4
+
+
+def test_an_interrupt_leaves_no_process(server):
+    assert server.tree
+    assert server.stop(signal.SIGINT) == 128 + signal.SIGINT
+    assert not any(process.is_running() for process in server.tree)
+    with pytest.raises(OSError, match="refused"):
+        urllib.request.urlopen(f"{server.url}/models", timeout=5)
