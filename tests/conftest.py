@@ -1,7 +1,9 @@
 """A tiny verifier, a prepared dataset and its cached hidden states, all real files made by the real code."""
 
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -106,6 +108,17 @@ def tiny_data(tmp_path_factory, tiny_verifier) -> Path:
     """20 conversations of 12 to 31 tokens, prepared and cached."""
     folder = tmp_path_factory.mktemp("data")
     return write_cache(write_prepared(folder, [12 + index for index in range(20)]), tiny_verifier)
+
+
+def ended(process_ids: list[int], seconds: float = 5.0) -> bool:
+    """Whether these processes end in so many seconds; one that nobody has waited for yet has ended too."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        states = {process.info["pid"]: process.info["status"] for process in psutil.process_iter(["pid", "status"])}
+        if all(states.get(number, psutil.STATUS_ZOMBIE) == psutil.STATUS_ZOMBIE for number in process_ids):
+            return True
+        time.sleep(0.05)
+    return False
 
 
 @pytest.fixture

@@ -2,7 +2,10 @@
 
 import json
 import os
+import pickle
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -12,13 +15,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import AUX, HIDDEN, LAYERS, write_prepared
+from conftest import AUX, HIDDEN, LAYERS, ended, write_prepared
 from fake_vllm import FakeVllm, states_of
 from safetensors.torch import load_file, save_file
 
 from peagle_hf import PeagleError, PeagleTrainingArguments, cli, train
 from peagle_hf.callbacks import checkpoints_by_step
 from peagle_hf.data.cache import Manifest, cached_rows, check_row, row_path
+from peagle_hf.data.dataset import load_prepared
 from peagle_hf.data.endpoint import Endpoint, EndpointError, concurrently, endpoint_urls, write_server_record
 from peagle_hf.data.extract import ExtractArguments, extract
 from peagle_hf.launch import LaunchArguments, server_command
@@ -34,9 +38,7 @@ def data(tmp_path) -> Path:
 
 @pytest.fixture
 def tokens(data) -> list[list[int]]:
-    from datasets import load_from_disk
-
-    return load_from_disk(str(data)).with_format(None)["input_ids"][:]
+    return load_prepared(data).with_format(None)["input_ids"][:]
 
 
 @pytest.fixture
@@ -424,6 +426,24 @@ def test_a_dead_server_ends_training_with_a_checkpoint_to_go_on_from(online, ser
         assert torch.equal(parameter, resumed.model.get_parameter(name)), name
 
 
+@pytest.mark.slow
+def test_two_processes_end_together_when_the_server_is_gone_and_go_on(online, server, tmp_path):
+    online |= {"train_data_ratio": 1, "save_strategy": "no", "total_seq_len": 30, "dataloader_num_workers": 1}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "peagle_hf"]
+    command += ["train", *cli.flags(online)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    server.fault = lambda token_ids: "dead" if len(server.asked) > 8 else None
+    first = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert first.returncode != 0
+    found = re.search(r"Training ended after step (\d+), and is saved in \S+checkpoint-\1: .*", first.stderr)
+    assert found, first.stderr[-3000:]
+    server.fault = lambda token_ids: None
+    second = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert second.returncode == 0, second.stderr[-3000:]
+    assert f"checkpoint-{found[1]}; pass --no-resume" in second.stderr
+    assert (Path(online["output_dir"]) / "1" / "model.safetensors").exists(), "the second epoch's"
+
+
 def test_a_server_that_is_dead_from_the_start_or_another_is_found_before_training(online, server, output):
     with pytest.raises(PeagleError, match="can't be asked for its model"):
         train(PeagleTrainingArguments(**{**online, "vllm_endpoint": "http://127.0.0.1:9/v1"}))
@@ -433,8 +453,6 @@ def test_a_server_that_is_dead_from_the_start_or_another_is_found_before_trainin
 
 
 def test_an_endpoint_is_taken_to_other_processes(server, output):
-    import pickle
-
     endpoint = Endpoint((server.url,), output, tuple(SLOTS), HIDDEN)
     endpoint.fetch([5, 6, 7], torch.float32)
     copy = pickle.loads(pickle.dumps(endpoint))
@@ -523,10 +541,6 @@ time.sleep(60)
 
 @pytest.mark.parametrize("signal_name", ["SIGINT", "SIGTERM"])
 def test_a_signal_ends_the_whole_tree_of_processes(tmp_path, signal_name):
-    import signal
-
-    import psutil
-
     (tmp_path / "tree.py").write_text(TREE)
     program = (
         "import os, sys; from peagle_hf import launch; launch.GRACE_SECONDS = 0.3; "
@@ -536,4 +550,4 @@ def test_a_signal_ends_the_whole_tree_of_processes(tmp_path, signal_name):
         started = [int(process.stdout.readline()) for _ in range(2)]
         process.send_signal(getattr(signal, signal_name))
         assert process.wait(10) == 128 + getattr(signal, signal_name)
-    assert not any(psutil.pid_exists(number) for number in started)
+    assert ended(started)

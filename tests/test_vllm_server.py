@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import AUX, write_prepared
+from conftest import AUX, ended, write_prepared
 from safetensors.torch import load_file
 
 from peagle_hf import PeagleError, PeagleTrainingArguments, train
@@ -56,7 +56,7 @@ class Launched:
                 self.stop()
                 raise AssertionError(f"vLLM did not start:\n{self.log.read_text()[-3000:]}")
             time.sleep(0.5)
-        self.tree = psutil.Process(self.process.pid).children(recursive=True)
+        self.tree = [process.pid for process in psutil.Process(self.process.pid).children(recursive=True)]
 
     @property
     def api_server(self) -> psutil.Process:
@@ -204,7 +204,7 @@ def test_a_server_that_is_killed_and_started_again(arguments, server, embedded):
     with pytest.raises(PeagleError, match=r"asked for its model|rows in turn failed"):
         extract(replace(arguments, max_retries=0, max_consecutive_errors=2))
     assert server.process.wait(60) == 1, "launch-vllm says that vLLM failed"
-    assert not any(process.is_running() for process in server.tree)
+    assert ended(server.tree)
     server.start()
     assert largest_difference(extract(arguments).output, embedded) < 1e-4
 
@@ -212,6 +212,6 @@ def test_a_server_that_is_killed_and_started_again(arguments, server, embedded):
 def test_an_interrupt_leaves_no_process(server):
     assert server.tree
     assert server.stop(signal.SIGINT) == 128 + signal.SIGINT
-    assert not any(process.is_running() for process in server.tree)
+    assert ended(server.tree)
     with pytest.raises(OSError, match="refused"):
         urllib.request.urlopen(f"{server.url}/models", timeout=5)
