@@ -44,7 +44,16 @@ def main() -> None:
             "--hidden-states-path",
             str(served),
         ]
-        command += ["--", "--host", "127.0.0.1", "--port", str(port), *sys.argv[split + 1 :]]
+        command += [
+            "--hidden-states-path",
+            str(served),
+            "--",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            *sys.argv[split + 1 :],
+        ]
         server = subprocess.Popen(command, stdout=log, stderr=log)
         try:
             url = f"http://127.0.0.1:{port}/v1"
