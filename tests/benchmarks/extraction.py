@@ -43,11 +43,8 @@ def main() -> None:
             arguments.model,
             "--hidden-states-path",
             str(served),
-        ]
-        command += [
-            "--hidden-states-path",
-            str(served),
             "--",
+            "--no-enable-prefix-caching",  # or a round would gain from the one before
             "--host",
             "127.0.0.1",
             "--port",

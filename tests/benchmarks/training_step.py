@@ -117,7 +117,7 @@ def make_ours(sizes: Sizes, case: Case, device: str):
     from peagle_hf.target import VerifierHead
 
     if device == "cpu":
-        from peagle_hf.trainer import keep_freed_memory
+        from peagle_hf.memory import keep_freed_memory
 
         keep_freed_memory()
     config = PeagleConfig(
