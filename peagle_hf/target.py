@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.modeling_utils import set_zero3_state
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from .errors import PeagleError
@@ -275,7 +276,8 @@ def _auto_class(config: PreTrainedConfig) -> type[AutoModelForCausalLM] | type[A
 def _skeleton(name_or_path: str | os.PathLike[str], revision: str | None, trust_remote_code: bool) -> PreTrainedModel:
     """The verifier without its weights (on the meta device): module names, norm class, tied or not."""
     config = _load_config(name_or_path, revision, trust_remote_code)
-    with _readable(name_or_path), torch.device("meta"):
+    # Under ZeRO-3 transformers would cut even a model without weights into shards, unless told that this is done.
+    with _readable(name_or_path), set_zero3_state(), torch.device("meta"):
         return _auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
 
 

@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput
 
 from .adapters import add_adapter, merge_adapter, save_adapter
@@ -85,6 +86,11 @@ class PeagleTrainer(Trainer):
         if isinstance(self.model, PeftModel) and self.is_sharded:
             raise PeagleError("An adapter can't be merged out of shards. Train it with DDP instead of FSDP or ZeRO.")
         self.config: PeagleConfig = self.accelerator.unwrap_model(self.model).config
+        if is_deepspeed_zero3_enabled():
+            from deepspeed.utils import set_z3_leaf_modules
+
+            # Shards are gathered a layer at a time: hooks on the modules within would be in the way of the compiler.
+            set_z3_leaf_modules(self.model, [PeagleLayer])
         if data_collator is None:
             self.data_collator = CODDataCollator.from_config(self.config, seed=args.seed)
         if args.device.type == "cpu":

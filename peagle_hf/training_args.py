@@ -1,5 +1,6 @@
 """`PeagleTrainingArguments`: the Trainer's arguments, defaults that suit a drafter, and the drafter's own fields."""
 
+import os
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -179,4 +180,6 @@ class PeagleTrainingArguments(TrainingArguments):
             raise PeagleError("lora_r adapts a trained drafter: name it with --from-pretrained.")
         if self.train_data_ratio == 1:
             self.eval_strategy = "no"
+        # Every process builds the same drafter: accelerate's loading from the first one knows no buffers, such as d2t.
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         super().__post_init__()
