@@ -147,10 +147,10 @@ class PeagleConfig(PreTrainedConfig):
         layer_config = layer_class(
             vocab_size=target.vocab_size,
             hidden_size=target.hidden_size,
-            intermediate_size=target.intermediate_size,
+            intermediate_size=getattr(target, "intermediate_size", None) or 4 * target.hidden_size,
             num_hidden_layers=num_layers,
             num_attention_heads=target.num_attention_heads,
-            num_key_value_heads=target.num_key_value_heads,
+            num_key_value_heads=getattr(target, "num_key_value_heads", None) or target.num_attention_heads,
             head_dim=getattr(target, "head_dim", None) or target.hidden_size // target.num_attention_heads,
             max_position_embeddings=target.max_position_embeddings,
             rms_norm_eps=getattr(target, "rms_norm_eps", 1e-6),
@@ -274,10 +274,15 @@ def choose_mask_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tu
 
 
 def _rope_parameters(target: PreTrainedConfig) -> dict[str, Any]:
-    """The verifier's rotary embedding; of a verifier with one a layer type, that of full attention."""
+    """The verifier's rotary embedding; of a verifier with one a layer type, that of full attention.
+
+    Always of whole heads and of places in a text: what rotates a part of a head, or by places in an image, is left out.
+    """
     parameters = getattr(target, "rope_parameters", None) or {}
     parameters = parameters.get("full_attention", parameters)
-    return dict(parameters) if "rope_theta" in parameters else {"rope_type": "default", "rope_theta": 10000.0}
+    left_out = ("partial_rotary_factor", "mrope_section", "mrope_interleaved")
+    parameters = {name: value for name, value in parameters.items() if name not in left_out}
+    return parameters if "rope_theta" in parameters else {"rope_type": "default", "rope_theta": 10000.0}
 
 
 def _window_fields(model_type: str, sliding_window: int | None, num_layers: int) -> dict[str, Any]:
