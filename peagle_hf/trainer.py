@@ -27,6 +27,7 @@ from .callbacks import (
     resumable_folder,
 )
 from .configuration_peagle import PeagleConfig
+from .continuing import SAMPLING, continued_config, load_drafter
 from .data.cache import Manifest
 from .data.collator import CODDataCollator
 from .data.dataset import EpochSampler, HiddenStatesDataset, learnt_share, split_rows
@@ -287,22 +288,14 @@ def check_same_configuration(folder: Path, config: PeagleConfig) -> None:
 
 
 def build_config(args: PeagleTrainingArguments) -> PeagleConfig:
-    """The configuration that the arguments describe, or that of `from_pretrained` with the arguments' sampling.
+    """The configuration that the arguments describe, or that of `from_pretrained` with their sampling and verifier.
 
     Raises:
-        PeagleError: no verifier is named.
+        PeagleError: no verifier is named, or the arguments ask for another drafter than `from_pretrained`.
     """
     verifier = _verifier(args)
-    sampling: dict[str, Any] = {
-        "num_depths": args.num_depths,
-        "down_sample_ratio": args.down_sample_ratio,
-        "down_sample_ratio_min": args.down_sample_ratio_min,
-        "max_anchors": args.max_anchors,
-        "embed_requires_grad": args.embed_requires_grad,
-    }
     if args.from_pretrained:
-        saved = PeagleConfig.from_pretrained(args.from_pretrained)
-        return PeagleConfig.from_dict({**saved.to_dict(), **sampling})
+        return continued_config(args, args.from_pretrained, verifier)
     manifest = Manifest.read(_cache_folder(args))
     return PeagleConfig.from_verifier(
         verifier,
@@ -316,7 +309,7 @@ def build_config(args: PeagleTrainingArguments) -> PeagleConfig:
         sliding_window=args.sliding_window,
         revision=args.verifier_revision,
         trust_remote_code=args.trust_remote_code,
-        **sampling,
+        **{name: getattr(args, name) for name in SAMPLING},
     )
 
 
@@ -331,7 +324,7 @@ def build_drafter(args: PeagleTrainingArguments) -> PeagleForSpeculation | PeftM
     set_seed(args.seed)
     verifier, config = _verifier(args), build_config(args)
     if args.from_pretrained:
-        drafter = PeagleForSpeculation.from_pretrained(args.from_pretrained, config=config, dtype=torch.float32)
+        drafter = load_drafter(args.from_pretrained, config)
     else:
         drafter = PeagleForSpeculation(config)
         if drafter.d2t is not None:
