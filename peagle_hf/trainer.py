@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import BestRun, EvalLoopOutput, HPSearchBackend
 
 from .adapters import add_adapter, merge_adapter, save_adapter
 from .callbacks import (
@@ -23,6 +23,7 @@ from .callbacks import (
     VllmExportCallback,
     checkpoints_by_step,
     drafter_folder,
+    metric_name,
     remove_checkpoints,
     resumable_folder,
 )
@@ -46,9 +47,10 @@ logger = logging.getLogger(__name__)
 class PeagleTrainer(Trainer):
     """`transformers.Trainer` for `PeagleForSpeculation`.
 
-    Takes the Trainer's own arguments; `data_collator` defaults to the model's `CODDataCollator`. Logs, beside the
-    Trainer's metrics, `accuracy_d`, `acceptance_d` and `acceptance_length` (see `metrics.summarize`), over all steps
-    since the last log and all ranks; in evaluation with the prefix `eval_`, where `eval_loss` is the mean over tokens.
+    Takes the Trainer's own arguments; `data_collator` defaults to the model's `CODDataCollator`, and `model_init` may
+    give drafters of different configurations. Logs, beside the Trainer's metrics, `accuracy_d`, `acceptance_d` and
+    `acceptance_length` (see `metrics.summarize`), over all steps since the last log and all ranks; in evaluation with
+    the prefix `eval_`, where `eval_loss` is the mean over tokens.
     """
 
     args: PeagleTrainingArguments
@@ -65,6 +67,7 @@ class PeagleTrainer(Trainer):
         model_init: Callable[..., PreTrainedModel] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
     ):
         args = args or PeagleTrainingArguments()
         super().__init__(
@@ -77,6 +80,7 @@ class PeagleTrainer(Trainer):
             model_init=model_init,
             callbacks=callbacks,
             optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
         if args.n_gpu > 1:
             raise PeagleError(
@@ -85,19 +89,54 @@ class PeagleTrainer(Trainer):
             )
         if isinstance(self.model, PeftModel) and self.is_sharded:
             raise PeagleError("An adapter can't be merged out of shards. Train it with DDP instead of FSDP or ZeRO.")
-        self.config: PeagleConfig = self.accelerator.unwrap_model(self.model).config
-        if data_collator is None:
-            self.data_collator = CODDataCollator.from_config(self.config, seed=args.seed)
+        self._collator_is_own = data_collator is None
         if args.device.type == "cpu":
             keep_freed_memory()
+        self._take_up_model()
+
+    def _take_up_model(self) -> None:
+        """Set up what depends on the model or on arguments that a hyperparameter search may change."""
+        self.config: PeagleConfig = self.accelerator.unwrap_model(self.model).config
+        if self._collator_is_own:
+            self.data_collator = CODDataCollator.from_config(self.config, seed=self.args.seed)
         for module in self.model.modules():
             if isinstance(module, PeagleForSpeculation):
-                module.loss_weights = parse_loss(args.loss_fn)
+                module.loss_weights = parse_loss(self.args.loss_fn)
             if isinstance(module, PeagleLayer):
-                module.keep_attention = args.keep_attention
+                module.keep_attention = self.args.keep_attention
         self._train_counters = self._no_counters()
         self._eval_counters = self._no_counters()
-        self._eval_loss = torch.zeros(2, dtype=torch.float64, device=args.device)
+        self._eval_loss = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        self.__dict__.pop("_rows_that_fit", None)
+
+    def hyperparameter_search(
+        self,
+        hp_space: Callable[[Any], dict[str, Any]] | None = None,
+        compute_objective: Callable[[dict[str, float]], Any] | None = None,
+        n_trials: int = 20,
+        direction: str | list[str] | None = None,
+        backend: str | HPSearchBackend | None = None,
+        hp_name: Callable[[Any], str] | None = None,
+        **kwargs: Any,
+    ) -> BestRun | list[BestRun]:
+        """As the Trainer's, but the objective defaults to `metric_for_best_model`, to be improved."""
+        return super().hyperparameter_search(
+            hp_space,
+            compute_objective or (lambda metrics: metrics[metric_name(self.args)]),
+            n_trials,
+            direction or ("maximize" if self.args.greater_is_better else "minimize"),
+            backend,
+            hp_name,
+            **kwargs,
+        )
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """Called at each start of training, after `model_init` and with a trial's arguments set."""
+        super()._hp_search_setup(trial)
+        self._take_up_model()
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, VllmExportCallback):
+                callback.run_folder = Path(self._get_output_dir(trial))
 
     def train(
         self,
