@@ -183,6 +183,7 @@ class PeagleConfig(PreTrainedConfig):
 
     def _check_values(self) -> None:
         vocab_size, hidden_size = self.transformer_layer_config.vocab_size, self.transformer_layer_config.hidden_size
+        rotated = (self.transformer_layer_config.rope_parameters or {}).get("partial_rotary_factor", 1.0)
         problems = {
             f"draft_vocab_size {self.draft_vocab_size} is not in 1..{vocab_size}, the verifier's vocabulary": (
                 not 1 <= self.draft_vocab_size <= vocab_size
@@ -200,6 +201,7 @@ class PeagleConfig(PreTrainedConfig):
             f"target_hidden_size {self.target_hidden_size} differs from the drafter's {hidden_size}": (
                 self.target_hidden_size not in (None, hidden_size)
             ),
+            f"partial_rotary_factor {rotated} is not supported: drafters rotate whole heads": rotated != 1.0,
             f"num_depths {self.num_depths} must be at least 1": self.num_depths < 1,
             f"down_sample_ratio {self.down_sample_ratio} is not in (0, 1]": not 0 < self.down_sample_ratio <= 1,
             f"down_sample_ratio_min {self.down_sample_ratio_min} is not in [0, 1]": (
@@ -276,13 +278,17 @@ def choose_mask_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tu
 def _rope_parameters(target: PreTrainedConfig) -> dict[str, Any]:
     """The verifier's rotary embedding; of a verifier with one a layer type, that of full attention.
 
-    Always of whole heads and of places in a text: what rotates a part of a head, or by places in an image, is left out.
+    Always of whole heads and of places in a text: what rotates a part of a head, or by places in an image, is left out,
+    and with it factors that are given for each rotated dimension.
     """
     parameters = getattr(target, "rope_parameters", None) or {}
     parameters = parameters.get("full_attention", parameters)
+    theta = parameters.get("rope_theta", 10000.0)
+    is_partial = parameters.get("partial_rotary_factor", 1.0) != 1.0
+    if "rope_theta" not in parameters or (is_partial and "short_factor" in parameters):
+        return {"rope_type": "default", "rope_theta": theta}
     left_out = ("partial_rotary_factor", "mrope_section", "mrope_interleaved")
-    parameters = {name: value for name, value in parameters.items() if name not in left_out}
-    return parameters if "rope_theta" in parameters else {"rope_type": "default", "rope_theta": 10000.0}
+    return {name: value for name, value in parameters.items() if name not in left_out}
 
 
 def _window_fields(model_type: str, sliding_window: int | None, num_layers: int) -> dict[str, Any]:

@@ -1,7 +1,10 @@
 """Every kind of verifier: its cached states are its layers' outputs and give its own logits, and a drafter learns."""
 
+import json
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -73,6 +76,18 @@ ARCHITECTURES = {
     "phi": lambda: tiny("phi"),
     "phi3": lambda: tiny("phi3"),
     "phi3-partial-rotary": lambda: tiny("phi3", head_dim=8, partial_rotary_factor=0.5),
+    "phi3-long": lambda: tiny(
+        "phi3",
+        partial_rotary_factor=0.5,
+        original_max_position_embeddings=32,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 0.5,
+            "short_factor": [1.0],
+            "long_factor": [2.0],
+        },
+    ),
     "gpt-oss": lambda: tiny("gpt_oss", sliding_window=8, layer_types=MIXED_LAYERS, **EXPERTS),
     "qwen3-moe": lambda: tiny("qwen3_moe", **EXPERTS),
     "mixtral": lambda: tiny("mixtral", **EXPERTS),
@@ -145,6 +160,7 @@ def two_losses(folder: Path, data: Path) -> list[float]:
     return [before.item(), drafter(**batch).loss.item()]
 
 
+PYTHON = re.compile(r"```python\n(.*?)```", re.DOTALL)
 PAGE = Path(__file__).parents[1] / "docs" / "how-to" / "verifiers.md"
 
 
@@ -166,9 +182,9 @@ def gpt2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_example_of_an_adapter_runs(gpt2: Path, registry: None) -> None:
-    declare, use = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    declare, use = PYTHON.findall(PAGE.read_text())
     short = "num_layers=1, mask_token_id=60, num_train_epochs=1, use_cpu=True, bf16=False, report_to='none', "
-    namespace: dict[str, object] = {}
+    namespace: dict[str, Any] = {}
     exec(declare, namespace)
     exec(use.replace("TrainingArguments(", f"TrainingArguments({short}"), namespace)
     assert Path("out/checkpoints/checkpoint_best/model.safetensors").exists()
@@ -176,7 +192,7 @@ def test_the_example_of_an_adapter_runs(gpt2: Path, registry: None) -> None:
 
 def test_an_adapter_is_as_exact_as_a_known_architecture(gpt2: Path, registry: None) -> None:
     """Also where the checkpoint leaves out the base model's prefix, as GPT-2's on the hub does, and its tied head."""
-    exec(re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[0], {})
+    exec(PYTHON.findall(PAGE.read_text())[0], {})
     report = extract(ExtractArguments(model=str(gpt2), preprocessed_data="out", dtype="float32"))
     model = load_verifier(gpt2, torch.float32, "cpu")
     tensors = load_file(gpt2 / "model.safetensors")
@@ -212,3 +228,37 @@ def test_logits_that_do_not_follow_from_the_parts_stop_the_extraction(
     with pytest.raises(PeagleError, match="The logits of GPT2LMHeadModel are not what"):
         extract(ExtractArguments(model=str(gpt2), preprocessed_data="out"))
     assert not list(Path("out/hidden_states").glob("*.safetensors"))
+
+
+REMOTE_CODE = """
+from transformers import GPT2Config, GPT2LMHeadModel
+
+
+class OwnConfig(GPT2Config):
+    model_type = "own-verifier"
+
+
+class OwnForCausalLM(GPT2LMHeadModel):
+    config_class = OwnConfig
+"""
+
+
+def test_a_verifier_that_comes_with_code_needs_trust_and_the_same_adapter(
+    gpt2: Path, registry: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    (gpt2 / "own.py").write_text(REMOTE_CODE)
+    classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    config = json.loads((gpt2 / "config.json").read_text())
+    (gpt2 / "config.json").write_text(json.dumps(config | {"model_type": "own-verifier", "auto_map": classes}))
+    arguments = ExtractArguments(model=str(gpt2), preprocessed_data="out", dtype="float32")
+    with pytest.raises(PeagleError, match="trust_remote_code"):
+        extract(arguments)
+    trusted = replace(arguments, trust_remote_code=True)
+    with pytest.raises(PeagleError, match="register_verifier\\('own-verifier'"):
+        extract(trusted)
+    namespace: dict[str, Any] = {}
+    exec(PYTHON.findall(PAGE.read_text())[0], namespace)
+    register_verifier("own-verifier", namespace["gpt2_parts"])
+    assert extract(trusted).num_rows == 6
+    assert VerifierHead.from_pretrained(gpt2, trust_remote_code=True).weight.shape == (VOCAB, 16)
