@@ -136,6 +136,7 @@ class PeagleConfig(PreTrainedConfig):
             sliding_window: of every draft layer, in tokens; None means full attention.
         """
         target = load_verifier_config(verifier, revision=revision, trust_remote_code=trust_remote_code)
+        target.allow_global_per_layer_attribute_access = True  # Gemma 4's layers differ; any of their sizes will do.
         layer_ids = target_layer_ids or default_aux_layer_ids(target.num_hidden_layers)
         if mask_token_id is None:
             tokenizer = AutoTokenizer.from_pretrained(verifier, revision=revision, trust_remote_code=trust_remote_code)
@@ -278,15 +279,13 @@ def choose_mask_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tu
 def _rope_parameters(target: PreTrainedConfig) -> dict[str, Any]:
     """The verifier's rotary embedding; of a verifier with one a layer type, that of full attention.
 
-    Always of whole heads and of places in a text: what rotates a part of a head, or by places in an image, is left out,
-    and with it factors that are given for each rotated dimension.
+    Always of whole heads and of places in a text: of one that rotates a part of a head the base alone is taken, and
+    what is for places in an image is left out.
     """
     parameters = getattr(target, "rope_parameters", None) or {}
     parameters = parameters.get("full_attention", parameters)
-    theta = parameters.get("rope_theta", 10000.0)
-    is_partial = parameters.get("partial_rotary_factor", 1.0) != 1.0
-    if "rope_theta" not in parameters or (is_partial and "short_factor" in parameters):
-        return {"rope_type": "default", "rope_theta": theta}
+    if "rope_theta" not in parameters or parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        return {"rope_type": "default", "rope_theta": parameters.get("rope_theta", 10000.0)}
     left_out = ("partial_rotary_factor", "mrope_section", "mrope_interleaved")
     return {name: value for name, value in parameters.items() if name not in left_out}
 

@@ -59,6 +59,7 @@ ARCHITECTURES = {
     "gemma3": lambda: transformers.Gemma3Config(
         text_config=tiny("gemma3_text", sliding_window=8), vision_config=VISION, mm_tokens_per_image=1
     ),
+    "gemma4-text": lambda: tiny("gemma4_text", final_logit_softcapping=3.0, sliding_window=8),
     "mistral3": lambda: transformers.Mistral3Config(
         text_config=tiny("mistral"), vision_config={"model_type": "pixtral", **VISION}, image_token_index=60
     ),
