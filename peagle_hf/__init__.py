@@ -28,6 +28,7 @@ _MODULE_OF = {
     "PrepareArguments": "data.prepare",
     "RegenerateArguments": "data.regenerate",
     "VerifierHead": "target",
+    "VerifierParts": "target",
     "VllmExportCallback": "callbacks",
     "add_adapter": "adapters",
     "build_datasets": "trainer",
@@ -41,6 +42,7 @@ _MODULE_OF = {
     "parse_arguments": "cli",
     "prepare": "data.prepare",
     "regenerate": "data.regenerate",
+    "register_verifier": "target",
     "save_adapter": "adapters",
     "train": "trainer",
 }
@@ -59,7 +61,7 @@ if TYPE_CHECKING:
     from .data.regenerate import RegenerateArguments, regenerate
     from .errors import PeagleError
     from .evaluation import EvaluateArguments, evaluate
-    from .target import VerifierHead
+    from .target import VerifierHead, VerifierParts, register_verifier
     from .trainer import PeagleTrainer, build_datasets, build_drafter, checkpoint_to_resume, train
     from .training_args import PeagleTrainingArguments
 

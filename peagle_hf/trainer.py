@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import BestRun, EvalLoopOutput, HPSearchBackend
 
 from .adapters import add_adapter, merge_adapter, save_adapter
 from .callbacks import (
@@ -24,10 +24,12 @@ from .callbacks import (
     VllmExportCallback,
     checkpoints_by_step,
     drafter_folder,
+    metric_name,
     remove_checkpoints,
     resumable_folder,
 )
 from .configuration_peagle import PeagleConfig
+from .continuing import SAMPLING, continued_config, load_drafter
 from .data.cache import Manifest
 from .data.collator import CODDataCollator
 from .data.dataset import EpochSampler, HiddenStatesDataset, learnt_share, split_rows
@@ -46,9 +48,10 @@ logger = logging.getLogger(__name__)
 class PeagleTrainer(Trainer):
     """`transformers.Trainer` for `PeagleForSpeculation`.
 
-    Takes the Trainer's own arguments; `data_collator` defaults to the model's `CODDataCollator`. Logs, beside the
-    Trainer's metrics, `accuracy_d`, `acceptance_d` and `acceptance_length` (see `metrics.summarize`), over all steps
-    since the last log and all ranks; in evaluation with the prefix `eval_`, where `eval_loss` is the mean over tokens.
+    Takes the Trainer's own arguments; `data_collator` defaults to the model's `CODDataCollator`, and `model_init` may
+    give drafters of different configurations. Logs, beside the Trainer's metrics, `accuracy_d`, `acceptance_d` and
+    `acceptance_length` (see `metrics.summarize`), over all steps since the last log and all ranks; in evaluation with
+    the prefix `eval_`, where `eval_loss` is the mean over tokens.
     """
 
     args: PeagleTrainingArguments
@@ -65,6 +68,7 @@ class PeagleTrainer(Trainer):
         model_init: Callable[..., PreTrainedModel] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
     ):
         args = args or PeagleTrainingArguments()
         super().__init__(
@@ -77,6 +81,7 @@ class PeagleTrainer(Trainer):
             model_init=model_init,
             callbacks=callbacks,
             optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
         if args.n_gpu > 1:
             raise PeagleError(
@@ -85,24 +90,59 @@ class PeagleTrainer(Trainer):
             )
         if isinstance(self.model, PeftModel) and self.is_sharded:
             raise PeagleError("An adapter can't be merged out of shards. Train it with DDP instead of FSDP or ZeRO.")
+        self._collator_is_own = data_collator is None
+        if args.device.type == "cpu":
+            keep_freed_memory()
+        self._take_up_model()
+
+    def _take_up_model(self) -> None:
+        """Set up what depends on the model or on arguments that a hyperparameter search may change."""
         self.config: PeagleConfig = self.accelerator.unwrap_model(self.model).config
+        if self._collator_is_own:
+            self.data_collator = CODDataCollator.from_config(self.config, seed=self.args.seed)
         if is_deepspeed_zero3_enabled():
             from deepspeed.utils import set_z3_leaf_modules
 
             # Shards are gathered a layer at a time: hooks on the modules within would be in the way of the compiler.
             set_z3_leaf_modules(self.model, [PeagleLayer])
-        if data_collator is None:
-            self.data_collator = CODDataCollator.from_config(self.config, seed=args.seed)
-        if args.device.type == "cpu":
-            keep_freed_memory()
         for module in self.model.modules():
             if isinstance(module, PeagleForSpeculation):
-                module.loss_weights = parse_loss(args.loss_fn)
+                module.loss_weights = parse_loss(self.args.loss_fn)
             if isinstance(module, PeagleLayer):
-                module.keep_attention = args.keep_attention
+                module.keep_attention = self.args.keep_attention
         self._train_counters = self._no_counters()
         self._eval_counters = self._no_counters()
-        self._eval_loss = torch.zeros(2, dtype=torch.float64, device=args.device)
+        self._eval_loss = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        self.__dict__.pop("_rows_that_fit", None)
+
+    def hyperparameter_search(
+        self,
+        hp_space: Callable[[Any], dict[str, Any]] | None = None,
+        compute_objective: Callable[[dict[str, float]], Any] | None = None,
+        n_trials: int = 20,
+        direction: str | list[str] | None = None,
+        backend: str | HPSearchBackend | None = None,
+        hp_name: Callable[[Any], str] | None = None,
+        **kwargs: Any,
+    ) -> BestRun | list[BestRun]:
+        """As the Trainer's, but the objective defaults to `metric_for_best_model`, to be improved."""
+        return super().hyperparameter_search(
+            hp_space,
+            compute_objective or (lambda metrics: metrics[metric_name(self.args)]),
+            n_trials,
+            direction or ("maximize" if self.args.greater_is_better else "minimize"),
+            backend,
+            hp_name,
+            **kwargs,
+        )
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """Called at each start of training, after `model_init` and with a trial's arguments set."""
+        super()._hp_search_setup(trial)
+        self._take_up_model()
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, VllmExportCallback):
+                callback.run_folder = Path(self._get_output_dir(trial))
 
     def train(
         self,
@@ -293,22 +333,14 @@ def check_same_configuration(folder: Path, config: PeagleConfig) -> None:
 
 
 def build_config(args: PeagleTrainingArguments) -> PeagleConfig:
-    """The configuration that the arguments describe, or that of `from_pretrained` with the arguments' sampling.
+    """The configuration that the arguments describe, or that of `from_pretrained` with their sampling and verifier.
 
     Raises:
-        PeagleError: no verifier is named.
+        PeagleError: no verifier is named, or the arguments ask for another drafter than `from_pretrained`.
     """
     verifier = _verifier(args)
-    sampling: dict[str, Any] = {
-        "num_depths": args.num_depths,
-        "down_sample_ratio": args.down_sample_ratio,
-        "down_sample_ratio_min": args.down_sample_ratio_min,
-        "max_anchors": args.max_anchors,
-        "embed_requires_grad": args.embed_requires_grad,
-    }
     if args.from_pretrained:
-        saved = PeagleConfig.from_pretrained(args.from_pretrained)
-        return PeagleConfig.from_dict({**saved.to_dict(), **sampling})
+        return continued_config(args, args.from_pretrained, verifier)
     manifest = Manifest.read(_cache_folder(args))
     return PeagleConfig.from_verifier(
         verifier,
@@ -322,7 +354,7 @@ def build_config(args: PeagleTrainingArguments) -> PeagleConfig:
         sliding_window=args.sliding_window,
         revision=args.verifier_revision,
         trust_remote_code=args.trust_remote_code,
-        **sampling,
+        **{name: getattr(args, name) for name in SAMPLING},
     )
 
 
@@ -337,7 +369,7 @@ def build_drafter(args: PeagleTrainingArguments) -> PeagleForSpeculation | PeftM
     set_seed(args.seed)
     verifier, config = _verifier(args), build_config(args)
     if args.from_pretrained:
-        drafter = PeagleForSpeculation.from_pretrained(args.from_pretrained, config=config, dtype=torch.float32)
+        drafter = load_drafter(args.from_pretrained, config)
     else:
         drafter = PeagleForSpeculation(config)
         if drafter.d2t is not None:

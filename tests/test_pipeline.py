@@ -101,7 +101,8 @@ LAYERS = [
     {"adapters", "data.cache", "data.chats", "data.collator", "data.partition", "memory", "serving"},
     {"data.dataset", "data.prepare", "data.regenerate"},
     {"data.extract", "callbacks", "training_args"},
-    {"trainer", "evaluation"},
+    {"continuing", "evaluation"},
+    {"trainer"},
     {"cli"},
 ]
 
