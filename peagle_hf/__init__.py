@@ -26,6 +26,8 @@ _MODULE_OF = {
     "PeagleTrainer": "trainer",
     "PeagleTrainingArguments": "training_args",
     "PrepareArguments": "data.prepare",
+    "PushArguments": "hub",
+    "PushToHubCallback": "hub",
     "RegenerateArguments": "data.regenerate",
     "VerifierHead": "target",
     "VllmExportCallback": "callbacks",
@@ -40,6 +42,7 @@ _MODULE_OF = {
     "merge_adapter": "adapters",
     "parse_arguments": "cli",
     "prepare": "data.prepare",
+    "push": "hub",
     "regenerate": "data.regenerate",
     "save_adapter": "adapters",
     "train": "trainer",
@@ -59,6 +62,7 @@ if TYPE_CHECKING:
     from .data.regenerate import RegenerateArguments, regenerate
     from .errors import PeagleError
     from .evaluation import EvaluateArguments, evaluate
+    from .hub import PushArguments, PushToHubCallback, push
     from .target import VerifierHead
     from .trainer import PeagleTrainer, build_datasets, build_drafter, checkpoint_to_resume, train
     from .training_args import PeagleTrainingArguments
