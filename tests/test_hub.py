@@ -14,6 +14,8 @@ import transformers
 from fake_hub import READ_TOKEN, TOKEN, fake_hub
 from huggingface_hub import ModelCard
 from safetensors.torch import load, load_file
+from test_distributed import torchrun
+from test_evaluation import chain, drafter, serve_by_itself  # noqa: F401
 from test_trainer import ROOT, StopAt, run
 from transformers import AutoModel
 
@@ -131,9 +133,9 @@ def test_train_push_and_load_are_a_round_trip(hub, hub_flags, tmp_path):
     config = PeagleConfig.from_pretrained("my-lab/drafter", revision="candidate")
     assert config.verifier_name_or_path == VERIFIER
     for load_drafter in (PeagleForSpeculation.from_pretrained, AutoModel.from_pretrained):
-        drafter = load_drafter("my-lab/drafter", revision="candidate")
-        assert isinstance(drafter, PeagleForSpeculation)
-        found = drafter.state_dict()
+        loaded = load_drafter("my-lab/drafter", revision="candidate")
+        assert isinstance(loaded, PeagleForSpeculation)
+        found = loaded.state_dict()
         assert expected.keys() == found.keys()
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     with pytest.raises(PeagleError, match="lacks"):
@@ -206,12 +208,12 @@ def test_the_callback_alone_pushes(hub, train_flags):
 
 
 def test_push_to_hub_of_the_model_gives_a_repository_that_vllm_serves(hub, trained, tmp_path):
-    drafter = PeagleForSpeculation.from_pretrained(trained)
+    model = PeagleForSpeculation.from_pretrained(trained)
     with pytest.raises(PeagleError, match="--verifier-name"):
-        drafter.push_to_hub("my-lab/plain")
+        model.push_to_hub("my-lab/plain")
     assert "my-lab/plain" not in hub.repos
-    drafter.config.speculators_config["verifier"]["name_or_path"] = VERIFIER
-    drafter.push_to_hub("my-lab/plain", revision="v2")
+    model.config.speculators_config["verifier"]["name_or_path"] = VERIFIER
+    model.push_to_hub("my-lab/plain", revision="v2")
     files = hub.files("my-lab/plain", "v2")
     assert files.keys() == SERVED
     for name, content in files.items():
@@ -319,12 +321,16 @@ def test_a_hub_that_can_not_be_used_is_found_before_training(hub, hub_flags, mon
     assert not list(Path(hub_flags["output_dir"]).glob("checkpoint*"))
 
 
-def test_a_refusal_at_the_end_loses_nothing_and_says_what_to_do(hub, hub_flags, caplog):
+@pytest.mark.parametrize(("strategy", "refusals"), [("end", 1), ("checkpoint", 5)])
+def test_a_refused_upload_loses_nothing_and_says_what_to_do(hub, hub_flags, caplog, strategy, refusals):
     hub.refuse_commits = True
-    trainer = run(hub_flags, hub_strategy="end")
+    trainer = run(hub_flags, hub_strategy=strategy)
+    assert trainer.state.global_step == 10
     best = Path(hub_flags["output_dir"]) / "checkpoint_best"
     check_checkpoint(best)
-    [message] = [record.getMessage() for record in caplog.records if "peagle-hf push" in record.getMessage()]
+    messages = [record.getMessage() for record in caplog.records if "doesn't take it" in record.getMessage()]
+    assert len(messages) == refusals
+    [message] = {message for message in messages if "peagle-hf push" in message}
     command = message.split("upload it later with: ")[1].split()
     assert command[:4] == ["peagle-hf", "push", "--model", str(best)]
     with pytest.raises(PeagleError, match="peagle-hf push"):
@@ -352,3 +358,18 @@ def test_what_vllm_would_not_serve_is_not_pushed(hub, trained, evaluation, tmp_p
     with pytest.raises(PeagleError, match=r"no report of peagle-hf evaluate"):
         push(PushArguments(str(trained), "my-lab/d", str(evaluation), VERIFIER))
     assert "my-lab/d" not in hub.repos
+
+
+@pytest.mark.vllm
+def test_vllm_serves_from_the_hub_by_nothing_but_the_name(hub, chain, drafter, tmp_path):  # noqa: F811
+    hub.add("some-lab/chain", {path.name: path.read_bytes() for path in chain.iterdir()})
+    push(PushArguments(str(drafter), "my-lab/chain-drafter", verifier_name="some-lab/chain"))
+    serve_by_itself("my-lab/chain-drafter", HF_ENDPOINT=hub.url, HF_HUB_DISABLE_XET="1", HF_HOME=str(tmp_path / "home"))
+
+
+@pytest.mark.slow
+def test_of_two_processes_one_uploads(hub, hub_flags, tmp_path):
+    environment = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
+    torchrun(["-m", "peagle_hf"], "train", *cli.flags({**hub_flags, "hub_strategy": "end"}), environment=environment)
+    assert hub.files("my-lab/drafter").keys() == SERVED
+    assert [path for _, path in hub.requests].count("/api/models/my-lab/drafter/commit/main") == 1
