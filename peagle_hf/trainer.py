@@ -344,7 +344,7 @@ class PeagleTrainer(Trainer):
     def _exports(self) -> bool:
         return any(isinstance(callback, VllmExportCallback) for callback in self.callback_handler.callbacks)
 
-    def init_hf_repo(self, token: str | None = None) -> None:
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Make the repository on the hub, and so find out before training whether an upload will be possible.
 
         Raises:
@@ -355,7 +355,7 @@ class PeagleTrainer(Trainer):
             self.hub_model_id = open_repo(
                 self.args.hub_model_id or Path(self.args.output_dir).absolute().name,
                 hub_verifier(config.verifier_name_or_path, self.args.verifier_name),
-                self.args.hub_private_repo,
+                self.args.hub_private_repo if private is None else private,
                 token or self.args.hub_token,
             )
             self.push_in_progress = None
@@ -400,6 +400,7 @@ class PeagleTrainer(Trainer):
         blocking: bool = True,
         token: str | None = None,
         revision: str | None = None,
+        private: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """Upload `checkpoint_best` where `VllmExportCallback` keeps it, else the model as it is now (see `hub.push`).
@@ -416,7 +417,7 @@ class PeagleTrainer(Trainer):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         token = token or self.args.hub_token
         if self.hub_model_id is None:
-            self.init_hf_repo(token)
+            self.init_hf_repo(token, private)
         folder = self._servable_folder()
         if not self.is_world_process_zero():
             return None
@@ -426,7 +427,7 @@ class PeagleTrainer(Trainer):
             model=str(folder),
             repo_id=self.hub_model_id,
             verifier_name=self.args.verifier_name,
-            private=bool(self.args.hub_private_repo),
+            private=bool(self.args.hub_private_repo if private is None else private),
             revision=revision or self.args.hub_revision,
         )
         card = ModelCard.load(Path(self.args.output_dir) / "README.md")

@@ -181,7 +181,8 @@ def test_the_model_as_it_is_goes_where_no_folder_of_an_epoch_is_kept(hub, train_
     train_dataset, _ = build_datasets(args)
     trainer = PeagleTrainer(model=build_drafter(args), args=args, train_dataset=train_dataset)
     trainer.train()
-    trainer.push_to_hub(license="mit", tags="mine", dataset="a-lab/chats", language="en")
+    trainer.push_to_hub(private=True, license="mit", tags="mine", dataset="a-lab/chats", language="en")
+    assert hub.private["tester/checkpoints"]
     files = hub.files("tester/checkpoints")
     assert files.keys() == SERVED
     weights = trainer.model.state_dict()
