@@ -26,6 +26,8 @@ _MODULE_OF = {
     "PeagleTrainer": "trainer",
     "PeagleTrainingArguments": "training_args",
     "PrepareArguments": "data.prepare",
+    "PushArguments": "hub",
+    "PushToHubCallback": "hub",
     "RegenerateArguments": "data.regenerate",
     "VerifierHead": "target",
     "VerifierParts": "target",
@@ -41,6 +43,7 @@ _MODULE_OF = {
     "merge_adapter": "adapters",
     "parse_arguments": "cli",
     "prepare": "data.prepare",
+    "push": "hub",
     "regenerate": "data.regenerate",
     "register_verifier": "target",
     "save_adapter": "adapters",
@@ -61,6 +64,7 @@ if TYPE_CHECKING:
     from .data.regenerate import RegenerateArguments, regenerate
     from .errors import PeagleError
     from .evaluation import EvaluateArguments, evaluate
+    from .hub import PushArguments, PushToHubCallback, push
     from .target import VerifierHead, VerifierParts, register_verifier
     from .trainer import PeagleTrainer, build_datasets, build_drafter, checkpoint_to_resume, train
     from .training_args import PeagleTrainingArguments

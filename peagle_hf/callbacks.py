@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 BEST = "checkpoint_best"
 TRAINER_STATE = "trainer_state"
 MERGED = "merged"
+EXPORTED = "exported"
 TRAINER_FILES = {
     "optimizer.pt": "optimizer_state_dict.pt",
     "optimizer.bin": "optimizer_state_dict.pt",
@@ -109,28 +110,36 @@ def export_checkpoint(checkpoint: Path, folder: Path, dtype: torch.dtype) -> Non
     Raises:
         PeagleError: the checkpoint's weights are not in one file, or vLLM would load the result wrongly.
     """
-    drafter = drafter_folder(checkpoint)
-    weights = drafter / "model.safetensors"
-    if not weights.exists():
-        raise PeagleError(
-            f"{checkpoint} holds no model.safetensors, so it can't be exported for vLLM. Save whole weights: with FSDP "
-            "set fsdp_state_dict_type to FULL_STATE_DICT, with ZeRO-3 stage3_gather_16bit_weights_on_model_save."
-        )
     with atomic_path(folder) as temporary:
         temporary.mkdir()
-        tensors = {
-            name: tensor.to(dtype) if tensor.is_floating_point() else tensor
-            for name, tensor in load_file(weights).items()
-        }
-        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
-        config = json.loads((drafter / "config.json").read_text())
-        config["dtype"] = str(dtype).removeprefix("torch.")
-        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        export_drafter(checkpoint, temporary, dtype)
         shutil.copytree(checkpoint, temporary / TRAINER_STATE, copy_function=_link_or_copy)
         for source, target in TRAINER_FILES.items():
             if (checkpoint / source).exists():
                 _link_or_copy(checkpoint / source, temporary / target)
-        check_checkpoint(temporary)
+
+
+def export_drafter(saved: Path, folder: Path, dtype: torch.dtype) -> None:
+    """Write `config.json` and `model.safetensors`, as vLLM serves them, of what the Trainer saved into `folder`.
+
+    Raises:
+        PeagleError: the saved weights are not in one file, or vLLM would load the result wrongly.
+    """
+    drafter = drafter_folder(saved)
+    weights = drafter / "model.safetensors"
+    if not weights.exists():
+        raise PeagleError(
+            f"{saved} holds no model.safetensors, so it can't be exported for vLLM. Save whole weights: with FSDP "
+            "set fsdp_state_dict_type to FULL_STATE_DICT, with ZeRO-3 stage3_gather_16bit_weights_on_model_save."
+        )
+    tensors = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in load_file(weights).items()
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((drafter / "config.json").read_text())
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    check_checkpoint(folder)
 
 
 def metric_name(args: TrainingArguments) -> str:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -52,6 +54,26 @@ def load_verifier_config(
             "isn't a decoder-only language model's. Name the chat model that the drafter is to speed up."
         )
     return config
+
+
+def hub_verifier(name_or_path: str | None, hub_name: str | None = None) -> str:
+    """The name by which others find a verifier on the hub: `hub_name`, or else the one that was trained with.
+
+    Raises:
+        PeagleError: it is a folder, or can't be a name on the hub.
+    """
+    verifier = str(hub_name or name_or_path)
+    try:
+        validate_repo_id(verifier)
+        is_on_hub = bool(hub_name) or not os.path.isdir(verifier)
+    except HFValidationError:
+        is_on_hub = False
+    if not is_on_hub:
+        raise PeagleError(
+            f"The verifier {verifier} is no name on the hub but a path, where nobody else would find it to serve the "
+            "drafter with. Pass --verifier-name with the verifier's name on the hub, such as Qwen/Qwen3-8B."
+        )
+    return verifier
 
 
 def default_aux_layer_ids(num_layers: int) -> list[int]:

@@ -1,29 +1,46 @@
 """`PeagleTrainer`: the Hugging Face Trainer over packed rows, and the functions that `peagle-hf train` is made of."""
 
 import ctypes
+import json
 import logging
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from accelerate.utils import broadcast_object_list
+from huggingface_hub import HfApi, ModelCard
 from peft import LoraConfig, PeftModel
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    SchedulerType,
+    Trainer,
+    TrainerCallback,
+    set_seed,
+)
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import BestRun, EvalLoopOutput, HPSearchBackend
+from transformers.training_args import OptimizerNames
 
+from . import __version__
 from .adapters import add_adapter, merge_adapter, save_adapter
 from .callbacks import (
+    BEST,
+    EXPORTED,
     MERGED,
     VllmExportCallback,
     checkpoints_by_step,
     drafter_folder,
+    export_drafter,
     metric_name,
     remove_checkpoints,
     resumable_folder,
@@ -34,12 +51,16 @@ from .data.cache import Manifest
 from .data.collator import CODDataCollator
 from .data.dataset import EpochSampler, HiddenStatesDataset, learnt_share, split_rows
 from .data.partition import partition, partition_by_rows, without_labels
+from .data.prepare import PREPARE_RECORD
 from .errors import PeagleError
+from .files import atomic_path, write_json
+from .hub import PushArguments, PushToHubCallback, open_repo, push
 from .losses import parse_loss
 from .memory import GIB, MemoryPlan, device_memory, report, rows_that_fit
 from .metrics import COUNTERS, summarize
+from .model_card import RECORD, model_card, read_record
 from .modeling_peagle import PeagleForSpeculation, PeagleLayer
-from .target import draft_vocabulary, load_token_freq, load_verifier_config
+from .target import draft_vocabulary, hub_verifier, load_token_freq, load_verifier_config
 from .training_args import PeagleTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -56,6 +77,7 @@ class PeagleTrainer(Trainer):
 
     args: PeagleTrainingArguments
     model: nn.Module
+    hub_model_id: str | None  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -91,6 +113,20 @@ class PeagleTrainer(Trainer):
         if isinstance(self.model, PeftModel) and self.is_sharded:
             raise PeagleError("An adapter can't be merged out of shards. Train it with DDP instead of FSDP or ZeRO.")
         self._collator_is_own = data_collator is None
+        self._own_optimizer = None if optimizers[0] is None else type(optimizers[0]).__name__
+        self._seconds_before, self._started = 0.0, time.monotonic()
+        if args.push_to_hub:
+            if not self._exports:
+                self.add_callback(VllmExportCallback(args.export_dtype))
+            self.add_callback(
+                PushToHubCallback(
+                    self.hub_model_id or "",
+                    args.verifier_name,
+                    args.hub_private_repo,
+                    args.hub_revision,
+                    args.hub_token,
+                )
+            )
         if args.device.type == "cpu":
             keep_freed_memory()
         self._take_up_model()
@@ -163,7 +199,9 @@ class PeagleTrainer(Trainer):
         if resume_from_checkpoint:
             folder = resumable_folder(resume_from_checkpoint)
             check_same_configuration(folder, self.config)
+            self._seconds_before = (read_record(folder) or {}).get("seconds", 0.0)
             resume_from_checkpoint = str(folder)
+        self._started = time.monotonic()
         try:
             return super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
         except torch.OutOfMemoryError as error:
@@ -303,6 +341,162 @@ class PeagleTrainer(Trainer):
             folder = output_dir or self.args.output_dir
             save_adapter(self.model, folder)
             merge_adapter(self.model).save_pretrained(Path(folder) / MERGED)
+        write_json(Path(output_dir or self.args.output_dir) / RECORD, self.record())
+
+    def record(self) -> dict[str, Any]:
+        """How the drafter was trained so far, for its card; each checkpoint holds it as `training.json`.
+
+        `data` is what `prepare.json` says of the training data, `seconds` the wall time with validation and saving,
+        over all resumed parts, `validation` the metrics of this very step; each is None if unknown.
+        """
+        args, dataset = self.args, self.train_dataset
+        prepared = Path(getattr(dataset, "data_path", "")) / PREPARE_RECORD
+        origin = json.loads(prepared.read_text()) if hasattr(dataset, "data_path") and prepared.exists() else None
+        measured = [
+            entry
+            for entry in self.state.log_history
+            if entry["step"] == self.state.global_step and "eval_loss" in entry
+        ]
+        schedule = f"{SchedulerType(args.lr_scheduler_type).value} from {args.learning_rate:g}"
+        optimizer = f"{OptimizerNames(args.optim).value}, {schedule}"
+        on_gpu = args.device.type == "cuda"
+        return {
+            "data": origin and {"data": origin["data"], "counts": origin["counts"]},
+            "loss": args.loss_fn,
+            "epochs": self.state.epoch or 0.0,
+            "steps": self.state.global_step,
+            "rows_per_step": args.world_size * args.train_batch_size * args.gradient_accumulation_steps,
+            "total_seq_len": getattr(dataset, "total_seq_len", None),
+            "optimizer": f"{self._own_optimizer}, given to the trainer" if self._own_optimizer else optimizer,
+            "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
+            "seed": args.seed,
+            "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+            "processes": args.world_size,
+            "seconds": self._seconds_before + time.monotonic() - self._started,
+            "validation": {
+                name.removeprefix("eval_"): value
+                for name, value in (measured[-1] if measured else {}).items()
+                if name.startswith(("eval_loss", "eval_accuracy", "eval_acceptance"))
+            }
+            or None,
+            "versions": {
+                "peagle_hf": __version__,
+                "transformers": transformers.__version__,
+                "torch": torch.__version__,
+            },
+        }
+
+    @property
+    def _exports(self) -> bool:
+        return any(isinstance(callback, VllmExportCallback) for callback in self.callback_handler.callbacks)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make the repository on the hub, and so find out before training whether an upload will be possible.
+
+        Raises:
+            PeagleError: the verifier is a local path, or the hub can't be used.
+        """
+        if self.is_world_process_zero():
+            config = self.accelerator.unwrap_model(self.model).config
+            self.hub_model_id = open_repo(
+                self.args.hub_model_id or Path(self.args.output_dir).absolute().name,
+                hub_verifier(config.verifier_name_or_path, self.args.verifier_name),
+                self.args.hub_private_repo if private is None else private,
+                token or self.args.hub_token,
+            )
+            self.push_in_progress = None
+
+    def create_model_card(  # type: ignore[override]
+        self,
+        language: str | list[str] | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        dataset: str | list[str] | None = None,
+    ) -> None:
+        """Write the drafter's card (see `model_card.model_card`) as `README.md` into the output folder.
+
+        Args:
+            finetuned_from: the verifier's name on the hub.
+        """
+        if not self.is_world_process_zero():
+            return
+        output = Path(self.args.output_dir)
+        verifier: str | None
+        try:
+            verifier = hub_verifier(self.config.verifier_name_or_path, finetuned_from or self.args.verifier_name)
+        except PeagleError:
+            verifier = None
+        model_card(
+            self.config,
+            self.hub_model_id or output.absolute().name,
+            verifier,
+            (read_record(output / BEST) if self._exports else None) or self.record(),
+            name=model_name,
+            license=license,
+            language=language,
+            tags=[tags] if isinstance(tags, str) else tags or [],
+            datasets=[dataset] if isinstance(dataset, str) else dataset or [],
+        ).save(output / "README.md")
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Upload `checkpoint_best` where `VllmExportCallback` keeps it, else the model as it is now (see `hub.push`).
+
+        Args:
+            kwargs: for `create_model_card`.
+
+        Returns:
+            The commit, or a future of it if not `blocking`; None but on the first process.
+
+        Raises:
+            PeagleError: the hub refuses; says how to do it later.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = token or self.args.hub_token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token, private)
+        folder = self._servable_folder()
+        if not self.is_world_process_zero():
+            return None
+        assert self.hub_model_id is not None
+        self.create_model_card(**kwargs)
+        arguments = PushArguments(
+            model=str(folder),
+            repo_id=self.hub_model_id,
+            verifier_name=self.args.verifier_name,
+            private=bool(self.args.hub_private_repo if private is None else private),
+            revision=revision or self.args.hub_revision,
+        )
+        card = ModelCard.load(Path(self.args.output_dir) / "README.md")
+        upload = partial(push, arguments, token, commit_message or "Upload the drafter", card)
+        return upload() if blocking else HfApi().run_as_future(upload)
+
+    def _servable_folder(self) -> Path:
+        """On all processes: `checkpoint_best`, or the model as it is now, exported."""
+        output = Path(self.args.output_dir)
+        if broadcast_object_list([self._exports and (output / BEST).exists()])[0]:
+            return output / BEST
+        saved = output / f".{EXPORTED}"
+        self.save_model(str(saved), _internal_call=True)
+        if self.args.should_save:
+            with atomic_path(output / EXPORTED) as temporary:
+                temporary.mkdir()
+                export_drafter(saved, temporary, getattr(torch, self.args.export_dtype))
+                shutil.copy2(saved / RECORD, temporary)
+            shutil.rmtree(saved)
+        return output / EXPORTED
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing: `PushToHubCallback` uploads what it is to, when the epoch's folder is there."""
 
 
 def keep_freed_memory() -> None:

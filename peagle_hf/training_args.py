@@ -10,6 +10,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from .errors import PeagleError
 from .losses import parse_loss
+from .target import hub_verifier
 
 
 @dataclass
@@ -129,6 +130,13 @@ class PeagleTrainingArguments(TrainingArguments):
             "--no-resume removes the old ones and starts afresh."
         },
     )
+    verifier_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "The verifier's name on the hub, for push_to_hub. Default: verifier_name_or_path, which then must "
+            "be no folder."
+        },
+    )
     verifier_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the verifier."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the verifier."})
 
@@ -178,6 +186,8 @@ class PeagleTrainingArguments(TrainingArguments):
             )
         if self.lora_r is not None and self.from_pretrained is None:
             raise PeagleError("lora_r adapts a trained drafter: name it with --from-pretrained.")
+        if self.push_to_hub and self.verifier_name_or_path:
+            hub_verifier(self.verifier_name_or_path, self.verifier_name)
         if self.train_data_ratio == 1:
             self.eval_strategy = "no"
         # Every process builds the same drafter: accelerate's loading from the first one knows no buffers, such as d2t.

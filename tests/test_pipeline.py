@@ -99,9 +99,9 @@ LAYERS = [
     {"configuration_peagle", "attention", "losses"},
     {"modeling_peagle"},
     {"adapters", "data.cache", "data.chats", "data.collator", "data.partition", "memory", "serving"},
-    {"data.dataset", "data.prepare", "data.regenerate"},
+    {"data.dataset", "data.prepare", "data.regenerate", "model_card"},
     {"data.extract", "callbacks", "training_args"},
-    {"continuing", "evaluation"},
+    {"continuing", "evaluation", "hub"},
     {"trainer"},
     {"cli"},
 ]

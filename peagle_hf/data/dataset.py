@@ -60,6 +60,7 @@ class HiddenStatesDataset(Dataset):
         on_missing: OnMissing = "raise",
         seed: int = 0,
     ):
+        self.data_path = Path(data_path)
         self.data = load_prepared(data_path)
         self.hidden_states_path = Path(hidden_states_path or Path(data_path) / "hidden_states")
         self.total_seq_len = total_seq_len
