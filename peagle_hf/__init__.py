@@ -26,8 +26,11 @@ _MODULE_OF = {
     "PeagleTrainer": "trainer",
     "PeagleTrainingArguments": "training_args",
     "PrepareArguments": "data.prepare",
+    "PushArguments": "hub",
+    "PushToHubCallback": "hub",
     "RegenerateArguments": "data.regenerate",
     "VerifierHead": "target",
+    "VerifierParts": "target",
     "VllmExportCallback": "callbacks",
     "add_adapter": "adapters",
     "build_datasets": "trainer",
@@ -40,7 +43,9 @@ _MODULE_OF = {
     "merge_adapter": "adapters",
     "parse_arguments": "cli",
     "prepare": "data.prepare",
+    "push": "hub",
     "regenerate": "data.regenerate",
+    "register_verifier": "target",
     "save_adapter": "adapters",
     "train": "trainer",
 }
@@ -59,7 +64,8 @@ if TYPE_CHECKING:
     from .data.regenerate import RegenerateArguments, regenerate
     from .errors import PeagleError
     from .evaluation import EvaluateArguments, evaluate
-    from .target import VerifierHead
+    from .hub import PushArguments, PushToHubCallback, push
+    from .target import VerifierHead, VerifierParts, register_verifier
     from .trainer import PeagleTrainer, build_datasets, build_drafter, checkpoint_to_resume, train
     from .training_args import PeagleTrainingArguments
 

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 BEST = "checkpoint_best"
 TRAINER_STATE = "trainer_state"
 MERGED = "merged"
+EXPORTED = "exported"
 TRAINER_FILES = {
     "optimizer.pt": "optimizer_state_dict.pt",
     "optimizer.bin": "optimizer_state_dict.pt",
@@ -41,10 +42,14 @@ class VllmExportCallback(TrainerCallback):
 
     Args:
         dtype: of the exported weights: "bfloat16", "float16" or "float32".
+
+    Attributes:
+        run_folder: where the checkpoints are, which `PeagleTrainer` sets: `output_dir`, or a trial's folder in it.
     """
 
     def __init__(self, dtype: str = "bfloat16"):
         self.dtype: torch.dtype = getattr(torch, dtype)
+        self.run_folder: Path | None = None
         self._epoch_ended = False
 
     def on_train_begin(
@@ -53,7 +58,7 @@ class VllmExportCallback(TrainerCallback):
         """Make the folders that an interrupted run had no time for."""
         if not state.is_world_process_zero or state.global_step == 0:
             return
-        for checkpoint in _trainer_checkpoints(_run_folder(args)):
+        for checkpoint in _trainer_checkpoints(self._folder(args)):
             saved = _trainer_state(checkpoint)
             ended = math.isclose(saved["epoch"], round(saved["epoch"])) or saved["global_step"] == saved["max_steps"]
             if ended and not (checkpoint.parent / str(_epoch_number(saved["epoch"]))).exists():
@@ -68,9 +73,12 @@ class VllmExportCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         if self._epoch_ended and state.is_world_process_zero:
-            self._export(_run_folder(args) / f"checkpoint-{state.global_step}")
+            self._export(self._folder(args) / f"checkpoint-{state.global_step}")
             self._update(args, state)
         self._epoch_ended = False
+
+    def _folder(self, args: TrainingArguments) -> Path:
+        return self.run_folder or Path(args.output_dir or ".")
 
     def _export(self, checkpoint: Path) -> None:
         folder = checkpoint.parent / str(_epoch_number(_trainer_state(checkpoint)["epoch"]))
@@ -79,16 +87,16 @@ class VllmExportCallback(TrainerCallback):
 
     def _update(self, args: TrainingArguments, state: TrainerState) -> None:
         """Point `checkpoint_best` at the best epoch folder and remove those over the limit."""
-        folders = epoch_folders(_run_folder(args))
+        folders = epoch_folders(self._folder(args))
         if not folders:
             return
         step_of = {folder: _trainer_state(folder / TRAINER_STATE)["global_step"] for folder in folders}
-        name = f"eval_{(args.metric_for_best_model or 'loss').removeprefix('eval_')}"
+        name = metric_name(args)
         score = {entry["step"]: entry[name] for entry in state.log_history if name in entry}
         scored = [folder for folder in folders if step_of[folder] in score]
         choose = max if args.greater_is_better else min
         best = choose(scored, key=lambda folder: score[step_of[folder]]) if scored else folders[-1]
-        with atomic_path(_run_folder(args) / BEST) as temporary:
+        with atomic_path(self._folder(args) / BEST) as temporary:
             os.symlink(best.name, temporary)
         if args.save_total_limit:
             removable = [folder for folder in folders if folder not in (best, folders[-1])]
@@ -102,28 +110,41 @@ def export_checkpoint(checkpoint: Path, folder: Path, dtype: torch.dtype) -> Non
     Raises:
         PeagleError: the checkpoint's weights are not in one file, or vLLM would load the result wrongly.
     """
-    drafter = drafter_folder(checkpoint)
-    weights = drafter / "model.safetensors"
-    if not weights.exists():
-        raise PeagleError(
-            f"{checkpoint} holds no model.safetensors, so it can't be exported for vLLM. Save whole weights: with FSDP "
-            "set fsdp_state_dict_type to FULL_STATE_DICT, with ZeRO-3 stage3_gather_16bit_weights_on_model_save."
-        )
     with atomic_path(folder) as temporary:
         temporary.mkdir()
-        tensors = {
-            name: tensor.to(dtype) if tensor.is_floating_point() else tensor
-            for name, tensor in load_file(weights).items()
-        }
-        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
-        config = json.loads((drafter / "config.json").read_text())
-        config["dtype"] = str(dtype).removeprefix("torch.")
-        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        export_drafter(checkpoint, temporary, dtype)
         shutil.copytree(checkpoint, temporary / TRAINER_STATE, copy_function=_link_or_copy)
         for source, target in TRAINER_FILES.items():
             if (checkpoint / source).exists():
                 _link_or_copy(checkpoint / source, temporary / target)
-        check_checkpoint(temporary)
+
+
+def export_drafter(saved: Path, folder: Path, dtype: torch.dtype) -> None:
+    """Write `config.json` and `model.safetensors`, as vLLM serves them, of what the Trainer saved into `folder`.
+
+    Raises:
+        PeagleError: the saved weights are not in one file, or vLLM would load the result wrongly.
+    """
+    drafter = drafter_folder(saved)
+    weights = drafter / "model.safetensors"
+    if not weights.exists():
+        raise PeagleError(
+            f"{saved} holds no model.safetensors, so it can't be exported for vLLM. Save whole weights: with FSDP "
+            "set fsdp_state_dict_type to FULL_STATE_DICT, with ZeRO-3 stage3_gather_16bit_weights_on_model_save."
+        )
+    tensors = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in load_file(weights).items()
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((drafter / "config.json").read_text())
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    check_checkpoint(folder)
+
+
+def metric_name(args: TrainingArguments) -> str:
+    """What the best checkpoint is chosen by, as it is called in the metrics of an evaluation."""
+    return f"eval_{(args.metric_for_best_model or 'loss').removeprefix('eval_')}"
 
 
 def drafter_folder(checkpoint: Path) -> Path:
@@ -166,10 +187,6 @@ def remove_checkpoints(output_dir: str | os.PathLike[str]) -> None:
             shutil.rmtree(folder)
         elif folder.name == BEST and folder.is_symlink():
             folder.unlink()
-
-
-def _run_folder(args: TrainingArguments) -> Path:
-    return Path(args.output_dir or ".")
 
 
 def _trainer_checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:

@@ -136,6 +136,7 @@ class PeagleConfig(PreTrainedConfig):
             sliding_window: of every draft layer, in tokens; None means full attention.
         """
         target = load_verifier_config(verifier, revision=revision, trust_remote_code=trust_remote_code)
+        target.allow_global_per_layer_attribute_access = True  # Gemma 4's layers differ; any of their sizes will do.
         layer_ids = target_layer_ids or default_aux_layer_ids(target.num_hidden_layers)
         if mask_token_id is None:
             tokenizer = AutoTokenizer.from_pretrained(verifier, revision=revision, trust_remote_code=trust_remote_code)
@@ -147,10 +148,10 @@ class PeagleConfig(PreTrainedConfig):
         layer_config = layer_class(
             vocab_size=target.vocab_size,
             hidden_size=target.hidden_size,
-            intermediate_size=target.intermediate_size,
+            intermediate_size=getattr(target, "intermediate_size", None) or 4 * target.hidden_size,
             num_hidden_layers=num_layers,
             num_attention_heads=target.num_attention_heads,
-            num_key_value_heads=target.num_key_value_heads,
+            num_key_value_heads=getattr(target, "num_key_value_heads", None) or target.num_attention_heads,
             head_dim=getattr(target, "head_dim", None) or target.hidden_size // target.num_attention_heads,
             max_position_embeddings=target.max_position_embeddings,
             rms_norm_eps=getattr(target, "rms_norm_eps", 1e-6),
@@ -183,6 +184,7 @@ class PeagleConfig(PreTrainedConfig):
 
     def _check_values(self) -> None:
         vocab_size, hidden_size = self.transformer_layer_config.vocab_size, self.transformer_layer_config.hidden_size
+        rotated = (self.transformer_layer_config.rope_parameters or {}).get("partial_rotary_factor", 1.0)
         problems = {
             f"draft_vocab_size {self.draft_vocab_size} is not in 1..{vocab_size}, the verifier's vocabulary": (
                 not 1 <= self.draft_vocab_size <= vocab_size
@@ -200,6 +202,7 @@ class PeagleConfig(PreTrainedConfig):
             f"target_hidden_size {self.target_hidden_size} differs from the drafter's {hidden_size}": (
                 self.target_hidden_size not in (None, hidden_size)
             ),
+            f"partial_rotary_factor {rotated} is not supported: drafters rotate whole heads": rotated != 1.0,
             f"num_depths {self.num_depths} must be at least 1": self.num_depths < 1,
             f"down_sample_ratio {self.down_sample_ratio} is not in (0, 1]": not 0 < self.down_sample_ratio <= 1,
             f"down_sample_ratio_min {self.down_sample_ratio_min} is not in [0, 1]": (
@@ -274,10 +277,17 @@ def choose_mask_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tu
 
 
 def _rope_parameters(target: PreTrainedConfig) -> dict[str, Any]:
-    """The verifier's rotary embedding; of a verifier with one a layer type, that of full attention."""
+    """The verifier's rotary embedding; of a verifier with one a layer type, that of full attention.
+
+    Always of whole heads and of places in a text: of one that rotates a part of a head the base alone is taken, and
+    what is for places in an image is left out.
+    """
     parameters = getattr(target, "rope_parameters", None) or {}
     parameters = parameters.get("full_attention", parameters)
-    return dict(parameters) if "rope_theta" in parameters else {"rope_type": "default", "rope_theta": 10000.0}
+    if "rope_theta" not in parameters or parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        return {"rope_type": "default", "rope_theta": parameters.get("rope_theta", 10000.0)}
+    left_out = ("partial_rotary_factor", "mrope_section", "mrope_interleaved")
+    return {name: value for name, value in parameters.items() if name not in left_out}
 
 
 def _window_fields(model_type: str, sliding_window: int | None, num_layers: int) -> dict[str, Any]:

@@ -109,6 +109,7 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
         "drafter": str(arguments.model),
         "verifier": verifier,
         "num_speculative_tokens": drafting["num_speculative_tokens"],
+        "prompts": arguments.prompts,
         "num_prompts": len(prompts),
         **summarize(drafted["counters"].values()),
         "tokens_per_second": drafted["num_tokens"] / drafted["seconds"],

@@ -24,8 +24,9 @@ from .errors import PeagleError
 from .fusion import fuse_on_gpu
 from .losses import CHUNK_ELEMENTS, distillation_loss, parse_loss
 from .metrics import count_by_depth
-from .target import VerifierHead, load_embedding
+from .target import VerifierHead, hub_verifier, load_embedding
 
+HUB_TAGS = ("speculative-decoding", "speculators", "eagle3", "p-eagle", "vllm")
 RECOMPUTED_ROWS = 16384
 """How many rows' feed-forward part is recomputed at a time under activation checkpointing."""
 
@@ -273,6 +274,7 @@ class PeagleForSpeculation(PreTrainedModel):
             self.d2t = self.t2d = None
         self.__dict__["verifier_head"] = self.__dict__["draft_head"] = None
         self.loss_weights = parse_loss("kl_div")
+        self.model_tags = list(HUB_TAGS)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -293,6 +295,15 @@ class PeagleForSpeculation(PreTrainedModel):
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.lm_head
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> str:  # type: ignore[override]
+        """As `PreTrainedModel.push_to_hub`, for a verifier that is on the hub; `peagle-hf push` also writes the card.
+
+        Raises:
+            PeagleError: the verifier is a local path.
+        """
+        hub_verifier(self.config.verifier_name_or_path)
+        return super().push_to_hub(*args, **kwargs)
 
     @property
     def draft_token_ids(self) -> Tensor | None:

@@ -7,10 +7,15 @@ import json
 import os
 import pickle
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,6 +28,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.modeling_utils import set_zero3_state
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from .errors import PeagleError
@@ -48,6 +54,26 @@ def load_verifier_config(
             "isn't a decoder-only language model's. Name the chat model that the drafter is to speed up."
         )
     return config
+
+
+def hub_verifier(name_or_path: str | None, hub_name: str | None = None) -> str:
+    """The name by which others find a verifier on the hub: `hub_name`, or else the one that was trained with.
+
+    Raises:
+        PeagleError: it is a folder, or can't be a name on the hub.
+    """
+    verifier = str(hub_name or name_or_path)
+    try:
+        validate_repo_id(verifier)
+        is_on_hub = bool(hub_name) or not os.path.isdir(verifier)
+    except HFValidationError:
+        is_on_hub = False
+    if not is_on_hub:
+        raise PeagleError(
+            f"The verifier {verifier} is no name on the hub but a path, where nobody else would find it to serve the "
+            "drafter with. Pass --verifier-name with the verifier's name on the hub, such as Qwen/Qwen3-8B."
+        )
+    return verifier
 
 
 def default_aux_layer_ids(num_layers: int) -> list[int]:
@@ -87,23 +113,82 @@ def load_verifier(
         )
 
 
-def decoder_parts(model: PreTrainedModel) -> tuple[nn.ModuleList, nn.Module]:
-    """Find the decoder's layers and its final norm: `layers` and one of `FINAL_NORMS` of `model.get_decoder()`.
+@dataclass(frozen=True)
+class VerifierParts:
+    """Where in a verifier the things are that a drafter needs.
 
-    The input of layer l is the residual stream after l layers, that of the final norm the one after all layers.
+    Its logits are softcap * tanh(z / softcap), or z without a softcap, with z = logit_scale * head(final_norm(stream)).
+
+    Args:
+        decoder: the module that runs all layers when called with `input_ids` and `use_cache`.
+        layers: its layers in order; what enters layer l is the residual stream after l layers.
+        final_norm: what the residual stream enters after the last layer.
+        head: the linear map from there to logits, with `weight` and perhaps `bias`.
+        logit_scale: what logits are multiplied by.
+        logit_softcap: what they are bounded by.
+    """
+
+    decoder: nn.Module
+    layers: nn.ModuleList
+    final_norm: nn.Module
+    head: nn.Module
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+
+
+_PARTS_OF: dict[str, Callable[[Any], VerifierParts]] = {}
+
+
+def register_verifier(model_type: str, parts_of: Callable[[Any], VerifierParts]) -> None:
+    """Make an architecture usable as a verifier whose decoder has other names than transformers' usual ones.
+
+    Args:
+        model_type: of its configuration, of a multimodal model that of the part for text.
+        parts_of: finds the parts of a model of this type, loaded or still without weights.
+    """
+    _PARTS_OF[model_type] = parts_of
+
+
+def verifier_parts(model: PreTrainedModel) -> VerifierParts:
+    """Find a verifier's parts, as `register_verifier` was told or by transformers' usual names.
 
     Raises:
-        PeagleError: the architecture names them otherwise.
+        PeagleError: the architecture has other names and isn't registered, or what is registered doesn't fit it.
     """
-    decoder = model.get_decoder()
-    layers = getattr(decoder, "layers", None)
-    norms = [getattr(decoder, name) for name in FINAL_NORMS if isinstance(getattr(decoder, name, None), nn.Module)]
-    if not isinstance(layers, nn.ModuleList) or not norms:
+    model_type = model.config.get_text_config(decoder=True).model_type
+    try:
+        return _PARTS_OF.get(model_type, _usual_parts)(model)
+    except AttributeError as error:
         raise PeagleError(
-            f"{type(model).__name__} is not supported as a verifier: its decoder {type(decoder).__name__} has no "
-            f"`layers` or no final norm ({', '.join(FINAL_NORMS)}). Teach peagle_hf.target.decoder_parts its names."
-        )
-    return layers, norms[0]
+            f"{type(model).__name__} is not supported as a verifier as it is: {error}. Say where its layers, final "
+            f"norm and head are with peagle_hf.register_verifier({model_type!r}, …), as docs/how-to/verifiers.md shows."
+        ) from error
+
+
+def _usual_parts(model: PreTrainedModel) -> VerifierParts:
+    decoder = model.get_decoder()
+    if not hasattr(decoder, "layers"):
+        decoder = getattr(decoder, "model", decoder)
+    norms = [getattr(decoder, name) for name in FINAL_NORMS if isinstance(getattr(decoder, name, None), nn.Module)]
+    if not norms:
+        raise AttributeError(f"{type(decoder).__name__!r} object has none of {', '.join(FINAL_NORMS)}")
+    config = model.config.get_text_config(decoder=True)
+    return VerifierParts(
+        decoder=decoder,
+        layers=decoder.layers,
+        final_norm=norms[0],
+        head=model.get_output_embeddings(),
+        logit_scale=_logit_scale(config),
+        logit_softcap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+def _logit_scale(config: PreTrainedConfig) -> float:
+    """What the architecture multiplies its logits by; some divide by a field that others multiply by."""
+    if config.model_type.startswith(("granite", "minicpm3")):
+        return 1.0 / getattr(config, "logits_scaling", 1.0)
+    fields = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+    return next((getattr(config, name) for name in fields if getattr(config, name, None) is not None), 1.0)
 
 
 class VerifierHead(nn.Module):
@@ -157,18 +242,32 @@ class VerifierHead(nn.Module):
         """
         model = _skeleton(name_or_path, revision, trust_remote_code)
         weights = _Weights(name_or_path, revision, model, dtype)
-        config = model.config.get_text_config(decoder=True)
-        _, norm = decoder_parts(model)
+        parts = verifier_parts(model)
+        norm, head, embedding = parts.final_norm, parts.head, model.get_input_embeddings()
         for name, _ in list(norm.named_parameters(recurse=False)):
             setattr(norm, name, nn.Parameter(weights.read(norm, name), requires_grad=False))
-        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         tied = head.weight is embedding.weight and not weights.has(head, "weight")
+        has_bias = getattr(head, "bias", None) is not None
         return cls(
             norm,
             weights.read(embedding if tied else head, "weight"),
-            None if head.bias is None else weights.read(head, "bias"),
-            getattr(config, "final_logit_softcapping", None),
-            _logit_scale(config),
+            weights.read(head, "bias") if has_bias else None,
+            parts.logit_softcap,
+            parts.logit_scale,
+        )
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "VerifierHead":
+        """The head of a loaded verifier, which stays as it is; the weight is shared."""
+        parts = verifier_parts(model)
+        weight, bias = (getattr(parts.head, name, None) for name in ("weight", "bias"))
+        assert weight is not None
+        return cls(
+            deepcopy(parts.final_norm),
+            weight.detach(),
+            None if bias is None else bias.detach(),
+            parts.logit_softcap,
+            parts.logit_scale,
         )
 
     def restrict(self, token_ids: Tensor) -> "VerifierHead":
@@ -250,14 +349,6 @@ def draft_vocabulary(token_freq: Tensor | Mapping[int, int], size: int, vocab_si
     return token_ids - torch.arange(size), t2d
 
 
-def _logit_scale(config: PreTrainedConfig) -> float:
-    """What the architecture multiplies its logits by; Granite divides by a field that others multiply by."""
-    if config.model_type.startswith("granite"):
-        return 1.0 / getattr(config, "logits_scaling", 1.0)
-    fields = ("logit_scale", "logits_scaling", "lm_head_multiplier")
-    return next((getattr(config, name) for name in fields if getattr(config, name, None) is not None), 1.0)
-
-
 def _load_config(
     name_or_path: str | os.PathLike[str], revision: str | None, trust_remote_code: bool
 ) -> PreTrainedConfig:
@@ -275,7 +366,8 @@ def _auto_class(config: PreTrainedConfig) -> type[AutoModelForCausalLM] | type[A
 def _skeleton(name_or_path: str | os.PathLike[str], revision: str | None, trust_remote_code: bool) -> PreTrainedModel:
     """The verifier without its weights (on the meta device): module names, norm class, tied or not."""
     config = _load_config(name_or_path, revision, trust_remote_code)
-    with _readable(name_or_path), torch.device("meta"):
+    # Under ZeRO-3 transformers would cut even a model without weights into shards, unless told that this is done.
+    with _readable(name_or_path), set_zero3_state(), torch.device("meta"):
         return _auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
 
 
@@ -291,6 +383,7 @@ class _Weights:
     ):
         self.name_or_path, self.revision, self.dtype = name_or_path, revision, dtype
         self.module_names = {module: name for name, module in model.named_modules()}
+        self.wrappers = WRAPPERS | {model.base_model_prefix}
         self.file_of_key = self._keys()
 
     def _keys(self) -> dict[str, str]:
@@ -330,7 +423,7 @@ class _Weights:
         return tensor.to(self.dtype)
 
     def _key(self, name: str) -> str | None:
-        """The checkpoint's key of a parameter: its name, or the one key that differs least and only in `WRAPPERS`.
+        """The checkpoint's key of a parameter: its name, or the one key that differs least and only in wrappers.
 
         So "language_model.model.norm.weight" in the file is "model.language_model.norm.weight" in the module.
         """
@@ -339,7 +432,7 @@ class _Weights:
         parts = name.split(".")
         same_end = [key.split(".") for key in self.file_of_key if key.split(".")[-2:] == parts[-2:]]
         differences = {".".join(other): set(other) ^ set(parts) for other in same_end}
-        sizes = {key: len(difference) for key, difference in differences.items() if difference <= WRAPPERS}
+        sizes = {key: len(difference) for key, difference in differences.items() if difference <= self.wrappers}
         nearest = [key for key, size in sizes.items() if size == min(sizes.values())]
         return nearest[0] if len(nearest) == 1 else None
 

@@ -1,43 +1,67 @@
 """`PeagleTrainer`: the Hugging Face Trainer over packed rows, and the functions that `peagle-hf train` is made of."""
 
+import json
 import logging
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from accelerate.utils import broadcast_object_list
+from huggingface_hub import HfApi, ModelCard
 from peft import LoraConfig, PeftModel
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
-from transformers.trainer_utils import EvalLoopOutput
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    SchedulerType,
+    Trainer,
+    TrainerCallback,
+    set_seed,
+)
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import BestRun, EvalLoopOutput, HPSearchBackend
+from transformers.training_args import OptimizerNames
 
+from . import __version__
 from .adapters import add_adapter, merge_adapter, save_adapter
 from .callbacks import (
+    BEST,
+    EXPORTED,
     MERGED,
     VllmExportCallback,
     checkpoints_by_step,
     drafter_folder,
+    export_drafter,
+    metric_name,
     remove_checkpoints,
     resumable_folder,
 )
 from .configuration_peagle import PeagleConfig
+from .continuing import SAMPLING, continued_config, load_drafter
 from .data.cache import Manifest, cached_rows
 from .data.collator import CODDataCollator
 from .data.dataset import GENERATED_DTYPE, EpochSampler, HiddenStatesDataset, learnt_share, split_rows
 from .data.endpoint import Endpoint, EndpointError, check_layers, endpoint_urls, served_layers, served_model
 from .data.extract import check_folder, tokenizer_fingerprint
 from .data.partition import partition, partition_by_rows, without_labels
+from .data.prepare import PREPARE_RECORD
 from .errors import PeagleError
+from .files import atomic_path, write_json
+from .hub import PushArguments, PushToHubCallback, open_repo, push
 from .losses import parse_loss
 from .memory import GIB, MemoryPlan, device_memory, keep_freed_memory, report, rows_that_fit
 from .metrics import COUNTERS, summarize
+from .model_card import RECORD, model_card, read_record
 from .modeling_peagle import PeagleForSpeculation, PeagleLayer
-from .target import draft_vocabulary, load_token_freq, load_verifier_config
+from .target import draft_vocabulary, hub_verifier, load_token_freq, load_verifier_config
 from .training_args import PeagleTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -46,13 +70,15 @@ logger = logging.getLogger(__name__)
 class PeagleTrainer(Trainer):
     """`transformers.Trainer` for `PeagleForSpeculation`.
 
-    Takes the Trainer's own arguments; `data_collator` defaults to the model's `CODDataCollator`. Logs, beside the
-    Trainer's metrics, `accuracy_d`, `acceptance_d` and `acceptance_length` (see `metrics.summarize`), over all steps
-    since the last log and all ranks; in evaluation with the prefix `eval_`, where `eval_loss` is the mean over tokens.
+    Takes the Trainer's own arguments; `data_collator` defaults to the model's `CODDataCollator`, and `model_init` may
+    give drafters of different configurations. Logs, beside the Trainer's metrics, `accuracy_d`, `acceptance_d` and
+    `acceptance_length` (see `metrics.summarize`), over all steps since the last log and all ranks; in evaluation with
+    the prefix `eval_`, where `eval_loss` is the mean over tokens.
     """
 
     args: PeagleTrainingArguments
     model: nn.Module
+    hub_model_id: str | None  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -65,6 +91,7 @@ class PeagleTrainer(Trainer):
         model_init: Callable[..., PreTrainedModel] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
     ):
         args = args or PeagleTrainingArguments()
         super().__init__(
@@ -77,6 +104,7 @@ class PeagleTrainer(Trainer):
             model_init=model_init,
             callbacks=callbacks,
             optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
         if args.n_gpu > 1:
             raise PeagleError(
@@ -85,19 +113,73 @@ class PeagleTrainer(Trainer):
             )
         if isinstance(self.model, PeftModel) and self.is_sharded:
             raise PeagleError("An adapter can't be merged out of shards. Train it with DDP instead of FSDP or ZeRO.")
-        self.config: PeagleConfig = self.accelerator.unwrap_model(self.model).config
-        if data_collator is None:
-            self.data_collator = CODDataCollator.from_config(self.config, seed=args.seed)
+        self._collator_is_own = data_collator is None
+        self._own_optimizer = None if optimizers[0] is None else type(optimizers[0]).__name__
+        self._seconds_before, self._started = 0.0, time.monotonic()
+        if args.push_to_hub:
+            if not self._exports:
+                self.add_callback(VllmExportCallback(args.export_dtype))
+            self.add_callback(
+                PushToHubCallback(
+                    self.hub_model_id or "",
+                    args.verifier_name,
+                    args.hub_private_repo,
+                    args.hub_revision,
+                    args.hub_token,
+                )
+            )
         if args.device.type == "cpu":
             keep_freed_memory()
+        self._take_up_model()
+
+    def _take_up_model(self) -> None:
+        """Set up what depends on the model or on arguments that a hyperparameter search may change."""
+        self.config: PeagleConfig = self.accelerator.unwrap_model(self.model).config
+        if self._collator_is_own:
+            self.data_collator = CODDataCollator.from_config(self.config, seed=self.args.seed)
+        if is_deepspeed_zero3_enabled():
+            from deepspeed.utils import set_z3_leaf_modules
+
+            # Shards are gathered a layer at a time: hooks on the modules within would be in the way of the compiler.
+            set_z3_leaf_modules(self.model, [PeagleLayer])
         for module in self.model.modules():
             if isinstance(module, PeagleForSpeculation):
-                module.loss_weights = parse_loss(args.loss_fn)
+                module.loss_weights = parse_loss(self.args.loss_fn)
             if isinstance(module, PeagleLayer):
-                module.keep_attention = args.keep_attention
+                module.keep_attention = self.args.keep_attention
         self._train_counters = self._no_counters()
         self._eval_counters = self._no_counters()
-        self._eval_loss = torch.zeros(2, dtype=torch.float64, device=args.device)
+        self._eval_loss = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        self.__dict__.pop("_rows_that_fit", None)
+
+    def hyperparameter_search(
+        self,
+        hp_space: Callable[[Any], dict[str, Any]] | None = None,
+        compute_objective: Callable[[dict[str, float]], Any] | None = None,
+        n_trials: int = 20,
+        direction: str | list[str] | None = None,
+        backend: str | HPSearchBackend | None = None,
+        hp_name: Callable[[Any], str] | None = None,
+        **kwargs: Any,
+    ) -> BestRun | list[BestRun]:
+        """As the Trainer's, but the objective defaults to `metric_for_best_model`, to be improved."""
+        return super().hyperparameter_search(
+            hp_space,
+            compute_objective or (lambda metrics: metrics[metric_name(self.args)]),
+            n_trials,
+            direction or ("maximize" if self.args.greater_is_better else "minimize"),
+            backend,
+            hp_name,
+            **kwargs,
+        )
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """Called at each start of training, after `model_init` and with a trial's arguments set."""
+        super()._hp_search_setup(trial)
+        self._take_up_model()
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, VllmExportCallback):
+                callback.run_folder = Path(self._get_output_dir(trial))
 
     def train(
         self,
@@ -119,7 +201,9 @@ class PeagleTrainer(Trainer):
         if resume_from_checkpoint:
             folder = resumable_folder(resume_from_checkpoint)
             check_same_configuration(folder, self.config)
+            self._seconds_before = (read_record(folder) or {}).get("seconds", 0.0)
             resume_from_checkpoint = str(folder)
+        self._started = time.monotonic()
         try:
             return super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
         except torch.OutOfMemoryError as error:
@@ -295,6 +379,162 @@ class PeagleTrainer(Trainer):
             folder = output_dir or self.args.output_dir
             save_adapter(self.model, folder)
             merge_adapter(self.model).save_pretrained(Path(folder) / MERGED)
+        write_json(Path(output_dir or self.args.output_dir) / RECORD, self.record())
+
+    def record(self) -> dict[str, Any]:
+        """How the drafter was trained so far, for its card; each checkpoint holds it as `training.json`.
+
+        `data` is what `prepare.json` says of the training data, `seconds` the wall time with validation and saving,
+        over all resumed parts, `validation` the metrics of this very step; each is None if unknown.
+        """
+        args, dataset = self.args, self.train_dataset
+        prepared = Path(getattr(dataset, "data_path", "")) / PREPARE_RECORD
+        origin = json.loads(prepared.read_text()) if hasattr(dataset, "data_path") and prepared.exists() else None
+        measured = [
+            entry
+            for entry in self.state.log_history
+            if entry["step"] == self.state.global_step and "eval_loss" in entry
+        ]
+        schedule = f"{SchedulerType(args.lr_scheduler_type).value} from {args.learning_rate:g}"
+        optimizer = f"{OptimizerNames(args.optim).value}, {schedule}"
+        on_gpu = args.device.type == "cuda"
+        return {
+            "data": origin and {"data": origin["data"], "counts": origin["counts"]},
+            "loss": args.loss_fn,
+            "epochs": self.state.epoch or 0.0,
+            "steps": self.state.global_step,
+            "rows_per_step": args.world_size * args.train_batch_size * args.gradient_accumulation_steps,
+            "total_seq_len": getattr(dataset, "total_seq_len", None),
+            "optimizer": f"{self._own_optimizer}, given to the trainer" if self._own_optimizer else optimizer,
+            "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
+            "seed": args.seed,
+            "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+            "processes": args.world_size,
+            "seconds": self._seconds_before + time.monotonic() - self._started,
+            "validation": {
+                name.removeprefix("eval_"): value
+                for name, value in (measured[-1] if measured else {}).items()
+                if name.startswith(("eval_loss", "eval_accuracy", "eval_acceptance"))
+            }
+            or None,
+            "versions": {
+                "peagle_hf": __version__,
+                "transformers": transformers.__version__,
+                "torch": torch.__version__,
+            },
+        }
+
+    @property
+    def _exports(self) -> bool:
+        return any(isinstance(callback, VllmExportCallback) for callback in self.callback_handler.callbacks)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make the repository on the hub, and so find out before training whether an upload will be possible.
+
+        Raises:
+            PeagleError: the verifier is a local path, or the hub can't be used.
+        """
+        if self.is_world_process_zero():
+            config = self.accelerator.unwrap_model(self.model).config
+            self.hub_model_id = open_repo(
+                self.args.hub_model_id or Path(self.args.output_dir).absolute().name,
+                hub_verifier(config.verifier_name_or_path, self.args.verifier_name),
+                self.args.hub_private_repo if private is None else private,
+                token or self.args.hub_token,
+            )
+            self.push_in_progress = None
+
+    def create_model_card(  # type: ignore[override]
+        self,
+        language: str | list[str] | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        dataset: str | list[str] | None = None,
+    ) -> None:
+        """Write the drafter's card (see `model_card.model_card`) as `README.md` into the output folder.
+
+        Args:
+            finetuned_from: the verifier's name on the hub.
+        """
+        if not self.is_world_process_zero():
+            return
+        output = Path(self.args.output_dir)
+        verifier: str | None
+        try:
+            verifier = hub_verifier(self.config.verifier_name_or_path, finetuned_from or self.args.verifier_name)
+        except PeagleError:
+            verifier = None
+        model_card(
+            self.config,
+            self.hub_model_id or output.absolute().name,
+            verifier,
+            (read_record(output / BEST) if self._exports else None) or self.record(),
+            name=model_name,
+            license=license,
+            language=language,
+            tags=[tags] if isinstance(tags, str) else tags or [],
+            datasets=[dataset] if isinstance(dataset, str) else dataset or [],
+        ).save(output / "README.md")
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Upload `checkpoint_best` where `VllmExportCallback` keeps it, else the model as it is now (see `hub.push`).
+
+        Args:
+            kwargs: for `create_model_card`.
+
+        Returns:
+            The commit, or a future of it if not `blocking`; None but on the first process.
+
+        Raises:
+            PeagleError: the hub refuses; says how to do it later.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = token or self.args.hub_token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token, private)
+        folder = self._servable_folder()
+        if not self.is_world_process_zero():
+            return None
+        assert self.hub_model_id is not None
+        self.create_model_card(**kwargs)
+        arguments = PushArguments(
+            model=str(folder),
+            repo_id=self.hub_model_id,
+            verifier_name=self.args.verifier_name,
+            private=bool(self.args.hub_private_repo if private is None else private),
+            revision=revision or self.args.hub_revision,
+        )
+        card = ModelCard.load(Path(self.args.output_dir) / "README.md")
+        upload = partial(push, arguments, token, commit_message or "Upload the drafter", card)
+        return upload() if blocking else HfApi().run_as_future(upload)
+
+    def _servable_folder(self) -> Path:
+        """On all processes: `checkpoint_best`, or the model as it is now, exported."""
+        output = Path(self.args.output_dir)
+        if broadcast_object_list([self._exports and (output / BEST).exists()])[0]:
+            return output / BEST
+        saved = output / f".{EXPORTED}"
+        self.save_model(str(saved), _internal_call=True)
+        if self.args.should_save:
+            with atomic_path(output / EXPORTED) as temporary:
+                temporary.mkdir()
+                export_drafter(saved, temporary, getattr(torch, self.args.export_dtype))
+                shutil.copy2(saved / RECORD, temporary)
+            shutil.rmtree(saved)
+        return output / EXPORTED
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing: `PushToHubCallback` uploads what it is to, when the epoch's folder is there."""
 
 
 def check_same_configuration(folder: Path, config: PeagleConfig) -> None:
@@ -313,22 +553,14 @@ def check_same_configuration(folder: Path, config: PeagleConfig) -> None:
 
 
 def build_config(args: PeagleTrainingArguments) -> PeagleConfig:
-    """The configuration that the arguments describe, or that of `from_pretrained` with the arguments' sampling.
+    """The configuration that the arguments describe, or that of `from_pretrained` with their sampling and verifier.
 
     Raises:
-        PeagleError: no verifier is named.
+        PeagleError: no verifier is named, or the arguments ask for another drafter than `from_pretrained`.
     """
     verifier = _verifier(args)
-    sampling: dict[str, Any] = {
-        "num_depths": args.num_depths,
-        "down_sample_ratio": args.down_sample_ratio,
-        "down_sample_ratio_min": args.down_sample_ratio_min,
-        "max_anchors": args.max_anchors,
-        "embed_requires_grad": args.embed_requires_grad,
-    }
     if args.from_pretrained:
-        saved = PeagleConfig.from_pretrained(args.from_pretrained)
-        return PeagleConfig.from_dict({**saved.to_dict(), **sampling})
+        return continued_config(args, args.from_pretrained, verifier)
     manifest = Manifest.read(_cache_folder(args))
     served = served_layers(_server_folder(args)) if args.on_missing == "generate" and manifest is None else None
     layer_ids = manifest.aux_layer_ids if manifest else served[:-1] if served else None
@@ -344,7 +576,7 @@ def build_config(args: PeagleTrainingArguments) -> PeagleConfig:
         sliding_window=args.sliding_window,
         revision=args.verifier_revision,
         trust_remote_code=args.trust_remote_code,
-        **sampling,
+        **{name: getattr(args, name) for name in SAMPLING},
     )
 
 
@@ -359,7 +591,7 @@ def build_drafter(args: PeagleTrainingArguments) -> PeagleForSpeculation | PeftM
     set_seed(args.seed)
     verifier, config = _verifier(args), build_config(args)
     if args.from_pretrained:
-        drafter = PeagleForSpeculation.from_pretrained(args.from_pretrained, config=config, dtype=torch.float32)
+        drafter = load_drafter(args.from_pretrained, config)
     else:
         drafter = PeagleForSpeculation(config)
         if drafter.d2t is not None:

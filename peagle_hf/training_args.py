@@ -11,6 +11,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from .data.endpoint import DEFAULT_URL, MAX_RETRIES, REQUEST_TIMEOUT
 from .errors import PeagleError
 from .losses import parse_loss
+from .target import hub_verifier
 
 GENERATE_WORKERS = min(4, os.cpu_count() or 1)
 
@@ -156,6 +157,13 @@ class PeagleTrainingArguments(TrainingArguments):
             "--no-resume removes the old ones and starts afresh."
         },
     )
+    verifier_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "The verifier's name on the hub, for push_to_hub. Default: verifier_name_or_path, which then must "
+            "be no folder."
+        },
+    )
     verifier_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the verifier."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the verifier."})
 
@@ -207,6 +215,10 @@ class PeagleTrainingArguments(TrainingArguments):
             raise PeagleError("lora_r adapts a trained drafter: name it with --from-pretrained.")
         if self.on_missing == "generate" and self.dataloader_num_workers == 0:
             self.dataloader_num_workers = GENERATE_WORKERS  # so that the next rows are asked for during a step
+        if self.push_to_hub and self.verifier_name_or_path:
+            hub_verifier(self.verifier_name_or_path, self.verifier_name)
         if self.train_data_ratio == 1:
             self.eval_strategy = "no"
+        # Every process builds the same drafter: accelerate's loading from the first one knows no buffers, such as d2t.
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""Two processes on a CPU (gloo), under DDP and under FSDP2, give the training of one process."""
+"""Two processes on a CPU (gloo), under DDP, FSDP2 and DeepSpeed ZeRO, give the training of one process."""
 
 import json
 import os
@@ -17,10 +17,33 @@ from peagle_hf.cli import flags
 from peagle_hf.data.dataset import HiddenStatesDataset
 
 WORKERS = Path(__file__).parent / "workers"
-EXAMPLE = yaml.safe_load((ROOT / "examples" / "accelerate" / "fsdp2.yaml").read_text())["fsdp_config"]
-FSDP = {name.upper().replace("LAYER_CLS", "CLS"): str(value) for name, value in EXAMPLE.items()}
-FSDP["ACCELERATE_USE_FSDP"] = "true"
-PROGRAMS = {"ddp": (["-m", "peagle_hf"], {}), "fsdp2": ([str(WORKERS / "fsdp_on_cpu.py")], FSDP)}
+EXAMPLES = ROOT / "examples" / "accelerate"
+
+
+def settings(name, section):
+    return yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text())[section]
+
+
+FSDP = {
+    name.upper().replace("LAYER_CLS", "CLS"): str(value) for name, value in settings("fsdp2", "fsdp_config").items()
+}
+FSDP |= {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}  # as `accelerate launch` sets them
+
+
+def zero(stage):
+    """What `accelerate launch` sets for a DeepSpeed configuration, and that DeepSpeed is to use the CPU."""
+    config = settings(f"zero{stage}", "deepspeed_config").items()
+    names = {f"ACCELERATE_DEEPSPEED_{name.upper().removesuffix('_FLAG')}": str(value).lower() for name, value in config}
+    return names | {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
+
+
+PROGRAMS = {
+    "ddp": (["-m", "peagle_hf"], {}),
+    "fsdp2": ([str(WORKERS / "fsdp_on_cpu.py")], FSDP),
+    "zero2": (["-m", "peagle_hf"], zero(2)),
+    "zero3": (["-m", "peagle_hf"], zero(3)),
+}
+KINDS = ["ddp", "fsdp2", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("zero2", "zero3"))]
 
 
 def torchrun(program, *arguments, environment=None, processes=2):
@@ -44,7 +67,7 @@ def history(folder, metric):
 
 
 @pytest.mark.parametrize("partitions", ["1", "3"])
-@pytest.mark.parametrize("kind", PROGRAMS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_are_one(train_flags, tmp_path, kind, partitions):
     """Rows that don't divide by two, so that a filler is needed; float32, relative 1e-5 in the losses."""
     one = run(train_flags, gradient_accumulation_steps=2)
@@ -61,7 +84,7 @@ def test_two_processes_are_one(train_flags, tmp_path, kind, partitions):
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", PROGRAMS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_resume_is_bit_equal_on_two_processes(train_flags, tmp_path, kind):
     folder = tmp_path / "two"
     launch(kind, train_flags, output_dir=str(folder))

@@ -294,8 +294,7 @@ def test_vllm_counts_what_the_chain_and_the_drafter_must_give(drafter, tmp_path,
     assert "Acceptance length" in caplog.text
 
 
-@pytest.mark.vllm
-def test_drafter_serves_by_itself_where_peagle_hf_was_never_imported(drafter):
+def serve_by_itself(drafter, **environment):
     """30 tokens of the cycle: the first two as above, nine times three with one accepted, one more."""
     script = (
         "import sys; from vllm import LLM, SamplingParams\n"
@@ -305,11 +304,16 @@ def test_drafter_serves_by_itself_where_peagle_hf_was_never_imported(drafter):
         "assert 'peagle_hf' not in sys.modules\n"
         "print('RESULT', list(output.token_ids) == [5, 6, 7] * 10, accepted)"
     )
-    environment = vllm_environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    environment = vllm_environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | environment
     done = subprocess.run(
         [sys.executable, "-c", script, str(drafter)], env=environment, capture_output=True, text=True, check=False
     )
     assert "RESULT True [9]" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+@pytest.mark.vllm
+def test_drafter_serves_by_itself_where_peagle_hf_was_never_imported(drafter):
+    serve_by_itself(drafter)
 
 
 @pytest.mark.vllm

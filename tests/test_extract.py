@@ -19,7 +19,6 @@ from peagle_hf.data import cache, extract
 from peagle_hf.data.cache import Manifest, cached_rows, check_row, read_row, row_path, write_row
 from peagle_hf.data.extract import ExtractArguments, plan_batches, residual_streams
 from peagle_hf.errors import PeagleError
-from peagle_hf.target import VerifierHead, default_aux_layer_ids
 
 VOCAB, HIDDEN, LAYERS = 61, 16, 4
 LENGTHS = (9, 30, 20, 29, 12, 19)
@@ -40,39 +39,6 @@ def tiny(model_type: str, **fields: object) -> PreTrainedConfig:
         "eos_token_id": 2,
     }
     return transformers.CONFIG_MAPPING[model_type](**(sizes | fields))
-
-
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "num_local_experts": 4, "moe_intermediate_size": 8}
-VISION = {
-    "hidden_size": 8,
-    "intermediate_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 8,
-    "patch_size": 4,
-}
-ARCHITECTURES = {
-    "llama": lambda: tiny("llama"),
-    "llama-tied": lambda: tiny("llama", tie_word_embeddings=True),
-    "qwen2": lambda: tiny("qwen2", tie_word_embeddings=True),
-    "qwen3": lambda: tiny("qwen3"),
-    "mistral": lambda: tiny("mistral", sliding_window=8),
-    "gemma2": lambda: tiny("gemma2", final_logit_softcapping=2.0, sliding_window=8),
-    "gemma3-text": lambda: tiny("gemma3_text", final_logit_softcapping=3.0, sliding_window=8),
-    "gemma3": lambda: transformers.Gemma3Config(
-        text_config=tiny("gemma3_text", sliding_window=8), vision_config=VISION, mm_tokens_per_image=1
-    ),
-    "mistral3": lambda: transformers.Mistral3Config(
-        text_config=tiny("mistral"), vision_config={"model_type": "pixtral", **VISION}, image_token_index=60
-    ),
-    "phi": lambda: tiny("phi"),
-    "phi3": lambda: tiny("phi3"),
-    "gpt-oss": lambda: tiny("gpt_oss", sliding_window=8, **EXPERTS),
-    "qwen3-moe": lambda: tiny("qwen3_moe", **EXPERTS),
-    "mixtral": lambda: tiny("mixtral", **EXPERTS),
-    "cohere": lambda: tiny("cohere", logit_scale=0.3),
-    "granite": lambda: tiny("granite", logits_scaling=3.0),
-}
 
 
 def save_verifier(folder: Path, config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
@@ -120,33 +86,6 @@ def own_states(model: PreTrainedModel, token_ids: Tensor) -> tuple[list[Tensor],
     with torch.no_grad():
         output = model(input_ids=token_ids[None], output_hidden_states=True)
     return [states[0] for states in output.hidden_states], output.logits[0]
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_states_are_the_layers_outputs_and_give_the_verifiers_logits(name: str, tmp_path: Path) -> None:
-    model = save_verifier(tmp_path / "verifier", ARCHITECTURES[name]())
-    rows = save_prepared(tmp_path / "data")
-    report = extract.extract(
-        ExtractArguments(
-            model=str(tmp_path / "verifier"),
-            preprocessed_data=str(tmp_path / "data"),
-            dtype="float32",
-            max_batch_tokens=64,
-        )
-    )
-    head = VerifierHead.from_pretrained(tmp_path / "verifier")
-    layer_ids = default_aux_layer_ids(LAYERS)
-    assert report.manifest.aux_layer_ids == layer_ids
-    for row, token_ids in enumerate(rows):
-        layers, logits = own_states(model, token_ids)
-        cached = read_row(report.output, row)
-        assert torch.equal(cached.token_ids, token_ids)
-        wanted = torch.cat([layers[layer_id] for layer_id in layer_ids], dim=-1)
-        torch.testing.assert_close(cached.hidden_states, wanted, rtol=1e-5, atol=1e-5)
-        normed = head.normalize(cached.last_hidden_states)
-        torch.testing.assert_close(normed, layers[-1], rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(head.logits(normed), logits, rtol=1e-5, atol=1e-5)
-        assert not torch.allclose(cached.last_hidden_states, layers[-1], atol=1e-2), "the last slot must not be normed"
 
 
 def test_embeddings_and_last_layer_are_valid_layer_ids(llama: Path) -> None:

@@ -310,6 +310,10 @@ def test_verifier_never_enters_state_dict_or_parameters():
         ({"num_depths": 0}, "num_depths 0"),
         ({"down_sample_ratio": 1.5}, "down_sample_ratio 1.5"),
         ({"model_type": "gpt2"}, "gpt2"),
+        (
+            {"layer": {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}},
+            "partial_rotary_factor 0.5",
+        ),
     ],
 )
 def test_a_configuration_that_can_not_be_is_refused_by_name(fields, named):

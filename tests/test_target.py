@@ -23,13 +23,13 @@ from transformers import (
 from peagle_hf.errors import PeagleError
 from peagle_hf.target import (
     VerifierHead,
-    decoder_parts,
     default_aux_layer_ids,
     draft_vocabulary,
     load_embedding,
     load_token_freq,
     load_verifier,
     load_verifier_config,
+    verifier_parts,
 )
 
 SIZES = {
@@ -69,9 +69,8 @@ def llama(tmp_path: Path) -> tuple[Path, PreTrainedModel]:
 
 def check_head(folder: Path, model: PreTrainedModel) -> VerifierHead:
     """The head must give the model's logits from what enters the model's final norm."""
-    _, norm = decoder_parts(model)
     entering: list[Tensor] = []
-    norm.register_forward_pre_hook(lambda module, args: entering.append(args[0]))
+    verifier_parts(model).final_norm.register_forward_pre_hook(lambda module, args: entering.append(args[0]))
     with torch.no_grad():
         logits = model(input_ids=torch.arange(12)[None]).logits
     head = VerifierHead.from_pretrained(folder)
@@ -177,7 +176,7 @@ def test_what_is_no_verifier_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PeagleError, match="clip"):
         VerifierHead.from_pretrained(tmp_path)
     save(tmp_path / "gpt2", GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=16))
-    with pytest.raises(PeagleError, match="GPT2LMHeadModel is not supported"):
+    with pytest.raises(PeagleError, match=r"GPT2LMHeadModel is not supported.*register_verifier\('gpt2'"):
         VerifierHead.from_pretrained(tmp_path / "gpt2")
 
 

@@ -69,6 +69,7 @@ class HiddenStatesDataset(Dataset):
         endpoint: Endpoint | None = None,
         keep_generated: bool = False,
     ):
+        self.data_path = Path(data_path)
         self.data = load_prepared(data_path)
         self.hidden_states_path = Path(hidden_states_path or Path(data_path) / "hidden_states")
         self.endpoint, self.keep_generated = endpoint, keep_generated

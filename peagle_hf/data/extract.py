@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.mkldnn import MkldnnLinear
 from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import PeagleError
 from ..files import write_json
 from ..memory import keep_freed_memory
-from ..target import decoder_parts, default_aux_layer_ids, load_verifier, load_verifier_config
+from ..target import VerifierHead, default_aux_layer_ids, load_verifier, load_verifier_config, verifier_parts
 from .cache import Manifest, cached_rows, check_row, row_path, write_row
 from .dataset import load_prepared
 from .endpoint import (
@@ -48,6 +47,8 @@ MAX_PADDING = 0.05
 """At most this share of a batch is padding."""
 LEFTOVER_SECONDS = 600.0
 """Nothing that is being written is older."""
+CHECKED_TOKENS = 16
+"""So many tokens show whether the verifier's logits are what training takes them for."""
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 2048, 8192
 
 Extracted = tuple[int, Tensor, Tensor]
@@ -166,7 +167,8 @@ def extract(arguments: ExtractArguments) -> ExtractReport:
 
     Raises:
         PeagleError: verifier or data can't be read or don't fit each other, the folder holds states of another kind,
-            they would not fit on the disk, the verifier's states aren't finite, or the servers failed a row.
+            they would not fit on the disk, the verifier's states aren't finite, its logits don't follow from them, or
+            the servers failed a row.
     """
     _check_arguments(arguments)
     output = Path(arguments.output or Path(arguments.preprocessed_data) / "hidden_states")
@@ -275,7 +277,7 @@ def residual_streams(model: PreTrainedModel, layer_ids: Sequence[int], ids_BT: T
 
     None of them is normed, the one after the last layer neither.
     """
-    layers, final_norm = decoder_parts(model)
+    parts = verifier_parts(model)
     streams: dict[int, Tensor] = {}
 
     def keep(layer_id: int) -> Callable[..., None]:
@@ -284,15 +286,42 @@ def residual_streams(model: PreTrainedModel, layer_ids: Sequence[int], ids_BT: T
 
         return hook
 
-    slots = [*layer_ids, len(layers)]
-    readers = [*layers, final_norm]
+    slots = [*layer_ids, len(parts.layers)]
+    readers = [*parts.layers, parts.final_norm]
     handles = [readers[slot].register_forward_pre_hook(keep(slot), with_kwargs=True) for slot in set(slots)]
     try:
-        model.get_decoder()(input_ids=ids_BT.to(model.device), use_cache=False)
+        parts.decoder(input_ids=ids_BT.to(model.device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
     return torch.stack([streams[slot] for slot in slots], dim=2)
+
+
+@torch.inference_mode()
+def check_logits(model: PreTrainedModel) -> None:
+    """Make sure that the verifier's own logits are those that training will compute from its last residual stream.
+
+    Raises:
+        PeagleError: they aren't, as the architecture does something that `VerifierHead` doesn't know.
+    """
+    vocab_size = model.config.get_text_config(decoder=True).vocab_size
+    ids_BT = torch.arange(CHECKED_TOKENS, device=model.device)[None] % vocab_size
+    last: list[Tensor] = []
+    reader = verifier_parts(model).final_norm
+    handle = reader.register_forward_pre_hook(lambda module, args: last.append(args[0]))
+    try:
+        own = model(input_ids=ids_BT, use_cache=False).logits.float()
+    finally:
+        handle.remove()
+    head = VerifierHead.of(model)
+    found = head.logits(head.normalize(last[0])).float()
+    tolerance = max(1e-4, 4 * torch.finfo(model.dtype).eps) * own.abs().max()
+    if found.shape != own.shape or (found - own).abs().max() > tolerance:
+        raise PeagleError(
+            f"The logits of {type(model).__name__} are not what its final norm, head, logit scale {head.scale} and "
+            f"softcap {head.softcap} give, so a drafter would learn something else. Say how they come about with "
+            "peagle_hf.register_verifier, as docs/how-to/verifiers.md shows."
+        )
 
 
 def _make(
@@ -302,6 +331,7 @@ def _make(
     dtype, num_tokens = getattr(torch, arguments.dtype), sum(lengths.values())
     _begin(output, manifest, dtype, lengths)
     model = _load(arguments)
+    check_logits(model)
     on_cpu = model.device.type == "cpu"
     batches = plan_batches(lengths, arguments.max_batch_tokens or (CPU_BATCH_TOKENS if on_cpu else GPU_BATCH_TOKENS))
     start = time.perf_counter()
@@ -454,15 +484,15 @@ def _load(arguments: ExtractArguments) -> PreTrainedModel:
     model = load_verifier(arguments.model, dtype, device, arguments.revision, arguments.trust_remote_code)
     if on_cpu:
         keep_freed_memory()
-    if on_cpu and dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        _use_onednn(model.get_decoder())
+    if on_cpu and dtype == torch.float32 and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        for module in model.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = _OneDnnLinear
     return model
 
 
-def _use_onednn(module: nn.Module) -> None:
-    """Compute linear layers with oneDNN, which on AMD's CPUs takes half the time of PyTorch's own choice, MKL."""
-    for name, child in module.named_children():
-        if type(child) is nn.Linear:
-            setattr(module, name, MkldnnLinear(child, torch.float32))
-        else:
-            _use_onednn(child)
+class _OneDnnLinear(nn.Linear):
+    """Computed by oneDNN, which on AMD's CPUs takes half the time of MKL, PyTorch's own choice for float32."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(input, self.weight, self.bias, "none", [], "")

@@ -1,0 +1,222 @@
+"""Uploading a drafter to the Hugging Face hub: what vLLM serves and its card, and nothing else."""
+
+import json
+import logging
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import HubStrategy
+
+from .callbacks import BEST
+from .configuration_peagle import PeagleConfig
+from .errors import PeagleError
+from .model_card import model_card, read_evaluation, read_record
+from .serving import check_checkpoint
+from .target import hub_verifier
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class PushArguments:
+    """Arguments of `peagle-hf push`. The token is that of `hf auth login` or of HF_TOKEN."""
+
+    model: str = field(metadata={"help": "The drafter: a checkpoint folder, such as checkpoints/checkpoint_best."})
+    repo_id: str = field(metadata={"help": "Where it goes, as org/name; made if it isn't there."})
+    evaluation: str | None = field(
+        default=None, metadata={"help": "evaluation.json of peagle-hf evaluate, for the card. Default: not measured."}
+    )
+    verifier_name: str | None = field(
+        default=None, metadata={"help": "The verifier's name on the hub. Default: the one in the checkpoint."}
+    )
+    private: bool = field(
+        default=False, metadata={"help": "Make a private repository. Default: as the organization has it."}
+    )
+    revision: str | None = field(
+        default=None, metadata={"help": "Branch to upload to, made if need be. Default: main."}
+    )
+    license: str | None = field(default=None, metadata={"help": "The drafter's license, for the card."})
+
+    @property
+    def command(self) -> str:
+        """The command line that says the same."""
+        flags = {name: value for name, value in asdict(self).items() if value}
+        return " ".join(
+            ["peagle-hf push", *(f"--{name.replace('_', '-')} {shlex.quote(str(flags[name]))}" for name in flags)]
+        )
+
+
+def push(
+    arguments: PushArguments,
+    token: str | None = None,
+    message: str = "Upload the drafter",
+    card: ModelCard | None = None,
+) -> CommitInfo:
+    """Upload `config.json`, `model.safetensors` and the card `README.md` in one commit.
+
+    Args:
+        token: default: that of `hf auth login` or HF_TOKEN.
+        message: of the commit.
+        card: default: see `model_card.model_card`.
+
+    Returns:
+        The commit, with its `commit_url`.
+
+    Raises:
+        PeagleError: the folder is no drafter that vLLM serves, its verifier is a local path, the evaluation is about
+            another drafter, or the hub refuses; says how to do it later.
+    """
+    config = check_checkpoint(arguments.model)
+    verifier = hub_verifier(config.verifier_name_or_path, arguments.verifier_name)
+    evaluation = read_evaluation(arguments.evaluation, arguments.model) if arguments.evaluation else None
+    fields = json.loads((Path(arguments.model) / "config.json").read_text(encoding="utf-8"))
+    fields["speculators_config"]["verifier"]["name_or_path"] = verifier
+    with _refusals(f"The checkpoint is whole in {arguments.model}; upload it later with: {arguments.command}"):
+        repo_id = open_repo(arguments.repo_id, verifier, arguments.private or None, token)
+        card = card or model_card(
+            config, repo_id, verifier, read_record(arguments.model), evaluation, license=arguments.license
+        )
+        files: dict[str, bytes | str] = {
+            "config.json": (json.dumps(fields, indent=2) + "\n").encode(),
+            "model.safetensors": str(Path(arguments.model, "model.safetensors").resolve()),
+            "README.md": str(card).encode(),
+        }
+        api = _api()
+        if arguments.revision:
+            api.create_branch(repo_id, branch=arguments.revision, token=token, exist_ok=True)
+        commit = api.create_commit(
+            repo_id,
+            [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()],
+            commit_message=message,
+            token=token,
+            revision=arguments.revision,
+        )
+    logger.info("Uploaded to %s.", commit.commit_url)
+    return commit
+
+
+def open_repo(repo_id: str, verifier: str, private: bool | None = None, token: str | None = None) -> str:
+    """Make the repository if it isn't there, and make sure that an upload has a chance.
+
+    Returns:
+        The repository's whole name, with the user where none was named.
+
+    Raises:
+        PeagleError: no token, one that is refused or may only read, no such verifier, or no hub to be reached.
+    """
+    with _refusals(
+        "Log in with `hf auth login`, or set HF_TOKEN to a token that may write to it, and run the same command again."
+    ):
+        api = _api()
+        access = api.whoami(token=token).get("auth", {}).get("accessToken", {})
+        if access.get("role") == "read":
+            raise PeagleError(f"The hub's token {access.get('displayName')} may read and not write to {repo_id}.")
+        if not api.repo_exists(verifier, token=token):
+            raise PeagleError(f"The hub has no model {verifier}, the drafter's verifier. Correct --verifier-name.")
+        return api.create_repo(repo_id, private=private, exist_ok=True, token=token).repo_id
+
+
+class PushToHubCallback(TrainerCallback):
+    """Upload `checkpoint_best` whenever it is another one, and at the end; put it after `VllmExportCallback`.
+
+    `PeagleTrainer` adds it by itself with `push_to_hub`. A hub that can't be used stops the run before its first step;
+    later a refused upload is an error in the log, with the command that makes up for it, and training goes on. Training
+    waits for an upload. With `hub_strategy` end nothing is uploaded before the end; with checkpoint or all_checkpoints
+    the Trainer's own checkpoints go too, optimizer states and all.
+
+    Args:
+        repo_id: where the drafter goes, as org/name.
+        verifier_name: the verifier's name on the hub; default: the one in the drafter's configuration.
+        private: make the repository private; default: as the organization has it.
+        revision: branch to upload to; default: main.
+        token: default: that of `hf auth login` or HF_TOKEN.
+    """
+
+    def __init__(
+        self,
+        repo_id: str,
+        verifier_name: str | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+    ):
+        self.repo_id, self.verifier_name, self.private = repo_id, verifier_name, private
+        self.revision, self.token = revision, token
+        self._uploaded: Path | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            config: PeagleConfig = kwargs["model"].config
+            verifier = hub_verifier(config.verifier_name_or_path, self.verifier_name)
+            self.repo_id = open_repo(self.repo_id, verifier, self.private, self.token)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if args.hub_strategy != HubStrategy.END:
+            self._push(args, state)
+        if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS) and state.is_world_process_zero:
+            self._push_checkpoint(Path(args.output_dir or ".") / f"checkpoint-{state.global_step}", args.hub_strategy)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._push(args, state)
+
+    def _push(self, args: TrainingArguments, state: TrainerState) -> None:
+        best = Path(args.output_dir or ".") / BEST
+        if not state.is_world_process_zero or best.resolve() == self._uploaded:
+            return
+        arguments = PushArguments(
+            model=str(best),
+            repo_id=self.repo_id,
+            verifier_name=self.verifier_name,
+            private=bool(self.private),
+            revision=self.revision,
+        )
+        try:
+            push(arguments, self.token, message=f"Upload the drafter of step {state.global_step}")
+            self._uploaded = best.resolve()
+        except PeagleError as error:
+            logger.error("%s", error)
+
+    def _push_checkpoint(self, folder: Path, strategy: HubStrategy | str) -> None:
+        """A whole checkpoint of the Trainer, but for its pickled arguments, which hold the token."""
+        try:
+            with _refusals(f"Training goes on, and the checkpoint is whole in {folder}."):
+                api = _api()
+                if self.revision:
+                    api.create_branch(self.repo_id, branch=self.revision, token=self.token, exist_ok=True)
+                api.upload_folder(
+                    repo_id=self.repo_id,
+                    folder_path=folder,
+                    path_in_repo="last-checkpoint" if strategy == HubStrategy.CHECKPOINT else folder.name,
+                    commit_message=f"Upload {folder.name}",
+                    token=self.token,
+                    revision=self.revision,
+                    ignore_patterns=["training_args.bin"],
+                )
+        except PeagleError as error:
+            logger.error("%s", error)
+
+
+def _api() -> HfApi:
+    return HfApi(library_name="peagle_hf")
+
+
+@contextmanager
+def _refusals(remedy: str) -> Iterator[None]:
+    """Turn whatever goes wrong with the hub, the network or the token into a `PeagleError` that ends with `remedy`."""
+    try:
+        yield
+    except PeagleError as error:
+        raise PeagleError(f"{error} {remedy}") from error
+    except Exception as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise PeagleError(f"The hub doesn't take it: {said.rstrip('.')}. {remedy}") from error

@@ -1,0 +1,239 @@
+"""The card of a drafter on the hub, made of what was recorded in training and measured in vLLM, and of nothing else."""
+
+import json
+import os
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .configuration_peagle import PeagleConfig
+from .data.chats import BUILT_IN_DATASETS, is_local_file
+from .errors import PeagleError
+from .modeling_peagle import HUB_TAGS
+from .serving import speculative_config
+
+RECORD = "training.json"
+"""How a drafter was trained, beside its weights: see `PeagleTrainer.record`."""
+
+
+def read_record(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The record of the training that wrote a checkpoint or an epoch folder; None where there is none."""
+    for path in (Path(folder) / RECORD, Path(folder) / "trainer_state" / RECORD):
+        if path.exists():
+            return json.loads(path.read_text(encoding="utf-8"))
+    return None
+
+
+def read_evaluation(path: str | os.PathLike[str], model: str | os.PathLike[str]) -> dict[str, Any]:
+    """The report of `peagle-hf evaluate` on the drafter `model`.
+
+    Raises:
+        PeagleError: there is no such file, it is something else, or it is about another drafter.
+    """
+    try:
+        report = json.loads(Path(path).read_text(encoding="utf-8"))
+        drafter, rates, _ = Path(report["drafter"]), report["per_position_acceptance"], report["prompts"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PeagleError(
+            f"{path} is no report of peagle-hf evaluate ({type(error).__name__}: {error}). Name its evaluation.json."
+        ) from error
+    if not rates:
+        raise PeagleError(f"{path} holds no acceptance: vLLM drafted nothing. Run peagle-hf evaluate again.")
+    if drafter.exists() and not drafter.samefile(model):
+        raise PeagleError(
+            f"{path} is about the drafter {drafter}, not about {model}. Run peagle-hf evaluate --model {model}."
+        )
+    return report
+
+
+def model_card(
+    config: PeagleConfig,
+    repo_id: str,
+    verifier: str | None,
+    record: dict[str, Any] | None = None,
+    evaluation: dict[str, Any] | None = None,
+    *,
+    name: str | None = None,
+    license: str | None = None,
+    language: str | list[str] | None = None,
+    tags: Iterable[str] = (),
+    datasets: Iterable[str] = (),
+) -> ModelCard:
+    """Write the card; what was not recorded or not measured is said to be so.
+
+    Args:
+        config: the drafter's.
+        repo_id: where the card is going to be.
+        verifier: the base model's name on the hub; None if it isn't there.
+        record: of the training, see `read_record`.
+        evaluation: the report of `peagle-hf evaluate`.
+        name: the title; default: that of the repository.
+        license: of the drafter, if known.
+        language: of the data, if known.
+        tags: beside those that mark a speculator.
+        datasets: beside the hub's data sets that the record names.
+    """
+    data = ((record or {}).get("data") or {}).get("data", [])
+    data_names = list(map(_data_name, data))
+    hub_datasets = [_data_name(name).split(":")[0] for name in data if not is_local_file(name)]
+    metadata = ModelCardData(
+        base_model=verifier,
+        datasets=list(dict.fromkeys([*hub_datasets, *datasets])) or None,
+        language=language,
+        library_name="speculators",
+        license=license,
+        pipeline_tag="text-generation",
+        tags=[*HUB_TAGS, *tags],
+        model_name=None if evaluation is None else repo_id,
+        eval_results=_results(evaluation) or None,
+    )
+    sections = [
+        f"# {name or repo_id.split('/')[-1]}",
+        f"A P-EAGLE drafter ([arXiv 2602.01469](https://arxiv.org/abs/2602.01469)) for {_link(verifier)}, trained with "
+        f"`peagle_hf`. It proposes {config.num_depths} tokens in one forward pass; the verifier checks them in one of "
+        "its own, so the text stays the verifier's.",
+        "## Serve",
+        _serve(config, repo_id, verifier),
+        "## Acceptance in vLLM",
+        "Not measured." if evaluation is None else _acceptance(evaluation),
+        "## Training",
+        "Not recorded." if record is None else _training(config, record, data_names),
+        "## Validation",
+        _validation(record),
+        "## Drafter",
+        _drafter(config),
+    ]
+    return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+
+
+def _data_name(data: str) -> str:
+    """A data set of the hub as `org/name:split`, of a local file nothing but the name."""
+    return Path(data).name if is_local_file(data) else BUILT_IN_DATASETS.get(data, data)
+
+
+def _results(evaluation: dict[str, Any] | None) -> list[EvalResult]:
+    if evaluation is None:
+        return []
+    prompts = _data_name(evaluation["prompts"])
+    values = {"acceptance_length": "Acceptance length", "acceptance_rate": "Acceptance rate"}
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=prompts,
+            dataset_name=prompts,
+            metric_type=metric,
+            metric_name=name,
+            metric_value=evaluation[metric],
+        )
+        for metric, name in values.items()
+    ]
+
+
+def _serve(config: PeagleConfig, repo_id: str, verifier: str | None) -> str:
+    named = shlex.quote(json.dumps(speculative_config(repo_id, config)))
+    return (
+        f"```bash\nvllm serve {repo_id}\n```\n\n"
+        "finds the verifier in `config.json`. The same with the verifier named, and with fewer tokens at a time if "
+        "`num_speculative_tokens` is lowered:\n\n"
+        f"```bash\nvllm serve {verifier or 'VERIFIER'} --speculative-config {named}\n```"
+    )
+
+
+def _acceptance(report: dict[str, Any]) -> str:
+    rates = report["per_position_acceptance"]
+    sampling = "greedy" if report["temperature"] == 0 else f"temperature {report['temperature']}"
+    measured = (
+        f"Measured with `peagle-hf evaluate`: {report['num_prompts']} prompts of {_data_name(report['prompts'])}, "
+        f"at most {report['max_tokens']} tokens each, {sampling}, {report['num_speculative_tokens']} tokens at a time, "
+        f"{report['concurrency']} requests at a time, {report['dtype']} on {report['device']}; "
+        f"{_versions(report['versions'])}."
+    )
+    by_position = _table(
+        ["position", *map(str, range(1, len(rates) + 1))], [["accepted, of all drafts", *map(_percent, rates)]]
+    )
+    figures = [
+        ("acceptance length", f"{report['acceptance_length']:.3f}"),
+        ("acceptance rate", _percent(report["acceptance_rate"])),
+        ("tokens a second with the drafter", f"{report['tokens_per_second']:.1f}"),
+        ("tokens a second without", f"{report['tokens_per_second_without']:.1f}"),
+    ]
+    if report["num_identical"] is not None:
+        figures.append(
+            ("texts that are the same with and without", f"{report['num_identical']}/{report['num_prompts']}")
+        )
+    by_category = _table(
+        ["prompts", "number", "acceptance length", "acceptance rate"],
+        [
+            [name, row["num_prompts"], f"{row['acceptance_length']:.3f}", _percent(row["acceptance_rate"])]
+            for name, row in report["by_category"].items()
+        ],
+    )
+    return "\n\n".join([measured, by_position, _table(["", ""], figures), by_category])
+
+
+def _training(config: PeagleConfig, record: dict[str, Any], data_names: Sequence[str]) -> str:
+    counts = (record["data"] or {}).get("counts", {})
+    numbers = [f"{counts[name]:,} {name.replace('_', ' ')}" for name in ("rows", "tokens", "learnt_tokens") if counts]
+    return _table(
+        ["", ""],
+        [
+            ("data", ", ".join([*data_names, *numbers]) or "not recorded"),
+            ("COD sampling", _sampling(config)),
+            ("loss", record["loss"]),
+            ("epochs, steps", f"{record['epochs']:g}, {record['steps']:,}"),
+            ("rows a step, positions a row", f"{record['rows_per_step']}, {record['total_seq_len'] or 'not recorded'}"),
+            ("optimizer", record["optimizer"]),
+            ("precision, seed", f"{record['precision']}, {record['seed']}"),
+            ("hardware", f"{record['processes']} x {record['device']}"),
+            ("minutes, with validation and saving", f"{record['seconds'] / 60:.1f}"),
+            ("versions", _versions(record["versions"])),
+        ],
+    )
+
+
+def _validation(record: dict[str, Any] | None) -> str:
+    metrics = (record or {}).get("validation")
+    if not metrics:
+        return "Not measured."
+    rows = [(name.replace("_", " "), f"{value:.4f}") for name, value in metrics.items()]
+    return "On rows that were not trained on, by the Trainer and not in vLLM; depth 0 is the first token.\n\n" + _table(
+        ["", ""], rows
+    )
+
+
+def _drafter(config: PeagleConfig) -> str:
+    layers = config.transformer_layer_config
+    return _table(
+        ["", ""],
+        [
+            ("decoder layers", f"{layers.num_hidden_layers}, {layers.model_type}, hidden size {layers.hidden_size}"),
+            ("vocabulary", f"{config.draft_vocab_size:,} of the verifier's {config.vocab_size:,} tokens"),
+            ("reads the verifier's states after layers", ", ".join(map(str, config.eagle_aux_hidden_state_layer_ids))),
+        ],
+    )
+
+
+def _sampling(config: PeagleConfig) -> str:
+    anchors = "all" if config.max_anchors is None else f"at most {config.max_anchors} a document"
+    ratios = f"r {config.down_sample_ratio:g}, r_min {config.down_sample_ratio_min:g}"
+    return f"K {config.num_depths}, {ratios}, anchors {anchors}"
+
+
+def _link(verifier: str | None) -> str:
+    return "a model that is not on the hub" if verifier is None else f"[{verifier}](https://huggingface.co/{verifier})"
+
+
+def _versions(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in lines)
