@@ -33,6 +33,7 @@ _MODULE_OF = {
     "build_datasets": "trainer",
     "build_drafter": "trainer",
     "checkpoint_to_resume": "trainer",
+    "draft_and_verify": "generation",
     "end_processes": "cli",
     "evaluate": "evaluation",
     "extract": "data.extract",
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from .data.regenerate import RegenerateArguments, regenerate
     from .errors import PeagleError
     from .evaluation import EvaluateArguments, evaluate
+    from .generation import draft_and_verify
     from .target import VerifierHead
     from .trainer import PeagleTrainer, build_datasets, build_drafter, checkpoint_to_resume, train
     from .training_args import PeagleTrainingArguments

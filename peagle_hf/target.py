@@ -7,7 +7,7 @@ import json
 import os
 import pickle
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -104,6 +104,36 @@ def decoder_parts(model: PreTrainedModel) -> tuple[nn.ModuleList, nn.Module]:
             f"`layers` or no final norm ({', '.join(FINAL_NORMS)}). Teach peagle_hf.target.decoder_parts its names."
         )
     return layers, norms[0]
+
+
+@contextmanager
+def recorded_streams(
+    model: PreTrainedModel, layer_ids: Iterable[int], dtype: torch.dtype
+) -> Iterator[dict[int, Tensor]]:
+    """Record the residual streams [B, T, H] after so many layers, none of them normed, at every forward pass.
+
+    Args:
+        layer_ids: 0 means the embeddings, the number of layers the input of the final norm.
+
+    Yields:
+        The streams of the latest pass by layer id.
+    """
+    layers, final_norm = decoder_parts(model)
+    readers = [*layers, final_norm]
+    streams: dict[int, Tensor] = {}
+
+    def keep(layer_id: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            streams[layer_id] = (args[0] if args else kwargs["hidden_states"]).to(dtype, copy=True)
+
+        return hook
+
+    handles = [readers[id_].register_forward_pre_hook(keep(id_), with_kwargs=True) for id_ in set(layer_ids)]
+    try:
+        yield streams
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class VerifierHead(nn.Module):

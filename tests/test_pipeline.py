@@ -98,7 +98,7 @@ LAYERS = [
     {"target", "cod", "fusion", "kernels", "metrics"},
     {"configuration_peagle", "attention", "losses"},
     {"modeling_peagle"},
-    {"adapters", "data.cache", "data.chats", "data.collator", "data.partition", "memory", "serving"},
+    {"adapters", "data.cache", "data.chats", "data.collator", "data.partition", "generation", "memory", "serving"},
     {"data.dataset", "data.prepare", "data.regenerate"},
     {"data.extract", "callbacks", "training_args"},
     {"trainer", "evaluation"},
