@@ -18,6 +18,7 @@ except PackageNotFoundError:
     __version__ = "0.0.0"
 
 _MODULE_OF = {
+    "AcceptanceArguments": "acceptance",
     "CODDataCollator": "data.collator",
     "EvaluateArguments": "evaluation",
     "ExtractArguments": "data.extract",
@@ -29,6 +30,7 @@ _MODULE_OF = {
     "RegenerateArguments": "data.regenerate",
     "VerifierHead": "target",
     "VllmExportCallback": "callbacks",
+    "acceptance": "acceptance",
     "add_adapter": "adapters",
     "build_datasets": "trainer",
     "build_drafter": "trainer",
@@ -50,6 +52,7 @@ __all__ = ["PeagleConfig", "PeagleForSpeculation", *_MODULE_OF]
 
 
 if TYPE_CHECKING:
+    from .acceptance import AcceptanceArguments, acceptance
     from .adapters import add_adapter, load_adapter, merge_adapter, save_adapter
     from .callbacks import VllmExportCallback
     from .cli import end_processes, parse_arguments

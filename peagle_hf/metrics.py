@@ -6,14 +6,19 @@ from torch import Tensor
 COUNTERS = ("learnt", "correct", "reached", "accepted")
 
 
-def count_by_depth(correct_R: Tensor, learnt_R: Tensor, anchors_R: Tensor, depths_R: Tensor, num_depths: int) -> Tensor:
+def count_by_depth(
+    correct_R: Tensor, follows_R: Tensor, learnt_R: Tensor, anchors_R: Tensor, depths_R: Tensor, num_depths: int
+) -> Tensor:
     """Count rows by depth for `summarize`; counts of several batches or ranks add up.
 
-    A row is *reached* if it is learnt and all earlier depths of its rollout are learnt and correct; it is *accepted* if
-    it is reached and correct: what a verifier that is greedy would do with this rollout.
+    A row is *reached* if it is learnt and at all earlier depths of its rollout drafter, verifier and text say the same;
+    it is *accepted* if it is reached and correct: what a greedy verifier would do with this rollout. Where the text
+    says something else than the verifier, how a greedy verifier would go on isn't known, so the rollout is followed no
+    further.
 
     Args:
         correct_R: bool, whether the drafter's token is the verifier's.
+        follows_R: bool, whether the text's token is the verifier's.
         learnt_R: bool.
         anchors_R: int64, rows in the order of `cod.sample_rows` (depth 0 at its own index, rollouts by anchor, depth).
         depths_R: int64.
@@ -26,7 +31,7 @@ def count_by_depth(correct_R: Tensor, learnt_R: Tensor, anchors_R: Tensor, depth
     correct = correct_R & learnt_R
     reached = learnt_R & (depths_R == 0)
     for depth in range(1, num_depths):
-        accepted_before = (reached & correct)[before]
+        accepted_before = (reached & correct & follows_R)[before]
         reached = torch.where(depths_R == depth, accepted_before & learnt_R, reached)
     outcome_4R = torch.stack([learnt_R, correct, reached, reached & correct]).long()
     counters = torch.zeros(4, num_depths, dtype=torch.long, device=depths_R.device)

@@ -494,17 +494,22 @@ class PeagleForSpeculation(PreTrainedModel):
             states[0], self.lm_head.weight, teacher, draft_head.logits, target_index[0], self.loss_weights
         )
         token_ids = self.draft_token_ids
-        if token_ids is not None and not self.training:
-            # Over the whole vocabulary: a token that the drafter doesn't have is one that it can't match.
-            verifier = self.verifier_head.to(device)
-            chunks = teacher.split(max(1, CHUNK_ELEMENTS[device.type] // self.config.vocab_size))
-            with torch.no_grad():
-                teacher_U = torch.cat([verifier.logits(chunk).argmax(-1) for chunk in chunks])
+        if token_ids is not None:
             student_N = token_ids[student_N]
+            if self.training:
+                teacher_U = token_ids[teacher_U]
+            else:
+                # Over the whole vocabulary: a token that the drafter doesn't have is one that it can't match.
+                verifier = self.verifier_head.to(device)
+                chunks = teacher.split(max(1, CHUNK_ELEMENTS[device.type] // self.config.vocab_size))
+                with torch.no_grad():
+                    teacher_U = torch.cat([verifier.logits(chunk).argmax(-1) for chunk in chunks])
+        teacher_N = teacher_U[target_index[0]]
         learnt_R = labels[0] != -100
-        correct_R = torch.zeros_like(learnt_R)
-        correct_R[learnt_rows[0]] = student_N == teacher_U[target_index[0]]
-        counters = count_by_depth(correct_R, learnt_R, anchor, depth, self.config.num_depths)
+        correct_R, follows_R = torch.zeros_like(learnt_R), torch.zeros_like(learnt_R)
+        correct_R[learnt_rows[0]] = student_N == teacher_N
+        follows_R[learnt_rows[0]] = labels[0, learnt_rows[0]] == teacher_N
+        counters = count_by_depth(correct_R, follows_R, learnt_R, anchor, depth, self.config.num_depths)
         divisor = max(student_N.numel(), 1) if num_items_in_batch is None else num_items_in_batch
         return PeagleOutput(loss=loss / divisor, counters=counters)
 

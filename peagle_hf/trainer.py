@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from .configuration_peagle import PeagleConfig
 from .data.cache import Manifest
 from .data.collator import CODDataCollator
 from .data.dataset import EpochSampler, HiddenStatesDataset, learnt_share, split_rows
-from .data.partition import partition, partition_by_rows, without_labels
+from .data.partition import partition, partition_by_rows, partition_every_row, without_labels
 from .errors import PeagleError
 from .losses import parse_loss
 from .memory import GIB, MemoryPlan, device_memory, report, rows_that_fit
@@ -47,7 +48,11 @@ class PeagleTrainer(Trainer):
 
     Takes the Trainer's own arguments; `data_collator` defaults to the model's `CODDataCollator`. Logs, beside the
     Trainer's metrics, `accuracy_d`, `acceptance_d` and `acceptance_length` (see `metrics.summarize`), over all steps
-    since the last log and all ranks; in evaluation with the prefix `eval_`, where `eval_loss` is the mean over tokens.
+    since the last log and all ranks; in evaluation with the prefix `eval_`.
+
+    Evaluation drops no row: every learnt position starts a rollout of all K depths. `eval_loss` is the mean over all of
+    these rows, so that it depends neither on COD's ratios nor on the seed; the training loss, in which depths count as
+    often as they are sampled, is another number.
     """
 
     args: PeagleTrainingArguments
@@ -87,6 +92,9 @@ class PeagleTrainer(Trainer):
         self.config: PeagleConfig = self.accelerator.unwrap_model(self.model).config
         if data_collator is None:
             self.data_collator = CODDataCollator.from_config(self.config, seed=args.seed)
+        self.eval_collator = self.data_collator
+        if isinstance(self.data_collator, CODDataCollator):
+            self.eval_collator = replace(self.data_collator, every_row=True)
         if args.device.type == "cpu":
             keep_freed_memory()
         for module in self.model.modules():
@@ -139,13 +147,12 @@ class PeagleTrainer(Trainer):
                 loss = loss + super().training_step(model, part, num_items_in_batch)
         return loss + super().training_step(model, last, num_items_in_batch)
 
-    def _parts(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
-        if self.args.sequence_partitions == "1":
-            return [inputs]
+    def _parts(self, inputs: dict[str, Any], is_training: bool = True) -> list[dict[str, Any]]:
         if self.args.sequence_partitions == "auto":
             parts = partition_by_rows(inputs, self._rows_that_fit)
         else:
-            parts = partition(inputs, int(self.args.sequence_partitions))
+            num_parts = int(self.args.sequence_partitions)
+            parts = partition(inputs, num_parts) if is_training else partition_every_row(inputs, num_parts)
         if self.is_sharded:
             # Every pass gathers the shards of all processes, so all must run equally many.
             counts = self.accelerator.gather(torch.tensor([len(parts)], device=self.args.device))
@@ -197,12 +204,22 @@ class PeagleTrainer(Trainer):
         self, model, inputs, prediction_loss_only, ignore_keys=None
     ):
         inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            outputs = model(**inputs)
-        learnt = outputs.counters[COUNTERS.index("learnt")].sum()
-        self._eval_counters += outputs.counters
-        self._eval_loss += torch.stack([outputs.loss.double() * learnt, learnt.double()])
-        return outputs.loss, None, None
+        sums = torch.zeros_like(self._eval_loss)
+        for part in self._parts(inputs, is_training=False):
+            with torch.no_grad(), self.compute_loss_context_manager():
+                outputs = model(**part)
+            learnt = outputs.counters[COUNTERS.index("learnt")].sum()
+            self._eval_counters += outputs.counters
+            sums += torch.stack([outputs.loss.double() * learnt, learnt.double()])
+        self._eval_loss += sums
+        return sums[0] / sums[1].clamp(min=1), None, None
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        collator, self.data_collator = self.data_collator, self.eval_collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = collator
 
     def evaluation_loop(
         self,

@@ -14,23 +14,26 @@ def counted(seed=0):
     anchors, depths = sample_rows(learnt_positions, K, 0.9, 0.5, generator)
     learnt = learnt_positions[anchors + depths]
     correct = torch.rand(anchors.numel(), generator=generator) > 0.3
-    return correct, learnt, anchors, depths
+    follows = torch.rand(anchors.numel(), generator=generator) > 0.1
+    return correct, follows, learnt, anchors, depths
 
 
 def test_counters_follow_the_definition():
-    correct, learnt, anchors, depths = counted()
+    correct, follows, learnt, anchors, depths = counted()
     state = {
-        (a, d): (ln, c)
-        for a, d, ln, c in zip(anchors.tolist(), depths.tolist(), learnt.tolist(), correct.tolist(), strict=True)
+        tuple(key): tuple(flags)
+        for key, flags in zip(
+            torch.stack([anchors, depths], 1).tolist(), torch.stack([learnt, correct, follows], 1).tolist(), strict=True
+        )
     }
     expected = {name: [0] * K for name in COUNTERS}
-    for (anchor, depth), (is_learnt, is_correct) in state.items():
-        before = all(state[anchor, earlier] == (True, True) for earlier in range(depth))
+    for (anchor, depth), (is_learnt, is_correct, _) in state.items():
+        before = all(state[anchor, earlier] == (True, True, True) for earlier in range(depth))
         expected["learnt"][depth] += is_learnt
         expected["correct"][depth] += is_learnt and is_correct
         expected["reached"][depth] += is_learnt and before
         expected["accepted"][depth] += is_learnt and before and is_correct
-    counters = count_by_depth(correct, learnt, anchors, depths, K)
+    counters = count_by_depth(correct, follows, learnt, anchors, depths, K)
     assert dict(zip(COUNTERS, counters.tolist(), strict=True)) == expected
     assert all(sum(column) > 0 for column in expected.values())
 

@@ -10,7 +10,14 @@ from conftest import write_cache
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
-from peagle_hf import EvaluateArguments, PeagleTrainingArguments, evaluate, train
+from peagle_hf import (
+    EvaluateArguments,
+    PeagleForSpeculation,
+    PeagleTrainingArguments,
+    draft_and_verify,
+    evaluate,
+    train,
+)
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -46,7 +53,18 @@ def verifier(tmp_path_factory, tiny_verifier) -> Path:
 def overfitted(request, tmp_path_factory, verifier) -> tuple[Path, Path]:
     """A drafter trained on what the verifier itself writes after four prompts, and those prompts."""
     draft_arch, norm_before_residual, draft_vocab_size = request.param
-    folder = tmp_path_factory.mktemp("overfit")
+    return train_on_answers(
+        tmp_path_factory.mktemp("overfit"),
+        verifier,
+        draft_arch=draft_arch,
+        norm_before_residual=norm_before_residual,
+        draft_vocab_size=draft_vocab_size,
+        num_train_epochs=6,
+    )
+
+
+def train_on_answers(folder, verifier, **options) -> tuple[Path, Path]:
+    """A drafter trained on what the verifier itself writes after four prompts, and those prompts."""
     model = LlamaForCausalLM.from_pretrained(verifier).eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(verifier)
     prompts = [" ".join(f"w{(7 * number + 3 * step) % 90}" for step in range(6 + number)) for number in range(4)]
@@ -80,13 +98,9 @@ def overfitted(request, tmp_path_factory, verifier) -> tuple[Path, Path]:
             data_path=str(folder),
             output_dir=str(folder / "checkpoints"),
             num_layers=2,
-            draft_arch=draft_arch,
-            norm_before_residual=norm_before_residual,
-            draft_vocab_size=draft_vocab_size,
             num_depths=NUM_DEPTHS,
             down_sample_ratio=1.0,
             total_seq_len=256,
-            num_train_epochs=6,
             learning_rate=2e-3,
             train_data_ratio=1,
             export_dtype="float32",
@@ -94,6 +108,7 @@ def overfitted(request, tmp_path_factory, verifier) -> tuple[Path, Path]:
             bf16=False,
             disable_tqdm=True,
             logging_steps=50,
+            **options,
         )
     )
     return folder / "checkpoints" / "checkpoint_best", folder / "prompts.jsonl"
@@ -108,3 +123,42 @@ def test_vllm_accepts_what_an_overfitted_drafter_proposes(overfitted, tmp_path):
     assert result["num_prompts"] == 4
     assert result["acceptance_rate"] >= 0.95
     assert result["acceptance_length"] == pytest.approx(1 + sum(result["per_position_acceptance"]))
+
+
+def test_the_reference_counts_what_vllm_counts(verifier, tmp_path):
+    """A drafter that is right at times, with more tokens at a time than it was trained for, in one batch."""
+    drafter, prompts = train_on_answers(tmp_path, verifier, num_train_epochs=1)
+    result = evaluate(
+        EvaluateArguments(
+            model=str(drafter),
+            prompts=str(prompts),
+            max_tokens=NEW_TOKENS,
+            output=str(tmp_path),
+            num_speculative_tokens=NUM_DEPTHS + 1,
+        )
+    )
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(verifier, padding_side="left")
+    chats = [[{"role": "user", "content": json.loads(line)["turns"][0]}] for line in prompts.read_text().splitlines()]
+    inputs = tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
+    )
+    output = (
+        LlamaForCausalLM.from_pretrained(verifier)
+        .eval()
+        .generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            custom_generate=draft_and_verify,
+            drafter=PeagleForSpeculation.from_pretrained(drafter).eval(),
+            num_speculative_tokens=NUM_DEPTHS + 1,
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            return_dict_in_generate=True,
+        )
+    )
+    counts = output.accepted_by_position
+    print(output.num_drafts, counts, result["per_position_acceptance"])
+    assert 0.05 < sum(counts) / output.num_drafts / len(counts) < 0.9
+    assert (output.num_drafts, sum(counts)) == (result["num_drafts"], result["num_accepted_tokens"])
+    assert [count / output.num_drafts for count in counts] == pytest.approx(result["per_position_acceptance"])
+    assert output.acceptance_length == pytest.approx(result["acceptance_length"])

@@ -1,0 +1,140 @@
+"""Acceptance from cached hidden states alone: no generation, no server, seconds on a GPU."""
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from tqdm import tqdm
+
+from . import metrics
+from .configuration_peagle import PeagleConfig
+from .data.collator import CODDataCollator
+from .data.dataset import HiddenStatesDataset, split_rows
+from .data.partition import partition_every_row
+from .errors import PeagleError
+from .files import write_json
+from .metrics import COUNTERS
+from .modeling_peagle import PeagleForSpeculation
+from .serving import check_checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class AcceptanceArguments:
+    """Arguments of `peagle-hf acceptance`."""
+
+    model: str = field(metadata={"help": "The drafter: a checkpoint folder, such as checkpoints/checkpoint_best."})
+    data_path: str = field(metadata={"help": "Folder of `peagle-hf prepare`, of text that the verifier wrote."})
+    output: str = field(metadata={"help": "File for the report, such as acceptance.json."})
+    hidden_states_path: str | None = field(
+        default=None, metadata={"help": "Folder of `peagle-hf extract`. Default: hidden_states in the data path."}
+    )
+    verifier: str | None = field(
+        default=None, metadata={"help": "Folder or hub name of the target; default: the one in the checkpoint."}
+    )
+    num_speculative_tokens: int | None = field(
+        default=None, metadata={"help": "Tokens to draft at a time; default: as many as it was trained for."}
+    )
+    train_data_ratio: float | None = field(
+        default=None,
+        metadata={"help": "Take the rows that a training with this --train-data-ratio kept back. Default: all rows."},
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of that training, which decides what is kept back."})
+    total_seq_len: int = field(default=8192, metadata={"help": "Positions in a packed row; longer rows are cut."})
+    dtype: str = field(
+        default="float32", metadata={"help": "Of the drafter and the verifier's head: float32, bfloat16 or float16."}
+    )
+
+
+def acceptance(arguments: AcceptanceArguments) -> dict[str, Any]:
+    """Measure a drafter on cached rows; write, log and return the report.
+
+    Every learnt position is an anchor, and the K tokens that the drafter proposes there are compared with the
+    verifier's argmax over its whole vocabulary (see `metrics.count_by_depth`). The report holds, with the names of
+    `evaluate`,
+
+    - `acceptance_length` and `per_position_acceptance`, and `conditional_acceptance`: accepted at position k / reached
+      it, all before it being accepted;
+    - `accuracy`: right at position k / rows there, whatever was proposed before it;
+    - the counts behind them: `learnt`, `correct`, `reached`, `accepted`.
+
+    Raises:
+        PeagleError: the checkpoint, the verifier or the cached rows can't be read or don't fit each other.
+    """
+    config = check_checkpoint(arguments.model)
+    verifier = arguments.verifier or config.verifier_name_or_path
+    assert verifier is not None  # checked just above
+    dtype = getattr(torch, arguments.dtype, None)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise PeagleError(f"--dtype is {arguments.dtype!r}; it must be float32, bfloat16 or float16.")
+    config.num_depths = arguments.num_speculative_tokens or config.num_depths
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    drafter = PeagleForSpeculation.from_pretrained(arguments.model, config=config, dtype=dtype, device_map=device)
+    drafter.load_verifier(verifier, initialize=False, dtype=dtype)
+    rows = None
+    if arguments.train_data_ratio is not None:
+        rows = split_rows(arguments.data_path, arguments.train_data_ratio, arguments.seed)[1]
+    dataset = HiddenStatesDataset(
+        arguments.data_path, arguments.hidden_states_path, arguments.total_seq_len, rows, seed=arguments.seed
+    )
+    counters = count(drafter, dataset)
+    learnt, correct, reached, accepted = counters.tolist()
+    summary = metrics.summarize(counters)
+    depths = range(config.num_depths)
+    report = {
+        "drafter": arguments.model,
+        "verifier": verifier,
+        "data_path": arguments.data_path,
+        "num_rows": sum(map(len, dataset.plan)),
+        "num_speculative_tokens": config.num_depths,
+        "dtype": arguments.dtype,
+        "acceptance_length": summary["acceptance_length"],
+        "per_position_acceptance": [summary[f"acceptance_{depth}"] for depth in depths],
+        "conditional_acceptance": [accepted[depth] / max(reached[depth], 1) for depth in depths],
+        "accuracy": [correct[depth] / max(learnt[depth], 1) for depth in depths],
+        **dict(zip(COUNTERS, (learnt, correct, reached, accepted), strict=True)),
+    }
+    write_json(arguments.output, report)
+    logger.info("%s\n\nWritten to %s.", table(report), arguments.output)
+    return report
+
+
+@torch.inference_mode()
+def count(drafter: PeagleForSpeculation, dataset: HiddenStatesDataset) -> torch.Tensor:
+    """The counters [4, K] of `metrics.count_by_depth` over all rows, none dropped.
+
+    Args:
+        drafter: with its verifier's head attached.
+    """
+    drafter.eval()
+    config: PeagleConfig = drafter.config
+    collator = CODDataCollator.from_config(config, every_row=True)
+    counters = torch.zeros(len(COUNTERS), config.num_depths, dtype=torch.long)
+    for number in tqdm(range(len(dataset)), desc="Measuring", unit="row"):
+        for part in partition_every_row(collator([dataset[number]])):
+            counters += drafter(**send_to_device(part, drafter.device)).counters.cpu()
+    return counters
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as text for a terminal."""
+    names = ("reached", "accepted", "conditional_acceptance", "per_position_acceptance", "accuracy")
+    columns = zip(*(report[name] for name in names), strict=True)
+    return "\n".join(
+        [
+            f"Drafter            {report['drafter']}, {report['num_speculative_tokens']} tokens at a time",
+            f"Verifier           {report['verifier']}, {report['dtype']}",
+            f"Measured           {report['num_rows']} rows of {report['data_path']}, from cached hidden states",
+            "",
+            f"Acceptance length  {report['acceptance_length']:6.3f}",
+            "",
+            "Position    Reached   Accepted  Conditional  By position  Accuracy",
+            *(
+                f"{position:>8} {reached:>10} {accepted:>10} {conditional:>12.1%} {rate:>12.1%} {accuracy:>9.1%}"
+                for position, (reached, accepted, conditional, rate, accuracy) in enumerate(columns, start=1)
+            ),
+        ]
+    )
