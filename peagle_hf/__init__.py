@@ -18,7 +18,7 @@ except PackageNotFoundError:
     __version__ = "0.0.0"
 
 _MODULE_OF = {
-    "AcceptanceArguments": "acceptance",
+    "AcceptanceArguments": "offline",
     "CODDataCollator": "data.collator",
     "EvaluateArguments": "evaluation",
     "ExtractArguments": "data.extract",
@@ -30,7 +30,7 @@ _MODULE_OF = {
     "RegenerateArguments": "data.regenerate",
     "VerifierHead": "target",
     "VllmExportCallback": "callbacks",
-    "acceptance": "acceptance",
+    "acceptance": "offline",
     "add_adapter": "adapters",
     "build_datasets": "trainer",
     "build_drafter": "trainer",
@@ -52,7 +52,6 @@ __all__ = ["PeagleConfig", "PeagleForSpeculation", *_MODULE_OF]
 
 
 if TYPE_CHECKING:
-    from .acceptance import AcceptanceArguments, acceptance
     from .adapters import add_adapter, load_adapter, merge_adapter, save_adapter
     from .callbacks import VllmExportCallback
     from .cli import end_processes, parse_arguments
@@ -64,6 +63,7 @@ if TYPE_CHECKING:
     from .errors import PeagleError
     from .evaluation import EvaluateArguments, evaluate
     from .generation import draft_and_verify
+    from .offline import AcceptanceArguments, acceptance
     from .target import VerifierHead
     from .trainer import PeagleTrainer, build_datasets, build_drafter, checkpoint_to_resume, train
     from .training_args import PeagleTrainingArguments

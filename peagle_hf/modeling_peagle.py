@@ -25,7 +25,7 @@ from .configuration_peagle import PeagleConfig
 from .errors import PeagleError
 from .fusion import fuse_on_gpu
 from .losses import CHUNK_ELEMENTS, distillation_loss, parse_loss
-from .metrics import count_by_depth
+from .metrics import count_by_depth, follow_rollouts, outcomes_by_anchor
 from .target import VerifierHead, load_embedding
 
 RECOMPUTED_ROWS = 16384
@@ -40,11 +40,13 @@ class PeagleOutput(ModelOutput):
         loss: float32 scalar: the sum over learnt rows divided by `num_items_in_batch` (default: the learnt rows).
         logits: [1, R, Vd], only without labels: every row's scores over the draft vocabulary.
         counters: int64 [4, K], only with labels: see `metrics.count_by_depth`.
+        outcomes: int64 [4, learnt anchors], only with labels in evaluation: see `metrics.outcomes_by_anchor`.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     counters: Tensor | None = None
+    outcomes: Tensor | None = None
 
 
 class Rows:
@@ -316,6 +318,7 @@ class PeagleForSpeculation(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
 
+    config: PeagleConfig
     d2t: Tensor | None
     t2d: Tensor | None
     verifier_head: VerifierHead | None
@@ -509,9 +512,14 @@ class PeagleForSpeculation(PreTrainedModel):
         correct_R, follows_R = torch.zeros_like(learnt_R), torch.zeros_like(learnt_R)
         correct_R[learnt_rows[0]] = student_N == teacher_N
         follows_R[learnt_rows[0]] = labels[0, learnt_rows[0]] == teacher_N
-        counters = count_by_depth(correct_R, follows_R, learnt_R, anchor, depth, self.config.num_depths)
+        num_depths = self.config.num_depths
+        reached_R = follow_rollouts(correct_R, follows_R, learnt_R, anchor, depth, num_depths)
+        counters = count_by_depth(correct_R, learnt_R, reached_R, depth, num_depths)
+        outcomes = None
+        if not self.training:
+            outcomes = outcomes_by_anchor(correct_R, reached_R, anchor, document_ids[0], position_ids[0])
         divisor = max(student_N.numel(), 1) if num_items_in_batch is None else num_items_in_batch
-        return PeagleOutput(loss=loss / divisor, counters=counters)
+        return PeagleOutput(loss=loss / divisor, counters=counters, outcomes=outcomes)
 
     @torch.no_grad()
     def draft(

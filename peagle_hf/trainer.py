@@ -35,7 +35,7 @@ from .data.partition import partition, partition_by_rows, partition_every_row, w
 from .errors import PeagleError
 from .losses import parse_loss
 from .memory import GIB, MemoryPlan, device_memory, report, rows_that_fit
-from .metrics import COUNTERS, summarize
+from .metrics import COUNTERS, count_drafts, summarize
 from .modeling_peagle import PeagleForSpeculation, PeagleLayer
 from .target import draft_vocabulary, load_token_freq, load_verifier_config
 from .training_args import PeagleTrainingArguments
@@ -50,9 +50,11 @@ class PeagleTrainer(Trainer):
     Trainer's metrics, `accuracy_d`, `acceptance_d` and `acceptance_length` (see `metrics.summarize`), over all steps
     since the last log and all ranks; in evaluation with the prefix `eval_`.
 
-    Evaluation drops no row: every learnt position starts a rollout of all K depths. `eval_loss` is the mean over all of
-    these rows, so that it depends neither on COD's ratios nor on the seed; the training loss, in which depths count as
-    often as they are sampled, is another number.
+    Evaluation drops no row: every learnt position starts a rollout of all K depths. `eval_acceptance_d` and
+    `eval_acceptance_length` are of the drafts that decoding the text would make (see `metrics.count_drafts`),
+    `eval_anchor_acceptance_length` is the mean over all positions. `eval_loss` is the mean over all rows, so that it
+    depends neither on COD's ratios nor on the seed; the training loss, in which depths count as often as they are
+    sampled, is another number.
     """
 
     args: PeagleTrainingArguments
@@ -104,6 +106,7 @@ class PeagleTrainer(Trainer):
                 module.keep_attention = args.keep_attention
         self._train_counters = self._no_counters()
         self._eval_counters = self._no_counters()
+        self._eval_drafts = self._no_counters()[:2]
         self._eval_loss = torch.zeros(2, dtype=torch.float64, device=args.device)
 
     def train(
@@ -204,14 +207,16 @@ class PeagleTrainer(Trainer):
         self, model, inputs, prediction_loss_only, ignore_keys=None
     ):
         inputs = self._prepare_inputs(inputs)
-        sums = torch.zeros_like(self._eval_loss)
+        sums, outcomes = torch.zeros_like(self._eval_loss), []
         for part in self._parts(inputs, is_training=False):
             with torch.no_grad(), self.compute_loss_context_manager():
                 outputs = model(**part)
             learnt = outputs.counters[COUNTERS.index("learnt")].sum()
             self._eval_counters += outputs.counters
+            outcomes.append(outputs.outcomes)
             sums += torch.stack([outputs.loss.double() * learnt, learnt.double()])
         self._eval_loss += sums
+        self._eval_drafts += count_drafts(torch.cat(outcomes, dim=1), self.config.num_depths)
         return sums[0] / sums[1].clamp(min=1), None, None
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
@@ -229,11 +234,15 @@ class PeagleTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        self._eval_counters, self._eval_loss = self._no_counters(), torch.zeros_like(self._eval_loss)
+        self._eval_counters, self._eval_drafts = self._no_counters(), self._no_counters()[:2]
+        self._eval_loss = torch.zeros_like(self._eval_loss)
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         loss, learnt = self.accelerator.reduce(self._eval_loss, reduction="sum").tolist()
         metrics = {"loss": loss / max(learnt, 1.0)}
-        metrics |= summarize(self.accelerator.reduce(self._eval_counters, reduction="sum"))
+        counters = self.accelerator.reduce(self._eval_counters, reduction="sum")
+        drafts = self.accelerator.reduce(self._eval_drafts, reduction="sum")
+        metrics |= summarize(torch.cat([counters[:2], drafts]))
+        metrics["anchor_acceptance_length"] = summarize(counters)["acceptance_length"]
         prefixed = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return output._replace(metrics={**(output.metrics or {}), **prefixed})
 

@@ -101,7 +101,7 @@ LAYERS = [
     {"adapters", "data.cache", "data.chats", "data.collator", "data.partition", "generation", "memory", "serving"},
     {"data.dataset", "data.prepare", "data.regenerate"},
     {"data.extract", "callbacks", "training_args"},
-    {"trainer", "evaluation", "acceptance"},
+    {"trainer", "evaluation", "offline"},
     {"cli"},
 ]
 

@@ -2,20 +2,20 @@
 
 import logging
 from dataclasses import dataclass, field
+from itertools import accumulate
+from operator import mul
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
+from torch import Tensor
 from tqdm import tqdm
 
-from . import metrics
-from .configuration_peagle import PeagleConfig
 from .data.collator import CODDataCollator
 from .data.dataset import HiddenStatesDataset, split_rows
 from .data.partition import partition_every_row
 from .errors import PeagleError
 from .files import write_json
-from .metrics import COUNTERS
+from .metrics import count_drafts
 from .modeling_peagle import PeagleForSpeculation
 from .serving import check_checkpoint
 
@@ -52,14 +52,14 @@ class AcceptanceArguments:
 def acceptance(arguments: AcceptanceArguments) -> dict[str, Any]:
     """Measure a drafter on cached rows; write, log and return the report.
 
-    Every learnt position is an anchor, and the K tokens that the drafter proposes there are compared with the
-    verifier's argmax over its whole vocabulary (see `metrics.count_by_depth`). The report holds, with the names of
-    `evaluate`,
+    At every learnt position the K tokens that the drafter proposes are compared with the verifier's argmax over its
+    whole vocabulary. The report holds, with the names of `evaluate`,
 
-    - `acceptance_length` and `per_position_acceptance`, and `conditional_acceptance`: accepted at position k / reached
-      it, all before it being accepted;
-    - `accuracy`: right at position k / rows there, whatever was proposed before it;
-    - the counts behind them: `learnt`, `correct`, `reached`, `accepted`.
+    - `acceptance_length` and `per_position_acceptance` of the drafts that decoding the text would make (see
+      `metrics.count_drafts`), and `conditional_acceptance`: accepted at position k / reached it, all before it being
+      accepted; behind them the counts `num_drafts`, `reached`, `accepted`;
+    - `every_anchor`: the same with every learnt position as a draft, and `accuracy`: right at position k / rows there,
+      whatever was proposed before it.
 
     Raises:
         PeagleError: the checkpoint, the verifier or the cached rows can't be read or don't fit each other.
@@ -80,10 +80,8 @@ def acceptance(arguments: AcceptanceArguments) -> dict[str, Any]:
     dataset = HiddenStatesDataset(
         arguments.data_path, arguments.hidden_states_path, arguments.total_seq_len, rows, seed=arguments.seed
     )
-    counters = count(drafter, dataset)
-    learnt, correct, reached, accepted = counters.tolist()
-    summary = metrics.summarize(counters)
-    depths = range(config.num_depths)
+    counters, drafts = count(drafter, dataset)
+    learnt, correct = counters[:2].tolist()
     report = {
         "drafter": arguments.model,
         "verifier": verifier,
@@ -91,11 +89,9 @@ def acceptance(arguments: AcceptanceArguments) -> dict[str, Any]:
         "num_rows": sum(map(len, dataset.plan)),
         "num_speculative_tokens": config.num_depths,
         "dtype": arguments.dtype,
-        "acceptance_length": summary["acceptance_length"],
-        "per_position_acceptance": [summary[f"acceptance_{depth}"] for depth in depths],
-        "conditional_acceptance": [accepted[depth] / max(reached[depth], 1) for depth in depths],
-        "accuracy": [correct[depth] / max(learnt[depth], 1) for depth in depths],
-        **dict(zip(COUNTERS, (learnt, correct, reached, accepted), strict=True)),
+        **_summarize(drafts),
+        "every_anchor": _summarize(counters[2:])
+        | {"accuracy": [right / max(rows, 1) for right, rows in zip(correct, learnt, strict=True)]},
     }
     write_json(arguments.output, report)
     logger.info("%s\n\nWritten to %s.", table(report), arguments.output)
@@ -103,38 +99,60 @@ def acceptance(arguments: AcceptanceArguments) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def count(drafter: PeagleForSpeculation, dataset: HiddenStatesDataset) -> torch.Tensor:
-    """The counters [4, K] of `metrics.count_by_depth` over all rows, none dropped.
+def count(drafter: PeagleForSpeculation, dataset: HiddenStatesDataset) -> tuple[Tensor, Tensor]:
+    """The counts of `metrics.count_by_depth` [4, K] and `metrics.count_drafts` [2, K] over all rows, none dropped.
 
     Args:
         drafter: with its verifier's head attached.
     """
     drafter.eval()
-    config: PeagleConfig = drafter.config
-    collator = CODDataCollator.from_config(config, every_row=True)
-    counters = torch.zeros(len(COUNTERS), config.num_depths, dtype=torch.long)
+    num_depths = drafter.config.num_depths
+    collator = CODDataCollator.from_config(drafter.config, every_row=True)
+    counters, drafts = torch.zeros(4, num_depths, dtype=torch.long), torch.zeros(2, num_depths, dtype=torch.long)
     for number in tqdm(range(len(dataset)), desc="Measuring", unit="row"):
+        outcomes = []
         for part in partition_every_row(collator([dataset[number]])):
-            counters += drafter(**send_to_device(part, drafter.device)).counters.cpu()
-    return counters
+            tensors = {name: value.to(drafter.device) for name, value in part.items() if name != "max_length"}
+            output = drafter(**tensors, max_length=part["max_length"])
+            counters += output.counters.cpu()
+            outcomes.append(output.outcomes.cpu())
+        drafts += count_drafts(torch.cat(outcomes, dim=1), num_depths)
+    return counters, drafts
+
+
+def _summarize(counts_2K: Tensor) -> dict[str, Any]:
+    reached, accepted = counts_2K.tolist()
+    conditional = [taken / max(met, 1) for met, taken in zip(reached, accepted, strict=True)]
+    by_position = list(accumulate(conditional, mul))
+    return {
+        "acceptance_length": 1 + sum(by_position),
+        "per_position_acceptance": by_position,
+        "conditional_acceptance": conditional,
+        "num_drafts": reached[0],
+        "reached": reached,
+        "accepted": accepted,
+    }
 
 
 def table(report: dict[str, Any]) -> str:
     """The report as text for a terminal."""
-    names = ("reached", "accepted", "conditional_acceptance", "per_position_acceptance", "accuracy")
-    columns = zip(*(report[name] for name in names), strict=True)
+    every = report["every_anchor"]
+    names = ("reached", "accepted", "conditional_acceptance", "per_position_acceptance")
+    columns = zip(*(report[name] for name in names), every["per_position_acceptance"], every["accuracy"], strict=True)
     return "\n".join(
         [
             f"Drafter            {report['drafter']}, {report['num_speculative_tokens']} tokens at a time",
             f"Verifier           {report['verifier']}, {report['dtype']}",
             f"Measured           {report['num_rows']} rows of {report['data_path']}, from cached hidden states",
             "",
-            f"Acceptance length  {report['acceptance_length']:6.3f}",
+            f"Acceptance length  {report['acceptance_length']:6.3f}, in {report['num_drafts']} drafts",
+            f"At every position  {every['acceptance_length']:6.3f}, in {every['num_drafts']}",
             "",
-            "Position    Reached   Accepted  Conditional  By position  Accuracy",
+            "Position    Reached   Accepted  Conditional  By position  At every position  Accuracy",
             *(
-                f"{position:>8} {reached:>10} {accepted:>10} {conditional:>12.1%} {rate:>12.1%} {accuracy:>9.1%}"
-                for position, (reached, accepted, conditional, rate, accuracy) in enumerate(columns, start=1)
+                f"{place:>8} {reached:>10} {accepted:>10} {conditional:>12.1%} {rate:>12.1%} {everywhere:>18.1%} "
+                f"{accuracy:>9.1%}"
+                for place, (reached, accepted, conditional, rate, everywhere, accuracy) in enumerate(columns, start=1)
             ),
         ]
     )
