@@ -73,6 +73,8 @@ def acceptance(arguments: AcceptanceArguments) -> dict[str, Any]:
     config.num_depths = arguments.num_speculative_tokens or config.num_depths
     device = "cuda" if torch.cuda.is_available() else "cpu"
     drafter = PeagleForSpeculation.from_pretrained(arguments.model, config=config, dtype=dtype, device_map=device)
+    if device == "cuda":
+        drafter.set_attn_implementation("flex_attention")
     drafter.load_verifier(verifier, initialize=False, dtype=dtype)
     rows = None
     if arguments.train_data_ratio is not None:
@@ -98,7 +100,7 @@ def acceptance(arguments: AcceptanceArguments) -> dict[str, Any]:
     return report
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def count(drafter: PeagleForSpeculation, dataset: HiddenStatesDataset) -> tuple[Tensor, Tensor]:
     """The counts of `metrics.count_by_depth` [4, K] and `metrics.count_drafts` [2, K] over all rows, none dropped.
 
