@@ -98,10 +98,10 @@ LAYERS = [
     {"target", "cod", "fusion", "kernels", "metrics"},
     {"configuration_peagle", "attention", "losses"},
     {"modeling_peagle"},
-    {"adapters", "data.cache", "data.chats", "data.collator", "data.partition", "memory", "serving"},
+    {"adapters", "data.cache", "data.chats", "data.collator", "data.partition", "generation", "memory", "serving"},
     {"data.dataset", "data.prepare", "data.regenerate", "model_card"},
     {"data.extract", "callbacks", "training_args"},
-    {"continuing", "evaluation", "hub"},
+    {"continuing", "evaluation", "hub", "offline"},
     {"trainer"},
     {"cli"},
 ]
