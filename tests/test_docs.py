@@ -17,7 +17,7 @@ from peagle_hf.cli import COMMANDS
 ROOT = Path(__file__).parents[1]
 SUBSTITUTES = {
     "Qwen/Qwen3-8B": "verifier",
-    "--data sharegpt": "--data chats.jsonl",
+    "--data sharegpt": "--data sharegpt.jsonl",
     "examples/data/eval_prompts.jsonl": "prompts.jsonl",
     "--max-samples 5000": "--max-samples 12",
     "--epochs 5": "--epochs 1",
@@ -54,7 +54,7 @@ def smollm2(tmp_path_factory) -> Path:
 def folder(tmp_path, smollm2) -> Path:
     """A folder with what the substitutes name: a verifier, a dozen chats, two prompts."""
     (tmp_path / "verifier").symlink_to(smollm2)
-    (tmp_path / "chats.jsonl").write_text(first_lines(ROOT / "examples/data/train_chats.jsonl", 12))
+    (tmp_path / "sharegpt.jsonl").write_text(first_lines(ROOT / "examples/data/train_chats.jsonl", 12))
     (tmp_path / "prompts.jsonl").write_text(first_lines(ROOT / "examples/data/eval_prompts.jsonl", 2))
     return tmp_path
 
@@ -106,7 +106,7 @@ def test_command_line_page_has_every_flag():
 @pytest.mark.vllm
 def test_the_offline_script_runs_with_another_model_and_data(folder):
     script = ROOT / "examples" / "qwen3_8b_sharegpt_5k" / "offline.sh"
-    settings = {"MODEL": "verifier", "DATA": "chats.jsonl", "PROMPTS": "prompts.jsonl", "OUTPUT": "out"}
+    settings = {"MODEL": "verifier", "DATA": "sharegpt.jsonl", "PROMPTS": "prompts.jsonl", "OUTPUT": "out"}
     run(["bash", script], folder, **settings, SEQ_LEN="512", EPOCHS="1")
     report = json.loads((folder / "out" / "evaluation.json").read_text())
     assert report["num_prompts"] == 2
