@@ -18,6 +18,7 @@ except PackageNotFoundError:
     __version__ = "0.0.0"
 
 _MODULE_OF = {
+    "AcceptanceArguments": "offline",
     "CODDataCollator": "data.collator",
     "EvaluateArguments": "evaluation",
     "ExtractArguments": "data.extract",
@@ -32,10 +33,12 @@ _MODULE_OF = {
     "VerifierHead": "target",
     "VerifierParts": "target",
     "VllmExportCallback": "callbacks",
+    "acceptance": "offline",
     "add_adapter": "adapters",
     "build_datasets": "trainer",
     "build_drafter": "trainer",
     "checkpoint_to_resume": "trainer",
+    "draft_and_verify": "generation",
     "end_processes": "cli",
     "evaluate": "evaluation",
     "extract": "data.extract",
@@ -64,7 +67,9 @@ if TYPE_CHECKING:
     from .data.regenerate import RegenerateArguments, regenerate
     from .errors import PeagleError
     from .evaluation import EvaluateArguments, evaluate
+    from .generation import draft_and_verify
     from .hub import PushArguments, PushToHubCallback, push
+    from .offline import AcceptanceArguments, acceptance
     from .target import VerifierHead, VerifierParts, register_verifier
     from .trainer import PeagleTrainer, build_datasets, build_drafter, checkpoint_to_resume, train
     from .training_args import PeagleTrainingArguments

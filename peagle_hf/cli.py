@@ -51,6 +51,7 @@ COMMANDS = {
     ),
     "extract": Command("data.extract", "extract", "ExtractArguments", "cache the verifier's hidden states"),
     "train": Command("trainer", "train", "PeagleTrainingArguments", "train a drafter on the cache"),
+    "acceptance": Command("offline", "acceptance", "AcceptanceArguments", "measure acceptance on cached states"),
     "evaluate": Command("evaluation", "evaluate", "EvaluateArguments", "measure acceptance in vLLM"),
     "push": Command("hub", "push", "PushArguments", "upload a drafter to the hub"),
     "run": Command("cli", "run", "RunArguments", "all steps of a pipeline.yaml, going on where it stopped"),

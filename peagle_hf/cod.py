@@ -74,6 +74,29 @@ def sample_rows(
     )
 
 
+def every_row(learnt_T: Tensor, num_depths: int) -> tuple[Tensor, Tensor]:
+    """The rows of one document with nothing dropped: every rollout of a learnt position, up to where learning ends.
+
+    Args:
+        learnt_T: bool [T].
+        num_depths: K.
+
+    Returns:
+        anchors and depths as `sample_rows`.
+
+    Examples:
+        >>> anchors, depths = every_row(torch.tensor([False, True, True, True]), 3)
+        >>> list(zip(anchors.tolist(), depths.tolist()))[4:]
+        [(1, 1), (1, 2), (2, 1)]
+    """
+    positions = torch.arange(learnt_T.numel())
+    seeds = learnt_T.nonzero().flatten()
+    padded = torch.cat([learnt_T, learnt_T.new_zeros(num_depths)])
+    is_inside = padded[seeds[:, None] + torch.arange(1, num_depths)].cumprod(dim=1)
+    seed, depth = is_inside.nonzero(as_tuple=True)
+    return torch.cat([positions, seeds[seed]]), torch.cat([torch.zeros_like(positions), depth + 1])
+
+
 def _draw(pool: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """`count` different elements of `pool`, or all of it, in ascending order."""
     if pool.numel() <= count:

@@ -6,31 +6,85 @@ from torch import Tensor
 COUNTERS = ("learnt", "correct", "reached", "accepted")
 
 
-def count_by_depth(correct_R: Tensor, learnt_R: Tensor, anchors_R: Tensor, depths_R: Tensor, num_depths: int) -> Tensor:
-    """Count rows by depth for `summarize`; counts of several batches or ranks add up.
+def follow_rollouts(
+    correct_R: Tensor, follows_R: Tensor, learnt_R: Tensor, anchors_R: Tensor, depths_R: Tensor, num_depths: int
+) -> Tensor:
+    """Which rows are *reached*: learnt, and at all earlier depths of the rollout drafter, verifier and text agree.
 
-    A row is *reached* if it is learnt and all earlier depths of its rollout are learnt and correct; it is *accepted* if
-    it is reached and correct: what a verifier that is greedy would do with this rollout.
+    A row that is reached and correct is *accepted*: what a greedy verifier would do with this rollout. Where the text
+    says something else than the verifier, how a greedy verifier would go on isn't known, so the rollout is followed no
+    further.
 
     Args:
         correct_R: bool, whether the drafter's token is the verifier's.
+        follows_R: bool, whether the text's token is the verifier's.
         learnt_R: bool.
         anchors_R: int64, rows in the order of `cod.sample_rows` (depth 0 at its own index, rollouts by anchor, depth).
         depths_R: int64.
 
     Returns:
-        int64 [4, K]: learnt, correct, reached, accepted.
+        bool [R].
     """
     rows = torch.arange(depths_R.numel(), device=depths_R.device)
     before = torch.where(depths_R == 1, anchors_R, rows - 1)
-    correct = correct_R & learnt_R
+    goes_on = correct_R & follows_R
     reached = learnt_R & (depths_R == 0)
     for depth in range(1, num_depths):
-        accepted_before = (reached & correct)[before]
-        reached = torch.where(depths_R == depth, accepted_before & learnt_R, reached)
-    outcome_4R = torch.stack([learnt_R, correct, reached, reached & correct]).long()
+        reached = torch.where(depths_R == depth, (reached & goes_on)[before] & learnt_R, reached)
+    return reached
+
+
+def count_by_depth(correct_R: Tensor, learnt_R: Tensor, reached_R: Tensor, depths_R: Tensor, num_depths: int) -> Tensor:
+    """Count rows by depth for `summarize`; counts of several batches or ranks add up.
+
+    Returns:
+        int64 [4, K]: learnt, correct, reached, accepted.
+    """
+    outcome_4R = torch.stack([learnt_R, correct_R & learnt_R, reached_R, reached_R & correct_R]).long()
     counters = torch.zeros(4, num_depths, dtype=torch.long, device=depths_R.device)
     return counters.index_add_(1, depths_R.clamp(max=num_depths - 1), outcome_4R)
+
+
+def outcomes_by_anchor(
+    correct_R: Tensor, reached_R: Tensor, anchors_R: Tensor, document_ids_L: Tensor, position_ids_R: Tensor
+) -> Tensor:
+    """What becomes of the rollout of each of the N learnt anchors, for `count_drafts`.
+
+    Returns:
+        int64 [4, N]: document, place in it, how many of the rollout's rows are reached and how many accepted.
+    """
+    num_positions = document_ids_L.numel()
+    rows_2L = torch.zeros(2, num_positions, dtype=torch.long, device=anchors_R.device)
+    rows_2L.index_add_(1, anchors_R, torch.stack([reached_R, reached_R & correct_R]).long())
+    outcomes = torch.cat([torch.stack([document_ids_L, position_ids_R[:num_positions]]), rows_2L])
+    return outcomes[:, reached_R[:num_positions]]
+
+
+def count_drafts(outcomes_4N: Tensor, num_depths: int) -> Tensor:
+    """Count the drafts that decoding the text would make: from each one on to the token after what it has accepted.
+
+    Most tokens of a run that is easy to guess are accepted from its first one and never start a draft of their own, so
+    decoding meets harder anchors than all anchors are on average.
+
+    Args:
+        outcomes_4N: of `outcomes_by_anchor`, anchors in order, with nothing dropped (`cod.every_row`).
+
+    Returns:
+        int64 [2, K]: reached, accepted.
+    """
+    counts = torch.zeros(2, num_depths, dtype=torch.long)
+    depths = torch.arange(num_depths)
+    drafts: list[tuple[int, int]] = []
+    last_document, last_place, next_place = -1, -1, 0
+    for document, place, reached, accepted in outcomes_4N.T.tolist():
+        is_new_answer = document != last_document or place != last_place + 1
+        if is_new_answer or place >= next_place:
+            drafts.append((reached, accepted))
+            next_place = place + accepted + 1
+        last_document, last_place = document, place
+    if drafts:
+        counts += (torch.tensor(drafts).T[:, :, None] > depths).sum(1)
+    return counts.to(outcomes_4N.device)
 
 
 def summarize(counters: Tensor) -> dict[str, float]:

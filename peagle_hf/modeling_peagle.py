@@ -1,7 +1,8 @@
 """`PeagleForSpeculation`: the drafter, over rows that `cod.sample_rows` laid out.
 
 Shape letters: L positions, R rows, N learnt rows, U target positions, A auxiliary states, H hidden, V verifier
-vocabulary, Vd draft vocabulary. A batch is one packed sequence, so every tensor has a first dimension of 1.
+vocabulary, Vd draft vocabulary. A batch of `forward` is one packed sequence, so every tensor has a first dimension of
+1; `draft` takes B sequences side by side.
 """
 
 import math
@@ -11,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from torch.nn import functional as F
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding, rotate_half
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
@@ -23,7 +25,7 @@ from .configuration_peagle import PeagleConfig
 from .errors import PeagleError
 from .fusion import fuse_on_gpu
 from .losses import CHUNK_ELEMENTS, distillation_loss, parse_loss
-from .metrics import count_by_depth
+from .metrics import count_by_depth, follow_rollouts, outcomes_by_anchor
 from .target import VerifierHead, hub_verifier, load_embedding
 
 HUB_TAGS = ("speculative-decoding", "speculators", "eagle3", "p-eagle", "vllm")
@@ -39,11 +41,13 @@ class PeagleOutput(ModelOutput):
         loss: float32 scalar: the sum over learnt rows divided by `num_items_in_batch` (default: the learnt rows).
         logits: [1, R, Vd], only without labels: every row's scores over the draft vocabulary.
         counters: int64 [4, K], only with labels: see `metrics.count_by_depth`.
+        outcomes: int64 [4, learnt anchors], only with labels in evaluation: see `metrics.outcomes_by_anchor`.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     counters: Tensor | None = None
+    outcomes: Tensor | None = None
 
 
 class Rows:
@@ -94,16 +98,81 @@ class Rows:
         """Cut the padding off what the last layer gives."""
         return states[:, : self.num_rows if self.num_learnt is None else self.num_learnt]
 
-    def attend(self, window: int | None, learnt_only: bool) -> Attend:
-        """Attention of all rows, or of those that are learnt, to all rows."""
-        if (window, learnt_only) not in self._attend:
-            bounds = torch.stack(find_spans(self.anchors, self.depths, self.document_ids, window))
+    def attend(self, layer: "PeagleLayer") -> Attend:
+        """A layer's attention of all rows, or in the last layer of those that are learnt, to all rows."""
+        kind = layer.window, layer.is_last
+        if kind not in self._attend:
+            bounds = torch.stack(find_spans(self.anchors, self.depths, self.document_ids, layer.window))
             bounds, documents = self.pad(bounds), self.documents
-            if learnt_only and self.learnt is not None:
+            if layer.is_last and self.learnt is not None:
                 bounds, documents = bounds[:, self.learnt], documents[self.learnt]
-            spans = Spans(*bounds)
-            self._attend[window, learnt_only] = self.attention(spans, documents, self.documents, self.max_length)
-        return self._attend[window, learnt_only]
+            self._attend[kind] = self.attention(Spans(*bounds), documents, self.documents, self.max_length)
+        return self._attend[kind]
+
+
+class DraftRows:
+    """The rows of one draft of B sequences: their S_new new positions, then the rollout of each one's anchor.
+
+    Keys and values of positions stay in the cache for the drafts to come, those of the rollout are taken out again.
+
+    Args:
+        mask: bool [B, S], which positions are real, those that are cached and then the new ones.
+        anchors: int64 [B], the place among the S positions of each sequence's last real one.
+        num_depths: K.
+        cache: the drafter's keys and values of the positions before the new ones.
+    """
+
+    def __init__(self, mask: Tensor, anchors: Tensor, num_depths: int, cache: DynamicCache):
+        self.cache, self.anchors, self.num_rollout = cache, anchors[:, None], num_depths - 1
+        self.mask = F.pad(mask, (0, self.num_rollout), value=True)
+        num_positions, self.start = mask.shape[1], cache.get_seq_length()
+        self.places = mask.cumsum(1) - 1
+        rollout = torch.arange(1, num_depths, device=mask.device)
+        self.places = torch.cat([self.places, self.places.gather(1, self.anchors) + rollout], dim=1).clamp(min=0)
+        self.asked = torch.cat([self.anchors, (num_positions - 1 + rollout).expand(len(mask), -1)], dim=1)
+
+    @property
+    def position_ids(self) -> Tensor:
+        """int64 [B, R], place in the sequence of each row."""
+        return self.places[:, self.start :]
+
+    def place(self, rotary: tuple[Tensor, Tensor]) -> None:
+        """Take the rotary embedding of the rows, cos and sin [B, R, D]."""
+        self.rotary = rotary
+        self.learnt_rotary = (self.select(rotary[0]), self.select(rotary[1]))
+
+    def select(self, states: Tensor) -> Tensor:
+        """[B, R, ...] -> the rows that propose a token, [B, K, ...]."""
+        return states[torch.arange(len(states), device=states.device)[:, None], self.asked - self.start]
+
+    def trim(self, states: Tensor) -> Tensor:
+        return states
+
+    def attend(self, layer: "PeagleLayer") -> Attend:
+        """A layer's attention of all rows, or in the last layer of those that propose, to the cache and all rows."""
+        keys = torch.arange(self.mask.shape[1], device=self.mask.device)
+        queries = self.asked[:, :, None] if layer.is_last else keys[None, self.start :, None]
+        visible = self.mask[:, None] & (keys <= queries)
+        if layer.window is not None:
+            places = self.places.gather(1, queries.flatten(1).expand(len(self.mask), -1))
+            near = self.places[:, None] > places[:, :, None] - layer.window
+            visible &= near | (keys >= self.anchors[:, :, None])
+        visible |= keys == queries  # padding sees itself, so that its softmax is one of something
+
+        def attend(query: Tensor, key: Tensor, value: Tensor, kept: Kept = None) -> Tensor:
+            key, value = self.cache.update(key, value, layer.layer_idx)
+            is_grouped = query.shape[1] != key.shape[1]
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=visible[:, None], enable_gqa=is_grouped)
+
+        return attend
+
+    def finish(self) -> None:
+        """Take the rollout out of the cache."""
+        if self.num_rollout:
+            self.cache.crop(-self.num_rollout)
+
+
+AnyRows = Rows | DraftRows
 
 
 class RMSNorm(LlamaRMSNorm):
@@ -171,6 +240,7 @@ class PeagleLayer(nn.Module):
         super().__init__()
         layer_config = config.transformer_layer_config
         size, eps = layer_config.hidden_size, layer_config.rms_norm_eps
+        self.layer_idx = layer_idx
         self.is_first, self.is_last = layer_idx == 0, layer_idx == layer_config.num_hidden_layers - 1
         layer_types = getattr(layer_config, "layer_types", None) or ["full_attention"] * layer_config.num_hidden_layers
         self.window = layer_config.sliding_window if layer_types[layer_idx] == "sliding_attention" else None
@@ -182,7 +252,7 @@ class PeagleLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(size, eps)
         self.mlp = Qwen3MLP(layer_config) if layer_config.model_type == "qwen3" else LlamaMLP(layer_config)
 
-    def forward(self, states: Tensor, rows: Rows, embeds: Tensor | None = None) -> Tensor:
+    def forward(self, states: Tensor, rows: AnyRows, embeds: Tensor | None = None) -> Tensor:
         """[1, R, H] -> [1, R, H] ([1, N, H] in the last layer); the first layer takes [1, L + 1, H] and embeddings."""
         if not (self.gradient_checkpointing and self.training):
             return self.feed_forward(*self.attention(states, embeds, rows, None))
@@ -193,10 +263,10 @@ class PeagleLayer(nn.Module):
         pieces = zip(residual.split(RECOMPUTED_ROWS, dim=1), attended.split(RECOMPUTED_ROWS, dim=1), strict=True)
         return torch.cat([recomputed(self.feed_forward, *piece) for piece in pieces], dim=1)
 
-    def _whole(self, states: Tensor, embeds: Tensor | None, rows: Rows) -> Tensor:
+    def _whole(self, states: Tensor, embeds: Tensor | None, rows: AnyRows) -> Tensor:
         return self.feed_forward(*self.attention(states, embeds, rows, None))
 
-    def attention(self, states: Tensor, embeds: Tensor | None, rows: Rows, kept: Kept) -> tuple[Tensor, Tensor]:
+    def attention(self, states: Tensor, embeds: Tensor | None, rows: AnyRows, kept: Kept) -> tuple[Tensor, Tensor]:
         """The residual and what attention gives before `o_proj`, of all rows or, in the last layer, the learnt ones."""
         if embeds is not None:
             residual, query, key, value = self.first_inputs(states, embeds, *rows.rotary)
@@ -206,7 +276,7 @@ class PeagleLayer(nn.Module):
             residual = rows.select(states) if self.is_last else states
             query = self.query(residual, *(rows.learnt_rotary if self.is_last else rows.rotary))
             key, value = self.key_value(states, *rows.rotary)
-        output = rows.attend(self.window, learnt_only=self.is_last)(query, key, value, kept)
+        output = rows.attend(self)(query, key, value, kept)
         return residual, output.transpose(1, 2).flatten(2)
 
     @fuse_on_gpu(rows_dim=1)
@@ -230,6 +300,14 @@ class PeagleLayer(nn.Module):
         return states + self.mlp(self.post_attention_layernorm(states))
 
 
+class DraftHead(nn.Linear):
+    """The drafter's head. All use of its weight is within `forward`, for which FSDP and ZeRO gather its shards."""
+
+    def forward(self, states: Tensor, loss_of: Callable[[Tensor, Tensor], Any] | None = None) -> Any:
+        """Logits [..., Vd] of states [..., H]; or what `loss_of` makes of the states and the weight [Vd, H]."""
+        return super().forward(states) if loss_of is None else loss_of(states, self.weight)
+
+
 class PeagleForSpeculation(PreTrainedModel):
     """A P-EAGLE drafter: K tokens in one forward pass from the verifier's hidden states (arXiv 2602.01469).
 
@@ -249,6 +327,7 @@ class PeagleForSpeculation(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
 
+    config: PeagleConfig
     d2t: Tensor | None
     t2d: Tensor | None
     verifier_head: VerifierHead | None
@@ -266,7 +345,7 @@ class PeagleForSpeculation(PreTrainedModel):
         self.layers = nn.ModuleList(PeagleLayer(config, index) for index in range(layer_config.num_hidden_layers))
         self.norm = RMSNorm(size, eps)
         self.rotary_emb = LlamaRotaryEmbedding(layer_config)
-        self.lm_head = nn.Linear(size, config.draft_vocab_size, bias=False)
+        self.lm_head = DraftHead(size, config.draft_vocab_size, bias=False)
         if config.draft_vocab_size < layer_config.vocab_size:
             self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
             self.register_buffer("t2d", torch.zeros(layer_config.vocab_size, dtype=torch.bool))
@@ -410,8 +489,6 @@ class PeagleForSpeculation(PreTrainedModel):
             num_items_in_batch: what the summed loss is divided by.
         """
         device = input_ids.device
-        mixed_precision = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if mixed_precision else self.fc.weight.dtype
         anchor, depth = anchors[0], depths[0]
         rows = Rows(
             anchor,
@@ -421,15 +498,7 @@ class PeagleForSpeculation(PreTrainedModel):
             document_ids.numel() if max_length is None else max_length,
             self.config._attn_implementation,
         )
-        mask_token = input_ids.new_full((1, 1), self.config.mask_token_id)
-        embeds = self.embed_tokens(torch.cat([input_ids, mask_token], dim=1)).to(dtype)
-        parts = (hidden_states.to(dtype), self.mask_hidden.to(dtype))
-        states = torch.cat([self.fc(self.input_norm(part)) for part in parts], dim=1)
-        rows.place(self.rotary_emb(states, rows.pad(position_ids[0])[None]))
-        states = self.layers[0](states, rows, embeds)
-        for layer in self.layers[1:]:
-            states = layer(states, rows)
-        states = rows.trim(self.norm(states))
+        states = self._run(rows, input_ids, hidden_states, rows.pad(position_ids[0])[None])
         if labels is None:
             return PeagleOutput(logits=self.lm_head(states))
 
@@ -438,25 +507,75 @@ class PeagleForSpeculation(PreTrainedModel):
         assert target_index is not None
         if self.verifier_head is None or self.draft_head is None:
             raise PeagleError("The loss needs the verifier's head: call load_verifier(name_or_path) before training.")
-        if self.heads_are_one:
-            self.draft_head.weight = self.lm_head.weight.detach()
         draft_head = self.draft_head.to(device)
         with torch.no_grad():
             teacher = draft_head.normalize(target_states[0])
-        loss, student_N, teacher_U = distillation_loss(
-            states[0], self.lm_head.weight, teacher, draft_head.logits, target_index[0], self.loss_weights
-        )
+
+        def loss_of(states: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            if self.heads_are_one:
+                draft_head.weight = weight.detach()
+            index = target_index[0]
+            return distillation_loss(states, weight, teacher, draft_head.logits, index, self.loss_weights)
+
+        loss, student_N, teacher_U = self.lm_head(states[0], loss_of)
         token_ids = self.draft_token_ids
-        if token_ids is not None and not self.training:
-            # Over the whole vocabulary: a token that the drafter doesn't have is one that it can't match.
-            verifier = self.verifier_head.to(device)
-            chunks = teacher.split(max(1, CHUNK_ELEMENTS[device.type] // self.config.vocab_size))
-            with torch.no_grad():
-                teacher_U = torch.cat([verifier.logits(chunk).argmax(-1) for chunk in chunks])
+        if token_ids is not None:
             student_N = token_ids[student_N]
+            if self.training:
+                teacher_U = token_ids[teacher_U]
+            else:
+                # Over the whole vocabulary: a token that the drafter doesn't have is one that it can't match.
+                verifier = self.verifier_head.to(device)
+                chunks = teacher.split(max(1, CHUNK_ELEMENTS[device.type] // self.config.vocab_size))
+                with torch.no_grad():
+                    teacher_U = torch.cat([verifier.logits(chunk).argmax(-1) for chunk in chunks])
+        teacher_N = teacher_U[target_index[0]]
         learnt_R = labels[0] != -100
-        correct_R = torch.zeros_like(learnt_R)
-        correct_R[learnt_rows[0]] = student_N == teacher_U[target_index[0]]
-        counters = count_by_depth(correct_R, learnt_R, anchor, depth, self.config.num_depths)
+        correct_R, follows_R = torch.zeros_like(learnt_R), torch.zeros_like(learnt_R)
+        correct_R[learnt_rows[0]] = student_N == teacher_N
+        follows_R[learnt_rows[0]] = labels[0, learnt_rows[0]] == teacher_N
+        num_depths = self.config.num_depths
+        reached_R = follow_rollouts(correct_R, follows_R, learnt_R, anchor, depth, num_depths)
+        counters = count_by_depth(correct_R, learnt_R, reached_R, depth, num_depths)
+        outcomes = None
+        if not self.training:
+            outcomes = outcomes_by_anchor(correct_R, reached_R, anchor, document_ids[0], position_ids[0])
         divisor = max(student_N.numel(), 1) if num_items_in_batch is None else num_items_in_batch
-        return PeagleOutput(loss=loss / divisor, counters=counters)
+        return PeagleOutput(loss=loss / divisor, counters=counters, outcomes=outcomes)
+
+    @torch.no_grad()
+    def draft(
+        self, input_ids: Tensor, hidden_states: Tensor, mask: Tensor, num_depths: int, cache: DynamicCache
+    ) -> Tensor:
+        """Propose K tokens after each of B sequences, as rows of depth 0 .. K-1 at its last position.
+
+        Args:
+            input_ids: int64 [B, S_new], the token that each new position sees: the one after its own.
+            hidden_states: [B, S_new, A * H], the verifier's auxiliary states of each new position.
+            mask: bool [B, S], which positions are real, those of earlier calls first; at least one new one is.
+            num_depths: K, which may be another than in training.
+            cache: keys and values of earlier calls' positions; it takes those of the new ones.
+
+        Returns:
+            [B, K, Vd], scores over the draft vocabulary.
+        """
+        places = torch.arange(mask.shape[1], device=mask.device)
+        rows = DraftRows(mask, torch.where(mask, places, 0).amax(1), num_depths, cache)
+        states = self._run(rows, input_ids, hidden_states, rows.position_ids)
+        rows.finish()
+        return self.lm_head(states)
+
+    def _run(self, rows: AnyRows, input_ids: Tensor, hidden_states: Tensor, position_ids: Tensor) -> Tensor:
+        """The normed states after the last layer of the rows that are asked for."""
+        device, num_sequences = input_ids.device.type, len(input_ids)
+        mixed_precision = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if mixed_precision else self.fc.weight.dtype
+        mask_token = input_ids.new_full((num_sequences, 1), self.config.mask_token_id)
+        embeds = self.embed_tokens(torch.cat([input_ids, mask_token], dim=1)).to(dtype)
+        parts = (hidden_states.to(dtype), self.mask_hidden.to(dtype).expand(num_sequences, -1, -1))
+        states = torch.cat([self.fc(self.input_norm(part)) for part in parts], dim=1)
+        rows.place(self.rotary_emb(states, position_ids))
+        states = self.layers[0](states, rows, embeds)
+        for layer in self.layers[1:]:
+            states = layer(states, rows)
+        return rows.trim(self.norm(states))

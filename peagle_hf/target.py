@@ -7,7 +7,7 @@ import json
 import os
 import pickle
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -189,6 +189,36 @@ def _logit_scale(config: PreTrainedConfig) -> float:
         return 1.0 / getattr(config, "logits_scaling", 1.0)
     fields = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
     return next((getattr(config, name) for name in fields if getattr(config, name, None) is not None), 1.0)
+
+
+@contextmanager
+def recorded_streams(
+    model: PreTrainedModel, layer_ids: Iterable[int], dtype: torch.dtype
+) -> Iterator[dict[int, Tensor]]:
+    """Record the residual streams [B, T, H] after so many layers, none of them normed, at every forward pass.
+
+    Args:
+        layer_ids: 0 means the embeddings, the number of layers the input of the final norm.
+
+    Yields:
+        The streams of the latest pass by layer id.
+    """
+    parts = verifier_parts(model)
+    readers = [*parts.layers, parts.final_norm]
+    streams: dict[int, Tensor] = {}
+
+    def keep(layer_id: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            streams[layer_id] = (args[0] if args else kwargs["hidden_states"]).to(dtype, copy=True)
+
+        return hook
+
+    handles = [readers[id_].register_forward_pre_hook(keep(id_), with_kwargs=True) for id_ in set(layer_ids)]
+    try:
+        yield streams
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class VerifierHead(nn.Module):

@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -51,14 +52,14 @@ from .data.collator import CODDataCollator
 from .data.dataset import GENERATED_DTYPE, EpochSampler, HiddenStatesDataset, learnt_share, split_rows
 from .data.endpoint import Endpoint, EndpointError, check_layers, endpoint_urls, served_layers, served_model
 from .data.extract import check_folder, tokenizer_fingerprint
-from .data.partition import partition, partition_by_rows, without_labels
+from .data.partition import partition, partition_by_rows, partition_every_row, without_labels
 from .data.prepare import PREPARE_RECORD
 from .errors import PeagleError
 from .files import atomic_path, write_json
 from .hub import PushArguments, PushToHubCallback, open_repo, push
 from .losses import parse_loss
 from .memory import GIB, MemoryPlan, device_memory, keep_freed_memory, report, rows_that_fit
-from .metrics import COUNTERS, summarize
+from .metrics import COUNTERS, count_drafts, summarize
 from .model_card import RECORD, model_card, read_record
 from .modeling_peagle import PeagleForSpeculation, PeagleLayer
 from .target import draft_vocabulary, hub_verifier, load_token_freq, load_verifier_config
@@ -73,7 +74,13 @@ class PeagleTrainer(Trainer):
     Takes the Trainer's own arguments; `data_collator` defaults to the model's `CODDataCollator`, and `model_init` may
     give drafters of different configurations. Logs, beside the Trainer's metrics, `accuracy_d`, `acceptance_d` and
     `acceptance_length` (see `metrics.summarize`), over all steps since the last log and all ranks; in evaluation with
-    the prefix `eval_`, where `eval_loss` is the mean over tokens.
+    the prefix `eval_`.
+
+    Evaluation drops no row: every learnt position starts a rollout of all K depths. `eval_acceptance_d` and
+    `eval_acceptance_length` are of the drafts that decoding the text would make (see `metrics.count_drafts`),
+    `eval_anchor_acceptance_length` is the mean over all positions. `eval_loss` is the mean over all rows, so that it
+    depends neither on COD's ratios nor on the seed; the training loss, in which depths count as often as they are
+    sampled, is another number.
     """
 
     args: PeagleTrainingArguments
@@ -137,6 +144,9 @@ class PeagleTrainer(Trainer):
         self.config: PeagleConfig = self.accelerator.unwrap_model(self.model).config
         if self._collator_is_own:
             self.data_collator = CODDataCollator.from_config(self.config, seed=self.args.seed)
+        self.eval_collator = self.data_collator
+        if isinstance(self.data_collator, CODDataCollator):
+            self.eval_collator = replace(self.data_collator, every_row=True)
         if is_deepspeed_zero3_enabled():
             from deepspeed.utils import set_z3_leaf_modules
 
@@ -149,6 +159,7 @@ class PeagleTrainer(Trainer):
                 module.keep_attention = self.args.keep_attention
         self._train_counters = self._no_counters()
         self._eval_counters = self._no_counters()
+        self._eval_drafts = self._no_counters()[:2]
         self._eval_loss = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         self.__dict__.pop("_rows_that_fit", None)
 
@@ -253,13 +264,12 @@ class PeagleTrainer(Trainer):
                 loss = loss + super().training_step(model, part, num_items_in_batch)
         return loss + super().training_step(model, last, num_items_in_batch)
 
-    def _parts(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
-        if self.args.sequence_partitions == "1":
-            return [inputs]
+    def _parts(self, inputs: dict[str, Any], is_training: bool = True) -> list[dict[str, Any]]:
         if self.args.sequence_partitions == "auto":
             parts = partition_by_rows(inputs, self._rows_that_fit)
         else:
-            parts = partition(inputs, int(self.args.sequence_partitions))
+            num_parts = int(self.args.sequence_partitions)
+            parts = partition(inputs, num_parts) if is_training else partition_every_row(inputs, num_parts)
         if self.is_sharded:
             # Every pass gathers the shards of all processes, so all must run equally many.
             counts = self.accelerator.gather(torch.tensor([len(parts)], device=self.args.device))
@@ -311,12 +321,24 @@ class PeagleTrainer(Trainer):
         self, model, inputs, prediction_loss_only, ignore_keys=None
     ):
         inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            outputs = model(**inputs)
-        learnt = outputs.counters[COUNTERS.index("learnt")].sum()
-        self._eval_counters += outputs.counters
-        self._eval_loss += torch.stack([outputs.loss.double() * learnt, learnt.double()])
-        return outputs.loss, None, None
+        sums, outcomes = torch.zeros_like(self._eval_loss), []
+        for part in self._parts(inputs, is_training=False):
+            with torch.no_grad(), self.compute_loss_context_manager():
+                outputs = model(**part)
+            learnt = outputs.counters[COUNTERS.index("learnt")].sum()
+            self._eval_counters += outputs.counters
+            outcomes.append(outputs.outcomes)
+            sums += torch.stack([outputs.loss.double() * learnt, learnt.double()])
+        self._eval_loss += sums
+        self._eval_drafts += count_drafts(torch.cat(outcomes, dim=1), self.config.num_depths)
+        return sums[0] / sums[1].clamp(min=1), None, None
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        collator, self.data_collator = self.data_collator, self.eval_collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = collator
 
     def evaluation_loop(
         self,
@@ -326,7 +348,8 @@ class PeagleTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        self._eval_counters, self._eval_loss = self._no_counters(), torch.zeros_like(self._eval_loss)
+        self._eval_counters, self._eval_drafts = self._no_counters(), self._no_counters()[:2]
+        self._eval_loss = torch.zeros_like(self._eval_loss)
         try:
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
@@ -338,7 +361,10 @@ class PeagleTrainer(Trainer):
             raise PeagleError(f"{error}. Start the server again and run the same command.") from error
         loss, learnt = self.accelerator.reduce(self._eval_loss, reduction="sum").tolist()
         metrics = {"loss": loss / max(learnt, 1.0)}
-        metrics |= summarize(self.accelerator.reduce(self._eval_counters, reduction="sum"))
+        counters = self.accelerator.reduce(self._eval_counters, reduction="sum")
+        drafts = self.accelerator.reduce(self._eval_drafts, reduction="sum")
+        metrics |= summarize(torch.cat([counters[:2], drafts]))
+        metrics["anchor_acceptance_length"] = summarize(counters)["acceptance_length"]
         prefixed = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return output._replace(metrics={**(output.metrics or {}), **prefixed})
 
@@ -389,7 +415,7 @@ class PeagleTrainer(Trainer):
         """
         args, dataset = self.args, self.train_dataset
         prepared = Path(getattr(dataset, "data_path", "")) / PREPARE_RECORD
-        origin = json.loads(prepared.read_text()) if hasattr(dataset, "data_path") and prepared.exists() else None
+        origin = json.loads(prepared.read_text()) if hasattr(dataset, "data_path") and prepared.exists() else {}
         measured = [
             entry
             for entry in self.state.log_history
@@ -399,7 +425,7 @@ class PeagleTrainer(Trainer):
         optimizer = f"{OptimizerNames(args.optim).value}, {schedule}"
         on_gpu = args.device.type == "cuda"
         return {
-            "data": origin and {"data": origin["data"], "counts": origin["counts"]},
+            "data": {name: origin[name] for name in ("data", "counts") if name in origin} or None,
             "loss": args.loss_fn,
             "epochs": self.state.epoch or 0.0,
             "steps": self.state.global_step,

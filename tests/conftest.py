@@ -1,6 +1,8 @@
 """A tiny verifier, a prepared dataset and its cached hidden states, all real files made by the real code."""
 
+import json
 import time
+from collections import Counter
 from pathlib import Path
 
 import psutil
@@ -101,6 +103,61 @@ def write_cache(folder: Path, verifier: Path, seed: int = 0) -> Path:
         write_row(folder / "hidden_states", row, states.bfloat16(), tokens)
     Manifest.of(str(verifier), model.config, AUX, dtype="bfloat16").write(folder / "hidden_states")
     return folder
+
+
+def train_on_answers(folder: Path, verifier: Path, num_depths: int, new_tokens: int, **options) -> tuple[Path, Path]:
+    """A drafter trained on what the verifier itself writes after four prompts, and those prompts."""
+    from datasets import Dataset
+
+    from peagle_hf import PeagleTrainingArguments, train
+
+    model = LlamaForCausalLM.from_pretrained(verifier).eval()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(verifier)
+    prompts = [" ".join(f"w{(7 * number + 3 * step) % 90}" for step in range(6 + number)) for number in range(4)]
+    rows = []
+    for prompt in prompts:
+        ids = tokenizer(f"{prompt} ", return_tensors="pt").input_ids
+        rows.append(
+            (ids.shape[1], model.generate(ids, max_new_tokens=new_tokens, do_sample=False, pad_token_id=3)[0].tolist())
+        )
+    rows *= 50
+    data = Dataset.from_dict(
+        {
+            "input_ids": [tokens for _, tokens in rows],
+            "loss_mask": [[int(index >= start) for index in range(len(tokens))] for start, tokens in rows],
+            "seq_len": [len(tokens) for _, tokens in rows],
+            "conversation_id": list(range(len(rows))),
+        }
+    )
+    data.save_to_disk(str(folder))
+    torch.save(dict(Counter(token for _, tokens in rows for token in tokens)), folder / "token_freq.pt")
+    write_cache(folder, verifier)
+    (folder / "prompts.jsonl").write_text(
+        "".join(
+            json.dumps({"question_id": number, "category": "overfit", "turns": [prompt]}) + "\n"
+            for number, prompt in enumerate(prompts)
+        )
+    )
+    train(
+        PeagleTrainingArguments(
+            verifier_name_or_path=str(verifier),
+            data_path=str(folder),
+            output_dir=str(folder / "checkpoints"),
+            num_layers=2,
+            num_depths=num_depths,
+            down_sample_ratio=1.0,
+            total_seq_len=256,
+            learning_rate=2e-3,
+            train_data_ratio=1,
+            export_dtype="float32",
+            use_cpu=True,
+            bf16=False,
+            disable_tqdm=True,
+            logging_steps=50,
+            **options,
+        )
+    )
+    return folder / "checkpoints" / "checkpoint_best", folder / "prompts.jsonl"
 
 
 @pytest.fixture(scope="session")

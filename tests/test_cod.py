@@ -20,6 +20,21 @@ def test_doctests():
     assert doctest.testmod(cod).failed == 0
 
 
+@settings(max_examples=100, deadline=None)
+@given(learnt=st.lists(st.booleans(), min_size=1, max_size=40), num_depths=st.integers(1, 9))
+def test_every_row_is_every_rollout_up_to_where_learning_ends(learnt, num_depths):
+    anchors, depths = cod.every_row(torch.tensor(learnt), num_depths)
+    length = len(learnt)
+    expected = [(position, 0) for position in range(length)]
+    expected += [
+        (anchor, depth)
+        for anchor in range(length)
+        for depth in range(1, num_depths)
+        if anchor + depth < length and all(learnt[anchor : anchor + depth + 1])
+    ]
+    assert list(zip(anchors.tolist(), depths.tolist(), strict=True)) == expected
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     learnt=st.lists(st.booleans(), min_size=1, max_size=60),

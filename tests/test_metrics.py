@@ -3,7 +3,7 @@
 import torch
 
 from peagle_hf.cod import sample_rows
-from peagle_hf.metrics import COUNTERS, count_by_depth, summarize
+from peagle_hf.metrics import COUNTERS, count_by_depth, count_drafts, follow_rollouts, summarize
 
 K = 4
 
@@ -14,29 +14,39 @@ def counted(seed=0):
     anchors, depths = sample_rows(learnt_positions, K, 0.9, 0.5, generator)
     learnt = learnt_positions[anchors + depths]
     correct = torch.rand(anchors.numel(), generator=generator) > 0.3
-    return correct, learnt, anchors, depths
+    follows = torch.rand(anchors.numel(), generator=generator) > 0.1
+    return correct, follows, learnt, anchors, depths
 
 
 def test_counters_follow_the_definition():
-    correct, learnt, anchors, depths = counted()
+    correct, follows, learnt, anchors, depths = counted()
     state = {
-        (a, d): (ln, c)
-        for a, d, ln, c in zip(anchors.tolist(), depths.tolist(), learnt.tolist(), correct.tolist(), strict=True)
+        tuple(key): tuple(flags)
+        for key, flags in zip(
+            torch.stack([anchors, depths], 1).tolist(), torch.stack([learnt, correct, follows], 1).tolist(), strict=True
+        )
     }
     expected = {name: [0] * K for name in COUNTERS}
-    for (anchor, depth), (is_learnt, is_correct) in state.items():
-        before = all(state[anchor, earlier] == (True, True) for earlier in range(depth))
+    for (anchor, depth), (is_learnt, is_correct, _) in state.items():
+        before = all(state[anchor, earlier] == (True, True, True) for earlier in range(depth))
         expected["learnt"][depth] += is_learnt
         expected["correct"][depth] += is_learnt and is_correct
         expected["reached"][depth] += is_learnt and before
         expected["accepted"][depth] += is_learnt and before and is_correct
-    counters = count_by_depth(correct, learnt, anchors, depths, K)
+    reached = follow_rollouts(correct, follows, learnt, anchors, depths, K)
+    counters = count_by_depth(correct, learnt, reached, depths, K)
     assert dict(zip(COUNTERS, counters.tolist(), strict=True)) == expected
     assert all(sum(column) > 0 for column in expected.values())
 
 
+def count(seed):
+    correct, follows, learnt, anchors, depths = counted(seed)
+    reached = follow_rollouts(correct, follows, learnt, anchors, depths, K)
+    return count_by_depth(correct, learnt, reached, depths, K)
+
+
 def test_counters_of_batches_add_up():
-    first, second = (count_by_depth(*counted(seed), K) for seed in (0, 1))
+    first, second = (count(seed) for seed in (0, 1))
     metrics = summarize(first + second)
     assert metrics["accuracy_1"] == ((first + second)[1, 1] / (first + second)[0, 1]).item()
 
@@ -48,3 +58,19 @@ def test_acceptance_length_sums_products_of_conditional_rates():
     assert [metrics[f"acceptance_{depth}"] for depth in range(4)] == rates
     assert metrics["acceptance_length"] == 1 + sum(rates)
     assert "accuracy_3" not in metrics
+
+
+def test_drafts_go_on_behind_what_is_accepted_and_start_afresh_with_each_answer():
+    outcomes = [  # document, place, reached, accepted
+        (0, 4, 3, 2),
+        (0, 5, 3, 3),
+        (0, 6, 3, 3),
+        (0, 7, 2, 1),  # the first draft's two tokens and the verifier's own are behind
+        (0, 8, 1, 1),
+        (0, 20, 1, 0),  # another answer
+        (1, 21, 4, 4),  # another document
+        (1, 22, 3, 0),
+    ]
+    counts = count_drafts(torch.tensor(outcomes).T, K)
+    assert counts.tolist() == [[4, 3, 2, 1], [3, 2, 1, 1]]
+    assert count_drafts(torch.zeros(4, 0, dtype=torch.long), K).tolist() == [[0] * K] * 2

@@ -98,11 +98,11 @@ LAYERS = [
     {"target", "cod", "fusion", "kernels", "metrics"},
     {"configuration_peagle", "attention", "losses"},
     {"modeling_peagle"},
-    {"adapters", "data.cache", "data.chats", "data.collator", "data.partition", "memory", "serving"},
+    {"adapters", "data.cache", "data.chats", "data.collator", "data.partition", "generation", "memory", "serving"},
     {"data.endpoint", "data.prepare", "data.regenerate", "model_card", "vllm_plugin.peagle_cpu_connector"},
     {"data.dataset", "training_args"},
     {"data.extract", "callbacks"},
-    {"continuing", "evaluation", "hub", "launch"},
+    {"continuing", "evaluation", "hub", "launch", "offline"},
     {"trainer"},
     {"cli"},
 ]

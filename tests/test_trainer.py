@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,9 @@ from transformers import TrainerCallback
 from peagle_hf import PeagleError, PeagleForSpeculation, PeagleTrainer, PeagleTrainingArguments, VllmExportCallback
 from peagle_hf.callbacks import checkpoints_by_step, epoch_folders
 from peagle_hf.cli import flags, main
+from peagle_hf.data.partition import partition_every_row
+from peagle_hf.metrics import summarize
+from peagle_hf.offline import count
 from peagle_hf.target import load_embedding
 from peagle_hf.trainer import build_datasets, build_drafter, checkpoint_to_resume, train
 
@@ -102,6 +106,23 @@ def test_evaluation_loss_is_the_mean_over_rows_however_they_are_batched(train_fl
     many = run(train_flags, max_steps=1, resume=None, per_device_eval_batch_size=2).evaluate()
     assert one["eval_loss"] == pytest.approx(many["eval_loss"], rel=1e-5)
     assert one["eval_acceptance_length"] == many["eval_acceptance_length"]
+
+
+def test_evaluation_drops_no_row(train_flags):
+    """Its metrics are those of offline acceptance on the same rows, here in several parts, whatever COD's ratios."""
+    trainer = run(train_flags, max_steps=1, num_depths=8)
+    evaluated = trainer.evaluate()
+    counters, drafts = count(trainer.model, trainer.eval_dataset)
+    expected = summarize(torch.cat([counters[:2], drafts]))
+    assert {name: evaluated[f"eval_{name}"] for name in expected} == expected
+    assert evaluated["eval_anchor_acceptance_length"] == summarize(counters)["acceptance_length"]
+    packed = [trainer.eval_dataset[number] for number in range(len(trainer.eval_dataset))]
+    assert len(partition_every_row(trainer.eval_collator(packed))) > 1
+    # The reply's first token isn't learnt.
+    runs = [int(document["loss_mask"].sum()) - 1 for row in packed for document in row["documents"]]
+    assert counters[0].tolist() == [sum(max(0, learnt - depth) for learnt in runs) for depth in range(8)]
+    trainer.eval_collator = replace(trainer.eval_collator, down_sample_ratio=0.1, down_sample_ratio_min=0.0, seed=5)
+    assert trainer.evaluate()["eval_loss"] == evaluated["eval_loss"]
 
 
 @pytest.mark.parametrize("source", ["checkpoint-5", "0", "checkpoint_best", True])

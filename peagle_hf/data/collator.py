@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cod import sample_rows
+from ..cod import every_row, sample_rows
 from ..configuration_peagle import PeagleConfig
 
 
@@ -23,6 +23,7 @@ class CODDataCollator:
         down_sample_ratio_min: r_min.
         max_anchors: see `cod.sample_rows`.
         seed: of the sampling.
+        every_row: drop nothing, whatever the ratios say (see `cod.every_row`): for evaluation.
 
     Returns (from the call):
         the keyword arguments of `PeagleForSpeculation.forward`.
@@ -45,9 +46,10 @@ class CODDataCollator:
     down_sample_ratio_min: float = 0.2
     max_anchors: int | None = None
     seed: int = 0
+    every_row: bool = False
 
     @classmethod
-    def from_config(cls, config: PeagleConfig, seed: int = 0) -> "CODDataCollator":
+    def from_config(cls, config: PeagleConfig, seed: int = 0, every_row: bool = False) -> "CODDataCollator":
         """The collator that a drafter's configuration asks for."""
         return cls(
             num_depths=config.num_depths,
@@ -55,6 +57,7 @@ class CODDataCollator:
             down_sample_ratio_min=config.down_sample_ratio_min,
             max_anchors=config.max_anchors,
             seed=seed,
+            every_row=every_row,
         )
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
@@ -100,10 +103,13 @@ class CODDataCollator:
         """One document in shifted positions: i sees x[i+1] and g[i] and predicts x[i+2] from y[i+1] (see `cod`)."""
         tokens, mask = document["input_ids"].long(), document["loss_mask"].bool()
         learnt = mask[1:-1] & mask[2:]
-        generator = torch.Generator().manual_seed(sample_seed(self.seed, epoch, document["sample_id"]))
-        anchors, depths = sample_rows(
-            learnt, self.num_depths, self.down_sample_ratio, self.down_sample_ratio_min, generator, self.max_anchors
-        )
+        if self.every_row:
+            anchors, depths = every_row(learnt, self.num_depths)
+        else:
+            generator = torch.Generator().manual_seed(sample_seed(self.seed, epoch, document["sample_id"]))
+            anchors, depths = sample_rows(
+                learnt, self.num_depths, self.down_sample_ratio, self.down_sample_ratio_min, generator, self.max_anchors
+            )
         targets = anchors + depths
         return {
             "input_ids": tokens[1:-1],

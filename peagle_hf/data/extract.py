@@ -7,7 +7,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -21,7 +21,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..errors import PeagleError
 from ..files import write_json
 from ..memory import keep_freed_memory
-from ..target import VerifierHead, default_aux_layer_ids, load_verifier, load_verifier_config, verifier_parts
+from ..target import (
+    VerifierHead,
+    default_aux_layer_ids,
+    load_verifier,
+    load_verifier_config,
+    recorded_streams,
+    verifier_parts,
+)
 from .cache import Manifest, cached_rows, check_row, row_path, write_row
 from .dataset import load_prepared
 from .endpoint import (
@@ -278,22 +285,9 @@ def residual_streams(model: PreTrainedModel, layer_ids: Sequence[int], ids_BT: T
     None of them is normed, the one after the last layer neither.
     """
     parts = verifier_parts(model)
-    streams: dict[int, Tensor] = {}
-
-    def keep(layer_id: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-            streams[layer_id] = (args[0] if args else kwargs["hidden_states"]).to(dtype, copy=True)
-
-        return hook
-
     slots = [*layer_ids, len(parts.layers)]
-    readers = [*parts.layers, parts.final_norm]
-    handles = [readers[slot].register_forward_pre_hook(keep(slot), with_kwargs=True) for slot in set(slots)]
-    try:
+    with recorded_streams(model, slots, dtype) as streams:
         parts.decoder(input_ids=ids_BT.to(model.device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     return torch.stack([streams[slot] for slot in slots], dim=2)
 
 

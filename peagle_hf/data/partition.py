@@ -7,6 +7,7 @@ nothing of another, and its memory is that of its own rows.
 Shape letters: L positions, R rows, N learnt rows.
 """
 
+import math
 from bisect import bisect_right
 from itertools import pairwise
 from typing import Any
@@ -14,6 +15,9 @@ from typing import Any
 import torch
 
 from ..errors import PeagleError
+
+ROWS_A_POSITION = 4
+"""About as many rows a position as COD leaves."""
 
 
 def partition(batch: dict[str, Any], num_parts: int) -> list[dict[str, Any]]:
@@ -49,6 +53,16 @@ def partition_by_rows(batch: dict[str, Any], max_rows: int) -> list[dict[str, An
             "positions of its document up to its last anchor. Use a smaller --total-seq-len."
         )
     return _cut(batch, cuts)
+
+
+def partition_every_row(batch: dict[str, Any], num_parts: int = 1) -> list[dict[str, Any]]:
+    """Cut a batch with nothing dropped so that its parts are about as large as those of a batch of training.
+
+    Args:
+        num_parts: into how many parts batches of training are cut.
+    """
+    num_positions, num_rows = batch["input_ids"].shape[1], batch["anchors"].shape[1]
+    return partition(batch, num_parts * math.ceil(num_rows / (ROWS_A_POSITION * num_positions)))
 
 
 def without_labels(batch: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,225 @@
+r"""Draft and verify in plain transformers: the reference for what vLLM does with a drafter, greedy or sampling.
+
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+    verifier.generate(**inputs, custom_generate=draft_and_verify, drafter=drafter, max_new_tokens=128)
+
+Each round the drafter proposes K tokens in one forward pass, from its distributions \(q\), and the verifier reads them
+in one of its own, which gives its distributions \(p\). A token \(x\) is accepted with probability
+\(\min(1, p(x) / q(x))\); the first one that isn't is drawn anew from \(\max(0, p - q)\), normalised, and after K
+accepted ones another is drawn from \(p\) (arXiv 2211.17192). So the text is distributed as the verifier's own. Greedy
+decoding is the same with all probability on the argmax.
+
+Both models keep their keys and values in the same places: place s has the verifier's token x[s], and the drafter's
+token x[s + 1] and states g[s]. What all sequences reject is cut off, what only some reject is masked out from then on.
+
+Shape letters: B sequences, S places, K drafted tokens, V verifier vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.utils import ModelOutput
+
+from .errors import PeagleError
+from .modeling_peagle import PeagleForSpeculation
+from .target import recorded_streams
+
+PREPARED_BY_GENERATE = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+
+
+@dataclass
+class DraftAndVerifyOutput(ModelOutput):
+    """What `draft_and_verify` returns with `return_dict_in_generate=True`.
+
+    The counts are vLLM's: a draft is one round of one sequence, and all that the verifier accepts of it counts, also
+    behind the end of the text. The first token, which comes with the prompt, needs no draft.
+
+    Args:
+        sequences: int64 [B, T], prompts and answers, padded.
+        num_drafts: rounds of all sequences together.
+        accepted_by_position: of each of the K positions, in how many drafts it was accepted.
+    """
+
+    sequences: Tensor | None = None
+    num_drafts: int | None = None
+    accepted_by_position: list[int] | None = None
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens that a forward pass of the verifier yields: 1 + accepted tokens / drafts."""
+        return 1 + sum(self.accepted_by_position or []) / max(self.num_drafts or 0, 1)
+
+
+def draft_and_verify(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    drafter: PeagleForSpeculation,
+    num_speculative_tokens: int | None = None,
+    **model_kwargs: Any,
+) -> DraftAndVerifyOutput | Tensor:
+    """Generate with a drafter; pass it to the verifier's `generate` as `custom_generate`.
+
+    `generate` prepares everything but the last two arguments, so its own mean what they always mean: sampling and its
+    temperature, `max_new_tokens`, stop tokens, left-padded prompts, `return_dict_in_generate`.
+
+    Args:
+        drafter: in evaluation mode; on any device.
+        num_speculative_tokens: K; default: as many as the drafter was trained for.
+
+    Raises:
+        PeagleError: the drafter belongs to another verifier, or the verifier or an argument isn't supported.
+    """
+    _check(model, drafter, len(input_ids), generation_config, model_kwargs)
+    num_tokens = num_speculative_tokens or drafter.config.num_depths
+    layer_ids = drafter.config.eagle_aux_hidden_state_layer_ids
+    attention_mask = model_kwargs.get("attention_mask")
+
+    def probabilities(texts: list[Tensor], logits: Tensor) -> Tensor:
+        """What the next token is drawn from after each text, [B, V], from the logits there."""
+        if logits_processor:
+            pairs = zip(texts, logits, strict=True)
+            logits = torch.cat([logits_processor(text[None], row[None]) for text, row in pairs])  # type: ignore[arg-type]
+        if generation_config.do_sample:
+            # Anything is a proposal where a processor forbids the whole draft vocabulary.
+            return logits.softmax(-1).nan_to_num(1 / logits.shape[1])
+        return torch.zeros_like(logits).scatter_(1, logits.argmax(1, keepdim=True), 1.0)
+
+    def verify(block: Tensor, mask: Tensor, drafts: Tensor) -> Tensor:
+        """The verifier's distributions [B, drafts + 1, V] at the end of the block, and its states in `streams`."""
+        num_logits = drafts.shape[1] + 1
+        logits = model(
+            input_ids=block,
+            attention_mask=mask.long(),
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, -block.shape[1] :],
+            past_key_values=verifier_cache,
+            use_cache=True,
+            **({"logits_to_keep": num_logits} if "logits_to_keep" in model_kwargs else {}),
+        ).logits[:, -num_logits:]
+        logits = logits.to(input_ids.device, torch.float32)
+        return torch.stack([probabilities(append(texts, drafts[:, :k]), logits[:, k]) for k in range(num_logits)], 1)
+
+    def draft(block: Tensor, states: Tensor, mask: Tensor, texts: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """K tokens [B, K] and their distributions [B, K, V], which are zero outside the draft vocabulary."""
+        device, token_ids = drafter.device, drafter.draft_token_ids
+        scores = drafter.draft(block.to(device), states, mask.to(device), num_tokens, drafter_cache)
+        logits = scores.new_full((*scores.shape[:2], drafter.config.vocab_size), -torch.inf, dtype=torch.float32)
+        logits[:, :, slice(None) if token_ids is None else token_ids] = scores.float()
+        drafts, chances = block[:, :0], []
+        for at_depth in logits.to(block.device).unbind(1):
+            chances.append(probabilities(append(texts, drafts), at_depth))
+            drafts = torch.cat([drafts, chances[-1].multinomial(1)], dim=1)
+        return drafts, torch.stack(chances, dim=1)
+
+    texts = list(input_ids)
+    running = torch.ones(len(texts), dtype=torch.bool, device=input_ids.device)
+    num_drafts, accepted_by_position = 0, torch.zeros(num_tokens, dtype=torch.long)
+    verifier_cache, drafter_cache = DynamicCache(), DynamicCache()
+    block, drafts = input_ids, input_ids[:, :0]  # drafts are the end of a block
+    mask = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).bool()
+    chances = torch.zeros(len(texts), 0, drafter.config.vocab_size, device=input_ids.device)
+    with recorded_streams(model, layer_ids, drafter.dtype) as streams:
+        while True:
+            target_chances = verify(block, mask, drafts)
+            num_accepted, next_tokens = accept(drafts, chances, target_chances)
+            num_accepted = torch.where(running, num_accepted, 0)
+            if drafts.shape[1]:
+                num_drafts += int(running.sum())
+                positions = torch.arange(num_tokens, device=running.device)
+                accepted_by_position += (num_accepted[:, None] > positions).sum(0).cpu()
+
+            for number in running.nonzero().flatten().tolist():
+                new = torch.cat([drafts[number, : num_accepted[number]], next_tokens[number, None]])
+                for token in new:
+                    texts[number] = torch.cat([texts[number], token[None]])
+                    if stopping_criteria(texts[number][None], None).all():
+                        running[number] = False
+                        break
+            if not running.any():
+                break
+
+            num_rejected = drafts.shape[1] - int(num_accepted.max())
+            if num_rejected:
+                verifier_cache.crop(-num_rejected)
+            start, stop = mask.shape[1] - block.shape[1], mask.shape[1] - num_rejected
+            last = mask.shape[1] - drafts.shape[1] - 1 + num_accepted
+            mask = mask[:, :stop] & (torch.arange(stop, device=mask.device) <= last[:, None])
+            shifted = torch.cat([block[:, 1:], next_tokens[:, None]], dim=1)
+            shifted = shifted.scatter(1, last[:, None] - start, next_tokens[:, None])[:, : stop - start]
+            states = torch.cat([streams[id_].to(drafter.device) for id_ in layer_ids], dim=-1)[:, : stop - start]
+            drafts, chances = draft(shifted, states, mask, texts)
+            block = torch.cat([next_tokens[:, None], drafts], dim=1)
+            mask = F.pad(mask, (0, block.shape[1]), value=True)
+
+    pad_token = generation_config._pad_token_tensor
+    sequences = pad_sequence(texts, batch_first=True, padding_value=0 if pad_token is None else int(pad_token))
+    if not generation_config.return_dict_in_generate:
+        return sequences
+    return DraftAndVerifyOutput(sequences, num_drafts, accepted_by_position.tolist())
+
+
+def accept(drafts: Tensor, chances: Tensor, target_chances: Tensor) -> tuple[Tensor, Tensor]:
+    """Rejection sampling (see the module).
+
+    Args:
+        drafts: int64 [B, K], drawn from `chances`.
+        chances: q, [B, K, V].
+        target_chances: p, [B, K + 1, V], of the drafts and of the token after them.
+
+    Returns:
+        How many drafts are accepted, and the token that follows them, int64 [B] each.
+    """
+    q, p = (each.gather(2, drafts[..., None]).squeeze(2) for each in (chances, target_chances[:, :-1]))
+    num_accepted = (torch.rand_like(p) < p / q).long().cumprod(1).sum(1)
+    place = num_accepted[:, None, None].expand(-1, 1, target_chances.shape[2])
+    target = target_chances.gather(1, place).squeeze(1)
+    left = (target - F.pad(chances, (0, 0, 0, 1)).gather(1, place).squeeze(1)).clamp(min=0)
+    left = torch.where(left.sum(1, keepdim=True) > 0, left, target)  # rounding may leave nothing where p is q
+    return num_accepted, left.multinomial(1).squeeze(1)
+
+
+def append(texts: list[Tensor], drafts: Tensor) -> list[Tensor]:
+    """The texts, each with its drafts [B, any] behind it."""
+    return [torch.cat(pair) for pair in zip(texts, drafts, strict=True)]
+
+
+def _check(
+    model: PreTrainedModel,
+    drafter: PeagleForSpeculation,
+    num_sequences: int,
+    generation_config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+) -> None:
+    config = model.config.get_text_config(decoder=True)
+    kinds = {type(layer) for layer in DynamicCache(config=config).layers}
+    superfluous = sorted(model_kwargs.keys() - PREPARED_BY_GENERATE)
+    ours = (drafter.config.hidden_size, drafter.config.vocab_size)
+    problems = {
+        f"the drafter was made for hidden size {ours[0]} and vocabulary {ours[1]}, the verifier has "
+        f"{config.hidden_size} and {config.vocab_size}": ours != (config.hidden_size, config.vocab_size),
+        "the verifier keeps more than keys and values, and can't take back what it has read": (
+            not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
+        ),
+        "the verifier has a sliding window, so prompts must come one at a time": (
+            DynamicSlidingWindowLayer in kinds and num_sequences > 1
+        ),
+        f"arguments are not supported: {', '.join(superfluous)}": superfluous,
+        "beam search is not supported": generation_config.num_beams != 1,
+    }
+    wrong = [problem for problem, present in problems.items() if present]
+    if wrong:
+        raise PeagleError(f"Draft and verify can't be used here: {'; '.join(wrong)}.")

@@ -1,0 +1,160 @@
+"""Acceptance from cached hidden states alone: no generation, no server, seconds on a GPU."""
+
+import logging
+from dataclasses import dataclass, field
+from itertools import accumulate
+from operator import mul
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .data.collator import CODDataCollator
+from .data.dataset import HiddenStatesDataset, split_rows
+from .data.partition import partition_every_row
+from .errors import PeagleError
+from .files import write_json
+from .metrics import count_drafts
+from .modeling_peagle import PeagleForSpeculation
+from .serving import check_checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class AcceptanceArguments:
+    """Arguments of `peagle-hf acceptance`."""
+
+    model: str = field(metadata={"help": "The drafter: a checkpoint folder, such as checkpoints/checkpoint_best."})
+    data_path: str = field(metadata={"help": "Folder of `peagle-hf prepare`, of text that the verifier wrote."})
+    output: str = field(metadata={"help": "File for the report, such as acceptance.json."})
+    hidden_states_path: str | None = field(
+        default=None, metadata={"help": "Folder of `peagle-hf extract`. Default: hidden_states in the data path."}
+    )
+    verifier: str | None = field(
+        default=None, metadata={"help": "Folder or hub name of the target; default: the one in the checkpoint."}
+    )
+    num_speculative_tokens: int | None = field(
+        default=None, metadata={"help": "Tokens to draft at a time; default: as many as it was trained for."}
+    )
+    train_data_ratio: float | None = field(
+        default=None,
+        metadata={"help": "Take the rows that a training with this --train-data-ratio kept back. Default: all rows."},
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of that training, which decides what is kept back."})
+    total_seq_len: int = field(default=8192, metadata={"help": "Positions in a packed row; longer rows are cut."})
+    dtype: str = field(
+        default="float32", metadata={"help": "Of the drafter and the verifier's head: float32, bfloat16 or float16."}
+    )
+
+
+def acceptance(arguments: AcceptanceArguments) -> dict[str, Any]:
+    """Measure a drafter on cached rows; write, log and return the report.
+
+    At every learnt position the K tokens that the drafter proposes are compared with the verifier's argmax over its
+    whole vocabulary. The report holds, with the names of `evaluate`,
+
+    - `acceptance_length` and `per_position_acceptance` of the drafts that decoding the text would make (see
+      `metrics.count_drafts`), and `conditional_acceptance`: accepted at position k / reached it, all before it being
+      accepted; behind them the counts `num_drafts`, `reached`, `accepted`;
+    - `every_anchor`: the same with every learnt position as a draft, and `accuracy`: right at position k / rows there,
+      whatever was proposed before it.
+
+    Raises:
+        PeagleError: the checkpoint, the verifier or the cached rows can't be read or don't fit each other.
+    """
+    config = check_checkpoint(arguments.model)
+    verifier = arguments.verifier or config.verifier_name_or_path
+    assert verifier is not None  # checked just above
+    dtype = getattr(torch, arguments.dtype, None)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise PeagleError(f"--dtype is {arguments.dtype!r}; it must be float32, bfloat16 or float16.")
+    config.num_depths = arguments.num_speculative_tokens or config.num_depths
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    drafter = PeagleForSpeculation.from_pretrained(arguments.model, config=config, dtype=dtype, device_map=device)
+    if device == "cuda":
+        drafter.set_attn_implementation("flex_attention")
+    drafter.load_verifier(verifier, initialize=False, dtype=dtype)
+    rows = None
+    if arguments.train_data_ratio is not None:
+        rows = split_rows(arguments.data_path, arguments.train_data_ratio, arguments.seed)[1]
+    dataset = HiddenStatesDataset(
+        arguments.data_path, arguments.hidden_states_path, arguments.total_seq_len, rows, seed=arguments.seed
+    )
+    counters, drafts = count(drafter, dataset)
+    learnt, correct = counters[:2].tolist()
+    report = {
+        "drafter": arguments.model,
+        "verifier": verifier,
+        "data_path": arguments.data_path,
+        "num_rows": sum(map(len, dataset.plan)),
+        "num_speculative_tokens": config.num_depths,
+        "dtype": arguments.dtype,
+        **_summarize(drafts),
+        "every_anchor": _summarize(counters[2:])
+        | {"accuracy": [right / max(rows, 1) for right, rows in zip(correct, learnt, strict=True)]},
+    }
+    write_json(arguments.output, report)
+    logger.info("%s\n\nWritten to %s.", table(report), arguments.output)
+    return report
+
+
+@torch.no_grad()
+def count(drafter: PeagleForSpeculation, dataset: HiddenStatesDataset) -> tuple[Tensor, Tensor]:
+    """The counts of `metrics.count_by_depth` [4, K] and `metrics.count_drafts` [2, K] over all rows, none dropped.
+
+    Args:
+        drafter: with its verifier's head attached.
+    """
+    drafter.eval()
+    num_depths = drafter.config.num_depths
+    collator = CODDataCollator.from_config(drafter.config, every_row=True)
+    counters, drafts = torch.zeros(4, num_depths, dtype=torch.long), torch.zeros(2, num_depths, dtype=torch.long)
+    for number in tqdm(range(len(dataset)), desc="Measuring", unit="row"):
+        outcomes = []
+        for part in partition_every_row(collator([dataset[number]])):
+            tensors = {name: value.to(drafter.device) for name, value in part.items() if name != "max_length"}
+            output = drafter(**tensors, max_length=part["max_length"])
+            counters += output.counters.cpu()
+            outcomes.append(output.outcomes.cpu())
+        drafts += count_drafts(torch.cat(outcomes, dim=1), num_depths)
+    return counters, drafts
+
+
+def _summarize(counts_2K: Tensor) -> dict[str, Any]:
+    reached, accepted = counts_2K.tolist()
+    conditional = [taken / max(met, 1) for met, taken in zip(reached, accepted, strict=True)]
+    by_position = list(accumulate(conditional, mul))
+    return {
+        "acceptance_length": 1 + sum(by_position),
+        "per_position_acceptance": by_position,
+        "conditional_acceptance": conditional,
+        "num_drafts": reached[0],
+        "reached": reached,
+        "accepted": accepted,
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as text for a terminal."""
+    every = report["every_anchor"]
+    names = ("reached", "accepted", "conditional_acceptance", "per_position_acceptance")
+    columns = zip(*(report[name] for name in names), every["per_position_acceptance"], every["accuracy"], strict=True)
+    return "\n".join(
+        [
+            f"Drafter            {report['drafter']}, {report['num_speculative_tokens']} tokens at a time",
+            f"Verifier           {report['verifier']}, {report['dtype']}",
+            f"Measured           {report['num_rows']} rows of {report['data_path']}, from cached hidden states",
+            "",
+            f"Acceptance length  {report['acceptance_length']:6.3f}, in {report['num_drafts']} drafts",
+            f"At every position  {every['acceptance_length']:6.3f}, in {every['num_drafts']}",
+            "",
+            "Position    Reached   Accepted  Conditional  By position  At every position  Accuracy",
+            *(
+                f"{place:>8} {reached:>10} {accepted:>10} {conditional:>12.1%} {rate:>12.1%} {everywhere:>18.1%} "
+                f"{accuracy:>9.1%}"
+                for place, (reached, accepted, conditional, rate, everywhere, accuracy) in enumerate(columns, start=1)
+            ),
+        ]
+    )

@@ -1,0 +1,106 @@
+"""Offline acceptance: against a loop over every anchor, and against generation on the same text."""
+
+import json
+
+import pytest
+import torch
+from conftest import train_on_answers
+from torch.nn import functional as F
+from transformers import DynamicCache, LlamaForCausalLM
+
+from peagle_hf import AcceptanceArguments, HiddenStatesDataset, PeagleForSpeculation, acceptance, cli, draft_and_verify
+from peagle_hf.metrics import summarize
+
+DEPTHS, NEW_TOKENS, ANSWERS = 3, 70, 4
+
+
+@pytest.fixture(scope="module", params=[None, 50], ids=["whole", "reduced"])
+def trained(request, tmp_path_factory, tiny_verifier):
+    """A drafter that is right at times, and the folder of answers that it was trained on."""
+    folder = tmp_path_factory.mktemp("acceptance")
+    options = {"num_train_epochs": 1, "draft_vocab_size": request.param, "num_depths": DEPTHS}
+    drafter, _ = train_on_answers(folder, tiny_verifier, new_tokens=NEW_TOKENS, **options)
+    return drafter, folder
+
+
+@torch.no_grad()
+def draft_at_every_anchor(drafter, verifier, document, num_depths):
+    """By anchor, for as many depths as are learnt: whether drafter and verifier, and text and verifier, agree."""
+    tokens, mask = document["input_ids"], document["loss_mask"]
+    chosen = verifier(tokens[None]).logits[0].argmax(-1)
+    outcomes = {}
+    for anchor in range(len(tokens) - 2):
+        if mask[anchor + 1] and mask[anchor + 2]:
+            ids, states = tokens[1 : anchor + 2], document["hidden_states"][: anchor + 1]
+            real = torch.ones(1, anchor + 1, dtype=torch.bool)
+            proposed = drafter.draft(ids[None], states[None], real, num_depths, DynamicCache())[0].argmax(-1)
+            proposed = proposed if drafter.draft_token_ids is None else drafter.draft_token_ids[proposed]
+            targets = chosen[anchor + 1 : anchor + 1 + num_depths][: len(tokens) - anchor - 2]
+            outcomes[anchor] = [
+                (bool(proposed[depth] == target), bool(tokens[anchor + 2 + depth] == target))
+                for depth, target in enumerate(targets)
+            ]
+    return outcomes
+
+
+@pytest.mark.parametrize("num_depths", [DEPTHS, 6])
+def test_every_anchor_is_counted_by_the_definition(trained, tiny_verifier, tmp_path, num_depths, monkeypatch):
+    checkpoint, folder = trained
+    monkeypatch.setattr("peagle_hf.data.partition.ROWS_A_POSITION", 2)  # so that rows are partitioned
+    report_path = tmp_path / "acceptance.json"
+    flags = {"model": checkpoint, "data-path": folder, "output": report_path, "num-speculative-tokens": num_depths}
+    cli.main(["acceptance", *(part for name, value in flags.items() for part in (f"--{name}", str(value)))])
+    report = json.loads(report_path.read_text())
+
+    drafter = PeagleForSpeculation.from_pretrained(checkpoint).eval()
+    verifier = LlamaForCausalLM.from_pretrained(tiny_verifier).eval()
+    dataset = HiddenStatesDataset(folder)
+    expected = {name: [0] * num_depths for name in ("learnt", "correct", "reached", "accepted")}
+    for row in range(ANSWERS):
+        for outcome in draft_at_every_anchor(drafter, verifier, dataset._document(row), num_depths).values():
+            reached = True
+            for depth, (is_correct, follows) in enumerate(outcome):
+                expected["learnt"][depth] += 1
+                expected["correct"][depth] += is_correct
+                expected["reached"][depth] += reached
+                expected["accepted"][depth] += reached and is_correct
+                reached = reached and is_correct and follows
+    copies = report["num_rows"] // ANSWERS
+    everywhere = report["every_anchor"]
+    assert everywhere["reached"] == [copies * count for count in expected["reached"]]
+    assert everywhere["accepted"] == [copies * count for count in expected["accepted"]]
+    pairs = zip(expected["correct"], expected["learnt"], strict=True)
+    assert everywhere["accuracy"] == pytest.approx([correct / learnt for correct, learnt in pairs])
+    assert 0 < expected["accepted"][1] < expected["reached"][1] < expected["reached"][0]
+    summary = summarize(torch.tensor(list(expected.values())))
+    assert everywhere["acceptance_length"] == pytest.approx(summary["acceptance_length"])
+    assert report["acceptance_length"] == pytest.approx(1 + sum(report["per_position_acceptance"]))
+
+
+def test_generation_drafts_and_accepts_what_the_cached_states_say(trained, tiny_verifier, tmp_path, monkeypatch):
+    """The answers' cached states give the very counts of generating them, up to the last draft of each."""
+    monkeypatch.setattr("peagle_hf.data.partition.ROWS_A_POSITION", 1)
+    checkpoint, folder = trained
+    data = HiddenStatesDataset(folder)
+    documents = [data._document(row) for row in range(ANSWERS)]
+    prompts = [document["input_ids"][~document["loss_mask"]] for document in documents]
+    longest = max(map(len, prompts))
+    ids = torch.stack([F.pad(prompt, (longest - len(prompt), 0), value=3) for prompt in prompts])
+    generated = LlamaForCausalLM.from_pretrained(tiny_verifier).generate(
+        ids,
+        attention_mask=(ids != 3).long(),
+        custom_generate=draft_and_verify,
+        drafter=PeagleForSpeculation.from_pretrained(checkpoint).eval(),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        return_dict_in_generate=True,
+    )
+    report = acceptance(AcceptanceArguments(str(checkpoint), str(folder), str(tmp_path / "acceptance.json")))
+    copies = report["num_rows"] // ANSWERS
+    assert report["num_drafts"] == copies * generated.num_drafts
+    cut = [
+        ours - count / copies for ours, count in zip(generated.accepted_by_position, report["accepted"], strict=True)
+    ]
+    assert all(0 <= count <= ANSWERS for count in cut)  # the last draft of each goes on behind the end of the text
+    assert abs(report["acceptance_length"] - generated.acceptance_length) < 0.1
+    assert report["every_anchor"]["acceptance_length"] > report["acceptance_length"] + 0.1

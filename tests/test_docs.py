@@ -1,0 +1,138 @@
+"""What the documentation shows runs as it is written, with a small verifier and a few chats in place of large ones."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from site_hooks import EXECUTED, blocks, command_line, not_run
+
+from peagle_hf.cli import COMMANDS
+
+ROOT = Path(__file__).parents[1]
+SUBSTITUTES = {
+    "Qwen/Qwen3-8B": "verifier",
+    "--data sharegpt": "--data sharegpt.jsonl",
+    "examples/data/eval_prompts.jsonl": "prompts.jsonl",
+    "--max-samples 5000": "--max-samples 12",
+    "--epochs 5": "--epochs 1",
+    "num_train_epochs=5": "num_train_epochs=1",
+    "4096": "512",
+}
+
+
+def first_lines(source: Path, count: int) -> str:
+    return "".join(source.read_text().splitlines(keepends=True)[:count])
+
+
+def run(command: list[str | Path], folder: Path, **variables: str) -> None:
+    """Run a command in a folder, with this environment's programs on the path and this checkout's package."""
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "MPLBACKEND": "agg",
+        **variables,
+    }
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, f"{command[-1]}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("smollm2")
+    run([sys.executable, ROOT / "examples" / "smollm2.py", folder], folder)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path, smollm2) -> Path:
+    """A folder with what the substitutes name: a verifier, a dozen chats, two prompts."""
+    (tmp_path / "verifier").symlink_to(smollm2)
+    (tmp_path / "sharegpt.jsonl").write_text(first_lines(ROOT / "examples/data/train_chats.jsonl", 12))
+    (tmp_path / "prompts.jsonl").write_text(first_lines(ROOT / "examples/data/eval_prompts.jsonl", 2))
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [EXECUTED[0], pytest.param(EXECUTED[1], marks=pytest.mark.vllm)])
+def test_code_blocks_run_in_order(page, folder):
+    for block in blocks((ROOT / page).read_text()):
+        code = block.code
+        for written, used in SUBSTITUTES.items():
+            code = code.replace(written, used)
+        if block.reason is None:
+            interpreter = {"bash": ["bash", "-euo", "pipefail"], "python": ["python"]}[block.language]
+            run([*interpreter, "-c", code], folder)
+    (drafter,) = folder.glob("**/checkpoint_best/model.safetensors")
+    assert drafter.stat().st_size > 0
+
+
+@pytest.mark.parametrize("page", EXECUTED)
+def test_every_block_is_run_or_says_why_not(page):
+    markdown = (ROOT / page).read_text()
+    found = blocks(markdown)
+    fences = re.findall(r"^\s*(?:```|~~~)(\S+)", markdown, re.M)
+    assert len(found) == len([language for language in fences if language != "text"]), "a fence that nobody runs"
+    assert any(block.reason is None for block in found)
+    assert len(re.findall("<!-- not run", markdown)) == sum(block.reason is not None for block in found)
+    listed = not_run()
+    assert all(block.reason in listed for block in found if block.reason is not None)
+
+
+def test_every_substitute_is_used():
+    code = "".join(block.code for page in EXECUTED for block in blocks((ROOT / page).read_text()) if not block.reason)
+    assert [written for written in SUBSTITUTES if written not in code] == []
+
+
+def test_command_line_page_has_every_flag():
+    sections = dict(re.findall(r"^## peagle-hf (\S+)$(.*?)(?=^## |\Z)", command_line(), re.M | re.S))
+    assert list(sections) == list(COMMANDS)
+    for name, command in COMMANDS.items():
+        arguments = command.load()[1]
+        own = [field.name for field in fields(arguments) if field.init and field.name in arguments.__annotations__]
+        documented = re.findall(r"^\| `--([a-z0-9-]+)`", sections[name], re.M)
+        assert sorted(documented) == sorted(flag.replace("_", "-") for flag in own)
+    assert "`--epochs`" in sections["train"]
+    assert "`--deepspeed`" not in sections["train"]
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_the_offline_script_runs_with_another_model_and_data(folder):
+    script = ROOT / "examples" / "qwen3_8b_sharegpt_5k" / "offline.sh"
+    settings = {"MODEL": "verifier", "DATA": "sharegpt.jsonl", "PROMPTS": "prompts.jsonl", "OUTPUT": "out"}
+    run(["bash", script], folder, **settings, SEQ_LEN="512", EPOCHS="1")
+    report = json.loads((folder / "out" / "evaluation.json").read_text())
+    assert report["num_prompts"] == 2
+    assert report["max_tokens"] == 256
+    assert len(report["per_position_acceptance"]) == 4
+
+
+def test_both_scripts_are_the_same_run():
+    """The online script trains with the flags of the offline one, and both parse."""
+    scripts = [ROOT / "examples" / "qwen3_8b_sharegpt_5k" / name for name in ("offline.sh", "online.sh")]
+    for script in scripts:
+        run(["bash", "-n", script], ROOT)
+    texts = [script.read_text() for script in scripts]
+    offline, online = (re.findall(r"--num-layers.*?--total-seq-len \S+", text, re.S) for text in texts)
+    assert offline == online != []
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(smollm2, tmp_path):
+    notebook = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text())
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells), "clear the outputs"
+    (tmp_path / "data").symlink_to(ROOT / "examples" / "data")
+    shutil.copy(ROOT / "examples" / "smollm2.py", tmp_path)
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "SmolLM2-135M-Instruct").symlink_to(smollm2)
+    run([sys.executable, "-c", "\n".join("".join(cell["source"]) for cell in cells)], tmp_path)
+    assert (tmp_path / "output" / "quickstart" / "training.png").stat().st_size > 0

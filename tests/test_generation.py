@@ -1,0 +1,246 @@
+"""Draft and verify: the verifier's own text and distribution, whatever the drafter proposes, and vLLM's counts."""
+
+import pytest
+import torch
+from transformers import (
+    DynamicCache,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    set_seed,
+)
+
+from peagle_hf import PeagleConfig, PeagleError, PeagleForSpeculation
+from peagle_hf.generation import draft_and_verify
+
+PAD, NEW_TOKENS = 3, 24
+
+
+def make_drafter(verifier, seed=0, num_depths=3, num_layers=2, window=None, model_type="llama", **fields):
+    set_seed(seed)
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    layer = {name: getattr(verifier.config, name) for name in sizes}
+    layer |= {"model_type": model_type, "num_hidden_layers": num_layers, "head_dim": 8, "initializer_range": 0.2}
+    if window:
+        layer |= {"sliding_window": window, "layer_types": ["sliding_attention"] * num_layers}
+        layer |= {"use_sliding_window": True} if model_type == "qwen3" else {}
+    config = PeagleConfig(
+        transformer_layer_config=layer,
+        speculators_config={"verifier": {"name_or_path": "verifier"}},
+        mask_token_id=PAD,
+        eagle_aux_hidden_state_layer_ids=[2, 3, 4],
+        num_depths=num_depths,
+        **fields,
+    )
+    return PeagleForSpeculation(config).eval()
+
+
+@pytest.fixture(scope="module")
+def verifier(tiny_verifier):
+    return LlamaForCausalLM.from_pretrained(tiny_verifier).eval()
+
+
+def padded(lengths, seed=0, vocab_size=96):
+    """Left-padded prompts, as keyword arguments of `generate`."""
+    generator = torch.Generator().manual_seed(seed)
+    longest = max(lengths)
+    mask = torch.stack([torch.arange(longest) >= longest - length for length in lengths])
+    ids = torch.randint(4, vocab_size, (len(lengths), longest), generator=generator)
+    return {"input_ids": torch.where(mask, ids, PAD), "attention_mask": mask.long(), "pad_token_id": PAD}
+
+
+class Oracle(PeagleForSpeculation):
+    """A drafter that knows the answers and, by chance, says something else instead."""
+
+    answers: torch.Tensor
+    error_rate: float
+
+    def draft(self, input_ids, hidden_states, mask, num_depths, cache):
+        scores = super().draft(input_ids, hidden_states, mask, num_depths, cache)
+        for row, length in enumerate((mask.sum(1) + 1).tolist()):
+            left = self.answers[row][length : length + num_depths]
+            wrong = torch.rand(left.numel(), generator=self.generator) < self.error_rate
+            scores[row, torch.arange(left.numel()), torch.where(wrong, 5, left)] += 1e4
+        return scores
+
+
+def make_oracle(verifier, inputs, error_rate, num_depths=3, **options):
+    oracle = make_drafter(verifier, num_depths=num_depths)
+    oracle.__class__ = Oracle
+    sequences = verifier.generate(**inputs, **options)
+    oracle.answers = [row[(mask == 0).sum() :] for row, mask in zip(sequences, inputs["attention_mask"], strict=True)]
+    oracle.error_rate, oracle.generator = error_rate, torch.Generator().manual_seed(0)
+    return oracle, sequences
+
+
+GREEDY = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
+ASSISTED = {"custom_generate": draft_and_verify, "return_dict_in_generate": True}
+
+
+@pytest.mark.parametrize("lengths", [(1,), (9,), (2, 11, 5, 7)])
+@pytest.mark.parametrize("error_rate", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("num_depths", [1, 4])
+def test_greedy_text_is_the_verifiers_own(verifier, lengths, error_rate, num_depths):
+    inputs = padded(lengths)
+    oracle, expected = make_oracle(verifier, inputs, error_rate, num_depths, **GREEDY)
+    output = verifier.generate(**inputs, **GREEDY, **ASSISTED, drafter=oracle)
+    assert torch.equal(output.sequences, expected)
+    assert torch.equal(
+        verifier.generate(**inputs, **GREEDY, custom_generate=draft_and_verify, drafter=oracle), expected
+    )
+    assert (sum(output.accepted_by_position) > 0) == (error_rate < 1)
+
+
+def test_what_is_right_is_always_accepted(verifier):
+    inputs = padded((6, 9))
+    oracle, expected = make_oracle(verifier, inputs, 0.0, max_new_tokens=60, do_sample=False, eos_token_id=-1)
+    output = verifier.generate(
+        **inputs, **ASSISTED, drafter=oracle, max_new_tokens=41, do_sample=False, eos_token_id=-1
+    )
+    assert torch.equal(output.sequences, expected[:, : 9 + 41])
+    # The first token needs no draft, each of the others comes with three more.
+    assert (output.num_drafts, output.accepted_by_position) == (20, [20, 20, 20])
+    assert output.acceptance_length == 4
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 2, 3, 4, 5, 6])
+def test_text_ends_after_max_new_tokens(verifier, max_new_tokens):
+    inputs = padded((6, 9))
+    options = {"do_sample": False, "eos_token_id": -1}
+    oracle, expected = make_oracle(verifier, inputs, 0.0, max_new_tokens=20, **options)
+    output = verifier.generate(**inputs, **options, **ASSISTED, drafter=oracle, max_new_tokens=max_new_tokens)
+    assert torch.equal(output.sequences, expected[:, : 9 + max_new_tokens])
+    assert output.num_drafts == 2 * -(-(max_new_tokens - 1) // 4)
+
+
+def test_text_ends_at_eos_in_the_middle_of_what_is_accepted(verifier):
+    inputs = padded((6, 9))
+    free, _ = make_oracle(verifier, inputs, 0.0, max_new_tokens=20, do_sample=False, eos_token_id=-1)
+    for place in range(1, 9):
+        eos = int(free.answers[1][9 + place])
+        options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": [2, eos]}
+        output = verifier.generate(**inputs, **options, **ASSISTED, drafter=free)
+        assert torch.equal(output.sequences, verifier.generate(**inputs, **options))
+        assert int(output.sequences[1][9:].tolist().index(eos)) <= place
+
+
+def test_processors_that_look_back_see_each_text_as_it_is(verifier):
+    inputs = padded((6, 9))
+    options = GREEDY | {"repetition_penalty": 1.7, "no_repeat_ngram_size": 2, "min_new_tokens": 15}
+    oracle, expected = make_oracle(verifier, inputs, 0.2, **options)
+    output = verifier.generate(**inputs, **options, **ASSISTED, drafter=oracle)
+    assert torch.equal(output.sequences, expected)
+    assert sum(output.accepted_by_position) > 0
+
+
+def test_a_window_of_the_verifier_is_kept_for_one_prompt_and_refused_for_several():
+    set_seed(0)
+    windowed = MistralForCausalLM(
+        MistralConfig(
+            vocab_size=96,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=7,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            sliding_window=6,
+            initializer_range=0.2,
+        )
+    ).eval()
+    inputs = padded((9,))
+    oracle, expected = make_oracle(windowed, inputs, 0.3, **GREEDY)
+    assert torch.equal(windowed.generate(**inputs, **GREEDY, **ASSISTED, drafter=oracle).sequences, expected)
+    with pytest.raises(PeagleError, match="sliding window"):
+        windowed.generate(**padded((9, 8)), **GREEDY, **ASSISTED, drafter=oracle)
+
+
+def test_what_is_not_supported_is_refused_by_name(verifier, tiny_verifier):
+    drafter = make_drafter(verifier)
+    with pytest.raises(PeagleError, match="beam search"):
+        verifier.generate(**padded((5,)), **ASSISTED, drafter=drafter, max_new_tokens=4, num_beams=2)
+    verifier.config.hidden_size, sizes = 64, verifier.config.hidden_size
+    try:
+        with pytest.raises(PeagleError, match=r"hidden size 32.*64"):
+            verifier.generate(**padded((5,)), **GREEDY, **ASSISTED, drafter=drafter)
+    finally:
+        verifier.config.hidden_size = sizes
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("window", [None, 3])
+def test_drafting_bit_by_bit_gives_what_the_rows_of_training_give(verifier, model_type, num_layers, window):
+    """The cache, the holes in it and the padding change nothing: every draft equals a forward pass over all rows."""
+    depths, lengths = 4, (13, 9)
+    drafter = make_drafter(verifier, num_layers=num_layers, window=window, model_type=model_type, num_depths=depths)
+    tokens = torch.randint(4, 96, (2, 13))
+    states = torch.randn(2, 13, 3 * drafter.config.hidden_size)
+    cache, mask = DynamicCache(), torch.zeros(2, 0, dtype=torch.bool)
+    done = [0, 0]
+    for counts in [(3, 1), (4, 3), (1, 4), (5, 1)]:  # how many positions of each sequence a call brings
+        new = max(counts)
+        chosen = [torch.arange(first, first + new).clamp(max=12) for first in done]
+        real = torch.stack([torch.arange(new) < count for count in counts])
+        if not mask.shape[1]:
+            chosen[1], real[1] = chosen[1].roll(2) * 0, torch.tensor([False, False, True])  # padding on the left
+        mask = torch.cat([mask, real], dim=1)
+        scores = drafter.draft(
+            torch.stack([tokens[row][index] for row, index in enumerate(chosen)]),
+            torch.stack([states[row][index] for row, index in enumerate(chosen)]),
+            mask,
+            depths,
+            cache,
+        )
+        done = [before + count for before, count in zip(done, counts, strict=True)]
+        for row, length in enumerate(done):
+            anchors = torch.tensor([*range(length), *[length - 1] * (depths - 1)])
+            at_depth = torch.tensor([*[0] * length, *range(1, depths)])
+            whole = drafter(
+                input_ids=tokens[row : row + 1, :length],
+                hidden_states=states[row : row + 1, :length],
+                anchors=anchors[None],
+                depths=at_depth[None],
+                document_ids=torch.zeros(1, length, dtype=torch.long),
+                position_ids=(anchors + at_depth)[None],
+            ).logits[0, -depths:]
+            torch.testing.assert_close(scores[row], whole, rtol=1e-4, atol=1e-5)
+    assert done == list(lengths)
+
+
+@pytest.mark.parametrize("draft_vocab_size", [None, 40])
+@pytest.mark.parametrize("options", [{"temperature": 0.7}, {"temperature": 1.3, "top_k": 20, "top_p": 0.9}])
+def test_sampled_text_is_distributed_as_the_verifiers(verifier, draft_vocab_size, options):
+    """Chi-square of pairs of tokens, drafted and not, against the verifier's exact probabilities."""
+    drafter = make_drafter(verifier, draft_vocab_size=draft_vocab_size)
+    if draft_vocab_size:
+        kept = torch.arange(96)[torch.arange(96) % 12 < 5]
+        t2d = torch.zeros(96, dtype=torch.bool).index_fill_(0, kept, True)
+        drafter.set_draft_vocabulary(kept - torch.arange(40), t2d)
+    copies, prompt = 2000, padded((5,))
+    options = {"do_sample": True, "top_k": 0, "eos_token_id": -1, "max_new_tokens": 3, "pad_token_id": PAD, **options}
+    inputs = {
+        "input_ids": prompt["input_ids"].expand(copies, -1),
+        "attention_mask": prompt["attention_mask"].expand(copies, -1),
+    }
+    set_seed(0)
+    output = verifier.generate(**inputs, **options, **ASSISTED, drafter=drafter)
+    assert 0 < output.accepted_by_position[0] < output.num_drafts
+    assert output.accepted_by_position[1] > 0
+    new = output.sequences[:, 5:]
+
+    processors = verifier._get_logits_processor(verifier._prepare_generation_config(None, **options)[0])
+    for place in (1, 2):  # the first token comes with the prompt
+        prefixes, number = new[:, :place].unique(dim=0, return_inverse=True)
+        texts = torch.cat([prompt["input_ids"].expand(len(prefixes), -1), prefixes], dim=1)
+        with torch.no_grad():
+            exact = processors(texts, verifier(texts).logits[:, -1]).softmax(-1)
+        expected = exact[number].sum(0)
+        found = torch.bincount(new[:, place], minlength=96)
+        assert (found[expected == 0] == 0).all()
+        frequent = expected >= 5
+        rest = torch.stack([expected[~frequent].sum(), found[~frequent].sum()])
+        statistic = ((found - expected) ** 2 / expected)[frequent].sum()
+        if rest[0] >= 5:
+            statistic += (rest[1] - rest[0]) ** 2 / rest[0]
+        freedom = int(frequent.sum())
+        assert statistic < freedom + 4 * (2 * freedom) ** 0.5
