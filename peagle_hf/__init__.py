@@ -20,6 +20,7 @@ except PackageNotFoundError:
 _MODULE_OF = {
     "AcceptanceArguments": "offline",
     "CODDataCollator": "data.collator",
+    "Endpoint": "data.endpoint",
     "EvaluateArguments": "evaluation",
     "ExtractArguments": "data.extract",
     "HiddenStatesDataset": "data.dataset",
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     from .cli import end_processes, parse_arguments
     from .data.collator import CODDataCollator
     from .data.dataset import HiddenStatesDataset
+    from .data.endpoint import Endpoint
     from .data.extract import ExtractArguments, extract
     from .data.prepare import PrepareArguments, prepare
     from .data.regenerate import RegenerateArguments, regenerate
