@@ -99,10 +99,10 @@ LAYERS = [
     {"configuration_peagle", "attention", "losses"},
     {"modeling_peagle"},
     {"adapters", "data.cache", "data.chats", "data.collator", "data.partition", "generation", "memory", "serving"},
-    {"data.dataset", "data.prepare", "data.regenerate", "model_card"},
+    {"data.dataset", "data.prepare", "data.regenerate", "model_card", "pace"},
     {"data.extract", "callbacks", "training_args"},
     {"continuing", "evaluation", "hub", "offline"},
-    {"trainer"},
+    {"acceptance_metric", "trainer"},
     {"cli"},
 ]
 
