@@ -15,6 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from .errors import PeagleError
 from .files import atomic_path
+from .metrics import draw
 from .serving import check_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -23,6 +24,7 @@ BEST = "checkpoint_best"
 TRAINER_STATE = "trainer_state"
 MERGED = "merged"
 EXPORTED = "exported"
+CURVES = "training.png"
 TRAINER_FILES = {
     "optimizer.pt": "optimizer_state_dict.pt",
     "optimizer.bin": "optimizer_state_dict.pt",
@@ -38,7 +40,8 @@ class VllmExportCallback(TrainerCallback):
     optimizer, scheduler, RNG, Trainer state), from which training resumes exactly. Files are hard-linked where the
     disk allows. `checkpoint_best` is a relative link to the folder with the best `metric_for_best_model`, or to the
     last one where nothing is validated. `save_total_limit` counts epoch folders too; the best and the last are never
-    removed.
+    removed. Beside them `training.png` shows the run's curves (see `metrics.draw`), from its beginning also when it was
+    resumed.
 
     Args:
         dtype: of the exported weights: "bfloat16", "float16" or "float32".
@@ -75,7 +78,18 @@ class VllmExportCallback(TrainerCallback):
         if self._epoch_ended and state.is_world_process_zero:
             self._export(self._folder(args) / f"checkpoint-{state.global_step}")
             self._update(args, state)
+            self._draw(args, state)
         self._epoch_ended = False
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        if state.is_world_process_zero:
+            self._draw(args, state)
+
+    def _draw(self, args: TrainingArguments, state: TrainerState) -> None:
+        with atomic_path(self._folder(args) / CURVES) as temporary:
+            draw(state.log_history, temporary)
 
     def _folder(self, args: TrainingArguments) -> Path:
         return self.run_folder or Path(args.output_dir or ".")
@@ -181,7 +195,8 @@ def resumable_folder(checkpoint: str | os.PathLike[str]) -> Path:
 
 
 def remove_checkpoints(output_dir: str | os.PathLike[str]) -> None:
-    """Remove every checkpoint of an earlier run: `checkpoint-N`, epoch folders, `checkpoint_best`."""
+    """Remove every checkpoint of an earlier run, `checkpoint-N`, epoch folders, `checkpoint_best`, and its curves."""
+    (Path(output_dir) / CURVES).unlink(missing_ok=True)
     for folder in Path(output_dir).glob("*"):
         if re.fullmatch(r"checkpoint-\d+", folder.name) or folder in epoch_folders(folder.parent):
             shutil.rmtree(folder)

@@ -1,9 +1,17 @@
 """Counting by depth, and what the counts say: accuracy, acceptance, acceptance length."""
 
+import os
+import re
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor
 
 COUNTERS = ("learnt", "correct", "reached", "accepted")
+
+MODULE_PATH = str(Path(__file__).with_name("acceptance_metric.py"))
+"""For `evaluate.load`: acceptance from the accepted counts of drafts (see `acceptance_metric`)."""
 
 
 def follow_rollouts(
@@ -106,3 +114,35 @@ def summarize(counters: Tensor) -> dict[str, float]:
         length += rate
     metrics["acceptance_length"] = length
     return metrics
+
+
+def draw(history: list[dict[str, Any]], path: str | os.PathLike[str]) -> None:
+    """Draw a run as a PNG: loss and acceptance length in training and validation, and acceptance by depth.
+
+    Depths are those of validation, where there was one, else of training.
+
+    Args:
+        history: the Trainer's `state.log_history`.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    def curve(axes: Any, name: str, **style: Any) -> None:
+        points = [(entry["step"], entry[name]) for entry in history if name in entry]
+        axes.plot([step for step, _ in points], [value for _, value in points], **style)
+
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    loss, length, by_depth = figure.subplots(1, 3)
+    for axes, name in ((loss, "loss"), (length, "acceptance_length")):
+        curve(axes, name, label="training", color="#9aa5b1")
+        curve(axes, f"eval_{name}", label="validation", color="#3b6ea8", marker="o")
+    prefix = "eval_" if any("eval_loss" in entry for entry in history) else ""
+    names = {name for entry in history for name in entry if re.fullmatch(rf"{prefix}acceptance_\d+", name)}
+    for depth in range(len(names)):
+        color = colormaps["viridis"](depth / len(names))
+        curve(by_depth, f"{prefix}acceptance_{depth}", label=f"depth {depth}", color=color, marker=".")
+    for axes, label in ((loss, "Loss"), (length, "Acceptance length"), (by_depth, "Acceptance by depth")):
+        axes.set(xlabel="Step", ylabel=label)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+    figure.savefig(path, format="png", dpi=150)

@@ -62,6 +62,7 @@ from .memory import GIB, MemoryPlan, device_memory, keep_freed_memory, report, r
 from .metrics import COUNTERS, count_drafts, summarize
 from .model_card import RECORD, model_card, read_record
 from .modeling_peagle import PeagleForSpeculation, PeagleLayer
+from .pace import Pace
 from .target import draft_vocabulary, hub_verifier, load_token_freq, load_verifier_config
 from .training_args import PeagleTrainingArguments
 
@@ -74,7 +75,7 @@ class PeagleTrainer(Trainer):
     Takes the Trainer's own arguments; `data_collator` defaults to the model's `CODDataCollator`, and `model_init` may
     give drafters of different configurations. Logs, beside the Trainer's metrics, `accuracy_d`, `acceptance_d` and
     `acceptance_length` (see `metrics.summarize`), over all steps since the last log and all ranks; in evaluation with
-    the prefix `eval_`.
+    the prefix `eval_`. In training also `tokens_per_second`, `loader_wait` and `memory_gib` (see `pace.Pace`).
 
     Evaluation drops no row: every learnt position starts a rollout of all K depths. `eval_acceptance_d` and
     `eval_acceptance_length` are of the drafts that decoding the text would make (see `metrics.count_drafts`),
@@ -161,6 +162,7 @@ class PeagleTrainer(Trainer):
         self._eval_counters = self._no_counters()
         self._eval_drafts = self._no_counters()[:2]
         self._eval_loss = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        self._pace = Pace(self.args.device)
         self.__dict__.pop("_rows_that_fit", None)
 
     def hyperparameter_search(
@@ -236,20 +238,21 @@ class PeagleTrainer(Trainer):
             ) from error
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
-    ) -> tuple[list, torch.Tensor | int | None]:
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], torch.Tensor | int | None]:
         """As the Trainer; where one process has no hidden states from the endpoint, all of them end."""
-        if self.args.on_missing != "generate" or self.args.world_size == 1:
-            return super().get_batch_samples(epoch_iterator, num_batches, device)
-        batches, failure = [], None
-        try:
-            batches = list(islice(epoch_iterator, num_batches))
-        except EndpointError as error:
-            failure = error
-        failures = self.accelerator.gather(torch.tensor([float(failure is not None)], device=device))
-        if failures.any():
-            raise failure or EndpointError("another process was given none")
-        return super().get_batch_samples(iter(batches), num_batches, device)
+        with self._pace.waiting():
+            if self.args.on_missing != "generate" or self.args.world_size == 1:
+                return super().get_batch_samples(epoch_iterator, num_batches, device)
+            batches, failure = [], None
+            try:
+                batches = list(islice(epoch_iterator, num_batches))
+            except EndpointError as error:
+                failure = error
+            failures = self.accelerator.gather(torch.tensor([float(failure is not None)], device=device))
+            if failures.any():
+                raise failure or EndpointError("another process was given none")
+            return super().get_batch_samples(iter(batches), num_batches, device)
 
     def training_step(  # type: ignore[no-untyped-def]
         self, model, inputs, num_items_in_batch=None
@@ -257,6 +260,7 @@ class PeagleTrainer(Trainer):
         """Forward and backward, part by part with `sequence_partitions`; gradients are reduced with the last part."""
         if num_items_in_batch is None:
             num_items_in_batch = (inputs["labels"] != -100).sum()
+        self._pace.positions += inputs["input_ids"].numel()
         *others, last = self._parts(inputs)
         loss = torch.zeros((), device=self.args.device)
         for part in others:
@@ -372,6 +376,7 @@ class PeagleTrainer(Trainer):
         if "loss" in logs:
             logs |= summarize(self.accelerator.reduce(self._train_counters, reduction="sum"))
             self._train_counters = self._no_counters()
+            logs |= self._pace.take(self.accelerator.gather)
         super().log(logs, start_time)
 
     def _no_counters(self) -> torch.Tensor:

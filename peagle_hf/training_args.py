@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from transformers import SchedulerType, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from .data.endpoint import DEFAULT_URL, MAX_RETRIES, REQUEST_TIMEOUT
@@ -222,3 +223,21 @@ class PeagleTrainingArguments(TrainingArguments):
         # Every process builds the same drafter: accelerate's loading from the first one knows no buffers, such as d2t.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         super().__post_init__()
+        for tracker in self.report_to or []:
+            check_tracker(tracker)
+
+
+def check_tracker(name: str) -> None:
+    """Refuse a tracker of `report_to` that the Trainer doesn't know or that can't be used here.
+
+    Raises:
+        PeagleError: says which there are, or what to install.
+    """
+    if name not in INTEGRATION_TO_CALLBACK:
+        raise PeagleError(f"report_to names {name!r}, which is none of {', '.join(INTEGRATION_TO_CALLBACK)}.")
+    # The list of what is installed leaves these two out even where they are: the Trainer itself refuses them later.
+    if name not in ("azure_ml", "flyte", *get_available_reporting_integrations()):
+        raise PeagleError(
+            f"report_to names {name}, which isn't installed, or not set up. Run `pip install {name}`, or train without "
+            "it: --report-to none."
+        )

@@ -1,5 +1,6 @@
 """On a GPU: FlexAttention against SDPA, and mixed precision against float32."""
 
+import time
 from functools import partial
 
 import pytest
@@ -9,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from peagle_hf import attention, losses
 from peagle_hf.modeling_peagle import PeagleLayer
+from peagle_hf.pace import Pace
 
 FIND = attention.find_rectangles
 
@@ -116,3 +118,19 @@ def test_checkpointing_changes_nothing_on_the_fast_path(monkeypatch, keep_attent
     )
     (_, grads) = step("flex_attention", autocast=True, lengths=(1500,))
     assert max(relative(grad, plain_grads[name]) for name, grad in grads.items()) < 0.02
+
+
+def test_loader_wait_is_that_of_the_gpu():
+    """Loading in the shadow of a kernel is free, loading that the GPU has to wait for isn't."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    square = torch.rand(8192, 8192, device=device)
+    for kernels, low, high in ((100, 0.0, 0.2), (0, 0.8, 1.0)):
+        (square @ square).sum().item()
+        pace = Pace(device)
+        for _ in range(kernels):
+            square @ square
+        with pace.waiting():
+            time.sleep(0.2 if kernels == 0 else 0.02)
+        measured = pace.take(lambda row: row)
+        assert low <= measured["loader_wait"] <= high
+        assert 0.25 <= measured["memory_gib"] < 2

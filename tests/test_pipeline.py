@@ -99,11 +99,11 @@ LAYERS = [
     {"configuration_peagle", "attention", "losses"},
     {"modeling_peagle"},
     {"adapters", "data.cache", "data.chats", "data.collator", "data.partition", "generation", "memory", "serving"},
-    {"data.endpoint", "data.prepare", "data.regenerate", "model_card", "vllm_plugin.peagle_cpu_connector"},
+    {"data.endpoint", "data.prepare", "data.regenerate", "model_card", "pace", "vllm_plugin.peagle_cpu_connector"},
     {"data.dataset", "training_args"},
     {"data.extract", "callbacks"},
     {"continuing", "evaluation", "hub", "launch", "offline"},
-    {"trainer"},
+    {"acceptance_metric", "trainer"},
     {"cli"},
 ]
 

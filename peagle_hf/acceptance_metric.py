@@ -1,0 +1,44 @@
+"""Acceptance as a metric of Hugging Face's `evaluate`: `evaluate.load(peagle_hf.metrics.MODULE_PATH)`."""
+
+from typing import Any
+
+import datasets
+import evaluate
+
+from peagle_hf.errors import PeagleError
+from peagle_hf.evaluation import summarize
+
+_DESCRIPTION = "Acceptance of speculative decoding, from how many tokens of each draft the verifier accepted."
+
+_INPUTS = """
+Args:
+    predictions: accepted tokens of each draft, the verifier's own token not among them.
+    references: tokens that were drafted each time.
+Returns:
+    what `peagle_hf.evaluation.summarize` gives: `acceptance_length` (1 + accepted tokens / drafts), `acceptance_rate`
+    (accepted / drafted tokens), `per_position_acceptance` (drafts accepted up to there / all drafts), and the counts.
+Examples:
+    >>> acceptance = evaluate.load(peagle_hf.metrics.MODULE_PATH)
+    >>> acceptance.compute(predictions=[2, 0, 1], references=[2, 2, 2])["acceptance_length"]
+    2.0
+"""
+
+
+class Acceptance(evaluate.Metric):
+    """The metric; `evaluate.load` makes it."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        counts = {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION, citation="", inputs_description=_INPUTS, features=datasets.Features(counts)
+        )
+
+    def _compute(self, predictions: list[int], references: list[int]) -> dict[str, Any]:
+        for draft, (accepted, drafted) in enumerate(zip(predictions, references, strict=True)):
+            if not 0 <= accepted <= drafted:
+                raise PeagleError(
+                    f"Draft {draft} has {accepted} accepted of {drafted} drafted tokens. Give the accepted drafted "
+                    "tokens as predictions, without the verifier's own token, and the drafted ones as references."
+                )
+        by_position = [sum(accepted > place for accepted in predictions) for place in range(max(references, default=0))]
+        return summarize([[len(predictions), sum(references), sum(predictions), *by_position]])

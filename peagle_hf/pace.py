@@ -1,0 +1,70 @@
+"""How fast training goes, and what holds it up: positions a second, the wait for data, memory."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from .memory import GIB
+
+
+class Pace:
+    """Measures a process's training between two logs, without a wait for the GPU before the second one.
+
+    Attributes:
+        positions: trained on since the last log; the training loop counts them up.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._restart()
+
+    def _restart(self) -> None:
+        self.positions = 0
+        self._waited = 0.0
+        self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        if self._on_gpu:
+            torch.cuda.reset_peak_memory_stats(self._device)
+        self._started = time.perf_counter()
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self._device.type == "cuda"
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around the loading of data. On a GPU its own wait counts: what is loaded while it works costs nothing."""
+        if self._on_gpu:
+            before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            before.record()
+            yield
+            after.record()
+            self._waits.append((before, after))
+        else:
+            started = time.perf_counter()
+            yield
+            self._waited += time.perf_counter() - started
+
+    def take(self, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """What was measured since the last call, over all processes.
+
+        `tokens_per_second`: positions trained on over wall time, validation and saving included, summed.
+        `loader_wait`: the share of that time, 0 to 1, that went by waiting for data, on average. `memory_gib`: the most
+        that tensors of a process took of its GPU; there is none on a CPU.
+
+        Args:
+            gather: puts the tensors of all processes together, as `Accelerator.gather` does.
+        """
+        peak = 0.0
+        if self._on_gpu:
+            torch.cuda.synchronize(self._device)
+            peak = torch.cuda.max_memory_allocated(self._device) / GIB
+        waited = self._waited + sum(before.elapsed_time(after) for before, after in self._waits) / 1000
+        seconds = time.perf_counter() - self._started
+        measured = torch.tensor([[self.positions / seconds, waited / seconds, peak]], device=self._device)
+        speed, wait, memory = gather(measured).unbind(1)
+        self._restart()
+        metrics = {"tokens_per_second": speed.sum().item(), "loader_wait": wait.mean().item()}
+        return metrics | {"memory_gib": memory.max().item()} if self._on_gpu else metrics
