@@ -6,10 +6,12 @@ import logging
 import pytest
 import torch
 from conftest import write_cache, write_prepared
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from peagle_hf import CODDataCollator, HiddenStatesDataset, PeagleError
 from peagle_hf.data import collator
+from peagle_hf.data.cache import row_path
 from peagle_hf.data.dataset import EpochSampler, RowRequest, first_fit, split_rows
 
 
@@ -42,6 +44,10 @@ def collate():
 
 def test_alignment_of_tokens_states_labels_and_targets(dataset, collate):
     """Position i sees x[i+1], g[i]; row (a, d) predicts x[a+d+2] from y[a+d+1], learnt if both are in the reply."""
+
+    def last_states(row):
+        return load_file(row_path(dataset.hidden_states_path, row))["hidden_states"][:, -1]
+
     item = dataset[0]
     batch = collate([item])
     offset = 0
@@ -64,7 +70,9 @@ def test_alignment_of_tokens_states_labels_and_targets(dataset, collate):
             assert where.numel() == learnt
             if learnt:
                 state = batch["target_states"][0, batch["target_index"][0, where[0]]]
-                assert torch.equal(state, document["last_hidden_states"][target + 1])
+                learnt_before = int((mask[1 : target + 1] & mask[2 : target + 2]).sum())
+                assert torch.equal(state, document["target_states"][learnt_before])
+                assert torch.equal(state, last_states(document["sample_id"])[target + 1])
         offset += size
     assert offset == batch["input_ids"].shape[1]
     assert (batch["target_index"][0].diff() >= 0).all()
