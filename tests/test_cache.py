@@ -382,18 +382,46 @@ def test_start_up_opens_no_file(tiny_data, tmp_path):
         dataset[0]
 
 
+def resident(kind: str) -> int:
+    """Bytes of this process's memory, of the kind that the kernel calls RssFile or RssAnon."""
+    return int(re.search(rf"{kind}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+
 def test_states_that_nobody_looks_at_are_not_read(tmp_path):
     """A row's first tokens, and of the rest the targets alone: pages of the file that are never touched stay out."""
     states = torch.randn(4096, 4, 2048).bfloat16()
     is_target = torch.arange(4096) >= 4000
     write_row(tmp_path, 0, states, torch.arange(4096), "learnt", is_target)
 
-    def mapped() -> int:
-        return int(re.search(r"RssFile:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-
-    os.sync()
-    before = mapped()
+    before = resident("RssFile")
     row = read_row(tmp_path, 0, length=256)
     kept = row.hidden_states.clone()
     assert torch.equal(kept, states[:256, :3].flatten(1))
-    assert mapped() - before < 8 * kept.nbytes < states.nbytes / 2
+    assert resident("RssFile") - before < 8 * kept.nbytes < states.nbytes / 2
+
+
+def test_memory_does_not_grow_with_the_rows(tmp_path):
+    """An epoch over 128 MiB of states holds a few of them at a time."""
+    write_prepared(tmp_path, [512] * 64)
+    data = load_from_disk(str(tmp_path)).with_format("torch")
+    states = torch.randn(512, 4, 512).bfloat16()
+    for row in range(64):
+        write_row(tmp_path / "hidden_states", row, states, data[row]["input_ids"])
+    dataset, collate = HiddenStatesDataset(tmp_path, total_seq_len=1024), CODDataCollator(num_depths=3)
+    collate([dataset[0]])
+    before = [resident(kind) for kind in ("RssFile", "RssAnon")]
+    for number in range(len(dataset)):
+        assert collate([dataset[number]])["hidden_states"].shape == (1, 1020, 3 * 512)
+        now = [resident(kind) for kind in ("RssFile", "RssAnon")]
+        assert sum(now) - sum(before) < 24 << 20
+
+
+@pytest.mark.parametrize(
+    ("storage", "least", "most"),
+    [("plain", 32768, 32900), ("fp8", 16384, 16500), ("learnt", 29491, 29600), ("fp8-learnt", 14745, 14.5 * 1024)],
+)
+def test_bytes_a_token_at_the_sizes_of_qwen3_8b(storage, least, most, tmp_path):
+    """Three auxiliary layers and the last, 4,096 wide, 60 % of 500 tokens being targets."""
+    is_target = torch.arange(500) >= 200
+    write_row(tmp_path, 0, torch.randn(500, 4, 4096).bfloat16(), torch.arange(500), storage, is_target)
+    assert least < row_path(tmp_path, 0).stat().st_size / 500 < most

@@ -2,10 +2,13 @@
 
 import doctest
 import logging
+import time
 
 import pytest
 import torch
 from conftest import write_cache, write_prepared
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
@@ -129,6 +132,29 @@ def test_plan_holds_every_row_once_and_fills_no_row_over(dataset):
 
 def test_first_fit_is_the_greedy_rule():
     assert first_fit([5, 4, 3, 2, 6], 8) == [[0, 2], [1, 3], [4]]
+    assert first_fit([], 8) == []
+    assert first_fit([8], 8) == [[0]]
+
+
+@given(st.lists(st.integers(1, 30), max_size=60))
+def test_first_fit_is_the_plain_search(sizes):
+    bins, rooms = [], []
+    for item, size in enumerate(sizes):
+        place = next((place for place, room in enumerate(rooms) if room >= size), len(bins))
+        if place == len(bins):
+            bins.append([])
+            rooms.append(30)
+        bins[place].append(item)
+        rooms[place] -= size
+    assert first_fit(sizes, 30) == bins
+
+
+def test_first_fit_is_not_quadratic():
+    """Nearly full bins that one tiny document could still join are not searched one by one (it took minutes)."""
+    start = time.process_time()
+    bins = first_fit([3 if item == 0 else 5000 + item % 3000 for item in range(50_000)], 8192)
+    assert len(bins) > 40_000
+    assert time.process_time() - start < 10
 
 
 def test_long_documents_are_cut_counted_and_said(tiny_data, caplog):

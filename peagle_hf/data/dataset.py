@@ -269,19 +269,24 @@ def split_rows(data_path: str | os.PathLike[str], train_ratio: float, seed: int 
 
 
 def first_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """Put each item, in order, into the first bin that has room; gives the items' numbers by bin."""
+    """Put each item, in order, into the first bin that has room; gives the items' numbers by bin.
+
+    A tree over the bins says in O(log n) where the first room is: `room[1]` is the root, and each node has the most
+    room of any bin below it.
+    """
     bins: list[list[int]] = []
-    open_bins: list[tuple[int, int]] = []
-    smallest = min(sizes, default=0)
+    num_leaves = 1 << max(0, len(sizes) - 1).bit_length()
+    room = [capacity] * (2 * num_leaves)
     for item, size in enumerate(sizes):
-        for place, (number, room) in enumerate(open_bins):
-            if size <= room:
-                bins[number].append(item)
-                open_bins[place] = (number, room - size)
-                if room - size < smallest:
-                    del open_bins[place]
-                break
-        else:
-            bins.append([item])
-            open_bins.append((len(bins) - 1, capacity - size))
+        node = 1
+        while node < num_leaves:
+            node *= 2
+            node += room[node] < size
+        if node - num_leaves == len(bins):
+            bins.append([])
+        bins[node - num_leaves].append(item)
+        room[node] -= size
+        while node > 1:
+            node //= 2
+            room[node] = max(room[2 * node], room[2 * node + 1])
     return bins
