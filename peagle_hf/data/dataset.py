@@ -158,7 +158,7 @@ class HiddenStatesDataset(Dataset):
             generated[row] = result
         return generated
 
-    def _document(self, row: int, generated: CachedRow | None) -> dict[str, Any]:
+    def _document(self, row: int, generated: CachedRow | None = None) -> dict[str, Any]:
         sample = self.data[row]
         length = min(len(sample["input_ids"]), self.total_seq_len + 2)
         tokens = torch.as_tensor(sample["input_ids"])[:length].long()

@@ -1,6 +1,7 @@
 """Memory and disk reads of a process and its children, by looking at them while they run."""
 
 import subprocess
+import tempfile
 import time
 from dataclasses import dataclass, field
 
@@ -39,12 +40,13 @@ class ProcessTree:
 def watch(command: list[str], every: float = 0.05) -> tuple[str, float, ProcessTree]:
     """Run a command to its end; gives what it printed, the seconds it took and what was seen of it."""
     seen, start = ProcessTree(), time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        assert process.stdout is not None
+    with tempfile.TemporaryFile("w+") as log:  # a pipe that nobody empties would stop the command
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         while process.poll() is None:
             seen.look(process.pid)
             time.sleep(every)
-        output = process.stdout.read()
+        log.seek(0)
+        output = log.read()
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{output}")
     return output, time.perf_counter() - start, seen
