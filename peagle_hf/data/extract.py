@@ -228,8 +228,10 @@ def extract(arguments: ExtractArguments) -> ExtractReport:
     made_again = {}
     for row in tqdm(sorted(present), desc="Checking", unit="row", disable=not present):
         shape = lengths[row], len(manifest.aux_layer_ids) + 1, manifest.hidden_size
-        content = (torch.tensor(data[row]["input_ids"]), _targets(data, row)) if arguments.validate_outputs else ()
-        reason = check_row(row_path(output, row), shape, *content)
+        token_ids = is_target = None
+        if arguments.validate_outputs:
+            token_ids, is_target = torch.tensor(data[row]["input_ids"]), _targets(data, row, arguments.storage)
+        reason = check_row(row_path(output, row), shape, token_ids, is_target)
         if reason is not None:
             logger.warning("Row %d is made again: %s is unusable, %s.", row, row_path(output, row), reason)
             made_again[row] = reason
@@ -357,7 +359,7 @@ def _make(
                     "row was written, the rows before it are kept. Try --verifier-dtype float32 or --dtype bfloat16, "
                     "and look at the row's text."
                 )
-            write_row(output, row, states, token_ids, arguments.storage, _targets(data, row))
+            write_row(output, row, states, token_ids, arguments.storage, _targets(data, row, arguments.storage))
             progress.update(len(token_ids))
     seconds = time.perf_counter() - start
     logger.info("%d tokens in %.1f s: %.0f tokens/s.", num_tokens, seconds, num_tokens / seconds)
@@ -388,7 +390,9 @@ def _make_by_server(
     def make(row: int) -> None:
         token_ids = data[row]["input_ids"]
         states = endpoint.fetch(token_ids, dtype)
-        write_row(output, row, states, torch.tensor(token_ids), arguments.storage, _targets(data, row))
+        write_row(
+            output, row, states, torch.tensor(token_ids), arguments.storage, _targets(data, row, arguments.storage)
+        )
 
     start = time.perf_counter()
     longest_first = sorted(lengths, key=lambda row: (-lengths[row], row))
@@ -420,15 +424,17 @@ def _make_by_server(
     return seconds
 
 
-def _targets(data: "datasets.Dataset", row: int) -> Tensor:
-    return target_tokens(torch.tensor(data[row]["loss_mask"]).bool())
+def _targets(data: "datasets.Dataset", row: int, storage: Storage | None) -> Tensor | None:
+    """The tokens whose last layer's states are kept; None for the kinds that keep all."""
+    return target_tokens(torch.tensor(data[row]["loss_mask"]).bool()) if storage in LEARNT_STORAGES else None
 
 
 def _begin(output: Path, manifest: Manifest, data: "datasets.Dataset", lengths: dict[int, int]) -> None:
     """Make sure that the rows fit on the disk, and say in the folder what they are."""
     num_tokens = num_last = sum(lengths.values())
     if manifest.storage in LEARNT_STORAGES:
-        num_last = sum(int(_targets(data, row).sum()) for row in lengths)
+        masks = (data[row]["loss_mask"] for row in lengths)
+        num_last = sum(int(target_tokens(torch.tensor(mask).bool()).sum()) for mask in masks)
     _check_disk(output, len(lengths), num_tokens, manifest.bytes_of(num_tokens, num_last))
     if Manifest.read(output) is None:
         manifest.write(output)
