@@ -27,7 +27,7 @@ class Command:
     """Where a command's function and its arguments dataclass live, imported when the command is used.
 
     Args:
-        first: the argument that may stand first, without its flag.
+        positional: the arguments that may stand first, without their flags.
         rest: the field that takes everything after `--`.
     """
 
@@ -35,7 +35,7 @@ class Command:
     function: str
     arguments: str
     help: str
-    first: str | None = None
+    positional: tuple[str, ...] = ()
     rest: str | None = None
 
     def load(self) -> tuple[Callable[[Any], Any], type]:
@@ -47,9 +47,16 @@ COMMANDS = {
     "prepare": Command("data.prepare", "prepare", "PrepareArguments", "turn chats into tokens and a loss mask"),
     "regenerate": Command("data.regenerate", "regenerate", "RegenerateArguments", "let the target answer prompts"),
     "launch-vllm": Command(
-        "launch", "launch", "LaunchArguments", "run vLLM as a server of hidden states", first="model", rest="vllm_args"
+        "launch", "launch", "LaunchArguments", "run vLLM as a server of hidden states", ("model",), rest="vllm_args"
     ),
     "extract": Command("data.extract", "extract", "ExtractArguments", "cache the verifier's hidden states"),
+    "cache": Command(
+        "data.cache_command",
+        "cache",
+        "CacheArguments",
+        "describe, verify or convert hidden states",
+        ("action", "folder", "destination"),
+    ),
     "train": Command("trainer", "train", "PeagleTrainingArguments", "train a drafter on the cache"),
     "acceptance": Command("offline", "acceptance", "AcceptanceArguments", "measure acceptance on cached states"),
     "evaluate": Command("evaluation", "evaluate", "EvaluateArguments", "measure acceptance in vLLM"),
@@ -76,8 +83,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         passed_on: list[str] = []
         if command.rest and "--" in rest:
             passed_on, rest = rest[rest.index("--") + 1 :], rest[: rest.index("--")]
-        if command.first and rest and not rest[0].startswith("-") and not rest[0].endswith((".yaml", ".yml")):
-            rest.insert(0, f"--{command.first}")
+        for place, field_name in enumerate(command.positional):
+            if len(rest) <= 2 * place or rest[2 * place].startswith("-") or rest[0].endswith((".yaml", ".yml")):
+                break
+            rest.insert(2 * place, f"--{field_name}")
         parsed: Any = parse_arguments(arguments, rest, prog=f"peagle-hf {name}")
         if command.rest:
             setattr(parsed, command.rest, passed_on)

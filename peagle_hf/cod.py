@@ -16,6 +16,20 @@ import torch
 from torch import Tensor
 
 
+def learnt_positions(loss_mask: Tensor) -> Tensor:
+    """Which of a document's positions are learnt, bool [T]: those that see and predict a token of the reply.
+
+    Args:
+        loss_mask: bool [T+2], of its tokens.
+    """
+    return loss_mask[1:-1] & loss_mask[2:]
+
+
+def target_tokens(loss_mask: Tensor) -> Tensor:
+    """The tokens whose last states teach a learnt position, bool, as many as in `loss_mask`."""
+    return torch.nn.functional.pad(learnt_positions(loss_mask), (1, 1))
+
+
 def sample_rows(
     learnt_T: Tensor,
     num_depths: int,

@@ -716,7 +716,8 @@ def build_endpoint(args: PeagleTrainingArguments) -> Endpoint:
         fingerprint = tokenizer_fingerprint(args.data_path)
         existing = Manifest.read(cache)
         dtype = existing.dtype if existing else GENERATED_DTYPE
-        wanted = Manifest.of(verifier, target, layer_ids, args.verifier_revision, dtype, fingerprint)
+        storage = existing.storage if existing else "plain"
+        wanted = Manifest.of(verifier, target, layer_ids, args.verifier_revision, dtype, fingerprint, storage)
         check_folder(cache, wanted, cached_rows(cache))
         if existing is None:
             wanted.write(cache)

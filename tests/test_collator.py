@@ -2,14 +2,19 @@
 
 import doctest
 import logging
+import time
 
 import pytest
 import torch
 from conftest import write_cache, write_prepared
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from peagle_hf import CODDataCollator, HiddenStatesDataset, PeagleError
 from peagle_hf.data import collator
+from peagle_hf.data.cache import row_path
 from peagle_hf.data.dataset import EpochSampler, RowRequest, first_fit, split_rows
 
 
@@ -42,6 +47,10 @@ def collate():
 
 def test_alignment_of_tokens_states_labels_and_targets(dataset, collate):
     """Position i sees x[i+1], g[i]; row (a, d) predicts x[a+d+2] from y[a+d+1], learnt if both are in the reply."""
+
+    def last_states(row):
+        return load_file(row_path(dataset.hidden_states_path, row))["hidden_states"][:, -1]
+
     item = dataset[0]
     batch = collate([item])
     offset = 0
@@ -64,7 +73,9 @@ def test_alignment_of_tokens_states_labels_and_targets(dataset, collate):
             assert where.numel() == learnt
             if learnt:
                 state = batch["target_states"][0, batch["target_index"][0, where[0]]]
-                assert torch.equal(state, document["last_hidden_states"][target + 1])
+                learnt_before = int((mask[1 : target + 1] & mask[2 : target + 2]).sum())
+                assert torch.equal(state, document["target_states"][learnt_before])
+                assert torch.equal(state, last_states(document["sample_id"])[target + 1])
         offset += size
     assert offset == batch["input_ids"].shape[1]
     assert (batch["target_index"][0].diff() >= 0).all()
@@ -121,6 +132,29 @@ def test_plan_holds_every_row_once_and_fills_no_row_over(dataset):
 
 def test_first_fit_is_the_greedy_rule():
     assert first_fit([5, 4, 3, 2, 6], 8) == [[0, 2], [1, 3], [4]]
+    assert first_fit([], 8) == []
+    assert first_fit([8], 8) == [[0]]
+
+
+@given(st.lists(st.integers(1, 30), max_size=60))
+def test_first_fit_is_the_plain_search(sizes):
+    bins, rooms = [], []
+    for item, size in enumerate(sizes):
+        place = next((place for place, room in enumerate(rooms) if room >= size), len(bins))
+        if place == len(bins):
+            bins.append([])
+            rooms.append(30)
+        bins[place].append(item)
+        rooms[place] -= size
+    assert first_fit(sizes, 30) == bins
+
+
+def test_first_fit_is_not_quadratic():
+    """Nearly full bins that one tiny document could still join are not searched one by one (it took minutes)."""
+    start = time.process_time()
+    bins = first_fit([3 if item == 0 else 5000 + item % 3000 for item in range(50_000)], 8192)
+    assert len(bins) > 40_000
+    assert time.process_time() - start < 10
 
 
 def test_long_documents_are_cut_counted_and_said(tiny_data, caplog):

@@ -392,6 +392,21 @@ def test_a_cache_that_training_begins_has_its_manifest(online, output, tiny_veri
     train(PeagleTrainingArguments(**{**online, "on_generate": "cache", "num_train_epochs": 1}))
     manifest = Manifest.read(output)
     assert (manifest.verifier, manifest.aux_layer_ids, manifest.dtype) == (str(tiny_verifier), AUX, "bfloat16")
+    assert manifest.storage == "plain"
+
+
+@pytest.mark.parametrize("storage", ["fp8", "fp8-learnt"])
+def test_online_training_follows_the_kind_of_the_cache(online, data, output, arguments, storage, tmp_path):
+    kind = {"dtype": "bfloat16", "storage": storage}
+    extract(replace(arguments, preprocessed_data=str(data), output=str(output), **kind))
+    wanted = losses(train(PeagleTrainingArguments(**online)))
+    whole = {row: row_path(output, row).read_bytes() for row in range(6)}
+    for row in range(6):
+        row_path(output, row).unlink()
+    for policy in ("delete", "cache"):
+        again = {**online, "on_generate": policy, "output_dir": str(tmp_path / policy)}
+        assert losses(train(PeagleTrainingArguments(**again))) == wanted
+    assert whole == {row: row_path(output, row).read_bytes() for row in range(6)}
 
 
 def test_rows_are_asked_for_while_the_model_computes():

@@ -115,7 +115,8 @@ def test_files_are_bfloat16_and_trainable_by_others(arguments: ExtractArguments)
         "aux_layer_ids": [1, 2, 3],
         "dtype": "bfloat16",
         "tokenizer_fingerprint": "abc",
-        "format_version": 1,
+        "storage": "plain",
+        "format_version": 2,
     }
 
 
@@ -240,7 +241,7 @@ def test_nothing_is_added_to_states_of_unknown_origin(arguments: ExtractArgument
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "is not a manifest"), ('{"verifier": "x"}', "is not a manifest"), ('{"format_version": 2}', "newer")],
+    [("{", "is not a manifest"), ('{"verifier": "x"}', "is not a manifest"), ('{"format_version": 3}', "newer")],
 )
 def test_a_damaged_or_newer_manifest_is_named(
     arguments: ExtractArguments, content: str, message: str, tmp_path: Path

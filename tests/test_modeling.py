@@ -218,7 +218,7 @@ def make_documents(config, lengths, seed=0):
             "input_ids": torch.randint(0, config.vocab_size, (length,), generator=generator),
             "loss_mask": torch.arange(length) > length // 3,
             "hidden_states": torch.randn(length, 3 * config.hidden_size, generator=generator),
-            "last_hidden_states": torch.randn(length, config.hidden_size, generator=generator),
+            "target_states": torch.randn(length - length // 3 - 2, config.hidden_size, generator=generator),
         }
         for index, length in enumerate(lengths)
     ]

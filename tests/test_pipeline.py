@@ -101,7 +101,7 @@ LAYERS = [
     {"adapters", "data.cache", "data.chats", "data.collator", "data.partition", "generation", "memory", "serving"},
     {"data.endpoint", "data.prepare", "data.regenerate", "model_card", "pace", "vllm_plugin.peagle_cpu_connector"},
     {"data.dataset", "training_args"},
-    {"data.extract", "callbacks"},
+    {"data.cache_command", "data.extract", "callbacks"},
     {"continuing", "evaluation", "hub", "launch", "offline"},
     {"acceptance_metric", "trainer"},
     {"cli"},

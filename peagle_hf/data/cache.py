@@ -1,15 +1,20 @@
 """The hidden-state cache on disk: one `hs_<row>.safetensors` a prepared row, and a manifest of where they came from.
 
-A file holds `hidden_states` [T, A+1, H] and `token_ids` int64 [T]: T tokens, A auxiliary layers, H the verifier's
-hidden size. Slots 0 .. A-1 are the residual stream after each auxiliary layer, slot A the one after the last layer,
-before the final norm. float8_e4m3fn states come with `hidden_states_scales` float32 [T, 1, 1], to be multiplied by.
+Shape letters: T tokens, A auxiliary layers, H the verifier's hidden size, N tokens that are a target.
+
+A plain file holds `hidden_states` [T, A+1, H] and `token_ids` int64 [T]. Slots 0 .. A-1 are the residual stream after
+each auxiliary layer, slot A the one after the last layer, before the final norm. A learnt file keeps the last layer's
+states of those tokens only that a learnt row is taught from (`cod.target_tokens`): `aux_hidden_states` [T, A, H],
+`last_hidden_states` [N, H] and `is_target` bool [T]. In either, states in float8_e4m3fn come with
+`hidden_states_scales` float32 [T, 1, 1], to be multiplied by. What a file is shows in its header.
 """
 
 import json
 import os
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,10 +26,22 @@ from ..errors import PeagleError
 from ..files import atomic_path, write_json
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
-PLAIN_DTYPES = ("BF16", "F16", "F32")
-FP8_DTYPE = "F8_E4M3"
+FORMAT_VERSION = 2
 ROW_FILE = re.compile(r"hs_(\d+)\.safetensors")
+
+Storage = Literal["plain", "fp8", "learnt", "fp8-learnt"]
+STORAGES: tuple[Storage, ...] = get_args(Storage)
+FP8_STORAGES: tuple[Storage, ...] = ("fp8", "fp8-learnt")
+LEARNT_STORAGES: tuple[Storage, ...] = ("learnt", "fp8-learnt")
+
+STATES, SCALES, TOKENS = "hidden_states", "hidden_states_scales", "token_ids"
+AUX_STATES, LAST_STATES, IS_TARGET = "aux_hidden_states", "last_hidden_states", "is_target"
+FP8, FP8_DTYPE = torch.float8_e4m3fn, "F8_E4M3"
+PLAIN_DTYPES = ("BF16", "F16", "F32")
+SMALLEST_SCALE = 1e-12
+"""Of a token whose states are all zero; speculators takes the same."""
+TOKENS_AT_ONCE = 256
+"""So many tokens are turned to or from float8 in one go: float32 copies of a long row would be large."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +55,9 @@ class Manifest:
         num_layers: of the verifier.
         hidden_size: H.
         aux_layer_ids: the layers of slots 0 .. A-1, by number of layers passed.
-        dtype: of the stored states.
+        dtype: of the states as they are read.
         tokenizer_fingerprint: of the tokenizer that the rows were prepared with.
+        storage: the kind of its files; folders of format version 1 are plain.
         format_version: of the folder.
     """
 
@@ -51,6 +69,7 @@ class Manifest:
     aux_layer_ids: list[int]
     dtype: str | None = None
     tokenizer_fingerprint: str | None = None
+    storage: Storage | None = "plain"
     format_version: int = FORMAT_VERSION
 
     @classmethod
@@ -62,6 +81,7 @@ class Manifest:
         revision: str | None = None,
         dtype: str | None = None,
         tokenizer_fingerprint: str | None = None,
+        storage: Storage | None = None,
     ) -> "Manifest":
         """Describe what a verifier with this (text) configuration gives."""
         return cls(
@@ -73,6 +93,7 @@ class Manifest:
             aux_layer_ids=list(aux_layer_ids),
             dtype=dtype,
             tokenizer_fingerprint=tokenizer_fingerprint,
+            storage=storage,
         )
 
     @classmethod
@@ -92,7 +113,7 @@ class Manifest:
                     f"{path} has format version {content['format_version']}, newer than the {FORMAT_VERSION} that this "
                     "peagle_hf reads. Update peagle_hf."
                 )
-            return cls(**content)
+            return cls(**content | {"format_version": FORMAT_VERSION})
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
             names = ", ".join(field.name for field in fields(cls))
             raise PeagleError(
@@ -103,6 +124,15 @@ class Manifest:
     def write(self, folder: str | os.PathLike[str]) -> None:
         """Write it into the folder, atomically."""
         write_json(Path(folder) / MANIFEST, asdict(self))
+
+    def bytes_of(self, num_tokens: int, num_last: int) -> int:
+        """What the tensors of so many tokens take, the last layer's states of `num_last` of them kept."""
+        is_fp8, is_learnt = self.storage in FP8_STORAGES, self.storage in LEARNT_STORAGES
+        size = 1 if is_fp8 else getattr(torch, self.dtype or "bfloat16").itemsize
+        a_token = torch.int64.itemsize + torch.float32.itemsize * is_fp8 + is_learnt
+        return num_tokens * (len(self.aux_layer_ids) * self.hidden_size * size + a_token) + (
+            num_last * self.hidden_size * size
+        )
 
     def check(self, wanted: "Manifest", folder: str | os.PathLike[str]) -> None:
         """Compare with what is wanted of the folder; a field that is None on either side is not compared.
@@ -126,24 +156,131 @@ class Manifest:
 
 @dataclass(frozen=True)
 class CachedRow:
-    """One row's cached states.
+    """One row's states as a file holds them, which are turned into values when they are asked for.
 
     Args:
         token_ids: int64 [T].
-        hidden_states: [T, A * H], the auxiliary layers' states side by side.
-        last_hidden_states: [T, H], after the last layer, before the final norm.
+        slots: [T, A+1, H]; [T, A, H] where the last layer's states are apart.
+        scales: float32 [T, 1, 1], of float8 states.
+        last: [N, H], the last layer's states of the tokens of `is_target`; None where the slots have them all.
+        is_target: bool [T].
     """
 
     token_ids: Tensor
-    hidden_states: Tensor
-    last_hidden_states: Tensor
+    slots: Tensor
+    scales: Tensor | None = None
+    last: Tensor | None = None
+    is_target: Tensor | None = None
 
-    @classmethod
-    def of(cls, states: Tensor, token_ids: Tensor) -> "CachedRow":
-        """From states [T, A+1, H] as they are stored."""
-        hidden_size = states.shape[2]
-        side_by_side = states.flatten(1)
-        return cls(token_ids, side_by_side[:, :-hidden_size], side_by_side[:, -hidden_size:])
+    @property
+    def storage(self) -> Storage:
+        return STORAGES[(self.scales is not None) + 2 * (self.last is not None)]
+
+    @property
+    def hidden_states(self) -> Tensor:
+        """[T, A * H], the auxiliary layers' states side by side."""
+        slots = self.slots if self.last is not None else self.slots[:, :-1]
+        return _values(slots, self.scales).flatten(1)
+
+    @property
+    def last_hidden_states(self) -> Tensor:
+        """[T, H], after the last layer, before the final norm.
+
+        Raises:
+            PeagleError: those of some tokens aren't there.
+        """
+        return self.last_of(torch.ones_like(self.token_ids, dtype=torch.bool))
+
+    def last_of(self, is_wanted: Tensor) -> Tensor:
+        """[n, H], the last layer's states of the n tokens of `is_wanted`, a bool [T].
+
+        Raises:
+            PeagleError: those of some of them aren't there.
+        """
+        if self.last is None:
+            last = self.slots[:, -1][is_wanted]
+        else:
+            assert self.is_target is not None
+            num_lacking = int((is_wanted & ~self.is_target).sum())
+            if num_lacking:
+                raise PeagleError(
+                    f"The last layer's states of {num_lacking} tokens are wanted that were not kept: learnt files have "
+                    "those of the tokens that were learnt when they were written. Run peagle-hf extract with "
+                    "--validate-outputs, which makes such files again, or extract without --storage learnt."
+                )
+            last = self.last[is_wanted[self.is_target]]
+        return _values(last[:, None], None if self.scales is None else self.scales[is_wanted])[:, 0]
+
+    def first(self, length: int) -> "CachedRow":
+        """Its first tokens."""
+        is_target = None if self.is_target is None else self.is_target[:length]
+        return CachedRow(
+            self.token_ids[:length],
+            self.slots[:length],
+            None if self.scales is None else self.scales[:length],
+            None if self.last is None or is_target is None else self.last[: int(is_target.sum())],
+            is_target,
+        )
+
+    def stored_as(self, storage: Storage, is_target: Tensor | None = None) -> "CachedRow":
+        """The same states in another kind of file; float8 is made of all states of a token that are there.
+
+        Args:
+            is_target: bool [T], whose last layer's states a learnt file keeps.
+
+        Raises:
+            PeagleError: the kind needs states that this one hasn't.
+        """
+        row = self
+        if storage in FP8_STORAGES and row.scales is None:
+            row = row._quantized()
+        elif storage not in FP8_STORAGES and row.scales is not None:
+            last = None
+            if row.last is not None:
+                assert row.is_target is not None
+                last = row.last_of(row.is_target)
+            row = replace(row, slots=_values(row.slots, row.scales), scales=None, last=last)
+        if storage in LEARNT_STORAGES and row.last is None:
+            assert is_target is not None
+            row = replace(row, slots=row.slots[:, :-1], last=row.slots[:, -1][is_target], is_target=is_target)
+        elif storage not in LEARNT_STORAGES and row.last is not None:
+            raise PeagleError(
+                f"Files of the kind {row.storage} lack the last layer's states of tokens that aren't learnt; "
+                f"the kind {storage}, which speculators reads too, needs them. Extract with --storage {storage}."
+            )
+        return row
+
+    def _quantized(self) -> "CachedRow":
+        # Neither abs() nor a comparison needs a second copy of the states.
+        highest = torch.maximum(self.slots.amax((1, 2)), -self.slots.amin((1, 2))).float()
+        last = self.last
+        if last is not None:
+            assert self.is_target is not None
+            highest[self.is_target] = torch.maximum(highest[self.is_target], last.abs().amax(1).float())
+        scales = (highest / torch.finfo(FP8).max).clamp(min=SMALLEST_SCALE)[:, None, None]
+        if last is not None:
+            assert self.is_target is not None
+            last = _float8(last[:, None], scales[self.is_target])[:, 0]
+        return replace(self, slots=_float8(self.slots, scales), scales=scales, last=last)
+
+
+def _float8(states: Tensor, scales: Tensor) -> Tensor:
+    stored = torch.empty(states.shape, dtype=FP8)
+    for start in range(0, len(states), TOKENS_AT_ONCE):
+        part = slice(start, start + TOKENS_AT_ONCE)
+        stored[part] = (states[part].float() / scales[part]).to(FP8)
+    return stored
+
+
+def _values(stored: Tensor, scales: Tensor | None) -> Tensor:
+    """Plain states as they are; float8 ones in bfloat16, their values times their scales."""
+    if scales is None:
+        return stored
+    values = torch.empty(stored.shape, dtype=torch.bfloat16)
+    for start in range(0, len(stored), TOKENS_AT_ONCE):
+        part = slice(start, start + TOKENS_AT_ONCE)
+        values[part] = stored[part].float() * scales[part]
+    return values
 
 
 def row_path(folder: str | os.PathLike[str], row: int) -> Path:
@@ -160,21 +297,41 @@ def cached_rows(folder: str | os.PathLike[str]) -> set[int]:
     return {int(match[1]) for match in map(ROW_FILE.fullmatch, names) if match}
 
 
-def write_row(folder: str | os.PathLike[str], row: int, hidden_states: Tensor, token_ids: Tensor) -> None:
+def write_row(
+    folder: str | os.PathLike[str],
+    row: int,
+    hidden_states: Tensor,
+    token_ids: Tensor,
+    storage: Storage = "plain",
+    is_target: Tensor | None = None,
+) -> None:
     """Write a row's states [T, A+1, H] and token ids [T], atomically.
+
+    Args:
+        is_target: bool [T], for the kinds that keep the last layer's states of these tokens only.
 
     Raises:
         PeagleError: no space is left, or the folder cannot be written to.
     """
-    tensors = {"hidden_states": hidden_states.contiguous(), "token_ids": token_ids.to(torch.int64).contiguous()}
-    with atomic_path(row_path(folder, row)) as temporary:
-        save_file(tensors, temporary)
+    save_row(row_path(folder, row), CachedRow(token_ids.to(torch.int64), hidden_states).stored_as(storage, is_target))
+
+
+def save_row(path: str | os.PathLike[str], row: CachedRow) -> None:
+    """Write a row as it is, atomically.
+
+    Raises:
+        PeagleError: no space is left, or the folder cannot be written to.
+    """
+    states = {STATES: row.slots} if row.last is None else {AUX_STATES: row.slots, LAST_STATES: row.last}
+    tensors = states | {TOKENS: row.token_ids, SCALES: row.scales, IS_TARGET: row.is_target}
+    with atomic_path(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}, temporary)
 
 
 def read_row(folder: str | os.PathLike[str], row: int, length: int | None = None) -> CachedRow:
-    """Read a row's states, of its first `length` tokens only if given.
+    """Open a row's states, of its first `length` tokens only if given.
 
-    Plain files keep their dtype; fp8 files come as bfloat16, their values times their scales.
+    The tensors are views of the mapped file: what is never looked at is never read.
 
     Raises:
         PeagleError: the file can't be opened, or isn't of this format.
@@ -182,50 +339,120 @@ def read_row(folder: str | os.PathLike[str], row: int, length: int | None = None
     path = row_path(folder, row)
     try:
         with safe_open(path, framework="pt") as file:
-            states = file.get_slice("hidden_states")[:length]
-            token_ids = file.get_slice("token_ids")[:length]
-            if states.dtype == torch.float8_e4m3fn:
-                states = (states.float() * file.get_slice("hidden_states_scales")[:length]).bfloat16()
+            token_ids = file.get_slice(TOKENS)[:length]
+            is_learnt = AUX_STATES in file.keys()  # noqa: SIM118 (it is no dict)
+            slots = file.get_slice(AUX_STATES if is_learnt else STATES)[:length]
+            scales = file.get_slice(SCALES)[:length] if slots.dtype == FP8 else None
+            if not is_learnt:
+                return CachedRow(token_ids, slots, scales)
+            is_target = file.get_slice(IS_TARGET)[:length]
+            last = file.get_slice(LAST_STATES)[: int(is_target.sum())]
+            return CachedRow(token_ids, slots, scales, last, is_target)
     except (OSError, SafetensorError) as error:
         raise PeagleError(
             f"The hidden states {path} can't be read: {error}. Remove the file and run peagle-hf extract again, which "
             "makes just what is missing."
         ) from error
-    return CachedRow.of(states, token_ids)
 
 
-def check_row(path: str | os.PathLike[str], shape: tuple[int, int, int], token_ids: Tensor | None = None) -> str | None:
-    """Say why a file can't be used, or None if it can.
+@dataclass(frozen=True)
+class RowLayout:
+    """What a file's header says.
 
     Args:
-        shape: the wanted (T, A+1, H).
-        token_ids: int64 [T]; with them the tokens are compared and all values read, else the header only.
+        storage: its kind.
+        dtype: of the states as they are stored.
+        shape: (T, A+1, H), the last layer included wherever its states are.
+    """
+
+    storage: Storage
+    dtype: str
+    shape: tuple[int, int, int]
+
+
+class UnusableRow(Exception):
+    """A file that can't be used; the message is the reason, in a few words."""
+
+
+def check_row(
+    path: str | os.PathLike[str],
+    shape: tuple[int | None, int | None, int | None],
+    token_ids: Tensor | None = None,
+    is_target: Tensor | None = None,
+) -> str | None:
+    """Say why a file can't be used, or None if it can; see `row_layout`."""
+    try:
+        row_layout(path, shape, token_ids, is_target)
+        return None
+    except UnusableRow as error:
+        return str(error)
+
+
+def row_layout(
+    path: str | os.PathLike[str],
+    shape: tuple[int | None, int | None, int | None] = (None, None, None),
+    token_ids: Tensor | None = None,
+    is_target: Tensor | None = None,
+    read_values: bool = False,
+) -> RowLayout:
+    """Look at a file's header, which also shows whether the file is as long as it should be.
+
+    Args:
+        shape: the wanted (T, A+1, H), None for what may be anything.
+        token_ids: int64 [T]; with them the tokens are compared and all values read.
+        is_target: bool [T], the tokens whose last layer's states must be there.
+        read_values: read all values even without `token_ids`.
+
+    Raises:
+        UnusableRow: it can't be opened, or holds something else.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            lacking = {"hidden_states", "token_ids"} - names
-            if lacking:
-                return f"it has no {' and no '.join(sorted(lacking))}"
-            states = file.get_slice("hidden_states")
-            if tuple(states.get_shape()) != shape:
-                return f"hidden_states is {list(states.get_shape())} instead of {list(shape)} (tokens, layers, size)"
-            floats = ["hidden_states"]
-            if states.get_dtype() == FP8_DTYPE:
-                floats.append("hidden_states_scales")
-                if "hidden_states_scales" not in names:
-                    return "its fp8 states have no hidden_states_scales"
-            elif states.get_dtype() not in PLAIN_DTYPES:
-                return f"hidden_states has dtype {states.get_dtype()}"
-            if token_ids is None:
-                return None
-            if not torch.equal(file.get_tensor("token_ids").long(), token_ids):
-                return "it holds the states of other tokens"
-            if not all(file.get_tensor(name).float().isfinite().all() for name in floats):
-                return "it has values that are not finite"
-            return None
+            layout = _layout(file)
+            if any(wanted not in (None, found) for wanted, found in zip(shape, layout.shape, strict=True)):
+                wanted = [found if size is None else size for size, found in zip(shape, layout.shape, strict=True)]
+                raise UnusableRow(f"hidden_states is {list(layout.shape)} instead of {wanted} (tokens, layers, size)")
+            if token_ids is not None and not torch.equal(file.get_tensor(TOKENS).long(), token_ids):
+                raise UnusableRow("it holds the states of other tokens")
+            if is_target is not None and layout.storage in LEARNT_STORAGES:
+                num_lacking = int((is_target & ~file.get_tensor(IS_TARGET)).sum())
+                if num_lacking:
+                    raise UnusableRow(f"it lacks the last layer's states of {num_lacking} tokens that are learnt")
+            if token_ids is not None or read_values:
+                for name in {STATES, AUX_STATES, LAST_STATES, SCALES} & set(file.keys()):
+                    if not all(part.float().isfinite().all() for part in file.get_tensor(name).split(TOKENS_AT_ONCE)):
+                        raise UnusableRow("it has values that are not finite")
+            return layout
     except (OSError, SafetensorError) as error:
-        return f"it can't be opened: {error}"
+        raise UnusableRow(f"it can't be opened: {error}") from error
+
+
+def _layout(file: Any) -> RowLayout:
+    parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+    found = {name: (part.get_dtype(), part.get_shape()) for name, part in parts.items()}
+    is_learnt = AUX_STATES in found
+    wanted = [AUX_STATES, LAST_STATES, IS_TARGET, TOKENS] if is_learnt else [STATES, TOKENS]
+    lacking = [name for name in wanted if name not in found]
+    if lacking:
+        raise UnusableRow(f"it has no {' and no '.join(lacking)}")
+    dtype, shape = found[wanted[0]]
+    if dtype not in (*PLAIN_DTYPES, FP8_DTYPE):
+        raise UnusableRow(f"{wanted[0]} has dtype {dtype}")
+    if len(shape) != 3:
+        raise UnusableRow(f"{wanted[0]} is {shape}, which is not tokens, layers and size")
+    length, num_slots, size = shape
+    shapes = {TOKENS: [length]}
+    if dtype == FP8_DTYPE:
+        if SCALES not in found:
+            raise UnusableRow("its fp8 states have no hidden_states_scales")
+        shapes[SCALES] = [length, 1, 1]
+    if is_learnt:
+        shapes |= {IS_TARGET: [length], LAST_STATES: [int(file.get_tensor(IS_TARGET).sum()), size]}
+    for name, expected in shapes.items():
+        if found[name][1] != expected:
+            raise UnusableRow(f"{name} is {found[name][1]} instead of {expected}")
+    storage = STORAGES[(dtype == FP8_DTYPE) + 2 * is_learnt]
+    return RowLayout(storage, dtype, (length, num_slots + is_learnt, size))
 
 
 def place(value: object) -> object:

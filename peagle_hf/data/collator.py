@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cod import every_row, sample_rows
+from ..cod import every_row, learnt_positions, sample_rows
 from ..configuration_peagle import PeagleConfig
 
 
@@ -31,7 +31,7 @@ class CODDataCollator:
     Examples:
         >>> tokens, states = torch.arange(6), torch.zeros(6, 4)
         >>> document = {"sample_id": 0, "input_ids": tokens, "loss_mask": tokens > 1}
-        >>> document |= {"hidden_states": states, "last_hidden_states": states}
+        >>> document |= {"hidden_states": states, "target_states": states[2:5]}
         >>> batch = CODDataCollator(num_depths=2, down_sample_ratio=1.0)([{"epoch": 0, "documents": [document]}])
         >>> batch["input_ids"]
         tensor([[1, 2, 3, 4]])
@@ -82,7 +82,8 @@ class CODDataCollator:
         targets = anchors + depths
         learnt_rows = (labels != -100).nonzero().flatten()
         learnt_rows = learnt_rows[targets[learnt_rows].argsort(stable=True)]
-        target_positions, target_index = targets[learnt_rows].unique(return_inverse=True)
+        # Depth 0 has every learnt position, so the targets are just those.
+        _, target_index = targets[learnt_rows].unique(return_inverse=True)
         document_ids = torch.repeat_interleave(torch.arange(len(documents)), torch.tensor(lengths))
 
         batch = {
@@ -94,7 +95,7 @@ class CODDataCollator:
             "position_ids": positions,
             "labels": labels,
             "learnt_rows": learnt_rows,
-            "target_states": torch.cat([document["target_states"] for document in documents])[target_positions],
+            "target_states": torch.cat([document["target_states"] for document in documents]),
             "target_index": target_index,
         }
         return {name: tensor.unsqueeze(0) for name, tensor in batch.items()} | {"max_length": max(lengths)}
@@ -102,7 +103,7 @@ class CODDataCollator:
     def _rows(self, epoch: int, document: dict[str, Any]) -> dict[str, Tensor]:
         """One document in shifted positions: i sees x[i+1] and g[i] and predicts x[i+2] from y[i+1] (see `cod`)."""
         tokens, mask = document["input_ids"].long(), document["loss_mask"].bool()
-        learnt = mask[1:-1] & mask[2:]
+        learnt = learnt_positions(mask)
         if self.every_row:
             anchors, depths = every_row(learnt, self.num_depths)
         else:
@@ -114,7 +115,7 @@ class CODDataCollator:
         return {
             "input_ids": tokens[1:-1],
             "hidden_states": document["hidden_states"][:-2],
-            "target_states": document["last_hidden_states"][1:-1],
+            "target_states": document["target_states"],
             "anchors": anchors,
             "depths": depths,
             "labels": torch.where(learnt[targets], tokens[targets + 2], -100),

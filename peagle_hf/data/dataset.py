@@ -9,9 +9,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from ..cod import target_tokens
 from ..errors import PeagleError
 from ..target import load_token_freq
-from .cache import CachedRow, Manifest, cached_rows, read_row, row_path, write_row
+from .cache import CachedRow, Manifest, cached_rows, read_row, row_path, save_row
 from .endpoint import Endpoint, concurrently
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ class HiddenStatesDataset(Dataset):
         self.total_seq_len = total_seq_len
         rows = range(len(self.data)) if rows is None else rows
         rows = self._present(rows, on_missing)
-        lengths = self.data.with_format(None)["seq_len"]
+        lengths = column(self.data, "seq_len")
         wanted = [row for row in rows if lengths[row] >= MIN_TOKENS]
         self.num_truncated = sum(lengths[row] - 2 > total_seq_len for row in wanted)
         if not wanted:
@@ -120,7 +121,7 @@ class HiddenStatesDataset(Dataset):
         return len(self.plan)
 
     def __getitem__(self, index: int | RowRequest) -> dict[str, Any]:
-        """The documents of a packed row: tokens and mask [T], states [T, A * H] and [T, H] as they are cached."""
+        """The documents of a packed row: tokens and mask [T], their states [T, A * H], those of N targets [N, H]."""
         request = index if isinstance(index, RowRequest) else RowRequest(0, index)
         rows = self.plan[request.number]
         generated = self._generated(rows)
@@ -128,6 +129,7 @@ class HiddenStatesDataset(Dataset):
         if request.is_filler:
             for document in documents:
                 document["loss_mask"] = torch.zeros_like(document["loss_mask"])
+                document["target_states"] = document["target_states"][:0]
         return {"epoch": request.epoch, "documents": documents}
 
     def _generated(self, rows: Sequence[int]) -> dict[int, CachedRow]:
@@ -137,15 +139,17 @@ class HiddenStatesDataset(Dataset):
             return {}
         endpoint, manifest = self.endpoint, Manifest.read(self.hidden_states_path)
         dtype = getattr(torch, manifest.dtype if manifest and manifest.dtype else GENERATED_DTYPE)
+        storage = manifest.storage if manifest and manifest.storage else "plain"
 
         def generate(row: int) -> CachedRow:
-            tokens = torch.as_tensor(self.data[row]["input_ids"]).long()
-            if not self.keep_generated:
-                tokens = tokens[: self.total_seq_len + 2]
+            sample = self.data[row]
+            length = None if self.keep_generated else self.total_seq_len + 2
+            tokens, mask = (torch.as_tensor(sample[name])[:length].long() for name in ("input_ids", "loss_mask"))
             states = endpoint.fetch(tokens.tolist(), dtype)
+            cached = CachedRow(tokens, states).stored_as(storage, target_tokens(mask.bool()))
             if self.keep_generated:
-                write_row(self.hidden_states_path, row, states, tokens)
-            return CachedRow.of(states[: self.total_seq_len + 2], tokens[: self.total_seq_len + 2])
+                save_row(row_path(self.hidden_states_path, row), cached)
+            return cached.first(self.total_seq_len + 2)
 
         generated = {}
         for row, result in concurrently(generate, missing, min(len(missing), MAX_REQUESTS)):
@@ -164,12 +168,17 @@ class HiddenStatesDataset(Dataset):
                 f"{self.hidden_states_path}/hs_{row}.safetensors holds the states of other tokens than row {row} of "
                 "the prepared dataset. Run peagle-hf extract with --validate-outputs, which makes such files again."
             )
+        loss_mask = torch.as_tensor(sample["loss_mask"])[:length].bool()
+        try:
+            target_states = cached.last_of(target_tokens(loss_mask))
+        except PeagleError as error:
+            raise PeagleError(f"{row_path(self.hidden_states_path, row)}: {error}") from error
         return {
             "sample_id": row,
             "input_ids": tokens,
-            "loss_mask": torch.as_tensor(sample["loss_mask"])[:length].bool(),
+            "loss_mask": loss_mask,
             "hidden_states": cached.hidden_states,
-            "last_hidden_states": cached.last_hidden_states,
+            "target_states": target_states,
         }
 
 
@@ -222,11 +231,16 @@ def load_prepared(data_path: str | os.PathLike[str]) -> Any:
     return data
 
 
+def column(data: Any, name: str) -> list[Any]:
+    """A column of a dataset as plain Python values."""
+    return data.with_format(None)[name][:]
+
+
 def learnt_share(data_path: str | os.PathLike[str]) -> float:
     """The share of a prepared dataset's tokens that is learnt."""
     frequencies = load_token_freq(Path(data_path) / "token_freq.pt")
     counts = frequencies.values() if isinstance(frequencies, dict) else frequencies.tolist()
-    return sum(counts) / max(1, sum(load_prepared(data_path)["seq_len"]))
+    return sum(counts) / max(1, sum(column(load_prepared(data_path), "seq_len")))
 
 
 def split_rows(data_path: str | os.PathLike[str], train_ratio: float, seed: int = 0) -> tuple[list[int], list[int]]:
@@ -240,8 +254,8 @@ def split_rows(data_path: str | os.PathLike[str], train_ratio: float, seed: int 
     """
     if not 0 < train_ratio <= 1:
         raise PeagleError(f"train_data_ratio is {train_ratio}; it must be in (0, 1], 1 meaning no validation.")
-    data = load_prepared(data_path).with_format(None)
-    conversations = data["conversation_id"] if "conversation_id" in data.column_names else range(len(data))
+    data = load_prepared(data_path)
+    conversations = column(data, "conversation_id") if "conversation_id" in data.column_names else range(len(data))
     distinct = sorted(set(conversations))
     order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(seed)).tolist()
     held_out = {distinct[index] for index in order[: len(distinct) - int(len(distinct) * train_ratio)]}
@@ -255,19 +269,24 @@ def split_rows(data_path: str | os.PathLike[str], train_ratio: float, seed: int 
 
 
 def first_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """Put each item, in order, into the first bin that has room; gives the items' numbers by bin."""
+    """Put each item, in order, into the first bin that has room; gives the items' numbers by bin.
+
+    A tree over the bins says in O(log n) where the first room is: `room[1]` is the root, and each node has the most
+    room of any bin below it.
+    """
     bins: list[list[int]] = []
-    open_bins: list[tuple[int, int]] = []
-    smallest = min(sizes, default=0)
+    num_leaves = 1 << max(0, len(sizes) - 1).bit_length()
+    room = [capacity] * (2 * num_leaves)
     for item, size in enumerate(sizes):
-        for place, (number, room) in enumerate(open_bins):
-            if size <= room:
-                bins[number].append(item)
-                open_bins[place] = (number, room - size)
-                if room - size < smallest:
-                    del open_bins[place]
-                break
-        else:
-            bins.append([item])
-            open_bins.append((len(bins) - 1, capacity - size))
+        node = 1
+        while node < num_leaves:
+            node *= 2
+            node += room[node] < size
+        if node - num_leaves == len(bins):
+            bins.append([])
+        bins[node - num_leaves].append(item)
+        room[node] -= size
+        while node > 1:
+            node //= 2
+            room[node] = max(room[2 * node], room[2 * node + 1])
     return bins

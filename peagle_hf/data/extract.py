@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..cod import target_tokens
 from ..errors import PeagleError
 from ..files import write_json
 from ..memory import keep_freed_memory
@@ -29,7 +30,16 @@ from ..target import (
     recorded_streams,
     verifier_parts,
 )
-from .cache import Manifest, cached_rows, check_row, row_path, write_row
+from .cache import (
+    FP8_STORAGES,
+    LEARNT_STORAGES,
+    Manifest,
+    Storage,
+    cached_rows,
+    check_row,
+    row_path,
+    write_row,
+)
 from .dataset import load_prepared
 from .endpoint import (
     MAX_RETRIES,
@@ -54,6 +64,8 @@ MAX_PADDING = 0.05
 """At most this share of a batch is padding."""
 LEFTOVER_SECONDS = 600.0
 """Nothing that is being written is older."""
+HEADER_BYTES = 512
+"""At most so many come before the tensors of a file."""
 CHECKED_TOKENS = 16
 """So many tokens show whether the verifier's logits are what training takes them for."""
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 2048, 8192
@@ -119,7 +131,14 @@ class ExtractArguments:
         metadata={"help": "End when so many rows in turn have failed (default: as many as --concurrency)."},
     )
     dtype: Literal["bfloat16", "float16", "float32"] = field(
-        default="bfloat16", metadata={"help": "How the states are stored."}
+        default="bfloat16", metadata={"help": "What the states are read as; also how they are stored, fp8 apart."}
+    )
+    storage: Storage = field(
+        default="plain",
+        metadata={
+            "help": "What is stored: plain; fp8, which takes half the space; learnt, the last layer's states only "
+            "where something is learnt; fp8-learnt. Speculators reads the first two."
+        },
     )
     verifier_dtype: Literal["auto", "bfloat16", "float16", "float32"] = field(
         default="auto", metadata={"help": "What the verifier computes in; auto: float32 on a CPU, else bfloat16."}
@@ -196,6 +215,7 @@ def extract(arguments: ExtractArguments) -> ExtractReport:
         revision=arguments.revision,
         dtype=arguments.dtype,
         tokenizer_fingerprint=tokenizer_fingerprint(arguments.preprocessed_data),
+        storage=arguments.storage,
     )
     data = load_prepared(arguments.preprocessed_data).with_format(None)
     rows = enumerate(data["seq_len"][: arguments.max_samples])
@@ -208,8 +228,10 @@ def extract(arguments: ExtractArguments) -> ExtractReport:
     made_again = {}
     for row in tqdm(sorted(present), desc="Checking", unit="row", disable=not present):
         shape = lengths[row], len(manifest.aux_layer_ids) + 1, manifest.hidden_size
-        token_ids = torch.tensor(data[row]["input_ids"]) if arguments.validate_outputs else None
-        reason = check_row(row_path(output, row), shape, token_ids)
+        token_ids = is_target = None
+        if arguments.validate_outputs:
+            token_ids, is_target = torch.tensor(data[row]["input_ids"]), _targets(data, row, arguments.storage)
+        reason = check_row(row_path(output, row), shape, token_ids, is_target)
         if reason is not None:
             logger.warning("Row %d is made again: %s is unusable, %s.", row, row_path(output, row), reason)
             made_again[row] = reason
@@ -323,7 +345,7 @@ def _make(
 ) -> float:
     """Run the verifier over the rows of `lengths` and write what it gives; returns the seconds that this took."""
     dtype, num_tokens = getattr(torch, arguments.dtype), sum(lengths.values())
-    _begin(output, manifest, dtype, lengths)
+    _begin(output, manifest, data, lengths)
     model = _load(arguments)
     check_logits(model)
     on_cpu = model.device.type == "cpu"
@@ -337,7 +359,7 @@ def _make(
                     "row was written, the rows before it are kept. Try --verifier-dtype float32 or --dtype bfloat16, "
                     "and look at the row's text."
                 )
-            write_row(output, row, states, token_ids)
+            write_row(output, row, states, token_ids, arguments.storage, _targets(data, row, arguments.storage))
             progress.update(len(token_ids))
     seconds = time.perf_counter() - start
     logger.info("%d tokens in %.1f s: %.0f tokens/s.", num_tokens, seconds, num_tokens / seconds)
@@ -358,7 +380,7 @@ def _make_by_server(
         PeagleError: a row failed; all that didn't are there.
     """
     dtype, num_tokens = getattr(torch, arguments.dtype), 0
-    _begin(output, manifest, dtype, lengths)
+    _begin(output, manifest, data, lengths)
     record = output / ("failed.json" if arguments.world_size == 1 else f"failed_{arguments.rank}.json")
     record.unlink(missing_ok=True)
     limit = 1 if arguments.fail_on_error else arguments.max_consecutive_errors or arguments.concurrency
@@ -367,7 +389,10 @@ def _make_by_server(
 
     def make(row: int) -> None:
         token_ids = data[row]["input_ids"]
-        write_row(output, row, endpoint.fetch(token_ids, dtype), torch.tensor(token_ids))
+        states = endpoint.fetch(token_ids, dtype)
+        write_row(
+            output, row, states, torch.tensor(token_ids), arguments.storage, _targets(data, row, arguments.storage)
+        )
 
     start = time.perf_counter()
     longest_first = sorted(lengths, key=lambda row: (-lengths[row], row))
@@ -399,10 +424,18 @@ def _make_by_server(
     return seconds
 
 
-def _begin(output: Path, manifest: Manifest, dtype: torch.dtype, lengths: dict[int, int]) -> None:
+def _targets(data: "datasets.Dataset", row: int, storage: Storage | None) -> Tensor | None:
+    """The tokens whose last layer's states are kept; None for the kinds that keep all."""
+    return target_tokens(torch.tensor(data[row]["loss_mask"]).bool()) if storage in LEARNT_STORAGES else None
+
+
+def _begin(output: Path, manifest: Manifest, data: "datasets.Dataset", lengths: dict[int, int]) -> None:
     """Make sure that the rows fit on the disk, and say in the folder what they are."""
-    state_bytes = (len(manifest.aux_layer_ids) + 1) * manifest.hidden_size * dtype.itemsize
-    _check_disk(output, len(lengths), sum(lengths.values()), state_bytes + torch.int64.itemsize)
+    num_tokens = num_last = sum(lengths.values())
+    if manifest.storage in LEARNT_STORAGES:
+        masks = (data[row]["loss_mask"] for row in lengths)
+        num_last = sum(int(target_tokens(torch.tensor(mask).bool()).sum()) for mask in masks)
+    _check_disk(output, len(lengths), num_tokens, manifest.bytes_of(num_tokens, num_last))
     if Manifest.read(output) is None:
         manifest.write(output)
 
@@ -414,6 +447,11 @@ def _check_arguments(arguments: ExtractArguments) -> None:
             raise PeagleError(f"--{name.replace('_', '-')} is {value} but must be at least 1.")
     if not 0 <= arguments.rank < arguments.world_size:
         raise PeagleError(f"--rank is {arguments.rank} but must be in 0 .. {arguments.world_size - 1} (--world-size).")
+    if arguments.storage in FP8_STORAGES and arguments.dtype != "bfloat16":
+        raise PeagleError(
+            f"--storage {arguments.storage} is read as bfloat16; leave out --dtype {arguments.dtype}, or store plain "
+            "or learnt."
+        )
     if arguments.endpoint and (arguments.device or arguments.max_batch_tokens or arguments.verifier_dtype != "auto"):
         raise PeagleError(
             "--device, --verifier-dtype and --max-batch-tokens are for a verifier in this process. With --endpoint "
@@ -455,11 +493,10 @@ def check_folder(output: Path, manifest: Manifest, present: set[int]) -> None:
         )
 
 
-def _check_disk(output: Path, num_rows: int, num_tokens: int, bytes_a_token: int) -> None:
+def _check_disk(output: Path, num_rows: int, num_tokens: int, num_bytes: int) -> None:
     """Say how much disk the states need, and refuse to begin what can't fit."""
     output.mkdir(parents=True, exist_ok=True)
-    header_bytes = 256
-    needed, free = num_tokens * bytes_a_token + num_rows * header_bytes, shutil.disk_usage(output).free
+    needed, free = num_bytes + num_rows * HEADER_BYTES, shutil.disk_usage(output).free
     logger.info("%d tokens need %.2f GiB in %s; %.2f GiB are free.", num_tokens, needed / 2**30, output, free / 2**30)
     if needed > free:
         raise PeagleError(

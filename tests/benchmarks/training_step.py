@@ -155,15 +155,16 @@ def make_ours(sizes: Sizes, case: Case, device: str):
             drafter.gradient_checkpointing_disable()
         count = case.length // case.document
         mask = loss_mask(case.length, case.document).view(count, case.document)
+        mask = torch.nn.functional.pad(mask, (0, 1), value=True)
         documents = [
             {
                 "sample_id": index,
                 "input_ids": torch.randint(0, sizes.vocab, (case.document + 2,)),
-                "loss_mask": torch.cat(
-                    [torch.zeros(1, dtype=torch.bool), mask[index], torch.ones(1, dtype=torch.bool)]
-                ),
+                "loss_mask": torch.nn.functional.pad(mask[index], (1, 0)),
                 "hidden_states": random_states((case.document + 2, 3 * sizes.hidden), device, index).cpu(),
-                "last_hidden_states": random_states((case.document + 2, sizes.hidden), device, index + 99).cpu(),
+                "target_states": random_states(
+                    (int((mask[index, :-1] & mask[index, 1:]).sum()), sizes.hidden), device, index + 99
+                ).cpu(),
             }
             for index in range(count)
         ]

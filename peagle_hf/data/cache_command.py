@@ -1,0 +1,277 @@
+"""`peagle-hf cache`: what is in a folder of hidden states, whether all of it can be used, and other kinds of it."""
+
+import json
+import logging
+import os
+from collections import Counter
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..cod import target_tokens
+from ..errors import PeagleError
+from ..files import write_json
+from .cache import (
+    FP8_STORAGES,
+    LEARNT_STORAGES,
+    MANIFEST,
+    Manifest,
+    Storage,
+    UnusableRow,
+    cached_rows,
+    read_row,
+    row_layout,
+    row_path,
+    save_row,
+)
+from .dataset import column, load_prepared
+
+if TYPE_CHECKING:
+    import datasets
+
+logger = logging.getLogger(__name__)
+
+CONVERSION_RECORD = "conversion.json"
+"""In the folder of a conversion that isn't finished: of what, and to what."""
+
+
+@dataclass
+class CacheArguments:
+    """What `peagle-hf cache ACTION FOLDER [DESTINATION]` is told."""
+
+    action: Literal["info", "verify", "convert"] = field(
+        metadata={
+            "help": "info: look at every file's header; verify: read everything, and end with status 1 if something "
+            "is missing or can't be used; convert: write the states as another kind of files."
+        }
+    )
+    folder: str = field(metadata={"help": "Folder of hidden states."})
+    destination: str | None = field(default=None, metadata={"help": "New folder for what is converted."})
+    storage: Storage | None = field(
+        default=None, metadata={"help": "The kind to convert to, as of `peagle-hf extract --storage`."}
+    )
+    preprocessed_data: str | None = field(
+        default=None,
+        metadata={"help": "Folder of `peagle-hf prepare` (default: the one that the folder lies in, if any)."},
+    )
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """What is in a folder.
+
+    Args:
+        folder: where.
+        manifest: its manifest, None if it has none.
+        storages: how many files there are of each kind.
+        dtypes: and of each dtype, as stored.
+        num_rows: files that can be used.
+        num_tokens: in them.
+        num_bytes: of them.
+        missing: prepared rows without a file; None if the prepared dataset isn't known.
+        failed: those of them that a server failed, and why.
+        unusable: rows whose file can't be used, and why.
+    """
+
+    folder: str
+    manifest: Manifest | None
+    storages: dict[str, int]
+    dtypes: dict[str, int]
+    num_rows: int
+    num_tokens: int
+    num_bytes: int
+    missing: list[int] | None
+    failed: dict[int, str]
+    unusable: dict[int, str]
+
+
+def cache(arguments: CacheArguments) -> CacheReport | None:
+    """Describe, verify or convert a folder of hidden states.
+
+    Raises:
+        PeagleError: there is no such folder, what is verified is not complete and sound, or it can't be converted.
+    """
+    if not Path(arguments.folder).is_dir():
+        raise PeagleError(f"There is no folder {arguments.folder}. Name one that peagle-hf extract has written.")
+    converts = arguments.action == "convert"
+    if any((value is not None) != converts for value in (arguments.destination, arguments.storage)):
+        raise PeagleError(
+            "Write peagle-hf cache info FOLDER, cache verify FOLDER, or cache convert FOLDER NEW_FOLDER --storage KIND."
+        )
+    if arguments.destination is not None and arguments.storage is not None:
+        convert(arguments.folder, arguments.destination, arguments.storage, arguments.preprocessed_data)
+        return None
+    report = inspect(arguments.folder, arguments.preprocessed_data, read_values=arguments.action == "verify")
+    print(table(report))
+    if arguments.action == "verify" and (report.missing or report.unusable):
+        raise PeagleError(
+            f"{len(report.unusable)} files of {arguments.folder} can't be used and {len(report.missing or ())} rows "
+            "have none. Run peagle-hf extract with --validate-outputs, which makes just those."
+        )
+    return report
+
+
+def inspect(folder: str, preprocessed_data: str | None = None, read_values: bool = False) -> CacheReport:
+    """Look at every file of a folder.
+
+    Args:
+        preprocessed_data: the prepared dataset that its rows are of; default: the one that the folder lies in.
+        read_values: read all values, instead of the headers alone.
+    """
+    manifest = Manifest.read(folder)
+    data = _prepared(folder, preprocessed_data)
+    lengths = None if data is None else column(data, "seq_len")
+    rows = cached_rows(folder)
+    num_slots, size = (len(manifest.aux_layer_ids) + 1, manifest.hidden_size) if manifest else (None, None)
+    unusable: dict[int, str] = {}
+    storages: Counter[str] = Counter()
+    dtypes: Counter[str] = Counter()
+    num_tokens = num_bytes = 0
+    for row in tqdm(sorted(rows), desc="Reading" if read_values else "Looking", unit="row"):
+        if lengths is not None and row >= len(lengths):
+            unusable[row] = f"the prepared dataset has {len(lengths)} rows only"
+            continue
+        token_ids, is_target = _content(data if read_values else None, row)
+        length = None if lengths is None else lengths[row]
+        try:
+            layout = row_layout(row_path(folder, row), (length, num_slots, size), token_ids, is_target, read_values)
+        except UnusableRow as error:
+            unusable[row] = str(error)
+            continue
+        num_slots, size = layout.shape[1:]  # without a manifest the first file says what all should be
+        storages[layout.storage] += 1
+        dtypes[layout.dtype] += 1
+        num_tokens += layout.shape[0]
+        num_bytes += row_path(folder, row).stat().st_size
+    missing = None if lengths is None else sorted(set(range(len(lengths))) - rows)
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in Path(folder).glob("failed*.json")]
+    failed = {int(row): reason for record in records for row, reason in record.items() if int(row) not in rows}
+    return CacheReport(
+        str(folder),
+        manifest,
+        dict(storages),
+        dict(dtypes),
+        storages.total(),
+        num_tokens,
+        num_bytes,
+        missing,
+        failed,
+        unusable,
+    )
+
+
+def table(report: CacheReport) -> str:
+    """The report as text for a terminal; every row that is missing or can't be used is named."""
+    manifest = report.manifest
+    kinds = ", ".join(f"{name} ({count})" for name, count in report.storages.items())
+    dtypes = ", ".join(report.dtypes)
+    lines = {
+        "Folder": report.folder,
+        "Verifier": f"{manifest.verifier} ({manifest.architecture})" if manifest else f"not known: no {MANIFEST}",
+        "Layers": f"{manifest.aux_layer_ids} and the last, of {manifest.num_layers}" if manifest else "not known",
+        "Storage": f"{kinds} in {dtypes}" if report.num_rows else "no file",
+        "Rows": f"{report.num_rows}",
+        "Tokens": f"{report.num_tokens}",
+        "Bytes": f"{report.num_bytes}, {report.num_bytes / max(1, report.num_tokens):.0f} a token",
+        "Missing": "not known: name the --preprocessed-data" if report.missing is None else _ranges(report.missing),
+        "Unusable": f"{len(report.unusable)}",
+    }
+    return "\n".join(
+        [f"{name:<10}{text}" for name, text in lines.items()]
+        + [f"  {row_path('', row)}: {reason}" for row, reason in sorted((report.failed | report.unusable).items())]
+    )
+
+
+def _ranges(rows: list[int]) -> str:
+    """The number of rows, and which: 3 rows: 4, 7-8."""
+    bounds: list[list[int]] = []
+    for row in rows:
+        if bounds and bounds[-1][1] == row - 1:
+            bounds[-1][1] = row
+        else:
+            bounds.append([row, row])
+    named = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in bounds)
+    return f"{len(rows)} rows: {named}" if rows else "none"
+
+
+def convert(
+    folder: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    storage: Storage,
+    preprocessed_data: str | None = None,
+) -> None:
+    """Write a folder's rows as another kind of files into a new folder.
+
+    The new folder appears when all rows are in it. Until then they are gathered in a hidden folder beside it, where
+    running the same command again goes on.
+
+    Args:
+        preprocessed_data: says what is learnt, for the kinds that keep the last layer's states of that alone; default:
+            the one that the folder lies in.
+
+    Raises:
+        PeagleError: the files lack states that the new kind needs, one can't be read or has values that aren't finite,
+            or the destination holds something already.
+    """
+    folder, destination = Path(folder), Path(destination)
+    manifest, rows = Manifest.read(folder), sorted(cached_rows(folder))
+    data = _prepared(folder, preprocessed_data) if storage in LEARNT_STORAGES else None
+    if not rows:
+        raise PeagleError(f"{folder} holds no hidden states. Name a folder that peagle-hf extract has written.")
+    if destination.is_dir() and any(destination.iterdir()):
+        raise PeagleError(f"{destination} is not empty. Name a new folder to convert to, or remove this one.")
+    working = destination.absolute().with_name(f".{destination.name}.converting")
+    record = working / CONVERSION_RECORD
+    described = {"source": str(folder.resolve()), "manifest": manifest and asdict(manifest), "storage": storage}
+    if not record.exists():
+        write_json(record, described)
+    elif json.loads(record.read_text(encoding="utf-8")) != described:
+        raise PeagleError(
+            f"{working} holds a conversion to {destination} of something else that isn't finished. Remove it, or name "
+            "another folder to convert to."
+        )
+    done = cached_rows(working)
+    for row in tqdm([row for row in rows if row not in done], desc="Converting", unit="row"):
+        token_ids, is_target = _content(data, row)
+        try:
+            layout = row_layout(row_path(folder, row), token_ids=token_ids, is_target=is_target, read_values=True)
+        except UnusableRow as error:
+            raise PeagleError(
+                f"{row_path(folder, row)} can't be converted: {error}. Run peagle-hf extract with --validate-outputs, "
+                "which makes such files again, or remove it."
+            ) from error
+        if storage in LEARNT_STORAGES and layout.storage not in LEARNT_STORAGES and is_target is None:
+            raise PeagleError(
+                f"What is learnt in row {row} isn't known, so {storage} files can't be made. Name the folder of "
+                "peagle-hf prepare that it is of with --preprocessed-data."
+            )
+        try:
+            converted = read_row(folder, row).stored_as(storage, is_target)
+        except PeagleError as error:
+            raise PeagleError(f"{row_path(folder, row)} can't be converted to {storage}. {error}") from error
+        save_row(row_path(working, row), converted)
+    if manifest is not None:
+        dtype = "bfloat16" if {storage, manifest.storage} & {*FP8_STORAGES} else manifest.dtype
+        replace(manifest, storage=storage, dtype=dtype).write(working)
+    record.unlink()
+    os.rename(working, destination)
+    logger.info("%d rows converted to %s in %s.", len(rows), storage, destination)
+
+
+def _content(data: "datasets.Dataset | None", row: int) -> tuple[Tensor | None, Tensor | None]:
+    """The token ids of a row and which of them are targets, if that is known."""
+    if data is None or row >= len(data):
+        return None, None
+    sample = data[row]
+    return torch.tensor(sample["input_ids"]).long(), target_tokens(torch.tensor(sample["loss_mask"]).bool())
+
+
+def _prepared(folder: str | os.PathLike[str], preprocessed_data: str | None) -> "datasets.Dataset | None":
+    parent = Path(folder).absolute().parent
+    if preprocessed_data is None and not (parent / "dataset_info.json").exists():
+        return None
+    return load_prepared(preprocessed_data or parent).with_format(None)

@@ -1,0 +1,52 @@
+"""Memory and disk reads of a process and its children, by looking at them while they run."""
+
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass, field
+
+import psutil
+
+MIB = 1 << 20
+
+
+@dataclass
+class ProcessTree:
+    """The most that was seen.
+
+    Args:
+        rss: bytes resident in all processes together, pages of mapped files and shared ones counted for each.
+        private: bytes of them that belong to one process alone, as no file's pages do.
+        read: bytes that the processes read from the disk, by process.
+    """
+
+    rss: int = 0
+    private: int = 0
+    read: dict[int, int] = field(default_factory=dict)
+
+    def look(self, root: int) -> None:
+        rss = private = 0
+        try:
+            process = psutil.Process(root)
+            for member in (process, *process.children(recursive=True)):
+                memory = member.memory_info()
+                rss, private = rss + memory.rss, private + memory.rss - memory.shared
+                self.read[member.pid] = member.io_counters().read_bytes
+        except psutil.Error:  # one has just ended
+            return
+        self.rss, self.private = max(self.rss, rss), max(self.private, private)
+
+
+def watch(command: list[str], every: float = 0.05) -> tuple[str, float, ProcessTree]:
+    """Run a command to its end; gives what it printed, the seconds it took and what was seen of it."""
+    seen, start = ProcessTree(), time.perf_counter()
+    with tempfile.TemporaryFile("w+") as log:  # a pipe that nobody empties would stop the command
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        while process.poll() is None:
+            seen.look(process.pid)
+            time.sleep(every)
+        log.seek(0)
+        output = log.read()
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{output}")
+    return output, time.perf_counter() - start, seen
