@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer import TRAINER_STATE_NAME
 
 from .errors import PeagleError
-from .files import atomic_path
+from .files import atomic_path, remove_folder, remove_leftovers
 from .metrics import draw
 from .serving import check_checkpoint
 
@@ -58,8 +58,11 @@ class VllmExportCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Make the folders that an interrupted run had no time for."""
-        if not state.is_world_process_zero or state.global_step == 0:
+        """Make the folders that an interrupted run had no time for, and remove what it left half written."""
+        if not state.is_world_process_zero:
+            return
+        remove_leftovers(self._folder(args), rf"\d+|checkpoint-\d+|{BEST}")
+        if state.global_step == 0:
             return
         for checkpoint in _trainer_checkpoints(self._folder(args)):
             saved = _trainer_state(checkpoint)
@@ -115,7 +118,7 @@ class VllmExportCallback(TrainerCallback):
         if args.save_total_limit:
             removable = [folder for folder in folders if folder not in (best, folders[-1])]
             for folder in removable[: max(0, len(folders) - args.save_total_limit)]:
-                shutil.rmtree(folder)
+                remove_folder(folder)
 
 
 def export_checkpoint(checkpoint: Path, folder: Path, dtype: torch.dtype) -> None:
@@ -186,11 +189,12 @@ def resumable_folder(checkpoint: str | os.PathLike[str]) -> Path:
     """
     path = Path(checkpoint)
     for folder in (path / TRAINER_STATE, path):
-        if (folder / TRAINER_STATE_NAME).exists():
+        if is_whole(folder):
             return folder.resolve()
     raise PeagleError(
-        f"{path} holds no {TRAINER_STATE_NAME}, so training can't be resumed from it. Name a checkpoint-N, an epoch "
-        "folder or checkpoint_best of an earlier run; to start from its weights alone use --from-pretrained."
+        f"{path} holds no {TRAINER_STATE_NAME}, or half of one, so training can't be resumed from it. Name a "
+        "checkpoint-N, an epoch folder or checkpoint_best of an earlier run; to start from its weights alone use "
+        "--from-pretrained."
     )
 
 
@@ -199,14 +203,22 @@ def remove_checkpoints(output_dir: str | os.PathLike[str]) -> None:
     (Path(output_dir) / CURVES).unlink(missing_ok=True)
     for folder in Path(output_dir).glob("*"):
         if re.fullmatch(r"checkpoint-\d+", folder.name) or folder in epoch_folders(folder.parent):
-            shutil.rmtree(folder)
+            remove_folder(folder)
         elif folder.name == BEST and folder.is_symlink():
             folder.unlink()
 
 
+def is_whole(checkpoint: Path) -> bool:
+    """Whether the Trainer has written all of a checkpoint: its state, which it writes last, to the end."""
+    try:
+        _trainer_state(checkpoint)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def _trainer_checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
-    """Complete `checkpoint-N` folders; the Trainer writes its state last."""
-    return [path for path in Path(output_dir).glob("checkpoint-*") if (path / TRAINER_STATE_NAME).exists()]
+    return [path for path in Path(output_dir).glob("checkpoint-*") if is_whole(path)]
 
 
 def _trainer_state(folder: Path) -> dict:

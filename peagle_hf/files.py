@@ -3,8 +3,10 @@
 import errno
 import json
 import os
+import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,38 +20,85 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary path beside `path`, a file or a folder, that takes its place when the block ends well.
 
     The temporary name starts with a dot and ends at random, so that two writers do not meet, on whichever machines, and
-    is removed when the block fails. A folder replaces an older folder of the same name.
+    is removed when the block fails. An older folder of the same name is moved out of the way first, and removed last.
 
     Raises:
         PeagleError: no space is left, or the folder cannot be written to.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    replaced = None
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            if path.is_dir() and not path.is_symlink():
+                replaced = _set_aside(path)
+            os.replace(temporary, path)
+        except BaseException:
+            _remove(temporary)
+            if replaced and not path.exists():
+                replaced.rename(path)
+            raise
+        if replaced:
+            shutil.rmtree(replaced)
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Say in plain words that `path` couldn't be written, if that is why the block fails.
+
+    Raises:
+        PeagleError: no space is left, or the folder cannot be written to.
+    """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
-    except BaseException as error:
-        _remove(temporary)
-        # safetensors and torch wrap the operating system's error in one of their own, so its text is looked at too.
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+        yield
+    except Exception as error:
+        # safetensors keeps the operating system's words at least, torch only notices that its file is too short.
+        is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if is_full or "No space left" in str(error) or "unexpected pos" in str(error):
             raise PeagleError(
-                f"No space is left on the disk of {path}; nothing of it was written. "
-                "Free some space, or name an output folder on another disk, and run the same command again."
+                f"No space is left on the disk of {path}; nothing of it was written, and what was written earlier is "
+                "whole. Free some space, or name an output folder on another disk, and run the same command again."
             ) from error
-        if isinstance(error, PermissionError):
+        if isinstance(error, PermissionError | NotADirectoryError | FileExistsError):
             raise PeagleError(
                 f"{path} can't be written: {error.strerror}. Change the folder's permissions or name another one."
             ) from error
         raise
 
 
+def check_writable(folder: str | os.PathLike[str]) -> None:
+    """Make `folder` and try to write into it.
+
+    Raises:
+        PeagleError: that is not possible.
+    """
+    with writing(folder):
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder so that no half of it is ever seen under its name."""
+    shutil.rmtree(_set_aside(folder))
+
+
+def remove_leftovers(folder: str | os.PathLike[str], names: str) -> None:
+    """Remove what killed processes left of temporary files and folders, for names that match a regular expression."""
+    for path in Path(folder).glob(".*"):
+        if re.fullmatch(rf"\.({names})\.[0-9a-f]+\.(tmp|old)", path.name):
+            _remove(path)
+
+
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
     """Write `content` as indented JSON, atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _set_aside(folder: Path) -> Path:
+    return folder.rename(folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.old"))
 
 
 def _remove(path: Path) -> None:

@@ -41,6 +41,7 @@ from .callbacks import (
     checkpoints_by_step,
     drafter_folder,
     export_drafter,
+    is_whole,
     metric_name,
     remove_checkpoints,
     resumable_folder,
@@ -55,7 +56,7 @@ from .data.extract import check_folder, tokenizer_fingerprint
 from .data.partition import partition, partition_by_rows, partition_every_row, without_labels
 from .data.prepare import PREPARE_RECORD
 from .errors import PeagleError
-from .files import atomic_path, write_json
+from .files import atomic_path, check_writable, remove_folder, write_json, writing
 from .hub import PushArguments, PushToHubCallback, open_repo, push
 from .losses import parse_loss
 from .memory import GIB, MemoryPlan, device_memory, keep_freed_memory, report, rows_that_fit
@@ -102,6 +103,8 @@ class PeagleTrainer(Trainer):
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
     ):
         args = args or PeagleTrainingArguments()
+        if args.should_save:
+            check_writable(args.output_dir)
         super().__init__(
             model=model,
             args=args,
@@ -118,6 +121,12 @@ class PeagleTrainer(Trainer):
             raise PeagleError(
                 f"{args.n_gpu} GPUs are visible to one process, which would copy the model at every step. Start one "
                 "process a GPU with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one."
+            )
+        if self._saves_shards:
+            raise PeagleError(
+                "Checkpoints would hold shards of the weights, which neither vLLM nor a resume on other processes can "
+                "read. Save whole weights: with FSDP set fsdp_state_dict_type to FULL_STATE_DICT, with ZeRO-3 "
+                "zero3_save_16bit_model (stage3_gather_16bit_weights_on_model_save) to true."
             )
         if isinstance(self.model, PeftModel) and self.is_sharded:
             raise PeagleError("An adapter can't be merged out of shards. Train it with DDP instead of FSDP or ZeRO.")
@@ -300,6 +309,17 @@ class PeagleTrainer(Trainer):
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     @property
+    def _saves_shards(self) -> bool:
+        state = self.accelerator.state
+        if self.is_fsdp_enabled:
+            return "FULL_STATE_DICT" not in str(state.fsdp_plugin.state_dict_type)
+        if self.is_deepspeed_enabled:
+            config = state.deepspeed_plugin.hf_ds_config
+            gathers = config.get_value("zero_optimization.stage3_gather_16bit_weights_on_model_save")
+            return config.is_zero3() and not gathers
+        return False
+
+    @property
     def _memory_plan(self) -> MemoryPlan:
         return memory_plan(self.args, self.config)
 
@@ -397,11 +417,22 @@ class PeagleTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # Epoch folders hard-link the files of a checkpoint, so an old one of this name is never written into.
-        if self.args.should_save:
-            shutil.rmtree(
-                Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}", ignore_errors=True
-            )
-        super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save and folder.is_dir():
+            remove_folder(folder)
+        self.accelerator.wait_for_everyone()
+        with writing(folder):
+            try:
+                super()._save_checkpoint(model, trial)
+            except BaseException:
+                if self.args.should_save and not is_whole(folder):
+                    shutil.rmtree(folder, ignore_errors=True)
+                raise
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The Trainer's state, which is written next, says that the checkpoint is whole.
+        self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """As the Trainer; with an adapter, the adapter and in a folder beside it the merged drafter."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from peagle_hf import PeagleError, PeagleForSpeculation, PeagleTrainer, PeagleTrainingArguments, VllmExportCallback
 from peagle_hf.callbacks import checkpoints_by_step, epoch_folders
@@ -139,12 +139,14 @@ def test_resume_is_bit_equal(train_flags, tmp_path, source):
     assert [folder.name for folder in epoch_folders(tmp_path / "cut")] == ["0", "1"]
 
 
-def test_resume_in_the_middle_of_an_epoch_is_bit_equal(train_flags, tmp_path):
-    whole = run(train_flags)
-    cut = {"output_dir": str(tmp_path / "cut"), "save_strategy": "steps", "save_steps": 3}
+@pytest.mark.parametrize("changes", [{}, {"max_steps": 9}, {"dataloader_num_workers": 2}], ids=str)
+def test_resume_in_the_middle_of_an_epoch_is_bit_equal(train_flags, tmp_path, changes):
+    whole = run(train_flags, **changes)
+    cut = {"output_dir": str(tmp_path / "cut"), "save_strategy": "steps", "save_steps": 3, **changes}
     with pytest.raises(KeyboardInterrupt):
         run(train_flags, [StopAt(8)], **cut)
     resumed = run(train_flags, resume=True, **cut)
+    assert resumed.state.global_step == changes.get("max_steps", 10)
     assert losses(resumed) == losses(whole)
     ours = weights(whole)
     assert all(torch.equal(ours[name], tensor) for name, tensor in weights(resumed).items())
@@ -188,6 +190,36 @@ def test_save_total_limit_keeps_best_and_last(train_flags):
     assert len(kept) == 2
     assert {best, "4"} <= set(kept)
     assert os.readlink(output / "checkpoint_best") == best
+
+
+@pytest.mark.parametrize("limit", [None, 1])
+def test_the_best_model_is_loaded_at_the_end(train_flags, limit):
+    """At a rate that spoils the drafter the last epoch isn't the best; `checkpoint_best` is what is loaded."""
+    spoiling = {"learning_rate": 0.5, "lr_scheduler_type": "constant"}
+    trainer = run(train_flags, num_train_epochs=3, load_best_model_at_end=True, save_total_limit=limit, **spoiling)
+    output = Path(train_flags["output_dir"])
+    evaluations = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    number = evaluations.index(min(evaluations))
+    assert number < 2
+    assert trainer.state.best_model_checkpoint == str(output / f"checkpoint-{5 * (number + 1)}")
+    assert os.readlink(output / "checkpoint_best") == str(number)
+    best = load_file(output / "checkpoint_best" / "trainer_state" / "model.safetensors")
+    last = load_file(output / "2" / "trainer_state" / "model.safetensors")
+    assert all(torch.equal(weights(trainer)[name], tensor) for name, tensor in best.items())
+    assert not all(torch.equal(tensor, last[name]) for name, tensor in best.items())
+    assert [folder.name for folder in epoch_folders(output)] == ([str(number), "2"] if limit else ["0", "1", "2"])
+    assert trainer.evaluate()["eval_loss"] == evaluations[number]
+
+
+@pytest.mark.parametrize("metric", ["loss", "acceptance_length"])
+def test_early_stopping_ends_where_nothing_improves(train_flags, metric):
+    changes = {"learning_rate": 0.5, "lr_scheduler_type": "constant", "metric_for_best_model": metric}
+    trainer = run(train_flags, [EarlyStoppingCallback(2)], num_train_epochs=9, **changes)
+    found = [entry[f"eval_{metric}"] for entry in trainer.state.log_history if f"eval_{metric}" in entry]
+    best = found.index(min(found) if metric == "loss" else max(found))
+    assert len(found) == best + 3 < 9
+    assert os.readlink(Path(train_flags["output_dir"]) / "checkpoint_best") == str(best)
+    assert epoch_folders(train_flags["output_dir"])[-1].name == str(best + 2)
 
 
 def test_without_validation_the_last_is_linked(train_flags):
@@ -257,6 +289,37 @@ def test_accumulation_gives_the_loss_of_the_larger_batch(train_flags, tmp_path):
     small = run(train_flags, gradient_accumulation_steps=2, max_steps=1, output_dir=str(tmp_path / "a"))
     assert losses(small) == pytest.approx(losses(large), rel=1e-5)
     torch.testing.assert_close(weights(small), weights(large), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.float64], ids=str)
+def test_packing_batches_and_accumulation_change_no_step(train_flags, tmp_path, precision):
+    """All documents in one step, in rows of two lengths, one by one or in batches; float64 leaves no other doubt."""
+
+    common = {"train_data_ratio": 1, "save_strategy": "no", "max_steps": 1, "lr_scheduler_type": "constant"}
+    common |= {"optim": "sgd", "learning_rate": 0.1}
+
+    def step(name, **changes):
+        args = PeagleTrainingArguments(
+            **{**train_flags, **common, **changes, "output_dir": str(tmp_path / name)},
+        )
+        drafter = build_drafter(args).to(precision)
+        drafter.load_verifier(args.verifier_name_or_path, initialize=False, dtype=precision)
+        trainer = PeagleTrainer(drafter, args, train_dataset=build_datasets(args)[0])
+        assert args.per_device_train_batch_size * args.gradient_accumulation_steps >= len(trainer.train_dataset)
+        trainer.train()
+        return losses(trainer), weights(trainer)
+
+    expected_loss, expected = step("whole", total_seq_len=600)
+    relative = 1e-5 if precision == torch.float32 else 1e-12
+    for name, changes in {
+        "accumulated": {"total_seq_len": 32, "gradient_accumulation_steps": 20},
+        "batched": {"total_seq_len": 64, "per_device_train_batch_size": 20},
+        "both": {"total_seq_len": 100, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 5},
+        "parts": {"total_seq_len": 600, "sequence_partitions": "3"},
+    }.items():
+        loss, found = step(name, **changes)
+        assert loss == pytest.approx(expected_loss, rel=relative), name
+        torch.testing.assert_close(found, expected, rtol=relative, atol=relative)
 
 
 @pytest.mark.parametrize(
