@@ -105,11 +105,13 @@ def write_cache(folder: Path, verifier: Path, seed: int = 0) -> Path:
     return folder
 
 
-def train_on_answers(folder: Path, verifier: Path, num_depths: int, new_tokens: int, **options) -> tuple[Path, Path]:
-    """A drafter trained on what the verifier itself writes after four prompts, and those prompts."""
-    from datasets import Dataset
+def write_answers(folder: Path, verifier: Path, new_tokens: int) -> dict:
+    """Prepare and cache what the verifier itself writes after four prompts, which are in `prompts.jsonl` there.
 
-    from peagle_hf import PeagleTrainingArguments, train
+    Returns:
+        Arguments of a training on it, but for the drafter's kind.
+    """
+    from datasets import Dataset
 
     model = LlamaForCausalLM.from_pretrained(verifier).eval()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(verifier)
@@ -138,25 +140,29 @@ def train_on_answers(folder: Path, verifier: Path, num_depths: int, new_tokens: 
             for number, prompt in enumerate(prompts)
         )
     )
-    train(
-        PeagleTrainingArguments(
-            verifier_name_or_path=str(verifier),
-            data_path=str(folder),
-            output_dir=str(folder / "checkpoints"),
-            num_layers=2,
-            num_depths=num_depths,
-            down_sample_ratio=1.0,
-            total_seq_len=256,
-            learning_rate=2e-3,
-            train_data_ratio=1,
-            export_dtype="float32",
-            use_cpu=True,
-            bf16=False,
-            disable_tqdm=True,
-            logging_steps=50,
-            **options,
-        )
-    )
+    return {
+        "verifier_name_or_path": str(verifier),
+        "data_path": str(folder),
+        "output_dir": str(folder / "checkpoints"),
+        "num_layers": 2,
+        "down_sample_ratio": 1.0,
+        "total_seq_len": 256,
+        "learning_rate": 2e-3,
+        "train_data_ratio": 1,
+        "export_dtype": "float32",
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+        "logging_steps": 50,
+    }
+
+
+def train_on_answers(folder: Path, verifier: Path, num_depths: int, new_tokens: int, **options) -> tuple[Path, Path]:
+    """A drafter trained on what the verifier itself writes after four prompts, and those prompts."""
+    from peagle_hf import PeagleTrainingArguments, train
+
+    common = write_answers(folder, verifier, new_tokens)
+    train(PeagleTrainingArguments(**common, num_depths=num_depths, **options))
     return folder / "checkpoints" / "checkpoint_best", folder / "prompts.jsonl"
 
 

@@ -46,14 +46,14 @@ PROGRAMS = {
 KINDS = ["ddp", "fsdp2", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("zero2", "zero3"))]
 
 
-def torchrun(program, *arguments, environment=None, processes=2):
+def torchrun(program, *arguments, environment=None, processes=2, ends_well=True):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | (environment or {})
     done = subprocess.run(
         [*command, *program, *arguments], env=environment, capture_output=True, text=True, timeout=300, check=False
     )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return done.stdout
+    assert (done.returncode == 0) == ends_well, done.stdout[-2000:] + done.stderr[-6000:]
+    return done.stdout if ends_well else done.stderr
 
 
 def launch(kind, train_flags, **changes):
@@ -111,6 +111,21 @@ def test_accumulation_batch_size_and_processes_are_interchangeable(train_flags, 
     torch.testing.assert_close(batched.model.state_dict(), expected, rtol=1e-3, atol=1e-5)
     found = load_file(tmp_path / "processes" / str(last) / "trainer_state" / "model.safetensors")
     torch.testing.assert_close(found, {name: expected[name] for name in found}, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("fsdp2", {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}),
+        pytest.param("zero3", {"ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "false"}, marks=pytest.mark.slow),
+    ],
+)
+def test_shards_in_checkpoints_are_refused_before_training(train_flags, kind, changes):
+    program, environment = PROGRAMS[kind]
+    printed = torchrun(program, "train", *flags(train_flags), environment=environment | changes, ends_well=False)
+    assert "peagle-hf train: Checkpoints would hold shards of the weights" in printed
+    assert "FULL_STATE_DICT" in printed
+    assert not list(Path(train_flags["output_dir"]).iterdir())
 
 
 @pytest.mark.parametrize("partitions", ["1", "4"])

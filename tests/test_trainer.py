@@ -293,7 +293,10 @@ def test_accumulation_gives_the_loss_of_the_larger_batch(train_flags, tmp_path):
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.float64], ids=str)
 def test_packing_batches_and_accumulation_change_no_step(train_flags, tmp_path, precision):
-    """All documents in one step, in rows of two lengths, one by one or in batches; float64 leaves no other doubt."""
+    """All documents in one step, in rows of two lengths, one by one or in batches.
+
+    In float64 losses agree to 1e-12 and weights to 1e-8, as norms are float32 even then; in float32 all to 1e-5.
+    """
 
     common = {"train_data_ratio": 1, "save_strategy": "no", "max_steps": 1, "lr_scheduler_type": "constant"}
     common |= {"optim": "sgd", "learning_rate": 0.1}
@@ -310,7 +313,7 @@ def test_packing_batches_and_accumulation_change_no_step(train_flags, tmp_path, 
         return losses(trainer), weights(trainer)
 
     expected_loss, expected = step("whole", total_seq_len=600)
-    relative = 1e-5 if precision == torch.float32 else 1e-12
+    loss_tolerance, tolerance = (1e-5, 1e-5) if precision == torch.float32 else (1e-12, 1e-8)
     for name, changes in {
         "accumulated": {"total_seq_len": 32, "gradient_accumulation_steps": 20},
         "batched": {"total_seq_len": 64, "per_device_train_batch_size": 20},
@@ -318,8 +321,8 @@ def test_packing_batches_and_accumulation_change_no_step(train_flags, tmp_path, 
         "parts": {"total_seq_len": 600, "sequence_partitions": "3"},
     }.items():
         loss, found = step(name, **changes)
-        assert loss == pytest.approx(expected_loss, rel=relative), name
-        torch.testing.assert_close(found, expected, rtol=relative, atol=relative)
+        assert loss == pytest.approx(expected_loss, rel=loss_tolerance), name
+        torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,17 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import train_on_answers
+from conftest import train_on_answers, write_answers
+from test_distributed import launch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from peagle_hf import (
     EvaluateArguments,
     PeagleForSpeculation,
+    PeagleTrainingArguments,
     draft_and_verify,
     evaluate,
+    train,
 )
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -83,3 +86,27 @@ def test_the_reference_counts_what_vllm_counts(servable_verifier, tmp_path):
     assert (output.num_drafts, sum(counts)) == (result["num_drafts"], result["num_accepted_tokens"])
     assert [count / output.num_drafts for count in counts] == pytest.approx(result["per_position_acceptance"])
     assert output.acceptance_length == pytest.approx(result["acceptance_length"])
+
+
+def served(drafter, data, output):
+    """What vLLM does with a drafter on the prompts that the data answers."""
+    return evaluate(
+        EvaluateArguments(
+            model=str(drafter), prompts=str(data / "prompts.jsonl"), max_tokens=NEW_TOKENS, output=str(output)
+        )
+    )
+
+
+def test_vllm_serves_what_was_saved_under_fsdp_and_its_merged_adapter(verifier, tmp_path):
+    """Two FSDP2 processes train half a drafter, LoRA with a module trained whole does the rest."""
+    common = write_answers(tmp_path / "data", verifier, NEW_TOKENS) | {"num_depths": NUM_DEPTHS}
+    launch("fsdp2", common, num_train_epochs=2, output_dir=str(tmp_path / "fsdp"))
+    sharded = served(tmp_path / "fsdp" / "checkpoint_best", tmp_path / "data", tmp_path / "a")
+    assert sharded["text_identical"] is True
+    assert 0.1 < sharded["acceptance_rate"] < 0.9
+    adapter = {"lora_r": 16, "lora_modules_to_save": ["norm"], "output_dir": str(tmp_path / "lora")}
+    adapter |= {"from_pretrained": str(tmp_path / "fsdp" / "checkpoint_best"), "num_train_epochs": 5}
+    train(PeagleTrainingArguments(**{**common, **adapter}))
+    merged = served(tmp_path / "lora" / "checkpoint_best", tmp_path / "data", tmp_path / "b")
+    assert merged["text_identical"] is True
+    assert merged["acceptance_rate"] > sharded["acceptance_rate"] + 0.05
