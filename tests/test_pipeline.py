@@ -101,9 +101,9 @@ LAYERS = [
     {"adapters", "data.cache", "data.chats", "data.collator", "data.partition", "generation", "memory", "serving"},
     {"data.endpoint", "data.prepare", "data.regenerate", "model_card", "vllm_plugin.peagle_cpu_connector"},
     {"data.dataset", "training_args"},
-    {"data.extract", "callbacks"},
+    {"client", "data.extract", "callbacks"},
     {"continuing", "evaluation", "hub", "launch", "offline"},
-    {"trainer"},
+    {"chat", "trainer"},
     {"cli"},
 ]
 
