@@ -40,10 +40,11 @@ class Counters:
 
 @dataclass
 class Answer:
-    """An answer, and when it came: seconds from the request to the first and to the last token."""
+    """An answer, why it ends, and when it came: seconds from the request to the first and to the last token."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
     first_token_seconds: float = 0.0
     seconds: float = 0.0
 
@@ -139,7 +140,7 @@ class Client:
         request: dict[str, Any] = {"model": self.model["id"], "messages": messages, "max_tokens": max_tokens}
         if temperature is not None:
             request["temperature"] = temperature
-        answer, finished = Answer(), False
+        answer = Answer()
         try:
             with self._server.reasons():
                 started = time.perf_counter()
@@ -155,8 +156,8 @@ class Client:
                         answer.token_ids += token_ids
                         answer.text += choice.delta.content or ""
                         on_text(choice.delta.content or getattr(choice.delta, "reasoning", None) or "")
-                        finished = finished or choice.finish_reason is not None
-            if not finished:
+                        answer.finish_reason = choice.finish_reason or answer.finish_reason
+            if answer.finish_reason is None:
                 raise EndpointError("the answer breaks off")
             if not answer.token_ids:
                 raise EndpointError("it gives no token ids with its answer, as vLLM 0.11 and later do")
@@ -203,10 +204,17 @@ def measure(
             messages.append({"role": "user", "content": question})
             fields = {**_AS_IN_PROCESS, "cache_salt": secrets.token_hex(8)}
             try:
-                said.append(client.ask(messages, max_tokens, temperature, fields))
+                answer = client.ask(messages, max_tokens, temperature, fields)
             except PeagleError as error:
                 raise PeagleError(f"Turn {turn} of prompt {prompt.id} got no answer. {error}") from error
-            messages.append({"role": "assistant", "content": said[turn].text if answers is None else given[turn]})
+            if answer.finish_reason == "length" and len(answer.token_ids) < max_tokens:
+                raise PeagleError(
+                    f"{client.url} cut the answer to turn {turn} of prompt {prompt.id} after {len(answer.token_ids)} "
+                    f"of {max_tokens} tokens: prompt and answer are longer than its --max-model-len. Start it with "
+                    "more, ask for fewer with --max-tokens, or take the prompt out."
+                )
+            said.append(answer)
+            messages.append({"role": "assistant", "content": answer.text if answers is None else given[turn]})
         return said
 
     before = client.counters()

@@ -62,7 +62,11 @@ class EvaluateArguments:
     temperature: float = field(default=0.0, metadata={"help": "0 is greedy; only then are texts compared."})
     seed: int = field(default=0, metadata={"help": "Seed of vLLM."})
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
-        default="auto", metadata={"help": "Of both models; auto is float32 on CPU, the verifier's own on GPU."}
+        default="auto",
+        metadata={
+            "help": "Of both models; auto is float32 on CPU, the verifier's own on GPU. With --endpoint it only tells "
+            "the report what the servers run in."
+        },
     )
     max_model_len: int | None = field(
         default=None,

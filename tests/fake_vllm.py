@@ -222,7 +222,8 @@ class FakeDraftingVllm(FakeVllm):
                 self.generated, self.counts = 0, [0] * 6
             if fault == "others":
                 self.generated += 7
-        tokens = [self.first + place for place in range(min(len(message.split()) + 1, request["max_tokens"]))]
+        length = min(len(message.split()) + 1, request["max_tokens"])
+        tokens = [self.first + place for place in range(2 if fault == "cut" else length)]
         handler.start_stream()
         self._send(handler, tokens[:1], last=len(tokens) == 1, fault=fault)
         place = 1
@@ -251,7 +252,7 @@ class FakeDraftingVllm(FakeVllm):
         choice = {
             "index": 0,
             "delta": {"content": "".join(f"w{token} " for token in tokens)},
-            "finish_reason": "stop" if last else None,
+            "finish_reason": ("length" if fault == "cut" else "stop") if last else None,
             "token_ids": None if fault == "no token ids" else tokens,
         }
         handler.send_event({"id": "1", "object": "chat.completion.chunk", "choices": [choice]})

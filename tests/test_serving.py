@@ -170,6 +170,7 @@ def test_as_many_requests_as_are_wanted_are_in_flight(arguments, server):
     ("fault", "words"),
     [
         ("400", r"Turn 1 of prompt 2 got no answer.*the prompt is too long"),
+        ("cut", r"cut the answer to turn 1 of prompt 2 after 2 of 60 tokens: .*--max-model-len"),
         ("dies", r"Turn 1 of prompt 2 got no answer.*Connection error"),
         ("error", "the engine died"),
         ("breaks off", "the answer breaks off"),
@@ -265,11 +266,15 @@ def served(drafter, tmp_path_factory):
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_a_real_server_counts_what_vllm_in_process_counts(served, drafter, tmp_path, monkeypatch, capsys):
-    """What must be counted is worked out in test_evaluation.py; here both ways are run on the same prompts."""
+    """Both ways are run on the same prompts; what must be counted is worked out in test_evaluation.py.
+
+    After w6 an answer begins a step later in the cycle, and 20 of 39 drafts are right. (A prompt of one token would not
+    do: where it joins others that run, vLLM 0.32 counts its first step as a draft.)
+    """
     rows = [
         {"question_id": 1, "category": "cycle", "turns": ["w9 w7"]},
-        {"question_id": 2, "category": "ends", "turns": ["w20"]},
-        {"question_id": 3, "category": "cycle", "turns": ["w7", "w6"]},
+        {"question_id": 2, "category": "ends", "turns": ["w9 w20"]},
+        {"question_id": 3, "category": "cycle", "turns": ["w9 w7", "w9 w6"]},
     ]
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -279,7 +284,7 @@ def test_a_real_server_counts_what_vllm_in_process_counts(served, drafter, tmp_p
         EvaluateArguments(**flags, output=str(tmp_path / "there"), endpoint=served.url, concurrency=[1, 4])
     )
     assert there["by_category"] == here["by_category"]
-    assert there["by_category"]["cycle"]["acceptance_length"] == 1 + 19 / 40
+    assert there["by_category"]["cycle"]["acceptance_length"] == 1 + 58 / 119
     assert there["num_speculative_tokens"] == here["num_speculative_tokens"] == 3
     assert there["versions"]["vllm"] == here["versions"]["vllm"]
     for row in there["by_concurrency"]:
@@ -292,7 +297,7 @@ def test_a_real_server_counts_what_vllm_in_process_counts(served, drafter, tmp_p
     assert lines[2].startswith("[acceptance length 1.48, by position 48% 0% 0%; 60 tokens, ")
 
     prompts.write_text(json.dumps({"turns": ["w7 " * 250]}))
-    with pytest.raises(PeagleError, match=r"Turn 0 of prompt 0 got no answer.*maximum context length"):
+    with pytest.raises(PeagleError, match="cut the answer to turn 0 of prompt 0 after 6 of 60 tokens"):
         evaluate(EvaluateArguments(**flags, output=str(tmp_path / "long"), endpoint=served.url))
 
 
