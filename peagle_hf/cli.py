@@ -58,8 +58,10 @@ COMMANDS = {
         ("action", "folder", "destination"),
     ),
     "train": Command("trainer", "train", "PeagleTrainingArguments", "train a drafter on the cache"),
+    "serve": Command("launch", "serve", "ServeArguments", "run vLLM with a drafter", ("model",), rest="vllm_args"),
+    "chat": Command("chat", "chat", "ChatArguments", "chat with a server, and see how much it accepts"),
     "acceptance": Command("offline", "acceptance", "AcceptanceArguments", "measure acceptance on cached states"),
-    "evaluate": Command("evaluation", "evaluate", "EvaluateArguments", "measure acceptance in vLLM"),
+    "evaluate": Command("evaluation", "evaluate", "EvaluateArguments", "measure acceptance and speed in vLLM"),
     "push": Command("hub", "push", "PushArguments", "upload a drafter to the hub"),
     "run": Command("cli", "run", "RunArguments", "all steps of a pipeline.yaml, going on where it stopped"),
 }

@@ -1,8 +1,9 @@
 """Acceptance and speed of a drafter in real vLLM, and whether the text stays the same with it.
 
-vLLM runs twice on the same prompts, without and with the drafter, each time in a fresh child process: memory is given
-back in between, and a crash in there is a message here. `python -m peagle_hf.evaluation` is that child: it reads its
-job as JSON from standard input and answers in lines of JSON.
+The prompts are given to servers that run already, or vLLM is run on them twice, without and with the drafter, each time
+in a fresh child process: memory is given back in between, and a crash in there is a message here.
+`python -m peagle_hf.evaluation` is that child: it reads its job as JSON from standard input and answers in lines of
+JSON.
 """
 
 import json
@@ -21,10 +22,13 @@ from typing import IO, Any, Literal
 import torch
 from tqdm import tqdm
 
+from . import __version__
+from .client import DRAFT_COUNTERS, POSITION_COUNTER, Client, measure
+from .data.cache import place
 from .data.regenerate import Prompt, read_prompts
 from .errors import PeagleError
 from .files import atomic_path, write_json
-from .serving import check_checkpoint, speculative_config, vllm_environment
+from .serving import check_checkpoint, drafter_folder, speculative_config, vllm_environment
 from .target import load_verifier_config
 
 logger = logging.getLogger(__name__)
@@ -32,15 +36,14 @@ logger = logging.getLogger(__name__)
 MAX_MODEL_LEN = 4096
 """Longest prompt and answer together, in tokens, unless the verifier is shorter or the user says otherwise."""
 
-_COUNTERS = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
-_PER_POSITION = "num_accepted_tokens_per_pos"
-
 
 @dataclass
 class EvaluateArguments:
     """Arguments of `peagle-hf evaluate`."""
 
-    model: str = field(metadata={"help": "The drafter: a checkpoint folder, such as checkpoints/checkpoint_best."})
+    model: str = field(
+        metadata={"help": "The drafter: a checkpoint folder, such as checkpoints/checkpoint_best, or a hub name."}
+    )
     prompts: str = field(
         metadata={
             "help": "Prompts that the drafter has not seen: a .jsonl or .json file or a hub dataset with `turns` "
@@ -59,13 +62,56 @@ class EvaluateArguments:
     temperature: float = field(default=0.0, metadata={"help": "0 is greedy; only then are texts compared."})
     seed: int = field(default=0, metadata={"help": "Seed of vLLM."})
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
-        default="auto", metadata={"help": "Of both models; auto is float32 on CPU, the verifier's own on GPU."}
+        default="auto",
+        metadata={
+            "help": "Of both models; auto is float32 on CPU, the verifier's own on GPU. With --endpoint it only tells "
+            "the report what the servers run in."
+        },
     )
     max_model_len: int | None = field(
         default=None,
         metadata={"help": f"Longest prompt and answer, in tokens; default: {MAX_MODEL_LEN} or the verifier's limit."},
     )
-    concurrency: int = field(default=16, metadata={"help": "Requests that vLLM answers at the same time."})
+    concurrency: list[int] = field(
+        default_factory=lambda: [16],
+        metadata={
+            "help": "Requests that vLLM answers at the same time (default: 16). With --endpoint also several such "
+            "numbers, each measured in turn; the report's own figures are those of the last."
+        },
+    )
+    endpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "A server with the drafter, such as peagle-hf serve starts, to measure instead of vLLM in "
+            "processes of its own. Nobody else may use it meanwhile."
+        },
+    )
+    baseline_endpoint: str | None = field(
+        default=None,
+        metadata={"help": "With --endpoint, a server of the verifier alone to compare with. Default: no comparison."},
+    )
+
+    def __post_init__(self) -> None:
+        if min(self.concurrency, default=0) < 1:
+            raise PeagleError("--concurrency takes numbers from 1.")
+        if self.endpoint is None and (self.baseline_endpoint or len(self.concurrency) > 1):
+            raise PeagleError(
+                "--baseline-endpoint and several numbers of --concurrency are for servers. Name one with --endpoint."
+            )
+        if self.endpoint and (self.num_speculative_tokens or self.max_model_len):
+            raise PeagleError(
+                "--num-speculative-tokens and --max-model-len are the server's own: leave them out beside --endpoint, "
+                "and start the server with them."
+            )
+
+
+@dataclass(frozen=True)
+class Run:
+    """What was measured at one number of requests at a time (see `_measure`); `without` is None if it wasn't."""
+
+    concurrency: int
+    drafted: dict[str, Any]
+    without: dict[str, Any] | None
 
 
 def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
@@ -80,53 +126,58 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
     - `tokens_per_second`, `tokens_per_second_without`: generated tokens over wall time, warmed up.
     - `text_identical`, `num_identical`, `differences` (prompt, turn, first token that differs); null if sampled.
     - how it was measured: `num_prompts`, `max_tokens`, `seed`, `dtype`, `device`, `versions` and so on.
+    - of servers `by_concurrency`: acceptance and speed at each, and `latency_seconds`, `latency_seconds_without`: mean,
+      median and p99 from a request to its last token (`request`), to its first (`first_token`), and between two later
+      ones on average (`output_token`). Without a server of the verifier alone all that is compared is null.
 
     Raises:
-        PeagleError: vLLM isn't installed or fails, it would load the checkpoint wrongly, or the prompts are malformed.
+        PeagleError: vLLM isn't installed or fails, it would load the checkpoint wrongly, or the prompts are malformed;
+            a server is dead, serves another model or no drafter, was started anew, or is used by others too.
     """
-    environment = vllm_environment()
-    stored_verifier = check_checkpoint(arguments.model).verifier_name_or_path
-    verifier = arguments.verifier or stored_verifier
-    assert verifier is not None  # checked just above
-    config = check_checkpoint(arguments.model, verifier)
+    folder = drafter_folder(arguments.model)
+    verifier = arguments.verifier or str(check_checkpoint(folder).verifier_name_or_path)
+    config = check_checkpoint(folder, verifier)
     prompts = _load_prompts(arguments)
     output = Path(arguments.output)
     output.mkdir(parents=True, exist_ok=True)
+    if arguments.endpoint is None:
+        drafting = speculative_config(folder, config, arguments.num_speculative_tokens)
+        runs = [_run_here(arguments, verifier, drafting, prompts)]
+    else:
+        runs = _run_on_servers(arguments, verifier, folder, prompts)
 
-    engine = _engine_arguments(arguments, verifier)
-    job = {
-        "engine": engine,
-        "max_tokens": arguments.max_tokens,
-        "temperature": arguments.temperature,
-        "prompts": [asdict(prompt) for prompt in prompts],
-    }
-    without = _run(job, environment, output / "vllm_without_drafter.log")
-    drafting = speculative_config(arguments.model, config, arguments.num_speculative_tokens)
-    job |= {"engine": engine | {"speculative_config": drafting}, "answers": without["texts"]}
-    drafted = _run(job, environment, output / "vllm_with_drafter.log")
-
+    last = runs[-1]
+    figures = _figures(last)
     report = {
         "drafter": str(arguments.model),
         "verifier": verifier,
-        "num_speculative_tokens": drafting["num_speculative_tokens"],
+        "num_speculative_tokens": len(figures["per_position_acceptance"]),
         "prompts": arguments.prompts,
         "num_prompts": len(prompts),
-        **summarize(drafted["counters"].values()),
-        "tokens_per_second": drafted["num_tokens"] / drafted["seconds"],
-        "tokens_per_second_without": without["num_tokens"] / without["seconds"],
-        **_compare(prompts, without, drafted, greedy=arguments.temperature == 0),
+        **figures,
+        **_compare(prompts, last.without, last.drafted, greedy=arguments.temperature == 0),
         "by_category": {
             category: {"num_prompts": sum(prompt.category == category for prompt in prompts), **summarize([counters])}
-            for category, counters in drafted["counters"].items()
+            for category, counters in last.drafted["counters"].items()
         },
         "max_tokens": arguments.max_tokens,
         "temperature": arguments.temperature,
-        "seed": arguments.seed,
-        "concurrency": arguments.concurrency,
-        "dtype": drafted["dtype"],
-        "device": drafted["device"],
-        "versions": drafted["versions"],
+        "seed": arguments.seed if arguments.endpoint is None else None,
+        "concurrency": last.concurrency,
+        "dtype": last.drafted["dtype"],
+        "device": last.drafted["device"],
+        "versions": last.drafted["versions"],
     }
+    if arguments.endpoint is not None:
+        report["by_concurrency"] = [
+            {
+                "concurrency": run.concurrency,
+                **_figures(run),
+                "latency_seconds": run.drafted["latency_seconds"],
+                "latency_seconds_without": run.without and run.without["latency_seconds"],
+            }
+            for run in runs
+        ]
     write_json(output / "evaluation.json", report)
     with atomic_path(output / "evaluation.png") as temporary:
         draw(report, temporary)
@@ -170,6 +221,7 @@ def table(report: dict[str, Any]) -> str:
             for name, row in report["by_category"].items()
         ),
         "",
+        *_latency_lines(report),
         _speed_sentence(report),
         _text_sentence(report),
     ]
@@ -189,17 +241,59 @@ def draw(report: dict[str, Any], path: str | os.PathLike[str]) -> None:
     acceptance.bar_label(bars, fmt="%.1f%%", padding=2)
     acceptance.set(xlabel="Draft position", ylabel="Accepted, % of drafts", ylim=(0, max(*rates, 1) * 1.15))
 
-    names, values = ("Without drafter", "With drafter"), ("tokens_per_second_without", "tokens_per_second")
-    bars = speed.bar(names, [report[value] for value in values], color=["#9aa5b1", "#3b6ea8"], width=0.6)
-    speed.bar_label(bars, fmt="%.1f", padding=2)
-    speed.set(ylabel="Tokens a second", ylim=(0, max(report[value] for value in values) * 1.15))
+    rows = report.get("by_concurrency", [report])
+    kinds = [
+        ("Without drafter", "tokens_per_second_without", "#9aa5b1"),
+        ("With drafter", "tokens_per_second", "#3b6ea8"),
+    ]
+    kinds = [kind for kind in kinds if report[kind[1]] is not None]
+    for number, (label, name, colour) in enumerate(kinds):
+        places = [place + (number - (len(kinds) - 1) / 2) * 0.4 for place in range(len(rows))]
+        bars = speed.bar(places, [row[name] for row in rows], color=colour, width=0.4, label=label)
+        speed.bar_label(bars, fmt="%.1f", padding=2)
+    speed.set_xticks(range(len(rows)), [str(row["concurrency"]) for row in rows])
+    speed.set(xlabel="Requests at a time", ylabel="Tokens a second")
+    speed.margins(y=0.15)
+    speed.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     for axes in (acceptance, speed):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, format="png", dpi=150)
 
 
+def _latency_lines(report: dict[str, Any]) -> list[str]:
+    """Speed by the number of requests at a time, where servers were measured."""
+    if "by_concurrency" not in report:
+        return []
+
+    def line(row: dict[str, Any], drafter: str, suffix: str) -> str:
+        times = row[f"latency_seconds{suffix}"]
+        cells = [_three(times["request"], 1), _three(times["first_token"], 1), _three(times["output_token"], 1000)]
+        speed = row[f"tokens_per_second{suffix}"]
+        return f"{row['concurrency']:>9}  {drafter:<7}  {speed:>8.1f}  {'  '.join(cells)}"
+
+    return [
+        f"{'Requests':>9}  {'':<7}  {'':>8}  {'Request, s':<23}  {'To first token, s':<23}  {'Between tokens, ms':<23}",
+        f"at a time  Drafter  Tokens/s  {'  '.join(['   mean  median     p99'] * 3)}",
+        *(
+            line(row, drafter, suffix)
+            for row in report["by_concurrency"]
+            for drafter, suffix in (("without", "_without"), ("with", ""))
+            if row[f"tokens_per_second{suffix}"] is not None
+        ),
+        "",
+    ]
+
+
+def _three(times: dict[str, float] | None, scale: float) -> str:
+    if times is None:
+        return " " * 23
+    return f"{scale * times['mean']:7.3f} {scale * times['median']:7.3f} {scale * times['p99']:7.3f}"
+
+
 def _speed_sentence(report: dict[str, Any]) -> str:
     speed, speed_without = report["tokens_per_second"], report["tokens_per_second_without"]
+    if speed_without is None:
+        return f"Speed: {speed:.1f} tokens/s with the drafter; without it wasn't measured."
     sentence = (
         f"Speed: {speed:.1f} tokens/s with the drafter, {speed_without:.1f} without: {speed / speed_without:.2f}x."
     )
@@ -213,7 +307,7 @@ def _speed_sentence(report: dict[str, Any]) -> str:
 
 def _text_sentence(report: dict[str, Any]) -> str:
     if report["text_identical"] is None:
-        return "Text: sampled, so it isn't compared."
+        return "Text: not compared, because it is sampled or was only generated with the drafter."
     if report["text_identical"]:
         return f"Text: identical with and without the drafter for all {report['num_prompts']} prompts."
     places = [f"{place['id']} (turn {place['turn']}, token {place['token']})" for place in report["differences"]]
@@ -226,9 +320,19 @@ def _text_sentence(report: dict[str, Any]) -> str:
     )
 
 
-def _compare(prompts: list[Prompt], without: dict[str, Any], drafted: dict[str, Any], greedy: bool) -> dict[str, Any]:
+def _figures(run: Run) -> dict[str, Any]:
+    return {
+        **summarize(run.drafted["counters"].values()),
+        "tokens_per_second": run.drafted["num_tokens"] / run.drafted["seconds"],
+        "tokens_per_second_without": run.without and run.without["num_tokens"] / run.without["seconds"],
+    }
+
+
+def _compare(
+    prompts: list[Prompt], without: dict[str, Any] | None, drafted: dict[str, Any], greedy: bool
+) -> dict[str, Any]:
     """Where each prompt's tokens differ for the first time; turns and tokens count from 0."""
-    if not greedy:
+    if not greedy or without is None:
         return {"text_identical": None, "num_identical": None, "differences": None}
     differences = []
     for prompt, answers, others in zip(prompts, without["token_ids"], drafted["token_ids"], strict=True):
@@ -255,6 +359,62 @@ def _load_prompts(arguments: EvaluateArguments) -> list[Prompt]:
     return sorted(prompts, key=lambda prompt: prompt.category)
 
 
+def _run_on_servers(arguments: EvaluateArguments, verifier: str, folder: Path, prompts: list[Prompt]) -> list[Run]:
+    """Measure servers that run already, at each number of requests at a time; first that without the drafter."""
+    assert arguments.endpoint is not None
+    client = Client(arguments.endpoint)
+    baseline = Client(arguments.baseline_endpoint) if arguments.baseline_endpoint else None
+    # vLLM that is started with a drafter alone goes by the drafter's name.
+    names = {place(name) for name in (verifier, arguments.model, str(folder))}
+    for server in filter(None, (client, baseline)):
+        if names.isdisjoint(place(name) for name in server.model.values()):
+            raise PeagleError(
+                f"The vLLM server {server.url} runs {server.model['root']}, wanted is {verifier}. Start it with that "
+                "model, or name the right endpoint."
+            )
+    if not client.counters().drafting:
+        raise PeagleError(f"{client.url} serves no drafter. Start it with peagle-hf serve {arguments.model}.")
+    if baseline and baseline.counters().drafting:
+        raise PeagleError(
+            f"{baseline.url} drafts too, so there is nothing to compare with. Start one for --baseline-endpoint with "
+            f"vllm serve {verifier}."
+        )
+    about = {
+        "dtype": "a dtype not known" if arguments.dtype == "auto" else arguments.dtype,
+        "device": "a vLLM server",
+        "versions": {"peagle_hf": __version__, "vllm": client.version()},
+    }
+    runs = []
+    with tqdm(total=len(arguments.concurrency) * len(prompts) * (2 if baseline else 1), unit="prompt") as progress:
+
+        def answers_of(server: Client, given: list[list[str]] | None, concurrency: int) -> dict[str, Any]:
+            return about | measure(
+                server, prompts, given, arguments.max_tokens, arguments.temperature, concurrency, progress.update
+            )
+
+        for concurrency in arguments.concurrency:
+            without = answers_of(baseline, None, concurrency) if baseline else None
+            drafted = answers_of(client, without["texts"] if without else None, concurrency)
+            runs.append(Run(concurrency, drafted, without))
+    return runs
+
+
+def _run_here(arguments: EvaluateArguments, verifier: str, drafting: dict[str, Any], prompts: list[Prompt]) -> Run:
+    """Run vLLM in processes of its own, first without the drafter."""
+    environment, engine = vllm_environment(), _engine_arguments(arguments, verifier)
+    job = {
+        "engine": engine,
+        "max_tokens": arguments.max_tokens,
+        "temperature": arguments.temperature,
+        "prompts": [asdict(prompt) for prompt in prompts],
+    }
+    without = _run(job, environment, Path(arguments.output) / "vllm_without_drafter.log")
+    job |= {"engine": engine | {"speculative_config": drafting}, "answers": without["texts"]}
+    return Run(
+        arguments.concurrency[0], _run(job, environment, Path(arguments.output) / "vllm_with_drafter.log"), without
+    )
+
+
 def _engine_arguments(arguments: EvaluateArguments, verifier: str) -> dict[str, Any]:
     on_gpu = torch.cuda.is_available()
     limit = getattr(load_verifier_config(verifier), "max_position_embeddings", MAX_MODEL_LEN)
@@ -263,7 +423,7 @@ def _engine_arguments(arguments: EvaluateArguments, verifier: str) -> dict[str, 
         "dtype": "float32" if arguments.dtype == "auto" and not on_gpu else arguments.dtype,
         "seed": arguments.seed,
         "max_model_len": arguments.max_model_len or min(MAX_MODEL_LEN, limit),
-        "max_num_seqs": arguments.concurrency,
+        "max_num_seqs": arguments.concurrency[0],
         "enforce_eager": not on_gpu,  # compiling for a CPU takes longer than it saves
         "enable_prefix_caching": False,
         "disable_log_stats": False,
@@ -314,8 +474,6 @@ def _measure(job: dict[str, Any], report_progress: Callable[[int], None]) -> dic
     """
     import transformers
     import vllm
-
-    from . import __version__
 
     llm = vllm.LLM(**job["engine"])
     tokenizer = llm.get_tokenizer()
@@ -376,12 +534,12 @@ def _measure(job: dict[str, Any], report_progress: Callable[[int], None]) -> dic
 
 
 def _read_counters(llm: Any) -> list[int]:
-    """Drafts, draft tokens, accepted tokens, accepted tokens by position; nothing of it without a drafter."""
+    """See `client.Counters.drafting`."""
     metrics = {metric.name: metric for metric in llm.get_metrics()}
-    if f"vllm:spec_decode_{_COUNTERS[0]}" not in metrics:
+    if f"vllm:{DRAFT_COUNTERS[0]}" not in metrics:
         return []
-    counts = [metrics[f"vllm:spec_decode_{name}"].value for name in _COUNTERS]
-    return counts + metrics[f"vllm:spec_decode_{_PER_POSITION}"].values
+    counts = [metrics[f"vllm:{name}"].value for name in DRAFT_COUNTERS]
+    return counts + metrics[f"vllm:{POSITION_COUNTER}"].values
 
 
 def _main() -> None:

@@ -1,4 +1,4 @@
-"""Step 2: run vLLM's OpenAI-compatible server so that it gives the hidden states of every prompt."""
+"""Run vLLM's OpenAI-compatible server: so that it gives hidden states (step 2), or with a drafter (step 7)."""
 
 import json
 import os
@@ -17,12 +17,15 @@ import psutil
 from .data.endpoint import write_server_record
 from .data.extract import check_layer_ids
 from .errors import PeagleError
-from .serving import vllm_environment
+from .serving import check_checkpoint, drafter_folder, speculative_config, vllm_environment
 from .target import load_verifier_config
 
 PLUGIN_FOLDER = Path(__file__).parent / "vllm_plugin"
 GRACE_SECONDS = 15.0
 """How long vLLM may take to end by itself."""
+DRY_RUN_HELP = "Print the command and stop."
+VLLM_PYTHON_HELP = "The Python that vLLM is installed in (default: the one that runs this)."
+TRUST_HELP = "Let the verifier run code from its repository, in vLLM too."
 
 
 @dataclass
@@ -46,13 +49,28 @@ class LaunchArguments:
             "--no-include-last-layer is for a list that ends with the last layer already."
         },
     )
-    dry_run: bool = field(default=False, metadata={"help": "Print the command and stop."})
-    vllm_python: str | None = field(
-        default=None, metadata={"help": "The Python that vLLM is installed in (default: the one that runs this)."}
+    dry_run: bool = field(default=False, metadata={"help": DRY_RUN_HELP})
+    vllm_python: str | None = field(default=None, metadata={"help": VLLM_PYTHON_HELP})
+    trust_remote_code: bool = field(default=False, metadata={"help": TRUST_HELP})
+    vllm_args: list[str] = field(default_factory=list, init=False)
+
+
+@dataclass
+class ServeArguments:
+    """Arguments of `peagle-hf serve MODEL ... -- <vLLM's own flags>`."""
+
+    model: str = field(
+        metadata={"help": "The drafter, a checkpoint folder or a hub name; the flag may be left out."},
     )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Let the verifier run code from its repository, in vLLM too."}
+    verifier: str | None = field(
+        default=None, metadata={"help": "Folder or hub name of the target; default: the one in the checkpoint."}
     )
+    num_speculative_tokens: int | None = field(
+        default=None, metadata={"help": "Tokens to draft at a time; default: as many as it was trained for."}
+    )
+    dry_run: bool = field(default=False, metadata={"help": DRY_RUN_HELP})
+    vllm_python: str | None = field(default=None, metadata={"help": VLLM_PYTHON_HELP})
+    trust_remote_code: bool = field(default=False, metadata={"help": TRUST_HELP})
     vllm_args: list[str] = field(default_factory=list, init=False)
 
 
@@ -62,19 +80,28 @@ def launch(arguments: LaunchArguments) -> None:
     Raises:
         PeagleError: vLLM isn't installed, the verifier can't be read or has no such layers, or the server failed.
     """
-    python = arguments.vllm_python
-    environment = vllm_environment(python)
-    command, slots = server_command(arguments, on_cpu=environment.get("VLLM_TARGET_DEVICE") == "cpu")
+    environment = vllm_environment(arguments.vllm_python)
+    command, slots = server_command(arguments, _on_cpu(environment))
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PLUGIN_FOLDER), environment.get("PYTHONPATH")]))
-    added = [f"{name}={value}" for name, value in environment.items() if os.environ.get(name) != value]
-    print(shlex.join(["env", *added, *command]), flush=True)
-    if arguments.dry_run:
-        return
-    Path(arguments.hidden_states_path).mkdir(parents=True, exist_ok=True)
-    write_server_record(arguments.hidden_states_path, arguments.model, slots)
-    status = run_to_the_end(command, environment)
-    if status:
-        raise PeagleError(f"vLLM ended with status {status}. What it said is above; correct the flags after --.")
+    _show(command, environment)
+    if not arguments.dry_run:
+        Path(arguments.hidden_states_path).mkdir(parents=True, exist_ok=True)
+        write_server_record(arguments.hidden_states_path, arguments.model, slots)
+        _run(command, environment)
+
+
+def serve(arguments: ServeArguments) -> None:
+    """Serve the verifier with its drafter until told to stop; with vLLM end all processes that it has started.
+
+    Raises:
+        PeagleError: vLLM isn't installed, it would load the checkpoint wrongly, the verifier is another than the
+            drafter was made for, or the server failed.
+    """
+    environment = vllm_environment(arguments.vllm_python)
+    command = drafting_command(arguments, _on_cpu(environment))
+    _show(command, environment)
+    if not arguments.dry_run:
+        _run(command, environment)
 
 
 def server_command(arguments: LaunchArguments, on_cpu: bool) -> tuple[list[str], list[int]]:
@@ -110,22 +137,54 @@ def server_command(arguments: LaunchArguments, on_cpu: bool) -> tuple[list[str],
             "kv_connector": "CpuHiddenStatesConnector",
             "kv_connector_module_path": "peagle_cpu_connector",
         }
+    options = {"--speculative-config": extraction, "--kv-transfer-config": connector}
+    return _vllm_command(arguments, arguments.model, options, on_cpu), slots
+
+
+def drafting_command(arguments: ServeArguments, on_cpu: bool) -> list[str]:
+    """The command line of vLLM with the drafter, once that is found to be sound.
+
+    Raises:
+        PeagleError: vLLM would load the checkpoint wrongly, or the verifier is another than it was made for.
+    """
+    folder = drafter_folder(arguments.model)
+    verifier = arguments.verifier or str(check_checkpoint(folder).verifier_name_or_path)
+    config = check_checkpoint(folder, verifier, arguments.trust_remote_code)
+    drafting = speculative_config(folder, config, arguments.num_speculative_tokens)
+    return _vllm_command(arguments, verifier, {"--speculative-config": drafting}, on_cpu)
+
+
+def _vllm_command(
+    arguments: LaunchArguments | ServeArguments, model: str, options: dict[str, dict[str, Any]], on_cpu: bool
+) -> list[str]:
+    if on_cpu:
         # The CPU builds go by another name, by which `vllm serve` doesn't find its own version.
-        server = ["vllm.entrypoints.openai.api_server", "--model", arguments.model, "--enforce-eager"]
+        server = ["vllm.entrypoints.openai.api_server", "--model", model, "--enforce-eager"]
     else:
-        server = ["vllm.entrypoints.cli.main", "serve", arguments.model]
-    command = [
+        server = ["vllm.entrypoints.cli.main", "serve", model]
+    return [
         arguments.vllm_python or sys.executable,
         "-m",
         *server,
-        "--speculative-config",
-        json.dumps(extraction),
-        "--kv-transfer-config",
-        json.dumps(connector),
+        *(word for option, value in options.items() for word in (option, json.dumps(value))),
         *(["--trust-remote-code"] if arguments.trust_remote_code else []),
         *arguments.vllm_args,
     ]
-    return command, slots
+
+
+def _on_cpu(environment: dict[str, str]) -> bool:
+    return environment.get("VLLM_TARGET_DEVICE") == "cpu"
+
+
+def _show(command: list[str], environment: dict[str, str]) -> None:
+    added = [f"{name}={value}" for name, value in environment.items() if os.environ.get(name) != value]
+    print(shlex.join(["env", *added, *command]), flush=True)
+
+
+def _run(command: list[str], environment: dict[str, str]) -> None:
+    status = run_to_the_end(command, environment)
+    if status:
+        raise PeagleError(f"vLLM ended with status {status}. What it said is above; correct the flags after --.")
 
 
 def run_to_the_end(command: list[str], environment: dict[str, str]) -> int:

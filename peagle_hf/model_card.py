@@ -158,8 +158,9 @@ def _acceptance(report: dict[str, Any]) -> str:
         ("acceptance length", f"{report['acceptance_length']:.3f}"),
         ("acceptance rate", _percent(report["acceptance_rate"])),
         ("tokens a second with the drafter", f"{report['tokens_per_second']:.1f}"),
-        ("tokens a second without", f"{report['tokens_per_second_without']:.1f}"),
     ]
+    if report["tokens_per_second_without"] is not None:
+        figures.append(("tokens a second without", f"{report['tokens_per_second_without']:.1f}"))
     if report["num_identical"] is not None:
         figures.append(
             ("texts that are the same with and without", f"{report['num_identical']}/{report['num_prompts']}")

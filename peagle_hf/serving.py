@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
@@ -17,16 +18,38 @@ from .errors import PeagleError
 from .modeling_peagle import PeagleForSpeculation
 from .target import load_verifier_config
 
+CHECKPOINT_FILES = ("config.json", "model.safetensors")
 OPTIONAL_TENSORS = {"embed_tokens.weight"}
 """What vLLM takes from the verifier where a checkpoint doesn't have it."""
 
 
-def check_checkpoint(folder: str | os.PathLike[str], verifier: str | None = None) -> PeagleConfig:
+def drafter_folder(name_or_path: str | os.PathLike[str]) -> Path:
+    """The folder of a drafter: the one that is named, or where the files of a hub's repository are kept.
+
+    Raises:
+        PeagleError: there is no such folder, and the hub gives no such repository.
+    """
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    try:
+        return Path(snapshot_download(str(name_or_path), allow_patterns=list(CHECKPOINT_FILES)))
+    except (OSError, ValueError) as error:
+        raise PeagleError(
+            f"There is no folder {name_or_path}, and no drafter of that name came from the hub: "
+            f"{' '.join(str(error).split())} Name a folder that training wrote, such as checkpoints/checkpoint_best, "
+            "or a repository that this machine can reach or has in its cache."
+        ) from error
+
+
+def check_checkpoint(
+    folder: str | os.PathLike[str], verifier: str | None = None, trust_remote_code: bool = False
+) -> PeagleConfig:
     """Make sure that vLLM would load a checkpoint, and would load it rightly: vLLM itself is silent about much.
 
     Args:
         folder: holds `config.json` and `model.safetensors`.
         verifier: also make sure that the drafter was made for a model like this one (hub name or folder).
+        trust_remote_code: let the verifier's configuration run code from its repository.
 
     Returns:
         The drafter's configuration.
@@ -35,7 +58,7 @@ def check_checkpoint(folder: str | os.PathLike[str], verifier: str | None = None
         PeagleError: a file, field or tensor is missing, superfluous or wrong; the message names it.
     """
     folder = Path(folder)
-    for name in ("config.json", "model.safetensors"):
+    for name in CHECKPOINT_FILES:
         if not (folder / name).is_file():
             raise PeagleError(
                 f"{folder} holds no {name}, so it is no drafter checkpoint. Name a folder that training wrote, such as "
@@ -44,7 +67,7 @@ def check_checkpoint(folder: str | os.PathLike[str], verifier: str | None = None
     config = _check_config(folder / "config.json")
     _check_tensors(folder / "model.safetensors", config)
     if verifier is not None:
-        _check_verifier(folder, config, verifier)
+        _check_verifier(folder, config, verifier, trust_remote_code)
     return config
 
 
@@ -184,8 +207,8 @@ def _check_tensors(path: Path, config: PeagleConfig) -> None:
         )
 
 
-def _check_verifier(folder: Path, config: PeagleConfig, verifier: str) -> None:
-    target = load_verifier_config(verifier)
+def _check_verifier(folder: Path, config: PeagleConfig, verifier: str, trust_remote_code: bool) -> None:
+    target = load_verifier_config(verifier, trust_remote_code=trust_remote_code)
     layer_ids = config.eagle_aux_hidden_state_layer_ids
     same_sizes = (target.hidden_size, target.vocab_size) == (config.hidden_size, config.vocab_size)
     if not same_sizes or max(layer_ids) > target.num_hidden_layers:

@@ -1,8 +1,14 @@
 """A tiny verifier, a prepared dataset and its cached hidden states, all real files made by the real code."""
 
 import json
+import signal
+import socket
+import subprocess
+import sys
 import time
+import urllib.request
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -15,6 +21,17 @@ from peagle_hf.data.cache import Manifest, write_row
 
 VOCAB, HIDDEN, LAYERS = 96, 32, 7
 AUX = [2, 3, 4]
+FOLLOWERS = {5: 6, 6: 7, 7: 5, 20: 21, 21: 22, 22: 2}
+CHAIN_LAYER = {
+    "hidden_size": VOCAB,
+    "intermediate_size": 32,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
+    "head_dim": 32,
+}
+CHAIN_LENGTH = 256
+START_SECONDS = 240
+"""How long a vLLM server may take to be ready."""
 
 
 @pytest.fixture(scope="session")
@@ -65,6 +82,64 @@ def servable_verifier(tmp_path_factory, tiny_verifier) -> Path:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny_verifier)
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory):
+    """A chat model whose next token is `FOLLOWERS` of the last; its template is the messages' words alone.
+
+    Its layers add nothing and its embedding is the identity, so its head alone says which token follows which.
+    """
+    folder = tmp_path_factory.mktemp("a chain")
+    config = LlamaConfig(
+        **CHAIN_LAYER,
+        vocab_size=VOCAB,
+        num_hidden_layers=4,
+        max_position_embeddings=CHAIN_LENGTH,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=False,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.model.embed_tokens.weight.copy_(torch.eye(VOCAB))
+        model.lm_head.weight.zero_()
+        for token, follower in FOLLOWERS.items():
+            model.lm_head.weight[follower, token] = 1
+    model.save_pretrained(folder)
+    words = ["<unk>", "<s>", "</s>", "<mask>", *(f"w{index}" for index in range(4, VOCAB))]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def drafter(chain, tmp_path_factory):
+    """Two layers, three tokens at a time: all zeros, it always proposes the first of its vocabulary, w5."""
+    from peagle_hf import PeagleConfig, PeagleForSpeculation
+
+    folder = tmp_path_factory.mktemp("a drafter")
+    config = PeagleConfig(
+        transformer_layer_config={"model_type": "llama", **CHAIN_LAYER, "vocab_size": VOCAB, "num_hidden_layers": 2},
+        speculators_config={"verifier": {"name_or_path": str(chain), "architectures": ["LlamaForCausalLM"]}},
+        draft_vocab_size=40,
+        mask_token_id=3,
+        eagle_aux_hidden_state_layer_ids=[1, 2, 3],
+        num_depths=3,
+    )
+    model = PeagleForSpeculation(config)
+    for parameter in model.parameters():
+        torch.nn.init.zeros_(parameter)
+    token_ids = torch.arange(5, 45)
+    model.set_draft_vocabulary(token_ids - torch.arange(40), torch.isin(torch.arange(VOCAB), token_ids))
+    model.save_pretrained(folder)
     return folder
 
 
@@ -171,6 +246,48 @@ def tiny_data(tmp_path_factory, tiny_verifier) -> Path:
     """20 conversations of 12 to 31 tokens, prepared and cached."""
     folder = tmp_path_factory.mktemp("data")
     return write_cache(write_prepared(folder, [12 + index for index in range(20)]), tiny_verifier)
+
+
+class VllmServer:
+    """A server as a user starts it with a command of `peagle-hf`, and the processes of its session.
+
+    Args:
+        command: without vLLM's own flags.
+        flags: those, but for its address.
+    """
+
+    def __init__(self, command: list[str], flags: list[str], log: Path):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        address = ["--host", "127.0.0.1", "--port", str(self.port)]
+        self.command, self.log = [sys.executable, "-m", "peagle_hf", *command, "--", *address, *flags], log
+        self.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    def start(self) -> None:
+        with open(self.log, "a") as log:
+            self.process = subprocess.Popen(self.command, stdout=log, stderr=log)
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            with suppress(OSError), urllib.request.urlopen(f"{self.url}/models", timeout=5):
+                break
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.stop()
+                raise AssertionError(f"vLLM did not start:\n{self.log.read_text()[-3000:]}")
+            time.sleep(0.5)
+        self.tree = [process.pid for process in psutil.Process(self.process.pid).children(recursive=True)]
+
+    @property
+    def api_server(self) -> psutil.Process:
+        return psutil.Process(self.process.pid).children()[0]
+
+    def stop(self, number: signal.Signals = signal.SIGINT) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(60)
 
 
 def ended(process_ids: list[int], seconds: float = 5.0) -> bool:

@@ -1,8 +1,10 @@
-"""A small HTTP server that extracts hidden states as vLLM does, or fails to in a way that a test names."""
+"""Small HTTP servers that do what vLLM does, or fail to in a way that a test names."""
 
 import fcntl
+import itertools
 import json
 import os
+import socket
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,7 +23,7 @@ def states_of(token_ids: list[int], layer_ids: list[int], hidden_size: int) -> T
 
 
 class FakeVllm:
-    """Serves on a free loopback port as a context manager.
+    """Extracts hidden states; serves on a free loopback port as a context manager.
 
     Args:
         folder: where the states go.
@@ -56,20 +58,34 @@ class FakeVllm:
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:
-                self.send({"object": "list", "data": [{"id": fake.model, "root": fake.model, "object": "model"}]})
+                fake._get(self, self.path)
 
             def do_POST(self) -> None:
-                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                fake.asked.append(request["prompt"])
-                fake._answer(self, request["prompt"])
+                fake._post(self, json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
 
             def send(self, content: dict, status: int = 200) -> None:
-                body = json.dumps(content).encode()
+                self.send_text(json.dumps(content), status, "application/json")
+
+            def send_text(self, content: str, status: int = 200, kind: str = "text/plain") -> None:
+                body = content.encode()
                 self.send_response(status)
-                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Type", kind)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)
+
+            def start_stream(self) -> None:
+                self.send_response(200)
+                self.send_header("Content-Type", "text/event-stream")
+                self.send_header("Transfer-Encoding", "chunked")
+                self.end_headers()
+
+            def send_event(self, content: dict) -> None:
+                event = f"data: {json.dumps(content)}\n\n".encode()
+                self.wfile.write(b"%x\r\n%s\r\n" % (len(event), event))
+
+            def end_stream(self) -> None:
+                self.wfile.write(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
 
             def log_message(self, *args: object) -> None: ...
 
@@ -83,6 +99,13 @@ class FakeVllm:
         self.released.set()
         self.http.shutdown()
         self.http.server_close()
+
+    def _get(self, handler, path: str) -> None:
+        handler.send({"object": "list", "data": [{"id": self.model, "root": self.model, "object": "model"}]})
+
+    def _post(self, handler, request: dict) -> None:
+        self.asked.append(request["prompt"])
+        self._answer(handler, request["prompt"])
 
     def _answer(self, handler, token_ids: list[int]) -> None:
         fault = self.fault(token_ids)
@@ -142,3 +165,94 @@ class FakeVllm:
             os.close(lock)
 
         threading.Timer(0.02, write).start()
+
+
+class FakeDraftingVllm(FakeVllm):
+    """Answers chats in a stream and counts drafts, as vLLM with a drafter of three tokens does, or `drafts` not at all.
+
+    An answer to N words has N + 1 tokens, at most `max_tokens`, with ids from `first` on: the first token, then drafts
+    of which none, one and two tokens are accepted by turns. `fault` is asked with the last message: see `_post`.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        drafts: bool = True,
+        fault: Callable[[str], str | None] = lambda message: None,
+        first: int = 0,
+    ):
+        super().__init__(Path(), model, [], 0)
+        self.drafts, self.chat_fault, self.first = drafts, fault, first
+        self.requests: list[dict] = []
+        self.generated = 0
+        self.counts = [0] * 6
+        self.counting = threading.Lock()
+
+    def _get(self, handler, path: str) -> None:
+        if path == "/version":
+            handler.send({"version": "0.32.0"})
+        elif path == "/metrics":
+            handler.send_text(self._metrics())
+        else:
+            super()._get(handler, path)
+
+    def _metrics(self) -> str:
+        """What two engines of one server count adds up."""
+        names = [(f"spec_decode_num_{name}", "") for name in ("drafts", "draft_tokens", "accepted_tokens")]
+        names += [("spec_decode_num_accepted_tokens_per_pos", f',position="{place}"') for place in range(3)]
+        text = "# TYPE vllm:generation_tokens_total counter\n"
+        with self.counting:
+            counts = {("generation_tokens", ""): self.generated}
+            counts |= dict(zip(names, self.counts, strict=True)) if self.drafts else {}
+        for (name, label), count in counts.items():
+            for engine, share in enumerate((count - count // 2, count // 2)):
+                labels = f'{{engine="{engine}",model_name="a {{model}}"{label}}}'
+                text += f"vllm:{name}_total{labels} {share}.0\nvllm:{name}_created{labels} 1.79e+09\n"
+        return text
+
+    def _post(self, handler, request: dict) -> None:
+        self.requests.append(request)
+        message = request["messages"][-1]["content"]
+        fault = self.chat_fault(message)
+        if fault == "400":
+            handler.send({"error": {"message": "the prompt is too long", "type": "BadRequest", "code": 400}}, 400)
+            return
+        with self.counting:
+            if fault == "started anew":
+                self.generated, self.counts = 0, [0] * 6
+            if fault == "others":
+                self.generated += 7
+        length = min(len(message.split()) + 1, request["max_tokens"])
+        tokens = [self.first + place for place in range(2 if fault == "cut" else length)]
+        handler.start_stream()
+        self._send(handler, tokens[:1], last=len(tokens) == 1, fault=fault)
+        place = 1
+        for accepted in itertools.cycle((0, 1, 2)):
+            if place >= len(tokens):
+                break
+            if fault == "dies":
+                handler.connection.shutdown(socket.SHUT_RDWR)
+                return
+            if fault == "error":
+                handler.send_event({"error": {"message": "the engine died", "type": "InternalServerError"}})
+            if fault in ("error", "breaks off"):
+                break
+            with self.counting:
+                counted = [1, 3, accepted, *(int(accepted > position) for position in range(3))]
+                self.counts = [one + other for one, other in zip(self.counts, counted, strict=True)]
+            chunk = tokens[place : place + accepted + 1]
+            place += len(chunk)
+            self._send(handler, chunk, last=place == len(tokens), fault=fault)
+        handler.end_stream()
+
+    def _send(self, handler, tokens: list[int], last: bool, fault: str | None) -> None:
+        if fault != "uncounted":
+            with self.counting:
+                self.generated += len(tokens)
+        choice = {
+            "index": 0,
+            "delta": {"content": "".join(f"w{token} " for token in tokens)},
+            "finish_reason": ("length" if fault == "cut" else "stop") if last else None,
+            "token_ids": None if fault == "no token ids" else tokens,
+        }
+        handler.send_event({"id": "1", "object": "chat.completion.chunk", "choices": [choice]})

@@ -1,8 +1,7 @@
 """Serving and measuring: checkpoints that vLLM would load wrongly are refused, and real vLLM gives exact figures.
 
-The verifier is a Markov chain: its layers add nothing, its embedding is the identity, so its head alone says which
-token follows which. The drafter is all zeros and so always proposes the first token of its vocabulary. What vLLM must
-count can so be worked out by hand.
+The verifier is a Markov chain and the drafter always proposes the same token (conftest.py): what vLLM must count can be
+worked out by hand.
 """
 
 import json
@@ -12,79 +11,13 @@ import sys
 
 import pytest
 import torch
+from conftest import CHAIN_LENGTH, VOCAB
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from peagle_hf import EvaluateArguments, PeagleConfig, PeagleError, PeagleForSpeculation, evaluate
+from peagle_hf import EvaluateArguments, PeagleError, evaluate
 from peagle_hf.data.regenerate import Prompt
 from peagle_hf.evaluation import _compare, draw, summarize, table
 from peagle_hf.serving import check_checkpoint, speculative_config, vllm_environment
-
-VOCAB = 96
-EOS, MASK = 2, 3
-FOLLOWERS = {5: 6, 6: 7, 7: 5, 20: 21, 21: 22, 22: EOS}
-LAYER = {
-    "hidden_size": VOCAB,
-    "intermediate_size": 32,
-    "num_attention_heads": 3,
-    "num_key_value_heads": 3,
-    "head_dim": 32,
-}
-LONGEST = 256
-
-
-@pytest.fixture(scope="session")
-def chain(tmp_path_factory):
-    """A chat model whose next token is `FOLLOWERS` of the last; its template is the messages' words alone."""
-    folder = tmp_path_factory.mktemp("a chain")
-    config = LlamaConfig(
-        **LAYER,
-        vocab_size=VOCAB,
-        num_hidden_layers=4,
-        max_position_embeddings=LONGEST,
-        bos_token_id=1,
-        eos_token_id=EOS,
-        tie_word_embeddings=False,
-    )
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.o_proj.weight.zero_()
-            layer.mlp.down_proj.weight.zero_()
-        model.model.embed_tokens.weight.copy_(torch.eye(VOCAB))
-        model.lm_head.weight.zero_()
-        for token, follower in FOLLOWERS.items():
-            model.lm_head.weight[follower, token] = 1
-    model.save_pretrained(folder)
-    words = ["<unk>", "<s>", "</s>", "<mask>", *(f"w{index}" for index in range(4, VOCAB))]
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
-    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def drafter(chain, tmp_path_factory):
-    """Two layers, three tokens at a time, each of them w5."""
-    folder = tmp_path_factory.mktemp("a drafter")
-    config = PeagleConfig(
-        transformer_layer_config={"model_type": "llama", **LAYER, "vocab_size": VOCAB, "num_hidden_layers": 2},
-        speculators_config={"verifier": {"name_or_path": str(chain), "architectures": ["LlamaForCausalLM"]}},
-        draft_vocab_size=40,
-        mask_token_id=MASK,
-        eagle_aux_hidden_state_layer_ids=[1, 2, 3],
-        num_depths=3,
-    )
-    model = PeagleForSpeculation(config)
-    for parameter in model.parameters():
-        torch.nn.init.zeros_(parameter)
-    token_ids = torch.arange(5, 45)
-    model.set_draft_vocabulary(token_ids - torch.arange(40), torch.isin(torch.arange(VOCAB), token_ids))
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -204,6 +137,7 @@ def make_report(**changes):
         **summarize([[40, 80, 12, 8, 4]]),
         "tokens_per_second": 30.0,
         "tokens_per_second_without": 40.0,
+        "concurrency": 4,
         "text_identical": True,
         "num_identical": 3,
         "differences": [],
@@ -320,13 +254,13 @@ def test_drafter_serves_by_itself_where_peagle_hf_was_never_imported(drafter):
 def test_failure_inside_vllm_is_reported_with_its_log(drafter, tmp_path, caplog):
     rows = [{"turns": ["w7"]}]
     with pytest.raises(PeagleError, match=r"vLLM failed without the drafter.*vllm_without_drafter\.log"):
-        evaluate(arguments(drafter, tmp_path, rows, max_model_len=10 * LONGEST))
+        evaluate(arguments(drafter, tmp_path, rows, max_model_len=10 * CHAIN_LENGTH))
     assert "max_model_len" in caplog.text
     assert not (tmp_path / "out" / "evaluation.json").exists()
 
 
 @pytest.mark.vllm
 def test_prompt_that_is_too_long_is_named(drafter, tmp_path):
-    rows = [{"turns": ["w7"]}, {"question_id": "long one", "turns": ["w7 " * LONGEST]}]
+    rows = [{"turns": ["w7"]}, {"question_id": "long one", "turns": ["w7 " * CHAIN_LENGTH]}]
     with pytest.raises(PeagleError, match=r"prompt long one has 256 tokens.*--max-model-len"):
         evaluate(arguments(drafter, tmp_path, rows, max_tokens=4))

@@ -15,7 +15,7 @@ from fake_hub import READ_TOKEN, TOKEN, fake_hub
 from huggingface_hub import ModelCard
 from safetensors.torch import load, load_file
 from test_distributed import torchrun
-from test_evaluation import chain, drafter, serve_by_itself  # noqa: F401
+from test_evaluation import serve_by_itself
 from test_trainer import ROOT, StopAt, run
 from transformers import AutoModel
 
@@ -32,6 +32,7 @@ from peagle_hf import (
     cli,
     push,
 )
+from peagle_hf.launch import ServeArguments, drafting_command
 from peagle_hf.model_card import model_card, read_evaluation, read_record
 from peagle_hf.serving import check_checkpoint
 
@@ -362,7 +363,7 @@ def test_what_vllm_would_not_serve_is_not_pushed(hub, trained, evaluation, tmp_p
 
 
 @pytest.mark.vllm
-def test_vllm_serves_from_the_hub_by_nothing_but_the_name(hub, chain, drafter, tmp_path):  # noqa: F811
+def test_vllm_serves_from_the_hub_by_nothing_but_the_name(hub, chain, drafter, tmp_path):
     hub.add("some-lab/chain", {path.name: path.read_bytes() for path in chain.iterdir()})
     push(PushArguments(str(drafter), "my-lab/chain-drafter", verifier_name="some-lab/chain"))
     serve_by_itself("my-lab/chain-drafter", HF_ENDPOINT=hub.url, HF_HUB_DISABLE_XET="1", HF_HOME=str(tmp_path / "home"))
@@ -374,3 +375,13 @@ def test_of_two_processes_one_uploads(hub, hub_flags, tmp_path):
     torchrun(["-m", "peagle_hf"], "train", *cli.flags({**hub_flags, "hub_strategy": "end"}), environment=environment)
     assert hub.files("my-lab/drafter").keys() == SERVED
     assert [path for _, path in hub.requests].count("/api/models/my-lab/drafter/commit/main") == 1
+
+
+def test_a_drafter_of_the_hub_is_served_from_its_files(hub, drafter):
+    files = {name: (drafter / name).read_bytes() for name in ("config.json", "model.safetensors")}
+    hub.add("my-lab/drafter", {**files, "optimizer.pt": b"not wanted"})
+    command = drafting_command(ServeArguments("my-lab/drafter"), on_cpu=True)
+    folder = Path(json.loads(command[command.index("--speculative-config") + 1])["model"])
+    assert {path.name for path in folder.iterdir()} == set(files)
+    with pytest.raises(PeagleError, match=r"no drafter of that name came from the hub: .*Repository"):
+        drafting_command(ServeArguments("my-lab/nothing"), on_cpu=True)

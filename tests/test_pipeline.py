@@ -101,9 +101,9 @@ LAYERS = [
     {"adapters", "data.cache", "data.chats", "data.collator", "data.partition", "generation", "memory", "serving"},
     {"data.endpoint", "data.prepare", "data.regenerate", "model_card", "pace", "vllm_plugin.peagle_cpu_connector"},
     {"data.dataset", "training_args"},
-    {"data.cache_command", "data.extract", "callbacks"},
+    {"client", "data.cache_command", "data.extract", "callbacks"},
     {"continuing", "evaluation", "hub", "launch", "offline"},
-    {"acceptance_metric", "trainer"},
+    {"acceptance_metric", "chat", "trainer"},
     {"cli"},
 ]
 

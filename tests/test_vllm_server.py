@@ -1,20 +1,17 @@
 """A real vLLM server, started by `peagle-hf launch-vllm`: what it extracts, what becomes of it, and training on it."""
 
 import signal
-import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
-from conftest import AUX, ended, write_prepared
+from conftest import AUX, VllmServer, ended, write_prepared
 from safetensors.torch import load_file
 
 from peagle_hf import PeagleError, PeagleTrainingArguments, train
@@ -25,46 +22,15 @@ from peagle_hf.data.extract import ExtractArguments, extract
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 LENGTHS = [40, 9, 120, 33, 300, 57, 12, 200]
-START_SECONDS = 240
 
 
-class Launched:
-    """A server as a user starts it, and the processes of its session."""
+class Launched(VllmServer):
+    """A server of hidden states as a user starts it."""
 
     def __init__(self, model: Path, folder: Path, log: Path):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.model, self.folder, self.log = model, folder, log
-        self.start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/v1"
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "peagle_hf", "launch-vllm", str(self.model)]
-        command += ["--hidden-states-path", str(self.folder), "--"]
-        command += ["--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32", "--max-model-len", "400"]
-        with open(self.log, "a") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log)
-        deadline = time.monotonic() + START_SECONDS
-        while True:
-            with suppress(OSError), urllib.request.urlopen(f"{self.url}/models", timeout=5):
-                break
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                self.stop()
-                raise AssertionError(f"vLLM did not start:\n{self.log.read_text()[-3000:]}")
-            time.sleep(0.5)
-        self.tree = [process.pid for process in psutil.Process(self.process.pid).children(recursive=True)]
-
-    @property
-    def api_server(self) -> psutil.Process:
-        return psutil.Process(self.process.pid).children()[0]
-
-    def stop(self, number: signal.Signals = signal.SIGINT) -> int:
-        self.process.send_signal(number)
-        return self.process.wait(60)
+        self.model, self.folder = model, folder
+        flags = ["--dtype", "float32", "--max-model-len", "400"]
+        super().__init__(["launch-vllm", str(model), "--hidden-states-path", str(folder)], flags, log)
 
 
 @pytest.fixture(scope="module")

@@ -83,7 +83,7 @@ class Endpoint:
         raise EndpointError("; ".join(f"{url}: {reason}" for url, reason in reasons.items()))
 
     @contextmanager
-    def _best_server(self, untried: set[str]) -> Iterator["_Server"]:
+    def _best_server(self, untried: set[str]) -> Iterator["Server"]:
         """The server that failed the fewest requests since it last answered, and of several the least busy one."""
         with _CHOICE:
             servers = [
@@ -263,7 +263,7 @@ def concurrently(
         stopped.set()
 
 
-class _Server:
+class Server:
     """One server, as this process sees it: how often it failed since it last answered, and what it is busy with."""
 
     def __init__(self, url: str, timeout: float, max_retries: int):
@@ -284,7 +284,7 @@ class _Server:
     def model(self) -> dict[str, str]:
         """What the model is called there (`id`), and the folder or hub name that it was loaded from (`root`)."""
         if self._model is None:
-            with self._reasons():
+            with self.reasons():
                 models = self.client.models.list().data
             if not models:
                 raise EndpointError("it serves no model")
@@ -293,7 +293,7 @@ class _Server:
 
     def ask(self, token_ids: list[int]) -> str:
         """Send a document through the model; gives the path where its states are or will be."""
-        with self._reasons():
+        with self.reasons():
             answer = self.client.completions.create(
                 model=self.model["id"], prompt=token_ids, max_tokens=1, temperature=0
             )
@@ -306,7 +306,8 @@ class _Server:
         return path
 
     @contextmanager
-    def _reasons(self) -> Iterator[None]:
+    def reasons(self) -> Iterator[None]:
+        """Turn whatever goes wrong with a request into an `EndpointError` that says what."""
         try:
             yield
         except self.errors as error:
@@ -315,9 +316,9 @@ class _Server:
 
 
 @cache
-def _server(url: str, timeout: float, max_retries: int, process_id: int) -> _Server:
+def _server(url: str, timeout: float, max_retries: int, process_id: int) -> Server:
     """The connections of this process; a forked one opens its own."""
-    return _Server(url, timeout, max_retries)
+    return Server(url, timeout, max_retries)
 
 
 @contextmanager

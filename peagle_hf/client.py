@@ -1,0 +1,270 @@
+"""A vLLM server from outside: answers that come in a stream, what its counters say of them, and how fast they came."""
+
+import re
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+
+from .data.endpoint import EndpointError, Server, concurrently, endpoint_urls
+from .data.regenerate import Prompt
+from .errors import PeagleError
+
+DRAFT_COUNTERS = ("spec_decode_num_drafts", "spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens")
+POSITION_COUNTER = "spec_decode_num_accepted_tokens_per_pos"
+TIMEOUT_SECONDS = 600.0
+"""Longest pause of an answer."""
+SETTLE_SECONDS = 5.0
+"""How long after an answer a server may take to count it."""
+_SAMPLE = re.compile(r'^vllm:(\w+)_total\{(?:.*\bposition="(\d+)")?.*\} (\S+)$', re.M)
+_AS_IN_PROCESS = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+"""Sampling that the model's own generation_config.json would otherwise change, as it does on servers."""
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What a server has counted since it started, over all its engines.
+
+    Args:
+        generated: tokens.
+        drafting: drafts, draft tokens, accepted tokens, then accepted tokens by position; empty without a drafter.
+    """
+
+    generated: int
+    drafting: list[int]
+
+
+@dataclass
+class Answer:
+    """An answer, why it ends, and when it came: seconds from the request to the first and to the last token."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    first_token_seconds: float = 0.0
+    seconds: float = 0.0
+
+
+class Client:
+    """A server that is asked by chat messages.
+
+    Args:
+        endpoint: its address, with or without `/v1`.
+
+    Raises:
+        PeagleError: nothing answers there, or openai isn't installed.
+    """
+
+    def __init__(self, endpoint: str):
+        urls = endpoint_urls(endpoint)
+        if len(urls) > 1:
+            raise PeagleError(f"{endpoint} names {len(urls)} servers; each has counters of its own. Name one.")
+        (self.url,) = urls
+        self._server = Server(self.url, TIMEOUT_SECONDS, max_retries=0)
+        try:
+            self.model = self._server.model
+        except EndpointError as error:
+            raise PeagleError(
+                f"The vLLM server {self.url} can't be asked for its model: {error}. Start one with peagle-hf serve and "
+                "wait until it is ready, or correct the endpoint."
+            ) from error
+
+    def version(self) -> str:
+        """Of vLLM."""
+        return str(self._get("version", dict[str, object])["version"])
+
+    def counters(self) -> Counters:
+        """Read the Prometheus counters.
+
+        Raises:
+            PeagleError: the server has none.
+        """
+        counts: dict[str, int] = {}
+        for name, position, value in _SAMPLE.findall(self._get("metrics", str)):
+            counts[name + position] = counts.get(name + position, 0) + int(float(value))
+        if "generation_tokens" not in counts:
+            raise PeagleError(
+                f"{self.url} counts no tokens, so acceptance can't be measured there. Start vLLM without "
+                "--disable-log-stats, and name its own address, not that of a proxy."
+            )
+        if DRAFT_COUNTERS[0] not in counts:
+            return Counters(counts["generation_tokens"], [])
+        positions = sum(name.startswith(POSITION_COUNTER) for name in counts)
+        names = [*DRAFT_COUNTERS, *(f"{POSITION_COUNTER}{position}" for position in range(positions))]
+        return Counters(counts["generation_tokens"], [counts[name] for name in names])
+
+    def since(self, earlier: Counters, num_tokens: int) -> Counters:
+        """What was counted since, once these tokens at least are.
+
+        Raises:
+            PeagleError: the counters don't go on from the earlier ones.
+        """
+        deadline = time.monotonic() + SETTLE_SECONDS
+        while True:
+            now = self.counters()
+            drafting = [after - before for after, before in zip(now.drafting, earlier.drafting, strict=False)]
+            difference = Counters(now.generated - earlier.generated, drafting)
+            started_anew = len(now.drafting) != len(earlier.drafting) or min(difference.generated, *drafting, 0) < 0
+            late = time.monotonic() > deadline
+            if started_anew or (late and difference.generated < num_tokens):
+                raise PeagleError(
+                    f"{self.url} generated {num_tokens} tokens but counted {difference.generated}: it was started anew "
+                    "in between, or several servers answer there. Measure one server that keeps running."
+                )
+            if difference.generated >= num_tokens:
+                return difference
+            time.sleep(0.02)
+
+    def ask(
+        self,
+        messages: Sequence[dict[str, Any]],
+        max_tokens: int,
+        temperature: float | None = None,
+        extra: dict[str, Any] | None = None,
+        on_text: Callable[[str], object] = lambda text: None,
+    ) -> Answer:
+        """Send a chat and wait for its answer.
+
+        Args:
+            temperature: default: the server's.
+            extra: more fields of vLLM's request.
+            on_text: called with every piece of the answer, reasoning included, as it comes.
+
+        Raises:
+            PeagleError: no answer came, or only a part.
+        """
+        request: dict[str, Any] = {"model": self.model["id"], "messages": messages, "max_tokens": max_tokens}
+        if temperature is not None:
+            request["temperature"] = temperature
+        answer = Answer()
+        try:
+            with self._server.reasons():
+                started = time.perf_counter()
+                stream = self._server.client.chat.completions.create(
+                    **request, stream=True, extra_body={"return_token_ids": True, **(extra or {})}
+                )
+                with stream:
+                    for choice in (choice for chunk in stream for choice in chunk.choices):
+                        token_ids = getattr(choice, "token_ids", None) or []
+                        answer.seconds = time.perf_counter() - started
+                        if token_ids and not answer.token_ids:
+                            answer.first_token_seconds = answer.seconds
+                        answer.token_ids += token_ids
+                        answer.text += choice.delta.content or ""
+                        on_text(choice.delta.content or getattr(choice.delta, "reasoning", None) or "")
+                        answer.finish_reason = choice.finish_reason or answer.finish_reason
+            if answer.finish_reason is None:
+                raise EndpointError("the answer breaks off")
+            if not answer.token_ids:
+                raise EndpointError("it gives no token ids with its answer, as vLLM 0.11 and later do")
+        except EndpointError as error:
+            raise PeagleError(f"The vLLM server {self.url} failed: {error}.") from error
+        return answer
+
+    def _get(self, page: str, kind: Any) -> Any:
+        try:
+            with self._server.reasons():
+                return self._server.client.get(f"{self.url.removesuffix('/v1')}/{page}", cast_to=kind)
+        except EndpointError as error:
+            raise PeagleError(f"The vLLM server {self.url} can't be asked for its {page}: {error}.") from error
+
+
+def measure(
+    client: Client,
+    prompts: Sequence[Prompt],
+    answers: Sequence[Sequence[str]] | None,
+    max_tokens: int,
+    temperature: float,
+    concurrency: int,
+    report_progress: Callable[[int], object],
+) -> dict[str, Any]:
+    """Ask all prompts, category by category, so many chats at a time; nothing comes from the server's prefix cache.
+
+    Args:
+        prompts: those of a category together.
+        answers: of each prompt by turn, for later turns to follow; default: the server's own.
+
+    Returns:
+        `texts` and `token_ids` of each prompt's answers by turn, `counters` by category (see `Counters.drafting`),
+        `num_tokens` and `seconds` of generation, and `latency_seconds`: mean, median and p99 of `request`,
+        `first_token` and `output_token`.
+
+    Raises:
+        PeagleError: the server fails, or generates more than it was asked for here: then others use it too.
+    """
+
+    def converse(index: int) -> list[Answer]:
+        prompt, given = prompts[index], [] if answers is None else answers[index]
+        messages, said = list(prompt.system), []
+        for turn, question in enumerate(prompt.turns):
+            messages.append({"role": "user", "content": question})
+            fields = {**_AS_IN_PROCESS, "cache_salt": secrets.token_hex(8)}
+            try:
+                answer = client.ask(messages, max_tokens, temperature, fields)
+            except PeagleError as error:
+                raise PeagleError(f"Turn {turn} of prompt {prompt.id} got no answer. {error}") from error
+            if answer.finish_reason == "length" and len(answer.token_ids) < max_tokens:
+                raise PeagleError(
+                    f"{client.url} cut the answer to turn {turn} of prompt {prompt.id} after {len(answer.token_ids)} "
+                    f"of {max_tokens} tokens: prompt and answer are longer than its --max-model-len. Start it with "
+                    "more, ask for fewer with --max-tokens, or take the prompt out."
+                )
+            said.append(answer)
+            messages.append({"role": "assistant", "content": answer.text if answers is None else given[turn]})
+        return said
+
+    before = client.counters()
+    warmed_up = client.ask([{"role": "user", "content": prompts[0].turns[0]}], 8, temperature)
+    client.since(before, len(warmed_up.token_ids))
+    chats: list[list[Answer]] = [[] for _ in prompts]
+    counters, num_tokens, seconds = {}, 0, 0.0
+    for category, group in groupby(range(len(prompts)), key=lambda index: prompts[index].category):
+        indices = list(group)
+        before, started = client.counters(), time.perf_counter()
+        for index, result in concurrently(converse, indices, min(concurrency, len(indices))):
+            if isinstance(result, BaseException):
+                raise result
+            chats[index] = result
+            report_progress(1)
+        seconds += time.perf_counter() - started
+        asked = sum(len(answer.token_ids) for index in indices for answer in chats[index])
+        counted = client.since(before, asked)
+        if counted.generated > asked:
+            raise PeagleError(
+                f"{client.url} generated {counted.generated} tokens while {asked} were asked for here: others use it "
+                "too, and its counters don't tell whose tokens they count. Measure when nobody else does."
+            )
+        counters[category] = counted.drafting
+        num_tokens += asked
+    return {
+        "texts": [[answer.text for answer in chat] for chat in chats],
+        "token_ids": [[answer.token_ids for answer in chat] for chat in chats],
+        "counters": counters,
+        "num_tokens": num_tokens,
+        "seconds": seconds,
+        "latency_seconds": _latency([answer for chat in chats for answer in chat]),
+    }
+
+
+def _latency(answers: Sequence[Answer]) -> dict[str, dict[str, float] | None]:
+    streamed = [answer for answer in answers if len(answer.token_ids) > 1]
+    values = {
+        "request": [answer.seconds for answer in answers],
+        "first_token": [answer.first_token_seconds for answer in answers],
+        "output_token": [
+            (answer.seconds - answer.first_token_seconds) / (len(answer.token_ids) - 1) for answer in streamed
+        ],
+    }
+    return {name: _distribution(seconds) if seconds else None for name, seconds in values.items()}
+
+
+def _distribution(values: list[float]) -> dict[str, float]:
+    return {
+        "mean": float(np.mean(values)),
+        "median": float(np.median(values)),
+        "p99": float(np.percentile(values, 99)),
+    }

@@ -1,0 +1,309 @@
+"""Serving a drafter, chatting with it and measuring it from outside."""
+
+import io
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import VllmServer, ended
+from fake_vllm import FakeDraftingVllm
+
+from peagle_hf import EvaluateArguments, PeagleError, cli, evaluate
+from peagle_hf.launch import ServeArguments, drafting_command
+from peagle_hf.model_card import model_card, read_evaluation
+from peagle_hf.serving import check_checkpoint
+
+ROWS = [
+    {"question_id": 1, "category": "short", "turns": ["a b c"]},
+    {"question_id": 2, "category": "long", "turns": ["a b c d e f g", "a b c"]},
+    {"question_id": 3, "category": "short", "turns": ["a b c"]},
+]
+# One token, then of drafts 1, 2 and 3 tokens by turns: 4 tokens take two drafts, of which one accepts a token;
+# 8 tokens take four, with 1 + 2 tokens accepted.
+SHORT, LONG = [2, 6, 1, 1, 0, 0], [4, 12, 3, 2, 1, 0]
+
+
+@pytest.fixture
+def prompts(tmp_path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+@pytest.fixture
+def server(chain):
+    with FakeDraftingVllm(str(chain)) as server:
+        yield server
+
+
+@pytest.fixture
+def baseline(chain):
+    with FakeDraftingVllm(str(chain), drafts=False) as server:
+        yield server
+
+
+@pytest.fixture
+def arguments(drafter, prompts, tmp_path, server):
+    def arguments(**changes) -> EvaluateArguments:
+        fields = {"model": str(drafter), "prompts": str(prompts), "output": str(tmp_path / "out"), "max_tokens": 60}
+        return EvaluateArguments(**{**fields, "endpoint": server.url, **changes})
+
+    return arguments
+
+
+# Serving
+
+
+def option(command: list[str], name: str) -> dict:
+    return json.loads(command[command.index(name) + 1])
+
+
+def test_the_drafter_is_served_beside_the_verifier_that_it_names(drafter, chain):
+    arguments = ServeArguments(str(drafter), num_speculative_tokens=5)
+    arguments.vllm_args = ["--port", "8001"]
+    command = drafting_command(arguments, on_cpu=False)
+    assert command[:5] == [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(chain)]
+    assert command[-2:] == ["--port", "8001"]
+    wanted = {"model": str(drafter), "method": "eagle3", "parallel_drafting": True, "num_speculative_tokens": 5}
+    assert option(command, "--speculative-config") == wanted
+    on_cpu = drafting_command(ServeArguments(str(drafter)), on_cpu=True)
+    assert on_cpu[2:5] == ["vllm.entrypoints.openai.api_server", "--model", str(chain)]
+    assert option(on_cpu, "--speculative-config")["num_speculative_tokens"] == 3
+
+
+def test_a_bad_checkpoint_or_another_verifier_is_found_before_vllm_starts(drafter, servable_verifier, tmp_path, capsys):
+    pytest.importorskip("vllm")
+    for words, flags in (
+        ("holds no config.json", [str(tmp_path)]),
+        ("was made for", [str(drafter), "--verifier", str(servable_verifier)]),
+        ("There is no folder no/such", ["no/such"]),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main(["serve", *flags])
+        assert words in capsys.readouterr().err
+
+
+# Measuring
+
+
+def test_servers_give_the_report_that_vllm_in_process_gives(arguments, server, baseline, drafter, caplog):
+    caplog.set_level("INFO", logger="peagle_hf")
+    report = evaluate(arguments(baseline_endpoint=baseline.url, concurrency=[1, 3]))
+    categories = report["by_category"]
+    assert [(name, row["num_prompts"]) for name, row in categories.items()] == [("long", 1), ("short", 2)]
+    assert categories["short"]["per_position_acceptance"] == [0.5, 0, 0]
+    counts = [short * 2 + long + short for short, long in zip(SHORT, LONG, strict=True)]
+    counted = [report[name] for name in ("num_drafts", "num_draft_tokens", "num_accepted_tokens")]
+    assert counted == counts[:3]
+    assert report["per_position_acceptance"] == [count / counts[0] for count in counts[3:]]
+    assert report["acceptance_length"] == 1 + counts[2] / counts[0]
+    assert (report["num_speculative_tokens"], report["concurrency"], report["num_prompts"]) == (3, 3, 3)
+    assert (report["text_identical"], report["num_identical"]) == (True, 3)
+    assert report["versions"]["vllm"] == "0.32.0"
+    assert [row["concurrency"] for row in report["by_concurrency"]] == [1, 3]
+    for row in report["by_concurrency"]:
+        assert row["num_drafts"] == counts[0]
+        for suffix in ("", "_without"):
+            assert row[f"tokens_per_second{suffix}"] > 0
+            times = row[f"latency_seconds{suffix}"]
+            assert 0 < times["first_token"]["median"] < times["request"]["median"] <= times["request"]["p99"] < 5
+            assert 0 <= times["output_token"]["mean"] < times["request"]["mean"]
+    assert report["tokens_per_second"] == report["by_concurrency"][1]["tokens_per_second"]
+
+    output = Path(arguments().output)
+    assert json.loads((output / "evaluation.json").read_text()) == report
+    assert (output / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+    assert "without" in caplog.text
+    assert "To first token, s" in caplog.text
+    card = model_card(
+        check_checkpoint(drafter), "my-lab/d", None, None, read_evaluation(output / "evaluation.json", drafter)
+    ).text
+    assert "| tokens a second without |" in card
+    assert server.url not in card
+
+
+def test_what_is_asked_is_what_vllm_in_process_is_given(arguments, server, baseline):
+    """Later turns follow the answers without the drafter; neither the prefix cache nor the model's defaults play in."""
+    baseline.first = 50
+    report = evaluate(arguments(baseline_endpoint=baseline.url))
+    second = next(request for request in server.requests if len(request["messages"]) == 3)
+    assert second["messages"][1]["content"].startswith("w50 w51")
+    assert (second["temperature"], second["repetition_penalty"], second["max_tokens"]) == (0, 1, 60)
+    measured = server.requests[1:]
+    assert len({request["cache_salt"] for request in measured}) == len(measured) == 4
+    assert report["text_identical"] is False
+    assert [place["token"] for place in report["differences"]] == [0, 0, 0]
+
+
+def test_without_a_baseline_nothing_is_compared(arguments, drafter, caplog):
+    caplog.set_level("INFO", logger="peagle_hf")
+    report = evaluate(arguments())
+    assert report["tokens_per_second_without"] is report["text_identical"] is None
+    assert report["by_concurrency"][0]["latency_seconds_without"] is None
+    assert "without it wasn't measured" in caplog.text
+    path = Path(arguments().output) / "evaluation.json"
+    card = model_card(check_checkpoint(drafter), "my-lab/d", None, None, read_evaluation(path, drafter)).text
+    assert "a second without" not in card
+
+
+def test_as_many_requests_as_are_wanted_are_in_flight(arguments, server):
+    in_flight, most = [], []
+
+    def fault(message: str) -> None:
+        in_flight.append(message)
+        time.sleep(0.05)
+        most.append(len(in_flight))
+        in_flight.remove(message)
+
+    server.chat_fault = fault
+    evaluate(arguments(concurrency=[1]))
+    assert max(most) == 1
+    most.clear()
+    evaluate(arguments(concurrency=[2]))
+    assert max(most) == 2
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("400", r"Turn 1 of prompt 2 got no answer.*the prompt is too long"),
+        ("cut", r"cut the answer to turn 1 of prompt 2 after 2 of 60 tokens: .*--max-model-len"),
+        ("dies", r"Turn 1 of prompt 2 got no answer.*Connection error"),
+        ("error", "the engine died"),
+        ("breaks off", "the answer breaks off"),
+        ("no token ids", "no token ids"),
+        ("uncounted", "started anew in between, or several servers answer there"),
+        ("started anew", "started anew in between"),
+        ("others", "generated 19 tokens while 12 were asked for here: others use it too"),
+    ],
+)
+def test_a_server_that_fails_or_counts_others_is_no_measure(arguments, server, prompts, fault, words, monkeypatch):
+    monkeypatch.setattr("peagle_hf.client.SETTLE_SECONDS", 0.2)
+    server.chat_fault = lambda message: fault if message == "a b c" else None
+    with pytest.raises(PeagleError, match=words):
+        evaluate(arguments())
+    assert not Path(arguments().output, "evaluation.json").exists()
+
+
+def test_servers_that_are_dead_or_others_are_refused(arguments, server, baseline, drafter, servable_verifier):
+    with pytest.raises(PeagleError, match=r"127\.0\.0\.1:9/v1 can't be asked for its model.*peagle-hf serve"):
+        evaluate(arguments(endpoint="http://127.0.0.1:9"))
+    with pytest.raises(PeagleError, match=r"serves no drafter\. Start it with peagle-hf serve"):
+        evaluate(arguments(endpoint=baseline.url))
+    with pytest.raises(PeagleError, match="drafts too"):
+        evaluate(arguments(baseline_endpoint=server.url))
+    with pytest.raises(PeagleError, match="names 2 servers"):
+        evaluate(arguments(endpoint=f"{server.url},{baseline.url}"))
+    baseline.model = str(servable_verifier)
+    with pytest.raises(PeagleError, match=f"runs {servable_verifier}, wanted is"):
+        evaluate(arguments(baseline_endpoint=baseline.url))
+    server.model = str(drafter)  # as `vllm serve DRAFTER` calls itself
+    evaluate(arguments(max_tokens=2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_speculative_tokens": 2}, "the server's own"),
+        ({"endpoint": None, "concurrency": [1, 2]}, "are for servers"),
+        ({"endpoint": None, "baseline_endpoint": "http://localhost:8001"}, "are for servers"),
+        ({"concurrency": [0]}, "numbers from 1"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(arguments, changes, words):
+    with pytest.raises(PeagleError, match=words):
+        arguments(**changes)
+
+
+# Chatting
+
+
+def chat(monkeypatch, said: str, *flags: str) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(said))
+    cli.main(["chat", *flags])
+
+
+def test_a_chat_shows_what_each_answer_accepted(server, monkeypatch, capsys):
+    flags = ["--endpoint", server.url, "--system", "be kind", "--max-tokens", "9", "--temperature", "0"]
+    chat(monkeypatch, "a b c\n\na b c d e f g\n", *flags)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "w0 w1 w2 w3 "
+    assert lines[2].startswith("[acceptance length 1.50, by position 50% 0% 0%; 4 tokens, ")
+    assert lines[4].startswith("[acceptance length 1.75, by position 50% 25% 0%; 8 tokens, ")
+    assert [message["role"] for message in server.requests[1]["messages"]] == ["system", "user", "assistant", "user"]
+    assert server.requests[1]["messages"][2]["content"] == "w0 w1 w2 w3 "
+    assert (server.requests[0]["max_tokens"], server.requests[0]["temperature"]) == (9, 0)
+
+
+def test_a_chat_without_a_drafter_or_beside_others_says_so(server, baseline, monkeypatch, capsys):
+    chat(monkeypatch, "a b c\n", "--endpoint", baseline.url)
+    assert "[no drafter is served; 4 tokens, " in capsys.readouterr().out
+    assert "temperature" not in baseline.requests[0]
+    server.chat_fault = lambda message: "others"
+    chat(monkeypatch, "a b c\n", "--endpoint", server.url)
+    assert "other users' answers included; 4 tokens" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        chat(monkeypatch, "a b c\n", "--endpoint", "http://127.0.0.1:9")
+    assert "can't be asked for its model" in capsys.readouterr().err
+
+
+# Real vLLM
+
+
+@pytest.fixture(scope="module")
+def served(drafter, tmp_path_factory):
+    log = tmp_path_factory.mktemp("served") / "vllm.log"
+    served = VllmServer(["serve", str(drafter)], ["--dtype", "float32"], log)
+    try:
+        yield served
+    finally:
+        served.stop()
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_a_real_server_counts_what_vllm_in_process_counts(served, drafter, tmp_path, monkeypatch, capsys):
+    """Both ways are run on the same prompts; what must be counted is worked out in test_evaluation.py.
+
+    After w6 an answer begins a step later in the cycle, and 20 of 39 drafts are right. (A prompt of one token would not
+    do: where it joins others that run, vLLM 0.32 counts its first step as a draft.)
+    """
+    rows = [
+        {"question_id": 1, "category": "cycle", "turns": ["w9 w7"]},
+        {"question_id": 2, "category": "ends", "turns": ["w9 w20"]},
+        {"question_id": 3, "category": "cycle", "turns": ["w9 w7", "w9 w6"]},
+    ]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = {"model": str(drafter), "prompts": str(prompts), "max_tokens": 60}
+    here = evaluate(EvaluateArguments(**flags, output=str(tmp_path / "here"), dtype="float32"))
+    there = evaluate(
+        EvaluateArguments(**flags, output=str(tmp_path / "there"), endpoint=served.url, concurrency=[1, 4])
+    )
+    assert there["by_category"] == here["by_category"]
+    assert there["by_category"]["cycle"]["acceptance_length"] == 1 + 58 / 119
+    assert there["num_speculative_tokens"] == here["num_speculative_tokens"] == 3
+    assert there["versions"]["vllm"] == here["versions"]["vllm"]
+    for row in there["by_concurrency"]:
+        assert row["num_drafts"] == here["num_drafts"]
+        assert 0 < row["latency_seconds"]["first_token"]["mean"] < row["latency_seconds"]["request"]["mean"]
+
+    chat(monkeypatch, "w9 w7\n", "--endpoint", served.url, "--max-tokens", "60", "--temperature", "0")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["w5", "w6", "w7"] * 20
+    assert lines[2].startswith("[acceptance length 1.48, by position 48% 0% 0%; 60 tokens, ")
+
+    prompts.write_text(json.dumps({"turns": ["w7 " * 250]}))
+    with pytest.raises(PeagleError, match="cut the answer to turn 0 of prompt 0 after 6 of 60 tokens"):
+        evaluate(EvaluateArguments(**flags, output=str(tmp_path / "long"), endpoint=served.url))
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_an_interrupt_ends_all_that_serve_has_started(served):
+    assert served.tree
+    assert served.stop(signal.SIGINT) == 128 + signal.SIGINT
+    assert ended(served.tree)
