@@ -1,6 +1,6 @@
 # A fresh machine needs only Python and make; everything else is installed into .venv, as constraints.txt says.
 
-.PHONY: demo test test-all lint docs install clean
+.PHONY: demo test test-slow lint docs install clean
 .DEFAULT_GOAL := install
 
 PYTHON ?= python3
@@ -14,7 +14,7 @@ demo: install  ## Train a drafter for SmolLM2-135M-Instruct and measure it in vL
 test: install  ## The tests that need neither vLLM nor patience
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "not vllm and not slow"
 
-test-all: test  ## The rest of the tests too: real vLLM, and the slow ones
+test-slow: install  ## The other tests: real vLLM, and what takes long
 	$(BIN)/pytest -m "vllm or slow"
 
 lint: install  ## Style and types
