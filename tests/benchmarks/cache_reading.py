@@ -122,7 +122,7 @@ def main() -> None:
                 command = [sys.executable, __file__, str(folder), "--measure", reader, str(num_workers)]
                 output, _, seen = watch([*command, "--total-seq-len", str(arguments.total_seq_len)])
                 result = json.loads(output.splitlines()[-1])
-                read = sum(seen.read.values()) / MIB
+                read = seen.read / MIB
                 print(
                     f"| {storage} | {reader} | {num_workers} | {result['tokens'] / result['seconds']:,.0f} "
                     f"| {read / result['seconds']:,.0f} | {read:,.0f} | {stored:,.0f} "

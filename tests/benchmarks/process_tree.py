@@ -3,7 +3,7 @@
 import subprocess
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import psutil
 
@@ -17,24 +17,24 @@ class ProcessTree:
     Args:
         rss: bytes resident in all processes together, pages of mapped files and shared ones counted for each.
         private: bytes of them that belong to one process alone, as no file's pages do.
-        read: bytes that the processes read from the disk, by process.
+        read: bytes that the processes have read from the disk; those of a process that has ended count as its parent's.
     """
 
     rss: int = 0
     private: int = 0
-    read: dict[int, int] = field(default_factory=dict)
+    read: int = 0
 
     def look(self, root: int) -> None:
-        rss = private = 0
+        rss = private = read = 0
         try:
             process = psutil.Process(root)
             for member in (process, *process.children(recursive=True)):
                 memory = member.memory_info()
                 rss, private = rss + memory.rss, private + memory.rss - memory.shared
-                self.read[member.pid] = member.io_counters().read_bytes
+                read += member.io_counters().read_bytes
         except psutil.Error:  # one has just ended
             return
-        self.rss, self.private = max(self.rss, rss), max(self.private, private)
+        self.rss, self.private, self.read = max(self.rss, rss), max(self.private, private), max(self.read, read)
 
 
 def watch(command: list[str], every: float = 0.05) -> tuple[str, float, ProcessTree]:
