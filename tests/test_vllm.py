@@ -97,9 +97,9 @@ def served(drafter, data, output):
     )
 
 
-def test_vllm_serves_what_was_saved_under_fsdp_and_its_merged_adapter(verifier, tmp_path):
+def test_vllm_serves_what_was_saved_under_fsdp_and_its_merged_adapter(servable_verifier, tmp_path):
     """Two FSDP2 processes train half a drafter, LoRA with a module trained whole does the rest."""
-    common = write_answers(tmp_path / "data", verifier, NEW_TOKENS) | {"num_depths": NUM_DEPTHS}
+    common = write_answers(tmp_path / "data", servable_verifier, NEW_TOKENS) | {"num_depths": NUM_DEPTHS}
     launch("fsdp2", common, num_train_epochs=2, output_dir=str(tmp_path / "fsdp"))
     sharded = served(tmp_path / "fsdp" / "checkpoint_best", tmp_path / "data", tmp_path / "a")
     assert sharded["text_identical"] is True
