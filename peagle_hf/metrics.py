@@ -144,5 +144,6 @@ def draw(history: list[dict[str, Any]], path: str | os.PathLike[str]) -> None:
     for axes, label in ((loss, "Loss"), (length, "Acceptance length"), (by_depth, "Acceptance by depth")):
         axes.set(xlabel="Step", ylabel=label)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
+        if axes.lines:
+            axes.legend(frameon=False)
     figure.savefig(path, format="png", dpi=150)
