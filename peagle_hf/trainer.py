@@ -64,6 +64,7 @@ from .metrics import COUNTERS, count_drafts, summarize
 from .model_card import RECORD, model_card, read_record
 from .modeling_peagle import PeagleForSpeculation, PeagleLayer
 from .pace import Pace
+from .products import fast_products
 from .target import draft_vocabulary, hub_verifier, load_token_freq, load_verifier_config
 from .training_args import PeagleTrainingArguments
 
@@ -165,6 +166,7 @@ class PeagleTrainer(Trainer):
         for module in self.model.modules():
             if isinstance(module, PeagleForSpeculation):
                 module.loss_weights = parse_loss(self.args.loss_fn)
+                module.depth_loss_decay = self.args.depth_loss_decay
             if isinstance(module, PeagleLayer):
                 module.keep_attention = self.args.keep_attention
         self._train_counters = self._no_counters()
@@ -272,10 +274,11 @@ class PeagleTrainer(Trainer):
         self._pace.positions += inputs["input_ids"].numel()
         *others, last = self._parts(inputs)
         loss = torch.zeros((), device=self.args.device)
-        for part in others:
-            with self._without_reduction(model):
-                loss = loss + super().training_step(model, part, num_items_in_batch)
-        return loss + super().training_step(model, last, num_items_in_batch)
+        with fast_products(self.args.device):
+            for part in others:
+                with self._without_reduction(model):
+                    loss = loss + super().training_step(model, part, num_items_in_batch)
+            return loss + super().training_step(model, last, num_items_in_batch)
 
     def _parts(self, inputs: dict[str, Any], is_training: bool = True) -> list[dict[str, Any]]:
         if self.args.sequence_partitions == "auto":

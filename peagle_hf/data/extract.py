@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -22,6 +22,7 @@ from ..cod import target_tokens
 from ..errors import PeagleError
 from ..files import write_json
 from ..memory import keep_freed_memory
+from ..products import fast_products
 from ..target import (
     VerifierHead,
     default_aux_layer_ids,
@@ -296,7 +297,8 @@ def run_verifier(
                     "prepare with this verifier."
                 )
         # The padding is on the right, where a causal model can't see it: no attention mask is needed.
-        states_BTAH = residual_streams(model, layer_ids, pad_sequence(documents, batch_first=True), dtype)
+        with fast_products(model.device):
+            states_BTAH = residual_streams(model, layer_ids, pad_sequence(documents, batch_first=True), dtype)
         for row, token_ids, states_TAH in zip(rows, documents, states_BTAH.cpu(), strict=True):
             yield row, states_TAH[: len(token_ids)], token_ids
 
@@ -515,21 +517,4 @@ def _load(arguments: ExtractArguments) -> PreTrainedModel:
     model = load_verifier(arguments.model, dtype, device, arguments.revision, arguments.trust_remote_code)
     if on_cpu:
         keep_freed_memory()
-        use_onednn(model)
     return model
-
-
-def use_onednn(model: nn.Module) -> None:
-    """Compute float32 products on a CPU by oneDNN, as PyTorch's compiler does: on AMD's CPUs in half of MKL's time.
-
-    Both round alike, but sum in another order.
-    """
-    if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        for module in model.modules():
-            if type(module) is nn.Linear and module.weight.dtype == torch.float32:
-                module.__class__ = _OneDnnLinear
-
-
-class _OneDnnLinear(nn.Linear):
-    def forward(self, input: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(input, self.weight, self.bias, "none", [], "")

@@ -114,6 +114,7 @@ def make_ours(sizes: Sizes, case: Case, device: str):
 
     from peagle_hf import CODDataCollator, PeagleConfig, PeagleForSpeculation
     from peagle_hf.data.partition import partition
+    from peagle_hf.products import fast_products
     from peagle_hf.target import VerifierHead
 
     if device == "cpu":
@@ -180,9 +181,10 @@ def make_ours(sizes: Sizes, case: Case, device: str):
         def forward_and_backward() -> float:
             loss = torch.zeros((), device=device)
             for part in parts:
-                with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
-                    part_loss = drafter(**part, num_items_in_batch=learnt).loss
-                part_loss.backward()
+                with fast_products(torch.device(device)):
+                    with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+                        part_loss = drafter(**part, num_items_in_batch=learnt).loss
+                    part_loss.backward()
                 loss += part_loss.detach()
             return loss
 

@@ -1,0 +1,39 @@
+"""Matrix products of float32 tensors on a CPU, by oneDNN instead of MKL."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_MM, _ADDMM = torch.ops.aten.mm.default, torch.ops.aten.addmm.default
+
+
+def fast_products(device: torch.device) -> AbstractContextManager[Any]:
+    """Within it, float32 products on a CPU take half of MKL's time on AMD's processors, forward and backward.
+
+    The operator is the one that PyTorch's compiler takes; both libraries round alike, but sum in another order. On
+    other devices, and in a PyTorch without the operator, nothing changes.
+    """
+    is_of_use = device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return _OneDnnProducts() if is_of_use else nullcontext()
+
+
+class _OneDnnProducts(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if not types and not kwargs:
+            if func is _MM and _is_suited(*args):
+                return _product(args[0], args[1], None)
+            if func is _ADDMM and args[0].dim() == 1 and _is_suited(*args):
+                return _product(args[1], args[2], args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def _is_suited(*tensors: Tensor) -> bool:
+    return all(tensor.dtype == torch.float32 and tensor.is_cpu and tensor.numel() for tensor in tensors)
+
+
+def _product(left_MK: Tensor, right_KN: Tensor, bias_N: Tensor | None) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(left_MK, right_KN.T, bias_N, "none", [], "")
+    return product
