@@ -116,6 +116,7 @@ def distillation_loss(
     teacher_logits: Callable[[Tensor], Tensor],
     target_N: Tensor,
     weights: Mapping[str, float],
+    row_weight_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum over rows of a weighted sum of divergences between the verifier's and the drafter's distributions.
 
@@ -129,11 +130,14 @@ def distillation_loss(
         teacher_logits: [u, H] -> [u, V].
         target_N: int64, the row of `teacher_UH` that each row learns from, ascending.
         weights: of `DIVERGENCES`, by name (see `parse_loss`).
+        row_weight_N: float32, how much each row counts. Default: all alike.
 
     Returns:
         the sum (float32 scalar at least), the drafter's argmax [N] and the verifier's [U], int64 draft token numbers.
     """
-    return _DistillationLoss.apply(student_NH, head_VH, teacher_UH, teacher_logits, target_N, dict(weights))
+    return _DistillationLoss.apply(
+        student_NH, head_VH, teacher_UH, teacher_logits, target_N, dict(weights), row_weight_N
+    )
 
 
 def chunks(target_N: Tensor, num_targets: int, vocab_size: int) -> Iterator[tuple[slice, slice]]:
@@ -151,7 +155,7 @@ def chunks(target_N: Tensor, num_targets: int, vocab_size: int) -> Iterator[tupl
 class _DistillationLoss(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, student_NH, head_VH, teacher_UH, teacher_logits, target_N, weights
+        ctx, student_NH, head_VH, teacher_UH, teacher_logits, target_N, weights, row_weight_N
     ):
         student_needed, head_needed = ctx.needs_input_grad[:2]
         precision = torch.promote_types(student_NH.dtype, torch.float32)
@@ -166,11 +170,17 @@ class _DistillationLoss(torch.autograd.Function):
             teacher_norm_u, teacher_top_U[targets] = _normalizers(teacher_uV)
             student_norm_n, student_top_N[rows] = _normalizers(student_nV)
             chunk_loss, logits_grad_nV = _divergence(
-                student_nV, student_norm_n, teacher_uV, teacher_norm_u, target_N[rows] - targets.start, weights
+                student_nV,
+                student_norm_n,
+                teacher_uV,
+                teacher_norm_u,
+                target_N[rows] - targets.start,
+                None if row_weight_N is None else row_weight_N[rows],
+                weights,
             )
             loss += chunk_loss
             if student_grad is not None:
-                torch.mm(logits_grad_nV, head, out=student_grad[rows])
+                student_grad[rows] = logits_grad_nV @ head
             if head_grad is not None:
                 head_grad += (logits_grad_nV.T @ student_NH[rows]).to(precision)
         ctx.save_for_backward(student_grad, None if head_grad is None else head_grad.to(head_VH.dtype))
@@ -183,7 +193,7 @@ class _DistillationLoss(torch.autograd.Function):
         return (
             None if student_grad is None else student_grad * loss_grad.to(student_grad.dtype),
             None if head_grad is None else head_grad * loss_grad.to(head_grad.dtype),
-            *[None] * 4,
+            *[None] * 5,
         )
 
 
@@ -203,12 +213,15 @@ def _divergence(
     teacher_uV: Tensor,
     teacher_norm_u: Tensor,
     target_n: Tensor,
+    row_weight_n: Tensor | None,
     weights: dict[str, float],
 ) -> tuple[Tensor, Tensor]:
     """The weighted divergences, summed over the rows, and the gradient to the student's logits."""
     log_q = student_nV.to(student_norm_n.dtype) - student_norm_n[:, None]
     log_p = teacher_uV[target_n].to(teacher_norm_u.dtype) - teacher_norm_u[target_n][:, None]
     parts = [(weight, *DIVERGENCES[name](log_p, log_q)) for name, weight in weights.items()]
-    loss = sum(weight * losses.sum() for weight, losses, _ in parts)
+    loss_n = sum(weight * losses for weight, losses, _ in parts)
     grad = sum(weight * grads for weight, _, grads in parts)
-    return loss, grad.to(student_nV.dtype)  # type: ignore[return-value, union-attr]
+    if row_weight_n is not None:
+        loss_n, grad = loss_n * row_weight_n, grad * row_weight_n[:, None]
+    return loss_n.sum(), grad.to(student_nV.dtype)  # type: ignore[union-attr]

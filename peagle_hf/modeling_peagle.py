@@ -316,6 +316,7 @@ class PeagleForSpeculation(PreTrainedModel):
 
     Attributes:
         loss_weights: what the loss is made of, see `losses.parse_loss`.
+        depth_loss_decay: in training a row of depth d counts this to the power d.
     """
 
     config_class = PeagleConfig
@@ -353,6 +354,7 @@ class PeagleForSpeculation(PreTrainedModel):
             self.d2t = self.t2d = None
         self.__dict__["verifier_head"] = self.__dict__["draft_head"] = None
         self.loss_weights = parse_loss("kl_div")
+        self.depth_loss_decay = 1.0
         self.model_tags = list(HUB_TAGS)
         self.post_init()
 
@@ -515,7 +517,9 @@ class PeagleForSpeculation(PreTrainedModel):
             if self.heads_are_one:
                 draft_head.weight = weight.detach()
             index = target_index[0]
-            return distillation_loss(states, weight, teacher, draft_head.logits, index, self.loss_weights)
+            decay = self.depth_loss_decay if self.training else 1.0
+            row_weight = None if decay == 1 else decay ** depth[learnt_rows[0]].float()
+            return distillation_loss(states, weight, teacher, draft_head.logits, index, self.loss_weights, row_weight)
 
         loss, student_N, teacher_U = self.lm_head(states[0], loss_of)
         token_ids = self.draft_token_ids

@@ -350,7 +350,7 @@ class PeagleTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         sums, outcomes = torch.zeros_like(self._eval_loss), []
         for part in self._parts(inputs, is_training=False):
-            with torch.no_grad(), self.compute_loss_context_manager():
+            with torch.no_grad(), fast_products(self.args.device), self.compute_loss_context_manager():
                 outputs = model(**part)
             learnt = outputs.counters[COUNTERS.index("learnt")].sum()
             self._eval_counters += outputs.counters
@@ -466,6 +466,7 @@ class PeagleTrainer(Trainer):
         return {
             "data": {name: origin[name] for name in ("data", "counts") if name in origin} or None,
             "loss": args.loss_fn,
+            "depth_loss_decay": args.depth_loss_decay,
             "epochs": self.state.epoch or 0.0,
             "steps": self.state.global_step,
             "rows_per_step": args.world_size * args.train_batch_size * args.gradient_accumulation_steps,

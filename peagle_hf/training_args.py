@@ -96,6 +96,10 @@ class PeagleTrainingArguments(TrainingArguments):
             '(\'{"kl_div": 0.5, "tv": 0.5}\').'
         },
     )
+    depth_loss_decay: float = field(
+        default=1.0,
+        metadata={"help": "In the training loss the rows of depth d count this to the power d. 1: all rows alike."},
+    )
     train_head: bool = field(default=False, metadata={"help": "Also train the drafter's head."})
     sequence_partitions: str = field(
         default="1",
@@ -206,6 +210,8 @@ class PeagleTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         self.bf16 = self.bf16 and not self.fp16
         parse_loss(self.loss_fn)
+        if self.depth_loss_decay <= 0:
+            raise PeagleError(f"depth_loss_decay is {self.depth_loss_decay}; it must be above 0.")
         if self.sequence_partitions != "auto" and not (
             self.sequence_partitions.isdecimal() and int(self.sequence_partitions)
         ):

@@ -90,6 +90,22 @@ def test_a_weighted_sum_of_losses():
     torch.testing.assert_close(grads, expected_grads)
 
 
+def test_rows_count_as_much_as_they_are_weighted():
+    student, head, *rest = inputs(torch.float64)
+    row_weight = torch.rand(student.shape[0], dtype=student.dtype)
+    weighted = losses.distillation_loss(student, head, *rest, {"kl_div": 1.0}, row_weight)[0]
+    grads = torch.autograd.grad(weighted, (student, head))
+    by_row = torch.stack(
+        [
+            losses.distillation_loss(student, head, *rest, {"kl_div": 1.0}, one)[0]
+            for one in torch.eye(student.shape[0], dtype=student.dtype)
+        ]
+    )
+    torch.testing.assert_close(weighted, by_row @ row_weight)
+    for grad, wanted in zip(grads, torch.autograd.grad(by_row @ row_weight, (student, head)), strict=True):
+        torch.testing.assert_close(grad, wanted)
+
+
 @pytest.mark.parametrize("loss_fn", ["kl", "{}", "[1]", '{"kl_div": "much"}', '{"kl": 1}', "{"])
 def test_an_unknown_loss_is_refused(loss_fn):
     with pytest.raises(PeagleError, match="kl_div, rkl, jsd, ce, tv, nla, lk_hybrid"):
