@@ -36,9 +36,9 @@ _MODULE_OF = {
     "VllmExportCallback": "callbacks",
     "acceptance": "offline",
     "add_adapter": "adapters",
-    "build_datasets": "trainer",
-    "build_drafter": "trainer",
-    "checkpoint_to_resume": "trainer",
+    "build_datasets": "training",
+    "build_drafter": "training",
+    "checkpoint_to_resume": "training",
     "draft_and_verify": "generation",
     "end_processes": "cli",
     "evaluate": "evaluation",
@@ -51,7 +51,7 @@ _MODULE_OF = {
     "regenerate": "data.regenerate",
     "register_verifier": "target",
     "save_adapter": "adapters",
-    "train": "trainer",
+    "train": "training",
 }
 
 __all__ = ["PeagleConfig", "PeagleForSpeculation", *_MODULE_OF]
@@ -73,7 +73,8 @@ if TYPE_CHECKING:
     from .hub import PushArguments, PushToHubCallback, push
     from .offline import AcceptanceArguments, acceptance
     from .target import VerifierHead, VerifierParts, register_verifier
-    from .trainer import PeagleTrainer, build_datasets, build_drafter, checkpoint_to_resume, train
+    from .trainer import PeagleTrainer
+    from .training import build_datasets, build_drafter, checkpoint_to_resume, train
     from .training_args import PeagleTrainingArguments
 
 

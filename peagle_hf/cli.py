@@ -57,7 +57,7 @@ COMMANDS = {
         "describe, verify or convert hidden states",
         ("action", "folder", "destination"),
     ),
-    "train": Command("trainer", "train", "PeagleTrainingArguments", "train a drafter on the cache"),
+    "train": Command("training", "train", "PeagleTrainingArguments", "train a drafter on the cache"),
     "serve": Command("launch", "serve", "ServeArguments", "run vLLM with a drafter", ("model",), rest="vllm_args"),
     "chat": Command("chat", "chat", "ChatArguments", "chat with a server, and see how much it accepts"),
     "acceptance": Command("offline", "acceptance", "AcceptanceArguments", "measure acceptance on cached states"),

@@ -3,11 +3,13 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
+from .callbacks import drafter_folder
 from .configuration_peagle import PeagleConfig
 from .errors import PeagleError
 from .modeling_peagle import PeagleForSpeculation
@@ -74,6 +76,21 @@ def load_drafter(name_or_path: str, config: PeagleConfig) -> PeagleForSpeculatio
     parts += [f"verifier changed: {old} -> {new}"] if new else []
     logger.info("%s; new: optimizer, schedule and step count.", "; ".join(parts))
     return drafter
+
+
+def check_same_configuration(folder: Path, config: PeagleConfig) -> None:
+    """Refuse to resume a checkpoint of another drafter or of other sampling.
+
+    Raises:
+        PeagleError: names the fields that differ.
+    """
+    differences = config.differences(PeagleConfig.from_pretrained(drafter_folder(folder)))
+    if differences:
+        listed = ", ".join(f"{name} (there {theirs!r}, here {ours!r})" for name, (ours, theirs) in differences.items())
+        raise PeagleError(
+            f"{folder} is from a run with another configuration: {listed}. Resume with the same arguments, train into "
+            "another --output-dir, or start from its weights alone with --from-pretrained."
+        )
 
 
 def _saved_config(name_or_path: str) -> PeagleConfig:

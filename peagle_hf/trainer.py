@@ -1,7 +1,6 @@
-"""`PeagleTrainer`: the Hugging Face Trainer over packed rows, and the functions that `peagle-hf train` is made of."""
+"""`PeagleTrainer`: the Hugging Face Trainer over packed rows."""
 
 import json
-import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ import torch
 import transformers
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi, ModelCard
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import (
@@ -25,50 +24,43 @@ from transformers import (
     SchedulerType,
     Trainer,
     TrainerCallback,
-    set_seed,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import BestRun, EvalLoopOutput, HPSearchBackend
 from transformers.training_args import OptimizerNames
 
 from . import __version__
-from .adapters import add_adapter, merge_adapter, save_adapter
+from .adapters import merge_adapter, save_adapter
 from .callbacks import (
     BEST,
     EXPORTED,
     MERGED,
     VllmExportCallback,
     checkpoints_by_step,
-    drafter_folder,
     export_drafter,
     is_whole,
     metric_name,
-    remove_checkpoints,
     resumable_folder,
 )
 from .configuration_peagle import PeagleConfig
-from .continuing import SAMPLING, continued_config, load_drafter
-from .data.cache import Manifest, cached_rows
+from .continuing import check_same_configuration
 from .data.collator import CODDataCollator
-from .data.dataset import GENERATED_DTYPE, EpochSampler, HiddenStatesDataset, learnt_share, split_rows
-from .data.endpoint import Endpoint, EndpointError, check_layers, endpoint_urls, served_layers, served_model
-from .data.extract import check_folder, tokenizer_fingerprint
+from .data.dataset import EpochSampler
+from .data.endpoint import EndpointError
 from .data.partition import partition, partition_by_rows, partition_every_row, without_labels
 from .data.prepare import PREPARE_RECORD
 from .errors import PeagleError
 from .files import atomic_path, check_writable, remove_folder, write_json, writing
 from .hub import PushArguments, PushToHubCallback, open_repo, push
 from .losses import parse_loss
-from .memory import GIB, MemoryPlan, device_memory, keep_freed_memory, report, rows_that_fit
+from .memory import keep_freed_memory, report, rows_that_fit
 from .metrics import COUNTERS, count_drafts, summarize
 from .model_card import RECORD, model_card, read_record
 from .modeling_peagle import PeagleForSpeculation, PeagleLayer
 from .pace import Pace
 from .products import fast_products
-from .target import draft_vocabulary, hub_verifier, load_token_freq, load_verifier_config
+from .target import hub_verifier
 from .training_args import PeagleTrainingArguments
-
-logger = logging.getLogger(__name__)
 
 
 class PeagleTrainer(Trainer):
@@ -170,9 +162,6 @@ class PeagleTrainer(Trainer):
             if isinstance(module, PeagleLayer):
                 module.keep_attention = self.args.keep_attention
         self._train_counters = self._no_counters()
-        self._eval_counters = self._no_counters()
-        self._eval_drafts = self._no_counters()[:2]
-        self._eval_loss = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         self._pace = Pace(self.args.device)
         self.__dict__.pop("_rows_that_fit", None)
 
@@ -233,12 +222,11 @@ class PeagleTrainer(Trainer):
         except torch.OutOfMemoryError as error:
             raise PeagleError(
                 f"The memory of {self.args.device} is too small: {str(error).splitlines()[0]}\n"
-                f"{report(self._memory_plan, memory_budget(self.args))}"
+                f"{report(self.args.memory_plan(self.config), self.args.usable_memory())}"
             ) from error
         except EndpointError as error:
-            reason = (
-                str(error).rpartition(f"{EndpointError.__name__}: ")[2].strip()
-            )  # a loader worker adds its traceback
+            # A loader worker puts its traceback before the message.
+            reason = str(error).rpartition(f"{EndpointError.__name__}: ")[2].strip()
             step = self.state.global_step
             if step:
                 self._save_checkpoint(self.model, trial)
@@ -322,19 +310,15 @@ class PeagleTrainer(Trainer):
             return config.is_zero3() and not gathers
         return False
 
-    @property
-    def _memory_plan(self) -> MemoryPlan:
-        return memory_plan(self.args, self.config)
-
     @cached_property
     def _rows_that_fit(self) -> int:
-        budget = memory_budget(self.args)
+        budget = self.args.usable_memory()
         if budget is None:
             raise PeagleError(
                 "sequence_partitions is auto, but how much memory a CPU may use is for you to say: pass "
                 "--memory-budget with a number of GiB."
             )
-        return rows_that_fit(self._memory_plan, budget)
+        return rows_that_fit(self.args.memory_plan(self.config), budget)
 
     def compute_loss(  # type: ignore[no-untyped-def]
         self, model, inputs, return_outputs=False, num_items_in_batch=None
@@ -376,7 +360,7 @@ class PeagleTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         self._eval_counters, self._eval_drafts = self._no_counters(), self._no_counters()[:2]
-        self._eval_loss = torch.zeros_like(self._eval_loss)
+        self._eval_loss = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         try:
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
@@ -455,11 +439,7 @@ class PeagleTrainer(Trainer):
         args, dataset = self.args, self.train_dataset
         prepared = Path(getattr(dataset, "data_path", "")) / PREPARE_RECORD
         origin = json.loads(prepared.read_text()) if hasattr(dataset, "data_path") and prepared.exists() else {}
-        measured = [
-            entry
-            for entry in self.state.log_history
-            if entry["step"] == self.state.global_step and "eval_loss" in entry
-        ]
+        measured = [entry for entry in self.state.log_history if entry["step"] == self.state.global_step]
         schedule = f"{SchedulerType(args.lr_scheduler_type).value} from {args.learning_rate:g}"
         optimizer = f"{OptimizerNames(args.optim).value}, {schedule}"
         on_gpu = args.device.type == "cuda"
@@ -479,7 +459,8 @@ class PeagleTrainer(Trainer):
             "seconds": self._seconds_before + time.monotonic() - self._started,
             "validation": {
                 name.removeprefix("eval_"): value
-                for name, value in (measured[-1] if measured else {}).items()
+                for entry in measured
+                for name, value in entry.items()
                 if name.startswith(("eval_loss", "eval_accuracy", "eval_acceptance"))
             }
             or None,
@@ -601,218 +582,3 @@ class PeagleTrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Nothing: `PushToHubCallback` uploads what it is to, when the epoch's folder is there."""
-
-
-def check_same_configuration(folder: Path, config: PeagleConfig) -> None:
-    """Refuse to resume a checkpoint of another drafter or of other sampling.
-
-    Raises:
-        PeagleError: names the fields that differ.
-    """
-    differences = config.differences(PeagleConfig.from_pretrained(drafter_folder(folder)))
-    if differences:
-        listed = ", ".join(f"{name} (there {theirs!r}, here {ours!r})" for name, (ours, theirs) in differences.items())
-        raise PeagleError(
-            f"{folder} is from a run with another configuration: {listed}. Resume with the same arguments, train into "
-            "another --output-dir, or start from its weights alone with --from-pretrained."
-        )
-
-
-def build_config(args: PeagleTrainingArguments) -> PeagleConfig:
-    """The configuration that the arguments describe, or that of `from_pretrained` with their sampling and verifier.
-
-    Raises:
-        PeagleError: no verifier is named, or the arguments ask for another drafter than `from_pretrained`.
-    """
-    verifier = _verifier(args)
-    if args.from_pretrained:
-        return continued_config(args, args.from_pretrained, verifier)
-    manifest = Manifest.read(_cache_folder(args))
-    served = served_layers(_server_folder(args)) if args.on_missing == "generate" and manifest is None else None
-    layer_ids = manifest.aux_layer_ids if manifest else served[:-1] if served else None
-    return PeagleConfig.from_verifier(
-        verifier,
-        num_layers=args.num_layers,
-        draft_arch=args.draft_arch,
-        draft_vocab_size=args.draft_vocab_size,
-        mask_token_id=args.mask_token_id,
-        target_layer_ids=args.target_layer_ids or layer_ids,
-        norm_before_residual=args.norm_before_residual,
-        norm_before_fc=args.norm_before_fc,
-        sliding_window=args.sliding_window,
-        revision=args.verifier_revision,
-        trust_remote_code=args.trust_remote_code,
-        **{name: getattr(args, name) for name in SAMPLING},
-    )
-
-
-def build_drafter(args: PeagleTrainingArguments) -> PeagleForSpeculation | PeftModel:
-    """The drafter that the arguments describe, new or from `from_pretrained`, with its verifier's head attached.
-
-    With `lora_r` it comes with an adapter on all of its linear layers (see `adapters`).
-
-    Raises:
-        PeagleError: no verifier is named, or the cache was made by another one.
-    """
-    set_seed(args.seed)
-    verifier, config = _verifier(args), build_config(args)
-    if args.from_pretrained:
-        drafter = load_drafter(args.from_pretrained, config)
-    else:
-        drafter = PeagleForSpeculation(config)
-        if drafter.d2t is not None:
-            frequencies = load_token_freq(args.token_freq_path or Path(args.data_path) / "token_freq.pt")
-            drafter.set_draft_vocabulary(*draft_vocabulary(frequencies, config.draft_vocab_size, config.vocab_size))
-    if args.device.type == "cuda":
-        drafter.set_attn_implementation("flex_attention")
-    cache = _cache_folder(args)
-    manifest = Manifest.read(cache)
-    if manifest is not None:
-        target = load_verifier_config(verifier, args.verifier_revision, args.trust_remote_code)
-        manifest.check(Manifest.of(verifier, target, config.eagle_aux_hidden_state_layer_ids), cache)
-    drafter.load_verifier(
-        verifier,
-        initialize=not args.from_pretrained,
-        train_head=args.train_head,
-        dtype=torch.bfloat16 if args.bf16 else torch.float32,
-        revision=args.verifier_revision,
-        trust_remote_code=args.trust_remote_code,
-    )
-    if args.lora_r is None:
-        return drafter
-    return add_adapter(
-        drafter,
-        LoraConfig(
-            r=args.lora_r,
-            lora_alpha=args.lora_alpha,
-            lora_dropout=args.lora_dropout,
-            target_modules="all-linear",
-            modules_to_save=args.lora_modules_to_save,
-        ),
-    )
-
-
-def _verifier(args: PeagleTrainingArguments) -> str:
-    if not args.verifier_name_or_path:
-        raise PeagleError("No verifier is named. Pass --verifier-name-or-path with the model to draft for.")
-    return args.verifier_name_or_path
-
-
-def _cache_folder(args: PeagleTrainingArguments) -> str | Path:
-    return args.hidden_states_path or Path(args.data_path) / "hidden_states"
-
-
-def _server_folder(args: PeagleTrainingArguments) -> Path:
-    return Path(args.server_hidden_states_path or _cache_folder(args))
-
-
-def build_datasets(args: PeagleTrainingArguments) -> tuple[HiddenStatesDataset, HiddenStatesDataset | None]:
-    """The training and validation rows that the arguments describe; no validation with `train_data_ratio` 1."""
-    train_rows, eval_rows = split_rows(args.data_path, args.train_data_ratio, args.seed)
-    endpoint = build_endpoint(args) if args.on_missing == "generate" else None
-
-    def dataset(rows: list[int]) -> HiddenStatesDataset:
-        return HiddenStatesDataset(
-            args.data_path,
-            args.hidden_states_path,
-            args.total_seq_len,
-            rows,
-            args.on_missing,
-            args.seed,
-            endpoint,
-            keep_generated=args.on_generate == "cache",
-        )
-
-    return dataset(train_rows), dataset(eval_rows) if eval_rows else None
-
-
-def build_endpoint(args: PeagleTrainingArguments) -> Endpoint:
-    """The vLLM servers that missing rows are asked of; if these are to be kept, the cache gets its manifest here.
-
-    Raises:
-        PeagleError: a server can't be reached, or runs another model or other layers.
-    """
-    config, cache = build_config(args), Path(_cache_folder(args))
-    verifier = _verifier(args)
-    target = load_verifier_config(verifier, args.verifier_revision, args.trust_remote_code)
-    layer_ids = config.eagle_aux_hidden_state_layer_ids
-    urls = endpoint_urls(args.vllm_endpoint)
-    served_model(urls, verifier, args.request_timeout)
-    endpoint = Endpoint(
-        urls,
-        _server_folder(args),
-        (*layer_ids, target.num_hidden_layers),
-        config.hidden_size,
-        args.request_timeout,
-        args.max_retries,
-    )
-    check_layers(endpoint.folder, endpoint.slots)
-    if args.on_generate == "cache":
-        fingerprint = tokenizer_fingerprint(args.data_path)
-        existing = Manifest.read(cache)
-        dtype = existing.dtype if existing else GENERATED_DTYPE
-        storage = existing.storage if existing else "plain"
-        wanted = Manifest.of(verifier, target, layer_ids, args.verifier_revision, dtype, fingerprint, storage)
-        check_folder(cache, wanted, cached_rows(cache))
-        if existing is None:
-            wanted.write(cache)
-    return endpoint
-
-
-def memory_plan(args: PeagleTrainingArguments, config: PeagleConfig) -> MemoryPlan:
-    """What the arguments mean for memory; for a CPU, or without mixed precision, it is an estimate from below."""
-    checkpointing = getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing
-    is_prepared = (Path(args.data_path) / "token_freq.pt").exists()
-    return MemoryPlan(
-        config,
-        positions=args.per_device_train_batch_size * args.total_seq_len,
-        learnt_share=learnt_share(args.data_path) if is_prepared else MemoryPlan.learnt_share,
-        optimizer=str(args.optim),
-        checkpointing=("keep_attention" if args.keep_attention else "whole") if checkpointing else "none",
-        partitions=1 if args.sequence_partitions == "auto" else int(args.sequence_partitions),
-        accumulates=args.gradient_accumulation_steps > 1,
-        train_head=args.train_head,
-    )
-
-
-def memory_budget(args: PeagleTrainingArguments) -> int | None:
-    """Bytes that a process may use on its device; None where nobody has said."""
-    return device_memory(args.device) if args.memory_budget is None else round(args.memory_budget * GIB)
-
-
-def train(args: PeagleTrainingArguments) -> PeagleTrainer | None:
-    """Train a drafter on cached hidden states, going on from the output folder's newest checkpoint if there is one.
-
-    With `memory_report` print the prediction instead and return None.
-    """
-    if args.memory_report:
-        print(report(memory_plan(args, build_config(args)), memory_budget(args)))
-        return None
-    drafter = build_drafter(args)
-    train_dataset, eval_dataset = build_datasets(args)
-    trainer = PeagleTrainer(
-        model=drafter,
-        args=args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        callbacks=[VllmExportCallback(args.export_dtype)],
-    )
-    trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
-    return trainer
-
-
-def checkpoint_to_resume(args: PeagleTrainingArguments) -> str | None:
-    """The checkpoint that a run with these arguments goes on from: the named one, else the newest, else none.
-
-    With `resume` off, the checkpoints in the output folder are removed.
-    """
-    if args.resume_from_checkpoint:
-        return str(resumable_folder(args.resume_from_checkpoint))
-    if not args.resume:
-        if args.should_save:
-            remove_checkpoints(args.output_dir)
-        return None
-    found = checkpoints_by_step(args.output_dir)
-    if found:
-        logger.info("Resuming from %s; pass --no-resume to start afresh.", found[-1])
-    return str(found[-1]) if found else None

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -9,9 +10,12 @@ from transformers import SchedulerType, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
+from .configuration_peagle import PeagleConfig
+from .data.dataset import learnt_share
 from .data.endpoint import DEFAULT_URL, MAX_RETRIES, REQUEST_TIMEOUT
 from .errors import PeagleError
 from .losses import parse_loss
+from .memory import GIB, MemoryPlan, device_memory
 from .target import hub_verifier
 
 GENERATE_WORKERS = min(4, os.cpu_count() or 1)
@@ -231,6 +235,25 @@ class PeagleTrainingArguments(TrainingArguments):
         super().__post_init__()
         for tracker in self.report_to or []:
             check_tracker(tracker)
+
+    def memory_plan(self, config: PeagleConfig) -> MemoryPlan:
+        """What the arguments mean for memory; for a CPU, or without mixed precision, it is an estimate from below."""
+        kept = "keep_attention" if self.keep_attention else "whole"
+        is_prepared = (Path(self.data_path) / "token_freq.pt").exists()
+        return MemoryPlan(
+            config,
+            positions=self.per_device_train_batch_size * self.total_seq_len,
+            learnt_share=learnt_share(self.data_path) if is_prepared else MemoryPlan.learnt_share,
+            optimizer=str(self.optim),
+            checkpointing=kept if self.gradient_checkpointing else "none",
+            partitions=1 if self.sequence_partitions == "auto" else int(self.sequence_partitions),
+            accumulates=self.gradient_accumulation_steps > 1,
+            train_head=self.train_head,
+        )
+
+    def usable_memory(self) -> int | None:
+        """Bytes that a process may use on its device; None where nobody has said."""
+        return device_memory(self.device) if self.memory_budget is None else round(self.memory_budget * GIB)
 
 
 def check_tracker(name: str) -> None:

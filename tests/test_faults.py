@@ -20,7 +20,7 @@ from peagle_hf.callbacks import checkpoints_by_step, resumable_folder
 from peagle_hf.cli import flags
 from peagle_hf.files import atomic_path, check_writable
 from peagle_hf.serving import check_checkpoint
-from peagle_hf.trainer import train
+from peagle_hf.training import train
 
 WORKER = Path(__file__).parent / "workers" / "killed.py"
 

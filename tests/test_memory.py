@@ -10,6 +10,7 @@ from test_trainer import losses, run, weights
 from peagle_hf import PeagleError, PeagleTrainer, PeagleTrainingArguments
 from peagle_hf.cli import flags, main
 from peagle_hf.memory import GIB, MemoryPlan, bytes_a_row, estimate, report, rows_that_fit
+from peagle_hf.training import build_config
 
 
 def qwen3_8b(**fields):
@@ -119,10 +120,8 @@ def test_partitioned_training_is_the_same_training(train_flags):
 
 def estimate_for_parts(train_flags):
     """A budget in GiB that lets about two thirds of a row run at once."""
-    from peagle_hf.trainer import build_config, memory_plan
-
     args = PeagleTrainingArguments(**train_flags)
-    plan = replace(memory_plan(args, build_config(args)), accumulates=True)
+    plan = replace(args.memory_plan(build_config(args)), accumulates=True)
     predicted = estimate(plan)
     return (predicted.total - predicted.activations + plan.rows * bytes_a_row(plan) * 2 / 3) / GIB
 

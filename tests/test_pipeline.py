@@ -99,19 +99,12 @@ LAYERS = [
     {"configuration_peagle", "attention", "losses"},
     {"modeling_peagle"},
     {"adapters", "data.cache", "data.chats", "data.collator", "data.partition", "generation", "memory", "serving"},
-    {
-        "data.endpoint",
-        "data.prepare",
-        "data.regenerate",
-        "model_card",
-        "pace",
-        "products",
-        "vllm_plugin.peagle_cpu_connector",
-    },
-    {"data.dataset", "training_args"},
-    {"client", "data.cache_command", "data.extract", "callbacks"},
+    {"data.endpoint", "data.prepare", "data.regenerate", "model_card", "pace", "vllm_plugin.peagle_cpu_connector"},
+    {"data.dataset"},
+    {"client", "data.cache_command", "data.extract", "callbacks", "training_args"},
     {"continuing", "evaluation", "hub", "launch", "offline"},
     {"acceptance_metric", "chat", "trainer"},
+    {"training"},
     {"cli"},
 ]
 

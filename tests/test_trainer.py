@@ -21,7 +21,7 @@ from peagle_hf.data.partition import partition_every_row
 from peagle_hf.metrics import summarize
 from peagle_hf.offline import count
 from peagle_hf.target import load_embedding
-from peagle_hf.trainer import build_datasets, build_drafter, checkpoint_to_resume, train
+from peagle_hf.training import build_datasets, build_drafter, checkpoint_to_resume, train
 
 ROOT = Path(__file__).parents[1]
 

@@ -1,0 +1,204 @@
+"""`peagle-hf train`: the drafter, the rows and the run that the arguments describe."""
+
+import logging
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel
+from transformers import set_seed
+
+from .adapters import add_adapter
+from .callbacks import VllmExportCallback, checkpoints_by_step, remove_checkpoints, resumable_folder
+from .configuration_peagle import PeagleConfig
+from .continuing import SAMPLING, continued_config, load_drafter
+from .data.cache import Manifest, cached_rows
+from .data.dataset import GENERATED_DTYPE, HiddenStatesDataset, split_rows
+from .data.endpoint import Endpoint, check_layers, endpoint_urls, served_layers, served_model
+from .data.extract import check_folder, tokenizer_fingerprint
+from .errors import PeagleError
+from .memory import report
+from .modeling_peagle import PeagleForSpeculation
+from .target import draft_vocabulary, load_token_freq, load_verifier_config
+from .trainer import PeagleTrainer
+from .training_args import PeagleTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+
+def train(args: PeagleTrainingArguments) -> PeagleTrainer | None:
+    """Train a drafter on cached hidden states, going on from the output folder's newest checkpoint if there is one.
+
+    With `memory_report` print the prediction instead and return None.
+    """
+    if args.memory_report:
+        print(report(args.memory_plan(build_config(args)), args.usable_memory()))
+        return None
+    drafter = build_drafter(args)
+    train_dataset, eval_dataset = build_datasets(args)
+    trainer = PeagleTrainer(
+        model=drafter,
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        callbacks=[VllmExportCallback(args.export_dtype)],
+    )
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
+    return trainer
+
+
+def checkpoint_to_resume(args: PeagleTrainingArguments) -> str | None:
+    """The checkpoint that a run with these arguments goes on from: the named one, else the newest, else none.
+
+    With `resume` off, the checkpoints in the output folder are removed.
+    """
+    if args.resume_from_checkpoint:
+        return str(resumable_folder(args.resume_from_checkpoint))
+    if not args.resume:
+        if args.should_save:
+            remove_checkpoints(args.output_dir)
+        return None
+    found = checkpoints_by_step(args.output_dir)
+    if found:
+        logger.info("Resuming from %s; pass --no-resume to start afresh.", found[-1])
+    return str(found[-1]) if found else None
+
+
+def build_config(args: PeagleTrainingArguments) -> PeagleConfig:
+    """The configuration that the arguments describe, or that of `from_pretrained` with their sampling and verifier.
+
+    Raises:
+        PeagleError: no verifier is named, or the arguments ask for another drafter than `from_pretrained`.
+    """
+    verifier = _verifier(args)
+    if args.from_pretrained:
+        return continued_config(args, args.from_pretrained, verifier)
+    manifest = Manifest.read(_cache_folder(args))
+    served = served_layers(_server_folder(args)) if args.on_missing == "generate" and manifest is None else None
+    layer_ids = manifest.aux_layer_ids if manifest else served[:-1] if served else None
+    return PeagleConfig.from_verifier(
+        verifier,
+        num_layers=args.num_layers,
+        draft_arch=args.draft_arch,
+        draft_vocab_size=args.draft_vocab_size,
+        mask_token_id=args.mask_token_id,
+        target_layer_ids=args.target_layer_ids or layer_ids,
+        norm_before_residual=args.norm_before_residual,
+        norm_before_fc=args.norm_before_fc,
+        sliding_window=args.sliding_window,
+        revision=args.verifier_revision,
+        trust_remote_code=args.trust_remote_code,
+        **{name: getattr(args, name) for name in SAMPLING},
+    )
+
+
+def build_drafter(args: PeagleTrainingArguments) -> PeagleForSpeculation | PeftModel:
+    """The drafter that the arguments describe, new or from `from_pretrained`, with its verifier's head attached.
+
+    With `lora_r` it comes with an adapter on all of its linear layers (see `adapters`).
+
+    Raises:
+        PeagleError: no verifier is named, or the cache was made by another one.
+    """
+    set_seed(args.seed)
+    verifier, config = _verifier(args), build_config(args)
+    if args.from_pretrained:
+        drafter = load_drafter(args.from_pretrained, config)
+    else:
+        drafter = PeagleForSpeculation(config)
+        if drafter.d2t is not None:
+            frequencies = load_token_freq(args.token_freq_path or Path(args.data_path) / "token_freq.pt")
+            drafter.set_draft_vocabulary(*draft_vocabulary(frequencies, config.draft_vocab_size, config.vocab_size))
+    if args.device.type == "cuda":
+        drafter.set_attn_implementation("flex_attention")
+    cache = _cache_folder(args)
+    manifest = Manifest.read(cache)
+    if manifest is not None:
+        target = load_verifier_config(verifier, args.verifier_revision, args.trust_remote_code)
+        manifest.check(Manifest.of(verifier, target, config.eagle_aux_hidden_state_layer_ids), cache)
+    drafter.load_verifier(
+        verifier,
+        initialize=not args.from_pretrained,
+        train_head=args.train_head,
+        dtype=torch.bfloat16 if args.bf16 else torch.float32,
+        revision=args.verifier_revision,
+        trust_remote_code=args.trust_remote_code,
+    )
+    if args.lora_r is None:
+        return drafter
+    return add_adapter(
+        drafter,
+        LoraConfig(
+            r=args.lora_r,
+            lora_alpha=args.lora_alpha,
+            lora_dropout=args.lora_dropout,
+            target_modules="all-linear",
+            modules_to_save=args.lora_modules_to_save,
+        ),
+    )
+
+
+def build_datasets(args: PeagleTrainingArguments) -> tuple[HiddenStatesDataset, HiddenStatesDataset | None]:
+    """The training and validation rows that the arguments describe; no validation with `train_data_ratio` 1."""
+    train_rows, eval_rows = split_rows(args.data_path, args.train_data_ratio, args.seed)
+    endpoint = build_endpoint(args) if args.on_missing == "generate" else None
+
+    def dataset(rows: list[int]) -> HiddenStatesDataset:
+        return HiddenStatesDataset(
+            args.data_path,
+            args.hidden_states_path,
+            args.total_seq_len,
+            rows,
+            args.on_missing,
+            args.seed,
+            endpoint,
+            keep_generated=args.on_generate == "cache",
+        )
+
+    return dataset(train_rows), dataset(eval_rows) if eval_rows else None
+
+
+def build_endpoint(args: PeagleTrainingArguments) -> Endpoint:
+    """The vLLM servers that missing rows are asked of; if these are to be kept, the cache gets its manifest here.
+
+    Raises:
+        PeagleError: a server can't be reached, or runs another model or other layers.
+    """
+    config, cache = build_config(args), Path(_cache_folder(args))
+    verifier = _verifier(args)
+    target = load_verifier_config(verifier, args.verifier_revision, args.trust_remote_code)
+    layer_ids = config.eagle_aux_hidden_state_layer_ids
+    urls = endpoint_urls(args.vllm_endpoint)
+    served_model(urls, verifier, args.request_timeout)
+    endpoint = Endpoint(
+        urls,
+        _server_folder(args),
+        (*layer_ids, target.num_hidden_layers),
+        config.hidden_size,
+        args.request_timeout,
+        args.max_retries,
+    )
+    check_layers(endpoint.folder, endpoint.slots)
+    if args.on_generate == "cache":
+        fingerprint = tokenizer_fingerprint(args.data_path)
+        existing = Manifest.read(cache)
+        dtype = existing.dtype if existing else GENERATED_DTYPE
+        storage = existing.storage if existing else "plain"
+        wanted = Manifest.of(verifier, target, layer_ids, args.verifier_revision, dtype, fingerprint, storage)
+        check_folder(cache, wanted, cached_rows(cache))
+        if existing is None:
+            wanted.write(cache)
+    return endpoint
+
+
+def _verifier(args: PeagleTrainingArguments) -> str:
+    if not args.verifier_name_or_path:
+        raise PeagleError("No verifier is named. Pass --verifier-name-or-path with the model to draft for.")
+    return args.verifier_name_or_path
+
+
+def _cache_folder(args: PeagleTrainingArguments) -> str | Path:
+    return args.hidden_states_path or Path(args.data_path) / "hidden_states"
+
+
+def _server_folder(args: PeagleTrainingArguments) -> Path:
+    return Path(args.server_hidden_states_path or _cache_folder(args))
