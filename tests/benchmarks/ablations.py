@@ -3,9 +3,9 @@
     python tests/benchmarks/ablations.py run VERIFIER TRAIN HELD_OUT OUTPUT.jsonl [--jobs 8] [--only REGEX]
     python tests/benchmarks/ablations.py table OUTPUT.jsonl
 
-TRAIN and HELD_OUT are folders of `peagle-hf prepare` with extracted states, of the verifier's own answers. A cell is one
-training and the acceptance length of its drafter on HELD_OUT, from cached states (see docs/acceptance.md). A cell's
-line is written when it is finished, so that a rerun makes only what is missing. Jobs share the visible GPUs, or the CPU.
+TRAIN and HELD_OUT are folders of `peagle-hf prepare` with extracted states, of the verifier's own answers. A cell is
+one training and the acceptance length of its drafter on HELD_OUT, from cached states (see docs/acceptance.md). A cell's
+line is written when it is finished, so that a rerun makes only what is missing. Jobs share the GPUs, or the CPU.
 """
 
 import argparse
@@ -36,9 +36,7 @@ BASE = {
     "report_to": "none",
     "disable_tqdm": True,
     "logging_steps": 50,
-    "bf16": False,
 }
-"""Float32 as on a CPU, so that a difference is the choice's and not the precision's."""
 
 DRAFTED = 4
 """Tokens drafted at a time in every measurement, whatever a drafter was trained for."""
