@@ -127,7 +127,7 @@ def train_ours(job: dict) -> Measured:
     from transformers import TrainerCallback
 
     from peagle_hf import PeagleTrainingArguments, parse_arguments
-    from peagle_hf.trainer import train
+    from peagle_hf.training import train
 
     flags = [
         *("--verifier-name-or-path", job["verifier"], "--data-path", job["data"]),
