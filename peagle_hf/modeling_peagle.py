@@ -423,8 +423,7 @@ class PeagleForSpeculation(PreTrainedModel):
         if initialize:
             with torch.no_grad():
                 self.embed_tokens.weight.copy_(load_embedding(name_or_path, None, revision, trust_remote_code))
-                token_ids = self.draft_token_ids
-                self.lm_head.weight.copy_(head.weight if token_ids is None else head.weight[token_ids])
+                self.lm_head.weight.copy_(self._restricted(head).weight)
         self.attach_verifier(head, train_head)
 
     def attach_verifier(self, head: VerifierHead, train_head: bool = False) -> None:
@@ -444,12 +443,16 @@ class PeagleForSpeculation(PreTrainedModel):
         for module in (self.embed_tokens, self.lm_head):
             if not module.weight.requires_grad:
                 module.to(head.weight.dtype)
-        token_ids = self.draft_token_ids
-        draft_head = head if token_ids is None else head.restrict(token_ids)
+        draft_head = self._restricted(head)
         # Set around nn.Module, so that the heads are no part of the state dict, of DDP's buffers or of FSDP's shards.
         self.__dict__["verifier_head"], self.__dict__["draft_head"] = head, draft_head
         same = not train_head and torch.equal(draft_head.weight, self.lm_head.weight.to(draft_head.weight.device))
         self.__dict__["heads_are_one"] = same
+
+    def _restricted(self, head: VerifierHead) -> VerifierHead:
+        """The verifier's head over the draft vocabulary."""
+        token_ids = self.draft_token_ids
+        return head if token_ids is None else head.restrict(token_ids.to(head.weight.device))
 
     def _check_head(self, head: VerifierHead) -> None:
         expected = (self.config.vocab_size, self.config.hidden_size)

@@ -28,7 +28,7 @@ BASE = {
     "num_depths": 4,
     "draft_vocab_size": 8192,
     "total_seq_len": 1024,
-    "epochs": 2,
+    "epochs": 1,
     "lr": 1e-3,
     "warmup_steps": 0.05,
     "train_data_ratio": 1.0,
@@ -144,8 +144,9 @@ def run_cell(verifier: str, train: str, held_out: str, name: str, seed: int) -> 
         trainer = PeagleTrainer(model=drafter, args=args, train_dataset=dataset, optimizers=optimizers)
         output = trainer.train()
     drafter.config.num_depths = DRAFTED
-    drafter.load_verifier(verifier, initialize=False, dtype=torch.float32)
-    _, drafts = count(drafter, HiddenStatesDataset(held_out, total_seq_len=BASE["total_seq_len"]))
+    dataset = HiddenStatesDataset(held_out, total_seq_len=BASE["total_seq_len"])
+    with torch.autocast("cuda", dtype=torch.bfloat16, enabled=args.bf16):
+        _, drafts = count(drafter, dataset)
     reached, accepted = drafts.tolist()
     rates = list(accumulate((taken / max(met, 1) for met, taken in zip(reached, accepted, strict=True)), mul))
     return {
