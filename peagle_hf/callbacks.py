@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer import TRAINER_STATE_NAME
 
 from .errors import PeagleError
-from .files import atomic_path, remove_folder, remove_leftovers
+from .files import atomic_path, remove_folder, remove_leftovers, write_json
 from .metrics import draw
 from .serving import check_checkpoint
 
@@ -25,6 +25,8 @@ TRAINER_STATE = "trainer_state"
 MERGED = "merged"
 EXPORTED = "exported"
 CURVES = "training.png"
+FILES = "files.json"
+"""In a checkpoint: the names of all files that were written before the Trainer's state."""
 TRAINER_FILES = {
     "optimizer.pt": "optimizer_state_dict.pt",
     "optimizer.bin": "optimizer_state_dict.pt",
@@ -108,11 +110,9 @@ class VllmExportCallback(TrainerCallback):
         if not folders:
             return
         step_of = {folder: _trainer_state(folder / TRAINER_STATE)["global_step"] for folder in folders}
-        name = metric_name(args)
-        score = {entry["step"]: entry[name] for entry in state.log_history if name in entry}
-        scored = [folder for folder in folders if step_of[folder] in score]
-        choose = max if args.greater_is_better else min
-        best = choose(scored, key=lambda folder: score[step_of[folder]]) if scored else folders[-1]
+        scores = scores_by_step(args, state)
+        best_step = step_of_best(args, {step: scores[step] for step in step_of.values() if step in scores})
+        best = next((folder for folder in folders if step_of[folder] == best_step), folders[-1])
         with atomic_path(self._folder(args) / BEST) as temporary:
             os.symlink(best.name, temporary)
         if args.save_total_limit:
@@ -164,6 +164,17 @@ def metric_name(args: TrainingArguments) -> str:
     return f"eval_{(args.metric_for_best_model or 'loss').removeprefix('eval_')}"
 
 
+def scores_by_step(args: TrainingArguments, state: TrainerState) -> dict[int, float]:
+    """What the best checkpoint is chosen by, at each step that was validated."""
+    name = metric_name(args)
+    return {int(entry["step"]): entry[name] for entry in state.log_history if name in entry}
+
+
+def step_of_best(args: TrainingArguments, scores: dict[int, float]) -> int | None:
+    """The step with the best score, of equal ones the first; None if there are no scores."""
+    return (max if args.greater_is_better else min)(scores, key=scores.__getitem__, default=None)
+
+
 def drafter_folder(checkpoint: Path) -> Path:
     """Where in a checkpoint the whole drafter is: with an adapter, merged beside it."""
     return checkpoint / MERGED if (checkpoint / MERGED).is_dir() else checkpoint
@@ -175,10 +186,17 @@ def epoch_folders(output_dir: str | os.PathLike[str]) -> list[Path]:
     return sorted(folders, key=lambda path: int(path.name))
 
 
-def checkpoints_by_step(output_dir: str | os.PathLike[str]) -> list[Path]:
-    """All complete checkpoints of a run, `checkpoint-N` and epoch folders, by step; a half-written one is left out."""
-    folders = [*epoch_folders(output_dir), *_trainer_checkpoints(output_dir)]
-    return sorted(folders, key=lambda path: _trainer_state(resumable_folder(path))["global_step"])
+def checkpoints_by_step(output_dir: str | os.PathLike[str]) -> dict[int, Path]:
+    """The Trainer's own checkpoint of each step that a run has one of, alone or in an epoch folder; no half ones."""
+    in_epochs = [folder / TRAINER_STATE for folder in epoch_folders(output_dir)]
+    folders = [*filter(is_whole, in_epochs), *_trainer_checkpoints(output_dir)]
+    return {_trainer_state(folder)["global_step"]: folder for folder in folders}
+
+
+def newest_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
+    """What a run would go on from; None if there is nothing."""
+    found = checkpoints_by_step(output_dir)
+    return found[max(found)] if found else None
 
 
 def resumable_folder(checkpoint: str | os.PathLike[str]) -> Path:
@@ -192,7 +210,7 @@ def resumable_folder(checkpoint: str | os.PathLike[str]) -> Path:
         if is_whole(folder):
             return folder.resolve()
     raise PeagleError(
-        f"{path} holds no {TRAINER_STATE_NAME}, or half of one, so training can't be resumed from it. Name a "
+        f"{path} holds no checkpoint of the Trainer, or half of one, so training can't be resumed from it. Name a "
         "checkpoint-N, an epoch folder or checkpoint_best of an earlier run; to start from its weights alone use "
         "--from-pretrained."
     )
@@ -208,13 +226,23 @@ def remove_checkpoints(output_dir: str | os.PathLike[str]) -> None:
             folder.unlink()
 
 
+def list_files(checkpoint: Path) -> None:
+    """Note what is in a checkpoint, just before the Trainer's state is written (see `is_whole`)."""
+    files = [str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()]
+    write_json(checkpoint / FILES, sorted(files))
+
+
 def is_whole(checkpoint: Path) -> bool:
-    """Whether the Trainer has written all of a checkpoint: its state, which it writes last, to the end."""
+    """Whether the Trainer has written all of a checkpoint, its state last, and since then no file was removed.
+
+    The Trainer removes old checkpoints file by file, so that a kill may leave half of one, its state included.
+    """
     try:
         _trainer_state(checkpoint)
+        files = json.loads((checkpoint / FILES).read_text()) if (checkpoint / FILES).exists() else []
     except (OSError, ValueError):
         return False
-    return True
+    return all((checkpoint / name).exists() for name in files)
 
 
 def _trainer_checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:

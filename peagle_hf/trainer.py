@@ -1,6 +1,7 @@
 """`PeagleTrainer`: the Hugging Face Trainer over packed rows."""
 
 import json
+import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -39,8 +40,12 @@ from .callbacks import (
     checkpoints_by_step,
     export_drafter,
     is_whole,
+    list_files,
     metric_name,
+    newest_checkpoint,
     resumable_folder,
+    scores_by_step,
+    step_of_best,
 )
 from .configuration_peagle import PeagleConfig
 from .continuing import check_same_configuration
@@ -61,6 +66,8 @@ from .pace import Pace
 from .products import fast_products
 from .target import hub_verifier
 from .training_args import PeagleTrainingArguments
+
+logger = logging.getLogger(__name__)
 
 
 class PeagleTrainer(Trainer):
@@ -194,6 +201,25 @@ class PeagleTrainer(Trainer):
             if isinstance(callback, VllmExportCallback):
                 callback.run_folder = Path(self._get_output_dir(trial))
 
+    def _init_training_state(  # type: ignore[no-untyped-def]
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ):
+        """As the Trainer; after a run with another `metric_for_best_model` the best so far is found anew by this."""
+        begun = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        state, scores = self.state, scores_by_step(self.args, self.state)
+        if state.best_metric is not None and state.best_metric != scores.get(state.best_global_step or 0):
+            folders = checkpoints_by_step(self._get_output_dir(trial))
+            self.accelerator.wait_for_everyone()
+            kept = {step: score for step, score in scores.items() if step in folders}
+            best = step_of_best(self.args, kept if self.args.load_best_model_at_end else scores)
+            state.best_global_step = best
+            state.best_metric = None if best is None else scores[best]
+            state.best_model_checkpoint = str(folders[best]) if best in folders else None
+            logger.info("The best so far is another by %s: that of step %s.", metric_name(self.args), best)
+        return begun
+
     def train(
         self,
         resume_from_checkpoint: str | bool | None = None,
@@ -207,10 +233,10 @@ class PeagleTrainer(Trainer):
                 rows are asked of is gone, in which case there is a checkpoint to go on from; says what would help.
         """
         if resume_from_checkpoint is True:
-            newest = checkpoints_by_step(self._get_output_dir(trial))
-            if not newest:
+            newest = newest_checkpoint(self._get_output_dir(trial))
+            if newest is None:
                 raise PeagleError(f"{self.args.output_dir} has no checkpoint to resume from. Leave out the resuming.")
-            resume_from_checkpoint = str(newest[-1])
+            resume_from_checkpoint = str(newest)
         if resume_from_checkpoint:
             folder = resumable_folder(resume_from_checkpoint)
             check_same_configuration(folder, self.config)
@@ -420,6 +446,8 @@ class PeagleTrainer(Trainer):
         super()._save_rng_state(output_dir)
         # The Trainer's state, which is written next, says that the checkpoint is whole.
         self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            list_files(Path(output_dir))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """As the Trainer; with an adapter, the adapter and in a folder beside it the merged drafter."""

@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel
 from transformers import set_seed
 
 from .adapters import add_adapter
-from .callbacks import VllmExportCallback, checkpoints_by_step, remove_checkpoints, resumable_folder
+from .callbacks import VllmExportCallback, newest_checkpoint, remove_checkpoints, resumable_folder
 from .configuration_peagle import PeagleConfig
 from .continuing import SAMPLING, continued_config, load_drafter
 from .data.cache import Manifest, cached_rows
@@ -57,10 +57,11 @@ def checkpoint_to_resume(args: PeagleTrainingArguments) -> str | None:
         if args.should_save:
             remove_checkpoints(args.output_dir)
         return None
-    found = checkpoints_by_step(args.output_dir)
-    if found:
-        logger.info("Resuming from %s; pass --no-resume to start afresh.", found[-1])
-    return str(found[-1]) if found else None
+    newest = newest_checkpoint(args.output_dir)
+    if newest is None:
+        return None
+    logger.info("Resuming from %s; pass --no-resume to start afresh.", newest)
+    return str(newest)
 
 
 def build_config(args: PeagleTrainingArguments) -> PeagleConfig:

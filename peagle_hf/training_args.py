@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import SchedulerType, TrainingArguments
@@ -193,7 +193,11 @@ class PeagleTrainingArguments(TrainingArguments):
     eval_strategy: IntervalStrategy | str = field(default="epoch", metadata={"help": "When to validate."})
     save_strategy: SaveStrategy | str = field(default="epoch", metadata={"help": "When to save."})
     metric_for_best_model: str | None = field(
-        default="loss", metadata={"help": "What makes a checkpoint the best: loss or acceptance_length."}
+        default="acceptance_length",
+        metadata={
+            "help": "The validation metric that makes a checkpoint the best, such as acceptance_length or loss. Higher "
+            "is better, but for names that end with loss; --greater-is-better says otherwise."
+        },
     )
     bf16: bool = field(
         default=torch.cuda.is_available(), metadata={"help": "bfloat16 mixed precision. Default: on with a GPU."}
@@ -233,6 +237,10 @@ class PeagleTrainingArguments(TrainingArguments):
         # Every process builds the same drafter: accelerate's loading from the first one knows no buffers, such as d2t.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         super().__post_init__()
+        if self.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
+            # These follow the same metric, and would take it that lower is better.
+            given: Any = self.lr_scheduler_kwargs or {}
+            self.lr_scheduler_kwargs = {"mode": "max" if self.greater_is_better else "min", **given}
         for tracker in self.report_to or []:
             check_tracker(tracker)
 

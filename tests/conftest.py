@@ -15,7 +15,16 @@ import psutil
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
 
 from peagle_hf.data.cache import Manifest, write_row
 
@@ -141,6 +150,29 @@ def drafter(chain, tmp_path_factory):
     model.set_draft_vocabulary(token_ids - torch.arange(40), torch.isin(torch.arange(VOCAB), token_ids))
     model.save_pretrained(folder)
     return folder
+
+
+VISION = {
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
+
+
+def save_verifier(folder: Path, config: PreTrainedConfig, seed: int = 0, **options: object) -> PreTrainedModel:
+    """A verifier whose norms and biases differ from their initial 0 and 1, saved to `folder`."""
+    auto = AutoModelForImageTextToText if hasattr(config, "text_config") else AutoModelForCausalLM
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = auto.from_config(config).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    model.save_pretrained(folder, **options)
+    return model
 
 
 def write_prepared(folder: Path, lengths: list[int], conversations: list[int] | None = None, seed: int = 0) -> Path:

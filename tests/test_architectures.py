@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from conftest import VISION, save_verifier
 from safetensors.torch import load_file, save_file
-from test_extract import LAYERS, VOCAB, own_states, save_prepared, save_verifier, tiny
+from test_extract import LAYERS, VOCAB, own_states, save_prepared, tiny
 from torch.nn.utils.rnn import pad_sequence
 
 from peagle_hf import (
@@ -38,14 +39,6 @@ LINEAR = {
     "linear_num_key_heads": 2,
     "linear_key_head_dim": 4,
     "linear_value_head_dim": 4,
-}
-VISION = {
-    "hidden_size": 8,
-    "intermediate_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 8,
-    "patch_size": 4,
 }
 MIXED_LAYERS = ["sliding_attention", "full_attention"] * (LAYERS // 2)
 ARCHITECTURES = {

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from conftest import save_verifier
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -39,19 +40,6 @@ def tiny(model_type: str, **fields: object) -> PreTrainedConfig:
         "eos_token_id": 2,
     }
     return transformers.CONFIG_MAPPING[model_type](**(sizes | fields))
-
-
-def save_verifier(folder: Path, config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
-    """A verifier whose norms and biases differ from their initial 0 and 1, saved to `folder`."""
-    auto = transformers.AutoModelForImageTextToText if hasattr(config, "text_config") else AutoModelForCausalLM
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = auto.from_config(config).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter), alpha=0.2)
-    model.save_pretrained(folder)
-    return model
 
 
 def save_prepared(folder: Path, lengths: tuple[int, ...] = LENGTHS, vocab_size: int = VOCAB) -> list[Tensor]:

@@ -6,17 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import VISION, save_verifier
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
     CLIPConfig,
     Gemma3Config,
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 
@@ -40,31 +38,11 @@ SIZES = {
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
 }
-VISION = {
-    "hidden_size": 8,
-    "intermediate_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 8,
-    "patch_size": 4,
-}
-
-
-def save(folder: Path, config: PreTrainedConfig, **options: object) -> PreTrainedModel:
-    auto = AutoModelForImageTextToText if hasattr(config, "text_config") else AutoModelForCausalLM
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = auto.from_config(config).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter), alpha=0.2)
-    model.save_pretrained(folder, **options)
-    return model
 
 
 @pytest.fixture
 def llama(tmp_path: Path) -> tuple[Path, PreTrainedModel]:
-    return tmp_path / "llama", save(tmp_path / "llama", LlamaConfig(**SIZES))
+    return tmp_path / "llama", save_verifier(tmp_path / "llama", LlamaConfig(**SIZES))
 
 
 def check_head(folder: Path, model: PreTrainedModel) -> VerifierHead:
@@ -82,13 +60,13 @@ def check_head(folder: Path, model: PreTrainedModel) -> VerifierHead:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("shard_size", ["1GB", "2KB"])
 def test_head_and_embeddings_are_read_by_key(tied: bool, shard_size: str, tmp_path: Path) -> None:
-    model = save(tmp_path, LlamaConfig(**SIZES, tie_word_embeddings=tied), max_shard_size=shard_size)
+    model = save_verifier(tmp_path, LlamaConfig(**SIZES, tie_word_embeddings=tied), max_shard_size=shard_size)
     assert (tmp_path / "model.safetensors.index.json").exists() == (shard_size == "2KB")
     check_head(tmp_path, model)
 
 
 def test_only_the_needed_shards_are_opened(tmp_path: Path) -> None:
-    model = save(tmp_path, LlamaConfig(**SIZES), max_shard_size="2KB")
+    model = save_verifier(tmp_path, LlamaConfig(**SIZES), max_shard_size="2KB")
     weight_map = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
     needed = {weight_map[key] for key in ("lm_head.weight", "model.norm.weight", "model.embed_tokens.weight")}
     others = set(weight_map.values()) - needed
@@ -108,7 +86,7 @@ def test_nothing_of_the_head_enters_a_state_dict_and_all_of_it_moves(llama: tupl
 
 
 def test_a_restricted_head_gives_the_chosen_tokens_logits(tmp_path: Path) -> None:
-    model = save(tmp_path, Gemma3TextConfig(**SIZES, final_logit_softcapping=2.0))
+    model = save_verifier(tmp_path, Gemma3TextConfig(**SIZES, final_logit_softcapping=2.0))
     head = check_head(tmp_path, model)
     assert head.softcap == 2.0
     normed, token_ids = torch.randn(5, 16), torch.tensor([3, 17, 39])
@@ -120,7 +98,7 @@ def test_wrappers_may_be_named_otherwise_in_the_file(tmp_path: Path) -> None:
     config = Gemma3Config(
         text_config=SIZES | {"tie_word_embeddings": False}, vision_config=VISION, tie_word_embeddings=False
     )
-    model = save(tmp_path, config)
+    model = save_verifier(tmp_path, config)
     file = tmp_path / "model.safetensors"
     tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
     assert {"language_model.model.norm.weight", "language_model.lm_head.weight"} <= set(tensors)
@@ -175,7 +153,7 @@ def test_what_is_no_verifier_is_refused(tmp_path: Path) -> None:
     CLIPConfig().save_pretrained(tmp_path)
     with pytest.raises(PeagleError, match="clip"):
         VerifierHead.from_pretrained(tmp_path)
-    save(tmp_path / "gpt2", GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=16))
+    save_verifier(tmp_path / "gpt2", GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=16))
     with pytest.raises(PeagleError, match=r"GPT2LMHeadModel is not supported.*register_verifier\('gpt2'"):
         VerifierHead.from_pretrained(tmp_path / "gpt2")
 

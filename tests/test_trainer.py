@@ -41,8 +41,12 @@ def run(train_flags, callbacks=(), resume=None, **changes):
     return trainer
 
 
+def logged(trainer, name):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
 def losses(trainer):
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return logged(trainer, "loss")
 
 
 def weights(trainer):
@@ -82,8 +86,8 @@ def test_folders_hold_what_vllm_and_a_resume_need(train_flags):
     assert all(torch.equal(full[name], tensor) for name, tensor in weights(trainer).items())
     link = output / "checkpoint_best"
     assert link.is_symlink()
-    evaluations = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    assert os.readlink(link) == str(evaluations.index(min(evaluations)))
+    lengths = logged(trainer, "eval_acceptance_length")
+    assert os.readlink(link) == str(lengths.index(max(lengths)))
 
 
 def test_learning_lowers_the_loss_and_logs_by_depth(train_flags):
@@ -95,10 +99,48 @@ def test_learning_lowers_the_loss_and_logs_by_depth(train_flags):
     assert log["acceptance_length"] == pytest.approx(1 + sum(log[f"acceptance_{depth}"] for depth in range(3)))
 
 
-def test_metric_for_best_model_chooses_the_link(train_flags):
-    trainer = run(train_flags, num_train_epochs=4, learning_rate=5e-3, metric_for_best_model="acceptance_length")
-    lengths = [e["eval_acceptance_length"] for e in trainer.state.log_history if "eval_acceptance_length" in e]
-    assert int(os.readlink(Path(train_flags["output_dir"]) / "checkpoint_best")) == lengths.index(max(lengths))
+SPOILING = {"learning_rate": 0.5, "lr_scheduler_type": "constant"}
+"""The loss is lowest in a later epoch than that of the highest acceptance length, which is not the last."""
+
+
+def best_epochs(trainer):
+    """By acceptance length, and by loss."""
+    lengths, evaluated = logged(trainer, "eval_acceptance_length"), logged(trainer, "eval_loss")
+    return lengths.index(max(lengths)), evaluated.index(min(evaluated))
+
+
+@pytest.mark.parametrize("changes", [{}, {"metric_for_best_model": "loss"}], ids=str)
+def test_the_best_has_the_longest_acceptance_unless_told_otherwise(train_flags, changes):
+    trainer = run(train_flags, num_train_epochs=3, **SPOILING, **changes)
+    by_length, by_loss = best_epochs(trainer)
+    assert by_length < by_loss
+    best = by_loss if changes else by_length
+    assert os.readlink(Path(train_flags["output_dir"]) / "checkpoint_best") == str(best)
+    assert trainer.state.best_global_step == 5 * (best + 1)
+
+
+@pytest.mark.parametrize("limit", [None, 1])
+def test_resuming_by_another_metric_compares_no_numbers_of_two_kinds(train_flags, limit):
+    """The loss of the earlier run is no acceptance length; where the best is removed it's the best of the others."""
+    changes = {**SPOILING, "load_best_model_at_end": True, "save_total_limit": limit}
+    run(train_flags, num_train_epochs=3, metric_for_best_model="loss", **changes)
+    kept = [int(folder.name) for folder in epoch_folders(train_flags["output_dir"])]
+    trainer = run(train_flags, resume=True, num_train_epochs=4, **changes)
+    lengths = logged(trainer, "eval_acceptance_length")
+    best = max([*kept, 3], key=lambda epoch: (lengths[epoch], -epoch))
+    assert trainer.state.best_metric == lengths[best]
+    link = Path(train_flags["output_dir"]) / "checkpoint_best"
+    assert os.readlink(link) == str(best)
+    loaded = load_file(link / "trainer_state" / "model.safetensors")
+    assert all(torch.equal(weights(trainer)[name], tensor) for name, tensor in loaded.items())
+
+
+def test_schedules_that_follow_the_metric_know_which_way_is_better(train_flags):
+    follow = {**train_flags, "lr_scheduler_type": "reduce_lr_on_plateau"}
+    assert PeagleTrainingArguments(**follow).lr_scheduler_kwargs == {"mode": "max"}
+    assert PeagleTrainingArguments(**follow, metric_for_best_model="loss").lr_scheduler_kwargs == {"mode": "min"}
+    told = PeagleTrainingArguments(**follow, lr_scheduler_kwargs={"mode": "min", "patience": 3})
+    assert told.lr_scheduler_kwargs == {"mode": "min", "patience": 3}
 
 
 def test_evaluation_loss_is_the_mean_over_rows_however_they_are_batched(train_flags):
@@ -168,12 +210,25 @@ def raise_interrupt(*_):
     raise KeyboardInterrupt
 
 
+@pytest.mark.parametrize("removed", ["optimizer.pt", "model.safetensors", "trainer_state.json"])
+def test_half_of_a_removed_checkpoint_is_not_resumed_from(train_flags, removed):
+    """Even if it is the newest, as when the Trainer is killed while it removes all but the best at the end."""
+    run(train_flags, num_train_epochs=1)
+    output = Path(train_flags["output_dir"])
+    (output / "checkpoint-5" / removed).unlink()
+    assert checkpoints_by_step(output) == {5: output / "0" / "trainer_state"}
+    (output / "0" / "trainer_state" / removed).unlink()
+    assert checkpoints_by_step(output) == {}
+    with pytest.raises(PeagleError, match=f"{output / '0'} holds no checkpoint of the Trainer, or half of one"):
+        run(train_flags, resume=str(output / "0"))
+
+
 def test_a_half_written_checkpoint_is_not_resumed_from(train_flags):
     run(train_flags, num_train_epochs=1)
     output = Path(train_flags["output_dir"])
     (output / "checkpoint-99").mkdir()
     (output / "checkpoint-99" / "model.safetensors").write_bytes(b"half")
-    assert checkpoints_by_step(output)[-1].name in ("0", "checkpoint-5")
+    assert list(checkpoints_by_step(output)) == [5]
 
 
 def test_max_steps_in_the_middle_of_an_epoch_writes_its_folder(train_flags):
@@ -182,24 +237,19 @@ def test_max_steps_in_the_middle_of_an_epoch_writes_its_folder(train_flags):
 
 
 def test_save_total_limit_keeps_best_and_last(train_flags):
-    trainer = run(train_flags, num_train_epochs=5, save_total_limit=2, learning_rate=0.5, lr_scheduler_type="constant")
+    trainer = run(train_flags, num_train_epochs=5, save_total_limit=2, **SPOILING)
     output = Path(train_flags["output_dir"])
-    evaluations = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    best = str(evaluations.index(min(evaluations)))
-    kept = [folder.name for folder in epoch_folders(output)]
-    assert len(kept) == 2
-    assert {best, "4"} <= set(kept)
+    best = str(best_epochs(trainer)[0])
+    assert [folder.name for folder in epoch_folders(output)] == [best, "4"]
     assert os.readlink(output / "checkpoint_best") == best
 
 
 @pytest.mark.parametrize("limit", [None, 1])
 def test_the_best_model_is_loaded_at_the_end(train_flags, limit):
     """At a rate that spoils the drafter the last epoch isn't the best; `checkpoint_best` is what is loaded."""
-    spoiling = {"learning_rate": 0.5, "lr_scheduler_type": "constant"}
-    trainer = run(train_flags, num_train_epochs=3, load_best_model_at_end=True, save_total_limit=limit, **spoiling)
+    trainer = run(train_flags, num_train_epochs=3, load_best_model_at_end=True, save_total_limit=limit, **SPOILING)
     output = Path(train_flags["output_dir"])
-    evaluations = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    number = evaluations.index(min(evaluations))
+    number = best_epochs(trainer)[0]
     assert number < 2
     assert trainer.state.best_model_checkpoint == str(output / f"checkpoint-{5 * (number + 1)}")
     assert os.readlink(output / "checkpoint_best") == str(number)
@@ -208,14 +258,13 @@ def test_the_best_model_is_loaded_at_the_end(train_flags, limit):
     assert all(torch.equal(weights(trainer)[name], tensor) for name, tensor in best.items())
     assert not all(torch.equal(tensor, last[name]) for name, tensor in best.items())
     assert [folder.name for folder in epoch_folders(output)] == ([str(number), "2"] if limit else ["0", "1", "2"])
-    assert trainer.evaluate()["eval_loss"] == evaluations[number]
+    assert trainer.evaluate()["eval_loss"] == logged(trainer, "eval_loss")[number]
 
 
 @pytest.mark.parametrize("metric", ["loss", "acceptance_length"])
 def test_early_stopping_ends_where_nothing_improves(train_flags, metric):
-    changes = {"learning_rate": 0.5, "lr_scheduler_type": "constant", "metric_for_best_model": metric}
-    trainer = run(train_flags, [EarlyStoppingCallback(2)], num_train_epochs=9, **changes)
-    found = [entry[f"eval_{metric}"] for entry in trainer.state.log_history if f"eval_{metric}" in entry]
+    trainer = run(train_flags, [EarlyStoppingCallback(2)], num_train_epochs=9, metric_for_best_model=metric, **SPOILING)
+    found = logged(trainer, f"eval_{metric}")
     best = found.index(min(found) if metric == "loss" else max(found))
     assert len(found) == best + 3 < 9
     assert os.readlink(Path(train_flags["output_dir"]) / "checkpoint_best") == str(best)
@@ -259,7 +308,7 @@ def cli_flags(train_flags, tmp_path):
     }
 
 
-def logged(folder):
+def losses_in(folder):
     state = json.loads((folder / "1" / "trainer_state" / "trainer_state.json").read_text())
     return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
 
@@ -268,13 +317,13 @@ def test_cli_yaml_example_and_python_give_the_same_losses(train_flags, cli_flags
     python = losses(run(train_flags, learning_rate=1e-3, lr_scheduler_type="linear"))
     assert len(python) == 10
     main(["train", *[flag.replace("_", "-") if flag.startswith("--") else flag for flag in flags(cli_flags("cli"))]])
-    assert logged(tmp_path / "cli") == python
+    assert losses_in(tmp_path / "cli") == python
     (tmp_path / "train.yaml").write_text(yaml.safe_dump({**cli_flags("yaml"), "lr": 9.0}))
     main(["train", str(tmp_path / "train.yaml"), "--lr", "1e-3"])
-    assert logged(tmp_path / "yaml") == python
+    assert losses_in(tmp_path / "yaml") == python
     command = [sys.executable, str(ROOT / "examples" / "train.py"), *flags(cli_flags("example"))]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
-    assert logged(tmp_path / "example") == python
+    assert losses_in(tmp_path / "example") == python
 
 
 @pytest.mark.parametrize("workers", [2])

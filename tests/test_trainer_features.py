@@ -102,8 +102,9 @@ def test_each_trial_of_a_search_is_the_run_that_its_arguments_describe(train_fla
         folder = output / f"run-{number}"
         depths = check_checkpoint(folder / "checkpoint_best").num_depths
         found[depths] = run
-        scores = [entry["eval_loss"] for entry in state_of(folder / "1")["log_history"] if "eval_loss" in entry]
-        assert os.readlink(folder / "checkpoint_best") == str(scores.index(min(scores)))
+        name, history = "eval_acceptance_length", state_of(folder / "1")["log_history"]
+        scores = [entry[name] for entry in history if name in entry]
+        assert os.readlink(folder / "checkpoint_best") == str(scores.index(max(scores)))
         if depths == best.hyperparameters["num_depths"]:
             assert best.objective == scores[-1]
             assert best.run_id == str(number)

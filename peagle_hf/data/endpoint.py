@@ -214,7 +214,7 @@ def check_layers(folder: str | os.PathLike[str], slots: tuple[int, ...]) -> None
         )
 
 
-def remove_leftovers(folder: str | os.PathLike[str], age: float) -> None:
+def remove_unfetched(folder: str | os.PathLike[str], age: float) -> None:
     """Remove what killed programs left `age` seconds ago or earlier: half-written rows, and answers not fetched."""
     for temporary in Path(folder).glob(".hs_*.tmp"):
         if _age(temporary) > age:

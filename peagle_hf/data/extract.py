@@ -50,7 +50,7 @@ from .endpoint import (
     check_layers,
     concurrently,
     endpoint_urls,
-    remove_leftovers,
+    remove_unfetched,
     served_layers,
     served_model,
 )
@@ -224,7 +224,7 @@ def extract(arguments: ExtractArguments) -> ExtractReport:
     present = cached_rows(output) & lengths.keys()
     check_folder(output, manifest, present)
     for folder in {output, server_folder}:
-        remove_leftovers(folder, max(LEFTOVER_SECONDS, 2 * arguments.request_timeout))
+        remove_unfetched(folder, max(LEFTOVER_SECONDS, 2 * arguments.request_timeout))
 
     made_again = {}
     for row in tqdm(sorted(present), desc="Checking", unit="row", disable=not present):
