@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from peagle_hf.data import regenerate as module
+from peagle_hf.data.chat_models import LocalChatModel
 from peagle_hf.data.regenerate import RegenerateArguments, learnt_spans, regenerate, repetition
 from peagle_hf.errors import PeagleError
 
@@ -248,9 +249,9 @@ def test_an_unusable_invention_is_named(target, tmp_path, monkeypatch):
         [*tokenizer.encode(f"Name the{BELL} long river"), END],
         [*tokenizer.encode("Name the <|start|> long river"), END],
     ]
-    answer = module._Target.complete
+    answer = LocalChatModel.complete
     monkeypatch.setattr(
-        module._Target,
+        LocalChatModel,
         "complete",
         lambda self, prompts, *rest: inventions if len(prompts) == 6 else answer(self, prompts, *rest),
     )
@@ -351,13 +352,13 @@ def test_unusable_rows_are_skipped_and_named(target, tmp_path):
 def test_an_interrupted_run_continues_to_the_same_file(target, prompts, tmp_path, monkeypatch, calls):
     arguments = {"prompts": str(prompts), "temperature": 1.0, "invent": 3, "max_new_tokens": 24}
     whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
-    complete, count = module._Target.complete, itertools.count()
+    complete, count = LocalChatModel.complete, itertools.count()
 
     def counting(self, *rest):
         next(count)
         return complete(self, *rest)
 
-    monkeypatch.setattr(module._Target, "complete", counting)
+    monkeypatch.setattr(LocalChatModel, "complete", counting)
     run(target, whole, **arguments)
     needed = next(count)
 
@@ -366,15 +367,15 @@ def test_an_interrupted_run_continues_to_the_same_file(target, prompts, tmp_path
             raise KeyboardInterrupt
         return complete(self, *rest)
 
-    monkeypatch.setattr(module._Target, "complete", interrupted)
+    monkeypatch.setattr(LocalChatModel, "complete", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(target, parts, **arguments)
     assert not parts.exists()
     with open(parts.with_suffix(".journal"), "a") as file:
-        file.write('{"batch": "Answering 99", "resu')
+        file.write('{"step": "Answering", "item": 99", "resu')
 
     count = itertools.count()
-    monkeypatch.setattr(module._Target, "complete", counting)
+    monkeypatch.setattr(LocalChatModel, "complete", counting)
     run(target, parts, **arguments)
     assert parts.read_bytes() == whole.read_bytes()
     assert report_of(parts) == report_of(whole)
@@ -386,7 +387,7 @@ def test_a_finished_file_is_left_as_it_is(target, prompts, tmp_path, monkeypatch
     output = tmp_path / "chats.jsonl"
     rows = run(target, output, prompts=str(prompts))
     before = output.stat().st_mtime_ns
-    monkeypatch.setattr(module, "_Target", None)
+    monkeypatch.setattr(module, "LocalChatModel", None)
     assert run(target, output, prompts=str(prompts)) == rows
     assert output.stat().st_mtime_ns == before
 
@@ -398,7 +399,7 @@ def test_other_arguments_are_refused(target, prompts, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module._Target, "complete", stop)
+        patch.setattr(LocalChatModel, "complete", stop)
         with pytest.raises(KeyboardInterrupt):
             run(target, output, prompts=str(prompts))
     with pytest.raises(PeagleError, match=r"chats\.journal belongs to .* \(seed: 0 there, 1 now\)"):
