@@ -201,7 +201,8 @@ class FakeWritingVllm(FakeVllm):
         if fault == "cut":
             choice["token_ids"] = [written[0]] * (request["max_tokens"] - 1)
         completion = {"id": "cmpl-1", "object": "text_completion", "created": 0, "model": self.model}
-        handler.send(completion | {"choices": [choice]})
+        extracted = {"kv_transfer_params": {"hidden_states_path": "/x"}} if fault == "extracts" else {}
+        handler.send(completion | {"choices": [choice]} | extracted)
 
 
 class FakeDraftingVllm(FakeVllm):

@@ -553,10 +553,14 @@ def test_a_server_that_dies_ends_the_run_and_another_takes_over(target, prompts,
     assert rows == run(target, tmp_path / "here.jsonl", prompts=str(prompts))
 
 
-def test_servers_that_are_not_there_or_run_another_model_are_refused(target, prompts, tmp_path, server):
+def test_servers_that_are_not_there_or_for_something_else_are_refused(target, prompts, tmp_path, server):
     arguments = {"prompts": str(prompts), "request_timeout": 5}
     with pytest.raises(PeagleError, match=r"127\.0\.0\.1:9/v1 can't be asked for its model"):
         run(target, tmp_path / "chats.jsonl", endpoint="http://127.0.0.1:9", **arguments)
+    server.fault = lambda token_ids: "extracts"
+    with pytest.raises(PeagleError, match="writes the hidden states of every prompt to its disk"):
+        run(target, tmp_path / "chats.jsonl", endpoint=server.url, **arguments)
+    server.requests.clear()
     server.model = str(tmp_path)
     with pytest.raises(PeagleError, match=f"runs {tmp_path}, wanted is {target}"):
         run(target, tmp_path / "chats.jsonl", endpoint=server.url, **arguments)

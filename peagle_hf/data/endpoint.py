@@ -328,6 +328,9 @@ class Server:
 
         Args:
             fields: more of vLLM's request, such as `temperature`.
+
+        Raises:
+            PeagleError: it extracts hidden states too, which nobody would fetch.
         """
         with self.reasons():
             answer = self.client.completions.create(
@@ -341,6 +344,11 @@ class Server:
                     "return_token_ids": True,
                     **fields,
                 },
+            )
+        if getattr(answer, "kv_transfer_params", None):
+            raise PeagleError(
+                f"The vLLM server {self.url} writes the hidden states of every prompt to its disk, where they would "
+                "stay. Start another without that, such as vllm serve MODEL."
             )
         written: list[int] | None = getattr(answer.choices[0], "token_ids", None) if answer.choices else None
         if not written:
