@@ -101,7 +101,7 @@ LAYERS = [
     {"adapters", "data.cache", "data.chats", "data.collator", "data.partition", "generation", "memory", "serving"},
     {"data.endpoint", "data.prepare", "data.prompts", "model_card", "pace", "vllm_plugin.peagle_cpu_connector"},
     {"data.chat_models", "data.dataset", "training_args"},
-    {"client", "data.cache_command", "data.extract", "data.regenerate", "callbacks"},
+    {"client", "data.cache_command", "data.extract", "data.inspection", "data.regenerate", "callbacks"},
     {"continuing", "evaluation", "hub", "launch", "offline"},
     {"acceptance_metric", "chat", "trainer"},
     {"cli"},

@@ -28,13 +28,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PREPARE_RECORD = "prepare.json"
+INSPECTION = "inspect"
+"""The name, without its ending, of what `peagle-hf data inspect` writes into the folder."""
 COUNTS = (
     *("conversations_in_data", "conversations_read"),
     *("rows", "tokens", "learnt_tokens", "truncated_rows", "cut_tokens"),
 )
 """What `prepare.json` counts, of all sources and of each: conversations, rows, what is in the rows and what was cut."""
 # The record goes first when files are removed and comes last when they are put in place: it says that all is complete.
-_OWN_FILES = (PREPARE_RECORD, "data-*.arrow", "dataset_info.json", "state.json", "skipped.json", "token_freq.pt")
+_OWN_FILES = (
+    *(PREPARE_RECORD, "data-*.arrow", "dataset_info.json", "state.json", "skipped.json", "token_freq.pt"),
+    *(f"{INSPECTION}.html", f"{INSPECTION}.json"),
+)
 
 # A letter of the private use area: no answer and no chat template begins or ends with it.
 _PROBE = "\ue000"
@@ -124,7 +129,7 @@ def prepare(arguments: PrepareArguments) -> Path:
             f"{len(arguments.data)} --data. Leave out the data that is not wanted."
         )
     output = Path(arguments.output)
-    tokenizer = _load_tokenizer(arguments.model, arguments.trust_remote_code)
+    tokenizer = load_tokenizer(arguments.model, arguments.trust_remote_code)
     origin = {
         "model": arguments.model,
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
@@ -549,7 +554,12 @@ def _move_files(source: Path, target: Path) -> None:
     source.rmdir()
 
 
-def _load_tokenizer(model: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a hub name or a folder.
+
+    Raises:
+        PeagleError: that is not possible.
+    """
     try:
         return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
