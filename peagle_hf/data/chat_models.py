@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from ..errors import PeagleError
-from .endpoint import EndpointError, Server, ask_any, concurrently, endpoint_urls, served_model
+from .endpoint import EndpointError, ask_any, concurrently, endpoint_urls, served_model
 
 _PLACEHOLDER = "PLACEHOLDER"
 
@@ -239,8 +239,10 @@ class ServedChatModel(ChatModel):
         served_model(self.urls, name, request_timeout)
         super().__init__(name, max_new_tokens)
         self.concurrency, self.request_timeout, self.max_retries = concurrency, request_timeout, max_retries
-        lengths = {self.max_length, *(ask_any([url], request_timeout, max_retries, _max_length) for url in self.urls)}
-        self.max_length = min((length for length in lengths if length is not None), default=None)
+        limits = [
+            ask_any([url], request_timeout, max_retries, lambda server: server.max_model_len) for url in self.urls
+        ]
+        self.max_length = min((limit for limit in [self.max_length, *limits] if limit is not None), default=None)
 
     def complete(
         self, prompts: list[list[int]], end_ids: set[int], sampling: Sampling, seeds: list[int]
@@ -275,10 +277,6 @@ class ServedChatModel(ChatModel):
                 f"{len(reasons)} of {len(batches)} requests to the servers failed, the first with: {reasons[0]}. What "
                 "is finished is kept: see to the servers and run the same command again, and it asks for the rest."
             )
-
-
-def _max_length(server: Server) -> int | None:
-    return server.max_model_len
 
 
 def _generation_config(name: str, config: Any) -> GenerationConfig:

@@ -176,7 +176,7 @@ def served_model(urls: tuple[str, ...], wanted: str | None = None, timeout: floa
     """
     for url in urls:
         try:
-            found = _server(url, timeout, 1, os.getpid()).model
+            found = Server(url, timeout, max_retries=1).model
         except EndpointError as error:
             raise PeagleError(
                 f"The vLLM server {url} can't be asked for its model: {error}. Start one with peagle-hf launch-vllm "
