@@ -45,6 +45,9 @@ class Command:
 
 COMMANDS = {
     "prepare": Command("data.prepare", "prepare", "PrepareArguments", "turn chats into tokens and a loss mask"),
+    "data": Command(
+        "data.inspection", "inspect_data", "DataArguments", "show a prepared dataset", ("action", "folder")
+    ),
     "regenerate": Command("data.regenerate", "regenerate", "RegenerateArguments", "let the target answer prompts"),
     "launch-vllm": Command(
         "launch", "launch", "LaunchArguments", "run vLLM as a server of hidden states", ("model",), rest="vllm_args"

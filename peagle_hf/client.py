@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from .data.endpoint import EndpointError, Server, concurrently, endpoint_urls
-from .data.regenerate import Prompt
+from .data.endpoint import PLAIN_SAMPLING, EndpointError, Server, concurrently, endpoint_urls
+from .data.prompts import Prompt
 from .errors import PeagleError
 
 DRAFT_COUNTERS = ("spec_decode_num_drafts", "spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens")
@@ -21,8 +21,6 @@ TIMEOUT_SECONDS = 600.0
 SETTLE_SECONDS = 5.0
 """How long after an answer a server may take to count it."""
 _SAMPLE = re.compile(r'^vllm:(\w+)_total\{(?:.*\bposition="(\d+)")?.*\} (\S+)$', re.M)
-_AS_IN_PROCESS = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
-"""Sampling that the model's own generation_config.json would otherwise change, as it does on servers."""
 
 
 @dataclass(frozen=True)
@@ -202,7 +200,7 @@ def measure(
         messages, said = list(prompt.system), []
         for turn, question in enumerate(prompt.turns):
             messages.append({"role": "user", "content": question})
-            fields = {**_AS_IN_PROCESS, "cache_salt": secrets.token_hex(8)}
+            fields = {**PLAIN_SAMPLING, "cache_salt": secrets.token_hex(8)}
             try:
                 answer = client.ask(messages, max_tokens, temperature, fields)
             except PeagleError as error:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from . import __version__
 from .client import DRAFT_COUNTERS, POSITION_COUNTER, Client, measure
 from .data.cache import place
-from .data.regenerate import Prompt, read_prompts
+from .data.prompts import Prompt, read_prompts
 from .errors import PeagleError
 from .files import atomic_path, write_json
 from .serving import check_checkpoint, drafter_folder, speculative_config, vllm_environment

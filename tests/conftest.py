@@ -281,19 +281,21 @@ def tiny_data(tmp_path_factory, tiny_verifier) -> Path:
 
 
 class VllmServer:
-    """A server as a user starts it with a command of `peagle-hf`, and the processes of its session.
+    """A server as a user starts it, and the processes of its session.
 
     Args:
-        command: without vLLM's own flags.
+        command: the module and what comes before vLLM's own flags.
         flags: those, but for its address.
+        environment: default: this process's own.
     """
 
-    def __init__(self, command: list[str], flags: list[str], log: Path):
+    def __init__(self, command: list[str], flags: list[str], log: Path, environment: dict[str, str] | None = None):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         address = ["--host", "127.0.0.1", "--port", str(self.port)]
-        self.command, self.log = [sys.executable, "-m", "peagle_hf", *command, "--", *address, *flags], log
+        self.command, self.log = [sys.executable, "-m", *command, *address, *flags], log
+        self.environment = environment
         self.start()
 
     @property
@@ -302,7 +304,7 @@ class VllmServer:
 
     def start(self) -> None:
         with open(self.log, "a") as log:
-            self.process = subprocess.Popen(self.command, stdout=log, stderr=log)
+            self.process = subprocess.Popen(self.command, stdout=log, stderr=log, env=self.environment)
         deadline = time.monotonic() + START_SECONDS
         while True:
             with suppress(OSError), urllib.request.urlopen(f"{self.url}/models", timeout=5):

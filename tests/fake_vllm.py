@@ -110,17 +110,7 @@ class FakeVllm:
     def _answer(self, handler, token_ids: list[int]) -> None:
         fault = self.fault(token_ids)
         path = self.folder / f"cmpl-{os.urandom(6).hex()}.safetensors"
-        if fault == "hang":
-            self.released.wait()
-        if fault in ("hang", "dead"):
-            handler.close_connection = True
-            handler.connection.close()
-            return
-        if fault == "500":
-            handler.send({"error": {"message": "the engine is gone", "type": "InternalServerError", "code": 500}}, 500)
-            return
-        if fault == "400":
-            handler.send({"error": {"message": "the prompt is too long", "type": "BadRequest", "code": 400}}, 400)
+        if self._fails(handler, fault):
             return
         if fault == "outside":
             path = self.folder.parent / "secret.safetensors"
@@ -142,6 +132,19 @@ class FakeVllm:
                 "kv_transfer_params": parameters,
             }
         )
+
+    def _fails(self, handler, fault: str | None) -> bool:
+        """Whether the fault is one that leaves a request without an answer."""
+        if fault == "hang":
+            self.released.wait()
+        if fault in ("hang", "dead"):
+            handler.close_connection = True
+            handler.connection.close()
+        elif fault == "500":
+            handler.send({"error": {"message": "the engine is gone", "type": "InternalServerError", "code": 500}}, 500)
+        elif fault == "400":
+            handler.send({"error": {"message": "the prompt is too long", "type": "BadRequest", "code": 400}}, 400)
+        return fault in ("hang", "dead", "500", "400")
 
     def _write(self, path: Path, token_ids: list[int], fault: str | None) -> None:
         """With the lock held, which is let go of a moment after the answer."""
@@ -165,6 +168,41 @@ class FakeVllm:
             os.close(lock)
 
         threading.Timer(0.02, write).start()
+
+
+class FakeWritingVllm(FakeVllm):
+    """Completes prompts of token ids by `write(token_ids, end_ids, max_tokens)`, one at a time."""
+
+    def __init__(
+        self,
+        model: str,
+        write: Callable[[list[int], set[int], int], list[int]],
+        fault: Callable[[list[int]], str | None] = lambda token_ids: None,
+    ):
+        super().__init__(Path(), model, [], 0, fault)
+        self.write, self.writing = write, threading.Lock()
+        self.max_model_len = 512
+        self.requests: list[dict] = []
+
+    def _get(self, handler, path: str) -> None:
+        card = {"id": self.model, "root": self.model, "object": "model", "max_model_len": self.max_model_len}
+        handler.send({"object": "list", "data": [card]})
+
+    def _post(self, handler, request: dict) -> None:
+        self.requests.append(request)
+        fault = self.fault(request["prompt"])
+        if self._fails(handler, fault):
+            return
+        with self.writing:
+            written = self.write(request["prompt"], set(request["stop_token_ids"]), request["max_tokens"])
+        choice = {"index": 0, "text": "", "finish_reason": "stop", "token_ids": written, "logprobs": None}
+        if fault == "no token ids":
+            del choice["token_ids"]
+        if fault == "cut":
+            choice["token_ids"] = [written[0]] * (request["max_tokens"] - 1)
+        completion = {"id": "cmpl-1", "object": "text_completion", "created": 0, "model": self.model}
+        extracted = {"kv_transfer_params": {"hidden_states_path": "/x"}} if fault == "extracts" else {}
+        handler.send(completion | {"choices": [choice]} | extracted)
 
 
 class FakeDraftingVllm(FakeVllm):

@@ -15,7 +15,7 @@ from conftest import CHAIN_LENGTH, VOCAB
 from safetensors.torch import load_file, save_file
 
 from peagle_hf import EvaluateArguments, PeagleError, evaluate
-from peagle_hf.data.regenerate import Prompt
+from peagle_hf.data.prompts import Prompt
 from peagle_hf.evaluation import _compare, draw, summarize, table
 from peagle_hf.serving import check_checkpoint, speculative_config, vllm_environment
 

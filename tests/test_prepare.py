@@ -467,14 +467,18 @@ def test_the_folder_that_prepare_writes(arguments, caplog):
     record = json.loads((folder / "prepare.json").read_text())
     assert record["model"] == arguments.model
     assert record["tokenizer_fingerprint"] == tokenizer_fingerprint(AutoTokenizer.from_pretrained(arguments.model))
-    assert record["counts"] == {
+    counts = {
         "conversations_in_data": 6,
         "conversations_read": 6,
         "rows": 5,
         "tokens": sum(prepared(folder)["seq_len"]),
         "learnt_tokens": learnt.total(),
         "truncated_rows": 0,
+        "cut_tokens": 0,
+    }
+    assert record["counts"] == counts | {
         "skipped": {"no answer of the assistant": 1},
+        "sources": [{"data": arguments.data[0], **counts}],
     }
     assert f"no answer of the assistant: 1 ({where})" in caplog.text
 
@@ -529,12 +533,70 @@ def test_max_samples_takes_the_first_of_a_seeded_order(arguments, tmp_path):
     assert some != ids(1, 20)
 
 
+@pytest.fixture
+def three_sources(arguments, tmp_path) -> PrepareArguments:
+    """400, 300 and 300 conversations, told apart by how often their answer says fox."""
+    data = []
+    for number, size in enumerate((400, 300, 300)):
+        answer = {"role": "assistant", "content": " ".join(["fox"] * (number + 1))}
+        rows = [{"messages": [{"role": "user", "content": f"No {row}"}, answer]} for row in range(size)]
+        data.append(write_lines(tmp_path / f"source_{number}.jsonl", rows))
+    return changed(arguments, data=data)
+
+
+def sources_of(folder: Path) -> list[dict]:
+    return json.loads((folder / "prepare.json").read_text())["counts"]["sources"]
+
+
+def test_sources_are_mixed_by_weight(three_sources, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    arguments = changed(three_sources, weights=[5, 3, 2], max_samples=400)
+    folder = prepare(arguments)
+    rows = prepared(folder)
+    assert len(rows["conversation_id"]) == len(set(rows["conversation_id"])) == 400
+    found = Counter(int(id_ >= 400) + int(id_ >= 700) for id_ in rows["conversation_id"])
+    sources = sources_of(folder)
+    for number, (weight, source) in enumerate(zip([0.5, 0.3, 0.2], sources, strict=True)):
+        assert source["data"] == arguments.data[number]
+        assert source["conversations_read"] == source["rows"] == found[number] == pytest.approx(400 * weight, abs=40)
+        assert f"{arguments.data[number]}: {found[number] / 400:.1%} of the conversations ({weight:.1%} wanted)" in (
+            caplog.text
+        )
+    answers = Counter(sum(mask) for mask in rows["loss_mask"])
+    assert [answers[length] for length in sorted(answers)] == [found[number] for number in range(3)]
+    assert sum(source["tokens"] for source in sources) == sum(rows["seq_len"])
+    assert "has run out" not in caplog.text
+    early = Counter(int(id_ >= 400) + int(id_ >= 700) for id_ in rows["conversation_id"][:100])
+    assert early[0] == pytest.approx(50, abs=20), "the sources are spread over the whole dataset"
+
+    again = prepared(prepare(changed(arguments, output=str(tmp_path / "again"), num_workers=2)))
+    assert again == rows
+    other = prepared(prepare(changed(arguments, output=str(tmp_path / "other"), seed=1)))
+    assert other["conversation_id"] != rows["conversation_id"]
+    scaled = prepared(prepare(changed(arguments, output=str(tmp_path / "scaled"), weights=[0.5, 0.3, 0.2])))
+    assert scaled["conversation_id"] == rows["conversation_id"]
+    with pytest.raises(PeagleError, match=r"weights was \[5, 3, 2\], is \[1, 1, 1\]"):
+        prepare(changed(arguments, weights=[1, 1, 1]))
+
+
+def test_a_mixture_ends_where_a_source_runs_out(three_sources, caplog):
+    arguments = changed(three_sources, weights=[0.1, 0.1, 0.8], max_samples=900)
+    folder = prepare(arguments)
+    read = [source["conversations_read"] for source in sources_of(folder)]
+    assert read[2] == 300
+    assert sum(read) == len(prepared(folder)["conversation_id"]) == pytest.approx(375, abs=30)
+    ends = f"{arguments.data[2]} has run out after 300 conversations, so the mixture ends with {sum(read)}"
+    assert ends in caplog.text
+    assert "source_0.jsonl has run out" not in caplog.text
+
+
 def test_long_rows_are_cut_and_counted(arguments, caplog):
     caplog.set_level(logging.INFO)
     full_length = prepared(prepare(arguments))["seq_len"][0]
     folder = prepare(changed(arguments, seq_length=full_length - 3, overwrite=True))
     assert set(prepared(folder)["seq_len"]) == {full_length - 3}
-    assert json.loads((folder / "prepare.json").read_text())["counts"]["truncated_rows"] == 5
+    counts = json.loads((folder / "prepare.json").read_text())["counts"]
+    assert (counts["truncated_rows"], counts["cut_tokens"]) == (5, 5 * 3)
     assert f"5 rows cut after {full_length - 3} tokens" in caplog.text
 
 
@@ -626,6 +688,8 @@ def test_bad_files_stop_the_command(arguments, content, problem):
         ({"model": "./no_such_model"}, "The tokenizer of --model ./no_such_model can't be loaded"),
         ({"seq_length": 0}, "--seq-length is 0"),
         ({"max_samples": 0}, "--max-samples is 0"),
+        ({"weights": [0.7, 0.3]}, r"--weights 0\.7 0\.3 must be numbers above 0, one for each of the 1 --data"),
+        ({"weights": [0.0]}, "must be numbers above 0"),
     ],
 )
 def test_bad_arguments(arguments, changes, problem):

@@ -5,11 +5,17 @@ import json
 import shlex
 import shutil
 import string
+import subprocess
+import sys
+import threading
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import VllmServer
+from fake_vllm import FakeWritingVllm
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -22,9 +28,12 @@ from transformers import (
     set_seed,
 )
 
+from peagle_hf.data import chat_models
 from peagle_hf.data import regenerate as module
+from peagle_hf.data.chat_models import LocalChatModel, Sampling
 from peagle_hf.data.regenerate import RegenerateArguments, learnt_spans, regenerate, repetition
 from peagle_hf.errors import PeagleError
+from peagle_hf.serving import vllm_environment
 
 BUNDLE = Path(__file__).parent.parent / "examples" / "data"
 WORDS = 160
@@ -64,6 +73,7 @@ def target(tmp_path_factory) -> Path:
             intermediate_size=64,
             num_hidden_layers=2,
             num_attention_heads=4,
+            head_dim=32,  # vLLM has kernels for it
             max_position_embeddings=512,
             bos_token_id=START,
             eos_token_id=END,
@@ -214,6 +224,34 @@ def test_sampling_depends_on_the_seed_alone(target, prompts, tmp_path):
     assert sampled("c.jsonl", seed=2) != first
 
 
+def test_whom_a_prompt_is_answered_with_changes_nothing(target, prompts, tmp_path):
+    flags = {"prompts": str(prompts), "temperature": 1.0, "top_p": 0.9}
+    one, two, five = (run(target, tmp_path / f"{size}.jsonl", batch_size=size, **flags) for size in (1, 2, 5))
+    assert one == two == five
+    alone = write_jsonl(tmp_path / "alone.jsonl", PROMPTS[2:3])
+    assert run(target, tmp_path / "chat.jsonl", **flags | {"prompts": str(alone)}) == one[2:3]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, [0.4, 0.3, 0.2, 0.1]),
+        ({"temperature": 0.5}, [0.16 / 0.3, 0.09 / 0.3, 0.04 / 0.3, 0.01 / 0.3]),
+        ({"top_k": 2}, [4 / 7, 3 / 7, 0, 0]),
+        ({"top_p": 0.8}, [4 / 9, 3 / 9, 2 / 9, 0]),
+        ({"min_p": 0.6}, [4 / 7, 3 / 7, 0, 0]),
+        ({"min_p": 0.4, "top_p": 0.7}, [4 / 7, 3 / 7, 0, 0]),  # 4 / 9 + 3 / 9 of what min_p leaves are 0.78
+    ],
+)
+def test_tokens_are_drawn_as_often_as_they_should_be(changes, expected):
+    scores = torch.tensor([0.4, 0.3, 0.2, 0.1]).log().expand(4000, 4)
+    draw = chat_models._Draw(Sampling(**{"temperature": 1.0} | changes), list(range(4000)), torch.device("cpu"))
+    drawn = draw(None, scores).argmax(-1)
+    shares = torch.bincount(drawn, minlength=4) / 4000
+    assert shares.tolist() == pytest.approx(expected, abs=0.03)
+    assert all(share == 0 for share, wanted in zip(shares, expected, strict=True) if wanted == 0)
+
+
 # What is invented
 
 
@@ -248,9 +286,9 @@ def test_an_unusable_invention_is_named(target, tmp_path, monkeypatch):
         [*tokenizer.encode(f"Name the{BELL} long river"), END],
         [*tokenizer.encode("Name the <|start|> long river"), END],
     ]
-    answer = module._Target.complete
+    answer = LocalChatModel.complete
     monkeypatch.setattr(
-        module._Target,
+        LocalChatModel,
         "complete",
         lambda self, prompts, *rest: inventions if len(prompts) == 6 else answer(self, prompts, *rest),
     )
@@ -325,6 +363,27 @@ def test_empty_and_looping_answers_are_dropped(target, prompts, tmp_path, end, r
     model.save_pretrained(folder)
     with pytest.raises(PeagleError, match=rf"No chat is left .*5 were dropped \({reason}\)"):
         run(folder, tmp_path / "chats.jsonl", prompts=str(prompts))
+    if end != 0:
+        assert len(run(folder, tmp_path / "loops.jsonl", prompts=str(prompts), max_repetition=1)) == 5
+
+
+def test_short_cut_and_repetitive_answers_are_dropped_as_they_are_told(target, prompts, tmp_path):
+    rows = run(target, tmp_path / "all.jsonl", prompts=str(prompts))
+    answers = {row["id"]: learnt_spans(row) for row in rows}
+    shortest = {id_: min(len(ids) - (ids[-1] == END) for ids in spans) for id_, spans in answers.items()}
+    cut = {id_ for id_, spans in answers.items() if any(ids[-1] != END for ids in spans)}
+    assert 0 < len(cut) < len(rows)
+    limit = sorted(shortest.values())[1] + 1
+    short = {id_ for id_, length in shortest.items() if length < limit}
+    cases = [
+        ({"min_answer_tokens": limit}, short, f"an answer of fewer than {limit} tokens"),
+        ({"drop_cut_answers": True}, cut, "an answer cut off after 16 tokens"),
+    ]
+    for number, (flags, gone, reason) in enumerate(cases):
+        output = tmp_path / f"{number}.jsonl"
+        assert run(target, output, prompts=str(prompts), **flags) == [row for row in rows if row["id"] not in gone]
+        assert reasons_of(output) == dict.fromkeys(gone, reason)
+        assert report_of(output)["dropped_by_reason"] == {reason: len(gone)}
 
 
 def test_unusable_rows_are_skipped_and_named(target, tmp_path):
@@ -351,13 +410,13 @@ def test_unusable_rows_are_skipped_and_named(target, tmp_path):
 def test_an_interrupted_run_continues_to_the_same_file(target, prompts, tmp_path, monkeypatch, calls):
     arguments = {"prompts": str(prompts), "temperature": 1.0, "invent": 3, "max_new_tokens": 24}
     whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
-    complete, count = module._Target.complete, itertools.count()
+    complete, count = LocalChatModel.complete, itertools.count()
 
     def counting(self, *rest):
         next(count)
         return complete(self, *rest)
 
-    monkeypatch.setattr(module._Target, "complete", counting)
+    monkeypatch.setattr(LocalChatModel, "complete", counting)
     run(target, whole, **arguments)
     needed = next(count)
 
@@ -366,15 +425,15 @@ def test_an_interrupted_run_continues_to_the_same_file(target, prompts, tmp_path
             raise KeyboardInterrupt
         return complete(self, *rest)
 
-    monkeypatch.setattr(module._Target, "complete", interrupted)
+    monkeypatch.setattr(LocalChatModel, "complete", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(target, parts, **arguments)
     assert not parts.exists()
     with open(parts.with_suffix(".journal"), "a") as file:
-        file.write('{"batch": "Answering 99", "resu')
+        file.write('{"step": "Answering", "item": 99", "resu')
 
     count = itertools.count()
-    monkeypatch.setattr(module._Target, "complete", counting)
+    monkeypatch.setattr(LocalChatModel, "complete", counting)
     run(target, parts, **arguments)
     assert parts.read_bytes() == whole.read_bytes()
     assert report_of(parts) == report_of(whole)
@@ -386,7 +445,7 @@ def test_a_finished_file_is_left_as_it_is(target, prompts, tmp_path, monkeypatch
     output = tmp_path / "chats.jsonl"
     rows = run(target, output, prompts=str(prompts))
     before = output.stat().st_mtime_ns
-    monkeypatch.setattr(module, "_Target", None)
+    monkeypatch.setattr(module, "LocalChatModel", None)
     assert run(target, output, prompts=str(prompts)) == rows
     assert output.stat().st_mtime_ns == before
 
@@ -398,7 +457,7 @@ def test_other_arguments_are_refused(target, prompts, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module._Target, "complete", stop)
+        patch.setattr(LocalChatModel, "complete", stop)
         with pytest.raises(KeyboardInterrupt):
             run(target, output, prompts=str(prompts))
     with pytest.raises(PeagleError, match=r"chats\.journal belongs to .* \(seed: 0 there, 1 now\)"):
@@ -416,6 +475,172 @@ def test_other_arguments_are_refused(target, prompts, tmp_path, monkeypatch):
     output.with_suffix(".report.json").unlink()
     with pytest.raises(PeagleError, match="no report"):
         run(target, output, prompts=str(prompts))
+
+
+# Servers
+
+
+@pytest.fixture
+def server(target) -> Iterator[FakeWritingVllm]:
+    """It writes what the target writes."""
+    model = LocalChatModel(str(target), max_new_tokens=16, batch_size=1)
+
+    def write(token_ids: list[int], end_ids: set[int], max_tokens: int) -> list[int]:
+        assert max_tokens == model.max_new_tokens
+        (written,) = model.complete([token_ids], end_ids, Sampling(0), [0])
+        return written
+
+    with FakeWritingVllm(str(target), write) as server:
+        yield server
+
+
+def test_a_server_is_asked_as_this_process_is(target, prompts, tmp_path, server):
+    output = tmp_path / "there.jsonl"
+    flags = {"prompts": str(prompts), "temperature": 0.7, "top_p": 0.9, "top_k": 20, "min_p": 0.1}
+    there = run(target, output, endpoint=server.url, **flags)
+    assert there == run(target, tmp_path / "here.jsonl", prompts=str(prompts)), "the fake is greedy"
+    turns = sum(len(prompt["turns"]) for prompt in PROMPTS)
+    assert len({request["seed"] for request in server.requests}) == len(server.requests) == turns
+    fields = {"temperature": 0.7, "top_p": 0.9, "top_k": 20, "min_p": 0.1, "repetition_penalty": 1, "max_tokens": 16}
+    assert all(request.items() >= fields.items() for request in server.requests)
+    assert all(request["stop_token_ids"] == [END] for request in server.requests)
+    settings = report_of(output)["settings"]
+    assert settings["backend"] == "vLLM"
+    assert "127.0.0.1" not in json.dumps(settings)
+
+
+FAULTS = {
+    "dead": "Connection error",
+    "500": "the engine is gone",
+    "400": "the prompt is too long",
+    "no token ids": "no token ids",
+    "cut": "cut the answer after 15 of 16 tokens",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_a_server_fails_is_asked_again_by_the_next_run(target, prompts, tmp_path, server, fault):
+    whole = run(target, tmp_path / "whole.jsonl", prompts=str(prompts), endpoint=server.url)
+    asked = len(server.requests)
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    server.fault = lambda token_ids: fault if "And where begin?" in tokenizer.decode(token_ids) else None
+    output = tmp_path / "chats.jsonl"
+    arguments = {"prompts": str(prompts), "endpoint": server.url, "max_retries": 0}
+    with pytest.raises(PeagleError, match=rf"1 of 5 requests to the servers failed, .*{FAULTS[fault]}.* asks for the"):
+        run(target, output, **arguments)
+    assert not output.exists()
+    server.fault = lambda token_ids: None
+    server.requests.clear()
+    assert run(target, output, **arguments, concurrency=2) == whole
+    assert len(server.requests) == 3, f"of {asked}, the turns of the chat that failed"
+
+
+def test_a_server_that_dies_ends_the_run_and_another_takes_over(target, prompts, tmp_path, server):
+    asked = []
+
+    def fault(token_ids: list[int]) -> str | None:
+        asked.append(token_ids)
+        return "dead" if len(asked) > 3 else None
+
+    server.fault = fault
+    arguments = {"prompts": str(prompts), "endpoint": server.url, "max_retries": 0, "concurrency": 1}
+    output = tmp_path / "chats.jsonl"
+    with pytest.raises(PeagleError, match="1 of 5 requests to the servers failed"):
+        run(target, output, **arguments)
+    assert len(asked) == 4, "as many failures in turn as there are requests at a time end it"
+    with FakeWritingVllm(str(target), server.write) as other:
+        rows = run(target, output, **arguments | {"endpoint": f"{server.url},{other.url}"})
+    assert rows == run(target, tmp_path / "here.jsonl", prompts=str(prompts))
+
+
+def test_servers_that_are_not_there_or_for_something_else_are_refused(target, prompts, tmp_path, server):
+    arguments = {"prompts": str(prompts), "request_timeout": 5}
+    with pytest.raises(PeagleError, match=r"127\.0\.0\.1:9/v1 can't be asked for its model"):
+        run(target, tmp_path / "chats.jsonl", endpoint="http://127.0.0.1:9", **arguments)
+    server.fault = lambda token_ids: "extracts"
+    with pytest.raises(PeagleError, match="writes the hidden states of every prompt to its disk"):
+        run(target, tmp_path / "chats.jsonl", endpoint=server.url, **arguments)
+    server.requests.clear()
+    server.model = str(tmp_path)
+    with pytest.raises(PeagleError, match=f"runs {tmp_path}, wanted is {target}"):
+        run(target, tmp_path / "chats.jsonl", endpoint=server.url, **arguments)
+    assert server.requests == []
+
+
+def test_what_does_not_fit_the_server_is_dropped_before_it_is_asked(target, prompts, tmp_path, server):
+    server.max_model_len = 80
+    output = tmp_path / "chats.jsonl"
+    rows = run(target, output, prompts=str(prompts), endpoint=server.url)
+    reasons = reasons_of(output)
+    assert reasons["9"] == "longer than the model's context with its answers"
+    assert {row["id"] for row in rows} | reasons.keys() == {str(prompt["question_id"]) for prompt in PROMPTS}
+
+
+def test_a_client_that_is_killed_goes_on(target, prompts, tmp_path, server):
+    output = tmp_path / "chats.jsonl"
+    fourth = threading.Event()
+
+    def fault(token_ids: list[int]) -> str | None:
+        if len(server.requests) < 4:
+            return None
+        fourth.set()
+        return "hang"
+
+    server.fault = fault
+    flags = f"--model {target} --prompts {prompts} --output {output} --endpoint {server.url} --max-new-tokens 16"
+    command = [sys.executable, "-m", "peagle_hf", "regenerate", *flags.split(), "--concurrency", "1"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    assert fourth.wait(120)
+    process.kill()
+    process.wait()
+    assert not output.exists()
+    server.fault = lambda token_ids: None
+    server.requests.clear()
+    rows = run(target, output, prompts=str(prompts), endpoint=server.url, concurrency=4)
+    assert rows == run(target, tmp_path / "here.jsonl", prompts=str(prompts))
+    turns = sum(len(prompt["turns"]) for prompt in PROMPTS)
+    assert turns - 3 <= len(server.requests) < turns
+
+
+@pytest.fixture(scope="module")
+def served(target, tmp_path_factory) -> Iterator[VllmServer]:
+    """The target in plain vLLM."""
+    command = ["vllm.entrypoints.openai.api_server", "--model", str(target), "--enforce-eager"]
+    flags = ["--dtype", "float32", "--max-model-len", "512", "--max-num-batched-tokens", "512"]
+    flags += ["--no-enable-chunked-prefill"]
+    log = tmp_path_factory.mktemp("served") / "vllm.log"
+    served = VllmServer(command, flags, log, vllm_environment())
+    try:
+        yield served
+    finally:
+        served.stop()
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_a_real_server_gives_the_rows_of_this_process(served, target, prompts, tmp_path):
+    here = run(target, tmp_path / "here.jsonl", prompts=str(prompts))
+    there = run(target, tmp_path / "there.jsonl", prompts=str(prompts), endpoint=served.url, concurrency=3)
+    assert there == here
+    assert {**report_of(tmp_path / "there.jsonl"), "settings": None} == {
+        **report_of(tmp_path / "here.jsonl"),
+        "settings": None,
+    }
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_a_real_server_samples_by_the_seed_alone(served, target, prompts, tmp_path):
+    def sampled(name: str, **changes) -> list[dict]:
+        flags = {"prompts": str(prompts), "invent": 40, "temperature": 1.0, "max_new_tokens": 24} | changes
+        return run(target, tmp_path / name, endpoint=served.url, **flags)
+
+    alone = sampled("alone.jsonl", concurrency=1)
+    assert sampled("together.jsonl", concurrency=8) == alone
+    assert {row["category"] for row in alone} >= {"qa", "invented"}
+    assert sampled("other.jsonl", seed=1) != alone
+    likeliest = sampled("likeliest.jsonl", top_k=1, invent=0)
+    assert likeliest == sampled("greedy.jsonl", temperature=0, invent=0)
 
 
 # What can't be used
@@ -465,6 +690,13 @@ def test_nothing_to_answer_is_refused(target, tmp_path):
         RegenerateArguments(model=str(target), output="chats.jsonl")
     with pytest.raises(PeagleError, match="--invent-temperature must be above 0"):
         RegenerateArguments(model=str(target), output="chats.jsonl", invent=3, invent_temperature=0)
+    for flags, words in (
+        ({"top_p": 1.5}, r"--top-p is 1.5 but must be in 0 \.\. 1"),
+        ({"concurrency": 0}, "--concurrency is 0 but must be at least 1"),
+        ({"endpoint": "http://localhost:8000", "dtype": "bfloat16"}, "--dtype is for a target in this process"),
+    ):
+        with pytest.raises(PeagleError, match=words):
+            RegenerateArguments(model=str(target), output="chats.jsonl", invent=3, **flags)
     with pytest.raises(PeagleError, match=r"There is no file .*missing\.jsonl"):
         run(target, tmp_path / "chats.jsonl", prompts=str(tmp_path / "missing.jsonl"))
 

@@ -256,7 +256,7 @@ def test_a_chat_without_a_drafter_or_beside_others_says_so(server, baseline, mon
 @pytest.fixture(scope="module")
 def served(drafter, tmp_path_factory):
     log = tmp_path_factory.mktemp("served") / "vllm.log"
-    served = VllmServer(["serve", str(drafter)], ["--dtype", "float32"], log)
+    served = VllmServer(["peagle_hf", "serve", str(drafter), "--"], ["--dtype", "float32"], log)
     try:
         yield served
     finally:

@@ -30,7 +30,8 @@ class Launched(VllmServer):
     def __init__(self, model: Path, folder: Path, log: Path):
         self.model, self.folder = model, folder
         flags = ["--dtype", "float32", "--max-model-len", "400"]
-        super().__init__(["launch-vllm", str(model), "--hidden-states-path", str(folder)], flags, log)
+        command = ["peagle_hf", "launch-vllm", str(model), "--hidden-states-path", str(folder), "--"]
+        super().__init__(command, flags, log)
 
 
 @pytest.fixture(scope="module")

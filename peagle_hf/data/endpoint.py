@@ -9,10 +9,10 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +30,8 @@ SERVER_RECORD = "server.json"
 DEFAULT_URL = "http://localhost:8000/v1"
 REQUEST_TIMEOUT, MAX_RETRIES = 120.0, 3
 LOCK_POLL_SECONDS = 0.01
+PLAIN_SAMPLING = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+"""Fields of a request which the model's own generation_config.json would change, as it does on servers."""
 _CHOICE = threading.Lock()
 """Held while a server is chosen."""
 
@@ -70,32 +72,12 @@ class Endpoint:
             EndpointError: no server gave states that can be used.
             PeagleError: a server is not what was asked for: another folder, other layers or another model.
         """
-        reasons: dict[str, str] = {}
-        while len(reasons) < len(self.urls):
-            with self._best_server(untried=set(self.urls) - reasons.keys()) as server:
-                try:
-                    states = self._read(server.ask(token_ids), token_ids, dtype)
-                    server.failures = 0
-                    return states
-                except EndpointError as error:
-                    server.failures += 1
-                    reasons[server.url] = str(error)
-        raise EndpointError("; ".join(f"{url}: {reason}" for url, reason in reasons.items()))
-
-    @contextmanager
-    def _best_server(self, untried: set[str]) -> Iterator["Server"]:
-        """The server that failed the fewest requests since it last answered, and of several the least busy one."""
-        with _CHOICE:
-            servers = [
-                _server(url, self.request_timeout, self.max_retries, os.getpid()) for url in self.urls if url in untried
-            ]
-            server = min(servers, key=lambda server: (server.failures, server.in_flight))
-            server.in_flight += 1
-        try:
-            yield server
-        finally:
-            with _CHOICE:
-                server.in_flight -= 1
+        return ask_any(
+            self.urls,
+            self.request_timeout,
+            self.max_retries,
+            lambda server: self._read(server.ask(token_ids), token_ids, dtype),
+        )
 
     def _read(self, path: str, token_ids: list[int], dtype: torch.dtype) -> Tensor:
         """Read, check and remove a file that a server says it has written."""
@@ -138,6 +120,35 @@ class Endpoint:
         return states
 
 
+def ask_any(
+    urls: Sequence[str], request_timeout: float, max_retries: int, request: Callable[["Server"], Result]
+) -> Result:
+    """What the server that is doing best gives, or another one if that fails.
+
+    Best is the one that failed the fewest requests since it last answered, and of several the least busy one.
+
+    Raises:
+        EndpointError: all of them failed.
+    """
+    reasons: dict[str, str] = {}
+    while len(reasons) < len(urls):
+        with _CHOICE:
+            servers = [_server(url, request_timeout, max_retries, os.getpid()) for url in urls if url not in reasons]
+            server = min(servers, key=lambda server: (server.failures, server.in_flight))
+            server.in_flight += 1
+        try:
+            result = request(server)
+            server.failures = 0
+            return result
+        except EndpointError as error:
+            server.failures += 1
+            reasons[server.url] = str(error)
+        finally:
+            with _CHOICE:
+                server.in_flight -= 1
+    raise EndpointError("; ".join(f"{url}: {reason}" for url, reason in reasons.items()))
+
+
 def endpoint_urls(endpoint: str) -> tuple[str, ...]:
     """Split `URL[,URL…]`; a URL without a path gets vLLM's `/v1`.
 
@@ -165,7 +176,7 @@ def served_model(urls: tuple[str, ...], wanted: str | None = None, timeout: floa
     """
     for url in urls:
         try:
-            found = _server(url, timeout, 1, os.getpid()).model
+            found = Server(url, timeout, max_retries=1).model
         except EndpointError as error:
             raise PeagleError(
                 f"The vLLM server {url} can't be asked for its model: {error}. Start one with peagle-hf launch-vllm "
@@ -278,18 +289,25 @@ class Server:
         key = os.environ.get("VLLM_API_KEY", "none")
         self.client = openai.OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=max_retries)
         self.failures = self.in_flight = 0
-        self._model: dict[str, str] | None = None
+
+    @cached_property
+    def _card(self) -> Any:
+        """What it says of its model."""
+        with self.reasons():
+            models = self.client.models.list().data
+        if not models:
+            raise EndpointError("it serves no model")
+        return models[0]
 
     @property
     def model(self) -> dict[str, str]:
         """What the model is called there (`id`), and the folder or hub name that it was loaded from (`root`)."""
-        if self._model is None:
-            with self.reasons():
-                models = self.client.models.list().data
-            if not models:
-                raise EndpointError("it serves no model")
-            self._model = {"id": models[0].id, "root": getattr(models[0], "root", None) or models[0].id}
-        return self._model
+        return {"id": self._card.id, "root": getattr(self._card, "root", None) or self._card.id}
+
+    @property
+    def max_model_len(self) -> int | None:
+        """Tokens that a prompt and its answer may have together, if it says so."""
+        return getattr(self._card, "max_model_len", None)
 
     def ask(self, token_ids: list[int]) -> str:
         """Send a document through the model; gives the path where its states are or will be."""
@@ -304,6 +322,40 @@ class Server:
                 "launch-vllm."
             )
         return path
+
+    def complete(self, token_ids: list[int], max_tokens: int, end_ids: set[int], fields: dict[str, Any]) -> list[int]:
+        """What the model writes after a prompt, up to and with the first of `end_ids`.
+
+        Args:
+            fields: more of vLLM's request, such as `temperature`.
+
+        Raises:
+            PeagleError: it extracts hidden states too, which nobody would fetch.
+        """
+        with self.reasons():
+            answer = self.client.completions.create(
+                model=self.model["id"],
+                prompt=token_ids,
+                max_tokens=max_tokens,
+                extra_body={
+                    **PLAIN_SAMPLING,
+                    "ignore_eos": True,  # which of its end ids a server knows depends on how it was started
+                    "stop_token_ids": sorted(end_ids),
+                    "return_token_ids": True,
+                    **fields,
+                },
+            )
+        if getattr(answer, "kv_transfer_params", None):
+            raise PeagleError(
+                f"The vLLM server {self.url} writes the hidden states of every prompt to its disk, where they would "
+                "stay. Start another without that, such as vllm serve MODEL."
+            )
+        written: list[int] | None = getattr(answer.choices[0], "token_ids", None) if answer.choices else None
+        if not written:
+            raise EndpointError("it gives no token ids with its answer, as vLLM 0.11 and later do")
+        if written[-1] not in end_ids and len(written) < max_tokens:
+            raise EndpointError(f"it cut the answer after {len(written)} of {max_tokens} tokens")
+        return written
 
     @contextmanager
     def reasons(self) -> Iterator[None]:

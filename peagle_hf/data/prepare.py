@@ -28,8 +28,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PREPARE_RECORD = "prepare.json"
+INSPECTION = "inspect"
+"""The name, without its ending, of what `peagle-hf data inspect` writes into the folder."""
+COUNTS = (
+    *("conversations_in_data", "conversations_read"),
+    *("rows", "tokens", "learnt_tokens", "truncated_rows", "cut_tokens"),
+)
+"""What `prepare.json` counts, of all sources and of each: conversations, rows, what is in the rows and what was cut."""
 # The record goes first when files are removed and comes last when they are put in place: it says that all is complete.
-_OWN_FILES = (PREPARE_RECORD, "data-*.arrow", "dataset_info.json", "state.json", "skipped.json", "token_freq.pt")
+_OWN_FILES = (
+    *(PREPARE_RECORD, "data-*.arrow", "dataset_info.json", "state.json", "skipped.json", "token_freq.pt"),
+    *(f"{INSPECTION}.html", f"{INSPECTION}.json"),
+)
 
 # A letter of the private use area: no answer and no chat template begins or ends with it.
 _PROBE = "\ue000"
@@ -55,8 +65,16 @@ class PrepareArguments:
         }
     )
     output: str = field(default="./output", metadata={"help": "Folder for the prepared dataset."})
+    weights: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Mix: the share of the conversations that each --data is to have, in their order and in any unit. "
+            "The mixture ends where the first --data runs out (default: all conversations of all)."
+        },
+    )
     max_samples: int | None = field(
-        default=None, metadata={"help": "Take this many conversations, drawn with the seed (all of them if not given)."}
+        default=None,
+        metadata={"help": "Take this many conversations, of all --data together, drawn with the seed (default: all)."},
     )
     seq_length: int = field(default=8192, metadata={"help": "Cut rows after this many tokens."})
     seed: int = field(default=0, metadata={"help": "Seed of the order in which the conversations come."})
@@ -85,7 +103,10 @@ def prepare(arguments: PrepareArguments) -> Path:
     1 = learnt), `seq_len` and `conversation_id`, the conversation's number in the input; rows of one conversation
     share it and lie side by side. Conversations come in an order drawn with the seed. Beside it lie `token_freq.pt`
     (a dict from token id to its number of learnt occurrences), `skipped.json` (each row that was left out, and why)
-    and `prepare.json` (what the dataset was made from, and counts).
+    and `prepare.json` (what the dataset was made from, and counts, of each source too).
+
+    With `weights` each conversation is drawn from a source with the probability of its weight, as
+    `datasets.interleave_datasets` does, none of them twice, until a source runs out or `max_samples` are drawn.
 
     A dataset made from the same input in the same way is kept as it is. Another one stops the work unless `overwrite`
     is set, which replaces the files written here and nothing else, and not under a cache of hidden states, which
@@ -102,13 +123,19 @@ def prepare(arguments: PrepareArguments) -> Path:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise PeagleError(f"--{name.replace('_', '-')} is {value} but must be at least 1.")
+    if arguments.weights is not None and (len(arguments.weights) != len(arguments.data) or min(arguments.weights) <= 0):
+        raise PeagleError(
+            f"--weights {' '.join(map(str, arguments.weights))} must be numbers above 0, one for each of the "
+            f"{len(arguments.data)} --data. Leave out the data that is not wanted."
+        )
     output = Path(arguments.output)
-    tokenizer = _load_tokenizer(arguments.model, arguments.trust_remote_code)
+    tokenizer = load_tokenizer(arguments.model, arguments.trust_remote_code)
     origin = {
         "model": arguments.model,
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
         "data": arguments.data,
         "data_sha256": [_file_sha256(Path(data)) if is_local_file(data) else None for data in arguments.data],
+        "weights": arguments.weights,
         "max_samples": arguments.max_samples,
         "seq_length": arguments.seq_length,
         "seed": arguments.seed,
@@ -306,7 +333,7 @@ class _RowMaker:
                         "input_ids": input_ids[: self.seq_length],
                         "loss_mask": loss_mask[: self.seq_length],
                         "seq_len": min(len(input_ids), self.seq_length),
-                        "is_truncated": len(input_ids) > self.seq_length,
+                        "num_cut": max(0, len(input_ids) - self.seq_length),
                     }
                 )
         return {name: [row.get(name) for row in rows] for name in _working_features()}
@@ -347,7 +374,7 @@ def _working_features() -> "datasets.Features":
             "loss_mask": List(Value("int8")),
             "seq_len": Value("int64"),
             "conversation_id": Value("int64"),
-            "is_truncated": Value("bool"),
+            "num_cut": Value("int64"),
             "place": Value("string"),
             "reason": Value("string"),
         }
@@ -363,8 +390,7 @@ def _make(
     scratch = folder / "scratch"
     scratch.mkdir()
     sources = [open_source(data, scratch) for data in arguments.data]
-    num_conversations = sum(map(len, sources))
-    order = np.random.default_rng(arguments.seed).permutation(num_conversations)[: arguments.max_samples]
+    order = _order([len(source) for source in sources], arguments)
     num_ids = max(tokenizer.get_vocab().values()) + 1
     rows = Dataset.from_dict({"conversation_id": order}).map(
         _RowMaker(ChatTokenizer(tokenizer), sources, num_ids, arguments.seq_length, arguments.min_learnt_tokens),
@@ -376,10 +402,10 @@ def _make(
         new_fingerprint=hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:16],
         desc="Tokenizing",
     )
-    notes = rows.select_columns(["conversation_id", "place", "reason", "is_truncated"])[:]
+    notes = rows.select_columns(["conversation_id", "place", "reason"])[:]
     skipped = [
         {"conversation_id": conversation_id, "row": place, "reason": reason}
-        for conversation_id, place, reason, _ in zip(*notes.values(), strict=True)
+        for conversation_id, place, reason in zip(*notes.values(), strict=True)
         if reason is not None
     ]
     if len(skipped) == len(rows):
@@ -388,32 +414,61 @@ def _make(
             f"{_summary(skipped)} Correct the data or choose other data."
         )
     kept = rows.select([index for index, reason in enumerate(notes["reason"]) if reason is None])
+    by_source, token_counts = _count(kept, sources, order)
     kept = kept.select_columns(["input_ids", "loss_mask", "seq_len", "conversation_id"]).with_format("torch")
     kept.save_to_disk(folder)
 
-    token_counts = _count_learnt(kept)
     torch.save(dict(token_counts), folder / "token_freq.pt")
-    counts = {
-        "conversations_in_data": num_conversations,
-        "conversations_read": len(order),
-        "rows": len(kept),
-        "tokens": sum(kept.with_format(None)["seq_len"]),
-        "learnt_tokens": token_counts.total(),
-        "truncated_rows": sum(filter(None, notes["is_truncated"])),
+    counts = {name: sum(counted[name] for counted in by_source) for name in COUNTS} | {
         "skipped": dict(Counter(entry["reason"] for entry in skipped)),
+        "sources": [{"data": data, **counted} for data, counted in zip(arguments.data, by_source, strict=True)],
     }
     write_json(folder / "skipped.json", skipped)
     write_json(folder / PREPARE_RECORD, origin | {"counts": counts})
     shutil.rmtree(scratch)
-
-    logger.info(
-        "%d rows from %d of %d conversations: %d tokens, %d of them learnt; %d rows cut after %d tokens.",
-        *(counts[name] for name in ("rows", "conversations_read", "conversations_in_data", "tokens", "learnt_tokens")),
-        counts["truncated_rows"],
-        arguments.seq_length,
-    )
+    _report(counts, arguments)
     if skipped:
         logger.warning("%d rows were left out; skipped.json lists them. %s", len(skipped), _summary(skipped))
+
+
+def _order(sizes: list[int], arguments: PrepareArguments) -> np.ndarray:
+    """The numbers of the conversations to read, in their order; those of each source follow those of the one before."""
+    from datasets import Dataset, interleave_datasets
+
+    generator = np.random.default_rng(arguments.seed)
+    if arguments.weights is None:
+        return generator.permutation(sum(sizes))[: arguments.max_samples]
+    starts = np.cumsum([0, *sizes[:-1]])
+    shuffled = [
+        Dataset.from_dict({"id": start + generator.permutation(size)})
+        for start, size in zip(starts, sizes, strict=True)
+    ]
+    shares = np.array(arguments.weights) / sum(arguments.weights)
+    mixture = interleave_datasets(shuffled, shares.tolist(), seed=arguments.seed)
+    return np.array(mixture.with_format("numpy")["id"][: arguments.max_samples])
+
+
+def _report(counts: dict[str, Any], arguments: PrepareArguments) -> None:
+    logger.info(
+        "%(rows)d rows from %(conversations_read)d of %(conversations_in_data)d conversations: %(tokens)d tokens, "
+        "%(learnt_tokens)d of them learnt; %(truncated_rows)d rows cut after %(seq_length)d tokens.",
+        counts | {"seq_length": arguments.seq_length},
+    )
+    if arguments.weights is None:
+        return
+    for weight, source in zip(arguments.weights, counts["sources"], strict=True):
+        conversations, learnt = (source[name] / counts[name] for name in ("conversations_read", "learnt_tokens"))
+        wanted = weight / sum(arguments.weights)
+        logger.info(
+            f"{source['data']}: {conversations:.1%} of the conversations ({wanted:.1%} wanted), {learnt:.1%} of the "
+            "learnt tokens."
+        )
+        runs_out = source["conversations_read"] == source["conversations_in_data"]
+        if runs_out and counts["conversations_read"] != arguments.max_samples:
+            logger.warning(
+                f"{source['data']} has run out after {source['conversations_read']} conversations, so the mixture ends "
+                f"with {counts['conversations_read']}. A smaller weight for it, or more of it, makes it larger."
+            )
 
 
 def _summary(skipped: list[dict[str, Any]]) -> str:
@@ -427,14 +482,28 @@ def _summary(skipped: list[dict[str, Any]]) -> str:
     )
 
 
-def _count_learnt(dataset: "datasets.Dataset") -> Counter[int]:
-    """Count how often each token id is learnt."""
-    counts: Counter[int] = Counter()
+def _count(
+    dataset: "datasets.Dataset", sources: list[Source], order: np.ndarray
+) -> tuple[list[dict[str, int]], Counter[int]]:
+    """Count what came of each source (`COUNTS`), and how often each token id is learnt."""
+    ends = np.cumsum([len(source) for source in sources])
+    read = np.bincount(np.searchsorted(ends, order, side="right"), minlength=len(sources))
+    by_source = [dict.fromkeys(COUNTS, 0) for _ in sources]
+    for counted, source, number in zip(by_source, sources, read.tolist(), strict=True):
+        counted |= {"conversations_in_data": len(source), "conversations_read": number}
+    token_counts: Counter[int] = Counter()
     for batch in dataset.with_format("numpy").iter(batch_size=1000):
         is_learnt = np.concatenate(batch["loss_mask"]) == 1
         ids, numbers = np.unique(np.concatenate(batch["input_ids"])[is_learnt], return_counts=True)
-        counts.update(dict(zip(ids.tolist(), numbers.tolist(), strict=True)))
-    return counts
+        token_counts.update(dict(zip(ids.tolist(), numbers.tolist(), strict=True)))
+        origins = np.searchsorted(ends, batch["conversation_id"], side="right").tolist()
+        for origin, length, num_cut, mask in zip(
+            origins, batch["seq_len"].tolist(), batch["num_cut"].tolist(), batch["loss_mask"], strict=True
+        ):
+            row = (1, length, int(mask.sum()), int(num_cut > 0), num_cut)
+            for name, number in zip(COUNTS[2:], row, strict=True):
+                by_source[origin][name] += number
+    return by_source, token_counts
 
 
 def _is_made(output: Path, origin: dict[str, Any], overwrite: bool) -> bool:
@@ -485,7 +554,12 @@ def _move_files(source: Path, target: Path) -> None:
     source.rmdir()
 
 
-def _load_tokenizer(model: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a hub name or a folder.
+
+    Raises:
+        PeagleError: that is not possible.
+    """
     try:
         return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:

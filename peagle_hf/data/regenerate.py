@@ -8,36 +8,38 @@ import errno
 import hashlib
 import json
 import logging
+import math
 import random
-import re
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from jinja2 import TemplateError
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from ..errors import PeagleError
 from ..files import atomic_path, write_json
-from .chats import Unlearnable, open_source, read_chat
+from .chat_models import Batch, ChatModel, LocalChatModel, Sampling, ServedChatModel
+from .endpoint import MAX_RETRIES
+from .prompts import Prompt, distinct, grams, read_prompts, words
 
 logger = logging.getLogger(__name__)
 
-MAX_PROMPT_SIMILARITY = 0.5
-"""Jaccard similarity of the 5-grams of two prompts above which they are near-duplicates."""
-
 MAX_REPETITION = 0.3
 """Share of repeated 4-grams of an answer's tokens above which it is looping."""
+ANSWER_TIMEOUT = 600.0
 
 _MIN_INVENTED_WORDS = 3
-_PLACEHOLDER = "PLACEHOLDER"
+_RANGES = (
+    *((name, 1, math.inf) for name in ("max_new_tokens", "concurrency", "batch_size")),
+    *((name, 0, math.inf) for name in ("temperature", "top_k", "min_answer_tokens", "max_retries")),
+    *((name, 0, 1) for name in ("top_p", "min_p", "max_repetition")),
+)
+_ELSEWHERE = ("output", "max_samples", "endpoint", "concurrency", "request_timeout", "max_retries", "batch_size")
+"""Arguments that the result doesn't depend on, or that `_settings` describes otherwise."""
 
 
 @dataclass
@@ -67,10 +69,43 @@ class RegenerateArguments:
     max_new_tokens: int = field(default=256, metadata={"help": "Longest answer, and longest invented prompt."})
     temperature: float = field(default=0.0, metadata={"help": "Temperature of the answers; 0 is greedy."})
     invent_temperature: float = field(default=1.0, metadata={"help": "Temperature of the invented prompts."})
-    top_p: float = field(default=1.0, metadata={"help": "Nucleus of everything that is sampled."})
-    batch_size: int = field(default=32, metadata={"help": "Chats that are answered together."})
+    top_p: float = field(
+        default=1.0, metadata={"help": "Sample from the likeliest tokens that have this probability together."}
+    )
+    top_k: int = field(default=0, metadata={"help": "Sample from so many of the likeliest tokens; 0 is all."})
+    min_p: float = field(
+        default=0.0,
+        metadata={"help": "Sample from tokens with at least this share of the likeliest one's probability."},
+    )
+    min_answer_tokens: int = field(
+        default=0,
+        metadata={"help": "Drop chats with a shorter answer, its end-of-turn token not counted. Empty ones always go."},
+    )
+    drop_cut_answers: bool = field(
+        default=False, metadata={"help": "Drop chats with an answer that --max-new-tokens cuts off."}
+    )
+    max_repetition: float = field(
+        default=MAX_REPETITION,
+        metadata={
+            "help": "Drop chats with a looping answer: one whose 4-grams of tokens are repeats by more than this "
+            "share; 1 keeps all."
+        },
+    )
+    endpoint: str | None = field(
+        default=None,
+        metadata={"help": "vLLM servers that run the target, URL[,URL...] (default: run it in this process)."},
+    )
+    concurrency: int = field(default=32, metadata={"help": "Chats that the servers answer at a time."})
+    request_timeout: float = field(
+        default=ANSWER_TIMEOUT, metadata={"help": "Seconds to wait for a server's answer, each time it is tried."}
+    )
+    max_retries: int = field(
+        default=MAX_RETRIES, metadata={"help": "How often a request is repeated that a server fails."}
+    )
+    batch_size: int = field(default=32, metadata={"help": "Chats that are answered together in this process."})
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
-        default="auto", metadata={"help": "Dtype of the target; auto is float32 on CPU, the checkpoint's own on GPU."}
+        default="auto",
+        metadata={"help": "Dtype of the target in this process; auto is float32 on CPU, the checkpoint's own on GPU."},
     )
     seed: int = field(default=0, metadata={"help": "Seed of all sampling."})
 
@@ -79,16 +114,13 @@ class RegenerateArguments:
             raise PeagleError("There is nothing to answer: name a file with --prompts, or give --invent a number.")
         if self.invent > 0 and self.invent_temperature <= 0:
             raise PeagleError("--invent-temperature must be above 0, or else all invented prompts are the same.")
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What a user says in a chat, turn by turn, after the system messages if there are any."""
-
-    id: str
-    category: str
-    system: list[dict[str, Any]]
-    turns: list[str]
+        for name, least, most in _RANGES:
+            value = getattr(self, name)
+            if not least <= value <= most:
+                limits = f"at least {least}" if most == math.inf else f"in {least} .. {most}"
+                raise PeagleError(f"--{name.replace('_', '-')} is {value} but must be {limits}.")
+        if self.endpoint and self.dtype != "auto":
+            raise PeagleError("--dtype is for a target in this process. With --endpoint tell the server.")
 
 
 def regenerate(arguments: RegenerateArguments) -> Path:
@@ -98,13 +130,15 @@ def regenerate(arguments: RegenerateArguments) -> Path:
     its end-of-turn token included), `finish_reason` of the last answer ("stop" or "length") and `model`. A chat is one
     row, unless the chat template renders earlier turns differently later: then each such turn starts a row of its own.
 
-    Near-duplicate, excluded and unusable prompts are dropped before they are answered, chats with an empty or looping
-    answer afterwards; the report says which and why. Finished batches are kept beside the output, so that an
-    interrupted run continues with the same result.
+    Near-duplicate, excluded and unusable prompts are dropped before they are answered, chats with an answer that is
+    empty, too short, cut off or looping afterwards; the report says which and why. Finished answers are kept beside the
+    output, so that an interrupted run continues with the same result.
+
+    What is sampled depends on the seed, the prompt's id and the turn, not on who else is answered at the time.
 
     Raises:
-        PeagleError: a file is malformed, the model can't be loaded or has no chat template, or the output was
-            made with other arguments.
+        PeagleError: a file is malformed, the model can't be loaded or has no chat template, the output was made with
+            other arguments, or the servers failed a request.
     """
     dropped: list[dict[str, str]] = []
     prompts = read_prompts(arguments.prompts, dropped)[: arguments.max_samples] if arguments.prompts else []
@@ -119,11 +153,16 @@ def regenerate(arguments: RegenerateArguments) -> Path:
         return output
 
     journal = _Journal(output.with_suffix(".journal"), settings)
-    target = _Target(arguments)
+    target = _load(arguments)
     prompts += _invent(target, journal, arguments, dropped)
-    prompts = _distinct(prompts, excluded, dropped)
+    prompts = distinct(prompts, excluded, dropped)
     chats = _answer(target, journal, prompts, arguments, dropped)
-    kept = [row for rows in chats if _is_sound(rows, dropped) for row in rows]
+    kept = []
+    for rows in chats:
+        if reason := _fault(rows, target.end_ids, arguments):
+            dropped.append({"id": rows[0]["id"], "category": rows[0]["category"], "reason": reason})
+        else:
+            kept += rows
     if not kept:
         reasons = ", ".join(sorted({drop["reason"] for drop in dropped}))
         raise PeagleError(
@@ -142,53 +181,23 @@ def regenerate(arguments: RegenerateArguments) -> Path:
     return output
 
 
-def read_prompts(source: str, dropped: list[dict[str, str]]) -> list[Prompt]:
-    """Read the prompts of a file or hub dataset (see `RegenerateArguments.prompts`), their user turns alone.
-
-    What can't be used is added to `dropped`, with its place and the reason.
-
-    Raises:
-        PeagleError: the source can't be read or a row is malformed.
-    """
-    prompts = []
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            rows = open_source(source, Path(folder))
-        except FileNotFoundError as error:
-            raise PeagleError(f"There is no file {source}. Name a .jsonl or .json file with prompts.") from error
-        for index in tqdm(range(len(rows)), desc=f"Reading {source}", disable=None):
-            place, row = rows.read(index)
-            try:
-                prompts.append(_read_prompt(row, place, str(row.get("question_id", row.get("id", index)))))
-            except Unlearnable as reason:
-                dropped.append({"id": place, "category": "", "reason": str(reason)})
-    return prompts
-
-
-def _read_prompt(row: dict[str, Any], place: str, identifier: str) -> Prompt:
-    if (turns := row.get("turns")) is not None:
-        if not (isinstance(turns, list) and turns and all(isinstance(turn, str) and turn.strip() for turn in turns)):
-            raise PeagleError(f"{place}: `turns` must be a list of texts, none of them empty. Correct the row.")
-        messages = [{"role": "user", "content": turn} for turn in turns]
-    elif "messages" in row or "conversations" in row:
-        messages = read_chat(row, place).messages
-    else:
-        raise PeagleError(
-            f"{place}: there is neither `turns` nor `messages` nor `conversations`; the fields are "
-            f"{', '.join(row) or 'none'}. Rename the field that holds what the user says."
-        )
-    turns = [message["content"] for message in messages if message["role"] == "user"]
-    if not any(turn.strip() for turn in turns):
-        raise Unlearnable("no user turn")
-    system = [message for message in messages if message["role"] in ("system", "developer")]
-    return Prompt(identifier, str(row.get("category", "chat")), system, turns)
+def _load(arguments: RegenerateArguments) -> ChatModel:
+    if arguments.endpoint is None:
+        return LocalChatModel(arguments.model, arguments.max_new_tokens, arguments.batch_size, arguments.dtype)
+    return ServedChatModel(
+        arguments.model,
+        arguments.max_new_tokens,
+        arguments.endpoint,
+        arguments.concurrency,
+        arguments.request_timeout,
+        arguments.max_retries,
+    )
 
 
 def _settings(arguments: RegenerateArguments, prompts: list[Prompt], excluded: list[Prompt]) -> dict[str, Any]:
     """Describe all that the result depends on, without a path of this machine."""
-    settings = asdict(arguments)
-    for name in ("output", "max_samples"):
-        del settings[name]
+    settings = {name: value for name, value in asdict(arguments).items() if name not in _ELSEWHERE}
+    settings["backend"] = "transformers" if arguments.endpoint is None else "vLLM"
     if Path(arguments.model).is_dir():
         settings["model"] = Path(arguments.model).resolve().name
     for name, read in (("prompts", prompts), ("exclude", excluded)):
@@ -219,15 +228,15 @@ def _require_same_settings(settings: dict[str, Any], found: dict[str, Any], path
 
 
 class _Journal:
-    """Finished batches on disk, a JSON line each after a first line with the settings, so that a rerun skips them."""
+    """Results on disk, a JSON line each after a first line with the settings, so that a rerun skips them."""
 
     def __init__(self, path: Path, settings: dict[str, Any]):
         self.path = path
-        self.done: dict[str, list[Any]] = {}
+        self.done: dict[str, dict[int, Any]] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         complete, newline, _ = path.read_bytes().rpartition(b"\n") if path.exists() else (b"", b"", b"")
         if not newline:
-            self._write(json.dumps(settings), "w")
+            self._write([settings], "w")
             return
         try:
             header, *lines = [json.loads(line) for line in complete.split(b"\n")]
@@ -236,24 +245,34 @@ class _Journal:
         _require_same_settings(settings, header, path)
         with open(path, "r+b") as file:
             file.truncate(len(complete) + 1)
-        self.done = {line["batch"]: line["result"] for line in lines}
+        for line in lines:
+            self.done.setdefault(line["step"], {})[line["item"]] = line["result"]
 
-    def run(self, step: str, batches: Sequence[Any], work: Callable[[Any, str], list[Any]]) -> Iterator[Any]:
-        """Give the results of `work(batch, name of the batch)` over all batches, doing those that are not done yet."""
-        for number, batch in enumerate(tqdm(batches, desc=step, unit="batch", disable=None)):
-            name = f"{step} {number}"
-            if name not in self.done:
-                self.done[name] = work(batch, name)
-                self._write(json.dumps({"batch": name, "result": self.done[name]}), "a")
-            yield from self.done[name]
+    def run(
+        self, step: str, target: ChatModel, items: Sequence[int], work: Callable[[Batch], list[Any]]
+    ) -> dict[int, Any]:
+        """Give the result of every item, those that are not done yet by `work` on batches of them."""
+        done = self.done.setdefault(step, {})
+        size = target.batch_size
+        batches = [list(items[start : start + size]) for start in range(0, len(items), size)]
+        # Batches stay the same in a rerun: by whom else a model is asked changes the rounding of its arithmetic.
+        batches = [batch for batch in batches if not done.keys() >= set(batch)]
+        waiting = sum(map(len, batches))
+        with tqdm(total=len(items), initial=len(items) - waiting, desc=step, unit="chat", disable=None) as progress:
+            for batch, results in target.work_off(batches, work):
+                done |= zip(batch, results, strict=True)
+                lines = zip(batch, results, strict=True)
+                self._write([{"step": step, "item": item, "result": result} for item, result in lines], "a")
+                progress.update(len(batch))
+        return done
 
     def remove(self) -> None:
         self.path.unlink()
 
-    def _write(self, line: str, mode: str) -> None:
+    def _write(self, lines: list[dict[str, Any]], mode: str) -> None:
         try:
             with open(self.path, mode, encoding="utf-8") as file:
-                file.write(line + "\n")
+                file.write("".join(json.dumps(line) + "\n" for line in lines))
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -262,226 +281,89 @@ class _Journal:
             ) from error
 
 
-class _Target:
-    """The model that answers, with its tokenizer and chat template."""
-
-    def __init__(self, arguments: RegenerateArguments):
-        self.arguments = arguments
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = "float32" if arguments.dtype == "auto" and device == "cpu" else arguments.dtype
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-            self.model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype).eval().to(device)
-        except (OSError, ValueError) as error:
-            raise PeagleError(
-                f"The model {arguments.model} can't be loaded: {error} Check the folder, or the hub name and the "
-                "network."
-            ) from error
-        if self.tokenizer.chat_template is None:
-            raise PeagleError(
-                f"The tokenizer of {arguments.model} has no chat template, so it is unknown how a chat is written for "
-                "this model. Name a chat model, or add a chat_template.jinja to its folder."
-            )
-        ends = self.model.generation_config.eos_token_id
-        self.end_ids = {self.tokenizer.eos_token_id} if ends is None else {ends} if isinstance(ends, int) else set(ends)
-        # What else the checkpoint recommends, such as a repetition penalty, would take the text off the model's own.
-        self.model.generation_config = GenerationConfig()
-        self.max_length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-
-    def render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = True) -> str:
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=add_generation_prompt
-                )
-            )
-        except TemplateError as error:
-            roles = ", ".join(message["role"] for message in messages)
-            raise PeagleError(
-                f"The chat template of {self.arguments.model} refuses a chat with the roles {roles}: {error}. "
-                "Take such chats out of the prompts, or correct them."
-            ) from error
-
-    def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
-
-    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
-        return str(
-            self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
-        )
-
-    def user_turn(self) -> tuple[list[int], set[int]]:
-        """Give the token ids that lead up to a user's first words, and the ids that end a user's turn."""
-        text = self.render([{"role": "user", "content": _PLACEHOLDER}], add_generation_prompt=False)
-        before, placeholder, after = text.partition(_PLACEHOLDER)
-        if not placeholder:
-            raise PeagleError(
-                f"The chat template of {self.arguments.model} doesn't write what the user says, so no prompt can be "
-                "invented. Give prompts with --prompts instead of --invent."
-            )
-        tags = [token_id for token_id in self.encode(after) if token_id in self.tokenizer.added_tokens_decoder]
-        return self.encode(before), self.end_ids | set(tags[:1])
-
-    @torch.inference_mode()
-    def complete(self, prompts: list[list[int]], end_ids: set[int], temperature: float, seed: str) -> list[list[int]]:
-        """Give what the model writes after each prompt's token ids, up to and with the first id of `end_ids`."""
-        width = max(map(len, prompts))
-        pad_id = min(end_ids)
-        input_ids = torch.tensor([[pad_id] * (width - len(prompt)) + prompt for prompt in prompts])
-        attention_mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        sampling = {"temperature": temperature, "top_p": self.arguments.top_p, "top_k": 0} if temperature > 0 else {}
-        with torch.random.fork_rng([self.model.device] if self.model.device.type == "cuda" else []):
-            torch.manual_seed(random.Random(f"{self.arguments.seed} {seed}").getrandbits(63))
-            sequences = self.model.generate(
-                input_ids=input_ids.to(self.model.device),
-                attention_mask=attention_mask.to(self.model.device),
-                max_new_tokens=self.arguments.max_new_tokens,
-                do_sample=temperature > 0,
-                eos_token_id=sorted(end_ids),
-                pad_token_id=pad_id,
-                **sampling,
-            )
-        return [_up_to_end(ids, end_ids) for ids in sequences[:, width:].tolist()]
-
-
-def _up_to_end(ids: list[int], end_ids: set[int]) -> list[int]:
-    return ids[: next((index + 1 for index, token_id in enumerate(ids) if token_id in end_ids), len(ids))]
+def _seed(arguments: RegenerateArguments, purpose: str) -> int:
+    return random.Random(f"{arguments.seed} {purpose}").getrandbits(63)
 
 
 def _invent(
-    target: _Target, journal: _Journal, arguments: RegenerateArguments, dropped: list[dict[str, str]]
+    target: ChatModel, journal: _Journal, arguments: RegenerateArguments, dropped: list[dict[str, str]]
 ) -> list[Prompt]:
     """Sample what follows the user's tag (Magpie, arXiv 2406.08464), and keep what could be a user's words."""
     if arguments.invent <= 0:
         return []
     prefix, end_ids = target.user_turn()
 
-    def work(count: int, name: str) -> list[list[int]]:
-        return target.complete([prefix] * count, end_ids, arguments.invent_temperature, name)
+    sampling = Sampling(arguments.invent_temperature, arguments.top_p, arguments.top_k, arguments.min_p)
 
-    counts = [
-        min(arguments.batch_size, arguments.invent - start)
-        for start in range(0, arguments.invent, arguments.batch_size)
-    ]
+    def work(batch: Batch) -> list[list[int]]:
+        seeds = [_seed(arguments, f"invented-{number}") for number in batch]
+        return target.complete([prefix] * len(batch), end_ids, sampling, seeds)
+
+    results = journal.run("Inventing", target, range(arguments.invent), work)
     prompts = []
-    for number, ids in enumerate(journal.run("Inventing", counts, work)):
+    for number in range(arguments.invent):
+        ids = results[number]
         ended = ids[-1] in end_ids
         text = target.decode(ids[:-1] if ended else ids, skip_special_tokens=False).strip()
         prompt = Prompt(f"invented-{number}", "invented", [], [text])
         if not ended:
-            dropped.append(_drop(prompt, "the invented prompt did not end"))
-        elif len(_words(text)) < _MIN_INVENTED_WORDS:
-            dropped.append(_drop(prompt, "the invented prompt is too short"))
+            dropped.append(prompt.dropped("the invented prompt did not end"))
+        elif len(words(text)) < _MIN_INVENTED_WORDS:
+            dropped.append(prompt.dropped("the invented prompt is too short"))
         elif not all(character.isprintable() or character in "\n\t" for character in text) or "\ufffd" in text:
-            dropped.append(_drop(prompt, "the invented prompt is not text"))
+            dropped.append(prompt.dropped("the invented prompt is not text"))
         elif not target.tokenizer.added_tokens_decoder.keys().isdisjoint(ids[:-1]):
-            dropped.append(_drop(prompt, "the invented prompt holds a special token"))
+            dropped.append(prompt.dropped("the invented prompt holds a special token"))
         else:
             prompts.append(prompt)
     return prompts
 
 
-def _distinct(prompts: list[Prompt], excluded: list[Prompt], dropped: list[dict[str, str]]) -> list[Prompt]:
-    """Keep the prompts that resemble neither an excluded one nor one kept before."""
-    known = _Neighbours()
-    for prompt in excluded:
-        known.add(prompt, "an excluded prompt")
-    kept = []
-    for prompt in prompts:
-        if near := known.find(prompt):
-            dropped.append(_drop(prompt, f"resembles {near}"))
-        else:
-            known.add(prompt, "an earlier prompt")
-            kept.append(prompt)
-    return kept
-
-
-class _Neighbours:
-    """Finds prompts whose 5-grams of words overlap, by an index from 5-grams to prompts."""
-
-    def __init__(self) -> None:
-        self.sizes: list[int] = []
-        self.labels: list[str] = []
-        self.holders: dict[tuple[str, ...], list[int]] = {}
-
-    def add(self, prompt: Prompt, label: str) -> None:
-        grams = _word_5_grams(prompt)
-        for gram in grams:
-            self.holders.setdefault(gram, []).append(len(self.sizes))
-        self.sizes.append(len(grams))
-        self.labels.append(label)
-
-    def find(self, prompt: Prompt) -> str | None:
-        """Give the label of the first prompt that is a near-duplicate of this one."""
-        grams = _word_5_grams(prompt)
-        shared = Counter(holder for gram in grams for holder in self.holders.get(gram, ()))
-        near = [
-            holder
-            for holder, count in shared.items()
-            if count / (self.sizes[holder] + len(grams) - count) > MAX_PROMPT_SIMILARITY
-        ]
-        return self.labels[min(near)] if near else None
-
-
-def _word_5_grams(prompt: Prompt) -> set[tuple[str, ...]]:
-    """Give the 5-grams of a prompt's words; a shorter prompt is one gram."""
-    return set(_grams(_words(" ".join(prompt.turns)), 5))
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
-
-
-def _grams(items: Sequence[Any], n: int) -> list[tuple[Any, ...]]:
-    return [tuple(items[start : start + n]) for start in range(max(1, len(items) - n + 1))]
-
-
 def repetition(token_ids: Sequence[int]) -> float:
     """Give the share of an answer's 4-grams that occurred in it before."""
-    grams = _grams(token_ids, 4)
-    return 1 - len(set(grams)) / len(grams)
+    runs = grams(token_ids, 4)
+    return 1 - len(set(runs)) / len(runs)
 
 
 def _answer(
-    target: _Target,
+    target: ChatModel,
     journal: _Journal,
     prompts: list[Prompt],
     arguments: RegenerateArguments,
     dropped: list[dict[str, str]],
 ) -> list[list[dict[str, Any]]]:
-    """Answer the prompts in batches of similar length, and give the rows of each, in the order of the prompts."""
+    """Answer the prompts, those of similar length together, and give the rows of each, in the order of the prompts."""
     lengths = [_longest(target, prompt) for prompt in prompts]
     fitting = []
     for index, length in enumerate(lengths):
         if target.max_length is not None and length > target.max_length:
-            dropped.append(_drop(prompts[index], "longer than the model's context with its answers"))
+            dropped.append(prompts[index].dropped("longer than the model's context with its answers"))
         else:
             fitting.append(index)
     fitting.sort(key=lambda index: (len(prompts[index].turns), lengths[index]))
-    batches = [fitting[start : start + arguments.batch_size] for start in range(0, len(fitting), arguments.batch_size)]
+    sampling = Sampling(arguments.temperature, arguments.top_p, arguments.top_k, arguments.min_p)
 
-    def work(batch: list[int], name: str) -> list[list[dict[str, Any]]]:
+    def work(batch: Batch) -> list[list[dict[str, Any]]]:
         dialogues = [_Dialogue(prompts[index]) for index in batch]
         for turn in range(max(len(dialogue.prompt.turns) for dialogue in dialogues)):
             asked = [dialogue for dialogue in dialogues if turn < len(dialogue.prompt.turns)]
             for dialogue in asked:
                 dialogue.ask(dialogue.prompt.turns[turn], target)
-            answers = target.complete(
-                [dialogue.input_ids for dialogue in asked], target.end_ids, arguments.temperature, f"{name} turn {turn}"
-            )
+            seeds = [_seed(arguments, f"{dialogue.prompt.id} turn {turn}") for dialogue in asked]
+            answers = target.complete([dialogue.input_ids for dialogue in asked], target.end_ids, sampling, seeds)
             for dialogue, ids in zip(asked, answers, strict=True):
                 dialogue.hear(ids, target)
         return [dialogue.close() for dialogue in dialogues]
 
-    results = journal.run("Answering", batches, work)
-    return [rows for _, rows in sorted(zip(fitting, results, strict=True), key=lambda pair: pair[0])]
+    results = journal.run("Answering", target, fitting, work)
+    return [results[index] for index in sorted(fitting)]
 
 
-def _longest(target: _Target, prompt: Prompt) -> int:
+def _longest(target: ChatModel, prompt: Prompt) -> int:
     """Give the tokens of a chat in which every answer is as long as it may be."""
     opening = target.render([*prompt.system, {"role": "user", "content": prompt.turns[0]}])
     later = sum(len(target.encode(turn)) for turn in prompt.turns[1:])
-    return len(target.encode(opening)) + later + len(prompt.turns) * target.arguments.max_new_tokens
+    return len(target.encode(opening)) + later + len(prompt.turns) * target.max_new_tokens
 
 
 class _Dialogue:
@@ -500,7 +382,7 @@ class _Dialogue:
         self.finish_reason = ""
         self.rows: list[dict[str, Any]] = []
 
-    def ask(self, turn: str, target: _Target) -> None:
+    def ask(self, turn: str, target: ChatModel) -> None:
         self.messages.append({"role": "user", "content": turn})
         text = target.render(self.messages)
         if not text.startswith(self.text):
@@ -511,7 +393,7 @@ class _Dialogue:
         self.loss_mask = self.loss_mask + [0] * len(new_ids)
         self.text = text
 
-    def hear(self, ids: list[int], target: _Target) -> None:
+    def hear(self, ids: list[int], target: ChatModel) -> None:
         ended = ids[-1] in target.end_ids
         self.finish_reason = "stop" if ended else "length"
         content = target.decode(ids[:-1] if ended else ids).strip()
@@ -539,26 +421,24 @@ class _Dialogue:
         self.input_ids, self.loss_mask = [], []
 
 
-def _is_sound(rows: list[dict[str, Any]], dropped: list[dict[str, str]]) -> bool:
-    """Whether no answer of a chat is empty or looping; otherwise the chat is counted as dropped."""
-    reason = ""
+def _fault(rows: list[dict[str, Any]], end_ids: set[int], arguments: RegenerateArguments) -> str | None:
+    """Why the chat is dropped, if it is."""
+    answers = [answer for row in rows for answer in learnt_spans(row)]
     if any(message["role"] == "assistant" and not message["content"] for message in rows[-1]["messages"]):
-        reason = "an empty answer"
-    elif any(repetition(answer) > MAX_REPETITION for row in rows for answer in learnt_spans(row)):
-        reason = "a looping answer"
-    if reason:
-        dropped.append({"id": rows[0]["id"], "category": rows[0]["category"], "reason": reason})
-    return not reason
+        return "an empty answer"
+    if any(len(answer) - (answer[-1] in end_ids) < arguments.min_answer_tokens for answer in answers):
+        return f"an answer of fewer than {arguments.min_answer_tokens} tokens"
+    if arguments.drop_cut_answers and any(answer[-1] not in end_ids for answer in answers):
+        return f"an answer cut off after {arguments.max_new_tokens} tokens"
+    if any(repetition(answer) > arguments.max_repetition for answer in answers):
+        return "a looping answer"
+    return None
 
 
 def learnt_spans(row: dict[str, Any]) -> list[list[int]]:
     """Give the token ids of each answer in a row: its runs of loss mask 1."""
     spans = groupby(zip(row["loss_mask"], row["input_ids"], strict=True), key=itemgetter(0))
     return [[token_id for _, token_id in span] for learnt, span in spans if learnt]
-
-
-def _drop(prompt: Prompt, reason: str) -> dict[str, str]:
-    return {"id": prompt.id, "category": prompt.category, "reason": reason}
 
 
 def _report(kept: list[dict[str, Any]], dropped: list[dict[str, str]]) -> dict[str, Any]:

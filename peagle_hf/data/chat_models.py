@@ -1,0 +1,294 @@
+"""Chat models that answer: run by transformers in this process, or by vLLM servers.
+
+Which token follows is a matter of the token ids before it, the sampling settings and the seed of the answer, whoever
+else is answered at the time.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from ..errors import PeagleError
+from .endpoint import EndpointError, ask_any, concurrently, endpoint_urls, served_model
+
+_PLACEHOLDER = "PLACEHOLDER"
+
+Batch = list[int]
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn: those that `min_p`, `top_k` and `top_p` leave, in this order, as vLLM does.
+
+    Args:
+        temperature: 0 takes the likeliest token, whatever else is set.
+        top_p: the likeliest tokens that have this probability together.
+        top_k: so many of the likeliest tokens; 0 is all.
+        min_p: tokens with at least this share of the likeliest one's probability.
+    """
+
+    temperature: float
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+
+
+class ChatModel(ABC):
+    """A model that answers, with its tokenizer and chat template.
+
+    Args:
+        name: a folder or a hub name.
+        max_new_tokens: of an answer.
+
+    Raises:
+        PeagleError: it can't be loaded, or is no chat model.
+    """
+
+    batch_size: int
+    """Chats that are answered together."""
+
+    def __init__(self, name: str, max_new_tokens: int):
+        self.name, self.max_new_tokens = name, max_new_tokens
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(name)
+            config = AutoConfig.from_pretrained(name)
+            ends = _generation_config(name, config).eos_token_id
+        except (OSError, ValueError) as error:
+            raise _not_loaded(name, error) from error
+        if self.tokenizer.chat_template is None:
+            raise PeagleError(
+                f"The tokenizer of {name} has no chat template, so it is unknown how a chat is written for this model. "
+                "Name a chat model, or add a chat_template.jinja to its folder."
+            )
+        self.end_ids = {self.tokenizer.eos_token_id} if ends is None else {ends} if isinstance(ends, int) else set(ends)
+        self.max_length: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+
+    @abstractmethod
+    def complete(
+        self, prompts: list[list[int]], end_ids: set[int], sampling: Sampling, seeds: list[int]
+    ) -> list[list[int]]:
+        """Give what the model writes after each prompt's token ids, up to and with the first id of `end_ids`.
+
+        Args:
+            seeds: of each prompt, 0 .. 2^63 - 1.
+        """
+
+    @abstractmethod
+    def work_off(self, batches: Sequence[Batch], work: Callable[[Batch], Result]) -> Iterator[tuple[Batch, Result]]:
+        """Give each batch with what `work` makes of it, as they are done.
+
+        Raises:
+            PeagleError: there are batches without a result; all others have been given before.
+        """
+
+    def render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = True) -> str:
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                )
+            )
+        except TemplateError as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise PeagleError(
+                f"The chat template of {self.name} refuses a chat with the roles {roles}: {error}. Take such chats out "
+                "of the prompts, or correct them."
+            ) from error
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        return str(
+            self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+        )
+
+    def user_turn(self) -> tuple[list[int], set[int]]:
+        """Give the token ids that lead up to a user's first words, and the ids that end a user's turn."""
+        text = self.render([{"role": "user", "content": _PLACEHOLDER}], add_generation_prompt=False)
+        before, placeholder, after = text.partition(_PLACEHOLDER)
+        if not placeholder or not before:
+            raise PeagleError(
+                f"The chat template of {self.name} doesn't write what the user says after a tag, so no prompt can be "
+                "invented. Give prompts with --prompts instead of --invent."
+            )
+        tags = [token_id for token_id in self.encode(after) if token_id in self.tokenizer.added_tokens_decoder]
+        return self.encode(before), self.end_ids | set(tags[:1])
+
+
+class LocalChatModel(ChatModel):
+    """A model that transformers runs in this process.
+
+    Args:
+        dtype: auto is float32 on CPU, the checkpoint's own on GPU.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        max_new_tokens: int,
+        batch_size: int,
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    ):
+        super().__init__(name, max_new_tokens)
+        self.batch_size = batch_size
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            self.model = (
+                AutoModelForCausalLM.from_pretrained(
+                    name, dtype="float32" if dtype == "auto" and device == "cpu" else dtype
+                )
+                .eval()
+                .to(device)
+            )
+        except (OSError, ValueError) as error:
+            raise _not_loaded(name, error) from error
+        # What else the checkpoint recommends, such as a repetition penalty, would take the text off the model's own.
+        self.model.generation_config = GenerationConfig()
+
+    @torch.inference_mode()
+    def complete(
+        self, prompts: list[list[int]], end_ids: set[int], sampling: Sampling, seeds: list[int]
+    ) -> list[list[int]]:
+        width = max(map(len, prompts))
+        pad_id = min(end_ids)
+        input_ids = torch.tensor([[pad_id] * (width - len(prompt)) + prompt for prompt in prompts])
+        attention_mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        drawing = [_Draw(sampling, seeds, self.model.device)] if sampling.temperature > 0 else []
+        sequences = self.model.generate(
+            input_ids=input_ids.to(self.model.device),
+            attention_mask=attention_mask.to(self.model.device),
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            logits_processor=LogitsProcessorList(drawing),
+            eos_token_id=sorted(end_ids),
+            pad_token_id=pad_id,
+        )
+        return [_up_to_end(ids, end_ids) for ids in sequences[:, width:].tolist()]
+
+    def work_off(self, batches: Sequence[Batch], work: Callable[[Batch], Result]) -> Iterator[tuple[Batch, Result]]:
+        for batch in batches:
+            yield batch, work(batch)
+
+
+class _Draw(LogitsProcessor):
+    """Makes the likeliest token a random one, drawn for each answer with a generator of its own.
+
+    To logits l, noise -log e is added with e exponentially distributed: the largest sum is at i with the probability
+    softmax(l)_i (Gumbel).
+    """
+
+    def __init__(self, sampling: Sampling, seeds: list[int], device: torch.device):
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        self.warpers = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
+        if sampling.min_p > 0:
+            self.warpers.append(MinPLogitsWarper(sampling.min_p))
+        if sampling.top_k > 0:
+            self.warpers.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            self.warpers.append(TopPLogitsWarper(sampling.top_p))
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        noise = torch.empty_like(scores, dtype=torch.float32)
+        for row, generator in zip(noise, self.generators, strict=True):
+            row.exponential_(generator=generator)
+        logits: Tensor = self.warpers(input_ids, scores.float())
+        return logits - noise.clamp_min_(torch.finfo(noise.dtype).tiny).log_()
+
+
+class ServedChatModel(ChatModel):
+    """A model that vLLM servers run, any of them the same.
+
+    Args:
+        endpoint: URL[,URL...]
+        concurrency: chats that are answered at a time.
+        request_timeout: seconds for an answer.
+        max_retries: of a request that fails, by each server.
+    """
+
+    batch_size = 1
+
+    def __init__(
+        self,
+        name: str,
+        max_new_tokens: int,
+        endpoint: str,
+        concurrency: int,
+        request_timeout: float,
+        max_retries: int,
+    ):
+        self.urls = endpoint_urls(endpoint)
+        served_model(self.urls, name, request_timeout)
+        super().__init__(name, max_new_tokens)
+        self.concurrency, self.request_timeout, self.max_retries = concurrency, request_timeout, max_retries
+        limits = [
+            ask_any([url], request_timeout, max_retries, lambda server: server.max_model_len) for url in self.urls
+        ]
+        self.max_length = min((limit for limit in [self.max_length, *limits] if limit is not None), default=None)
+
+    def complete(
+        self, prompts: list[list[int]], end_ids: set[int], sampling: Sampling, seeds: list[int]
+    ) -> list[list[int]]:
+        def answer(prompt: list[int], seed: int) -> list[int]:
+            fields = {**asdict(sampling), "seed": seed} if sampling.temperature > 0 else {"temperature": 0}
+            return ask_any(
+                self.urls,
+                self.request_timeout,
+                self.max_retries,
+                lambda server: server.complete(prompt, self.max_new_tokens, end_ids, fields),
+            )
+
+        return [answer(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+
+    def work_off(self, batches: Sequence[Batch], work: Callable[[Batch], Result]) -> Iterator[tuple[Batch, Result]]:
+        reasons: list[str] = []
+        in_turn = 0
+        for batch, result in concurrently(work, batches, min(self.concurrency, len(batches))):
+            if isinstance(result, EndpointError):
+                reasons.append(str(result))
+                in_turn += 1
+            elif isinstance(result, BaseException):
+                raise result
+            else:
+                in_turn = 0
+                yield batch, result
+            if in_turn == self.concurrency:
+                break
+        if reasons:
+            raise PeagleError(
+                f"{len(reasons)} of {len(batches)} requests to the servers failed, the first with: {reasons[0]}. What "
+                "is finished is kept: see to the servers and run the same command again, and it asks for the rest."
+            )
+
+
+def _generation_config(name: str, config: Any) -> GenerationConfig:
+    try:
+        return GenerationConfig.from_pretrained(name)
+    except OSError:  # the checkpoint has none
+        return GenerationConfig.from_model_config(config)
+
+
+def _not_loaded(name: str, error: Exception) -> PeagleError:
+    return PeagleError(f"The model {name} can't be loaded: {error} Check the folder, or the hub name and the network.")
+
+
+def _up_to_end(ids: list[int], end_ids: set[int]) -> list[int]:
+    return ids[: next((index + 1 for index, token_id in enumerate(ids) if token_id in end_ids), len(ids))]

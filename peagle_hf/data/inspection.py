@@ -1,0 +1,367 @@
+"""`peagle-hf data inspect`: what is in a prepared dataset, as a page to look at and as JSON."""
+
+import base64
+import io
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import jinja2
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import PeagleError
+from ..files import atomic_path, write_json
+from ..target import draft_vocabulary, load_token_freq
+from .dataset import column, load_prepared
+from .prepare import INSPECTION, PREPARE_RECORD, load_tokenizer, tokenizer_fingerprint
+
+if TYPE_CHECKING:
+    import datasets
+
+logger = logging.getLogger(__name__)
+
+DRAFT_VOCAB_SIZES = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
+COVERED_SHARES = (0.9, 0.95, 0.99, 0.999)
+NUM_EXAMPLES, NUM_FREQUENT = 8, 40
+_QUANTILES = {"min": 0, "5%": 5, "25%": 25, "median": 50, "75%": 75, "95%": 95, "99%": 99, "max": 100}
+_TEMPLATE = Path(__file__).with_name("inspection.html")
+_LONGEST_CHARACTER = 4
+"""Tokens that one character may be spread over: bytes of UTF-8."""
+
+
+@dataclass
+class DataArguments:
+    """What `peagle-hf data ACTION FOLDER` is told."""
+
+    action: Literal["inspect"] = field(metadata={"help": "inspect: write a page that shows a prepared dataset."})
+    folder: str = field(metadata={"help": "Folder of `peagle-hf prepare`."})
+    output: str | None = field(
+        default=None,
+        metadata={
+            "help": f"The page; its numbers go into a .json beside it (default: {INSPECTION}.html in the folder)."
+        },
+    )
+    draft_vocab_sizes: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Sizes of a draft vocabulary to try (default: powers of 2 from 1024 on, less than all tokens)."
+        },
+    )
+    rows: list[int] | None = field(
+        default=None,
+        metadata={"help": f"Rows to show in full (default: the first {NUM_EXAMPLES}, as they were drawn)."},
+    )
+    model: str | None = field(
+        default=None,
+        metadata={"help": f"The model whose tokenizer turns tokens into text (default: the one in {PREPARE_RECORD})."},
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Let the tokenizer run code from its repository."})
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What is in a prepared dataset; what its record doesn't tell is None.
+
+    Args:
+        folder: where it is.
+        model: whose tokens they are.
+        num_rows: documents.
+        num_conversations: that they are of.
+        num_tokens: in all rows.
+        num_learnt_tokens: of them with loss mask 1.
+        learnt_share: of all tokens.
+        seq_length: where rows were cut.
+        num_truncated_rows: rows that were cut there.
+        truncated_share: of all rows.
+        num_cut_tokens: tokens that were cut off.
+        row_tokens: quantiles of tokens of a row.
+        row_learnt_tokens: quantiles of learnt tokens of a row.
+        row_learnt_share: quantiles of the share of a row that is learnt.
+        sources: what `prepare` counted of each `--data`.
+        skipped: rows that `prepare` left out, by reason.
+        vocab_size: of the tokenizer.
+        num_distinct_learnt: different tokens that are learnt somewhere.
+        coverage: for each size of the draft vocabulary the share of the learnt tokens that it holds.
+        unseen_coverage: the share that one chosen by nine tenths of the rows holds of the last tenth.
+        tokens_for_share: for each share of the learnt tokens the smallest draft vocabulary that holds it.
+        most_frequent: the learnt tokens that are most frequent, with text, count and share.
+    """
+
+    folder: str
+    model: str
+    num_rows: int
+    num_conversations: int
+    num_tokens: int
+    num_learnt_tokens: int
+    learnt_share: float
+    seq_length: int | None
+    num_truncated_rows: int | None
+    truncated_share: float | None
+    num_cut_tokens: int | None
+    row_tokens: dict[str, float]
+    row_learnt_tokens: dict[str, float]
+    row_learnt_share: dict[str, float]
+    sources: list[dict[str, Any]] | None
+    skipped: dict[str, int] | None
+    vocab_size: int
+    num_distinct_learnt: int
+    coverage: dict[int, float]
+    unseen_coverage: dict[int, float]
+    tokens_for_share: dict[float, int]
+    most_frequent: list[dict[str, Any]]
+
+
+def inspect_data(arguments: DataArguments) -> DataReport:
+    """Write a page (one file, without scripts) and JSON about a prepared dataset.
+
+    The draft vocabularies are those that training chooses from the same counts.
+
+    Raises:
+        PeagleError: the folder is no prepared dataset, its tokenizer can't be loaded or is another one, or there is no
+            such row.
+    """
+    folder = Path(arguments.folder)
+    page = Path(arguments.output) if arguments.output else folder / f"{INSPECTION}.html"
+    if page.suffix != ".html":
+        raise PeagleError(f"--output {page} must end in .html.")
+    data = load_prepared(folder)
+    record_path = folder / PREPARE_RECORD
+    record = json.loads(record_path.read_text(encoding="utf-8")) if record_path.exists() else {}
+    tokenizer = _tokenizer(arguments, record)
+    rows = range(min(NUM_EXAMPLES, len(data))) if arguments.rows is None else arguments.rows
+    if outside := [row for row in rows if not 0 <= row < len(data)]:
+        raise PeagleError(f"There is no row {outside[0]} in {folder}: name rows from 0 to {len(data) - 1}.")
+
+    lengths, learnt = _row_counts(data)
+    counts = _learnt_counts(folder, tokenizer)
+    last_counts = _count_last(data, len(counts))
+    report = _report(arguments, record, tokenizer, data, lengths, learnt, counts, last_counts)
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    text = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+        report=report,
+        length_picture=_picture(lambda axes: _draw_lengths(axes, lengths, learnt)),
+        share_picture=_picture(lambda axes: _draw_shares(axes, learnt / lengths)),
+        coverage_picture=_picture(lambda axes: _draw_coverage(axes, counts, report.coverage)),
+        examples=[_example(data, row, record, tokenizer) for row in rows],
+    )
+    with atomic_path(page) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    write_json(page.with_suffix(".json"), asdict(report))
+    print(_summary(report))
+    logger.info("%s shows more.", page)
+    return report
+
+
+def _tokenizer(arguments: DataArguments, record: dict[str, Any]) -> PreTrainedTokenizerBase:
+    model = arguments.model or record.get("model")
+    if model is None:
+        raise PeagleError(
+            f"{arguments.folder} has no {PREPARE_RECORD}, so the tokenizer isn't known. Name the model with --model."
+        )
+    tokenizer = load_tokenizer(model, arguments.trust_remote_code)
+    if record.get("tokenizer_fingerprint") not in (None, tokenizer_fingerprint(tokenizer)):
+        raise PeagleError(
+            f"{arguments.folder} was prepared with another tokenizer than that of {model}, or it has changed since: "
+            "its tokens would show as other text. Name the model as it was with --model."
+        )
+    return tokenizer
+
+
+def _row_counts(data: "datasets.Dataset") -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and learnt tokens of each row, both int64 [rows]."""
+    learnt = [
+        int(np.sum(mask))
+        for batch in data.select_columns(["loss_mask"]).with_format("numpy").iter(batch_size=1000)
+        for mask in batch["loss_mask"]
+    ]
+    return np.array(column(data, "seq_len"), dtype=np.int64), np.array(learnt, dtype=np.int64)
+
+
+def _learnt_counts(folder: Path, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """How often each id of the vocabulary is learnt, int64 [V]."""
+    frequencies = load_token_freq(folder / "token_freq.pt")
+    pairs = frequencies.items() if isinstance(frequencies, dict) else enumerate(frequencies.tolist())
+    seen = {token_id: count for token_id, count in pairs if count}
+    counts = np.zeros(max([*tokenizer.get_vocab().values(), *seen]) + 1, dtype=np.int64)
+    counts[list(seen)] = list(seen.values())
+    return counts
+
+
+def _count_last(data: "datasets.Dataset", vocab_size: int) -> np.ndarray:
+    """How often each id is learnt in the last tenth of the rows, which are in random order; int64 [V]."""
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    last = data.select(range(len(data) - (len(data) + 9) // 10, len(data))).with_format("numpy")
+    for batch in last.iter(batch_size=1000):
+        is_learnt = np.concatenate(batch["loss_mask"]) == 1
+        counts += np.bincount(np.concatenate(batch["input_ids"])[is_learnt], minlength=vocab_size)
+    return counts
+
+
+def _report(
+    arguments: DataArguments,
+    record: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    data: "datasets.Dataset",
+    lengths: np.ndarray,
+    learnt: np.ndarray,
+    counts: np.ndarray,
+    last_counts: np.ndarray,
+) -> DataReport:
+    recorded = record.get("counts", {})
+    conversations = column(data, "conversation_id") if "conversation_id" in data.column_names else range(len(data))
+    sizes = arguments.draft_vocab_sizes or [size for size in DRAFT_VOCAB_SIZES if size < len(counts)]
+    by_frequency = np.sort(counts)[::-1].cumsum() / counts.sum()
+    most_frequent = np.argsort(-counts, kind="stable")[: min(NUM_FREQUENT, int((counts > 0).sum()))]
+    truncated = recorded.get("truncated_rows")
+    return DataReport(
+        folder=arguments.folder,
+        model=arguments.model or record["model"],
+        num_rows=len(data),
+        num_conversations=len(set(conversations)),
+        num_tokens=int(lengths.sum()),
+        num_learnt_tokens=int(learnt.sum()),
+        learnt_share=float(learnt.sum() / lengths.sum()),
+        seq_length=record.get("seq_length"),
+        num_truncated_rows=truncated,
+        truncated_share=None if truncated is None else truncated / len(data),
+        num_cut_tokens=recorded.get("cut_tokens"),
+        row_tokens=_quantiles(lengths),
+        row_learnt_tokens=_quantiles(learnt),
+        row_learnt_share=_quantiles(learnt / lengths),
+        sources=recorded.get("sources"),
+        skipped=recorded.get("skipped"),
+        vocab_size=len(counts),
+        num_distinct_learnt=int((counts > 0).sum()),
+        coverage={size: _coverage(counts, counts, size) for size in sizes},
+        unseen_coverage={size: _coverage(counts - last_counts, last_counts, size) for size in sizes},
+        tokens_for_share={share: int(np.searchsorted(by_frequency, share)) + 1 for share in COVERED_SHARES},
+        most_frequent=[
+            {
+                "token_id": token_id,
+                "text": _visible(tokenizer, token_id),
+                "count": int(counts[token_id]),
+                "share": float(counts[token_id] / counts.sum()),
+            }
+            for token_id in most_frequent.tolist()
+        ],
+    )
+
+
+def _quantiles(values: np.ndarray) -> dict[str, float]:
+    return dict(zip(_QUANTILES, np.percentile(values, [*_QUANTILES.values()]).tolist(), strict=True))
+
+
+def _coverage(chosen_by: np.ndarray, counts: np.ndarray, size: int) -> float:
+    """The share of the counted tokens that a draft vocabulary of this size holds."""
+    _, is_drafted = draft_vocabulary(dict(enumerate(chosen_by.tolist())), size, len(counts))
+    return float(counts[is_drafted.numpy()].sum() / max(1, counts.sum()))
+
+
+def _visible(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
+    """A token as text, its spaces and newlines visible; as the vocabulary has it where it is no whole character."""
+    text = _decode(tokenizer, [token_id])
+    if not text or "\ufffd" in text:
+        return str(tokenizer.convert_ids_to_tokens(token_id))
+    return text.replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥")
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
+    return str(tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _example(
+    data: "datasets.Dataset", row: int, record: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """A row for the page: its runs of learnt and other tokens, each a list of (token ids, text)."""
+    sample = data.with_format(None)[row]
+    runs = groupby(zip(sample["loss_mask"], sample["input_ids"], strict=True), key=lambda pair: pair[0])
+    tokens = []
+    before: list[int] = []
+    for is_learnt, run in runs:
+        pieces = list(_pieces(tokenizer, before, [token_id for _, token_id in run]))
+        before = pieces[-1][0]
+        tokens.append((bool(is_learnt), [(" ".join(map(str, ids)), text) for ids, text in pieces]))
+    sources = record.get("counts", {}).get("sources", [])
+    ends = np.cumsum([source["conversations_in_data"] for source in sources])
+    number = sample.get("conversation_id")
+    return {
+        "row": row,
+        "source": sources[int(np.searchsorted(ends, number, side="right"))]["data"] if sources else None,
+        "conversation_id": number,
+        "num_tokens": len(sample["input_ids"]),
+        "num_learnt": sum(sample["loss_mask"]),
+        "runs": tokens,
+    }
+
+
+def _pieces(
+    tokenizer: PreTrainedTokenizerBase, before: list[int], token_ids: list[int]
+) -> Iterator[tuple[list[int], str]]:
+    """The text that each token adds to what is before it; tokens that are one character only together stay together."""
+    pending: list[int] = []
+    for number, token_id in enumerate(token_ids, 1):
+        pending.append(token_id)
+        text = _decode(tokenizer, before + pending)
+        is_whole = not text.endswith("\ufffd") or len(pending) == _LONGEST_CHARACTER
+        if is_whole or number == len(token_ids):
+            yield pending, text[len(_decode(tokenizer, before)) :]
+            before, pending = pending, []
+
+
+def _picture(draw: Callable[[Any], None]) -> str:
+    """A drawing as the address of an SVG, for an `img`."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+    axes = figure.subplots()
+    draw(axes)
+    axes.spines[["top", "right"]].set_visible(False)
+    content = io.BytesIO()
+    with rc_context({"svg.hashsalt": "peagle_hf"}):
+        figure.savefig(content, format="svg", metadata={"Date": None})
+    return f"data:image/svg+xml;base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+def _draw_lengths(axes: Any, lengths: np.ndarray, learnt: np.ndarray) -> None:
+    edges = np.linspace(0, max(int(lengths.max()), 1), 41)
+    axes.hist(lengths, bins=edges, label="all tokens", color="#9aa5b1")
+    axes.hist(learnt, bins=edges, label="learnt tokens", color="#3b6ea8", histtype="step", linewidth=1.5)
+    axes.set(xlabel="Tokens of a row", ylabel="Rows")
+    axes.legend(frameon=False)
+
+
+def _draw_shares(axes: Any, shares: np.ndarray) -> None:
+    axes.hist(100 * shares, bins=np.linspace(0, 100, 41).tolist(), color="#3b6ea8")
+    axes.set(xlabel="Learnt, % of a row", ylabel="Rows")
+
+
+def _draw_coverage(axes: Any, counts: np.ndarray, coverage: dict[int, float]) -> None:
+    frequencies: Sequence[float] = np.sort(counts[counts > 0])[::-1].cumsum() / counts.sum() * 100
+    axes.plot(range(1, len(frequencies) + 1), frequencies, color="#3b6ea8")
+    axes.plot(coverage.keys(), [100 * share for share in coverage.values()], "o", color="#3b6ea8")
+    axes.set(xscale="log", xlabel="Draft vocabulary", ylabel="Learnt tokens in it, %", ylim=(0, 103))
+
+
+def _summary(report: DataReport) -> str:
+    """The report in a few lines for a terminal."""
+    coverage = ", ".join(f"{share:.1%} by {size}" for size, share in report.coverage.items())
+    truncated = "not known"
+    if report.truncated_share is not None:
+        truncated = f"{report.num_truncated_rows} rows ({report.truncated_share:.1%}), after {report.seq_length} tokens"
+    quantiles = ", ".join(f"{name} {value:.0f}" for name, value in report.row_tokens.items())
+    lines = {
+        "Folder": report.folder,
+        "Rows": f"{report.num_rows} of {report.num_conversations} conversations",
+        "Tokens": f"{report.num_tokens}; of a row {quantiles}",
+        "Learnt": f"{report.num_learnt_tokens} ({report.learnt_share:.1%}), {report.num_distinct_learnt} different",
+        "Cut": truncated,
+        "Left out": "not known" if report.skipped is None else f"{sum(report.skipped.values())} rows",
+        "Covered": coverage or "no draft vocabulary is smaller than the whole one",
+    }
+    return "\n".join(f"{name:<10}{text}" for name, text in lines.items())
