@@ -94,14 +94,15 @@ def test_a_yaml_file_that_can_not_be_read_is_named(tmp_path, text, words):
 
 LAYERS = [
     {"errors"},
-    {"files"},
-    {"target", "cod", "fusion", "kernels", "metrics"},
+    {"bootstrap", "files"},
+    {"target", "cod", "fusion", "kernels", "metrics", "report"},
     {"configuration_peagle", "attention", "losses"},
     {"modeling_peagle"},
     {"adapters", "data.cache", "data.chats", "data.collator", "data.partition", "generation", "memory", "serving"},
     {"data.endpoint", "data.prepare", "data.regenerate", "model_card", "pace", "vllm_plugin.peagle_cpu_connector"},
     {"data.dataset", "training_args"},
     {"client", "data.cache_command", "data.extract", "callbacks"},
+    {"vllm_process"},
     {"continuing", "evaluation", "hub", "launch", "offline"},
     {"acceptance_metric", "chat", "trainer"},
     {"cli"},
