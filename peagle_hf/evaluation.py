@@ -112,6 +112,8 @@ class EvaluateArguments:
             numbers = getattr(self, name)
             if min(numbers, default=1) < 1 or len(set(numbers)) < len(numbers):
                 raise PeagleError(f"--{name.replace('_', '-')} takes numbers from 1, each once.")
+        if len({self.model, *self.compare}) <= len(self.compare):
+            raise PeagleError("--model and --compare name a drafter twice. Name each once.")
         if not self.concurrency:
             raise PeagleError("--concurrency takes numbers from 1, each once.")
         if self.endpoint is None and self.baseline_endpoint:

@@ -74,12 +74,22 @@ def _entries(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     ]
 
 
+def _labels(report: dict[str, Any]) -> dict[tuple[Any, ...], str]:
+    """The short names by drafter and number of tokens."""
+    return {(entry["drafter"], entry["num_speculative_tokens"]): label for label, entry in _entries(report)}
+
+
 def _letter(number: int, count: int) -> str:
     return f"{chr(ord('A') + number)}, " if count > 1 else ""
 
 
 def _figure(entry: dict[str, Any], name: str, form: str) -> str:
     return "" if entry[name] is None else estimate(entry[name], entry["intervals"].get(name), form)
+
+
+def _speed_up(entry: dict[str, Any]) -> str:
+    none = is_difference(entry["intervals"].get("speed_up"), 1) is False
+    return _figure(entry, "speed_up", ".2f") + (", no difference" if none else "")
 
 
 def _tables(report: dict[str, Any]) -> list[Table]:
@@ -109,7 +119,7 @@ def _tables(report: dict[str, Any]) -> list[Table]:
                     _figure(row, "acceptance_length", ".3f"),
                     _figure(row, "acceptance_rate", ".1%"),
                     _figure(row, "tokens_per_second", ".1f"),
-                    _figure(row, "speed_up", ".2f"),
+                    _speed_up(row),
                 ]
                 for category, row in entry["by_category"].items()
             ],
@@ -139,7 +149,7 @@ def _speed_rows(entries: list[tuple[str, dict[str, Any]]]) -> list[list[str]]:
             str(run["concurrency"]),
             label,
             _figure(run, f"tokens_per_second{suffix}", ".1f"),
-            "" if suffix else _figure(run, "speed_up", ".2f"),
+            "" if suffix else _speed_up(run),
             _three(times["request"], 1),
             _three(times["first_token"], 1),
             _three(times["output_token"], 1000),
@@ -158,8 +168,7 @@ def _three(times: dict[str, float] | None, scale: float) -> str:
 
 
 def _difference_rows(report: dict[str, Any]) -> list[list[str]]:
-    labels = {(entry["drafter"], entry["num_speculative_tokens"]): label for label, entry in _entries(report)}
-    rows = []
+    labels, rows = _labels(report), []
     for label, entry in _entries(report)[1:]:
         difference = entry["difference"]
         other = labels[tuple(difference["from"].values())]
@@ -204,18 +213,15 @@ def _measured_rows(report: dict[str, Any]) -> list[list[str]]:
 
 def _sentences(report: dict[str, Any]) -> list[str]:
     sentences = [_speed_sentence(report)]
-    labelled = _entries(report)
+    labelled, labels = _entries(report), _labels(report)
     for label, entry in labelled:
         prefix = f"{label}: " if len(labelled) > 1 else ""
         sentences.append(prefix + _text_sentence(entry, report))
     for label, entry in labelled[1:]:
         difference = entry["difference"]
-        row, other = difference["acceptance_length"], difference["from"]
+        row, other = difference["acceptance_length"], labels[tuple(difference["from"].values())]
         found = f"{_verdict(row, 0)}, {estimate(row['value'], row['interval'], '+.3f')}"
-        sentences.append(
-            f"Acceptance length of {label} against {other['drafter']} with {other['num_speculative_tokens']} tokens: "
-            f"{found}."
-        )
+        sentences.append(f"Acceptance length of {label} against {other}: {found}.")
     return sentences
 
 

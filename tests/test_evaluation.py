@@ -259,7 +259,7 @@ def make_comparison():
 
 def test_drafters_are_compared_in_words():
     said = text(make_comparison())
-    assert "Acceptance length of B, K=1 against a/checkpoint_best with 1 tokens: higher, +0.100 (" in said
+    assert "Acceptance length of B, K=1 against A, K=1: higher, +0.100 (" in said
     lines = [line.split() for line in said.splitlines()]
     (easy,) = [line for line in lines if "length," in line and "easy" in line]
     (hard,) = [line for line in lines if "length," in line and "hard" in line]

@@ -229,6 +229,7 @@ def test_servers_that_are_dead_or_others_are_refused(arguments, server, baseline
         ({"endpoint": None, "baseline_endpoint": "http://localhost:8001"}, "is for servers"),
         ({"concurrency": [0]}, "numbers from 1"),
         ({"concurrency": []}, "numbers from 1"),
+        ({"endpoint": None, "compare": ["b", "b"]}, "name a drafter twice"),
         ({"endpoint": None, "num_speculative_tokens": [2, 2]}, "each once"),
     ],
 )
