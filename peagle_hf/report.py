@@ -10,7 +10,8 @@ from typing import Any
 
 from .bootstrap import is_difference
 
-_GREY, _BLUE = "#9aa5b1", "#3b6ea8"
+_GREY = "#9aa5b1"
+_COLOURS = ("#3b6ea8", "#e0a33e", "#5a9a68", "#c06c84", "#7a6bb0", "#5fb0b7")
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; color: #1d2733 }
 table { border-collapse: collapse; margin: 1em 0; display: block; overflow-x: auto }
@@ -103,7 +104,7 @@ def _tables(report: dict[str, Any]) -> list[Table]:
                 _figure(entry, "acceptance_length", ".3f"),
                 _figure(entry, "acceptance_rate", ".1%"),
                 "  ".join(f"{rate:.1%}" for rate in entry["per_position_acceptance"]),
-                f"{entry['drafter']}, {entry['num_speculative_tokens']} tokens at a time",
+                f"{entry['drafter']}, K={entry['num_speculative_tokens']}",
             ]
             for label, entry in entries
         ],
@@ -131,7 +132,7 @@ def _tables(report: dict[str, Any]) -> list[Table]:
         acceptance,
         *by_category,
         Table(
-            "Speed",
+            "Speed; times are mean, median and 99th percentile",
             ["Chats at a time", "", "Tokens/s", "Speed-up", "Request, s", "To first token, s", "Between tokens, ms"],
             _speed_rows(entries),
         ),
@@ -287,7 +288,8 @@ def _draw_positions(axes: Any, report: dict[str, Any]) -> None:
     positions = range(max(len(entry["per_position_acceptance"]) for _, entry in entries))
     series = [(label, _positions(entry, len(positions))) for label, entry in entries]
     _bars(axes, [str(position + 1) for position in positions], series, "{:.1%}", baseline=False)
-    axes.set(xlabel="Draft position", ylabel="Accepted, share of drafts", title="Acceptance by position")
+    axes.set(xlabel="Draft position", ylabel="Accepted, of all drafts", title="Acceptance by position")
+    axes.yaxis.set_major_formatter("{x:.0%}")
 
 
 def _positions(entry: dict[str, Any], count: int) -> list[tuple[float, Any]]:
@@ -343,11 +345,8 @@ def _bars(
         form: of the numbers on the bars, which are there as long as there is room.
         baseline: the first series is that without a drafter.
     """
-    from matplotlib import colormaps
-
     width = 0.8 / len(series)
     for number, (label, values) in enumerate(series):
-        colour = _BLUE if len(series) <= 1 + baseline else colormaps["viridis"](number / len(series))
         heights = [value - bottom for value, _ in values]
         places = [group + (number - (len(series) - 1) / 2) * width for group in range(len(groups))]
         spread = [interval or (value, value) for value, interval in values]
@@ -360,7 +359,7 @@ def _bars(
             heights,
             width * 0.92,
             bottom,
-            color=_GREY if baseline and number == 0 else colour,
+            color=_GREY if baseline and number == 0 else _COLOURS[(number - baseline) % len(_COLOURS)],
             label=label,
             yerr=errors,
             error_kw={"ecolor": "#1d2733", "elinewidth": 1, "capsize": 2},
@@ -371,4 +370,4 @@ def _bars(
     axes.margins(y=0.15)
     axes.spines[["top", "right"]].set_visible(False)
     if len(series) > 1:
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.28))
