@@ -38,13 +38,63 @@ class Counters:
 
 @dataclass
 class Answer:
-    """An answer, why it ends, and when it came: seconds from the request to the first and to the last token."""
+    """An answer, why it ends, when it came and what was drafted for it.
+
+    Args:
+        first_token_seconds: from the request to the first token.
+        seconds: from the request to the last token.
+        drafting: what `Counters.drafting` would be of this answer alone; None where vLLM doesn't count by request.
+    """
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     first_token_seconds: float = 0.0
     seconds: float = 0.0
+    drafting: list[int] | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """The answers to all prompts, so many chats at a time.
+
+    Args:
+        chats: of each prompt its answers by turn.
+        seconds: of the whole.
+        counters: what the server as a whole counted (see `Counters.drafting`) by category of prompts, where answers
+            have no counts of their own.
+    """
+
+    concurrency: int
+    chats: list[list[Answer]]
+    seconds: float
+    counters: dict[str, list[int]] | None = None
+
+    @property
+    def texts(self) -> list[list[str]]:
+        return [[answer.text for answer in chat] for chat in self.chats]
+
+    @property
+    def drafting(self) -> list[list[int]] | None:
+        """What was drafted for each prompt, all turns together; None where vLLM doesn't count by request."""
+        counts = [[answer.drafting for answer in chat if answer.drafting is not None] for chat in self.chats]
+        if any(len(chat) < len(answers) for chat, answers in zip(counts, self.chats, strict=True)):
+            return None
+        return [np.sum(chat, axis=0).tolist() for chat in counts]
+
+    def latency(self) -> dict[str, dict[str, float] | None]:
+        """Mean, median and p99 in seconds of `request`, `first_token` and, after it, `output_token`."""
+        answers = [answer for chat in self.chats for answer in chat]
+        values = {
+            "request": [answer.seconds for answer in answers],
+            "first_token": [answer.first_token_seconds for answer in answers],
+            "output_token": [
+                (answer.seconds - answer.first_token_seconds) / (len(answer.token_ids) - 1)
+                for answer in answers
+                if len(answer.token_ids) > 1
+            ],
+        }
+        return {name: _distribution(seconds) if seconds else None for name, seconds in values.items()}
 
 
 class Client:
@@ -143,18 +193,23 @@ class Client:
             with self._server.reasons():
                 started = time.perf_counter()
                 stream = self._server.client.chat.completions.create(
-                    **request, stream=True, extra_body={"return_token_ids": True, **(extra or {})}
+                    **request,
+                    stream=True,
+                    stream_options={"include_usage": True},  # what is drafted comes with it
+                    extra_body={"return_token_ids": True, **(extra or {})},
                 )
                 with stream:
-                    for choice in (choice for chunk in stream for choice in chunk.choices):
-                        token_ids = getattr(choice, "token_ids", None) or []
-                        answer.seconds = time.perf_counter() - started
-                        if token_ids and not answer.token_ids:
-                            answer.first_token_seconds = answer.seconds
-                        answer.token_ids += token_ids
-                        answer.text += choice.delta.content or ""
-                        on_text(choice.delta.content or getattr(choice.delta, "reasoning", None) or "")
-                        answer.finish_reason = choice.finish_reason or answer.finish_reason
+                    for chunk in stream:
+                        answer.drafting = answer.drafting or _drafting(getattr(chunk, "metrics", None))
+                        for choice in chunk.choices:
+                            token_ids = getattr(choice, "token_ids", None) or []
+                            answer.seconds = time.perf_counter() - started
+                            if token_ids and not answer.token_ids:
+                                answer.first_token_seconds = answer.seconds
+                            answer.token_ids += token_ids
+                            answer.text += choice.delta.content or ""
+                            on_text(choice.delta.content or getattr(choice.delta, "reasoning", None) or "")
+                            answer.finish_reason = choice.finish_reason or answer.finish_reason
             if answer.finish_reason is None:
                 raise EndpointError("the answer breaks off")
             if not answer.token_ids:
@@ -179,17 +234,14 @@ def measure(
     temperature: float,
     concurrency: int,
     report_progress: Callable[[int], object],
-) -> dict[str, Any]:
-    """Ask all prompts, category by category, so many chats at a time; nothing comes from the server's prefix cache.
+    by_category: bool = False,
+) -> Run:
+    """Ask all prompts, so many chats at a time; nothing comes from the server's prefix cache.
 
     Args:
         prompts: those of a category together.
         answers: of each prompt by turn, for later turns to follow; default: the server's own.
-
-    Returns:
-        `texts` and `token_ids` of each prompt's answers by turn, `counters` by category (see `Counters.drafting`),
-        `num_tokens` and `seconds` of generation, and `latency_seconds`: mean, median and p99 of `request`,
-        `first_token` and `output_token`.
+        by_category: end the chats of a category before the next begins, and read the server's counters in between.
 
     Raises:
         PeagleError: the server fails, or generates more than it was asked for here: then others use it too.
@@ -219,8 +271,9 @@ def measure(
     warmed_up = client.ask([{"role": "user", "content": prompts[0].turns[0]}], 8, temperature)
     client.since(before, len(warmed_up.token_ids))
     chats: list[list[Answer]] = [[] for _ in prompts]
-    counters, num_tokens, seconds = {}, 0, 0.0
-    for category, group in groupby(range(len(prompts)), key=lambda index: prompts[index].category):
+    counters, seconds = {}, 0.0
+    groups = groupby(range(len(prompts)), key=lambda index: prompts[index].category if by_category else "")
+    for category, group in groups:
         indices = list(group)
         before, started = client.counters(), time.perf_counter()
         for index, result in concurrently(converse, indices, min(concurrency, len(indices))):
@@ -229,35 +282,49 @@ def measure(
             chats[index] = result
             report_progress(1)
         seconds += time.perf_counter() - started
-        asked = sum(len(answer.token_ids) for index in indices for answer in chats[index])
+        answered = [answer for index in indices for answer in chats[index]]
+        asked = sum(len(answer.token_ids) for answer in answered)
         counted = client.since(before, asked)
         if counted.generated > asked:
             raise PeagleError(
                 f"{client.url} generated {counted.generated} tokens while {asked} were asked for here: others use it "
                 "too, and its counters don't tell whose tokens they count. Measure when nobody else does."
             )
-        counters[category] = counted.drafting
-        num_tokens += asked
-    return {
-        "texts": [[answer.text for answer in chat] for chat in chats],
-        "token_ids": [[answer.token_ids for answer in chat] for chat in chats],
-        "counters": counters,
-        "num_tokens": num_tokens,
-        "seconds": seconds,
-        "latency_seconds": _latency([answer for chat in chats for answer in chat]),
-    }
+        if by_category:
+            counters[category] = counted.drafting
+        elif counted.drafting:  # it drafts
+            check_counts(answered, counted.drafting)
+    return Run(concurrency, chats, seconds, counters if by_category else None)
 
 
-def _latency(answers: Sequence[Answer]) -> dict[str, dict[str, float] | None]:
-    streamed = [answer for answer in answers if len(answer.token_ids) > 1]
-    values = {
-        "request": [answer.seconds for answer in answers],
-        "first_token": [answer.first_token_seconds for answer in answers],
-        "output_token": [
-            (answer.seconds - answer.first_token_seconds) / (len(answer.token_ids) - 1) for answer in streamed
-        ],
-    }
-    return {name: _distribution(seconds) if seconds else None for name, seconds in values.items()}
+def drafting_counts(histogram: Sequence[int], num_draft_tokens: int) -> list[int]:
+    """The counts of `Counters.drafting` from those that vLLM keeps of a request.
+
+    Args:
+        histogram: how many drafts had none, one, two … tokens accepted.
+    """
+    accepted = sum(number * count for number, count in enumerate(histogram))
+    by_position = [sum(histogram[position + 1 :]) for position in range(len(histogram) - 1)]
+    return [sum(histogram), num_draft_tokens, accepted, *by_position]
+
+
+def check_counts(answers: Sequence[Answer], counted: Sequence[int]) -> None:
+    """Make sure that what vLLM counts of each request adds up to what it counts of all.
+
+    Raises:
+        PeagleError: it doesn't.
+    """
+    added = np.sum([answer.drafting for answer in answers if answer.drafting is not None], axis=0).tolist()
+    if added != list(counted):
+        raise PeagleError(
+            f"vLLM's counts of single requests add up to {added} (drafts, draft tokens, accepted tokens, and these by "
+            f"position), but its counters say {list(counted)}. This vLLM counts otherwise than 0.32; use that one."
+        )
+
+
+def _drafting(metrics: dict[str, Any] | None) -> list[int] | None:
+    counts = (metrics or {}).get("speculative_decoding")
+    return counts and drafting_counts(counts["acceptance_histogram"], counts["num_draft_tokens"])
 
 
 def _distribution(values: list[float]) -> dict[str, float]:

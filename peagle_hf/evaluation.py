@@ -1,35 +1,35 @@
-"""Acceptance and speed of a drafter in real vLLM, and whether the text stays the same with it.
+"""Acceptance and speed of drafters in real vLLM, and whether the text stays the same with them.
 
-The prompts are given to servers that run already, or vLLM is run on them twice, without and with the drafter, each time
-in a fresh child process: memory is given back in between, and a crash in there is a message here.
-`python -m peagle_hf.evaluation` is that child: it reads its job as JSON from standard input and answers in lines of
-JSON.
+The prompts are given to servers that run already, or vLLM is run on them in child processes, once without a drafter and
+once for each drafter and number of tokens to draft.
 """
 
-import json
 import logging
-import os
-import subprocess
-import sys
-import tempfile
-import time
+import shlex
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from itertools import groupby
+from dataclasses import MISSING, dataclass, field, fields, replace
+from itertools import chain, zip_longest
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from . import __version__
-from .client import DRAFT_COUNTERS, POSITION_COUNTER, Client, measure
+from .bootstrap import CONFIDENCE, RESAMPLES, interval, is_difference, resample
+from .client import DRAFT_COUNTERS, Client, Run, measure
 from .data.cache import place
+from .data.chats import is_local_file
 from .data.prompts import Prompt, read_prompts
 from .errors import PeagleError
 from .files import atomic_path, write_json
+from .report import draw, html, text
 from .serving import check_checkpoint, drafter_folder, speculative_config, vllm_environment
 from .target import load_verifier_config
+from .vllm_process import Job, run_vllm
 
 logger = logging.getLogger(__name__)
 
@@ -44,23 +44,37 @@ class EvaluateArguments:
     model: str = field(
         metadata={"help": "The drafter: a checkpoint folder, such as checkpoints/checkpoint_best, or a hub name."}
     )
-    prompts: str = field(
+    suite: list[str] = field(
         metadata={
-            "help": "Prompts that the drafter has not seen: a .jsonl or .json file or a hub dataset with `turns` "
-            "(Spec-Bench's shape), `messages` or `conversations`; `category` groups them in the table."
+            "help": "One or more suites of prompts that the drafter has not seen: .jsonl or .json files or hub "
+            "datasets with `turns` (Spec-Bench's shape), `messages` or `conversations`; `category` groups them in "
+            "the tables.",
+            "aliases": ["--prompts"],
         }
     )
-    output: str = field(metadata={"help": "Folder for evaluation.json, evaluation.png and vLLM's logs."})
+    output: str = field(
+        metadata={"help": "Folder for evaluation.json, evaluation.html, evaluation.png and vLLM's logs."}
+    )
+    compare: list[str] = field(
+        default_factory=list,
+        metadata={"help": "More drafters for the same verifier, run on the same prompts and compared with --model."},
+    )
     verifier: str | None = field(
         default=None, metadata={"help": "Folder or hub name of the target; default: the one in the checkpoint."}
     )
-    max_prompts: int | None = field(default=None, metadata={"help": "Take at most this many of the prompts."})
+    max_prompts: int | None = field(
+        default=None, metadata={"help": "Take at most this many of the prompts, evenly from their categories."}
+    )
     max_tokens: int = field(default=256, metadata={"help": "Longest answer, in tokens; answers end at EOS."})
-    num_speculative_tokens: int | None = field(
-        default=None, metadata={"help": "Tokens to draft at a time; default: as many as it was trained for."}
+    num_speculative_tokens: list[int] = field(
+        default_factory=list,
+        metadata={
+            "help": "Tokens to draft at a time, or several such numbers, each measured; the report's own figures are "
+            "those of the last. Default: as many as each drafter was trained for."
+        },
     )
     temperature: float = field(default=0.0, metadata={"help": "0 is greedy; only then are texts compared."})
-    seed: int = field(default=0, metadata={"help": "Seed of vLLM."})
+    seed: int = field(default=0, metadata={"help": "Seed of vLLM and of the bootstrap."})
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto",
         metadata={
@@ -75,8 +89,8 @@ class EvaluateArguments:
     concurrency: list[int] = field(
         default_factory=lambda: [16],
         metadata={
-            "help": "Requests that vLLM answers at the same time (default: 16). With --endpoint also several such "
-            "numbers, each measured in turn; the report's own figures are those of the last."
+            "help": "Chats at the same time (default: 16), or several such numbers, each measured in turn; the "
+            "report's own figures are those of the last."
         },
     )
     endpoint: str | None = field(
@@ -92,96 +106,111 @@ class EvaluateArguments:
     )
 
     def __post_init__(self) -> None:
-        if min(self.concurrency, default=0) < 1:
-            raise PeagleError("--concurrency takes numbers from 1.")
-        if self.endpoint is None and (self.baseline_endpoint or len(self.concurrency) > 1):
+        if not self.suite:
+            raise PeagleError("--suite names no prompts. Name a .jsonl file or a hub dataset.")
+        for name in ("concurrency", "num_speculative_tokens"):
+            numbers = getattr(self, name)
+            if min(numbers, default=1) < 1 or len(set(numbers)) < len(numbers):
+                raise PeagleError(f"--{name.replace('_', '-')} takes numbers from 1, each once.")
+        if len({self.model, *self.compare}) <= len(self.compare):
+            raise PeagleError("--model and --compare name a drafter twice. Name each once.")
+        if not self.concurrency:
+            raise PeagleError("--concurrency takes numbers from 1, each once.")
+        if self.endpoint is None and self.baseline_endpoint:
+            raise PeagleError("--baseline-endpoint is for servers. Name the one with the drafter with --endpoint.")
+        if self.endpoint and (self.num_speculative_tokens or self.max_model_len or self.compare):
             raise PeagleError(
-                "--baseline-endpoint and several numbers of --concurrency are for servers. Name one with --endpoint."
+                "A server has one drafter, and --num-speculative-tokens and --max-model-len of its own: leave these "
+                "and --compare out beside --endpoint, or let peagle-hf evaluate run vLLM itself."
             )
-        if self.endpoint and (self.num_speculative_tokens or self.max_model_len):
-            raise PeagleError(
-                "--num-speculative-tokens and --max-model-len are the server's own: leave them out beside --endpoint, "
-                "and start the server with them."
-            )
+
+    def command(self) -> str:
+        """The command line that says the same."""
+        words = ["peagle-hf", "evaluate"]
+        for argument in fields(self):
+            value, default = getattr(self, argument.name), argument.default
+            if argument.default_factory is not MISSING:
+                default = argument.default_factory()
+            if value != default:
+                words.append(f"--{argument.name.replace('_', '-')}")
+                words += map(str, value) if isinstance(value, list) else [str(value)]
+        return shlex.join(words)
 
 
 @dataclass(frozen=True)
-class Run:
-    """What was measured at one number of requests at a time (see `_measure`); `without` is None if it wasn't."""
+class Trial:
+    """A drafter that drafts so many tokens at a time, and what came of it at each number of chats at a time."""
 
-    concurrency: int
-    drafted: dict[str, Any]
-    without: dict[str, Any] | None
+    drafter: str
+    num_speculative_tokens: int
+    runs: list[Run]
 
 
 def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
-    """Run the prompts in vLLM without and with the drafter; write, log and return the report.
+    """Run the prompts in vLLM without and with the drafters; write, log and return the report.
 
-    The prompts of one category run together. Of a prompt with several turns, each turn follows the answers of the run
-    without the drafter, so that both runs read the same text. `evaluation.json` holds the report:
+    Of a prompt with several turns, each turn follows the answers of the run without a drafter, so that all runs read
+    the same text. `evaluation.json` holds the report:
 
     - `acceptance_length`: tokens per forward pass of the verifier, 1 + accepted tokens / drafts; `acceptance_rate`:
       accepted / drafted tokens; `per_position_acceptance`: accepted at position k / drafts; and the counts behind them.
-    - `by_category`: the same for each kind of prompt.
-    - `tokens_per_second`, `tokens_per_second_without`: generated tokens over wall time, warmed up.
+    - `tokens_per_second`, `tokens_per_second_without`, `speed_up`: generated tokens over wall time, warmed up.
+    - `intervals` of all these, [low, high]: see `bootstrap`. One prompt has none, and acceptance has none where a
+      server doesn't count by request.
+    - `by_category`: the same for each kind of prompt; a prompt's share in the wall time is that in the time that all
+      prompts together were being answered.
+    - `by_concurrency`: acceptance and speed at each number of chats at a time, and `latency_seconds`,
+      `latency_seconds_without`: mean, median and p99 from a request to its last token (`request`), to its first
+      (`first_token`), and between two later ones on average (`output_token`).
     - `text_identical`, `num_identical`, `differences` (prompt, turn, first token that differs); null if sampled.
-    - how it was measured: `num_prompts`, `max_tokens`, `seed`, `dtype`, `device`, `versions` and so on.
-    - of servers `by_concurrency`: acceptance and speed at each, and `latency_seconds`, `latency_seconds_without`: mean,
-      median and p99 from a request to its last token (`request`), to its first (`first_token`), and between two later
-      ones on average (`output_token`). Without a server of the verifier alone all that is compared is null.
+    - `others`: all this for each other number of tokens at a time and drafter of `--compare`, with `difference` from
+      the report's own figures, or for another drafter from those of `--model` with as many tokens: its `value`,
+      `interval` and whether it `is_difference`, which it isn't if the interval holds 0 (for the ratio of speeds: 1).
+    - how it was measured: `command`, `num_prompts`, `max_tokens`, `seed`, `dtype`, `device`, `versions` and so on.
+
+    Without a server of the verifier alone all that is compared with it is null.
 
     Raises:
-        PeagleError: vLLM isn't installed or fails, it would load the checkpoint wrongly, or the prompts are malformed;
+        PeagleError: vLLM isn't installed or fails, it would load a checkpoint wrongly, or the prompts are malformed;
             a server is dead, serves another model or no drafter, was started anew, or is used by others too.
     """
-    folder = drafter_folder(arguments.model)
-    verifier = arguments.verifier or str(check_checkpoint(folder).verifier_name_or_path)
-    config = check_checkpoint(folder, verifier)
+    verifier = arguments.verifier or str(check_checkpoint(drafter_folder(arguments.model)).verifier_name_or_path)
+    drafting = _drafting(arguments, verifier)
     prompts = _load_prompts(arguments)
     output = Path(arguments.output)
     output.mkdir(parents=True, exist_ok=True)
+    without: list[Run] | None
     if arguments.endpoint is None:
-        drafting = speculative_config(folder, config, arguments.num_speculative_tokens)
-        runs = [_run_here(arguments, verifier, drafting, prompts)]
+        without, trials, about = _run_here(arguments, verifier, drafting, prompts)
     else:
-        runs = _run_on_servers(arguments, verifier, folder, prompts)
+        without, trials, about = _run_on_servers(arguments, verifier, drafting, prompts)
 
-    last = runs[-1]
-    figures = _figures(last)
+    entries = [_entry(trial, without, prompts, arguments) for trial in trials]
+    per_drafter = len(trials) // (1 + len(arguments.compare))
+    own = per_drafter - 1
+    for number, (trial, entry) in enumerate(zip(trials, entries, strict=True)):
+        other = own if number < per_drafter else number % per_drafter
+        if number != own:
+            entry["difference"] = _difference(trial, trials[other], prompts, arguments.seed)
     report = {
-        "drafter": str(arguments.model),
         "verifier": verifier,
-        "num_speculative_tokens": len(figures["per_position_acceptance"]),
-        "prompts": arguments.prompts,
-        "num_prompts": len(prompts),
-        **figures,
-        **_compare(prompts, last.without, last.drafted, greedy=arguments.temperature == 0),
-        "by_category": {
-            category: {"num_prompts": sum(prompt.category == category for prompt in prompts), **summarize([counters])}
-            for category, counters in last.drafted["counters"].items()
-        },
+        "prompts": ", ".join(arguments.suite),
+        **entries.pop(own),
+        "others": entries,
         "max_tokens": arguments.max_tokens,
         "temperature": arguments.temperature,
         "seed": arguments.seed if arguments.endpoint is None else None,
-        "concurrency": last.concurrency,
-        "dtype": last.drafted["dtype"],
-        "device": last.drafted["device"],
-        "versions": last.drafted["versions"],
+        "bootstrap": {"confidence": CONFIDENCE, "resamples": RESAMPLES, "seed": arguments.seed},
+        "concurrency": arguments.concurrency[-1],
+        "command": arguments.command(),
+        **about,
     }
-    if arguments.endpoint is not None:
-        report["by_concurrency"] = [
-            {
-                "concurrency": run.concurrency,
-                **_figures(run),
-                "latency_seconds": run.drafted["latency_seconds"],
-                "latency_seconds_without": run.without and run.without["latency_seconds"],
-            }
-            for run in runs
-        ]
     write_json(output / "evaluation.json", report)
     with atomic_path(output / "evaluation.png") as temporary:
         draw(report, temporary)
-    logger.info("%s\n\nWritten to %s and evaluation.png beside it.", table(report), output / "evaluation.json")
+    with atomic_path(output / "evaluation.html") as temporary:
+        temporary.write_text(html(report), encoding="utf-8")
+    logger.info("%s\n\nWritten to %s, with evaluation.html beside it.", text(report), output / "evaluation.json")
     return report
 
 
@@ -191,157 +220,145 @@ def summarize(counters: Sequence[list[int]]) -> dict[str, Any]:
     Args:
         counters: of each run, drafts, draft tokens, accepted tokens, then accepted tokens by position.
     """
-    drafts, drafted, accepted, *by_position = (sum(values) for values in zip(*counters, strict=True))
+    counts = np.sum(list(counters), axis=0)
     return {
-        "acceptance_length": 1 + accepted / max(drafts, 1),
-        "acceptance_rate": accepted / max(drafted, 1),
-        "per_position_acceptance": [count / max(drafts, 1) for count in by_position],
-        "num_drafts": drafts,
-        "num_draft_tokens": drafted,
-        "num_accepted_tokens": accepted,
+        **{name: values.tolist() for name, values in _rates(counts).items()},
+        **dict(zip(("num_drafts", "num_draft_tokens", "num_accepted_tokens"), counts[:3].tolist(), strict=True)),
     }
 
 
-def table(report: dict[str, Any]) -> str:
-    """The report as text for a terminal."""
-    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    positions = " ".join(f"{rate:6.1%}" for rate in report["per_position_acceptance"])
-    lines = [
-        f"Drafter            {report['drafter']}, {report['num_speculative_tokens']} tokens at a time",
-        f"Verifier           {report['verifier']}, {report['dtype']} on {report['device']}",
-        f"Measured           {report['num_prompts']} prompts, at most {report['max_tokens']} tokens each; {versions}",
-        "",
-        f"Acceptance length  {report['acceptance_length']:6.3f}",
-        f"Acceptance rate    {report['acceptance_rate']:6.1%}",
-        f"By position        {positions}",
-        "",
-        f"{'Category':<20} Prompts  Acceptance length  Acceptance rate",
-        *(
-            f"{name:<20} {row['num_prompts']:>7}  {row['acceptance_length']:>17.3f}  {row['acceptance_rate']:>15.1%}"
-            for name, row in report["by_category"].items()
-        ),
-        "",
-        *_latency_lines(report),
-        _speed_sentence(report),
-        _text_sentence(report),
-    ]
-    return "\n".join(lines)
-
-
-def draw(report: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Draw the report as a PNG: acceptance by position, and tokens a second with and without the drafter."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
-    figure.suptitle(f"{Path(report['verifier']).name}: acceptance length {report['acceptance_length']:.2f}")
-    acceptance, speed = figure.subplots(1, 2, width_ratios=(3, 2))
-
-    rates = [100 * rate for rate in report["per_position_acceptance"]]
-    bars = acceptance.bar([str(position + 1) for position in range(len(rates))], rates, color="#3b6ea8")
-    acceptance.bar_label(bars, fmt="%.1f%%", padding=2)
-    acceptance.set(xlabel="Draft position", ylabel="Accepted, % of drafts", ylim=(0, max(*rates, 1) * 1.15))
-
-    rows = report.get("by_concurrency", [report])
-    kinds = [
-        ("Without drafter", "tokens_per_second_without", "#9aa5b1"),
-        ("With drafter", "tokens_per_second", "#3b6ea8"),
-    ]
-    kinds = [kind for kind in kinds if report[kind[1]] is not None]
-    for number, (label, name, colour) in enumerate(kinds):
-        places = [place + (number - (len(kinds) - 1) / 2) * 0.4 for place in range(len(rows))]
-        bars = speed.bar(places, [row[name] for row in rows], color=colour, width=0.4, label=label)
-        speed.bar_label(bars, fmt="%.1f", padding=2)
-    speed.set_xticks(range(len(rows)), [str(row["concurrency"]) for row in rows])
-    speed.set(xlabel="Requests at a time", ylabel="Tokens a second")
-    speed.margins(y=0.15)
-    speed.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
-    for axes in (acceptance, speed):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, format="png", dpi=150)
-
-
-def _latency_lines(report: dict[str, Any]) -> list[str]:
-    """Speed by the number of requests at a time, where servers were measured."""
-    if "by_concurrency" not in report:
-        return []
-
-    def line(row: dict[str, Any], drafter: str, suffix: str) -> str:
-        times = row[f"latency_seconds{suffix}"]
-        cells = [_three(times["request"], 1), _three(times["first_token"], 1), _three(times["output_token"], 1000)]
-        speed = row[f"tokens_per_second{suffix}"]
-        return f"{row['concurrency']:>9}  {drafter:<7}  {speed:>8.1f}  {'  '.join(cells)}"
-
-    return [
-        f"{'Requests':>9}  {'':<7}  {'':>8}  {'Request, s':<23}  {'To first token, s':<23}  {'Between tokens, ms':<23}",
-        f"at a time  Drafter  Tokens/s  {'  '.join(['   mean  median     p99'] * 3)}",
-        *(
-            line(row, drafter, suffix)
-            for row in report["by_concurrency"]
-            for drafter, suffix in (("without", "_without"), ("with", ""))
-            if row[f"tokens_per_second{suffix}"] is not None
-        ),
-        "",
-    ]
-
-
-def _three(times: dict[str, float] | None, scale: float) -> str:
-    if times is None:
-        return " " * 23
-    return f"{scale * times['mean']:7.3f} {scale * times['median']:7.3f} {scale * times['p99']:7.3f}"
-
-
-def _speed_sentence(report: dict[str, Any]) -> str:
-    speed, speed_without = report["tokens_per_second"], report["tokens_per_second_without"]
-    if speed_without is None:
-        return f"Speed: {speed:.1f} tokens/s with the drafter; without it wasn't measured."
-    sentence = (
-        f"Speed: {speed:.1f} tokens/s with the drafter, {speed_without:.1f} without: {speed / speed_without:.2f}x."
-    )
-    if speed < speed_without:
-        sentence += (
-            " The drafter slows vLLM down here: drafting and verifying "
-            f"{report['num_speculative_tokens']} tokens costs time, on a CPU most of all, and too few are accepted."
-        )
-    return sentence
-
-
-def _text_sentence(report: dict[str, Any]) -> str:
-    if report["text_identical"] is None:
-        return "Text: not compared, because it is sampled or was only generated with the drafter."
-    if report["text_identical"]:
-        return f"Text: identical with and without the drafter for all {report['num_prompts']} prompts."
-    places = [f"{place['id']} (turn {place['turn']}, token {place['token']})" for place in report["differences"]]
-    hint = (
-        "" if report["dtype"] == "float32" else f" Near-ties fall either way in {report['dtype']}: try --dtype float32."
-    )
-    return (
-        f"Text: DIFFERENT with the drafter for {report['num_prompts'] - report['num_identical']} of "
-        f"{report['num_prompts']} prompts: {', '.join(places)}.{hint}"
-    )
-
-
-def _figures(run: Run) -> dict[str, Any]:
+def _rates(counts: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
+    """Acceptance by counts [..., 3 + K]."""
+    drafts, drafted, accepted = np.moveaxis(counts[..., :3], -1, 0)
     return {
-        **summarize(run.drafted["counters"].values()),
-        "tokens_per_second": run.drafted["num_tokens"] / run.drafted["seconds"],
-        "tokens_per_second_without": run.without and run.without["num_tokens"] / run.without["seconds"],
+        "acceptance_length": 1 + accepted / np.maximum(drafts, 1),
+        "acceptance_rate": accepted / np.maximum(drafted, 1),
+        "per_position_acceptance": counts[..., 3:] / np.maximum(drafts, 1)[..., None],
     }
 
 
-def _compare(
-    prompts: list[Prompt], without: dict[str, Any] | None, drafted: dict[str, Any], greedy: bool
+def _speed(run: Run, indices: list[int], weights_BP: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Tokens a second [B] of these prompts, each as often as a row of weights says.
+
+    A prompt has the share in the wall time that it has in the seconds of all answers, many of which ran side by side.
+    """
+    tokens = np.array([sum(len(answer.token_ids) for answer in chat) for chat in run.chats])
+    in_flight = np.array([sum(answer.seconds for answer in chat) for chat in run.chats])
+    seconds = in_flight * (run.seconds / in_flight.sum())
+    return (weights_BP @ tokens[indices]) / (weights_BP @ seconds[indices])
+
+
+def _statistics(
+    run: Run, without: Run | None, indices: list[int], weights_BP: NDArray[np.int64]
+) -> dict[str, NDArray[np.float64]]:
+    """All that is measured of these prompts, each as often as a row of weights says: [B], by position [B, K]."""
+    speed = _speed(run, indices, weights_BP)
+    statistics = {"tokens_per_second": speed}
+    if run.drafting is not None:
+        statistics |= _rates(weights_BP @ np.array(run.drafting)[indices])
+    if without is not None:
+        baseline = _speed(without, indices, weights_BP)
+        statistics |= {"tokens_per_second_without": baseline, "speed_up": speed / baseline}
+    return statistics
+
+
+def _figures(run: Run, without: Run | None, prompts: list[Prompt], category: str | None, seed: int) -> dict[str, Any]:
+    """What was measured of a category, or of all prompts, with intervals."""
+    indices = _indices(prompts, category)
+    if run.drafting is not None:
+        counters = [run.drafting[index] for index in indices]
+    else:
+        counters = [counted for name, counted in (run.counters or {}).items() if category in (None, name)]
+    measured = _statistics(run, without, indices, np.ones((1, len(indices)), np.int64))
+    spread = _statistics(run, without, indices, resample(len(indices), seed)) if len(indices) > 1 else {}
+    speeds = ("tokens_per_second", "tokens_per_second_without", "speed_up")
+    return {
+        "num_prompts": len(indices),
+        **summarize(counters),
+        **{name: measured[name].item() if name in measured else None for name in speeds},
+        "intervals": {name: interval(values) for name, values in spread.items()},
+    }
+
+
+def _entry(
+    trial: Trial, without: list[Run] | None, prompts: list[Prompt], arguments: EvaluateArguments
 ) -> dict[str, Any]:
+    """What the report says of a trial."""
+    pairs: list[tuple[Run, Run | None]]
+    pairs = list(zip(trial.runs, without, strict=True)) if without else [(run, None) for run in trial.runs]
+    last, baseline = pairs[-1]
+    categories = dict.fromkeys(prompt.category for prompt in prompts)
+    return {
+        "drafter": trial.drafter,
+        "num_speculative_tokens": trial.num_speculative_tokens,
+        **_figures(last, baseline, prompts, None, arguments.seed),
+        **_compare(prompts, baseline, last, greedy=arguments.temperature == 0),
+        "by_category": {name: _figures(last, baseline, prompts, name, arguments.seed) for name in categories},
+        "by_concurrency": [
+            {
+                "concurrency": run.concurrency,
+                **_figures(run, other, prompts, None, arguments.seed),
+                "latency_seconds": run.latency(),
+                "latency_seconds_without": other and other.latency(),
+            }
+            for run, other in pairs
+        ],
+    }
+
+
+def _difference(trial: Trial, other: Trial, prompts: list[Prompt], seed: int) -> dict[str, Any]:
+    """How much more a trial accepts than another, and how many times as fast it is, by the same resamples."""
+
+    def estimate(statistic: Callable[[NDArray[np.int64]], NDArray[np.float64]], number: int, same: float) -> dict:
+        spread = interval(statistic(resample(number, seed))) if number > 1 else None
+        value = statistic(np.ones((1, number), np.int64)).item()
+        return {"value": value, "interval": spread, "is_difference": is_difference(spread, same)}
+
+    def acceptance_length(category: str | None) -> dict:
+        indices = _indices(prompts, category)
+        one, reference = (np.array(each.runs[-1].drafting)[indices] for each in (trial, other))
+
+        def difference(weights: NDArray[np.int64]) -> NDArray[np.float64]:
+            return _rates(weights @ one)["acceptance_length"] - _rates(weights @ reference)["acceptance_length"]
+
+        return estimate(difference, len(indices), same=0)
+
+    def speed_ratio(run: Run, reference: Run) -> dict:
+        indices = _indices(prompts, None)
+        return estimate(
+            lambda weights: _speed(run, indices, weights) / _speed(reference, indices, weights), len(indices), same=1
+        )
+
+    return {
+        "from": {"drafter": other.drafter, "num_speculative_tokens": other.num_speculative_tokens},
+        "acceptance_length": acceptance_length(None),
+        "by_category": {
+            category: acceptance_length(category) for category in dict.fromkeys(prompt.category for prompt in prompts)
+        },
+        "by_concurrency": [
+            {"concurrency": run.concurrency, "tokens_per_second_ratio": speed_ratio(run, reference)}
+            for run, reference in zip(trial.runs, other.runs, strict=True)
+        ],
+    }
+
+
+def _indices(prompts: list[Prompt], category: str | None) -> list[int]:
+    return [index for index, prompt in enumerate(prompts) if category in (None, prompt.category)]
+
+
+def _compare(prompts: list[Prompt], without: Run | None, drafted: Run, greedy: bool) -> dict[str, Any]:
     """Where each prompt's tokens differ for the first time; turns and tokens count from 0."""
     if not greedy or without is None:
         return {"text_identical": None, "num_identical": None, "differences": None}
     differences = []
-    for prompt, answers, others in zip(prompts, without["token_ids"], drafted["token_ids"], strict=True):
-        turn = next((turn for turn, answer in enumerate(answers) if answer != others[turn]), None)
-        if turn is not None:
-            pairs = enumerate(zip(answers[turn], others[turn], strict=False))
-            shorter = min(len(answers[turn]), len(others[turn]))
-            token = next((place for place, (one, other) in pairs if one != other), shorter)
-            differences.append({"id": prompt.id, "turn": turn, "token": token})
+    for prompt, chat, other in zip(prompts, without.chats, drafted.chats, strict=True):
+        for turn, (answer, drafted_answer) in enumerate(zip(chat, other, strict=True)):
+            one, two = answer.token_ids, drafted_answer.token_ids
+            if one != two:
+                pairs = enumerate(zip(one, two, strict=False))
+                token = next((place for place, (here, there) in pairs if here != there), min(len(one), len(two)))
+                differences.append({"id": prompt.id, "turn": turn, "token": token})
+                break
     return {
         "text_identical": not differences,
         "num_identical": len(prompts) - len(differences),
@@ -350,29 +367,64 @@ def _compare(
 
 
 def _load_prompts(arguments: EvaluateArguments) -> list[Prompt]:
-    dropped: list[dict[str, str]] = []
-    prompts = read_prompts(arguments.prompts, dropped)[: arguments.max_prompts]
-    for drop in dropped:
-        logger.warning("%s is left out: %s.", drop["id"], drop["reason"])
-    if not prompts:
-        raise PeagleError(f"{arguments.prompts} holds no prompt that can be run. Name a file with user turns.")
-    return sorted(prompts, key=lambda prompt: prompt.category)
+    """The prompts of all suites, those of a category together; where there are several suites, named after theirs."""
+    names = [Path(suite).stem if is_local_file(suite) else suite for suite in arguments.suite]
+    if len(set(names)) < len(names):
+        raise PeagleError(f"Two suites go by one name: {', '.join(arguments.suite)}. Rename a file.")
+    by_category: dict[str, list[Prompt]] = defaultdict(list)
+    for suite, name in zip(arguments.suite, names, strict=True):
+        dropped: list[dict[str, str]] = []
+        prompts = read_prompts(suite, dropped)
+        for drop in dropped:
+            logger.warning("%s is left out: %s.", drop["id"], drop["reason"])
+        if not prompts:
+            raise PeagleError(f"{suite} holds no prompt that can be run. Name a file with user turns.")
+        prefix = f"{name}/" if len(names) > 1 else ""
+        for prompt in prompts:
+            category = prefix + prompt.category
+            by_category[category].append(replace(prompt, id=prefix + prompt.id, category=category))
+    in_turn = chain.from_iterable(zip_longest(*by_category.values()))
+    taken = [prompt for prompt in in_turn if prompt is not None][: arguments.max_prompts]
+    return sorted(taken, key=lambda prompt: prompt.category)
 
 
-def _run_on_servers(arguments: EvaluateArguments, verifier: str, folder: Path, prompts: list[Prompt]) -> list[Run]:
-    """Measure servers that run already, at each number of requests at a time; first that without the drafter."""
+@dataclass(frozen=True)
+class Drafting:
+    """A drafter and what vLLM must be told of it (see `serving.speculative_config`)."""
+
+    drafter: str
+    folder: Path
+    config: dict[str, Any]
+
+
+def _drafting(arguments: EvaluateArguments, verifier: str) -> list[Drafting]:
+    """All that is to be tried, drafter by drafter; those of `--model` first."""
+    drafting = []
+    for drafter in (arguments.model, *arguments.compare):
+        folder = drafter_folder(drafter)
+        config = check_checkpoint(folder, verifier)
+        for number in arguments.num_speculative_tokens or [config.num_depths]:
+            drafting.append(Drafting(drafter, folder, speculative_config(folder, config, number)))
+    return drafting
+
+
+def _run_on_servers(
+    arguments: EvaluateArguments, verifier: str, drafting: list[Drafting], prompts: list[Prompt]
+) -> tuple[list[Run] | None, list[Trial], dict[str, Any]]:
+    """Measure servers that run already, at each number of chats at a time first that without the drafter."""
     assert arguments.endpoint is not None
     client = Client(arguments.endpoint)
     baseline = Client(arguments.baseline_endpoint) if arguments.baseline_endpoint else None
     # vLLM that is started with a drafter alone goes by the drafter's name.
-    names = {place(name) for name in (verifier, arguments.model, str(folder))}
+    names = {place(name) for name in (verifier, arguments.model, str(drafting[0].folder))}
     for server in filter(None, (client, baseline)):
         if names.isdisjoint(place(name) for name in server.model.values()):
             raise PeagleError(
                 f"The vLLM server {server.url} runs {server.model['root']}, wanted is {verifier}. Start it with that "
                 "model, or name the right endpoint."
             )
-    if not client.counters().drafting:
+    counters = client.counters().drafting
+    if not counters:
         raise PeagleError(f"{client.url} serves no drafter. Start it with peagle-hf serve {arguments.model}.")
     if baseline and baseline.counters().drafting:
         raise PeagleError(
@@ -384,35 +436,57 @@ def _run_on_servers(arguments: EvaluateArguments, verifier: str, folder: Path, p
         "device": "a vLLM server",
         "versions": {"peagle_hf": __version__, "vllm": client.version()},
     }
-    runs = []
+    by_category = client.ask([{"role": "user", "content": prompts[0].turns[0]}], max_tokens=2).drafting is None
+    if by_category:
+        logger.warning(
+            "%s doesn't count by request, so acceptance gets no intervals, and the categories are run one by one. "
+            "Start it with peagle-hf serve, or with --per-request-spec-decode-metrics summary.",
+            client.url,
+        )
+    drafted, without = [], []
     with tqdm(total=len(arguments.concurrency) * len(prompts) * (2 if baseline else 1), unit="prompt") as progress:
 
-        def answers_of(server: Client, given: list[list[str]] | None, concurrency: int) -> dict[str, Any]:
-            return about | measure(
-                server, prompts, given, arguments.max_tokens, arguments.temperature, concurrency, progress.update
+        def ask(server: Client, given: list[list[str]] | None, concurrency: int) -> Run:
+            return measure(
+                server,
+                prompts,
+                given,
+                arguments.max_tokens,
+                arguments.temperature,
+                concurrency,
+                progress.update,
+                by_category,
             )
 
         for concurrency in arguments.concurrency:
-            without = answers_of(baseline, None, concurrency) if baseline else None
-            drafted = answers_of(client, without["texts"] if without else None, concurrency)
-            runs.append(Run(concurrency, drafted, without))
-    return runs
+            if baseline:
+                without.append(ask(baseline, None, concurrency))
+            drafted.append(ask(client, without[-1].texts if without else None, concurrency))
+    return without or None, [Trial(arguments.model, len(counters) - len(DRAFT_COUNTERS), drafted)], about
 
 
-def _run_here(arguments: EvaluateArguments, verifier: str, drafting: dict[str, Any], prompts: list[Prompt]) -> Run:
-    """Run vLLM in processes of its own, first without the drafter."""
-    environment, engine = vllm_environment(), _engine_arguments(arguments, verifier)
-    job = {
-        "engine": engine,
-        "max_tokens": arguments.max_tokens,
-        "temperature": arguments.temperature,
-        "prompts": [asdict(prompt) for prompt in prompts],
-    }
-    without = _run(job, environment, Path(arguments.output) / "vllm_without_drafter.log")
-    job |= {"engine": engine | {"speculative_config": drafting}, "answers": without["texts"]}
-    return Run(
-        arguments.concurrency[0], _run(job, environment, Path(arguments.output) / "vllm_with_drafter.log"), without
+def _run_here(
+    arguments: EvaluateArguments, verifier: str, drafting: list[Drafting], prompts: list[Prompt]
+) -> tuple[list[Run], list[Trial], dict[str, Any]]:
+    """Run vLLM in processes of its own, first without a drafter."""
+    environment, output = vllm_environment(), Path(arguments.output)
+    job = Job(
+        _engine_arguments(arguments, verifier),
+        prompts,
+        arguments.concurrency,
+        arguments.max_tokens,
+        arguments.temperature,
     )
+    without, about = run_vllm(job, environment, output / "vllm_without_drafter.log", "without the drafter")
+    trials = []
+    for number, tried in enumerate(drafting):
+        suffix = f"_{number + 1}" if len(drafting) > 1 else ""
+        drafts = replace(
+            job, engine=job.engine | {"speculative_config": tried.config}, answers=[run.texts for run in without]
+        )
+        runs, about = run_vllm(drafts, environment, output / f"vllm_with_drafter{suffix}.log", "with the drafter")
+        trials.append(Trial(tried.drafter, tried.config["num_speculative_tokens"], runs))
+    return without, trials, about
 
 
 def _engine_arguments(arguments: EvaluateArguments, verifier: str) -> dict[str, Any]:
@@ -423,138 +497,8 @@ def _engine_arguments(arguments: EvaluateArguments, verifier: str) -> dict[str, 
         "dtype": "float32" if arguments.dtype == "auto" and not on_gpu else arguments.dtype,
         "seed": arguments.seed,
         "max_model_len": arguments.max_model_len or min(MAX_MODEL_LEN, limit),
-        "max_num_seqs": arguments.concurrency[0],
+        "max_num_seqs": max(arguments.concurrency),
         "enforce_eager": not on_gpu,  # compiling for a CPU takes longer than it saves
         "enable_prefix_caching": False,
         "disable_log_stats": False,
     }
-
-
-def _run(job: dict[str, Any], environment: dict[str, str], log: Path) -> dict[str, Any]:
-    """Run vLLM on a job in a child process (see `_measure`); what vLLM says goes into `log`."""
-    command = [sys.executable, "-m", __name__]
-    what = "with" if "speculative_config" in job["engine"] else "without"
-    result = None
-    with (
-        open(log, "w+", encoding="utf-8", errors="replace") as log_file,
-        tempfile.TemporaryFile("w+", encoding="utf-8") as job_file,
-        tqdm(total=len(job["prompts"]), desc=f"vLLM {what} the drafter", unit="prompt") as progress,
-    ):
-        json.dump(job, job_file)
-        job_file.seek(0)
-        environment = environment | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-        with subprocess.Popen(
-            command, env=environment, stdin=job_file, stdout=subprocess.PIPE, stderr=log_file, text=True
-        ) as process:
-            assert process.stdout is not None
-            try:
-                for line in process.stdout:
-                    message = json.loads(line)
-                    if "error" in message:
-                        raise PeagleError(message["error"])
-                    progress.update(message.get("done", 0))
-                    result = message.get("result")
-            finally:
-                process.kill()
-        if result is None:
-            log_file.seek(0)
-            logger.error("%s", "".join(log_file.readlines()[-30:]))
-            raise PeagleError(
-                f"vLLM failed {what} the drafter (exit status {process.returncode}); the end of what it said is above, "
-                f"all of it in {log}. Where memory ran out, lower --concurrency or --max-model-len."
-            )
-    return result
-
-
-def _measure(job: dict[str, Any], report_progress: Callable[[int], None]) -> dict[str, Any]:
-    """Run vLLM in this process on all prompts, category by category and in each turn by turn.
-
-    Gives `texts` and `token_ids` of each prompt's answers by turn, `counters` by category (see `summarize`),
-    `num_tokens` and `seconds` of generation, and what it ran on.
-    """
-    import transformers
-    import vllm
-
-    llm = vllm.LLM(**job["engine"])
-    tokenizer = llm.get_tokenizer()
-    sampling = vllm.SamplingParams(temperature=job["temperature"], max_tokens=job["max_tokens"])
-    prompts = [Prompt(**prompt) for prompt in job["prompts"]]
-    answers_given = job.get("answers")
-    texts: list[list[str]] = [[] for _ in prompts]
-    token_ids: list[list[list[int]]] = [[] for _ in prompts]
-
-    def inputs(index: int, turn: int) -> dict[str, list[int]]:
-        prompt, answers = prompts[index], texts[index] if answers_given is None else answers_given[index]
-        messages = list(prompt.system)
-        for said, answer in zip(prompt.turns[:turn], answers[:turn], strict=True):
-            messages += [{"role": "user", "content": said}, {"role": "assistant", "content": answer}]
-        messages.append({"role": "user", "content": prompt.turns[turn]})
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        if len(ids) + job["max_tokens"] > job["engine"]["max_model_len"]:
-            raise PeagleError(
-                f"Turn {turn} of prompt {prompt.id} has {len(ids)} tokens; with an answer of {job['max_tokens']} that "
-                f"is more than --max-model-len {job['engine']['max_model_len']}. Raise it, or take the prompt out."
-            )
-        return {"prompt_token_ids": ids}
-
-    llm.generate(inputs(0, 0), vllm.SamplingParams(temperature=job["temperature"], max_tokens=8), use_tqdm=False)
-    counters, num_tokens, seconds = {}, 0, 0.0
-    for category, group in groupby(range(len(prompts)), key=lambda index: prompts[index].category):
-        indices = list(group)
-        before = _read_counters(llm)
-        for turn in range(max(len(prompts[index].turns) for index in indices)):
-            asked = [index for index in indices if turn < len(prompts[index].turns)]
-            batch = [inputs(index, turn) for index in asked]
-            started = time.perf_counter()
-            outputs = llm.generate(batch, sampling, use_tqdm=False)
-            seconds += time.perf_counter() - started
-            for index, output in zip(asked, outputs, strict=True):
-                texts[index].append(output.outputs[0].text)
-                token_ids[index].append(list(output.outputs[0].token_ids))
-                num_tokens += len(output.outputs[0].token_ids)
-        counters[category] = [after - earlier for after, earlier in zip(_read_counters(llm), before, strict=True)]
-        report_progress(len(indices))
-
-    on_gpu = torch.cuda.is_available()
-    return {
-        "texts": texts,
-        "token_ids": token_ids,
-        "counters": counters,
-        "num_tokens": num_tokens,
-        "seconds": seconds,
-        "dtype": str(llm.llm_engine.model_config.dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
-        "versions": {
-            "peagle_hf": __version__,
-            "vllm": vllm.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-    }
-
-
-def _read_counters(llm: Any) -> list[int]:
-    """See `client.Counters.drafting`."""
-    metrics = {metric.name: metric for metric in llm.get_metrics()}
-    if f"vllm:{DRAFT_COUNTERS[0]}" not in metrics:
-        return []
-    counts = [metrics[f"vllm:{name}"].value for name in DRAFT_COUNTERS]
-    return counts + metrics[f"vllm:{POSITION_COUNTER}"].values
-
-
-def _main() -> None:
-    # Whatever libraries print goes to standard error, so that standard output carries nothing but messages.
-    channel: IO[str] = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-
-    def send(**message: Any) -> None:
-        print(json.dumps(message), file=channel, flush=True)
-
-    try:
-        send(result=_measure(json.load(sys.stdin), lambda count: send(done=count)))
-    except PeagleError as error:
-        send(error=str(error))
-
-
-if __name__ == "__main__":
-    _main()

@@ -137,7 +137,7 @@ def server_command(arguments: LaunchArguments, on_cpu: bool) -> tuple[list[str],
             "kv_connector": "CpuHiddenStatesConnector",
             "kv_connector_module_path": "peagle_cpu_connector",
         }
-    options = {"--speculative-config": extraction, "--kv-transfer-config": connector}
+    options = {"--speculative-config": json.dumps(extraction), "--kv-transfer-config": json.dumps(connector)}
     return _vllm_command(arguments, arguments.model, options, on_cpu), slots
 
 
@@ -151,11 +151,12 @@ def drafting_command(arguments: ServeArguments, on_cpu: bool) -> list[str]:
     verifier = arguments.verifier or str(check_checkpoint(folder).verifier_name_or_path)
     config = check_checkpoint(folder, verifier, arguments.trust_remote_code)
     drafting = speculative_config(folder, config, arguments.num_speculative_tokens)
-    return _vllm_command(arguments, verifier, {"--speculative-config": drafting}, on_cpu)
+    options = {"--speculative-config": json.dumps(drafting), "--per-request-spec-decode-metrics": "summary"}
+    return _vllm_command(arguments, verifier, options, on_cpu)
 
 
 def _vllm_command(
-    arguments: LaunchArguments | ServeArguments, model: str, options: dict[str, dict[str, Any]], on_cpu: bool
+    arguments: LaunchArguments | ServeArguments, model: str, options: dict[str, str], on_cpu: bool
 ) -> list[str]:
     if on_cpu:
         # The CPU builds go by another name, by which `vllm serve` doesn't find its own version.
@@ -166,7 +167,7 @@ def _vllm_command(
         arguments.vllm_python or sys.executable,
         "-m",
         *server,
-        *(word for option, value in options.items() for word in (option, json.dumps(value))),
+        *(word for option, value in options.items() for word in (option, value)),
         *(["--trust-remote-code"] if arguments.trust_remote_code else []),
         *arguments.vllm_args,
     ]

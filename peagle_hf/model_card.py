@@ -13,6 +13,7 @@ from .configuration_peagle import PeagleConfig
 from .data.chats import BUILT_IN_DATASETS, is_local_file
 from .errors import PeagleError
 from .modeling_peagle import HUB_TAGS
+from .report import estimate
 from .serving import speculative_config
 
 RECORD = "training.json"
@@ -114,10 +115,14 @@ def _data_name(data: str) -> str:
     return Path(data).name if is_local_file(data) else BUILT_IN_DATASETS.get(data, data)
 
 
+def _suites(evaluation: dict[str, Any]) -> str:
+    return ", ".join(map(_data_name, evaluation["prompts"].split(", ")))
+
+
 def _results(evaluation: dict[str, Any] | None) -> list[EvalResult]:
     if evaluation is None:
         return []
-    prompts = _data_name(evaluation["prompts"])
+    prompts = _suites(evaluation)
     values = {"acceptance_length": "Acceptance length", "acceptance_rate": "Acceptance rate"}
     return [
         EvalResult(
@@ -145,22 +150,24 @@ def _serve(config: PeagleConfig, repo_id: str, verifier: str | None) -> str:
 def _acceptance(report: dict[str, Any]) -> str:
     rates = report["per_position_acceptance"]
     sampling = "greedy" if report["temperature"] == 0 else f"temperature {report['temperature']}"
+    bootstrap = report.get("bootstrap")
+    intervals = f" In brackets: {bootstrap['confidence']:.0%} intervals, bootstrap over prompts." if bootstrap else ""
     measured = (
-        f"Measured with `peagle-hf evaluate`: {report['num_prompts']} prompts of {_data_name(report['prompts'])}, "
+        f"Measured with `peagle-hf evaluate`: {report['num_prompts']} prompts of {_suites(report)}, "
         f"at most {report['max_tokens']} tokens each, {sampling}, {report['num_speculative_tokens']} tokens at a time, "
         f"{report['concurrency']} requests at a time, {report['dtype']} on {report['device']}; "
-        f"{_versions(report['versions'])}."
+        f"{_versions(report['versions'])}.{intervals}"
     )
     by_position = _table(
         ["position", *map(str, range(1, len(rates) + 1))], [["accepted, of all drafts", *map(_percent, rates)]]
     )
     figures = [
-        ("acceptance length", f"{report['acceptance_length']:.3f}"),
-        ("acceptance rate", _percent(report["acceptance_rate"])),
-        ("tokens a second with the drafter", f"{report['tokens_per_second']:.1f}"),
+        ("acceptance length", _estimate(report, "acceptance_length", ".3f")),
+        ("acceptance rate", _estimate(report, "acceptance_rate", ".1%")),
+        ("tokens a second with the drafter", _estimate(report, "tokens_per_second", ".1f")),
     ]
     if report["tokens_per_second_without"] is not None:
-        figures.append(("tokens a second without", f"{report['tokens_per_second_without']:.1f}"))
+        figures.append(("tokens a second without", _estimate(report, "tokens_per_second_without", ".1f")))
     if report["num_identical"] is not None:
         figures.append(
             ("texts that are the same with and without", f"{report['num_identical']}/{report['num_prompts']}")
@@ -168,11 +175,21 @@ def _acceptance(report: dict[str, Any]) -> str:
     by_category = _table(
         ["prompts", "number", "acceptance length", "acceptance rate"],
         [
-            [name, row["num_prompts"], f"{row['acceptance_length']:.3f}", _percent(row["acceptance_rate"])]
+            [
+                name,
+                row["num_prompts"],
+                _estimate(row, "acceptance_length", ".3f"),
+                _estimate(row, "acceptance_rate", ".1%"),
+            ]
             for name, row in report["by_category"].items()
         ],
     )
     return "\n\n".join([measured, by_position, _table(["", ""], figures), by_category])
+
+
+def _estimate(figures: dict[str, Any], name: str, form: str) -> str:
+    """A figure and, where the report has it, its interval."""
+    return estimate(figures[name], figures.get("intervals", {}).get(name), form)
 
 
 def _training(config: PeagleConfig, record: dict[str, Any], data_names: Sequence[str]) -> str:

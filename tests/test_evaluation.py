@@ -6,17 +6,24 @@ worked out by hand.
 
 import json
 import logging
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import CHAIN_LENGTH, VOCAB
 from safetensors.torch import load_file, save_file
 
-from peagle_hf import EvaluateArguments, PeagleError, evaluate
+from peagle_hf import EvaluateArguments, PeagleError, cli, evaluate
+from peagle_hf.bootstrap import interval, is_difference, resample
+from peagle_hf.client import Answer, Run
 from peagle_hf.data.prompts import Prompt
-from peagle_hf.evaluation import _compare, draw, summarize, table
+from peagle_hf.evaluation import Trial, _compare, _difference, _figures, _load_prompts, summarize
+from peagle_hf.report import draw, html, text
 from peagle_hf.serving import check_checkpoint, speculative_config, vllm_environment
 
 
@@ -118,65 +125,185 @@ def test_acceptance_from_counters():
     assert summarize([[0, 0, 0, 0, 0]])["acceptance_length"] == 1
 
 
+def run_of(token_ids, drafting=None, seconds=4.0):
+    """A run in which each answer took a second."""
+    counts = drafting or [[None] * len(chat) for chat in token_ids]
+    chats = [
+        [Answer(token_ids=ids, seconds=1.0, drafting=counted) for ids, counted in zip(*chat, strict=True)]
+        for chat in zip(token_ids, counts, strict=True)
+    ]
+    return Run(2, chats, seconds)
+
+
 def test_different_text_is_found_at_its_first_token():
     prompts = [Prompt(name, "chat", [], ["one", "two"]) for name in "abc"]
-    without = {"token_ids": [[[1, 2], [3, 4]], [[1, 2], [3, 4, 5]], [[1, 2], [3]]]}
-    drafted = {"token_ids": [[[1, 2], [3, 4]], [[1, 2], [3, 9, 5]], [[1], [3]]]}
+    without = run_of([[[1, 2], [3, 4]], [[1, 2], [3, 4, 5]], [[1, 2], [3]]])
+    drafted = run_of([[[1, 2], [3, 4]], [[1, 2], [3, 9, 5]], [[1], [3]]])
     found = _compare(prompts, without, drafted, greedy=True)
     assert found["differences"] == [{"id": "b", "turn": 1, "token": 1}, {"id": "c", "turn": 0, "token": 1}]
     assert (found["text_identical"], found["num_identical"]) == (False, 1)
     assert _compare(prompts, without, drafted, greedy=False)["text_identical"] is None
 
 
-def make_report(**changes):
+def test_the_bootstrap_gives_the_spread_of_a_mean():
+    """Of 400 coins half of which are heads: 0.5 +- 1.96 * 0.5 / sqrt(400)."""
+    coins = np.repeat([0.0, 1.0], 200)
+    low, high = interval(resample(400, seed=1) @ coins / 400)
+    assert low == pytest.approx(0.5 - 0.049, abs=0.004)
+    assert high == pytest.approx(0.5 + 0.049, abs=0.004)
+    assert (resample(7, 3) == resample(7, 3)).all()
+    assert not (resample(7, 3) == resample(7, 4)).all()
+    assert (resample(7, 3).sum(1) == 7).all()
+    assert [is_difference(found, 0) for found in ([0.1, 0.2], [-0.1, 0.2], [-0.2, -0.1], [0.0, 0.0], None)] == [
+        True,
+        False,
+        True,
+        False,
+        None,
+    ]
+
+
+def trial_of(name, accepted, seconds=4.0):
+    """For each prompt ten drafts of one token, so many of them accepted, and ten tokens."""
+    drafting = [[[10, 10, count, count]] for count in accepted]
+    return Trial(name, 1, [run_of([[[1] * 10]] * len(accepted), drafting, seconds)])
+
+
+EASY_AND_HARD = [8, 8, 8, 8, 1, 1, 1, 1]
+PROMPTS = [Prompt(str(number), "easy" if number < 4 else "hard", [], ["one"]) for number in range(8)]
+
+
+def test_a_small_difference_on_the_same_prompts_is_found_and_chance_is_not():
+    """A draft more of ten on each prompt is much less than the prompts differ by, but pairs show it."""
+    alone = trial_of("a", EASY_AND_HARD)
+    spread = _figures(alone.runs[0], None, PROMPTS, None, seed=0)["intervals"]["acceptance_length"]
+    better = _difference(trial_of("b", [count + 1 for count in EASY_AND_HARD]), alone, PROMPTS, seed=0)
+    assert spread[1] - spread[0] > 0.3
+    assert better["acceptance_length"]["value"] == pytest.approx(0.1)
+    assert better["acceptance_length"]["interval"] == pytest.approx([0.1, 0.1])
+    assert better["acceptance_length"]["is_difference"] is True
+    mixed = _difference(trial_of("b", [9, 7, 9, 7, 0, 2, 0, 2]), alone, PROMPTS, seed=0)
+    assert mixed["acceptance_length"]["is_difference"] is False
+    assert {name: row["is_difference"] for name, row in mixed["by_category"].items()} == {"easy": False, "hard": False}
+    faster = _difference(trial_of("b", EASY_AND_HARD, seconds=2.0), alone, PROMPTS, seed=0)
+    assert faster["by_concurrency"][0]["tokens_per_second_ratio"]["interval"] == pytest.approx([2, 2])
+    assert _difference(alone, alone, PROMPTS[:1], 0)["acceptance_length"]["is_difference"] is None
+
+
+def test_prompts_share_the_time_by_how_long_they_were_answered():
+    trial = trial_of("a", EASY_AND_HARD)
+    figures = _figures(trial.runs[0], trial_of("a", EASY_AND_HARD, seconds=8.0).runs[0], PROMPTS, "easy", seed=0)
+    assert (figures["num_prompts"], figures["acceptance_length"]) == (4, 1.8)
+    assert figures["tokens_per_second"] == pytest.approx(20)
+    assert figures["tokens_per_second_without"] == pytest.approx(10)
+    assert (figures["speed_up"], figures["intervals"]["speed_up"]) == (pytest.approx(2), pytest.approx([2, 2]))
+
+
+def make_entry(drafter="a/checkpoint_best", accepted=EASY_AND_HARD, speed=20.0, **changes):
+    trial = trial_of(drafter, accepted, 80 / speed)
+    without = trial_of(drafter, accepted, 80 / 40.0).runs[0]
+    figures = _figures(trial.runs[0], without, PROMPTS, None, seed=0)
+    latency = {"latency_seconds": trial.runs[0].latency(), "latency_seconds_without": without.latency()}
     return {
-        "drafter": "checkpoints/checkpoint_best",
-        "verifier": "org/model",
-        "num_speculative_tokens": 2,
-        "num_prompts": 3,
-        **summarize([[40, 80, 12, 8, 4]]),
-        "tokens_per_second": 30.0,
-        "tokens_per_second_without": 40.0,
-        "concurrency": 4,
+        "drafter": drafter,
+        "num_speculative_tokens": 1,
+        **figures,
+        "by_category": {name: _figures(trial.runs[0], without, PROMPTS, name, 0) for name in ("easy", "hard")},
+        "by_concurrency": [{"concurrency": 2, **figures, **latency}],
         "text_identical": True,
-        "num_identical": 3,
+        "num_identical": 8,
         "differences": [],
-        "by_category": {"chat": {"num_prompts": 3, **summarize([[40, 80, 12, 8, 4]])}},
-        "max_tokens": 16,
-        "dtype": "float32",
-        "device": "CPU",
-        "versions": {"vllm": "0.32.0"},
         **changes,
     }
 
 
-def test_table_says_what_was_measured():
-    text = table(make_report())
-    assert "Acceptance length   1.300" in text
-    assert "20.0%  10.0%" in text
-    assert "The drafter slows vLLM down" in text
-    assert "identical with and without the drafter for all 3 prompts" in text
+def make_report(*others, **changes):
+    return {
+        "verifier": "org/model",
+        "prompts": "suite.jsonl",
+        "max_tokens": 16,
+        "temperature": 0.0,
+        "seed": 0,
+        "bootstrap": {"confidence": 0.95, "resamples": 10000, "seed": 0},
+        "concurrency": 2,
+        "dtype": "float32",
+        "device": "CPU",
+        "versions": {"vllm": "0.32.0"},
+        "command": "peagle-hf evaluate --model 'a <b>'",
+        "others": list(others),
+        **make_entry(**changes),
+    }
 
-    text = table(make_report(tokens_per_second=60.0, text_identical=None))
-    assert "1.50x" in text
-    assert "slows" not in text
-    assert "sampled" in text
+
+def test_text_says_what_was_measured():
+    said = text(make_report())
+    assert re.search(r"  1\.450 \(1\.\d+ to 1\.\d+\) ", said)
+    assert "The drafter slows vLLM down" in said
+    assert "identical with and without the drafter for all 8 prompts" in said
+
+    assert "1.50 (1.50 to 1.50) times as fast" in text(make_report(speed=60.0))
+    assert "That is no difference" in text(make_report(speed=40.0))
+    assert "sampled" in text(make_report(text_identical=None))
 
     differences = [{"id": "q7", "turn": 0, "token": 12}]
-    text = table(make_report(text_identical=False, num_identical=2, differences=differences, dtype="bfloat16"))
-    assert "DIFFERENT with the drafter for 1 of 3 prompts: q7 (turn 0, token 12)" in text
-    assert "--dtype float32" in text
+    said = text(make_report(text_identical=False, num_identical=7, differences=differences) | {"dtype": "bfloat16"})
+    assert "DIFFERENT with the drafter for 1 of 8 prompts: q7 (turn 0, token 12)" in said
+    assert "--dtype float32" in said
 
 
-def test_picture_is_drawn(tmp_path):
+def make_comparison():
+    own, better = trial_of("a/checkpoint_best", EASY_AND_HARD), trial_of("b/checkpoint_best", [9, 7, 9, 7, 3, 3, 3, 3])
+    other = make_entry("b/checkpoint_best", [9, 7, 9, 7, 3, 3, 3, 3])
+    return make_report(other | {"difference": _difference(better, own, PROMPTS, seed=0)})
+
+
+def test_drafters_are_compared_in_words():
+    said = text(make_comparison())
+    assert "Acceptance length of B, K=1 against A, K=1: higher, +0.100 (" in said
+    lines = [line.split() for line in said.splitlines()]
+    (easy,) = [line for line in lines if "length," in line and "easy" in line]
+    (hard,) = [line for line in lines if "length," in line and "hard" in line]
+    assert easy[-2:] == ["no", "difference"]
+    assert hard[-1] == "higher"
+
+
+def test_the_page_needs_no_other_file(tmp_path):
+    page = html(make_comparison())
+    assert page.count('src="data:image/png;base64,') == page.count("<img") == 3
+    assert not re.search(r"https?://|<script|<link", page)
+    assert "peagle-hf evaluate --model &#x27;a &lt;b&gt;&#x27;" in page
+    assert "vllm 0.32.0" in page
+    assert "no difference" in page
     draw(make_report(), tmp_path / "evaluation.png")
     assert (tmp_path / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_suites_are_run_together_evenly_by_category(tmp_path):
+    for suite, categories in (("one", "aaab"), ("two", "a")):
+        rows = [{"question_id": 7, "category": name, "turns": [f"{suite} {name}"]} for name in categories]
+        (tmp_path / f"{suite}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = EvaluateArguments("m", [str(tmp_path / "one.jsonl"), str(tmp_path / "two.jsonl")], "out", max_prompts=4)
+    assert [prompt.category for prompt in _load_prompts(arguments)] == ["one/a", "one/a", "one/b", "two/a"]
+    assert [prompt.id for prompt in _load_prompts(arguments)] == ["one/7", "one/7", "one/7", "two/7"]
+    arguments.suite = [str(tmp_path / "one.jsonl")]
+    assert [prompt.category for prompt in _load_prompts(arguments)] == ["a", "a", "a", "b"]
+    arguments.suite *= 2
+    with pytest.raises(PeagleError, match="Two suites go by one name"):
+        _load_prompts(arguments)
+
+
+def test_the_command_is_the_one_that_says_the_same():
+    argv = ["--model", "a b", "--prompts", "x.jsonl", "--output", "out", "--concurrency", "1", "4", "--seed", "3"]
+    arguments = cli.parse_arguments(EvaluateArguments, argv)
+    command = arguments.command()
+    assert command == "peagle-hf evaluate --model 'a b' --suite x.jsonl --output out --seed 3 --concurrency 1 4"
+    assert cli.parse_arguments(EvaluateArguments, shlex.split(command)[2:]) == arguments
 
 
 def arguments(drafter, folder, rows, **changes):
     prompts = folder / "prompts.jsonl"
     prompts.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
-    return EvaluateArguments(model=str(drafter), prompts=str(prompts), output=str(folder / "out"), **changes)
+    return EvaluateArguments(model=str(drafter), suite=[str(prompts)], output=str(folder / "out"), **changes)
 
 
 @pytest.mark.parametrize(
@@ -209,23 +336,52 @@ def test_vllm_counts_what_the_chain_and_the_drafter_must_give(drafter, tmp_path,
         {"question_id": 2, "category": "ends", "turns": ["w20"]},
         {"question_id": 3, "category": "cycle", "messages": [{"role": "user", "content": "w7"}] * 2},
     ]
-    report = evaluate(arguments(drafter, tmp_path, rows, max_tokens=60))
+    report = evaluate(arguments(drafter, tmp_path, rows, max_tokens=60, concurrency=[1, 3]))
     cycle, ends = report["by_category"]["cycle"], report["by_category"]["ends"]
     assert cycle["num_prompts"] == 2
     assert cycle["per_position_acceptance"] == [19 / 40, 0, 0]
     assert cycle["acceptance_length"] == 1 + 19 / 40
+    assert cycle["intervals"]["acceptance_length"] == pytest.approx([1 + 19 / 40] * 2)  # both prompts are the same
     assert ends["acceptance_length"] == 1
+    assert ends["intervals"] == {}
     assert ends["num_drafts"] <= 3  # it ends at EOS, long before 60 tokens
     assert report["num_drafts"] == cycle["num_drafts"] + ends["num_drafts"]
     assert report["num_draft_tokens"] == 3 * report["num_drafts"]
     assert report["num_accepted_tokens"] == cycle["num_accepted_tokens"]
+    low, high = report["intervals"]["acceptance_length"]
+    assert low < report["acceptance_length"] <= high
     assert report["text_identical"] is True
     assert report["num_identical"] == report["num_prompts"] == 3
     assert min(report["tokens_per_second"], report["tokens_per_second_without"]) > 0
+    assert [row["concurrency"] for row in report["by_concurrency"]] == [1, 3]
+    for row in report["by_concurrency"]:
+        assert row["num_accepted_tokens"] == report["num_accepted_tokens"]
+        assert 0 < row["latency_seconds"]["first_token"]["mean"] < row["latency_seconds"]["request"]["mean"]
     assert report["dtype"] == "float32" or torch.cuda.is_available()
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == report
     assert (tmp_path / "out" / "evaluation.png").stat().st_size > 1000
+    assert "data:image/png" in (tmp_path / "out" / "evaluation.html").read_text()
     assert "Acceptance length" in caplog.text
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_several_numbers_of_tokens_and_checkpoints_are_compared_on_the_same_prompts(drafter, tmp_path):
+    """The drafter never gets a second token right, and the other one is its copy."""
+    other = shutil.copytree(drafter, tmp_path / "other")
+    rows = [{"category": "cycle", "turns": ["w9 w7", "w9 w6"]}, {"category": "cycle", "turns": ["w9 w6"]}]
+    changes = {"num_speculative_tokens": [1, 2], "compare": [str(other)], "max_tokens": 20}
+    report = evaluate(arguments(drafter, tmp_path, rows, **changes))
+    entries = [report, *report["others"]]
+    tried = [(entry["drafter"], entry["num_speculative_tokens"]) for entry in entries]
+    assert tried == [(str(drafter), 2), (str(drafter), 1), (str(other), 1), (str(other), 2)]
+    assert len({entry["acceptance_length"] for entry in entries}) == 1
+    assert [len(entry["per_position_acceptance"]) for entry in entries] == [2, 1, 1, 2]
+    against = [tuple(entry["difference"]["from"].values()) for entry in report["others"]]
+    assert against == [(str(drafter), 2), (str(drafter), 1), (str(drafter), 2)]
+    for entry in report["others"]:
+        assert entry["difference"]["acceptance_length"] == {"value": 0, "interval": [0, 0], "is_difference": False}
+        assert entry["text_identical"] is True
 
 
 def serve_by_itself(drafter, **environment):

@@ -86,13 +86,15 @@ def evaluation(trained, tmp_path):
         "drafter": str(trained),
         "verifier": VERIFIER,
         "num_speculative_tokens": 3,
-        "prompts": "/home/me/secret/questions.jsonl",
+        "prompts": "/home/me/secret/questions.jsonl, a-lab/questions",
         "num_prompts": 17,
         "acceptance_length": 1.4375,
         "acceptance_rate": 0.1458,
         "per_position_acceptance": [0.3125, 0.1031, 0.0217],
         "tokens_per_second": 123.4,
         "tokens_per_second_without": 98.7,
+        "intervals": {"acceptance_length": [1.4014, 1.4741]},
+        "bootstrap": {"confidence": 0.95, "resamples": 10000, "seed": 0},
         "text_identical": False,
         "num_identical": 16,
         "by_category": {"maths": {"num_prompts": 9, "acceptance_length": 1.521, "acceptance_rate": 0.1737}},
@@ -234,8 +236,8 @@ def test_the_command_uploads_with_the_measurement(hub, trained, evaluation, monk
     assert data.license == "apache-2.0"
     results = {result.metric_type: (result.metric_value, result.dataset_name) for result in data.eval_results}
     assert results == {
-        "acceptance_length": (1.4375, "questions.jsonl"),
-        "acceptance_rate": (0.1458, "questions.jsonl"),
+        "acceptance_length": (1.4375, "questions.jsonl, a-lab/questions"),
+        "acceptance_rate": (0.1458, "questions.jsonl, a-lab/questions"),
     }
     assert data.datasets == ["Aeala/ShareGPT_Vicuna_unfiltered", "a-lab/chats"]
 
@@ -245,13 +247,13 @@ def test_the_card_says_what_was_measured(trained, evaluation):
     card = model_card(config, "my-lab/d", VERIFIER, record, read_evaluation(evaluation, trained)).text
     for words in (
         "| accepted, of all drafts | 31.2% | 10.3% | 2.2% |",
-        "| acceptance length | 1.438 |",
+        "| acceptance length | 1.438 (1.401 to 1.474) |",
         "| acceptance rate | 14.6% |",
         "| tokens a second with the drafter | 123.4 |",
         "| tokens a second without | 98.7 |",
         "| texts that are the same with and without | 16/17 |",
         "| maths | 9 | 1.521 | 17.4% |",
-        "17 prompts of questions.jsonl, at most 77 tokens each, greedy, 3 tokens at a time",
+        "17 prompts of questions.jsonl, a-lab/questions, at most 77 tokens each, greedy, 3 tokens at a time",
         "float32 on CPU, 2 threads; peagle_hf 9.8.7, vllm 0.32.0",
         "| data | Aeala/ShareGPT_Vicuna_unfiltered:train, chats.jsonl, a-lab/chats:test, 20 rows, 430 tokens",
         "| COD sampling | K 3, r 0.7, r_min 0.2, anchors all |",

@@ -48,7 +48,7 @@ def baseline(chain):
 @pytest.fixture
 def arguments(drafter, prompts, tmp_path, server):
     def arguments(**changes) -> EvaluateArguments:
-        fields = {"model": str(drafter), "prompts": str(prompts), "output": str(tmp_path / "out"), "max_tokens": 60}
+        fields = {"model": str(drafter), "suite": [str(prompts)], "output": str(tmp_path / "out"), "max_tokens": 60}
         return EvaluateArguments(**{**fields, "endpoint": server.url, **changes})
 
     return arguments
@@ -118,6 +118,8 @@ def test_servers_give_the_report_that_vllm_in_process_gives(arguments, server, b
     assert (output / "evaluation.png").read_bytes().startswith(b"\x89PNG")
     assert "without" in caplog.text
     assert "To first token, s" in caplog.text
+    assert report["intervals"].keys() >= {"acceptance_length", "tokens_per_second", "speed_up"}
+    assert report["others"] == []
     card = model_card(
         check_checkpoint(drafter), "my-lab/d", None, None, read_evaluation(output / "evaluation.json", drafter)
     ).text
@@ -132,7 +134,7 @@ def test_what_is_asked_is_what_vllm_in_process_is_given(arguments, server, basel
     second = next(request for request in server.requests if len(request["messages"]) == 3)
     assert second["messages"][1]["content"].startswith("w50 w51")
     assert (second["temperature"], second["repetition_penalty"], second["max_tokens"]) == (0, 1, 60)
-    measured = server.requests[1:]
+    measured = server.requests[2:]
     assert len({request["cache_salt"] for request in measured}) == len(measured) == 4
     assert report["text_identical"] is False
     assert [place["token"] for place in report["differences"]] == [0, 0, 0]
@@ -147,6 +149,20 @@ def test_without_a_baseline_nothing_is_compared(arguments, drafter, caplog):
     path = Path(arguments().output) / "evaluation.json"
     card = model_card(check_checkpoint(drafter), "my-lab/d", None, None, read_evaluation(path, drafter)).text
     assert "a second without" not in card
+
+
+def test_a_server_that_only_counts_as_a_whole_gives_no_intervals_of_acceptance(arguments, server, baseline, caplog):
+    """Its figures are those of a server that counts by request; the categories are run one by one."""
+    by_request = evaluate(arguments(baseline_endpoint=baseline.url))
+    server.by_request = False
+    report = evaluate(arguments(baseline_endpoint=baseline.url))
+    assert "--per-request-spec-decode-metrics summary" in caplog.text
+    assert set(report["intervals"]) == {"tokens_per_second", "tokens_per_second_without", "speed_up"}
+    names = ("acceptance_length", "num_drafts", "num_accepted_tokens", "per_position_acceptance")
+    for name in names:
+        assert report[name] == by_request[name]
+        for category, row in report["by_category"].items():
+            assert row[name] == by_request["by_category"][category][name]
 
 
 def test_as_many_requests_as_are_wanted_are_in_flight(arguments, server):
@@ -177,14 +193,15 @@ def test_as_many_requests_as_are_wanted_are_in_flight(arguments, server):
         ("no token ids", "no token ids"),
         ("uncounted", "started anew in between, or several servers answer there"),
         ("started anew", "started anew in between"),
-        ("others", "generated 19 tokens while 12 were asked for here: others use it too"),
+        ("others", "generated 41 tokens while 20 were asked for here: others use it too"),
+        ("miscounts", r"add up to \[.*\] .* counters say"),
     ],
 )
 def test_a_server_that_fails_or_counts_others_is_no_measure(arguments, server, prompts, fault, words, monkeypatch):
     monkeypatch.setattr("peagle_hf.client.SETTLE_SECONDS", 0.2)
     server.chat_fault = lambda message: fault if message == "a b c" else None
     with pytest.raises(PeagleError, match=words):
-        evaluate(arguments())
+        evaluate(arguments(concurrency=[1]))
     assert not Path(arguments().output, "evaluation.json").exists()
 
 
@@ -207,10 +224,13 @@ def test_servers_that_are_dead_or_others_are_refused(arguments, server, baseline
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"num_speculative_tokens": 2}, "the server's own"),
-        ({"endpoint": None, "concurrency": [1, 2]}, "are for servers"),
-        ({"endpoint": None, "baseline_endpoint": "http://localhost:8001"}, "are for servers"),
+        ({"num_speculative_tokens": [2]}, "A server has one drafter"),
+        ({"compare": ["other"]}, "A server has one drafter"),
+        ({"endpoint": None, "baseline_endpoint": "http://localhost:8001"}, "is for servers"),
         ({"concurrency": [0]}, "numbers from 1"),
+        ({"concurrency": []}, "numbers from 1"),
+        ({"endpoint": None, "compare": ["b", "b"]}, "name a drafter twice"),
+        ({"endpoint": None, "num_speculative_tokens": [2, 2]}, "each once"),
     ],
 )
 def test_flags_that_do_not_go_together_are_refused(arguments, changes, words):
@@ -278,12 +298,16 @@ def test_a_real_server_counts_what_vllm_in_process_counts(served, drafter, tmp_p
     ]
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = {"model": str(drafter), "prompts": str(prompts), "max_tokens": 60}
+    flags = {"model": str(drafter), "suite": [str(prompts)], "max_tokens": 60}
     here = evaluate(EvaluateArguments(**flags, output=str(tmp_path / "here"), dtype="float32"))
     there = evaluate(
         EvaluateArguments(**flags, output=str(tmp_path / "there"), endpoint=served.url, concurrency=[1, 4])
     )
-    assert there["by_category"] == here["by_category"]
+    for category, row in here["by_category"].items():
+        same = there["by_category"][category]
+        for name in ("num_drafts", "num_accepted_tokens", "per_position_acceptance"):
+            assert same[name] == row[name]
+        assert same["intervals"].get("acceptance_length") == row["intervals"].get("acceptance_length")
     assert there["by_category"]["cycle"]["acceptance_length"] == 1 + 58 / 119
     assert there["num_speculative_tokens"] == here["num_speculative_tokens"] == 3
     assert there["versions"]["vllm"] == here["versions"]["vllm"]

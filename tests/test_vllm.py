@@ -41,7 +41,7 @@ def overfitted(request, tmp_path_factory, servable_verifier) -> tuple[Path, Path
 def test_vllm_accepts_what_an_overfitted_drafter_proposes(overfitted, tmp_path):
     drafter, prompts = overfitted
     result = evaluate(
-        EvaluateArguments(model=str(drafter), prompts=str(prompts), max_tokens=NEW_TOKENS, output=str(tmp_path))
+        EvaluateArguments(model=str(drafter), suite=[str(prompts)], max_tokens=NEW_TOKENS, output=str(tmp_path))
     )
     assert result["text_identical"] is True
     assert result["num_prompts"] == 4
@@ -55,10 +55,10 @@ def test_the_reference_counts_what_vllm_counts(servable_verifier, tmp_path):
     result = evaluate(
         EvaluateArguments(
             model=str(drafter),
-            prompts=str(prompts),
+            suite=[str(prompts)],
             max_tokens=NEW_TOKENS,
             output=str(tmp_path),
-            num_speculative_tokens=NUM_DEPTHS + 1,
+            num_speculative_tokens=[NUM_DEPTHS + 1],
         )
     )
     tokenizer = PreTrainedTokenizerFast.from_pretrained(servable_verifier, padding_side="left")
@@ -92,7 +92,7 @@ def served(drafter, data, output):
     """What vLLM does with a drafter on the prompts that the data answers."""
     return evaluate(
         EvaluateArguments(
-            model=str(drafter), prompts=str(data / "prompts.jsonl"), max_tokens=NEW_TOKENS, output=str(output)
+            model=str(drafter), suite=[str(data / "prompts.jsonl")], max_tokens=NEW_TOKENS, output=str(output)
         )
     )
 

@@ -25,4 +25,4 @@ peagle-hf extract --model "$MODEL" --preprocessed-data "$OUTPUT" --validate-outp
 $LAUNCH train --verifier-name-or-path "$MODEL" --data-path "$OUTPUT" --save-path "$OUTPUT/checkpoints" \
     --num-layers 4 --num-depths 4 --down-sample-ratio 0.7 --down-sample-ratio-min 0.2 --no-norm-before-residual \
     --scheduler-type cosine --epochs "$EPOCHS" --lr 6e-4 --total-seq-len "$SEQ_LEN" --on-missing raise
-peagle-hf evaluate --model "$OUTPUT/checkpoints/checkpoint_best" --prompts "$PROMPTS" --max-tokens 256 --output "$OUTPUT"
+peagle-hf evaluate --model "$OUTPUT/checkpoints/checkpoint_best" --suite "$PROMPTS" --max-tokens 256 --output "$OUTPUT"

@@ -35,4 +35,4 @@ CUDA_VISIBLE_DEVICES=$TRAIN_GPUS $LAUNCH train --verifier-name-or-path "$MODEL" 
     --scheduler-type cosine --epochs "$EPOCHS" --lr 6e-4 --total-seq-len "$SEQ_LEN"
 
 kill "$SERVER" && wait "$SERVER" || true
-peagle-hf evaluate --model "$OUTPUT/checkpoints/checkpoint_best" --prompts "$PROMPTS" --max-tokens 256 --output "$OUTPUT"
+peagle-hf evaluate --model "$OUTPUT/checkpoints/checkpoint_best" --suite "$PROMPTS" --max-tokens 256 --output "$OUTPUT"

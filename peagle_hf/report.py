@@ -1,0 +1,373 @@
+"""What `peagle-hf evaluate` found, for people: text for a terminal, pictures, and one HTML file that needs no other."""
+
+import os
+from base64 import b64encode
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+from io import BytesIO
+from typing import Any
+
+from .bootstrap import is_difference
+
+_GREY = "#9aa5b1"
+_COLOURS = ("#3b6ea8", "#e0a33e", "#5a9a68", "#c06c84", "#7a6bb0", "#5fb0b7")
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; color: #1d2733 }
+table { border-collapse: collapse; margin: 1em 0; display: block; overflow-x: auto }
+th, td { padding: .3em .9em .3em 0; text-align: left; border-bottom: 1px solid #d8dee5; vertical-align: top }
+td { font-variant-numeric: tabular-nums } img { max-width: 100% }
+"""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as a reader sees it."""
+
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+
+
+def text(report: dict[str, Any]) -> str:
+    """The report for a terminal."""
+    return "\n\n".join([*map(_aligned, _tables(report)), "\n".join(_sentences(report))])
+
+
+def html(report: dict[str, Any]) -> str:
+    """The report as one HTML file, pictures inside."""
+    tables = "\n".join(map(_html_table, _tables(report)))
+    sentences = "\n".join(f"<p>{escape(sentence)}</p>" for sentence in _sentences(report))
+    pictures = "\n".join(
+        f'<p><img alt="{escape(title)}" src="{_inline(picture, report)}"></p>' for title, picture in _PICTURES
+    )
+    title = f"P-EAGLE drafter: acceptance length {report['acceptance_length']:.2f}"
+    return (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
+        f"<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n{sentences}\n{pictures}\n{tables}\n</body>\n</html>\n"
+    )
+
+
+def draw(report: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Draw all pictures of the report beside each other, as a PNG; bars have the intervals."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5 * len(_PICTURES), 4.2), layout="constrained")
+    for axes, (_, picture) in zip(figure.subplots(1, len(_PICTURES)), _PICTURES, strict=True):
+        picture(axes, report)
+    figure.savefig(path, format="png", dpi=150)
+
+
+def estimate(value: float, interval: Sequence[float] | None, form: str) -> str:
+    """A figure, and its interval in brackets if it has one."""
+    return f"{value:{form}}" + (f" ({interval[0]:{form}} to {interval[1]:{form}})" if interval else "")
+
+
+def _entries(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The report's own figures and all others, each with a short name."""
+    entries = [report, *report["others"]]
+    drafters = list(dict.fromkeys(entry["drafter"] for entry in entries))
+    if len(entries) == 1:
+        return [("drafter", report)]
+    return [
+        (f"{_letter(drafters.index(entry['drafter']), len(drafters))}K={entry['num_speculative_tokens']}", entry)
+        for entry in entries
+    ]
+
+
+def _labels(report: dict[str, Any]) -> dict[tuple[Any, ...], str]:
+    """The short names by drafter and number of tokens."""
+    return {(entry["drafter"], entry["num_speculative_tokens"]): label for label, entry in _entries(report)}
+
+
+def _letter(number: int, count: int) -> str:
+    return f"{chr(ord('A') + number)}, " if count > 1 else ""
+
+
+def _figure(entry: dict[str, Any], name: str, form: str) -> str:
+    return "" if entry[name] is None else estimate(entry[name], entry["intervals"].get(name), form)
+
+
+def _speed_up(entry: dict[str, Any]) -> str:
+    none = is_difference(entry["intervals"].get("speed_up"), 1) is False
+    return _figure(entry, "speed_up", ".2f") + (", no difference" if none else "")
+
+
+def _tables(report: dict[str, Any]) -> list[Table]:
+    entries = _entries(report)
+    acceptance = Table(
+        "Acceptance",
+        ["", "Acceptance length", "Acceptance rate", "Accepted by position", "Drafter"],
+        [
+            [
+                label,
+                _figure(entry, "acceptance_length", ".3f"),
+                _figure(entry, "acceptance_rate", ".1%"),
+                "  ".join(f"{rate:.1%}" for rate in entry["per_position_acceptance"]),
+                f"{entry['drafter']}, K={entry['num_speculative_tokens']}",
+            ]
+            for label, entry in entries
+        ],
+    )
+    by_category = [
+        Table(
+            "By category" if len(entries) == 1 else f"By category: {label}",
+            ["Category", "Prompts", "Acceptance length", "Acceptance rate", "Tokens/s", "Speed-up"],
+            [
+                [
+                    category,
+                    str(row["num_prompts"]),
+                    _figure(row, "acceptance_length", ".3f"),
+                    _figure(row, "acceptance_rate", ".1%"),
+                    _figure(row, "tokens_per_second", ".1f"),
+                    _speed_up(row),
+                ]
+                for category, row in entry["by_category"].items()
+            ],
+        )
+        for label, entry in entries
+    ]
+    differences = [Table("Differences", ["", "From", "Figure", "Difference", ""], _difference_rows(report))]
+    return [
+        acceptance,
+        *by_category,
+        Table(
+            "Speed; times are mean, median and 99th percentile",
+            ["Chats at a time", "", "Tokens/s", "Speed-up", "Request, s", "To first token, s", "Between tokens, ms"],
+            _speed_rows(entries),
+        ),
+        *(differences if report["others"] else []),
+        Table("How it was measured", ["", ""], _measured_rows(report)),
+    ]
+
+
+def _speed_rows(entries: list[tuple[str, dict[str, Any]]]) -> list[list[str]]:
+    """Times as mean, median and 99th percentile."""
+
+    def row(label: str, run: dict[str, Any], suffix: str) -> list[str]:
+        times = run[f"latency_seconds{suffix}"]
+        return [
+            str(run["concurrency"]),
+            label,
+            _figure(run, f"tokens_per_second{suffix}", ".1f"),
+            "" if suffix else _speed_up(run),
+            _three(times["request"], 1),
+            _three(times["first_token"], 1),
+            _three(times["output_token"], 1000),
+        ]
+
+    rows = []
+    for number, first in enumerate(entries[0][1]["by_concurrency"]):
+        if first["tokens_per_second_without"] is not None:
+            rows.append(row("no drafter", first, "_without"))
+        rows += [row(label, entry["by_concurrency"][number], "") for label, entry in entries]
+    return rows
+
+
+def _three(times: dict[str, float] | None, scale: float) -> str:
+    return "" if times is None else "  ".join(f"{scale * times[name]:.3f}" for name in ("mean", "median", "p99"))
+
+
+def _difference_rows(report: dict[str, Any]) -> list[list[str]]:
+    labels, rows = _labels(report), []
+    for label, entry in _entries(report)[1:]:
+        difference = entry["difference"]
+        other = labels[tuple(difference["from"].values())]
+        lengths = [("acceptance length", difference["acceptance_length"])]
+        lengths += [(f"acceptance length, {category}", row) for category, row in difference["by_category"].items()]
+        rows += [
+            [label, other, figure, estimate(row["value"], row["interval"], "+.3f"), _verdict(row, 0)]
+            for figure, row in lengths
+        ]
+        for run in difference["by_concurrency"]:
+            ratio = run["tokens_per_second_ratio"]
+            figure = f"tokens/s, {run['concurrency']} at a time, ratio"
+            rows.append([label, other, figure, estimate(ratio["value"], ratio["interval"], ".3f"), _verdict(ratio, 1)])
+    return rows
+
+
+def _verdict(row: dict[str, Any], same: float) -> str:
+    if row["is_difference"] is None:
+        return "not known: one prompt"
+    if not row["is_difference"]:
+        return "no difference"
+    return "higher" if row["value"] > same else "lower"
+
+
+def _measured_rows(report: dict[str, Any]) -> list[list[str]]:
+    sampling = "greedy" if report["temperature"] == 0 else f"temperature {report['temperature']}"
+    bootstrap = report["bootstrap"]
+    return [
+        ["Command", report["command"]],
+        ["Verifier", f"{report['verifier']}, {report['dtype']} on {report['device']}"],
+        ["Prompts", f"{report['num_prompts']} of {report['prompts']}"],
+        ["Answers", f"at most {report['max_tokens']} tokens, {sampling}; {report['concurrency']} chats at a time"],
+        ["Seed of vLLM", "the server's own" if report["seed"] is None else str(report["seed"])],
+        ["Versions", ", ".join(f"{name} {version}" for name, version in report["versions"].items())],
+        [
+            "Intervals",
+            f"{bootstrap['confidence']:.0%}, bootstrap over prompts, {bootstrap['resamples']} resamples, seed "
+            f"{bootstrap['seed']}: for other prompts like these, not for a machine under another load",
+        ],
+    ]
+
+
+def _sentences(report: dict[str, Any]) -> list[str]:
+    sentences = [_speed_sentence(report)]
+    labelled, labels = _entries(report), _labels(report)
+    for label, entry in labelled:
+        prefix = f"{label}: " if len(labelled) > 1 else ""
+        sentences.append(prefix + _text_sentence(entry, report))
+    for label, entry in labelled[1:]:
+        difference = entry["difference"]
+        row, other = difference["acceptance_length"], labels[tuple(difference["from"].values())]
+        found = f"{_verdict(row, 0)}, {estimate(row['value'], row['interval'], '+.3f')}"
+        sentences.append(f"Acceptance length of {label} against {other}: {found}.")
+    return sentences
+
+
+def _speed_sentence(report: dict[str, Any]) -> str:
+    speed, speed_without = report["tokens_per_second"], report["tokens_per_second_without"]
+    if speed_without is None:
+        return f"Speed: {speed:.1f} tokens/s with the drafter; without it wasn't measured."
+    sentence = (
+        f"Speed: {speed:.1f} tokens/s with the drafter, {speed_without:.1f} without: "
+        f"{_figure(report, 'speed_up', '.2f')} times as fast."
+    )
+    if is_difference(report["intervals"].get("speed_up"), 1) is False:
+        return sentence + " That is no difference."
+    if speed < speed_without:
+        sentence += (
+            " The drafter slows vLLM down here: drafting and verifying "
+            f"{report['num_speculative_tokens']} tokens costs time, on a CPU most of all, and too few are accepted."
+        )
+    return sentence
+
+
+def _text_sentence(entry: dict[str, Any], report: dict[str, Any]) -> str:
+    if entry["text_identical"] is None:
+        return "Text: not compared, because it is sampled or was only generated with the drafter."
+    if entry["text_identical"]:
+        return f"Text: identical with and without the drafter for all {entry['num_prompts']} prompts."
+    places = [f"{place['id']} (turn {place['turn']}, token {place['token']})" for place in entry["differences"]]
+    hint = (
+        "" if report["dtype"] == "float32" else f" Near-ties fall either way in {report['dtype']}: try --dtype float32."
+    )
+    return (
+        f"Text: DIFFERENT with the drafter for {entry['num_prompts'] - entry['num_identical']} of "
+        f"{entry['num_prompts']} prompts: {', '.join(places)}.{hint}"
+    )
+
+
+def _aligned(table: Table) -> str:
+    rows = [table.head, *table.rows] if any(table.head) else table.rows
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([table.title, *(f"  {line}" for line in lines)])
+
+
+def _html_table(table: Table) -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in table.head)
+    rows = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
+    return f"<h2>{escape(table.title)}</h2>\n<table>\n<tr>{head}</tr>\n{rows}\n</table>"
+
+
+def _inline(picture: Callable[[Any, dict[str, Any]], None], report: dict[str, Any]) -> str:
+    """A picture as the address of an image that holds it."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    picture(figure.subplots(), report)
+    content = BytesIO()
+    figure.savefig(content, format="png", dpi=110)
+    return "data:image/png;base64," + b64encode(content.getvalue()).decode()
+
+
+def _draw_positions(axes: Any, report: dict[str, Any]) -> None:
+    entries = _entries(report)
+    positions = range(max(len(entry["per_position_acceptance"]) for _, entry in entries))
+    series = [(label, _positions(entry, len(positions))) for label, entry in entries]
+    _bars(axes, [str(position + 1) for position in positions], series, "{:.1%}", baseline=False)
+    axes.set(xlabel="Draft position", ylabel="Accepted, of all drafts", title="Acceptance by position")
+    axes.yaxis.set_major_formatter("{x:.0%}")
+
+
+def _positions(entry: dict[str, Any], count: int) -> list[tuple[float, Any]]:
+    rates = entry["per_position_acceptance"]
+    spread = entry["intervals"].get("per_position_acceptance", [None] * len(rates))
+    return [*zip(rates, spread, strict=True), *[(0.0, None)] * (count - len(rates))]
+
+
+def _draw_categories(axes: Any, report: dict[str, Any]) -> None:
+    def lengths(entry: dict[str, Any]) -> list[tuple[float, Any]]:
+        rows = entry["by_category"].values()
+        return [(row["acceptance_length"], row["intervals"].get("acceptance_length")) for row in rows]
+
+    series = [(label, lengths(entry)) for label, entry in _entries(report)]
+    _bars(axes, list(report["by_category"]), series, "{:.2f}", baseline=False, bottom=1.0)
+    axes.set(ylabel="Acceptance length", title="Acceptance length by category")
+    axes.tick_params("x", rotation=30)
+
+
+def _draw_speeds(axes: Any, report: dict[str, Any]) -> None:
+    def speeds(entry: dict[str, Any], name: str) -> list[tuple[float, Any]]:
+        return [(run[name], run["intervals"].get(name)) for run in entry["by_concurrency"]]
+
+    entries = _entries(report)
+    series = [(label, speeds(entry, "tokens_per_second")) for label, entry in entries]
+    baseline = report["tokens_per_second_without"] is not None
+    if baseline:
+        series.insert(0, ("no drafter", speeds(report, "tokens_per_second_without")))
+    concurrency = [str(run["concurrency"]) for run in report["by_concurrency"]]
+    _bars(axes, concurrency, series, "{:.1f}", baseline)
+    axes.set(xlabel="Chats at a time", ylabel="Tokens a second", title="Speed")
+
+
+_PICTURES: list[tuple[str, Callable[[Any, dict[str, Any]], None]]] = [
+    ("Acceptance by position", _draw_positions),
+    ("Acceptance length by category", _draw_categories),
+    ("Speed", _draw_speeds),
+]
+
+
+def _bars(
+    axes: Any,
+    groups: list[str],
+    series: list[tuple[str, list[tuple[float, Any]]]],
+    form: str,
+    baseline: bool,
+    bottom: float = 0.0,
+) -> None:
+    """Bars side by side, with their intervals.
+
+    Args:
+        series: name and, for each group, value and interval.
+        form: of the numbers on the bars, which are there as long as there is room.
+        baseline: the first series is that without a drafter.
+    """
+    width = 0.8 / len(series)
+    for number, (label, values) in enumerate(series):
+        heights = [value - bottom for value, _ in values]
+        places = [group + (number - (len(series) - 1) / 2) * width for group in range(len(groups))]
+        spread = [interval or (value, value) for value, interval in values]
+        errors = [
+            [max(value - low, 0) for (value, _), (low, _) in zip(values, spread, strict=True)],
+            [max(high - value, 0) for (value, _), (_, high) in zip(values, spread, strict=True)],
+        ]
+        bars = axes.bar(
+            places,
+            heights,
+            width * 0.92,
+            bottom,
+            color=_GREY if baseline and number == 0 else _COLOURS[(number - baseline) % len(_COLOURS)],
+            label=label,
+            yerr=errors,
+            error_kw={"ecolor": "#1d2733", "elinewidth": 1, "capsize": 2},
+        )
+        if len(groups) * len(series) <= 16:
+            axes.bar_label(bars, [form.format(value) for value, _ in values], padding=2, fontsize=8)
+    axes.set_xticks(range(len(groups)), groups)
+    axes.margins(y=0.15)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(series) > 1:
+        axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.28))
