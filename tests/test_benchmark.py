@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from peagle_hf.serving import check_checkpoint
+
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 BENCHMARK = BENCHMARKS / "training_step.py"
 
@@ -24,6 +26,45 @@ def test_small_benchmark_reports_every_case(tmp_path):
         assert f"| {result['case']} | ours | {result['step_ms']} |" in run.stdout
         assert result["rows"] > 128
         assert result["loss"] > 0
+
+
+def test_drafter_is_trained_for_the_comparison_with_the_peer(tmp_path, tiny_verifier, tiny_data):
+    command = [sys.executable, str(BENCHMARKS / "against_peer.py"), "train", "ours", "--steps", "3", "--seed", "1"]
+    command += ["--verifier", str(tiny_verifier), "--data", str(tiny_data), "--output", str(tmp_path)]
+    command += ["--", "--num-depths", "3", "--draft-vocab-size", "64", "--total-seq-len", "64"]
+    run = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+    result = json.loads(run.stdout)
+    assert result == json.loads((tmp_path / "ours-1" / "training.json").read_text())
+    assert (result["implementation"], result["seed"], result["steps"]) == ("ours", 1, 3)
+    assert 0 < result["loop_seconds"] < result["seconds"]
+    assert 64 < result["tokens"] <= 3 * 64
+    assert min(result["train_loss"], result["validation_loss"]) > 0
+    assert check_checkpoint(tmp_path / "ours-1" / "checkpoints" / "checkpoint_best", str(tiny_verifier)).num_depths == 3
+
+
+def test_comparison_with_the_peer_has_the_ratio_of_gains_and_intervals(tmp_path):
+    rates = {("ours", 0): [0.3, 0.01], ("ours", 1): [0.32, 0.02], ("peer", 0): [0.2, 0.01], ("peer", 1): [0.22, 0.02]}
+    for (implementation, seed), positions in rates.items():
+        folder = tmp_path / f"{implementation}-{seed}" / "evaluation"
+        folder.mkdir(parents=True)
+        training = {"implementation": implementation, "seed": seed, "device": "CPU, 2 threads"}
+        training |= {"steps": 9, "loop_seconds": 4.0, "seconds": 7.0, "step_ms": 444.0, "tokens": 9000}
+        (folder.parent / "training.json").write_text(json.dumps(training))
+        evaluation = {"prompts": "p.jsonl", "num_prompts": 8, "max_tokens": 16, "dtype": "float32", "device": "CPU"}
+        evaluation |= {"acceptance_length": 1 + sum(positions), "per_position_acceptance": positions}
+        evaluation |= {"num_speculative_tokens": 2, "text_identical": True, "seed": 0}
+        (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    command = [sys.executable, str(BENCHMARKS / "against_peer.py"), "table", str(tmp_path)]
+    run = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+    result = json.loads((tmp_path / "table.json").read_text())
+    ratio = 0.325 / 0.225
+    assert result["gain_ratio"]["mean"] == pytest.approx(ratio)
+    # With two seeds half of the difference of the residuals, 0.03 (1 - ratio), is the error of the mean.
+    half = 12.706 * 0.03 * (ratio - 1) / 2 / 0.225
+    assert result["gain_ratio"]["high"] - ratio == pytest.approx(half)
+    assert "| 1 | 31.00% | 21.00% | +10.00 | +10.00 to +10.00 | above |" in run.stdout
+    assert "| 2 | 1.50% | 1.50% | +0.00 | +0.00 to +0.00 |  |" in run.stdout
+    assert f"gain (acceptance length - 1) to speculators': {ratio:.2f}, 95 % interval" in run.stdout
 
 
 def table(script: str, *arguments: str) -> list[list[str]]:

@@ -19,6 +19,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -28,8 +29,11 @@ from pathlib import Path
 
 LAYERS, DEPTHS, DRAFT_VOCAB, LENGTH = 2, 4, 8192, 1024
 LEARNING_RATE, WARMUP, TRAIN_RATIO = 1e-3, 0.05, 0.95
-TIMED_STEPS, UNTIMED_STEPS = 12, 4
-"""How many steps of a trial run tell what a step takes, after those that warm up."""
+PROMPTS = Path(__file__).parents[2] / "examples" / "data" / "eval_prompts.jsonl"
+NAMES = {"ours": "peagle_hf", "peer": "speculators"}
+FIGURES = ("steps", "loop_seconds", "seconds", "step_ms", "tokens")
+TIMED_STEPS, UNTIMED_STEPS = 12, 8
+"""So many steps of a trial run tell what a step takes, after those that warm up."""
 LAST_STEPS = 10
 """The training loss is the mean over so many steps before the end."""
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -37,7 +41,7 @@ T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8
 
 
 def train(options: argparse.Namespace) -> None:
-    """Train one drafter into `<output>/<implementation>-<seed>`, and print what it took as a line of JSON."""
+    """Train one drafter anew into `<output>/<implementation>-<seed>`, and print what it took as a line of JSON."""
     folder = options.output / f"{options.implementation}-{options.seed}"
     steps = options.steps
     if options.minutes:
@@ -50,7 +54,8 @@ def train(options: argparse.Namespace) -> None:
 
 def train_in_child(options: argparse.Namespace, folder: Path, steps: int) -> dict:
     """Train in a process that knows its number of threads, and its device, before it imports anything."""
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     threads = {name: str(options.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     hidden = {} if options.device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
     job = {name: getattr(options, name) for name in ("verifier", "seed", "threads", "workers", "device", "flags")}
@@ -79,7 +84,7 @@ def run_child(implementation: str, job: dict) -> None:
     result = {
         "implementation": implementation,
         "seed": job["seed"],
-        "steps": len(measured.step_ends),
+        "steps": len(measured.step_seconds),
         "loop_seconds": round(sum(measured.epoch_seconds), 2),
         "step_ms": round(measured.step_ms(), 1),
         "tokens": measured.tokens,
@@ -94,12 +99,11 @@ def run_child(implementation: str, job: dict) -> None:
 
 
 class Measured:
-    """What a training run did: when its steps ended, by epoch, how long its epochs took without what follows them."""
+    """What a training run did, and how long its steps and its epochs took, without validation and saving."""
 
     def __init__(self, flags: list[str]):
         self.flags = flags
         self.tokens = 0
-        self.step_ends: list[float] = []
         self.step_seconds: list[float] = []
         self.epoch_seconds: list[float] = []
         self.losses: list[float] = []
@@ -110,7 +114,6 @@ class Measured:
 
     def end_step(self) -> None:
         now = time.perf_counter()
-        self.step_ends.append(now)
         self.step_seconds.append(now - self.previous)
         self.previous = now
 
@@ -259,6 +262,139 @@ def warmup_steps(steps: int) -> int:
     return math.ceil(steps * WARMUP)
 
 
+def evaluate(options: argparse.Namespace) -> None:
+    """Serve in vLLM every drafter of the output folder that hasn't been served yet."""
+    from peagle_hf.evaluation import EvaluateArguments
+    from peagle_hf.evaluation import evaluate as evaluate_drafter
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for training in sorted(options.output.glob("*/training.json")):
+        folder = training.parent
+        if (folder / "evaluation" / "evaluation.json").exists():
+            continue
+        arguments = EvaluateArguments(
+            model=str(folder / "checkpoints" / "checkpoint_best"),
+            verifier=options.verifier,
+            prompts=str(options.prompts),
+            max_prompts=options.max_prompts,
+            max_tokens=options.max_tokens,
+            dtype="float32",
+            output=str(folder / "evaluation"),
+        )
+        evaluate_drafter(arguments)
+
+
+def print_table(options: argparse.Namespace) -> None:
+    """Print the comparison over the seeds that both have, and write it to `table.json`."""
+    runs: dict[str, dict[int, dict]] = {"ours": {}, "peer": {}}
+    for path in sorted(options.output.glob("*/evaluation/evaluation.json")):
+        training = json.loads((path.parents[1] / "training.json").read_text())
+        runs[training["implementation"]][training["seed"]] = {
+            **{name: training[name] for name in FIGURES},
+            "trained_on": training["device"],
+            **json.loads(path.read_text()),
+        }
+    seeds = sorted(runs["ours"].keys() & runs["peer"].keys())
+    if not seeds:
+        sys.exit(f"No seed in {options.output} was trained and evaluated with both implementations.")
+    ours, peer = ([runs[implementation][seed] for seed in seeds] for implementation in ("ours", "peer"))
+    for field in ("prompts", "num_prompts", "max_tokens", "dtype", "num_speculative_tokens", "device"):
+        values = {run[field] for run in ours + peer}
+        if len(values) > 1:
+            sys.exit(f"The runs in {options.output} can't be compared, because {field} differs: {values}.")
+    devices = {run["trained_on"] for run in ours + peer}
+    result = {"seeds": seeds, "trained_on": sorted(devices), "served_on": ours[0]["device"], **compare(ours, peer)}
+    (options.output / "table.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(markdown(result))
+
+
+def compare(ours: list[dict], peer: list[dict]) -> dict:
+    """Compare the runs of both, in the same order of seeds.
+
+    Returns:
+        Of each implementation the mean of every figure, and the standard deviation of those of acceptance; the ratio
+        of the mean gains and by position the difference of acceptance, ours less the peer's, with their intervals.
+    """
+    result: dict = {}
+    for implementation, runs in (("ours", ours), ("peer", peer)):
+        result[implementation] = {name: statistics.fmean(run[name] for run in runs) for name in FIGURES}
+        lengths = [run["acceptance_length"] for run in runs]
+        result[implementation] |= {
+            "acceptance_length": statistics.fmean(lengths),
+            "acceptance_length_deviation": statistics.stdev(lengths) if len(lengths) > 1 else None,
+            "acceptance_lengths": lengths,
+            "per_position_acceptance": [
+                statistics.fmean(rates) for rates in zip(*(run["per_position_acceptance"] for run in runs), strict=True)
+            ],
+            "text_identical": all(run["text_identical"] for run in runs),
+        }
+    gain, peer_gain = (result[implementation]["acceptance_length"] - 1 for implementation in ("ours", "peer"))
+    if peer_gain > 0:
+        ratio = gain / peer_gain
+        # The error of a ratio of means, to first order: that of what is left of ours less the ratio times the peer's.
+        left = [
+            one["acceptance_length"] - 1 - ratio * (other["acceptance_length"] - 1) for one, other in pairs(ours, peer)
+        ]
+        result["gain_ratio"] = with_interval(ratio, [value / peer_gain for value in left])
+    result["positions"] = []
+    for position in range(len(ours[0]["per_position_acceptance"])):
+        differences = [
+            one["per_position_acceptance"][position] - other["per_position_acceptance"][position]
+            for one, other in pairs(ours, peer)
+        ]
+        result["positions"].append(with_interval(statistics.fmean(differences), differences))
+    return result
+
+
+def pairs(ours: list[dict], peer: list[dict]) -> list[tuple[dict, dict]]:
+    return list(zip(ours, peer, strict=True))
+
+
+def with_interval(mean: float, values: list[float]) -> dict[str, float | None]:
+    """A mean over seeds and its 95 % interval by Student's t, from values that scatter as it does; none of one seed."""
+    if len(values) < 2:
+        return {"mean": mean, "low": None, "high": None}
+    half = T_95.get(len(values) - 1, T_95[max(T_95)]) * statistics.stdev(values) / math.sqrt(len(values))
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def markdown(result: dict) -> str:
+    lines = [
+        "| | steps | training loop, s | whole run, s | step, ms | positions seen | acceptance length |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for implementation, name in NAMES.items():
+        run = result[implementation]
+        deviation = run["acceptance_length_deviation"]
+        scatter = "" if deviation is None else f" ± {deviation:.3f}"
+        lines.append(
+            f"| {name} | {run['steps']:.0f} | {run['loop_seconds']:.0f} | {run['seconds']:.0f} | {run['step_ms']:.0f} "
+            f"| {run['tokens']:,.0f} | {run['acceptance_length']:.3f}{scatter} |"
+        )
+    lines += [
+        "",
+        "| position | peagle_hf | speculators | difference, points | 95 % interval | |",
+        "|---|---|---|---|---|---|",
+    ]
+    rates = [result[implementation]["per_position_acceptance"] for implementation in NAMES]
+    for place, (ours, peer, difference) in enumerate(zip(*rates, result["positions"], strict=True), 1):
+        low, high = difference["low"], difference["high"]
+        interval = "" if low is None else f"{100 * low:+.2f} to {100 * high:+.2f}"
+        verdict = "" if low is None or low <= 0 <= high else "above" if low > 0 else "below"
+        lines.append(
+            f"| {place} | {ours:.2%} | {peer:.2%} | {100 * difference['mean']:+.2f} | {interval} | {verdict} |"
+        )
+    ratio = result.get("gain_ratio")
+    if ratio is None:
+        sentence = "speculators' drafters gain nothing, so there is no ratio"
+    else:
+        sentence = f"gain (acceptance length - 1) to speculators': {ratio['mean']:.2f}"
+        if ratio["low"] is not None:
+            sentence += f", 95 % interval over the seeds {ratio['low']:.2f} to {ratio['high']:.2f}"
+    seeds = ", ".join(map(str, result["seeds"]))
+    return "\n".join([*lines, "", f"Seeds {seeds}; ± is the standard deviation over them; {sentence}."])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -274,6 +410,14 @@ def main() -> None:
     one.add_argument("--threads", type=int, default=2)
     one.add_argument("--workers", type=int, default=0, help="loader processes")
     one.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    served = commands.add_parser("evaluate", help="serve the drafters in vLLM that haven't been served yet")
+    served.add_argument("output", type=Path)
+    served.add_argument("--verifier", required=True)
+    served.add_argument("--prompts", type=Path, default=PROMPTS)
+    served.add_argument("--max-prompts", type=int)
+    served.add_argument("--max-tokens", type=int, default=128)
+    table = commands.add_parser("table", help="compare what was measured")
+    table.add_argument("output", type=Path)
     child = commands.add_parser("child")
     child.add_argument("implementation")
     child.add_argument("job", type=json.loads)
@@ -288,6 +432,10 @@ def main() -> None:
     elif options.command == "train":
         options.flags = flags
         train(options)
+    elif options.command == "evaluate":
+        evaluate(options)
+    else:
+        print_table(options)
 
 
 if __name__ == "__main__":
