@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_MM, _ADDMM = torch.ops.aten.mm.default, torch.ops.aten.addmm.default
+_MM, _ADDMM, _LINEAR = (getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "linear"))
 
 
 def fast_products(device: torch.device) -> AbstractContextManager[Any]:
@@ -24,16 +24,20 @@ class _OneDnnProducts(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         if not types and not kwargs:
             if func is _MM and _is_suited(*args):
-                return _product(args[0], args[1], None)
+                return _linear(args[0], args[1].T)
             if func is _ADDMM and args[0].dim() == 1 and _is_suited(*args):
-                return _product(args[1], args[2], args[0])
+                return _linear(args[1], args[2].T, args[0])
+            if func is _LINEAR and _is_suited(*args):  # whole in inference mode
+                return _linear(*args)
         return func(*args, **(kwargs or {}))
 
 
-def _is_suited(*tensors: Tensor) -> bool:
-    return all(tensor.dtype == torch.float32 and tensor.is_cpu and tensor.numel() for tensor in tensors)
+def _is_suited(*tensors: Tensor | None) -> bool:
+    return all(
+        tensor is None or (tensor.dtype == torch.float32 and tensor.is_cpu and tensor.numel()) for tensor in tensors
+    )
 
 
-def _product(left_MK: Tensor, right_KN: Tensor, bias_N: Tensor | None) -> Tensor:
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(left_MK, right_KN.T, bias_N, "none", [], "")
+def _linear(states: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(states, weight_NK, bias_N, "none", [], "")
     return product

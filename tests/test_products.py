@@ -48,3 +48,8 @@ def test_the_forward_and_the_backward_pass_both_use_the_operator() -> None:
         F.linear(states, weight).sum().backward()
     assert calls.count(torch.ops.mkldnn._linear_pointwise.default) == 3
     assert torch.ops.aten.mm.default not in calls
+    calls.clear()
+    with torch.inference_mode(), Spy(), fast_products(CPU):
+        nn.Linear(16, 4)(torch.randn(2, 8, 16))
+    assert torch.ops.mkldnn._linear_pointwise.default in calls
+    assert torch.ops.aten.linear.default not in calls
