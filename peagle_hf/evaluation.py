@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from . import __version__
-from .bootstrap import CONFIDENCE, RESAMPLES, interval, is_difference, resample
+from .bootstrap import CONFIDENCE, MIN_PROMPTS, RESAMPLES, interval, is_difference, resample
 from .client import DRAFT_COUNTERS, Client, Run, measure
 from .data.cache import place
 from .data.chats import is_local_file
@@ -171,9 +171,9 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
     - `acceptance_length`: tokens per forward pass of the verifier, 1 + accepted tokens / drafts; `acceptance_rate`:
       accepted / drafted tokens; `per_position_acceptance`: accepted at position k / drafts; and the counts behind them.
     - `tokens_per_second`, `tokens_per_second_without`, `speed_up`: generated tokens over wall time, warmed up, the
-      median of the rounds. `is_speed_up_or_down`: whether that is a difference; null in a single round.
-    - `intervals` of all these, [low, high]: see `bootstrap`. Those of speeds hold the intervals of all rounds. One
-      prompt has none, and acceptance has none where a server doesn't count by request.
+      median of the rounds. `is_speed_up_or_down`: whether that is a difference; null after one round.
+    - `intervals` of all these, [low, high]: see `bootstrap`. Those of speeds hold the intervals of all rounds. Fewer
+      than six prompts have none, and acceptance has none where a server doesn't count by request.
     - `by_category`: the same for each kind of prompt; a prompt's share in the wall time is that in the time that all
       prompts together were being answered.
     - `by_concurrency`: acceptance and speed at each number of chats at a time, and `latency_seconds`,
@@ -299,7 +299,7 @@ def _figures(
     once = np.ones((1, len(indices)), np.int64)
     measured = [_statistics(run, baseline, indices, once) for run, baseline in pairs]
     intervals = {}
-    if len(indices) > 1:
+    if len(indices) >= MIN_PROMPTS:
         resamples = resample(len(indices), seed)
         spread = [_statistics(run, baseline, indices, resamples) for run, baseline in pairs]
         intervals = {name: interval(values) for name, values in spread[0].items()}
@@ -358,7 +358,7 @@ def _difference(trial: Trial, other: Trial, prompts: list[Prompt], seed: int) ->
         def difference(weights_BP: NDArray[np.int64]) -> NDArray[np.float64]:
             return _rates(weights_BP @ one)["acceptance_length"] - _rates(weights_BP @ reference)["acceptance_length"]
 
-        spread = interval(difference(resample(len(indices), seed))) if len(indices) > 1 else None
+        spread = interval(difference(resample(len(indices), seed))) if len(indices) >= MIN_PROMPTS else None
         value = difference(np.ones((1, len(indices)), np.int64)).item()
         return {"value": value, "interval": spread, "is_difference": is_difference(spread, 0)}
 
@@ -371,7 +371,7 @@ def _difference(trial: Trial, other: Trial, prompts: list[Prompt], seed: int) ->
                 _speed(run, indices, weights_BP) / _speed(reference, indices, weights_BP) for run, reference in pairs
             ]
 
-        spread = _over_rounds(ratios(resample(len(indices), seed))) if len(indices) > 1 else None
+        spread = _over_rounds(ratios(resample(len(indices), seed))) if len(indices) >= MIN_PROMPTS else None
         value = float(np.median(ratios(np.ones((1, len(indices)), np.int64))))
         known = is_difference(spread, 1) if len(runs) > 1 else None
         return {"value": value, "interval": spread, "is_difference": known}

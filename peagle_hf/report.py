@@ -185,7 +185,7 @@ def _difference_rows(report: dict[str, Any]) -> list[list[str]]:
 
 def _verdict(row: dict[str, Any], same: float) -> str:
     if row["is_difference"] is None:
-        return "not known"
+        return "not known: too few prompts or rounds"
     if not row["is_difference"]:
         return "no difference"
     return "higher" if row["value"] > same else "lower"
@@ -237,7 +237,7 @@ def _speed_sentence(report: dict[str, Any]) -> str:
         f"{_figure(report, 'speed_up', '.2f')} times as fast."
     )
     if report["is_speed_up_or_down"] is None:
-        return sentence + " Whether that is a difference isn't known from one round or prompt; run more with --rounds."
+        return sentence + " Whether that is a difference isn't known: that takes six prompts and --rounds 2."
     if not report["is_speed_up_or_down"]:
         return sentence + " That is no difference."
     if speed < speed_without:
