@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
+MIN_PROMPTS = 6
+"""Fewer have no interval: of n pairs of equals all differ the same way by chance in 2 / 2^n, for 5 above 1 - 0.95."""
 
 
 def resample(num_prompts: int, seed: int) -> NDArray[np.int64]:

@@ -3,9 +3,9 @@
 import re
 import secrets
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -239,7 +239,6 @@ def measure(
     """Ask all prompts, so many chats at a time; nothing comes from the server's prefix cache.
 
     Args:
-        prompts: those of a category together.
         answers: of each prompt by turn, for later turns to follow; default: the server's own.
         by_category: end the chats of a category before the next begins, and read the server's counters in between.
 
@@ -272,9 +271,10 @@ def measure(
     client.since(before, len(warmed_up.token_ids))
     chats: list[list[Answer]] = [[] for _ in prompts]
     counters, seconds = {}, 0.0
-    groups = groupby(range(len(prompts)), key=lambda index: prompts[index].category if by_category else "")
-    for category, group in groups:
-        indices = list(group)
+    groups: dict[str, list[int]] = defaultdict(list)
+    for index, prompt in enumerate(prompts):
+        groups[prompt.category if by_category else ""].append(index)
+    for category, indices in groups.items():
         before, started = client.counters(), time.perf_counter()
         for index, result in concurrently(converse, indices, min(concurrency, len(indices))):
             if isinstance(result, BaseException):

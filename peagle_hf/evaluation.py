@@ -7,7 +7,7 @@ once for each drafter and number of tokens to draft.
 import logging
 import shlex
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from . import __version__
-from .bootstrap import CONFIDENCE, RESAMPLES, interval, is_difference, resample
+from .bootstrap import CONFIDENCE, MIN_PROMPTS, RESAMPLES, interval, is_difference, resample
 from .client import DRAFT_COUNTERS, Client, Run, measure
 from .data.cache import place
 from .data.chats import is_local_file
@@ -35,6 +35,9 @@ logger = logging.getLogger(__name__)
 
 MAX_MODEL_LEN = 4096
 """Longest prompt and answer together, in tokens, unless the verifier is shorter or the user says otherwise."""
+
+
+SPEEDS = ("tokens_per_second", "tokens_per_second_without", "speed_up")
 
 
 @dataclass
@@ -93,6 +96,13 @@ class EvaluateArguments:
             "report's own figures are those of the last."
         },
     )
+    rounds: int = field(
+        default=1,
+        metadata={
+            "help": "How often all is run, in processes of its own each time, without and with the drafters by turns. "
+            "Only from 2 rounds on can speeds be called different: the machine's load varies too."
+        },
+    )
     endpoint: str | None = field(
         default=None,
         metadata={
@@ -116,6 +126,8 @@ class EvaluateArguments:
             raise PeagleError("--model and --compare name a drafter twice. Name each once.")
         if not self.concurrency:
             raise PeagleError("--concurrency takes numbers from 1, each once.")
+        if self.rounds < 1:
+            raise PeagleError("--rounds takes a number from 1.")
         if self.endpoint is None and self.baseline_endpoint:
             raise PeagleError("--baseline-endpoint is for servers. Name the one with the drafter with --endpoint.")
         if self.endpoint and (self.num_speculative_tokens or self.max_model_len or self.compare):
@@ -139,11 +151,15 @@ class EvaluateArguments:
 
 @dataclass(frozen=True)
 class Trial:
-    """A drafter that drafts so many tokens at a time, and what came of it at each number of chats at a time."""
+    """A drafter that drafts so many tokens at a time, and what came of it.
+
+    Args:
+        runs: for each number of chats at a time, by round.
+    """
 
     drafter: str
     num_speculative_tokens: int
-    runs: list[Run]
+    runs: list[list[Run]]
 
 
 def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
@@ -154,9 +170,10 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
 
     - `acceptance_length`: tokens per forward pass of the verifier, 1 + accepted tokens / drafts; `acceptance_rate`:
       accepted / drafted tokens; `per_position_acceptance`: accepted at position k / drafts; and the counts behind them.
-    - `tokens_per_second`, `tokens_per_second_without`, `speed_up`: generated tokens over wall time, warmed up.
-    - `intervals` of all these, [low, high]: see `bootstrap`. One prompt has none, and acceptance has none where a
-      server doesn't count by request.
+    - `tokens_per_second`, `tokens_per_second_without`, `speed_up`: generated tokens over wall time, warmed up, the
+      median of the rounds. `is_speed_up_or_down`: whether that is a difference; null after one round.
+    - `intervals` of all these, [low, high]: see `bootstrap`. Those of speeds hold the intervals of all rounds. Fewer
+      than six prompts have none, and acceptance has none where a server doesn't count by request.
     - `by_category`: the same for each kind of prompt; a prompt's share in the wall time is that in the time that all
       prompts together were being answered.
     - `by_concurrency`: acceptance and speed at each number of chats at a time, and `latency_seconds`,
@@ -179,7 +196,7 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
     prompts = _load_prompts(arguments)
     output = Path(arguments.output)
     output.mkdir(parents=True, exist_ok=True)
-    without: list[Run] | None
+    without: list[list[Run]] | None
     if arguments.endpoint is None:
         without, trials, about = _run_here(arguments, verifier, drafting, prompts)
     else:
@@ -200,6 +217,7 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
         "max_tokens": arguments.max_tokens,
         "temperature": arguments.temperature,
         "seed": arguments.seed if arguments.endpoint is None else None,
+        "rounds": arguments.rounds,
         "bootstrap": {"confidence": CONFIDENCE, "resamples": RESAMPLES, "seed": arguments.seed},
         "concurrency": arguments.concurrency[-1],
         "command": arguments.command(),
@@ -262,46 +280,70 @@ def _statistics(
     return statistics
 
 
-def _figures(run: Run, without: Run | None, prompts: list[Prompt], category: str | None, seed: int) -> dict[str, Any]:
-    """What was measured of a category, or of all prompts, with intervals."""
-    indices = _indices(prompts, category)
-    if run.drafting is not None:
-        counters = [run.drafting[index] for index in indices]
+def _figures(
+    runs: list[Run], without: list[Run] | None, prompts: list[Prompt], category: str | None, seed: int
+) -> dict[str, Any]:
+    """What was measured of a category, or of all prompts, with intervals.
+
+    Args:
+        runs: by round; acceptance is that of the first.
+        without: the same without a drafter.
+    """
+    indices, first = _indices(prompts, category), runs[0]
+    if first.drafting is not None:
+        counters = [first.drafting[index] for index in indices]
     else:
-        counters = [counted for name, counted in (run.counters or {}).items() if category in (None, name)]
-    measured = _statistics(run, without, indices, np.ones((1, len(indices)), np.int64))
-    spread = _statistics(run, without, indices, resample(len(indices), seed)) if len(indices) > 1 else {}
-    speeds = ("tokens_per_second", "tokens_per_second_without", "speed_up")
+        counters = [counted for name, counted in (first.counters or {}).items() if category in (None, name)]
+    pairs: list[tuple[Run, Run | None]]
+    pairs = list(zip(runs, without, strict=True)) if without else [(run, None) for run in runs]
+    once = np.ones((1, len(indices)), np.int64)
+    measured = [_statistics(run, baseline, indices, once) for run, baseline in pairs]
+    intervals = {}
+    if len(indices) >= MIN_PROMPTS:
+        resamples = resample(len(indices), seed)
+        spread = [_statistics(run, baseline, indices, resamples) for run, baseline in pairs]
+        intervals = {name: interval(values) for name, values in spread[0].items()}
+        intervals |= {name: _over_rounds([each[name] for each in spread]) for name in SPEEDS if name in intervals}
     return {
         "num_prompts": len(indices),
         **summarize(counters),
-        **{name: measured[name].item() if name in measured else None for name in speeds},
-        "intervals": {name: interval(values) for name, values in spread.items()},
+        **{
+            name: float(np.median([each[name] for each in measured])) if name in measured[0] else None
+            for name in SPEEDS
+        },
+        "is_speed_up_or_down": is_difference(intervals.get("speed_up"), 1) if len(runs) > 1 else None,
+        "intervals": intervals,
     }
 
 
+def _over_rounds(values: list[NDArray[np.float64]]) -> list[float]:
+    """The interval that holds those of all rounds."""
+    lows, highs = zip(*map(interval, values), strict=True)
+    return [min(lows), max(highs)]
+
+
 def _entry(
-    trial: Trial, without: list[Run] | None, prompts: list[Prompt], arguments: EvaluateArguments
+    trial: Trial, without: list[list[Run]] | None, prompts: list[Prompt], arguments: EvaluateArguments
 ) -> dict[str, Any]:
     """What the report says of a trial."""
-    pairs: list[tuple[Run, Run | None]]
-    pairs = list(zip(trial.runs, without, strict=True)) if without else [(run, None) for run in trial.runs]
+    pairs: list[tuple[list[Run], list[Run] | None]]
+    pairs = list(zip(trial.runs, without, strict=True)) if without else [(runs, None) for runs in trial.runs]
     last, baseline = pairs[-1]
-    categories = dict.fromkeys(prompt.category for prompt in prompts)
+    categories = sorted({prompt.category for prompt in prompts})
     return {
         "drafter": trial.drafter,
         "num_speculative_tokens": trial.num_speculative_tokens,
         **_figures(last, baseline, prompts, None, arguments.seed),
-        **_compare(prompts, baseline, last, greedy=arguments.temperature == 0),
+        **_compare(prompts, baseline[0] if baseline else None, last[0], greedy=arguments.temperature == 0),
         "by_category": {name: _figures(last, baseline, prompts, name, arguments.seed) for name in categories},
         "by_concurrency": [
             {
-                "concurrency": run.concurrency,
-                **_figures(run, other, prompts, None, arguments.seed),
-                "latency_seconds": run.latency(),
-                "latency_seconds_without": other and other.latency(),
+                "concurrency": runs[0].concurrency,
+                **_figures(runs, others, prompts, None, arguments.seed),
+                "latency_seconds": runs[0].latency(),
+                "latency_seconds_without": others and others[0].latency(),
             }
-            for run, other in pairs
+            for runs, others in pairs
         ],
     }
 
@@ -309,35 +351,40 @@ def _entry(
 def _difference(trial: Trial, other: Trial, prompts: list[Prompt], seed: int) -> dict[str, Any]:
     """How much more a trial accepts than another, and how many times as fast it is, by the same resamples."""
 
-    def estimate(statistic: Callable[[NDArray[np.int64]], NDArray[np.float64]], number: int, same: float) -> dict:
-        spread = interval(statistic(resample(number, seed))) if number > 1 else None
-        value = statistic(np.ones((1, number), np.int64)).item()
-        return {"value": value, "interval": spread, "is_difference": is_difference(spread, same)}
-
-    def acceptance_length(category: str | None) -> dict:
+    def acceptance_length(category: str | None) -> dict[str, Any]:
         indices = _indices(prompts, category)
-        one, reference = (np.array(each.runs[-1].drafting)[indices] for each in (trial, other))
+        one, reference = (np.array(each.runs[-1][0].drafting)[indices] for each in (trial, other))
 
-        def difference(weights: NDArray[np.int64]) -> NDArray[np.float64]:
-            return _rates(weights @ one)["acceptance_length"] - _rates(weights @ reference)["acceptance_length"]
+        def difference(weights_BP: NDArray[np.int64]) -> NDArray[np.float64]:
+            return _rates(weights_BP @ one)["acceptance_length"] - _rates(weights_BP @ reference)["acceptance_length"]
 
-        return estimate(difference, len(indices), same=0)
+        spread = interval(difference(resample(len(indices), seed))) if len(indices) >= MIN_PROMPTS else None
+        value = difference(np.ones((1, len(indices)), np.int64)).item()
+        return {"value": value, "interval": spread, "is_difference": is_difference(spread, 0)}
 
-    def speed_ratio(run: Run, reference: Run) -> dict:
+    def speed_ratio(runs: list[Run], references: list[Run]) -> dict[str, Any]:
         indices = _indices(prompts, None)
-        return estimate(
-            lambda weights: _speed(run, indices, weights) / _speed(reference, indices, weights), len(indices), same=1
-        )
+
+        def ratios(weights_BP: NDArray[np.int64]) -> list[NDArray[np.float64]]:
+            pairs = zip(runs, references, strict=True)
+            return [
+                _speed(run, indices, weights_BP) / _speed(reference, indices, weights_BP) for run, reference in pairs
+            ]
+
+        spread = _over_rounds(ratios(resample(len(indices), seed))) if len(indices) >= MIN_PROMPTS else None
+        value = float(np.median(ratios(np.ones((1, len(indices)), np.int64))))
+        known = is_difference(spread, 1) if len(runs) > 1 else None
+        return {"value": value, "interval": spread, "is_difference": known}
 
     return {
         "from": {"drafter": other.drafter, "num_speculative_tokens": other.num_speculative_tokens},
         "acceptance_length": acceptance_length(None),
         "by_category": {
-            category: acceptance_length(category) for category in dict.fromkeys(prompt.category for prompt in prompts)
+            category: acceptance_length(category) for category in sorted({prompt.category for prompt in prompts})
         },
         "by_concurrency": [
-            {"concurrency": run.concurrency, "tokens_per_second_ratio": speed_ratio(run, reference)}
-            for run, reference in zip(trial.runs, other.runs, strict=True)
+            {"concurrency": runs[0].concurrency, "tokens_per_second_ratio": speed_ratio(runs, references)}
+            for runs, references in zip(trial.runs, other.runs, strict=True)
         ],
     }
 
@@ -367,7 +414,10 @@ def _compare(prompts: list[Prompt], without: Run | None, drafted: Run, greedy: b
 
 
 def _load_prompts(arguments: EvaluateArguments) -> list[Prompt]:
-    """The prompts of all suites, those of a category together; where there are several suites, named after theirs."""
+    """The prompts of all suites, one of each category in turn, so that no category has a time of its own.
+
+    Where there are several suites, prompts and categories are named after theirs.
+    """
     names = [Path(suite).stem if is_local_file(suite) else suite for suite in arguments.suite]
     if len(set(names)) < len(names):
         raise PeagleError(f"Two suites go by one name: {', '.join(arguments.suite)}. Rename a file.")
@@ -384,8 +434,7 @@ def _load_prompts(arguments: EvaluateArguments) -> list[Prompt]:
             category = prefix + prompt.category
             by_category[category].append(replace(prompt, id=prefix + prompt.id, category=category))
     in_turn = chain.from_iterable(zip_longest(*by_category.values()))
-    taken = [prompt for prompt in in_turn if prompt is not None][: arguments.max_prompts]
-    return sorted(taken, key=lambda prompt: prompt.category)
+    return [prompt for prompt in in_turn if prompt is not None][: arguments.max_prompts]
 
 
 @dataclass(frozen=True)
@@ -410,7 +459,7 @@ def _drafting(arguments: EvaluateArguments, verifier: str) -> list[Drafting]:
 
 def _run_on_servers(
     arguments: EvaluateArguments, verifier: str, drafting: list[Drafting], prompts: list[Prompt]
-) -> tuple[list[Run] | None, list[Trial], dict[str, Any]]:
+) -> tuple[list[list[Run]] | None, list[Trial], dict[str, Any]]:
     """Measure servers that run already, at each number of chats at a time first that without the drafter."""
     assert arguments.endpoint is not None
     client = Client(arguments.endpoint)
@@ -443,8 +492,10 @@ def _run_on_servers(
             "Start it with peagle-hf serve, or with --per-request-spec-decode-metrics summary.",
             client.url,
         )
-    drafted, without = [], []
-    with tqdm(total=len(arguments.concurrency) * len(prompts) * (2 if baseline else 1), unit="prompt") as progress:
+    drafted: list[list[Run]] = [[] for _ in arguments.concurrency]
+    without: list[list[Run]] = [[] for _ in arguments.concurrency]
+    number = arguments.rounds * len(arguments.concurrency) * len(prompts) * (2 if baseline else 1)
+    with tqdm(total=number, unit="prompt") as progress:
 
         def ask(server: Client, given: list[list[str]] | None, concurrency: int) -> Run:
             return measure(
@@ -458,16 +509,20 @@ def _run_on_servers(
                 by_category,
             )
 
-        for concurrency in arguments.concurrency:
-            if baseline:
-                without.append(ask(baseline, None, concurrency))
-            drafted.append(ask(client, without[-1].texts if without else None, concurrency))
-    return without or None, [Trial(arguments.model, len(counters) - len(DRAFT_COUNTERS), drafted)], about
+        for _ in range(arguments.rounds):
+            for index, concurrency in enumerate(arguments.concurrency):
+                given = None
+                if baseline:
+                    without[index].append(ask(baseline, None, concurrency))
+                    given = without[index][-1].texts
+                drafted[index].append(ask(client, given, concurrency))
+    trial = Trial(arguments.model, len(counters) - len(DRAFT_COUNTERS), drafted)
+    return without if baseline else None, [trial], about
 
 
 def _run_here(
     arguments: EvaluateArguments, verifier: str, drafting: list[Drafting], prompts: list[Prompt]
-) -> tuple[list[Run], list[Trial], dict[str, Any]]:
+) -> tuple[list[list[Run]], list[Trial], dict[str, Any]]:
     """Run vLLM in processes of its own, first without a drafter."""
     environment, output = vllm_environment(), Path(arguments.output)
     job = Job(
@@ -477,16 +532,28 @@ def _run_here(
         arguments.max_tokens,
         arguments.temperature,
     )
-    without, about = run_vllm(job, environment, output / "vllm_without_drafter.log", "without the drafter")
-    trials = []
-    for number, tried in enumerate(drafting):
-        suffix = f"_{number + 1}" if len(drafting) > 1 else ""
-        drafts = replace(
-            job, engine=job.engine | {"speculative_config": tried.config}, answers=[run.texts for run in without]
-        )
-        runs, about = run_vllm(drafts, environment, output / f"vllm_with_drafter{suffix}.log", "with the drafter")
-        trials.append(Trial(tried.drafter, tried.config["num_speculative_tokens"], runs))
+    without: list[list[Run]] = [[] for _ in job.concurrency]
+    trials = [
+        Trial(tried.drafter, tried.config["num_speculative_tokens"], [[] for _ in job.concurrency])
+        for tried in drafting
+    ]
+    for _ in range(arguments.rounds):
+        baseline, about = run_vllm(job, environment, output / "vllm_without_drafter.log", "without the drafter")
+        _append(without, baseline)
+        for number, (tried, trial) in enumerate(zip(drafting, trials, strict=True), start=1):
+            drafts = replace(
+                job, engine=job.engine | {"speculative_config": tried.config}, answers=[run.texts for run in baseline]
+            )
+            log = "vllm_with_drafter.log" if len(drafting) == 1 else f"vllm_with_drafter_{number}.log"
+            runs, about = run_vllm(drafts, environment, output / log, "with the drafter")
+            _append(trial.runs, runs)
     return without, trials, about
+
+
+def _append(rounds: list[list[Run]], runs: list[Run]) -> None:
+    """Add a round to the runs at each number of chats at a time."""
+    for so_far, run in zip(rounds, runs, strict=True):
+        so_far.append(run)
 
 
 def _engine_arguments(arguments: EvaluateArguments, verifier: str) -> dict[str, Any]:

@@ -8,8 +8,6 @@ from html import escape
 from io import BytesIO
 from typing import Any
 
-from .bootstrap import is_difference
-
 _GREY = "#9aa5b1"
 _COLOURS = ("#3b6ea8", "#e0a33e", "#5a9a68", "#c06c84", "#7a6bb0", "#5fb0b7")
 _STYLE = """
@@ -89,8 +87,7 @@ def _figure(entry: dict[str, Any], name: str, form: str) -> str:
 
 
 def _speed_up(entry: dict[str, Any]) -> str:
-    none = is_difference(entry["intervals"].get("speed_up"), 1) is False
-    return _figure(entry, "speed_up", ".2f") + (", no difference" if none else "")
+    return _figure(entry, "speed_up", ".2f") + (", no difference" if entry["is_speed_up_or_down"] is False else "")
 
 
 def _tables(report: dict[str, Any]) -> list[Table]:
@@ -188,7 +185,7 @@ def _difference_rows(report: dict[str, Any]) -> list[list[str]]:
 
 def _verdict(row: dict[str, Any], same: float) -> str:
     if row["is_difference"] is None:
-        return "not known: one prompt"
+        return "not known: too few prompts or rounds"
     if not row["is_difference"]:
         return "no difference"
     return "higher" if row["value"] > same else "lower"
@@ -207,7 +204,12 @@ def _measured_rows(report: dict[str, Any]) -> list[list[str]]:
         [
             "Intervals",
             f"{bootstrap['confidence']:.0%}, bootstrap over prompts, {bootstrap['resamples']} resamples, seed "
-            f"{bootstrap['seed']}: for other prompts like these, not for a machine under another load",
+            f"{bootstrap['seed']}, for other prompts like these; those of speeds hold the intervals of all rounds",
+        ],
+        [
+            "Rounds",
+            str(report["rounds"])
+            + (": how much speeds differ from one to the next isn't known" if report["rounds"] == 1 else ""),
         ],
     ]
 
@@ -234,7 +236,9 @@ def _speed_sentence(report: dict[str, Any]) -> str:
         f"Speed: {speed:.1f} tokens/s with the drafter, {speed_without:.1f} without: "
         f"{_figure(report, 'speed_up', '.2f')} times as fast."
     )
-    if is_difference(report["intervals"].get("speed_up"), 1) is False:
+    if report["is_speed_up_or_down"] is None:
+        return sentence + " Whether that is a difference isn't known: that takes six prompts and --rounds 2."
+    if not report["is_speed_up_or_down"]:
         return sentence + " That is no difference."
     if speed < speed_without:
         sentence += (

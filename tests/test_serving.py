@@ -17,8 +17,8 @@ from peagle_hf.model_card import model_card, read_evaluation
 from peagle_hf.serving import check_checkpoint
 
 ROWS = [
-    {"question_id": 1, "category": "short", "turns": ["a b c"]},
     {"question_id": 2, "category": "long", "turns": ["a b c d e f g", "a b c"]},
+    {"question_id": 1, "category": "short", "turns": ["a b c"]},
     {"question_id": 3, "category": "short", "turns": ["a b c"]},
 ]
 # One token, then of drafts 1, 2 and 3 tokens by turns: 4 tokens take two drafts, of which one accepts a token;
@@ -91,7 +91,7 @@ def test_a_bad_checkpoint_or_another_verifier_is_found_before_vllm_starts(drafte
 
 def test_servers_give_the_report_that_vllm_in_process_gives(arguments, server, baseline, drafter, caplog):
     caplog.set_level("INFO", logger="peagle_hf")
-    report = evaluate(arguments(baseline_endpoint=baseline.url, concurrency=[1, 3]))
+    report = evaluate(arguments(baseline_endpoint=baseline.url, concurrency=[1, 3], rounds=2))
     categories = report["by_category"]
     assert [(name, row["num_prompts"]) for name, row in categories.items()] == [("long", 1), ("short", 2)]
     assert categories["short"]["per_position_acceptance"] == [0.5, 0, 0]
@@ -118,8 +118,8 @@ def test_servers_give_the_report_that_vllm_in_process_gives(arguments, server, b
     assert (output / "evaluation.png").read_bytes().startswith(b"\x89PNG")
     assert "without" in caplog.text
     assert "To first token, s" in caplog.text
-    assert report["intervals"].keys() >= {"acceptance_length", "tokens_per_second", "speed_up"}
     assert report["others"] == []
+    assert len(server.requests) == 1 + 2 * 2 * (1 + 4)  # and a request to warm up each time
     card = model_card(
         check_checkpoint(drafter), "my-lab/d", None, None, read_evaluation(output / "evaluation.json", drafter)
     ).text
@@ -151,9 +151,14 @@ def test_without_a_baseline_nothing_is_compared(arguments, drafter, caplog):
     assert "a second without" not in card
 
 
-def test_a_server_that_only_counts_as_a_whole_gives_no_intervals_of_acceptance(arguments, server, baseline, caplog):
+def test_a_server_that_only_counts_as_a_whole_gives_no_intervals_of_acceptance(
+    arguments, server, baseline, prompts, caplog
+):
     """Its figures are those of a server that counts by request; the categories are run one by one."""
-    by_request = evaluate(arguments(baseline_endpoint=baseline.url))
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in ROWS * 2))
+    by_request = evaluate(arguments(baseline_endpoint=baseline.url, rounds=2))
+    assert set(by_request["intervals"]) > {"acceptance_length", "per_position_acceptance", "speed_up"}
+    assert by_request["is_speed_up_or_down"] in (True, False)
     server.by_request = False
     report = evaluate(arguments(baseline_endpoint=baseline.url))
     assert "--per-request-spec-decode-metrics summary" in caplog.text
