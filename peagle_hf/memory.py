@@ -14,10 +14,11 @@ from .configuration_peagle import PeagleConfig
 from .errors import PeagleError
 from .losses import CHUNK_ELEMENTS
 from .modeling_peagle import RECOMPUTED_ROWS
+from .optimizer import MUON
 
 GIB = 1 << 30
 FLOAT, HALF = 4, 2
-STATE_BYTES = {"8bit": 2, "4bit": 1, "adamw": 2 * FLOAT, "adam": 2 * FLOAT, "lion": FLOAT, "muon": FLOAT}
+STATE_BYTES = {"8bit": 2, "4bit": 1, "adamw": 2 * FLOAT, "adam": 2 * FLOAT, "lion": FLOAT}
 """Bytes of optimizer state a trained weight by what the optimizer's name contains (first match); others have none."""
 
 
@@ -28,7 +29,7 @@ class MemoryPlan:
     Args:
         positions: L of a device's batch.
         learnt_share: of the positions.
-        optimizer: the Trainer's `optim`.
+        optimizer: as `optim` of the arguments.
         checkpointing: "none", "keep_attention" or "whole".
         partitions: parts that a batch is cut into.
         accumulates: gradients of earlier micro-batches are there during the forward pass.
@@ -100,13 +101,16 @@ def estimate(plan: MemoryPlan) -> MemoryEstimate:
     frozen = (
         embedding * (not config.embed_requires_grad) + head * (2 if plan.train_head else 1) - head * plan.train_head
     )
-    state_bytes = next((size for name, size in STATE_BYTES.items() if name in plan.optimizer), 0)
+    if plan.optimizer == MUON:
+        states = weights * FLOAT + (trained - weights) * 2 * FLOAT
+    else:
+        states = trained * next((size for name, size in STATE_BYTES.items() if name in plan.optimizer), 0)
     rows = plan.rows_at_once
     chunk_rows = min(rows, CHUNK_ELEMENTS["cuda"] // config.draft_vocab_size)
     return MemoryEstimate(
         weights=trained * FLOAT,
         gradients=trained * FLOAT,
-        optimizer=trained * state_bytes,
+        optimizer=states,
         frozen=frozen * HALF,
         inputs=plan.positions * size * (config.num_aux_hidden_states + 3) * HALF,
         # The logits, their gradient, and the verifier's logits of the same targets.

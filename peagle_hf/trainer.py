@@ -62,6 +62,7 @@ from .memory import keep_freed_memory, report, rows_that_fit
 from .metrics import COUNTERS, count_drafts, summarize
 from .model_card import RECORD, model_card, read_record
 from .modeling_peagle import PeagleForSpeculation, PeagleLayer
+from .optimizer import MUON, MuonWithAdamW
 from .pace import Pace
 from .products import fast_products
 from .target import hub_verifier
@@ -279,6 +280,18 @@ class PeagleTrainer(Trainer):
                 raise failure or EndpointError("another process was given none")
             return super().get_batch_samples(iter(batches), num_batches, device)
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None and self.optimizer_cls_and_kwargs is None and self.args.optim == MUON:
+            args = self.args
+            self.optimizer = MuonWithAdamW(
+                (self.model if model is None else model).named_parameters(),
+                lr=args.learning_rate,
+                weight_decay=args.weight_decay,
+                betas=(args.adam_beta1, args.adam_beta2),
+                eps=args.adam_epsilon,
+            )
+        return super().create_optimizer(model)
+
     def training_step(  # type: ignore[no-untyped-def]
         self, model, inputs, num_items_in_batch=None
     ):
@@ -469,7 +482,8 @@ class PeagleTrainer(Trainer):
         origin = json.loads(prepared.read_text()) if hasattr(dataset, "data_path") and prepared.exists() else {}
         measured = [entry for entry in self.state.log_history if entry["step"] == self.state.global_step]
         schedule = f"{SchedulerType(args.lr_scheduler_type).value} from {args.learning_rate:g}"
-        optimizer = f"{OptimizerNames(args.optim).value}, {schedule}"
+        name = "Muon and AdamW" if args.optim == MUON else OptimizerNames(args.optim).value
+        optimizer = f"{name}, {schedule}"
         on_gpu = args.device.type == "cuda"
         return {
             "data": {name: origin[name] for name in ("data", "counts") if name in origin} or None,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from transformers import SchedulerType, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
@@ -16,6 +17,7 @@ from .data.endpoint import DEFAULT_URL, MAX_RETRIES, REQUEST_TIMEOUT
 from .errors import PeagleError
 from .losses import parse_loss
 from .memory import GIB, MemoryPlan, device_memory
+from .optimizer import MUON
 from .target import hub_verifier
 
 GENERATE_WORKERS = min(4, os.cpu_count() or 1)
@@ -178,6 +180,13 @@ class PeagleTrainingArguments(TrainingArguments):
 
     num_train_epochs: float = field(default=5.0, metadata={"help": "Epochs to train.", "aliases": ["--epochs"]})
     learning_rate: float = field(default=6e-4, metadata={"help": "Peak learning rate.", "aliases": ["--lr"]})
+    optim: str | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "muon (for the drafter's matrices, with AdamW for the rest), or any of the Trainer's own. Default: "
+            "muon; adamw_torch_fused with lora_r and under DeepSpeed."
+        },
+    )
     lr_scheduler_type: SchedulerType | str = field(
         default="cosine",
         metadata={
@@ -236,13 +245,27 @@ class PeagleTrainingArguments(TrainingArguments):
             self.eval_strategy = "no"
         # Every process builds the same drafter: accelerate's loading from the first one knows no buffers, such as d2t.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-        super().__post_init__()
+        self._post_init_with_muon()
         if self.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
             # These follow the same metric, and would take it that lower is better.
             given: Any = self.lr_scheduler_kwargs or {}
             self.lr_scheduler_kwargs = {"mode": "max" if self.greater_is_better else "min", **given}
         for tracker in self.report_to or []:
             check_tracker(tracker)
+
+    def _post_init_with_muon(self) -> None:
+        """The Trainer's own checks, which don't know this name."""
+        uses_deepspeed = bool(self.deepspeed) or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+        if self.optim is None:
+            self.optim = "adamw_torch_fused" if uses_deepspeed or self.lora_r is not None else MUON
+        is_muon = self.optim == MUON
+        if is_muon and uses_deepspeed:
+            raise PeagleError("DeepSpeed cuts up the matrices that Muon needs whole. Take --optim adamw_torch_fused.")
+        if is_muon:
+            self.optim = "adamw_torch_fused"
+        super().__post_init__()
+        if is_muon:
+            self.optim = MUON
 
     def memory_plan(self, config: PeagleConfig) -> MemoryPlan:
         """What the arguments mean for memory; for a CPU, or without mixed precision, it is an estimate from below."""

@@ -107,6 +107,7 @@ def test_bad_numbers_of_partitions_are_refused(train_flags, value):
 
 
 def test_partitioned_training_is_the_same_training(train_flags):
+    train_flags["optim"] = "adamw_torch_fused"
     whole = run(train_flags, max_steps=4)
     for changes in (
         {"sequence_partitions": "3"},

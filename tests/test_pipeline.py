@@ -95,7 +95,7 @@ def test_a_yaml_file_that_can_not_be_read_is_named(tmp_path, text, words):
 LAYERS = [
     {"errors"},
     {"bootstrap", "files"},
-    {"target", "cod", "fusion", "kernels", "metrics", "products", "report"},
+    {"target", "cod", "fusion", "kernels", "metrics", "optimizer", "products", "report"},
     {"configuration_peagle", "attention", "losses"},
     {"modeling_peagle"},
     {"adapters", "data.cache", "data.chats", "data.collator", "data.partition", "generation", "memory", "serving"},

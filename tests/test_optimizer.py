@@ -1,0 +1,84 @@
+"""Muon and AdamW as one optimizer: each does what it does alone, and together they can be saved and scheduled."""
+
+import copy
+
+import pytest
+import torch
+from test_modeling import make_config
+from torch import nn
+
+from peagle_hf import PeagleError, PeagleForSpeculation, PeagleTrainingArguments
+from peagle_hf.optimizer import MuonWithAdamW
+
+
+def make_drafter() -> PeagleForSpeculation:
+    torch.manual_seed(0)
+    return PeagleForSpeculation(make_config())
+
+
+def set_gradients(drafter: nn.Module, step: int) -> None:
+    generator = torch.Generator().manual_seed(step)
+    for parameter in drafter.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+def weights(drafter: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in drafter.named_parameters()}
+
+
+def test_matrices_take_muons_step_and_the_rest_adamws() -> None:
+    together, alone = make_drafter(), make_drafter()
+    optimizer = MuonWithAdamW(together.named_parameters(), lr=1e-2, weight_decay=0.1)
+    is_matrix = {
+        name: parameter.ndim == 2 and name not in ("embed_tokens.weight", "lm_head.weight")
+        for name, parameter in alone.named_parameters()
+    }
+    assert is_matrix["fc.weight"]
+    assert not is_matrix["norm.weight"]
+    named = dict(alone.named_parameters())
+    others = [
+        torch.optim.Muon(
+            [named[name] for name in named if is_matrix[name]],
+            lr=1e-2,
+            weight_decay=0.1,
+            adjust_lr_fn="match_rms_adamw",
+        ),
+        torch.optim.AdamW([named[name] for name in named if named[name].ndim != 2], lr=1e-2, weight_decay=0.0),
+        torch.optim.AdamW([named["embed_tokens.weight"], named["lm_head.weight"]], lr=1e-2, weight_decay=0.1),
+    ]
+    for step in range(3):
+        for drafter in (together, alone):
+            set_gradients(drafter, step)
+        optimizer.step()
+        for other in others:
+            other.step()
+    torch.testing.assert_close(weights(together), weights(alone))
+
+
+def test_it_goes_on_from_its_state_dict_with_the_scheduled_rate() -> None:
+    whole = make_drafter()
+    optimizer = MuonWithAdamW(whole.named_parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+    for step in range(2):
+        set_gradients(whole, step)
+        optimizer.step()
+        schedule.step()
+    assert {group["lr"] for group in optimizer.param_groups} == {2.5e-3}
+    resumed = copy.deepcopy(whole)
+    again = MuonWithAdamW(resumed.named_parameters(), lr=1e-2)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for drafter, each in ((whole, optimizer), (resumed, again)):
+        set_gradients(drafter, 2)
+        each.step()
+    assert all(torch.equal(one, weights(resumed)[name]) for name, one in weights(whole).items())
+    assert len(again.state) == len(list(resumed.parameters()))
+
+
+def test_the_arguments_name_it_and_deepspeed_cant_have_it(tmp_path, monkeypatch) -> None:
+    assert PeagleTrainingArguments(tmp_path).optim == "muon"
+    assert PeagleTrainingArguments(tmp_path, lora_r=4, from_pretrained="drafter").optim == "adamw_torch_fused"
+    assert PeagleTrainingArguments(tmp_path, optim="sgd").optim == "sgd"
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert PeagleTrainingArguments(tmp_path).optim == "adamw_torch_fused"
+    with pytest.raises(PeagleError, match="DeepSpeed cuts up the matrices"):
+        PeagleTrainingArguments(tmp_path, optim="muon")
