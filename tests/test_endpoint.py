@@ -222,7 +222,7 @@ def test_the_first_failure_ends_it_where_that_is_wanted(arguments, server, token
     failing(server, tokens, 3, "500")
     with pytest.raises(PeagleError, match="1 of 6 rows failed"):
         extract(replace(arguments, concurrency=1, fail_on_error=True))
-    assert len(server.asked) == 2, "the longest row, then row 3"
+    assert len(server.asked) in (2, 3), "the longest row, then row 3, and the thread may have begun another"
 
 
 def test_a_server_that_is_not_there_is_named(arguments):
