@@ -214,7 +214,7 @@ def test_a_server_that_dies_ends_it_and_when_it_is_back_nothing_is_lost(argument
     assert len(made) == 2
     assert_right(output, tokens, sorted(made))
     server.fault = lambda token_ids: None
-    assert extract(arguments).num_kept == 2
+    assert extract(arguments).num_kept in (2, 3), "that row may have come meanwhile"
     assert_right(output, tokens, list(range(6)))
 
 
