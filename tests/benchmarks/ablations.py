@@ -30,6 +30,7 @@ BASE = {
     "total_seq_len": 1024,
     "epochs": 1,
     "lr": 1e-3,
+    "optim": "adamw_torch_fused",
     "warmup_steps": 0.05,
     "train_data_ratio": 1.0,
     "save_strategy": "no",
@@ -78,41 +79,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "warm-up 20 %": {"warmup_steps": 0.2},
     "weight decay 0.1": {"weight_decay": 0.1},
     "beta2 0.95": {"adam_beta2": 0.95},
-    "Muon": {"optimizer": "muon"},
-    "Muon, lr 2e-3": {"optimizer": "muon", "lr": 2e-3},
+    "Muon": {"optim": "muon"},
+    "Muon, lr 2e-3": {"optim": "muon", "lr": 2e-3},
     "2 rows a step": {"gradient_accumulation_steps": 2},
     "window 128": {"sliding_window": 128},
     "64 anchors": {"max_anchors": 64},
     "128 anchors": {"max_anchors": 128},
 }
-
-
-def make_optimizer(parameters: list[Any], lr: float) -> Any:
-    """Muon for the matrices within the layers, AdamW for embeddings, norms and the shared state."""
-    import torch
-
-    class MuonAndAdamW(torch.optim.Optimizer):
-        def __init__(self, named: list[tuple[str, torch.nn.Parameter]]):
-            super().__init__([parameter for _, parameter in named], {"lr": lr})
-            is_matrix = {name: parameter.dim() == 2 and "embed" not in name for name, parameter in named}
-            self.parts = [
-                torch.optim.Muon(
-                    [parameter for name, parameter in named if is_matrix[name]],
-                    lr=lr,
-                    weight_decay=0.0,
-                    adjust_lr_fn="match_rms_adamw",
-                ),
-                torch.optim.AdamW(
-                    [parameter for name, parameter in named if not is_matrix[name]], lr=lr, weight_decay=0.0
-                ),
-            ]
-            self.param_groups = [group for part in self.parts for group in part.param_groups]
-
-        def step(self, closure: Any = None) -> None:
-            for part in self.parts:
-                part.step()
-
-    return MuonAndAdamW(parameters)
 
 
 def use_device(queue: Any) -> None:
@@ -131,17 +104,11 @@ def run_cell(verifier: str, train: str, held_out: str, name: str, seed: int) -> 
     torch._dynamo.config.recompile_limit = 64  # one process compiles for the sizes of many variants
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        choice = dict(VARIANTS[name])
-        optimizer = choice.pop("optimizer", None)
         fields = {"verifier_name_or_path": verifier, "data_path": train, "save_path": folder, "seed": seed}
-        args = parse_arguments(PeagleTrainingArguments, flags(fields | BASE | choice))
+        args = parse_arguments(PeagleTrainingArguments, flags(fields | BASE | VARIANTS[name]))
         drafter = build_drafter(args)
         dataset, _ = build_datasets(args)
-        optimizers: tuple[Any, Any] = (None, None)
-        if optimizer:
-            named = [(name, each) for name, each in drafter.named_parameters() if each.requires_grad]
-            optimizers = (make_optimizer(named, args.learning_rate), None)
-        trainer = PeagleTrainer(model=drafter, args=args, train_dataset=dataset, optimizers=optimizers)
+        trainer = PeagleTrainer(model=drafter, args=args, train_dataset=dataset)
         output = trainer.train()
     drafter.config.num_depths = DRAFTED
     dataset = HiddenStatesDataset(held_out, total_seq_len=BASE["total_seq_len"])
