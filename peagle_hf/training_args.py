@@ -10,6 +10,7 @@ from accelerate.utils import parse_flag_from_env
 from transformers import SchedulerType, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from transformers.training_args import OptimizerNames
 
 from .configuration_peagle import PeagleConfig
 from .data.dataset import learnt_share
@@ -258,6 +259,9 @@ class PeagleTrainingArguments(TrainingArguments):
         uses_deepspeed = bool(self.deepspeed) or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
         if self.optim is None:
             self.optim = "adamw_torch_fused" if uses_deepspeed or self.lora_r is not None else MUON
+        names = [MUON, *(name.value for name in OptimizerNames)]
+        if self.optim not in names:
+            raise PeagleError(f"optim is {self.optim!r}; it must be one of {', '.join(names)}.")
         is_muon = self.optim == MUON
         if is_muon and uses_deepspeed:
             raise PeagleError("DeepSpeed cuts up the matrices that Muon needs whole. Take --optim adamw_torch_fused.")
