@@ -51,6 +51,7 @@ _MODULE_OF = {
     "regenerate": "data.regenerate",
     "register_verifier": "target",
     "save_adapter": "adapters",
+    "start_linearly": "linear_start",
     "train": "training",
 }
 
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
     from .evaluation import EvaluateArguments, evaluate
     from .generation import draft_and_verify
     from .hub import PushArguments, PushToHubCallback, push
+    from .linear_start import start_linearly
     from .offline import AcceptanceArguments, acceptance
     from .target import VerifierHead, VerifierParts, register_verifier
     from .trainer import PeagleTrainer

@@ -31,6 +31,8 @@ from .target import VerifierHead, hub_verifier, load_embedding
 HUB_TAGS = ("speculative-decoding", "speculators", "eagle3", "p-eagle", "vllm")
 RECOMPUTED_ROWS = 16384
 """How many rows' feed-forward part is recomputed at a time under activation checkpointing."""
+OWN_LOGIT = 8.0
+"""What attention scores a row's own position with in a new drafter, about."""
 
 
 @dataclass
@@ -184,7 +186,11 @@ class RMSNorm(LlamaRMSNorm):
 
 
 class PeagleAttention(nn.Module):
-    """The projections of grouped-query attention, with rotary embedding; the first layer's see each input once."""
+    """The projections of grouped-query attention, with rotary embedding; the first layer's see each input once.
+
+    In a new drafter a query is the key of its own position, so that attention starts out there: of all positions a
+    row's own knows most about the next token.
+    """
 
     def __init__(self, config: PreTrainedConfig, input_size: int):
         super().__init__()
@@ -197,6 +203,14 @@ class PeagleAttention(nn.Module):
         has_norms = config.model_type == "qwen3"
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if has_norms else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if has_norms else nn.Identity()
+
+    def look_at_own_position(self) -> None:
+        """Initialise the queries' weights as the keys', at a scale for normed inputs."""
+        query, key = self.q_proj, self.k_proj
+        init.normal_(key.weight, std=math.sqrt(OWN_LOGIT / (key.in_features * math.sqrt(self.head_dim))))
+        heads = key.weight.unflatten(0, (-1, self.head_dim))
+        group = query.out_features // key.out_features
+        init.copy_(query.weight, heads.repeat_interleave(group, dim=0).flatten(0, 1))
 
     def query(self, inputs: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """[1, R or L + 1, inputs] -> [1, heads, R, D]."""
@@ -362,6 +376,9 @@ class PeagleForSpeculation(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, PeagleForSpeculation):
             init.normal_(module.mask_hidden)
+            for attention in module.modules():
+                if isinstance(attention, PeagleAttention):
+                    attention.look_at_own_position()
             if module.d2t is not None and module.t2d is not None:
                 ids = torch.arange(module.config.vocab_size, device=module.d2t.device)
                 init.zeros_(module.d2t)

@@ -16,6 +16,7 @@ from .data.dataset import GENERATED_DTYPE, HiddenStatesDataset, split_rows
 from .data.endpoint import Endpoint, check_layers, endpoint_urls, served_layers, served_model
 from .data.extract import check_folder, tokenizer_fingerprint
 from .errors import PeagleError
+from .linear_start import start_linearly
 from .memory import report
 from .modeling_peagle import PeagleForSpeculation
 from .target import draft_vocabulary, load_token_freq, load_verifier_config
@@ -35,6 +36,11 @@ def train(args: PeagleTrainingArguments) -> PeagleTrainer | None:
         return None
     drafter = build_drafter(args)
     train_dataset, eval_dataset = build_datasets(args)
+    resumed = checkpoint_to_resume(args)
+    if args.linear_start and not (args.from_pretrained or resumed):
+        assert isinstance(drafter, PeagleForSpeculation)  # an adapter is of a trained one
+        drafter.to(args.device)  # type: ignore[arg-type]
+        start_linearly(drafter, train_dataset)
     trainer = PeagleTrainer(
         model=drafter,
         args=args,
@@ -42,7 +48,7 @@ def train(args: PeagleTrainingArguments) -> PeagleTrainer | None:
         eval_dataset=eval_dataset,
         callbacks=[VllmExportCallback(args.export_dtype)],
     )
-    trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
+    trainer.train(resume_from_checkpoint=resumed)
     return trainer
 
 

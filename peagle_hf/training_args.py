@@ -96,6 +96,13 @@ class PeagleTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "Verifier layers whose states the drafter reads. Default: those of the hidden-state cache."},
     )
+    linear_start: bool = field(
+        default=True,
+        metadata={
+            "help": "Start a new drafter from a linear fit of the verifier's next state to the cached ones, instead of "
+            "random numbers."
+        },
+    )
     loss_fn: str = field(
         default="kl_div",
         metadata={
@@ -180,7 +187,7 @@ class PeagleTrainingArguments(TrainingArguments):
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the verifier."})
 
     num_train_epochs: float = field(default=5.0, metadata={"help": "Epochs to train.", "aliases": ["--epochs"]})
-    learning_rate: float = field(default=6e-4, metadata={"help": "Peak learning rate.", "aliases": ["--lr"]})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate.", "aliases": ["--lr"]})
     optim: str | None = field(  # type: ignore[assignment]
         default=None,
         metadata={

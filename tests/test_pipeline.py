@@ -102,7 +102,7 @@ LAYERS = [
     {"data.endpoint", "data.prepare", "data.prompts", "model_card", "pace", "vllm_plugin.peagle_cpu_connector"},
     {"data.chat_models", "data.dataset"},
     {"client", "data.cache_command", "data.extract", "data.inspection", "data.regenerate"},
-    {"callbacks", "training_args", "vllm_process"},
+    {"callbacks", "linear_start", "training_args", "vllm_process"},
     {"continuing", "evaluation", "hub", "launch", "offline"},
     {"acceptance_metric", "chat", "trainer"},
     {"training"},

@@ -1,0 +1,158 @@
+import pytest
+import torch
+import transformers
+from torch.nn import functional as F
+from transformers import TrainerCallback
+
+from peagle_hf import (
+    CODDataCollator,
+    HiddenStatesDataset,
+    PeagleConfig,
+    PeagleError,
+    PeagleForSpeculation,
+    PeagleTrainingArguments,
+    build_datasets,
+    build_drafter,
+    start_linearly,
+    train,
+)
+from peagle_hf.linear_start import RIDGE, factors, ridge_regression
+
+
+def new_drafter(tiny_verifier, **options):
+    torch.manual_seed(0)
+    drafter = PeagleForSpeculation(PeagleConfig.from_verifier(str(tiny_verifier), num_layers=2, **options))
+    drafter.load_verifier(str(tiny_verifier))
+    return drafter
+
+
+def features_and_targets(drafter, dataset):
+    """What start_linearly regresses, one position after another, from the documents themselves."""
+    features, targets = [], []
+    for number in range(len(dataset)):
+        for document in dataset[number]["documents"]:
+            tokens, mask = document["input_ids"], document["loss_mask"]
+            places = [place for place in range(len(tokens) - 2) if mask[place + 1] and mask[place + 2]]
+            for place, last in zip(places, document["target_states"], strict=True):
+                states = document["hidden_states"][place].float().flatten()
+                if drafter.config.norm_before_fc:
+                    states = drafter.input_norm(states)
+                embedding = drafter.layers[0].input_layernorm(drafter.embed_tokens.weight[tokens[place + 1]])
+                features.append(torch.cat([states, embedding]).detach())
+                targets.append(drafter.verifier_head.normalize(last))
+    return torch.stack(features).double(), torch.stack(targets).double()
+
+
+def ridge(features, targets):
+    """Least squares with one more row for each feature, which pulls its weight to zero."""
+    scale = features.pow(2).mean(0).sqrt()
+    pull = torch.diag(scale * (RIDGE * len(features)) ** 0.5)
+    rows = torch.cat([features, pull])
+    return torch.linalg.lstsq(rows, F.pad(targets, (0, 0, 0, len(pull)))).solution
+
+
+@pytest.mark.parametrize("options", [{}, {"norm_before_fc": True}, {"norm_before_residual": False}])
+def test_the_first_layer_is_the_ridge_regression_of_the_next_state(tiny_verifier, tiny_data, options):
+    drafter, dataset = new_drafter(tiny_verifier, **options), HiddenStatesDataset(tiny_data, total_seq_len=64)
+    attention, before = drafter.layers[0].self_attn, new_drafter(tiny_verifier, **options).layers[0].self_attn
+    start_linearly(drafter, dataset)
+    features, targets = features_and_targets(drafter, dataset)
+    size = drafter.config.hidden_size
+    states, embedding = ridge(features, targets).split([features.shape[1] - size, size])
+    torch.testing.assert_close(drafter.fc.weight.T.double(), states, rtol=1e-3, atol=1e-4)
+    if drafter.config.norm_before_residual:
+        embedding = embedding / (features[:, : len(states)] @ states).pow(2).mean().sqrt()
+    value = (attention.v_proj.weight - before.v_proj.weight)[:, :size]
+    output = attention.o_proj.weight - before.o_proj.weight
+    heads = attention.q_proj.out_features // attention.v_proj.out_features
+    spread = value.unflatten(0, (-1, attention.head_dim)).repeat_interleave(heads, dim=0).flatten(0, 1)
+    left, singular, right = torch.linalg.svd(embedding.T)
+    rank = attention.v_proj.out_features
+    closest = left[:, :rank] * singular[:rank] @ right[:rank]
+    torch.testing.assert_close((output @ spread).double(), closest, rtol=1e-3, atol=1e-4)
+
+
+def test_a_start_from_the_rows_is_nearer_to_the_verifier_than_noise(tiny_verifier, tiny_data):
+    dataset, losses = HiddenStatesDataset(tiny_data, total_seq_len=64), []
+    for fitted in (False, True):
+        drafter = new_drafter(tiny_verifier)
+        if fitted:
+            start_linearly(drafter, dataset)
+        batches = [CODDataCollator(num_depths=1)([dataset[number]]) for number in range(len(dataset))]
+        with torch.no_grad():
+            losses.append(sum(drafter(**batch).loss.item() for batch in batches))
+    assert losses[1] < 0.9 * losses[0]
+
+
+def test_the_same_rows_give_the_same_start(tiny_verifier, tiny_data):
+    starts = []
+    for _ in range(2):
+        drafter = new_drafter(tiny_verifier)
+        start_linearly(drafter, HiddenStatesDataset(tiny_data, total_seq_len=64))
+        starts.append(drafter.state_dict())
+    assert all(torch.equal(starts[0][name], starts[1][name]) for name in starts[0])
+
+
+def test_collinear_and_constant_features_have_a_finite_map():
+    features = torch.randn(50, 3, dtype=torch.float64)
+    features = torch.cat([features, features[:, :1], torch.zeros(50, 1)], dim=1)
+    solved = ridge_regression(features.T @ features / 50, features.T @ torch.randn(50, 2, dtype=torch.float64) / 50)
+    assert solved.isfinite().all()
+    assert not solved[-1].any()
+
+
+@pytest.mark.parametrize("rank", [2, 6, 9])
+def test_factors_give_the_closest_map_of_their_rank(rank):
+    matrix = torch.randn(6, 6)
+    value, output = factors(matrix, rank)
+    assert value.shape == (rank, 6)
+    assert output.shape == (6, rank)
+    error = torch.linalg.matrix_norm(matrix - output @ value)
+    torch.testing.assert_close(error, torch.linalg.svdvals(matrix)[rank:].norm(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_start_without_the_verifiers_head_is_refused(tiny_verifier, tiny_data):
+    drafter = PeagleForSpeculation(PeagleConfig.from_verifier(str(tiny_verifier)))
+    with pytest.raises(PeagleError, match="load_verifier"):
+        start_linearly(drafter, HiddenStatesDataset(tiny_data, total_seq_len=64))
+
+
+class AtTheStart(TrainerCallback):
+    """Keeps `fc` as training begins with it."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        AtTheStart.fc = model.fc.weight.detach().clone()
+
+
+def test_training_starts_linearly_unless_told_otherwise(train_flags, tiny_verifier, monkeypatch, tmp_path):
+    monkeypatch.setattr(transformers.trainer, "DEFAULT_CALLBACKS", [AtTheStart])
+
+    def start(**changes):
+        trainer = train(PeagleTrainingArguments(**train_flags | {"max_steps": 2} | changes))
+        return AtTheStart.fc, trainer.model.fc.weight.detach()
+
+    fitted, trained = start()
+    drafter = build_drafter(PeagleTrainingArguments(**train_flags))
+    random = drafter.fc.weight.detach().clone()
+    start_linearly(drafter, build_datasets(PeagleTrainingArguments(**train_flags))[0])
+    assert torch.equal(fitted, drafter.fc.weight)
+    resumed, _ = start(max_steps=3)
+    assert not torch.equal(resumed, fitted)
+    torch.testing.assert_close(resumed, trained)
+    assert torch.equal(start(linear_start=False, resume=False)[0], random)
+
+
+def test_queries_of_a_new_drafter_are_the_keys_of_their_position(tiny_verifier, tmp_path):
+    drafter = new_drafter(tiny_verifier)
+    config = drafter.config.transformer_layer_config
+    group = config.num_attention_heads // config.num_key_value_heads
+    for layer in drafter.layers:
+        query, key = layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight
+        assert torch.equal(query.unflatten(0, (-1, config.head_dim))[::group].flatten(0, 1), key)
+        inputs = F.rms_norm(torch.randn(2000, key.shape[1]), (key.shape[1],))
+        score = ((inputs @ key.T).unflatten(1, (-1, config.head_dim)).pow(2).sum(-1) / config.head_dim**0.5).mean()
+        assert 6 < score < 10
+    torch.nn.init.normal_(drafter.layers[0].self_attn.q_proj.weight)
+    drafter.save_pretrained(tmp_path)
+    loaded = PeagleForSpeculation.from_pretrained(tmp_path)
+    assert torch.equal(loaded.layers[0].self_attn.q_proj.weight, drafter.layers[0].self_attn.q_proj.weight)
