@@ -15,6 +15,7 @@ from peagle_hf import (
     checkpoint_to_resume,
     end_processes,
     parse_arguments,
+    start_linearly,
 )
 
 
@@ -23,6 +24,9 @@ def main() -> None:
     args = parse_arguments(PeagleTrainingArguments)
     drafter = build_drafter(args)
     train_dataset, eval_dataset = build_datasets(args)
+    resumed = checkpoint_to_resume(args)
+    if args.linear_start and not (args.from_pretrained or resumed):
+        start_linearly(drafter.to(args.device), train_dataset)
     trainer = PeagleTrainer(
         model=drafter,
         args=args,
@@ -31,7 +35,7 @@ def main() -> None:
         eval_dataset=eval_dataset,
         callbacks=[VllmExportCallback(args.export_dtype)],
     )
-    trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
+    trainer.train(resume_from_checkpoint=resumed)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,14 @@ import yaml
 from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from peagle_hf import PeagleError, PeagleForSpeculation, PeagleTrainer, PeagleTrainingArguments, VllmExportCallback
+from peagle_hf import (
+    PeagleError,
+    PeagleForSpeculation,
+    PeagleTrainer,
+    PeagleTrainingArguments,
+    VllmExportCallback,
+    start_linearly,
+)
 from peagle_hf.callbacks import checkpoints_by_step, epoch_folders
 from peagle_hf.cli import flags, main
 from peagle_hf.data.partition import partition_every_row
@@ -30,6 +37,8 @@ def run(train_flags, callbacks=(), resume=None, **changes):
     args = PeagleTrainingArguments(**{**train_flags, **changes})
     drafter = build_drafter(args)
     train_dataset, eval_dataset = build_datasets(args)
+    if not args.from_pretrained:
+        start_linearly(drafter, train_dataset)
     trainer = PeagleTrainer(
         model=drafter,
         args=args,
@@ -99,7 +108,7 @@ def test_learning_lowers_the_loss_and_logs_by_depth(train_flags):
     assert log["acceptance_length"] == pytest.approx(1 + sum(log[f"acceptance_{depth}"] for depth in range(3)))
 
 
-SPOILING = {"learning_rate": 0.5, "lr_scheduler_type": "constant"}
+SPOILING = {"learning_rate": 0.1, "lr_scheduler_type": "constant"}
 """The loss is lowest in a later epoch than that of the highest acceptance length, which is not the last."""
 
 
@@ -333,18 +342,19 @@ def test_loader_workers_change_no_loss(train_flags, tmp_path, workers):
 
 
 def test_accumulation_gives_the_loss_of_the_larger_batch(train_flags, tmp_path):
-    """One optimizer step over the same rows: 1 x 2 and 2 x 1 agree to float32 rounding (relative 1e-5)."""
+    """One optimizer step over the same rows: 1 x 2 and 2 x 1 agree to float32 rounding (relative 1e-5 in the loss)."""
     large = run(train_flags, per_device_train_batch_size=2, max_steps=1)
     small = run(train_flags, gradient_accumulation_steps=2, max_steps=1, output_dir=str(tmp_path / "a"))
     assert losses(small) == pytest.approx(losses(large), rel=1e-5)
-    torch.testing.assert_close(weights(small), weights(large), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(weights(small), weights(large), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.float64], ids=str)
 def test_packing_batches_and_accumulation_change_no_step(train_flags, tmp_path, precision):
     """All documents in one step, in rows of two lengths, one by one or in batches.
 
-    In float64 losses agree to 1e-12 and weights to 1e-8, as norms are float32 even then; in float32 all to 1e-5.
+    In float64 losses agree to 2e-7 and weights to 1e-8, as logged losses and norms are float32 even then; in float32 all
+    to 1e-5.
     """
 
     common = {"train_data_ratio": 1, "save_strategy": "no", "max_steps": 1, "lr_scheduler_type": "constant"}
@@ -362,7 +372,7 @@ def test_packing_batches_and_accumulation_change_no_step(train_flags, tmp_path, 
         return losses(trainer), weights(trainer)
 
     expected_loss, expected = step("whole", total_seq_len=600)
-    loss_tolerance, tolerance = (1e-5, 1e-5) if precision == torch.float32 else (1e-12, 1e-8)
+    loss_tolerance, tolerance = (1e-5, 1e-5) if precision == torch.float32 else (2e-7, 1e-8)
     for name, changes in {
         "accumulated": {"total_seq_len": 32, "gradient_accumulation_steps": 20},
         "batched": {"total_seq_len": 64, "per_device_train_batch_size": 20},
