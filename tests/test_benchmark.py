@@ -45,11 +45,11 @@ def test_drafter_is_trained_for_the_comparison_with_the_peer(tmp_path, tiny_veri
 def test_comparison_with_the_peer_has_the_ratio_of_gains_and_intervals(tmp_path):
     rates = {("ours", 0): [0.3, 0.01], ("ours", 1): [0.32, 0.02], ("peer", 0): [0.2, 0.01], ("peer", 1): [0.22, 0.02]}
     for (implementation, seed), positions in rates.items():
-        folder = tmp_path / f"{implementation}-{seed}" / "evaluation"
-        folder.mkdir(parents=True)
+        folder = tmp_path / f"{implementation}-{seed}"
+        folder.mkdir()
         training = {"implementation": implementation, "seed": seed, "device": "CPU, 2 threads"}
         training |= {"steps": 9, "loop_seconds": 4.0, "seconds": 7.0, "step_ms": 444.0, "tokens": 9000}
-        (folder.parent / "training.json").write_text(json.dumps(training))
+        (folder / "training.json").write_text(json.dumps(training))
         evaluation = {"prompts": "p.jsonl", "num_prompts": 8, "max_tokens": 16, "dtype": "float32", "device": "CPU"}
         evaluation |= {"acceptance_length": 1 + sum(positions), "per_position_acceptance": positions}
         evaluation |= {"num_speculative_tokens": 2, "text_identical": True, "seed": 0}

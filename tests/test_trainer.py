@@ -353,8 +353,8 @@ def test_accumulation_gives_the_loss_of_the_larger_batch(train_flags, tmp_path):
 def test_packing_batches_and_accumulation_change_no_step(train_flags, tmp_path, precision):
     """All documents in one step, in rows of two lengths, one by one or in batches.
 
-    In float64 losses agree to 2e-7 and weights to 1e-8, as logged losses and norms are float32 even then; in float32 all
-    to 1e-5.
+    In float64 losses agree to 2e-7 and weights to 1e-8, as logged losses and norms are float32 even then; in float32
+    all agree to 1e-5.
     """
 
     common = {"train_data_ratio": 1, "save_strategy": "no", "max_steps": 1, "lr_scheduler_type": "constant"}

@@ -8,10 +8,10 @@
     python tests/benchmarks/against_peer.py table output/against_peer
 
 `--data` is a folder of `peagle-hf prepare` with its hidden states in `hidden_states`. Both implementations train on the
-same conversations of it and validate on the same, with the sizes, learning rate, warm-up, schedule and length of the
-demo and whatever else is their default; what follows `--` goes to the command line of the one that is trained. Each
-serves its own `checkpoint_best`, whose weights are bfloat16. `train` needs speculators 0.9.0 for the peer, `evaluate`
-needs vLLM, `table` neither: the folder may move between machines.
+same conversations of it and validate on the same, with the sizes, warm-up, schedule and length of the demo and whatever
+else is their default; what follows `--` goes to the command line of the one that is trained. Each serves its own
+`checkpoint_best`, whose weights are bfloat16. `train` needs speculators 0.9.0 for the peer, `evaluate` needs vLLM,
+`table` neither: the folder may move between machines.
 """
 
 import argparse
@@ -28,10 +28,14 @@ import time
 from pathlib import Path
 
 LAYERS, DEPTHS, DRAFT_VOCAB, LENGTH = 2, 4, 8192, 1024
-LEARNING_RATE, WARMUP, TRAIN_RATIO = 1e-3, 0.05, 0.95
+WARMUP, TRAIN_RATIO = 0.05, 0.95
+LEARNING_RATES = {"ours": 2e-3, "peer": 1e-3}
+"""The demo's here, speculators' default there."""
 PROMPTS = Path(__file__).parents[2] / "examples" / "data" / "eval_prompts.jsonl"
 NAMES = {"ours": "peagle_hf", "peer": "speculators"}
 FIGURES = ("steps", "loop_seconds", "seconds", "step_ms", "tokens")
+SERVED_ALIKE = ("prompts", "num_prompts", "max_tokens", "dtype", "num_speculative_tokens", "device")
+SERVED = ("acceptance_length", "per_position_acceptance", "text_identical")
 TIMED_STEPS, UNTIMED_STEPS = 12, 8
 """So many steps of a trial run tell what a step takes, after those that warm up."""
 LAST_STEPS = 10
@@ -46,8 +50,9 @@ def train(options: argparse.Namespace) -> None:
     steps = options.steps
     if options.minutes:
         with tempfile.TemporaryDirectory() as trial:
-            seconds = train_in_child(options, Path(trial), UNTIMED_STEPS + TIMED_STEPS)["step_ms"] / 1000
-        steps = max(1, round(options.minutes * 60 / seconds))
+            tried = train_in_child(options, Path(trial), UNTIMED_STEPS + TIMED_STEPS)
+        seconds = tried["step_ms"] / 1000
+        steps = max(1, round((options.minutes * 60 - tried["start_seconds"]) / seconds))
         print(f"{seconds:.3f} s a step: {steps} steps in {options.minutes:g} minutes", file=sys.stderr)
     print(json.dumps(train_in_child(options, folder, steps)))
 
@@ -72,8 +77,9 @@ def train_in_child(options: argparse.Namespace, folder: Path, steps: int) -> dic
 def run_child(implementation: str, job: dict) -> None:
     """Train and write `training.json` into the job's folder.
 
-    `loop_seconds` are the steps alone; `step_ms` is the mean without the steps that warm up; `tokens` are positions
-    trained on. The losses are each implementation's own and can't be compared: its validation runs on other rows.
+    `loop_seconds` are the steps and what comes before the first, the linear start here (`start_seconds`); `step_ms` is
+    the mean without the steps that warm up; `tokens` are positions trained on. The losses are each implementation's own
+    and can't be compared: its validation runs on other rows.
     """
     import torch
     import transformers
@@ -85,7 +91,8 @@ def run_child(implementation: str, job: dict) -> None:
         "implementation": implementation,
         "seed": job["seed"],
         "steps": len(measured.step_seconds),
-        "loop_seconds": round(sum(measured.epoch_seconds), 2),
+        "start_seconds": round(measured.start_seconds, 2),
+        "loop_seconds": round(measured.start_seconds + sum(measured.epoch_seconds), 2),
         "step_ms": round(measured.step_ms(), 1),
         "tokens": measured.tokens,
         "train_loss": statistics.fmean(measured.losses[-LAST_STEPS:]),
@@ -104,6 +111,7 @@ class Measured:
     def __init__(self, flags: list[str]):
         self.flags = flags
         self.tokens = 0
+        self.start_seconds = 0.0
         self.step_seconds: list[float] = []
         self.epoch_seconds: list[float] = []
         self.losses: list[float] = []
@@ -129,15 +137,15 @@ def train_ours(job: dict) -> Measured:
     import transformers
     from transformers import TrainerCallback
 
-    from peagle_hf import PeagleTrainingArguments, parse_arguments
-    from peagle_hf.training import train
+    from peagle_hf import PeagleTrainingArguments, parse_arguments, training
 
     flags = [
         *("--verifier-name-or-path", job["verifier"], "--data-path", job["data"]),
         *("--save-path", f"{job['folder']}/checkpoints", "--seed", str(job["seed"])),
         *("--num-layers", str(LAYERS), "--num-depths", str(DEPTHS), "--draft-vocab-size", str(DRAFT_VOCAB)),
         *("--total-seq-len", str(LENGTH), "--train-data-ratio", str(TRAIN_RATIO), "--max-steps", str(job["steps"])),
-        *("--lr", str(LEARNING_RATE), "--scheduler-type", "cosine", "--warmup-steps", str(warmup_steps(job["steps"]))),
+        *("--lr", str(LEARNING_RATES["ours"]), "--scheduler-type", "cosine"),
+        *("--warmup-steps", str(warmup_steps(job["steps"]))),
         *("--dataloader-num-workers", str(job["workers"]), "--save-total-limit", "1", "--no-resume"),
         *("--logging-steps", "1", "--include-num-input-tokens-seen", "true", "--report-to", "none"),
         *job["flags"],
@@ -154,9 +162,17 @@ def train_ours(job: dict) -> Measured:
         def on_epoch_end(self, args, state, control, **kwargs):
             measured.end_epoch()
 
+    start_linearly = training.start_linearly
+
+    def timed_start(*arguments):
+        began = time.perf_counter()
+        start_linearly(*arguments)
+        measured.start_seconds = time.perf_counter() - began
+
     # The command makes its own trainer, to which nothing else could be given.
     transformers.trainer.DEFAULT_CALLBACKS.append(Clock)
-    trainer = train(parse_arguments(PeagleTrainingArguments, flags))
+    training.start_linearly = timed_start
+    trainer = training.train(parse_arguments(PeagleTrainingArguments, flags))
     measured.tokens = trainer.state.num_input_tokens_seen
     measured.losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     measured.validation_losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
@@ -182,7 +198,7 @@ def train_peer(job: dict) -> Measured:
         *("--total-seq-len", str(LENGTH), "--max-steps", str(job["steps"])),
         # Half a row more, so that rounding down gives the very number.
         *("--train-data-ratio", str((len(train_rows) + 0.5) / len(train_rows + held_out))),
-        *("--lr", str(LEARNING_RATE), "--scheduler-type", "cosine"),
+        *("--lr", str(LEARNING_RATES["peer"]), "--scheduler-type", "cosine"),
         *("--scheduler-warmup-steps", str(warmup_steps(job["steps"]))),
         *("--num-workers", str(job["workers"]), "--save-best", "--on-missing", "raise"),
         *("--hidden-states-dtype", "bfloat16" if on_gpu else "float32"),
@@ -263,42 +279,48 @@ def warmup_steps(steps: int) -> int:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Serve in vLLM every drafter of the output folder that hasn't been served yet."""
+    """Serve in vLLM all drafters of the output folder, beside one run without any; each folder gets its figures."""
     from peagle_hf.evaluation import EvaluateArguments
-    from peagle_hf.evaluation import evaluate as evaluate_drafter
+    from peagle_hf.evaluation import evaluate as evaluate_drafters
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for training in sorted(options.output.glob("*/training.json")):
-        folder = training.parent
-        if (folder / "evaluation" / "evaluation.json").exists():
-            continue
-        arguments = EvaluateArguments(
-            model=str(folder / "checkpoints" / "checkpoint_best"),
-            verifier=options.verifier,
-            prompts=str(options.prompts),
-            max_prompts=options.max_prompts,
-            max_tokens=options.max_tokens,
-            dtype="float32",
-            output=str(folder / "evaluation"),
-        )
-        evaluate_drafter(arguments)
+    folders = [path.parent for path in sorted(options.output.glob("*/training.json"))]
+    if not folders:
+        sys.exit(f"No drafter was trained in {options.output}.")
+    drafters = [str(folder / "checkpoints" / "checkpoint_best") for folder in folders]
+    arguments = EvaluateArguments(
+        model=drafters[0],
+        compare=drafters[1:],
+        verifier=options.verifier,
+        suite=[str(options.prompts)],
+        max_prompts=options.max_prompts,
+        max_tokens=options.max_tokens,
+        dtype="float32",
+        output=str(options.output / "evaluation"),
+    )
+    report = evaluate_drafters(arguments)
+    for folder, entry in zip(folders, [report, *report["others"]], strict=True):
+        figures = {name: entry.get(name, report.get(name)) for name in (*SERVED_ALIKE, *SERVED)}
+        (folder / "evaluation.json").write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def print_table(options: argparse.Namespace) -> None:
     """Print the comparison over the seeds that both have, and write it to `table.json`."""
     runs: dict[str, dict[int, dict]] = {"ours": {}, "peer": {}}
-    for path in sorted(options.output.glob("*/evaluation/evaluation.json")):
-        training = json.loads((path.parents[1] / "training.json").read_text())
+    for path in sorted(options.output.glob("*/training.json")):
+        if not (path.parent / "evaluation.json").exists():
+            continue
+        training = json.loads(path.read_text())
         runs[training["implementation"]][training["seed"]] = {
             **{name: training[name] for name in FIGURES},
             "trained_on": training["device"],
-            **json.loads(path.read_text()),
+            **json.loads((path.parent / "evaluation.json").read_text()),
         }
     seeds = sorted(runs["ours"].keys() & runs["peer"].keys())
     if not seeds:
         sys.exit(f"No seed in {options.output} was trained and evaluated with both implementations.")
     ours, peer = ([runs[implementation][seed] for seed in seeds] for implementation in ("ours", "peer"))
-    for field in ("prompts", "num_prompts", "max_tokens", "dtype", "num_speculative_tokens", "device"):
+    for field in SERVED_ALIKE:
         values = {run[field] for run in ours + peer}
         if len(values) > 1:
             sys.exit(f"The runs in {options.output} can't be compared, because {field} differs: {values}.")
