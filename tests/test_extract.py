@@ -87,6 +87,21 @@ def test_embeddings_and_last_layer_are_valid_layer_ids(llama: Path) -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def test_a_replica_has_hooks_of_its_own_and_no_weights_of_its_own(llama: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    copy = extract.replica(model)
+    model.model.norm.register_forward_pre_hook(lambda module, args: None)
+    assert not copy.model.norm._forward_pre_hooks
+    tensors = [[*each.parameters(), *each.buffers()] for each in (model, copy)]
+    assert all(one is other for one, other in zip(*tensors, strict=True))
+
+
+def test_the_number_of_threads_is_as_before(arguments: ExtractArguments) -> None:
+    before = torch.get_num_threads()
+    extract.extract(arguments)
+    assert torch.get_num_threads() == before
+
+
 def test_files_are_bfloat16_and_trainable_by_others(arguments: ExtractArguments) -> None:
     report = extract.extract(arguments)
     tensors = load_file(row_path(report.output, 1))

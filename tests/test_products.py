@@ -1,12 +1,14 @@
 """Products by oneDNN are those of PyTorch's own library, forward and backward."""
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peagle_hf.products import fast_products
+from peagle_hf.products import fast_products, pack_linear_layers
 
 CPU = torch.device("cpu")
 
@@ -53,3 +55,20 @@ def test_the_forward_and_the_backward_pass_both_use_the_operator() -> None:
         nn.Linear(16, 4)(torch.randn(2, 8, 16))
     assert torch.ops.mkldnn._linear_pointwise.default in calls
     assert torch.ops.aten.linear.default not in calls
+
+
+@torch.inference_mode()
+def test_packed_layers_give_the_same_and_are_not_held_twice() -> None:
+    layers = nn.Sequential(nn.Linear(24, 40), nn.Sequential(nn.GELU(), nn.Linear(40, 8, bias=False)), nn.LayerNorm(8))
+    other = nn.Sequential(nn.Linear(24, 40, dtype=torch.float64))
+    states, weight = torch.randn(2, 9, 24), layers[0].weight.clone()
+    wanted, given_up = layers(states), weakref.ref(layers[0].weight)
+    pack_linear_layers(layers)
+    pack_linear_layers(other)
+    torch.testing.assert_close(layers(states), wanted, rtol=1e-5, atol=1e-5)
+    assert layers(states[:, :0]).shape == (2, 0, 8)
+    assert layers[0]._packed.is_mkldnn
+    assert layers[1][1]._packed.is_mkldnn
+    assert given_up() is None
+    assert torch.equal(layers[0].weight, weight)
+    assert type(other[0]) is nn.Linear

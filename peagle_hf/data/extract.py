@@ -6,9 +6,13 @@ Shape letters: B rows of a batch, T tokens, A auxiliary layers, H the verifier's
 import json
 import logging
 import shutil
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -22,7 +26,7 @@ from ..cod import target_tokens
 from ..errors import PeagleError
 from ..files import write_json
 from ..memory import keep_freed_memory
-from ..products import fast_products
+from ..products import pack_linear_layers
 from ..target import (
     VerifierHead,
     default_aux_layer_ids,
@@ -70,6 +74,8 @@ HEADER_BYTES = 512
 CHECKED_TOKENS = 16
 """So many tokens show whether the verifier's logits are what training takes them for."""
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 2048, 8192
+CPU_BATCHES = 2
+"""So many are computed at once on a CPU, each by its share of the cores: one goes on while another has a pause."""
 
 Extracted = tuple[int, Tensor, Tensor]
 """What a backend yields: a row, its states [T, A+1, H] and the token ids [T] that they belong to."""
@@ -147,8 +153,8 @@ class ExtractArguments:
     max_batch_tokens: int | None = field(
         default=None,
         metadata={
-            "help": "Tokens of a batch in this process; a longer row is one of its own (default: 2048 on a CPU, 8192 "
-            "on a GPU)."
+            "help": "Tokens of a batch in this process; a longer row is one of its own (default: 2048 on a CPU, where "
+            "two are computed at once, 8192 on a GPU)."
         },
     )
     device: str | None = field(
@@ -278,29 +284,32 @@ def run_verifier(
     model: PreTrainedModel,
     layer_ids: Sequence[int],
     data: "datasets.Dataset",
-    batches: Sequence[Sequence[int]],
+    rows: Sequence[int],
     dtype: torch.dtype,
 ) -> Iterator[Extracted]:
-    """The embedded backend: run transformers' decoder, without its head, and yield the rows of `batches`.
+    """The embedded backend: run transformers' decoder, without its head, on one batch and yield its rows.
 
     Raises:
         PeagleError: a row has ids outside the verifier's vocabulary, or the architecture isn't known.
     """
     vocab_size = model.config.get_text_config(decoder=True).vocab_size
-    for rows in batches:
-        documents = [torch.tensor(token_ids) for token_ids in data.select(rows)["input_ids"]]
-        for row, token_ids in zip(rows, documents, strict=True):
-            if not 0 <= token_ids.min() <= token_ids.max() < vocab_size:
-                raise PeagleError(
-                    f"Row {row} has token ids {int(token_ids.min())} to {int(token_ids.max())}, but the verifier's "
-                    f"vocabulary has {vocab_size} tokens: the data was prepared with another tokenizer. Run peagle-hf "
-                    "prepare with this verifier."
-                )
-        # The padding is on the right, where a causal model can't see it: no attention mask is needed.
-        with fast_products(model.device):
-            states_BTAH = residual_streams(model, layer_ids, pad_sequence(documents, batch_first=True), dtype)
-        for row, token_ids, states_TAH in zip(rows, documents, states_BTAH.cpu(), strict=True):
-            yield row, states_TAH[: len(token_ids)], token_ids
+    documents = [torch.tensor(token_ids) for token_ids in data.select(rows)["input_ids"]]
+    for row, token_ids in zip(rows, documents, strict=True):
+        if not 0 <= token_ids.min() <= token_ids.max() < vocab_size:
+            raise PeagleError(
+                f"Row {row} has token ids {int(token_ids.min())} to {int(token_ids.max())}, but the verifier's "
+                f"vocabulary has {vocab_size} tokens: the data was prepared with another tokenizer. Run peagle-hf "
+                "prepare with this verifier."
+            )
+    # The padding is on the right, where a causal model can't see it: no attention mask is needed.
+    states_BTAH = residual_streams(model, layer_ids, pad_sequence(documents, batch_first=True), dtype)
+    for row, token_ids, states_TAH in zip(rows, documents, states_BTAH.cpu(), strict=True):
+        yield row, states_TAH[: len(token_ids)], token_ids
+
+
+def replica(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model with modules of its own around the same weights, for another thread: hooks belong to modules."""
+    return deepcopy(model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})
 
 
 def residual_streams(model: PreTrainedModel, layer_ids: Sequence[int], ids_BT: Tensor, dtype: torch.dtype) -> Tensor:
@@ -352,9 +361,16 @@ def _make(
     check_logits(model)
     on_cpu = model.device.type == "cpu"
     batches = plan_batches(lengths, arguments.max_batch_tokens or (CPU_BATCH_TOKENS if on_cpu else GPU_BATCH_TOKENS))
-    start = time.perf_counter()
-    with tqdm(total=num_tokens, desc="Extracting", unit="tok", unit_scale=True) as progress:
-        for row, states, token_ids in run_verifier(model, manifest.aux_layer_ids, data, batches, dtype):
+    num_cores = torch.get_num_threads()
+    at_once = min(CPU_BATCHES, num_cores) if on_cpu else 1
+    own = threading.local()
+
+    def begin() -> None:
+        torch.set_num_threads(num_cores // at_once)
+        own.model = replica(model)
+
+    def make(rows: Sequence[int]) -> int:
+        for row, states, token_ids in run_verifier(own.model, manifest.aux_layer_ids, data, rows, dtype):
             if not states.isfinite().all():
                 raise PeagleError(
                     f"The verifier's hidden states of row {row} are not finite as {arguments.dtype}; nothing of the "
@@ -362,7 +378,18 @@ def _make(
                     "and look at the row's text."
                 )
             write_row(output, row, states, token_ids, arguments.storage, _targets(data, row, arguments.storage))
-            progress.update(len(token_ids))
+        return sum(lengths[row] for row in rows)
+
+    start = time.perf_counter()
+    try:
+        with (
+            tqdm(total=num_tokens, desc="Extracting", unit="tok", unit_scale=True) as progress,
+            ThreadPoolExecutor(at_once, initializer=begin) as pool,
+        ):
+            for num_made in pool.map(make, batches):
+                progress.update(num_made)
+    finally:
+        torch.set_num_threads(num_cores)
     seconds = time.perf_counter() - start
     logger.info("%d tokens in %.1f s: %.0f tokens/s.", num_tokens, seconds, num_tokens / seconds)
     return seconds
@@ -517,4 +544,5 @@ def _load(arguments: ExtractArguments) -> PreTrainedModel:
     model = load_verifier(arguments.model, dtype, device, arguments.revision, arguments.trust_remote_code)
     if on_cpu:
         keep_freed_memory()
+        pack_linear_layers(verifier_parts(model).decoder)
     return model
