@@ -6,9 +6,10 @@ from functools import partial
 import pytest
 import torch
 from test_modeling import make_batch, make_config, make_drafter
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from peagle_hf import attention, losses
+from peagle_hf import attention, losses, start_linearly
 from peagle_hf.modeling_peagle import PeagleLayer
 from peagle_hf.pace import Pace
 
@@ -118,6 +119,36 @@ def test_checkpointing_changes_nothing_on_the_fast_path(monkeypatch, keep_attent
     )
     (_, grads) = step("flex_attention", autocast=True, lengths=(1500,))
     assert max(relative(grad, plain_grads[name]) for name, grad in grads.items()) < 0.02
+
+
+def test_a_linear_start_on_the_gpu_is_that_of_the_cpu():
+    config = make_config("llama", SIZES)
+    size, generator = config.hidden_size, torch.Generator().manual_seed(0)
+
+    def document(length):
+        states = torch.randn(length, config.num_aux_hidden_states * size, generator=generator)
+        noise = torch.randn(length - 2, size, generator=generator)
+        return {
+            "sample_id": 0,
+            "input_ids": torch.randint(config.vocab_size, (length,), generator=generator),
+            "loss_mask": torch.ones(length, dtype=torch.bool),
+            "hidden_states": states,
+            "target_states": states[2:, :size] + states[1:-1, -size:] + noise,
+        }
+
+    rows = [{"epoch": 0, "documents": [document(90), document(400)]} for _ in range(3)]
+    starts = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        drafter = make_drafter(config).to(device)
+        attention = drafter.layers[0].self_attn
+        for projection in (attention.v_proj, attention.o_proj):
+            nn.init.zeros_(projection.weight)  # the factors' signs are the library's choice
+        start_linearly(drafter, rows)
+        values = attention.v_proj.weight.unflatten(0, (-1, attention.head_dim)).repeat_interleave(2, dim=0)
+        embedding = attention.o_proj.weight @ values.flatten(0, 1)
+        starts.append((drafter.fc.weight.detach().cpu(), embedding.detach().cpu()))
+    torch.testing.assert_close(*starts, rtol=1e-3, atol=1e-4)
 
 
 def test_loader_wait_is_that_of_the_gpu():
