@@ -30,7 +30,6 @@ BASE = {
     "total_seq_len": 1024,
     "epochs": 1,
     "lr": 1e-3,
-    "optim": "adamw_torch_fused",
     "warmup_steps": 0.05,
     "train_data_ratio": 1.0,
     "save_strategy": "no",
@@ -79,8 +78,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "warm-up 20 %": {"warmup_steps": 0.2},
     "weight decay 0.1": {"weight_decay": 0.1},
     "beta2 0.95": {"adam_beta2": 0.95},
-    "Muon": {"optim": "muon"},
-    "Muon, lr 2e-3": {"optim": "muon", "lr": 2e-3},
+    "AdamW": {"optim": "adamw_torch_fused"},
+    "AdamW, lr 5e-4": {"optim": "adamw_torch_fused", "lr": 5e-4},
+    "AdamW, lr 2e-3": {"optim": "adamw_torch_fused", "lr": 2e-3},
+    "random start": {"linear_start": False},
+    "qwen3 layers": {"draft_arch": "qwen3"},
     "2 rows a step": {"gradient_accumulation_steps": 2},
     "window 128": {"sliding_window": 128},
     "64 anchors": {"max_anchors": 64},
@@ -96,7 +98,7 @@ def use_device(queue: Any) -> None:
 def run_cell(verifier: str, train: str, held_out: str, name: str, seed: int) -> dict[str, Any]:
     import torch
 
-    from peagle_hf import HiddenStatesDataset, PeagleTrainer, PeagleTrainingArguments
+    from peagle_hf import HiddenStatesDataset, PeagleTrainer, PeagleTrainingArguments, start_linearly
     from peagle_hf.cli import flags, parse_arguments
     from peagle_hf.offline import count
     from peagle_hf.training import build_datasets, build_drafter
@@ -108,6 +110,8 @@ def run_cell(verifier: str, train: str, held_out: str, name: str, seed: int) -> 
         args = parse_arguments(PeagleTrainingArguments, flags(fields | BASE | VARIANTS[name]))
         drafter = build_drafter(args)
         dataset, _ = build_datasets(args)
+        if args.linear_start:
+            start_linearly(drafter.to(args.device), dataset)
         trainer = PeagleTrainer(model=drafter, args=args, train_dataset=dataset)
         output = trainer.train()
     drafter.config.num_depths = DRAFTED
