@@ -195,7 +195,7 @@ def write_prepared(folder: Path, lengths: list[int], conversations: list[int] | 
     return folder
 
 
-def write_cache(folder: Path, verifier: Path, seed: int = 0) -> Path:
+def write_cache(folder: Path, verifier: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     """The verifier's own states of a prepared dataset."""
     from datasets import load_from_disk
 
@@ -207,12 +207,14 @@ def write_cache(folder: Path, verifier: Path, seed: int = 0) -> Path:
         with torch.no_grad():
             output = model(tokens[None], output_hidden_states=True)
         states = torch.stack([*(output.hidden_states[layer][0] for layer in AUX), last.pop()[0]], dim=1)
-        write_row(folder / "hidden_states", row, states.bfloat16(), tokens)
-    Manifest.of(str(verifier), model.config, AUX, dtype="bfloat16").write(folder / "hidden_states")
+        write_row(folder / "hidden_states", row, states.to(dtype), tokens)
+    Manifest.of(str(verifier), model.config, AUX, dtype=str(dtype).removeprefix("torch.")).write(
+        folder / "hidden_states"
+    )
     return folder
 
 
-def write_answers(folder: Path, verifier: Path, new_tokens: int) -> dict:
+def write_answers(folder: Path, verifier: Path, new_tokens: int, dtype: torch.dtype = torch.bfloat16) -> dict:
     """Prepare and cache what the verifier itself writes after four prompts, which are in `prompts.jsonl` there.
 
     Returns:
@@ -240,7 +242,7 @@ def write_answers(folder: Path, verifier: Path, new_tokens: int) -> dict:
     )
     data.save_to_disk(str(folder))
     torch.save(dict(Counter(token for _, tokens in rows for token in tokens)), folder / "token_freq.pt")
-    write_cache(folder, verifier)
+    write_cache(folder, verifier, dtype)
     (folder / "prompts.jsonl").write_text(
         "".join(
             json.dumps({"question_id": number, "category": "overfit", "turns": [prompt]}) + "\n"

@@ -4,11 +4,20 @@ import json
 
 import pytest
 import torch
-from conftest import train_on_answers
+from conftest import write_answers
 from torch.nn import functional as F
 from transformers import DynamicCache, LlamaForCausalLM
 
-from peagle_hf import AcceptanceArguments, HiddenStatesDataset, PeagleForSpeculation, acceptance, cli, draft_and_verify
+from peagle_hf import (
+    AcceptanceArguments,
+    HiddenStatesDataset,
+    PeagleForSpeculation,
+    PeagleTrainingArguments,
+    acceptance,
+    cli,
+    draft_and_verify,
+    train,
+)
 from peagle_hf.metrics import summarize
 
 DEPTHS, NEW_TOKENS, ANSWERS = 3, 70, 4
@@ -18,10 +27,11 @@ DEPTHS, NEW_TOKENS, ANSWERS = 3, 70, 4
 def trained(request, tmp_path_factory, tiny_verifier):
     """A drafter that is right at times, and the folder of answers that it was trained on."""
     folder = tmp_path_factory.mktemp("acceptance")
+    # In bfloat16 a near-tie of the verifier's may turn.
+    answers = write_answers(folder, tiny_verifier, NEW_TOKENS, torch.float32)
     options = {"num_train_epochs": 1, "draft_vocab_size": request.param, "num_depths": DEPTHS}
-    options["optim"] = "adamw_torch_fused"  # whose drafter meets no position where bfloat16 states turn a near-tie
-    drafter, _ = train_on_answers(folder, tiny_verifier, new_tokens=NEW_TOKENS, **options)
-    return drafter, folder
+    train(PeagleTrainingArguments(**answers, **options))
+    return folder / "checkpoints" / "checkpoint_best", folder
 
 
 @torch.no_grad()

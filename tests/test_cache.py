@@ -198,7 +198,7 @@ def test_training_on_every_kind(train_flags, tiny_data, tmp_path):
     assert losses["plain"] == train_losses(flags, tiny_data / "hidden_states", tmp_path / "trained")
     assert losses["learnt"] == losses["plain"]
     assert losses["fp8-learnt"] == losses["fp8"] != losses["plain"]
-    assert losses["fp8"] == pytest.approx(losses["plain"], rel=0.03)
+    assert losses["fp8"] == pytest.approx(losses["plain"], rel=0.08)
 
 
 def test_kinds_may_be_mixed_file_by_file(tiny_data, tmp_path):

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from peagle_hf import PeagleError, PeagleTrainingArguments, cli, train
 from peagle_hf.callbacks import checkpoints_by_step
 from peagle_hf.data.cache import Manifest, cached_rows, check_row, row_path
-from peagle_hf.data.dataset import load_prepared
+from peagle_hf.data.dataset import load_prepared, split_rows
 from peagle_hf.data.endpoint import Endpoint, EndpointError, concurrently, endpoint_urls, write_server_record
 from peagle_hf.data.extract import ExtractArguments, extract
 from peagle_hf.launch import LaunchArguments, server_command
@@ -376,7 +376,9 @@ def test_online_training_is_that_on_a_cache(online, server, data, output, tokens
     server.asked.clear()
     assert losses(train(PeagleTrainingArguments(**online))) == wanted
     assert cached_rows(output) == set()
-    assert len(server.asked) == 2 * len(tokens), "two epochs, and validation after each"
+    train_rows, _ = split_rows(data, online["train_data_ratio"], PeagleTrainingArguments(**online).seed)
+    asked = len(train_rows) + 2 * len(tokens)
+    assert len(server.asked) == asked, "the linear start, two epochs, and validation after each"
 
     server.asked.clear()
     keeping = {**online, "on_generate": "cache", "output_dir": str(tmp_path / "keeping")}

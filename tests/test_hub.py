@@ -261,7 +261,7 @@ def test_the_card_says_what_was_measured(trained, evaluation):
         "| loss | tv |",
         f"| epochs, steps | 1, {record['steps']} |",
         "| rows a step, positions a row | 2, 64 |",
-        "cosine from 0.0006 |",
+        "cosine from 0.001 |",
         "| precision, seed | float32, 42 |",
         f"| hardware | 1 x CPU, {torch.get_num_threads()} threads |",
         f"| minutes, with validation and saving | {record['seconds'] / 60:.1f} |",
