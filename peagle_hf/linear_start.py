@@ -7,6 +7,8 @@ import logging
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -32,7 +34,8 @@ def start_linearly(drafter: PeagleForSpeculation, dataset: HiddenStatesDataset) 
     the embedding of the token that followed, normed) to the verifier's normed last state at the position after, of
     which its head makes the distribution to be drafted. The map of the auxiliary states becomes `fc`. That of the
     embedding is added to the first layer's `v_proj` and `o_proj`, as much of it as their rank allows: attention starts
-    out at the row's own position. What is drafted deeper starts as it was. The same rows give the same start.
+    out at the row's own position. What is drafted deeper starts as it was. The same rows give the same start. Several
+    processes share the rows, and each ends with the same drafter.
 
     Args:
         drafter: as it was made, with its verifier's head attached (see `PeagleForSpeculation.load_verifier`). All is
@@ -46,10 +49,16 @@ def start_linearly(drafter: PeagleForSpeculation, dataset: HiddenStatesDataset) 
         raise PeagleError("A linear start needs the verifier's head: call load_verifier(name_or_path) before.")
     device, size, states_size = drafter.device, drafter.config.hidden_size, drafter.fc.in_features
     head, eps = drafter.verifier_head.to(device), float(drafter.norm.variance_epsilon)
-    num_features, num_positions = states_size + size, 0
+    num_features = states_size + size
+    num_rows, num_positions = 0, 0
+    while num_rows < len(dataset) and num_positions < POSITIONS_A_FEATURE * num_features:
+        num_positions += dataset.num_learnt(num_rows)
+        num_rows += 1
+    process = PartialState()
+    mine = range(process.process_index, num_rows, process.num_processes)
     collator = CODDataCollator(num_depths=1)
     moments = torch.zeros(num_features, num_features + size, dtype=torch.float64, device=device)
-    for number in tqdm(range(len(dataset)), desc="Linear start", unit="row"):
+    for number in tqdm(mine, desc="Linear start", unit="row", disable=not process.is_local_main_process):
         batch = collator([dataset[number]])
         learnt = batch["learnt_rows"][0]
         states_PS = batch["hidden_states"][0, learnt].to(device).double()
@@ -59,9 +68,7 @@ def start_linearly(drafter: PeagleForSpeculation, dataset: HiddenStatesDataset) 
         features_PF = torch.cat([states_PS, F.rms_norm(embeds_PH, (size,), eps=eps)], dim=1)
         targets_PH = head.normalize(batch["target_states"][0].to(device)).double()
         moments += features_PF.T @ torch.cat([features_PF, targets_PH], dim=1)
-        num_positions += len(learnt)
-        if num_positions >= POSITIONS_A_FEATURE * num_features:
-            break
+    moments = reduce(moments)
     second_FF, cross_FH = (moments / max(1, num_positions)).split([num_features, size], dim=1)
     map_FH = ridge_regression(second_FF, cross_FH)
     states_SH, embeds_HH = map_FH.split([states_size, size])

@@ -449,9 +449,10 @@ def test_two_processes_end_together_when_the_server_is_gone_and_go_on(online, se
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "peagle_hf"]
     command += ["train", *cli.flags(online)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    server.fault = lambda token_ids: "dead" if len(server.asked) > 8 else None
+    server.fault = lambda token_ids: "dead" if len(server.asked) > 6 + 8 else None
     first = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert first.returncode != 0
+    assert len(set(map(tuple, server.asked[:6]))) == 6, "the linear start asks for each row once, not each process"
     found = re.search(r"Training ended after step (\d+), and is saved in \S+checkpoint-\1: .*", first.stderr)
     assert found, first.stderr[-3000:]
     server.fault = lambda token_ids: None

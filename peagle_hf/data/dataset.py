@@ -120,6 +120,11 @@ class HiddenStatesDataset(Dataset):
     def __len__(self) -> int:
         return len(self.plan)
 
+    def num_learnt(self, number: int) -> int:
+        """The learnt positions of a packed row, by the prepared dataset alone."""
+        masks = (self.data[row]["loss_mask"][: self.total_seq_len + 2] for row in self.plan[number])
+        return sum(int(target_tokens(torch.as_tensor(mask).bool()).sum()) for mask in masks)
+
     def __getitem__(self, index: int | RowRequest) -> dict[str, Any]:
         """The documents of a packed row: tokens and mask [T], their states [T, A * H], those of N targets [N, H]."""
         request = index if isinstance(index, RowRequest) else RowRequest(0, index)
