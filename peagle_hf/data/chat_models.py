@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from ..errors import PeagleError
+from ..products import pack_linear_layers
 from .endpoint import EndpointError, ask_any, concurrently, endpoint_urls, served_model
 
 _PLACEHOLDER = "PLACEHOLDER"
@@ -161,6 +162,7 @@ class LocalChatModel(ChatModel):
             )
         except (OSError, ValueError) as error:
             raise _not_loaded(name, error) from error
+        pack_linear_layers(self.model)
         # What else the checkpoint recommends, such as a repetition penalty, would take the text off the model's own.
         self.model.generation_config = GenerationConfig()
 
