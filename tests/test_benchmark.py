@@ -42,6 +42,23 @@ def test_drafter_is_trained_for_the_comparison_with_the_peer(tmp_path, tiny_veri
     assert check_checkpoint(tmp_path / "ours-1" / "checkpoints" / "checkpoint_best", str(tiny_verifier)).num_depths == 3
 
 
+def test_drafters_of_the_comparison_are_measured_without_vllm(tmp_path, chain, drafter):
+    folder = tmp_path / "ours-0"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints" / "checkpoint_best").symlink_to(drafter)
+    (folder / "training.json").write_text("{}")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"turns": ["w5", "w20"]}\n')
+    command = [sys.executable, str(BENCHMARKS / "against_peer.py"), "generate", str(tmp_path), "--max-tokens", "8"]
+    command += ["--verifier", str(chain), "--prompts", str(prompts)]
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+    figures = json.loads((folder / "evaluation.json").read_text())
+    # w6 w7 w5 w6 w7 w5 w6 w7 with w5 drafted each time: after the first, five drafts, and two begin at a w5.
+    assert figures["acceptance_length"] == pytest.approx(1.4)
+    assert figures["per_position_acceptance"] == [0.4, 0, 0]
+    assert figures["text_identical"] is True
+
+
 def test_comparison_with_the_peer_has_the_ratio_of_gains_and_intervals(tmp_path):
     rates = {("ours", 0): [0.3, 0.01], ("ours", 1): [0.32, 0.02], ("peer", 0): [0.2, 0.01], ("peer", 1): [0.22, 0.02]}
     for (implementation, seed), positions in rates.items():

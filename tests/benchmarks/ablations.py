@@ -58,7 +58,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "r 0.5": {"down_sample_ratio": 0.5},
     "r 0.9": {"down_sample_ratio": 0.9},
     "r 1.0": {"down_sample_ratio": 1.0},
-    "r_min 0.05": {"down_sample_ratio_min": 0.05},
     "r_min 0.5": {"down_sample_ratio_min": 0.5},
     "K 2 in training": {"num_depths": 2},
     "K 6 in training": {"num_depths": 6},

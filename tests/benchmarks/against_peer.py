@@ -4,14 +4,14 @@
         python tests/benchmarks/against_peer.py train $who --verifier output/demo/verifier --data output/demo/data \\
             --output output/against_peer --seed $seed --steps 165
     done; done
-    python tests/benchmarks/against_peer.py evaluate output/against_peer --verifier output/demo/verifier
+    python tests/benchmarks/against_peer.py evaluate output/against_peer --verifier output/demo/verifier  # or generate
     python tests/benchmarks/against_peer.py table output/against_peer
 
 `--data` is a folder of `peagle-hf prepare` with its hidden states in `hidden_states`. Both implementations train on the
 same conversations of it and validate on the same, with the sizes, warm-up, schedule and length of the demo and whatever
 else is their default; what follows `--` goes to the command line of the one that is trained. Each serves its own
-`checkpoint_best`, whose weights are bfloat16. `train` needs speculators 0.9.0 for the peer, `evaluate` needs vLLM,
-`table` neither: the folder may move between machines.
+`checkpoint_best`, whose weights are bfloat16. `train` needs speculators 0.9.0 for the peer, `evaluate` needs vLLM, the
+others neither: the folder may move between machines. `generate` counts the same in transformers.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import tempfile
 import time
 from pathlib import Path
 
-LAYERS, DEPTHS, DRAFT_VOCAB, LENGTH = 2, 4, 8192, 1024
+DRAFT_VOCAB, LENGTH = 8192, 1024
 WARMUP, TRAIN_RATIO = 0.05, 0.95
 LEARNING_RATES = {"ours": 2e-3, "peer": 1e-3}
 """The demo's here, speculators' default there."""
@@ -63,7 +63,8 @@ def train_in_child(options: argparse.Namespace, folder: Path, steps: int) -> dic
     folder.mkdir(parents=True)
     threads = {name: str(options.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     hidden = {} if options.device == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
-    job = {name: getattr(options, name) for name in ("verifier", "seed", "threads", "workers", "device", "flags")}
+    passed = ("verifier", "seed", "layers", "depths", "threads", "workers", "device", "flags")
+    job = {name: getattr(options, name) for name in passed}
     job |= {"data": str(options.data), "folder": str(folder), "steps": steps}
     command = [sys.executable, __file__, "child", options.implementation, json.dumps(job)]
     started = time.perf_counter()
@@ -142,7 +143,8 @@ def train_ours(job: dict) -> Measured:
     flags = [
         *("--verifier-name-or-path", job["verifier"], "--data-path", job["data"]),
         *("--save-path", f"{job['folder']}/checkpoints", "--seed", str(job["seed"])),
-        *("--num-layers", str(LAYERS), "--num-depths", str(DEPTHS), "--draft-vocab-size", str(DRAFT_VOCAB)),
+        *("--num-layers", str(job["layers"]), "--num-depths", str(job["depths"])),
+        *("--draft-vocab-size", str(DRAFT_VOCAB)),
         *("--total-seq-len", str(LENGTH), "--train-data-ratio", str(TRAIN_RATIO), "--max-steps", str(job["steps"])),
         *("--lr", str(LEARNING_RATES["ours"]), "--scheduler-type", "cosine"),
         *("--warmup-steps", str(warmup_steps(job["steps"]))),
@@ -194,7 +196,8 @@ def train_peer(job: dict) -> Measured:
     flags = [
         *("--speculator-type", "peagle", "--verifier-name-or-path", job["verifier"], "--data-path", str(data)),
         *("--save-path", f"{job['folder']}/checkpoints", "--seed", str(job["seed"]), "--no-resume-from-checkpoint"),
-        *("--num-layers", str(LAYERS), "--num-depths", str(DEPTHS), "--draft-vocab-size", str(DRAFT_VOCAB)),
+        *("--num-layers", str(job["layers"]), "--num-depths", str(job["depths"])),
+        *("--draft-vocab-size", str(DRAFT_VOCAB)),
         *("--total-seq-len", str(LENGTH), "--max-steps", str(job["steps"])),
         # Half a row more, so that rounding down gives the very number.
         *("--train-data-ratio", str((len(train_rows) + 0.5) / len(train_rows + held_out))),
@@ -284,10 +287,8 @@ def evaluate(options: argparse.Namespace) -> None:
     from peagle_hf.evaluation import evaluate as evaluate_drafters
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    folders = [path.parent for path in sorted(options.output.glob("*/training.json"))]
-    if not folders:
-        sys.exit(f"No drafter was trained in {options.output}.")
-    drafters = [str(folder / "checkpoints" / "checkpoint_best") for folder in folders]
+    folders = trained_folders(options.output)
+    drafters = [str(best(folder)) for folder in folders]
     arguments = EvaluateArguments(
         model=drafters[0],
         compare=drafters[1:],
@@ -302,6 +303,55 @@ def evaluate(options: argparse.Namespace) -> None:
     for folder, entry in zip(folders, [report, *report["others"]], strict=True):
         figures = {name: entry.get(name, report.get(name)) for name in (*SERVED_ALIKE, *SERVED)}
         (folder / "evaluation.json").write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def generate(options: argparse.Namespace) -> None:
+    """Give each folder the figures of `evaluate`, of the first turns' answers, generated in one batch."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from peagle_hf import PeagleForSpeculation, draft_and_verify
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = AutoTokenizer.from_pretrained(options.verifier, padding_side="left")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    prompts = [json.loads(line)["turns"][0] for line in options.prompts.read_text().splitlines()][: options.max_prompts]
+    inputs = tokenizer.apply_chat_template(
+        [[{"role": "user", "content": prompt}] for prompt in prompts],
+        add_generation_prompt=True,
+        padding=True,
+        return_dict=True,
+        return_tensors="pt",
+    ).to(device)
+    verifier = AutoModelForCausalLM.from_pretrained(options.verifier, dtype=torch.float32).to(device).eval()
+    settings = {**inputs, "max_new_tokens": options.max_tokens, "do_sample": False}
+    expected = verifier.generate(**settings)
+    for folder in trained_folders(options.output):
+        drafter = PeagleForSpeculation.from_pretrained(best(folder), dtype=torch.float32).to(device).eval()
+        output = verifier.generate(
+            **settings, custom_generate=draft_and_verify, drafter=drafter, return_dict_in_generate=True
+        )
+        figures = {
+            "prompts": f"first turns of {options.prompts.name}",
+            "num_prompts": len(prompts),
+            "max_tokens": options.max_tokens,
+            "dtype": "float32",
+            "num_speculative_tokens": drafter.config.num_depths,
+            "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
+            "acceptance_length": output.acceptance_length,
+            "per_position_acceptance": [count / output.num_drafts for count in output.accepted_by_position],
+            "text_identical": torch.equal(output.sequences, expected),
+        }
+        (folder / "evaluation.json").write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def trained_folders(output: Path) -> list[Path]:
+    folders = [path.parent for path in sorted(output.glob("*/training.json"))]
+    return folders or sys.exit(f"No drafter was trained in {output}.")
+
+
+def best(folder: Path) -> Path:
+    return folder / "checkpoints" / "checkpoint_best"
 
 
 def print_table(options: argparse.Namespace) -> None:
@@ -429,15 +479,18 @@ def main() -> None:
     how_long = one.add_mutually_exclusive_group(required=True)
     how_long.add_argument("--steps", type=int)
     how_long.add_argument("--minutes", type=float, help="as many steps as this takes, by a short trial before")
+    one.add_argument("--layers", type=int, default=2)
+    one.add_argument("--depths", type=int, default=4)
     one.add_argument("--threads", type=int, default=2)
     one.add_argument("--workers", type=int, default=0, help="loader processes")
     one.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    served = commands.add_parser("evaluate", help="serve the drafters in vLLM that haven't been served yet")
-    served.add_argument("output", type=Path)
-    served.add_argument("--verifier", required=True)
-    served.add_argument("--prompts", type=Path, default=PROMPTS)
-    served.add_argument("--max-prompts", type=int)
-    served.add_argument("--max-tokens", type=int, default=128)
+    for name, purpose in (("evaluate", "serve the drafters in vLLM"), ("generate", "draft and verify in transformers")):
+        measured = commands.add_parser(name, help=purpose)
+        measured.add_argument("output", type=Path)
+        measured.add_argument("--verifier", required=True)
+        measured.add_argument("--prompts", type=Path, default=PROMPTS)
+        measured.add_argument("--max-prompts", type=int)
+        measured.add_argument("--max-tokens", type=int, default=128)
     table = commands.add_parser("table", help="compare what was measured")
     table.add_argument("output", type=Path)
     child = commands.add_parser("child")
@@ -454,10 +507,8 @@ def main() -> None:
     elif options.command == "train":
         options.flags = flags
         train(options)
-    elif options.command == "evaluate":
-        evaluate(options)
     else:
-        print_table(options)
+        {"evaluate": evaluate, "generate": generate, "table": print_table}[options.command](options)
 
 
 if __name__ == "__main__":
