@@ -9,7 +9,7 @@ from torch import Tensor, nn
 MUON = "muon"
 """The name that `--optim` knows it by."""
 
-_TABLES = ("embed_tokens.weight", "lm_head.weight")
+_TABLES = {"embed_tokens", "lm_head"}
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
@@ -37,7 +37,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         others: list[nn.Parameter] = []
         for name, parameter in named_parameters:
             if parameter.requires_grad:
-                is_matrix = parameter.ndim == 2 and not name.endswith(_TABLES)
+                is_matrix = parameter.ndim == 2 and _TABLES.isdisjoint(name.split("."))
                 (matrices if is_matrix else others).append(parameter)
         decayed = [parameter for parameter in others if parameter.ndim == 2]
         undecayed = [parameter for parameter in others if parameter.ndim != 2]

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from test_modeling import make_config
 from torch import nn
 
@@ -53,6 +54,19 @@ def test_matrices_take_muons_step_and_the_rest_adamws() -> None:
         for other in others:
             other.step()
     torch.testing.assert_close(weights(together), weights(alone))
+
+
+def test_tables_that_peft_trains_whole_stay_adamws() -> None:
+    adapted = get_peft_model(
+        make_drafter(), LoraConfig(r=2, target_modules=["o_proj"], modules_to_save=["embed_tokens", "fc"])
+    )
+    optimizer = MuonWithAdamW(adapted.named_parameters(), lr=1e-2)
+    named = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    matrices, *others = ({id(parameter) for parameter in group["params"]} for group in optimizer.param_groups)
+    trained = {name: parameter for name, parameter in named.items() if "modules_to_save" in name}
+    assert len(trained) == 2
+    for name, parameter in trained.items():
+        assert id(parameter) in (set.union(*others) if "embed_tokens" in name else matrices)
 
 
 def test_it_goes_on_from_its_state_dict_with_the_scheduled_rate() -> None:
