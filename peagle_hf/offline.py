@@ -4,20 +4,24 @@ import logging
 from dataclasses import dataclass, field
 from itertools import accumulate
 from operator import mul
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .data.cache import Manifest
 from .data.collator import CODDataCollator
 from .data.dataset import HiddenStatesDataset, split_rows
 from .data.partition import partition_every_row
 from .errors import PeagleError
 from .files import write_json
 from .metrics import count_drafts
+from .model_card import read_record
 from .modeling_peagle import PeagleForSpeculation
 from .serving import check_checkpoint
+from .target import load_verifier_config
 
 logger = logging.getLogger(__name__)
 
@@ -42,11 +46,23 @@ class AcceptanceArguments:
         default=None,
         metadata={"help": "Take the rows that a training with this --train-data-ratio kept back. Default: all rows."},
     )
-    seed: int = field(default=0, metadata={"help": "Seed of that training, which decides what is kept back."})
+    seed: int | None = field(
+        default=None,
+        metadata={
+            "help": "Seed of that training, which decides what is kept back. Default: the one in the drafter's "
+            "training.json."
+        },
+    )
     total_seq_len: int = field(default=8192, metadata={"help": "Positions in a packed row; longer rows are cut."})
     dtype: str = field(
         default="float32", metadata={"help": "Of the drafter and the verifier's head: float32, bfloat16 or float16."}
     )
+    verifier_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the verifier."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the verifier."})
+
+    def __post_init__(self) -> None:
+        if self.num_speculative_tokens is not None and self.num_speculative_tokens < 1:
+            raise PeagleError(f"--num-speculative-tokens is {self.num_speculative_tokens} but must be at least 1.")
 
 
 def acceptance(arguments: AcceptanceArguments) -> dict[str, Any]:
@@ -75,13 +91,15 @@ def acceptance(arguments: AcceptanceArguments) -> dict[str, Any]:
     drafter = PeagleForSpeculation.from_pretrained(arguments.model, config=config, dtype=dtype, device_map=device)
     if device == "cuda":
         drafter.set_attn_implementation("flex_attention")
-    drafter.load_verifier(verifier, initialize=False, dtype=dtype)
-    rows = None
-    if arguments.train_data_ratio is not None:
-        rows = split_rows(arguments.data_path, arguments.train_data_ratio, arguments.seed)[1]
-    dataset = HiddenStatesDataset(
-        arguments.data_path, arguments.hidden_states_path, arguments.total_seq_len, rows, seed=arguments.seed
-    )
+    source = (arguments.verifier_revision, arguments.trust_remote_code)
+    cache = arguments.hidden_states_path or Path(arguments.data_path) / "hidden_states"
+    manifest = Manifest.read(cache)
+    if manifest is not None:
+        target = load_verifier_config(verifier, *source)
+        manifest.check(Manifest.of(verifier, target, config.eagle_aux_hidden_state_layer_ids), cache)
+    drafter.load_verifier(verifier, False, False, dtype, *source)
+    rows = _kept_back(arguments) if arguments.train_data_ratio is not None else None
+    dataset = HiddenStatesDataset(arguments.data_path, cache, arguments.total_seq_len, rows)
     counters, drafts = count(drafter, dataset)
     learnt, correct = counters[:2].tolist()
     report = {
@@ -98,6 +116,21 @@ def acceptance(arguments: AcceptanceArguments) -> dict[str, Any]:
     write_json(arguments.output, report)
     logger.info("%s\n\nWritten to %s.", table(report), arguments.output)
     return report
+
+
+def _kept_back(arguments: AcceptanceArguments) -> list[int]:
+    """The rows on which the drafter's training validated."""
+    seed = arguments.seed
+    if seed is None:
+        record = read_record(arguments.model)
+        if record is None:
+            raise PeagleError(
+                f"{arguments.model} holds no training.json that tells the seed of its training, on which depends what "
+                "was kept back. Pass --seed."
+            )
+        seed = int(record["seed"])
+    assert arguments.train_data_ratio is not None
+    return split_rows(arguments.data_path, arguments.train_data_ratio, seed)[1]
 
 
 @torch.no_grad()

@@ -1,6 +1,9 @@
 """Offline acceptance: against a loop over every anchor, and against generation on the same text."""
 
 import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 from peagle_hf import (
     AcceptanceArguments,
     HiddenStatesDataset,
+    PeagleError,
     PeagleForSpeculation,
     PeagleTrainingArguments,
     acceptance,
@@ -18,7 +22,11 @@ from peagle_hf import (
     draft_and_verify,
     train,
 )
+from peagle_hf.data.cache import Manifest
+from peagle_hf.data.dataset import split_rows
 from peagle_hf.metrics import summarize
+from peagle_hf.model_card import read_record
+from peagle_hf.offline import _kept_back
 
 DEPTHS, NEW_TOKENS, ANSWERS = 3, 70, 4
 
@@ -86,6 +94,29 @@ def test_every_anchor_is_counted_by_the_definition(trained, tiny_verifier, tmp_p
     summary = summarize(torch.tensor(list(expected.values())))
     assert everywhere["acceptance_length"] == pytest.approx(summary["acceptance_length"])
     assert report["acceptance_length"] == pytest.approx(1 + sum(report["per_position_acceptance"]))
+
+
+def test_the_rows_kept_back_are_those_of_the_drafters_own_training(trained, tmp_path):
+    checkpoint, folder = trained
+    arguments = AcceptanceArguments(str(checkpoint), str(folder), str(tmp_path / "a.json"), train_data_ratio=0.5)
+    seed = read_record(checkpoint)["seed"]
+    assert _kept_back(arguments) == split_rows(folder, 0.5, seed)[1]
+    splits = [split_rows(folder, 0.5, other)[1] for other in range(99)]
+    arguments.seed = next(other for other, split in enumerate(splits) if split != splits[seed])
+    assert _kept_back(arguments) == splits[arguments.seed]
+    unknown = tmp_path / "unknown"
+    unknown.mkdir()
+    with pytest.raises(PeagleError, match=r"unknown holds no training\.json.*Pass --seed"):
+        _kept_back(AcceptanceArguments(str(unknown), str(folder), "a.json", train_data_ratio=0.5))
+
+
+def test_a_cache_of_other_layers_is_refused(trained, tmp_path):
+    checkpoint, folder = trained
+    states = Path(shutil.copytree(folder / "hidden_states", tmp_path / "states"))
+    manifest = replace(Manifest.read(states), aux_layer_ids=[1, 2, 3])
+    manifest.write(states)
+    with pytest.raises(PeagleError, match=r"aux_layer_ids \[1, 2, 3\] there"):
+        acceptance(AcceptanceArguments(str(checkpoint), str(folder), str(tmp_path / "a.json"), str(states)))
 
 
 def test_generation_drafts_and_accepts_what_the_cached_states_say(trained, tiny_verifier, tmp_path, monkeypatch):
