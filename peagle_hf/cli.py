@@ -69,6 +69,8 @@ COMMANDS = {
     "run": Command("cli", "run", "RunArguments", "all steps of a pipeline.yaml, going on where it stopped"),
 }
 STEPS = ("regenerate", "prepare", "extract", "train", "evaluate")
+LENGTHS = {"epochs", "num_train_epochs", "max_steps"}
+"""Arguments with which a finished training goes on."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -115,7 +117,8 @@ def parse_arguments(
 ) -> Arguments:
     """Parse a command line into a dataclass: an optional YAML file first, whose values flags override.
 
-    Keys of the file are flag names without the dashes, aliases included; an unknown key or flag is an error.
+    Keys of the file are flag names without the dashes, aliases included; an unknown key or flag is an error. A flag
+    takes the place of all values that the file gives, also of a list.
 
     Args:
         arguments: the dataclass, such as `PeagleTrainingArguments`.
@@ -125,9 +128,16 @@ def parse_arguments(
         PeagleError: the YAML file is missing or is no mapping.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and argv[0].endswith((".yaml", ".yml")):
-        argv = flags(read_yaml(argv[0])) + argv[1:]
     parser = HfArgumentParser(arguments, prog=prog, allow_abbrev=False)  # type: ignore[arg-type]
+
+    def destination(flag: str) -> str:
+        action = parser._option_string_actions.get(flag.partition("=")[0])
+        return action.dest if action else flag
+
+    if argv and argv[0].endswith((".yaml", ".yml")):
+        given = {destination(word) for word in argv[1:] if word.startswith("--")}
+        content = {key: value for key, value in read_yaml(argv[0]).items() if destination(f"--{key}") not in given}
+        argv = flags(content) + argv[1:]
     parsed: Any
     parsed, unknown = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
     if unknown:
@@ -160,6 +170,10 @@ def run(arguments: RunArguments) -> None:
 
     Steps that are cut off go on where they stopped, as their commands do. All arguments are parsed before the first
     step starts.
+
+    Raises:
+        PeagleError: a step is to be done again whose output would stay as it is: training that would go on from its
+            last checkpoint with other arguments or data. More epochs alone are fine.
     """
     sections = {step: section for step in STEPS if (section := getattr(arguments, step)) is not None}
     parsed: dict[str, Any] = {
@@ -170,17 +184,37 @@ def run(arguments: RunArguments) -> None:
     finished = json.loads(record.read_text()) if record.exists() else {}
     unchanged = True
     for step, section in sections.items():
-        unchanged = unchanged and finished.get(step) == section
+        were_unchanged, unchanged = unchanged, unchanged and finished.get(step) == section
         if unchanged:
             logger.info("%s: finished earlier.", step)
             continue
+        if step == "train" and step in finished:
+            _require_fresh(parsed[step], finished[step] if were_unchanged else None, section)
+            del finished[step]
+            write_json(record, finished)
         logger.info("%s", step)
         started = time.monotonic()
         COMMANDS[step].load()[0](parsed[step])
-        finished = {name: done for name, done in finished.items() if STEPS.index(name) < STEPS.index(step)}
+        # Of a step behind this one it stays known that it was finished, with something else before it.
+        finished = {name: done if STEPS.index(name) < STEPS.index(step) else None for name, done in finished.items()}
         finished[step] = section
         write_json(record, finished)
         logger.info("%s: %.0f s.", step, time.monotonic() - started)
+
+
+def _require_fresh(arguments: Any, before: dict[str, Any] | None, section: dict[str, Any]) -> None:
+    """Refuse to train on from checkpoints of a training that finished with other arguments, None being other data."""
+    from .callbacks import newest_checkpoint
+
+    names = set(section) | set(before or {})
+    changed = [name for name in sorted(names - LENGTHS) if section.get(name) != (before or {}).get(name)]
+    if arguments.resume and (before is None or changed) and newest_checkpoint(arguments.output_dir):
+        reason = "an earlier step" if before is None else ", ".join(changed)
+        raise PeagleError(
+            f"{reason} changed since train was finished, but it would go on from the checkpoints in "
+            f"{arguments.output_dir}, where nothing is left to do. Remove that folder to train anew, or name another "
+            "one in the section train."
+        )
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 import ast
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 
-from peagle_hf import PeagleError, cli
+from peagle_hf import PeagleError, VllmExportCallback, cli
+from peagle_hf.data.prepare import PrepareArguments
 
 PACKAGE = Path(cli.__file__).parent
 
@@ -59,6 +61,56 @@ def test_steps_run_in_order_and_finished_ones_are_skipped(pipeline, tmp_path, ca
         "extract: finished earlier.",
     ]
     assert (tmp_path / "checkpoints" / "1").is_dir()
+
+
+def test_a_finished_training_does_not_pass_for_another_one(pipeline, tmp_path, capsys):
+    run(tmp_path, pipeline)
+    best = tmp_path / "checkpoints" / "checkpoint_best" / "model.safetensors"
+    pipeline["train"]["learning_rate"] = 5e-4
+    refused(pipeline, tmp_path, capsys, "learning_rate changed since train was finished")
+    before = best.read_bytes()
+    shutil.rmtree(tmp_path / "checkpoints")
+    run(tmp_path, pipeline)
+    assert best.read_bytes() != before
+
+    pipeline["prepare"]["seq_length"] = 16
+    for section, key in (("prepare", "output"), ("extract", "preprocessed_data"), ("train", "data_path")):
+        pipeline[section][key] = str(tmp_path / "shorter")
+    for _ in range(2):
+        refused(pipeline, tmp_path, capsys, "an earlier step changed since train was finished")
+
+
+def refused(pipeline, tmp_path, capsys, words):
+    with pytest.raises(SystemExit):
+        run(tmp_path, pipeline)
+    assert words in capsys.readouterr().err
+
+
+def test_a_training_that_was_begun_anew_and_cut_off_goes_on(pipeline, tmp_path, monkeypatch, caplog):
+    pipeline["train"]["epochs"] = 2
+    run(tmp_path, pipeline)
+    pipeline["train"]["learning_rate"] = 5e-4
+    shutil.rmtree(tmp_path / "checkpoints")
+    monkeypatch.setattr(VllmExportCallback, "on_epoch_begin", cut_off, raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, pipeline)
+    monkeypatch.undo()
+    caplog.set_level("INFO")
+    run(tmp_path, pipeline)
+    assert any(message.startswith("Resuming from") for message in caplog.messages)
+
+
+def cut_off(self, args, state, control, **kwargs):
+    if state.epoch >= 1:
+        raise KeyboardInterrupt
+
+
+def test_flags_take_the_place_of_a_files_list(tmp_path):
+    path = tmp_path / "prepare.yaml"
+    path.write_text(yaml.safe_dump({"model": "a", "data": ["one.jsonl", "two.jsonl"], "seq-length": 64, "output": "o"}))
+    parsed = cli.parse_arguments(PrepareArguments, [str(path), "--data", "output", "--seq_length=32"])
+    assert (parsed.data, parsed.seq_length, parsed.output) == (["output"], 32, "o")
+    assert cli.parse_arguments(PrepareArguments, [str(path)]).data == ["one.jsonl", "two.jsonl"]
 
 
 def test_a_step_that_failed_is_done_again(pipeline, tmp_path):
