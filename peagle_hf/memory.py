@@ -18,6 +18,8 @@ from .optimizer import MUON
 
 GIB = 1 << 30
 FLOAT, HALF = 4, 2
+MOST_PARTITIONS = 64
+"""More make the largest part hardly smaller: it holds all positions."""
 STATE_BYTES = {"8bit": 2, "4bit": 1, "adamw": 2 * FLOAT, "adam": 2 * FLOAT, "lion": FLOAT}
 """Bytes of optimizer state a trained weight by what the optimizer's name contains (first match); others have none."""
 
@@ -27,39 +29,48 @@ class MemoryPlan:
     """What the prediction depends on.
 
     Args:
-        positions: L of a device's batch.
+        positions: L of a packed row.
+        batch_size: packed rows of a device's batch.
         learnt_share: of the positions.
         optimizer: as `optim` of the arguments.
         checkpointing: "none", "keep_attention" or "whole".
         partitions: parts that a batch is cut into.
         accumulates: gradients of earlier micro-batches are there during the forward pass.
         train_head: as in `PeagleForSpeculation.attach_verifier`.
+        lora_r: rank of an adapter that is trained on all linear layers instead of their weights.
     """
 
     config: PeagleConfig
     positions: int
+    batch_size: int = 1
     learnt_share: float = 0.6
     optimizer: str = "adamw_torch_fused"
     checkpointing: str = "none"
     partitions: int = 1
     accumulates: bool = False
     train_head: bool = False
+    lora_r: int | None = None
+
+    @property
+    def num_positions(self) -> int:
+        """L of the batch."""
+        return self.positions * self.batch_size
 
     @property
     def rows(self) -> int:
         """R of the whole batch: the positions, and what COD keeps of the learnt ones at each further depth."""
         config = self.config
         kept = [max(config.down_sample_ratio**d, config.down_sample_ratio_min) for d in range(1, config.num_depths)]
-        return round(self.positions * (1 + self.learnt_share * sum(kept)))
+        return round(self.num_positions * (1 + self.learnt_share * sum(kept)))
 
     @property
     def rows_at_once(self) -> int:
         """R of the largest part, which holds all positions up to its last anchor (see `data.partition`)."""
         if self.partitions == 1:
             return self.rows
-        rollouts = self.rows - self.positions
+        rollouts = self.rows - self.num_positions
         # Equal parts of n rows: each brings its prefix, so that the k-th has the rollouts of fewer positions.
-        least, most = self.positions, self.rows
+        least, most = self.num_positions, self.rows
         while least < most:
             middle = (least + most) // 2
             reached = 0.0
@@ -94,13 +105,18 @@ def estimate(plan: MemoryPlan) -> MemoryEstimate:
     config, layer = plan.config, plan.config.transformer_layer_config
     size, num_layers = layer.hidden_size, layer.num_hidden_layers
     query, key = layer.num_attention_heads * layer.head_dim, layer.num_key_value_heads * layer.head_dim
-    projections = size * (2 * query + 2 * key + 3 * layer.intermediate_size)
-    weights = num_layers * projections + size * (query + 2 * key) + size * size * config.num_aux_hidden_states
+    inner = layer.intermediate_size
+    linear = [(size * config.num_aux_hidden_states, size)]
+    for width in [2 * size, *[size] * (num_layers - 1)]:
+        linear += [(width, query), (width, key), (width, key), (query, size)]
+        linear += [(size, inner), (size, inner), (inner, size)]
+    weights = sum(inputs * outputs for inputs, outputs in linear)
     embedding, head = layer.vocab_size * size, config.draft_vocab_size * size
     trained = weights + embedding * config.embed_requires_grad + head * plan.train_head
-    frozen = (
-        embedding * (not config.embed_requires_grad) + head * (2 if plan.train_head else 1) - head * plan.train_head
-    )
+    frozen = (head + embedding * (not config.embed_requires_grad)) * HALF
+    if plan.lora_r is not None:
+        frozen += trained * FLOAT
+        trained = weights = plan.lora_r * sum(map(sum, linear))
     if plan.optimizer == MUON:
         states = weights * FLOAT + (trained - weights) * 2 * FLOAT
     else:
@@ -111,8 +127,8 @@ def estimate(plan: MemoryPlan) -> MemoryEstimate:
         weights=trained * FLOAT,
         gradients=trained * FLOAT,
         optimizer=states,
-        frozen=frozen * HALF,
-        inputs=plan.positions * size * (config.num_aux_hidden_states + 3) * HALF,
+        frozen=frozen,
+        inputs=plan.num_positions * size * (config.num_aux_hidden_states + 3) * HALF,
         # The logits, their gradient, and the verifier's logits of the same targets.
         loss=round(2.4 * chunk_rows * config.draft_vocab_size * HALF),
         activations=rows * bytes_a_row(plan),
@@ -154,6 +170,15 @@ def rows_that_fit(plan: MemoryPlan, budget: int) -> int:
     return rows
 
 
+def cut_to_fit(plan: MemoryPlan, budget: int) -> MemoryPlan:
+    """The plan in as few parts as fit within `budget` bytes; in many where no number does."""
+    for partitions in range(1, MOST_PARTITIONS + 1):
+        plan = replace(plan, partitions=partitions)
+        if estimate(plan).total <= budget:
+            break
+    return plan
+
+
 def report(plan: MemoryPlan, budget: int | None) -> str:
     """A table of what goes where, and what to change if it is more than `budget` bytes."""
     predicted = estimate(plan)
@@ -161,8 +186,8 @@ def report(plan: MemoryPlan, budget: int | None) -> str:
         "weights, float32": predicted.weights,
         "gradients, float32": predicted.gradients,
         f"optimizer states ({plan.optimizer})": predicted.optimizer,
-        "frozen weights, bfloat16": predicted.frozen,
-        f"inputs of {plan.positions:,} positions": predicted.inputs,
+        "frozen weights": predicted.frozen,
+        f"inputs of {plan.num_positions:,} positions": predicted.inputs,
         f"activations of {plan.rows_at_once:,} rows at once": predicted.activations,
         "logits of one chunk": predicted.loss,
     }
@@ -185,8 +210,10 @@ def advice(plan: MemoryPlan, budget: int) -> str:
     ]
     narrow = replace(steps[-1][1], optimizer="adamw_bnb_8bit")
     steps.append(("--optim adamw_bnb_8bit", narrow))
-    half = replace(narrow, positions=plan.positions // 2)
-    steps.append((f"--total-seq-len {half.positions} (a row of one device)", half))
+    single = replace(narrow, batch_size=1)
+    steps.append(("--per-device-train-batch-size 1", single))
+    half = replace(single, positions=plan.positions // 2)
+    steps.append((f"--total-seq-len {half.positions}", half))
     small = replace(half, config=PeagleConfig.from_dict(plan.config.to_dict() | {"embed_requires_grad": False}))
     steps.append(("--no-embed-requires-grad", small))
     lines = ["To need less, turn these on, one after another:"]

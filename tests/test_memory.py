@@ -4,12 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import LoraConfig
 from test_modeling import make_batch, make_config, make_drafter
 from test_trainer import losses, run, weights
 
-from peagle_hf import PeagleError, PeagleTrainer, PeagleTrainingArguments
+from peagle_hf import PeagleError, PeagleForSpeculation, PeagleTrainer, PeagleTrainingArguments, add_adapter
 from peagle_hf.cli import flags, main
-from peagle_hf.memory import GIB, MemoryPlan, bytes_a_row, estimate, report, rows_that_fit
+from peagle_hf.memory import GIB, MemoryPlan, bytes_a_row, cut_to_fit, estimate, report, rows_that_fit
 from peagle_hf.training import build_config
 
 
@@ -80,6 +81,34 @@ def test_a_budget_below_the_weights_is_refused():
     with pytest.raises(PeagleError, match=r"(?s)Whatever the batch is.*--optim adamw_bnb_8bit"):
         rows_that_fit(MemoryPlan(qwen3_8b(), 8192), 10 * GIB)
     assert rows_that_fit(MemoryPlan(qwen3_8b(), 8192), 40 * GIB) > 8192
+
+
+def test_a_larger_batch_is_advised_to_shrink_before_its_rows():
+    plan = MemoryPlan(qwen3_8b(), 8192, batch_size=4)
+    assert plan.rows == MemoryPlan(qwen3_8b(), 32768).rows
+    lines = report(plan, 1 * GIB).splitlines()
+    start = lines.index("To need less, turn these on, one after another:") + 1
+    flags = [line.split()[0] for line in lines[start:]]
+    assert flags.index("--per-device-train-batch-size") < flags.index("--total-seq-len")
+    assert any(line.split()[:2] == ["--total-seq-len", "4096"] for line in lines)
+
+
+def test_parts_that_are_found_automatically_are_those_of_the_report():
+    plan = MemoryPlan(qwen3_8b(), 32768, accumulates=True)
+    budget = estimate(replace(plan, partitions=3)).total
+    assert estimate(plan).total > budget
+    assert cut_to_fit(plan, budget).partitions == 3
+    assert cut_to_fit(plan, estimate(plan).total).partitions == 1
+
+
+def test_an_adapter_needs_less_than_the_weights():
+    config = make_config(num_depths=4)
+    drafter = PeagleForSpeculation(config)
+    plan = MemoryPlan(config, 100, lora_r=4)
+    adapter = add_adapter(drafter, LoraConfig(r=4, target_modules="all-linear"))
+    trained = sum(p.numel() for name, p in adapter.named_parameters() if "lora_" in name)
+    assert estimate(plan).weights == 4 * trained
+    assert estimate(plan).frozen > estimate(replace(plan, lora_r=None)).frozen
 
 
 def test_memory_report_prints_and_trains_nothing(train_flags, tmp_path, capsys):
