@@ -534,7 +534,7 @@ class PeagleForSpeculation(PreTrainedModel):
             teacher = draft_head.normalize(target_states[0])
 
         def loss_of(states: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            if self.heads_are_one:
+            if self.heads_are_one and not weight.requires_grad:
                 draft_head.weight = weight.detach()
             index = target_index[0]
             decay = self.depth_loss_decay if self.training else 1.0
@@ -564,8 +564,8 @@ class PeagleForSpeculation(PreTrainedModel):
         outcomes = None
         if not self.training:
             outcomes = outcomes_by_anchor(correct_R, reached_R, anchor, document_ids[0], position_ids[0])
-        divisor = max(student_N.numel(), 1) if num_items_in_batch is None else num_items_in_batch
-        return PeagleOutput(loss=loss / divisor, counters=counters, outcomes=outcomes)
+        divisor = student_N.numel() if num_items_in_batch is None else num_items_in_batch
+        return PeagleOutput(loss=loss / torch.as_tensor(divisor).clamp(min=1), counters=counters, outcomes=outcomes)
 
     @torch.no_grad()
     def draft(

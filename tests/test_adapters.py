@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from test_trainer import losses, run
+from transformers import LlamaForCausalLM
 
 from peagle_hf import PeagleConfig, PeagleError, PeagleForSpeculation, PeagleTrainingArguments
 from peagle_hf.adapters import MASK_HIDDEN, add_adapter, load_adapter, merge_adapter, save_adapter
@@ -77,6 +78,19 @@ def test_an_adapter_of_another_drafter_is_refused(trained, tmp_path):
         load_adapter(PeagleForSpeculation(config), tmp_path)
 
 
+def test_a_head_that_an_adapter_trains_does_not_become_its_own_teacher(trained, tiny_verifier):
+    _, adapter_flags = trained
+    before = LlamaForCausalLM.from_pretrained(tiny_verifier).lm_head.weight
+    drafter = run(adapter_flags, lora_modules_to_save=["lm_head"], learning_rate=1e-2).model.get_base_model()
+    head = drafter.lm_head.modules_to_save["default"].weight
+    taught = drafter.verifier_head.restrict(drafter.draft_token_ids).weight
+    assert torch.equal(taught, before[drafter.draft_token_ids])
+    assert torch.equal(drafter.draft_head.weight, taught)
+    assert not torch.equal(head, taught)
+
+
 def test_an_adapter_wants_a_drafter_to_adapt(train_flags):
     with pytest.raises(PeagleError, match="--from-pretrained"):
         PeagleTrainingArguments(**train_flags, lora_r=4)
+    with pytest.raises(PeagleError, match="--lora-modules-to-save"):
+        PeagleTrainingArguments(**train_flags, from_pretrained="a", lora_r=4, train_head=True)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from peagle_hf import CODDataCollator, HiddenStatesDataset, PeagleError
 from peagle_hf.data import collator
 from peagle_hf.data.cache import row_path
-from peagle_hf.data.dataset import EpochSampler, RowRequest, first_fit, split_rows
+from peagle_hf.data.dataset import EpochSampler, RowRequest, first_fit, load_prepared, split_rows
 
 
 def test_doctests():
@@ -164,6 +164,17 @@ def test_long_documents_are_cut_counted_and_said(tiny_data, caplog):
     assert max(document["input_ids"].numel() for index in range(20) for document in dataset[index]["documents"]) == 18
 
 
+def test_documents_that_teach_nothing_before_the_cut_are_left_out_and_said(tiny_data, caplog):
+    lengths = load_prepared(tiny_data)["seq_len"]
+    late = [row for row in range(20) if lengths[row] - 2 > 4]
+    dataset = HiddenStatesDataset(tiny_data, total_seq_len=4, rows=[*late])
+    learnt = {row for rows in dataset.plan for row in rows}
+    assert all(dataset.num_learnt(number) for number in range(len(dataset)))
+    assert len(learnt) + int(caplog.text.split(" documents are left out")[0].split()[-1]) == len(late)
+    with pytest.raises(PeagleError, match=r"something to learn in its first 1.*raise --total-seq-len"):
+        HiddenStatesDataset(tiny_data, total_seq_len=1)
+
+
 def test_split_keeps_conversations_whole(tmp_path):
     conversations = [index // 3 for index in range(30)]
     write_prepared(tmp_path, [10] * 30, conversations)
@@ -194,6 +205,11 @@ def test_missing_files_are_left_out_and_reported(damaged, caplog, policy, level)
     dataset = HiddenStatesDataset(damaged, on_missing=policy)
     assert sorted(row for rows in dataset.plan for row in rows) == [0, 1, 3]
     assert [record.levelno for record in caplog.records if "hs_2.safetensors" in record.message] == [level]
+
+
+def test_a_folder_without_any_file_is_named(damaged, tmp_path):
+    with pytest.raises(PeagleError, match=f"4 of 4 .*{tmp_path / 'typo'}.*correct --hidden-states-path"):
+        HiddenStatesDataset(damaged, tmp_path / "typo", on_missing="skip")
 
 
 def test_truncated_and_foreign_cache_files_are_named(damaged):

@@ -5,7 +5,7 @@ import torch
 from test_modeling import make_batch, make_config, make_drafter
 
 from peagle_hf import PeagleError
-from peagle_hf.data.partition import partition, partition_by_rows
+from peagle_hf.data.partition import partition, partition_by_rows, without_labels
 
 LENGTHS = (37, 12, 58)
 
@@ -20,6 +20,16 @@ def step(drafter, batches, num_items):
         counters.append(output.counters)
     grads = {name: p.grad.clone() for name, p in drafter.named_parameters() if p.grad is not None}
     return sum(losses), sum(counters), grads
+
+
+def test_a_batch_that_teaches_nothing_gives_no_loss_and_no_gradient():
+    config = make_config()
+    drafter = make_drafter(config).train()
+    drafter.lm_head.weight.requires_grad_(True)
+    nothing = without_labels(make_batch(config, LENGTHS))
+    loss, _, grads = step(drafter, [nothing], torch.tensor(0))
+    assert loss == 0
+    assert all(not grad.any() for grad in grads.values())
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, (107,)])

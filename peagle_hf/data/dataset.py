@@ -47,7 +47,8 @@ class HiddenStatesDataset(Dataset):
     Args:
         data_path: folder of `peagle-hf prepare`.
         hidden_states_path: folder of `peagle-hf extract`; default: `hidden_states` in `data_path`.
-        total_seq_len: positions in a row; a longer document is cut, which is counted and reported.
+        total_seq_len: positions in a row; a longer document is cut, and left out if nothing is learnt before the cut,
+            both of which are counted and reported.
         rows: the prepared rows to use; None means all.
         on_missing: what to do about prepared rows without a cache file: "raise", leave them out silently counted
             ("skip") or named in a warning ("warn"), or ask the endpoint for them whenever they are needed ("generate").
@@ -80,12 +81,26 @@ class HiddenStatesDataset(Dataset):
         rows = range(len(self.data)) if rows is None else rows
         rows = self._present(rows, on_missing)
         lengths = column(self.data, "seq_len")
-        wanted = [row for row in rows if lengths[row] >= MIN_TOKENS]
-        self.num_truncated = sum(lengths[row] - 2 > total_seq_len for row in wanted)
+        long_enough = [row for row in rows if lengths[row] >= MIN_TOKENS]
+        cut = [row for row in long_enough if lengths[row] - 2 > total_seq_len]
+        unlearnt = {row for row in cut if not self._targets(row).any()}
+        wanted = [row for row in long_enough if row not in unlearnt]
+        self.num_truncated = len(cut) - len(unlearnt)
         if not wanted:
-            raise PeagleError(f"{data_path} has no row of at least {MIN_TOKENS} tokens to train on. Prepare more data.")
-        if len(wanted) < len(rows):
-            logger.warning("%d rows of %s are shorter than %d tokens.", len(rows) - len(wanted), data_path, MIN_TOKENS)
+            raise PeagleError(
+                f"{data_path} has no row of at least {MIN_TOKENS} tokens, with something to learn in its first "
+                f"{total_seq_len}, to train on. Prepare more data, or raise --total-seq-len."
+            )
+        if len(long_enough) < len(rows):
+            logger.warning(
+                "%d rows of %s are shorter than %d tokens.", len(rows) - len(long_enough), data_path, MIN_TOKENS
+            )
+        if unlearnt:
+            logger.warning(
+                "%d documents are left out, as nothing is learnt in their first %d positions; raise --total-seq-len.",
+                len(unlearnt),
+                total_seq_len,
+            )
         if self.num_truncated:
             logger.warning(
                 "%d of %d documents are longer than total_seq_len %d and are cut; raise --total-seq-len to keep them.",
@@ -115,6 +130,10 @@ class HiddenStatesDataset(Dataset):
             )
         logger.log(logging.WARNING if on_missing == "warn" else logging.INFO, "%s; trained without them.", message)
         gone = set(missing)
+        if len(gone) == len(rows):
+            raise PeagleError(
+                f"{message}. That is none to train on: run peagle-hf extract, or correct --hidden-states-path."
+            )
         return [row for row in rows if row not in gone]
 
     def __len__(self) -> int:
@@ -122,8 +141,12 @@ class HiddenStatesDataset(Dataset):
 
     def num_learnt(self, number: int) -> int:
         """The learnt positions of a packed row, by the prepared dataset alone."""
-        masks = (self.data[row]["loss_mask"][: self.total_seq_len + 2] for row in self.plan[number])
-        return sum(int(target_tokens(torch.as_tensor(mask).bool()).sum()) for mask in masks)
+        return sum(int(self._targets(row).sum()) for row in self.plan[number])
+
+    def _targets(self, row: int) -> torch.Tensor:
+        """Whether a token of a document, as far as it isn't cut, is to be predicted, bool [T]."""
+        mask = torch.as_tensor(self.data[row]["loss_mask"][: self.total_seq_len + 2])
+        return target_tokens(mask.bool())
 
     def __getitem__(self, index: int | RowRequest) -> dict[str, Any]:
         """The documents of a packed row: tokens and mask [T], their states [T, A * H], those of N targets [N, H]."""
