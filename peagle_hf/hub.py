@@ -171,7 +171,7 @@ class PushToHubCallback(TrainerCallback):
 
     def _push(self, args: TrainingArguments, state: TrainerState) -> None:
         best = Path(args.output_dir or ".") / BEST
-        if not state.is_world_process_zero or best.resolve() == self._uploaded:
+        if not state.is_world_process_zero or not best.exists() or best.resolve() == self._uploaded:
             return
         arguments = PushArguments(
             model=str(best),

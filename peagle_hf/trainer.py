@@ -118,11 +118,6 @@ class PeagleTrainer(Trainer):
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
-        if args.n_gpu > 1:
-            raise PeagleError(
-                f"{args.n_gpu} GPUs are visible to one process, which would copy the model at every step. Start one "
-                "process a GPU with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one."
-            )
         if self._saves_shards:
             raise PeagleError(
                 "Checkpoints would hold shards of the weights, which neither vLLM nor a resume on other processes can "
@@ -133,6 +128,8 @@ class PeagleTrainer(Trainer):
             raise PeagleError("An adapter can't be merged out of shards. Train it with DDP instead of FSDP or ZeRO.")
         self._collator_is_own = data_collator is None
         self._own_optimizer = None if optimizers[0] is None else type(optimizers[0]).__name__
+        if optimizer_cls_and_kwargs is not None:
+            self._own_optimizer = optimizer_cls_and_kwargs[0].__name__
         self._seconds_before, self._started = 0.0, time.monotonic()
         if args.push_to_hub:
             if not self._exports:
@@ -165,10 +162,15 @@ class PeagleTrainer(Trainer):
             set_z3_leaf_modules(self.model, [PeagleLayer])
         for module in self.model.modules():
             if isinstance(module, PeagleForSpeculation):
+                if self.args.device.type == "cuda":
+                    module.set_attn_implementation("flex_attention")
                 module.loss_weights = parse_loss(self.args.loss_fn)
                 module.depth_loss_decay = self.args.depth_loss_decay
             if isinstance(module, PeagleLayer):
                 module.keep_attention = self.args.keep_attention
+        for parameter in self.model.parameters():
+            if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = parameter.data.float()  # of a served checkpoint: small steps would round to nothing
         self._train_counters = self._no_counters()
         self._pace = Pace(self.args.device)
         self.__dict__.pop("_rows_that_fit", None)
@@ -406,7 +408,7 @@ class PeagleTrainer(Trainer):
             )
         except EndpointError as error:
             if self.args.world_size == 1:
-                raise
+                raise EndpointError(f"{error}; this step stays without the validation that wanted it") from error
             # The other processes are waiting for this one, so that nothing can be saved together.
             raise PeagleError(f"{error}. Start the server again and run the same command.") from error
         loss, learnt = self.accelerator.reduce(self._eval_loss, reduction="sum").tolist()
@@ -439,7 +441,8 @@ class PeagleTrainer(Trainer):
         # Without fillers accelerate would repeat rows until all processes have equally many.
         processes = self.args.world_size
         multiple = processes * batch_size if processes > 1 else 1
-        return EpochSampler(len(dataset), self.args.seed, multiple, shuffle)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return EpochSampler(len(dataset), seed, multiple, shuffle)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # Epoch folders hard-link the files of a checkpoint, so an old one of this name is never written into.

@@ -5,15 +5,22 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import set_seed
+from transformers import TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 
 from .adapters import add_adapter
-from .callbacks import VllmExportCallback, newest_checkpoint, remove_checkpoints, resumable_folder
+from .callbacks import (
+    VllmExportCallback,
+    checkpoints_by_step,
+    newest_checkpoint,
+    remove_checkpoints,
+    resumable_folder,
+)
 from .configuration_peagle import PeagleConfig
 from .continuing import SAMPLING, continued_config, load_drafter
 from .data.cache import Manifest, cached_rows
 from .data.dataset import GENERATED_DTYPE, HiddenStatesDataset, split_rows
-from .data.endpoint import Endpoint, check_layers, endpoint_urls, served_layers, served_model
+from .data.endpoint import Endpoint, check_layers, endpoint_urls, remove_unfetched, served_layers, served_model
 from .data.extract import check_folder, tokenizer_fingerprint
 from .errors import PeagleError
 from .linear_start import start_linearly
@@ -56,9 +63,21 @@ def checkpoint_to_resume(args: PeagleTrainingArguments) -> str | None:
     """The checkpoint that a run with these arguments goes on from: the named one, else the newest, else none.
 
     With `resume` off, the checkpoints in the output folder are removed.
+
+    Raises:
+        PeagleError: the named one can't be resumed from, or the output folder holds later ones.
     """
     if args.resume_from_checkpoint:
-        return str(resumable_folder(args.resume_from_checkpoint))
+        folder = resumable_folder(args.resume_from_checkpoint)
+        step = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
+        later = sorted(number for number in checkpoints_by_step(args.output_dir) if number > step)
+        if later:
+            raise PeagleError(
+                f"{args.output_dir} holds checkpoints of the steps {', '.join(map(str, later))}, which would pass for "
+                f"later ones of a run that goes on from step {step}. Remove them or name another --save-path; to go on "
+                "from the newest one leave --resume-from-checkpoint out."
+            )
+        return str(folder)
     if not args.resume:
         if args.should_save:
             remove_checkpoints(args.output_dir)
@@ -115,8 +134,6 @@ def build_drafter(args: PeagleTrainingArguments) -> PeagleForSpeculation | PeftM
         if drafter.d2t is not None:
             frequencies = load_token_freq(args.token_freq_path or Path(args.data_path) / "token_freq.pt")
             drafter.set_draft_vocabulary(*draft_vocabulary(frequencies, config.draft_vocab_size, config.vocab_size))
-    if args.device.type == "cuda":
-        drafter.set_attn_implementation("flex_attention")
     cache = _cache_folder(args)
     manifest = Manifest.read(cache)
     if manifest is not None:
@@ -185,6 +202,7 @@ def build_endpoint(args: PeagleTrainingArguments) -> Endpoint:
         args.max_retries,
     )
     check_layers(endpoint.folder, endpoint.slots)
+    remove_unfetched(endpoint.folder, args.request_timeout)
     if args.on_generate == "cache":
         fingerprint = tokenizer_fingerprint(args.data_path)
         existing = Manifest.read(cache)

@@ -17,7 +17,7 @@ from .data.dataset import learnt_share
 from .data.endpoint import DEFAULT_URL, MAX_RETRIES, REQUEST_TIMEOUT
 from .errors import PeagleError
 from .losses import parse_loss
-from .memory import GIB, MemoryPlan, device_memory
+from .memory import GIB, MemoryPlan, cut_to_fit, device_memory
 from .optimizer import MUON
 from .target import hub_verifier
 
@@ -245,6 +245,8 @@ class PeagleTrainingArguments(TrainingArguments):
             )
         if self.lora_r is not None and self.from_pretrained is None:
             raise PeagleError("lora_r adapts a trained drafter: name it with --from-pretrained.")
+        if self.lora_r is not None and self.train_head:
+            raise PeagleError("train_head trains the head itself. Beside lora_r name it with --lora-modules-to-save.")
         if self.on_missing == "generate" and self.dataloader_num_workers == 0:
             self.dataloader_num_workers = GENERATE_WORKERS  # so that the next rows are asked for during a step
         if self.push_to_hub and self.verifier_name_or_path:
@@ -254,6 +256,11 @@ class PeagleTrainingArguments(TrainingArguments):
         # Every process builds the same drafter: accelerate's loading from the first one knows no buffers, such as d2t.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         self._post_init_with_muon()
+        if self.n_gpu > 1 and not self.memory_report:
+            raise PeagleError(
+                f"{self.n_gpu} GPUs are visible to one process, which would copy the model at every step. Start one "
+                "process a GPU with `accelerate launch` or `torchrun`, or set CUDA_VISIBLE_DEVICES to one."
+            )
         if self.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
             # These follow the same metric, and would take it that lower is better.
             given: Any = self.lr_scheduler_kwargs or {}
@@ -282,16 +289,20 @@ class PeagleTrainingArguments(TrainingArguments):
         """What the arguments mean for memory; for a CPU, or without mixed precision, it is an estimate from below."""
         kept = "keep_attention" if self.keep_attention else "whole"
         is_prepared = (Path(self.data_path) / "token_freq.pt").exists()
-        return MemoryPlan(
+        plan = MemoryPlan(
             config,
-            positions=self.per_device_train_batch_size * self.total_seq_len,
+            positions=self.total_seq_len,
+            batch_size=self.per_device_train_batch_size,
             learnt_share=learnt_share(self.data_path) if is_prepared else MemoryPlan.learnt_share,
             optimizer=str(self.optim),
             checkpointing=kept if self.gradient_checkpointing else "none",
-            partitions=1 if self.sequence_partitions == "auto" else int(self.sequence_partitions),
+            partitions=int(self.sequence_partitions) if self.sequence_partitions != "auto" else 1,
             accumulates=self.gradient_accumulation_steps > 1,
             train_head=self.train_head,
+            lora_r=self.lora_r,
         )
+        budget = self.usable_memory()
+        return plan if self.sequence_partitions != "auto" or budget is None else cut_to_fit(plan, budget)
 
     def usable_memory(self) -> int | None:
         """Bytes that a process may use on its device; None where nobody has said."""

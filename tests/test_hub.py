@@ -206,6 +206,11 @@ def test_an_adapter_goes_as_the_merged_drafter(hub, hub_flags, trained):
     assert load(files["model.safetensors"]).keys() == load_file(trained / "model.safetensors").keys()
 
 
+def test_saving_before_there_is_a_best_is_no_error(hub, hub_flags, caplog):
+    run(hub_flags, save_strategy="steps", save_steps=1, num_train_epochs=1)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 def test_the_callback_alone_pushes(hub, train_flags):
     callback = PushToHubCallback("mine", verifier_name=VERIFIER, revision="v1")
     run(train_flags, callbacks=[callback], num_train_epochs=1)

@@ -293,6 +293,40 @@ def test_no_resume_removes_old_checkpoints_and_starts_afresh(train_flags):
     assert list(Path(train_flags["output_dir"]).iterdir()) == []
 
 
+def test_later_checkpoints_do_not_pass_for_those_of_a_run_that_goes_on_earlier(train_flags, tmp_path):
+    run(train_flags)
+    first, second = (str(Path(train_flags["output_dir"]) / name) for name in ("0", "1"))
+    steps = sorted(checkpoints_by_step(train_flags["output_dir"]))
+    args = PeagleTrainingArguments(**train_flags, resume_from_checkpoint=first)
+    with pytest.raises(PeagleError, match=rf"of the steps {steps[1]}, .* goes on from step {steps[0]}\. Remove them"):
+        checkpoint_to_resume(args)
+    assert checkpoint_to_resume(PeagleTrainingArguments(**train_flags, resume_from_checkpoint=second))
+    elsewhere = {**train_flags, "output_dir": str(tmp_path / "elsewhere"), "resume_from_checkpoint": first}
+    assert checkpoint_to_resume(PeagleTrainingArguments(**elsewhere))
+
+
+def test_weights_of_a_served_checkpoint_are_trained_in_float32(train_flags, tmp_path):
+    run(train_flags, num_train_epochs=1)
+    changes = {"output_dir": str(tmp_path / "more"), "train_data_ratio": 1}
+    args = PeagleTrainingArguments(**{**train_flags, **changes})
+    drafter = PeagleForSpeculation.from_pretrained(Path(train_flags["output_dir"]) / "checkpoint_best")
+    assert drafter.mask_hidden.dtype == torch.bfloat16
+    drafter.load_verifier(args.verifier_name_or_path, initialize=False, dtype=torch.float32)
+    PeagleTrainer(drafter, args)
+    assert {weight.dtype for weight in drafter.parameters() if weight.requires_grad} == {torch.float32}
+
+
+def test_a_seed_of_the_data_changes_the_order_of_rows_alone(train_flags):
+    def rows(**changes):
+        args = PeagleTrainingArguments(**{**train_flags, "train_data_ratio": 1, **changes})
+        trainer = PeagleTrainer(build_drafter(args), args, train_dataset=build_datasets(args)[0])
+        return [request.number for request in trainer._get_train_sampler()]
+
+    assert rows() == rows(data_seed=42)
+    assert sorted(rows()) == sorted(rows(data_seed=7))
+    assert rows() != rows(data_seed=7)
+
+
 def test_from_pretrained_continues_from_the_weights_with_other_depths(train_flags, tmp_path):
     run(train_flags)
     best = str(Path(train_flags["output_dir"]) / "checkpoint_best")
@@ -450,6 +484,13 @@ def test_bad_arguments_are_named(train_flags, changes, message):
     args = PeagleTrainingArguments(**{**train_flags, **changes})
     with pytest.raises(PeagleError, match=message):
         train(args)
+
+
+def test_one_process_with_several_gpus_is_refused_before_any_work(train_flags, monkeypatch):
+    monkeypatch.setattr(PeagleTrainingArguments, "n_gpu", 2)
+    with pytest.raises(PeagleError, match=r"2 GPUs are visible to one process.*accelerate launch"):
+        PeagleTrainingArguments(**train_flags)
+    PeagleTrainingArguments(**train_flags, memory_report=True)
 
 
 def test_a_cache_of_another_verifier_is_refused_by_both_names(train_flags, tmp_path, tiny_verifier):

@@ -175,6 +175,7 @@ def test_an_optimizer_class_of_ones_own_resumes_exactly(train_flags, tmp_path):
     whole = make_trainer(train_flags, **options)
     whole.train()
     assert isinstance(whole.optimizer.optimizer, torch.optim.NAdam)
+    assert whole.record()["optimizer"] == "NAdam, given to the trainer"
     resumed = make_trainer(train_flags, {"output_dir": str(tmp_path / "resumed")}, **options)
     resumed.train(resume_from_checkpoint=str(Path(train_flags["output_dir"]) / "0"))
     for name, tensor in whole.model.state_dict().items():
