@@ -114,6 +114,7 @@ class EvaluateArguments:
         default=None,
         metadata={"help": "With --endpoint, a server of the verifier alone to compare with. Default: no comparison."},
     )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the verifier."})
 
     def __post_init__(self) -> None:
         if not self.suite:
@@ -126,8 +127,10 @@ class EvaluateArguments:
             raise PeagleError("--model and --compare name a drafter twice. Name each once.")
         if not self.concurrency:
             raise PeagleError("--concurrency takes numbers from 1, each once.")
-        if self.rounds < 1:
-            raise PeagleError("--rounds takes a number from 1.")
+        for name in ("rounds", "max_tokens", "max_prompts"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise PeagleError(f"--{name.replace('_', '-')} takes a number from 1.")
         if self.endpoint is None and self.baseline_endpoint:
             raise PeagleError("--baseline-endpoint is for servers. Name the one with the drafter with --endpoint.")
         if self.endpoint and (self.num_speculative_tokens or self.max_model_len or self.compare):
@@ -451,7 +454,7 @@ def _drafting(arguments: EvaluateArguments, verifier: str) -> list[Drafting]:
     drafting = []
     for drafter in (arguments.model, *arguments.compare):
         folder = drafter_folder(drafter)
-        config = check_checkpoint(folder, verifier)
+        config = check_checkpoint(folder, verifier, arguments.trust_remote_code)
         for number in arguments.num_speculative_tokens or [config.num_depths]:
             drafting.append(Drafting(drafter, folder, speculative_config(folder, config, number)))
     return drafting
@@ -537,15 +540,16 @@ def _run_here(
         Trial(tried.drafter, tried.config["num_speculative_tokens"], [[] for _ in job.concurrency])
         for tried in drafting
     ]
-    for _ in range(arguments.rounds):
-        baseline, about = run_vllm(job, environment, output / "vllm_without_drafter.log", "without the drafter")
+    for number_of_round in range(1, arguments.rounds + 1):
+        suffix = f"_round_{number_of_round}.log" if arguments.rounds > 1 else ".log"
+        baseline, about = run_vllm(job, environment, output / f"vllm_without_drafter{suffix}", "without the drafter")
         _append(without, baseline)
         for number, (tried, trial) in enumerate(zip(drafting, trials, strict=True), start=1):
             drafts = replace(
                 job, engine=job.engine | {"speculative_config": tried.config}, answers=[run.texts for run in baseline]
             )
-            log = "vllm_with_drafter.log" if len(drafting) == 1 else f"vllm_with_drafter_{number}.log"
-            runs, about = run_vllm(drafts, environment, output / log, "with the drafter")
+            log = "vllm_with_drafter" if len(drafting) == 1 else f"vllm_with_drafter_{number}"
+            runs, about = run_vllm(drafts, environment, output / f"{log}{suffix}", "with the drafter")
             _append(trial.runs, runs)
     return without, trials, about
 
@@ -558,9 +562,11 @@ def _append(rounds: list[list[Run]], runs: list[Run]) -> None:
 
 def _engine_arguments(arguments: EvaluateArguments, verifier: str) -> dict[str, Any]:
     on_gpu = torch.cuda.is_available()
-    limit = getattr(load_verifier_config(verifier), "max_position_embeddings", MAX_MODEL_LEN)
+    config = load_verifier_config(verifier, trust_remote_code=arguments.trust_remote_code)
+    limit = getattr(config, "max_position_embeddings", MAX_MODEL_LEN)
     return {
         "model": verifier,
+        "trust_remote_code": arguments.trust_remote_code,
         "dtype": "float32" if arguments.dtype == "auto" and not on_gpu else arguments.dtype,
         "seed": arguments.seed,
         "max_model_len": arguments.max_model_len or min(MAX_MODEL_LEN, limit),

@@ -73,6 +73,10 @@ class ServeArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": TRUST_HELP})
     vllm_args: list[str] = field(default_factory=list, init=False)
 
+    def __post_init__(self) -> None:
+        if self.num_speculative_tokens is not None and self.num_speculative_tokens < 1:
+            raise PeagleError(f"--num-speculative-tokens is {self.num_speculative_tokens} but must be at least 1.")
+
 
 def launch(arguments: LaunchArguments) -> None:
     """Run the server until it ends or is told to; with it end all processes that it has started.

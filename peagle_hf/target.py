@@ -91,12 +91,15 @@ def default_aux_layer_ids(num_layers: int) -> list[int]:
 
 def load_verifier(
     name_or_path: str | os.PathLike[str],
-    dtype: torch.dtype,
+    dtype: torch.dtype | str,
     device: str | torch.device,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load the whole verifier, in evaluation mode.
+
+    Args:
+        dtype: or its name; "auto" is the checkpoint's own.
 
     Raises:
         PeagleError: it can't be read, or has no safetensors.

@@ -283,7 +283,7 @@ def tiny_data(tmp_path_factory, tiny_verifier) -> Path:
 
 
 class VllmServer:
-    """A server as a user starts it, and the processes of its session.
+    """A server as a user starts it, and the processes of its session; it stops at the end of a `with`.
 
     Args:
         command: the module and what comes before vLLM's own flags.
@@ -299,6 +299,12 @@ class VllmServer:
         self.command, self.log = [sys.executable, "-m", *command, *address, *flags], log
         self.environment = environment
         self.start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *raised):
+        self.stop()
 
     @property
     def url(self) -> str:

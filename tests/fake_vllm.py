@@ -44,6 +44,7 @@ class FakeVllm:
     ):
         self.folder, self.model, self.layer_ids, self.hidden_size = folder, model, layer_ids, hidden_size
         self.fault, self.dtype, self.port = fault, dtype, port
+        self.max_model_len = 512
         self.asked: list[list[int]] = []
         self.released = threading.Event()
 
@@ -101,7 +102,8 @@ class FakeVllm:
         self.http.server_close()
 
     def _get(self, handler, path: str) -> None:
-        handler.send({"object": "list", "data": [{"id": self.model, "root": self.model, "object": "model"}]})
+        card = {"id": self.model, "root": self.model, "object": "model", "max_model_len": self.max_model_len}
+        handler.send({"object": "list", "data": [card]})
 
     def _post(self, handler, request: dict) -> None:
         self.asked.append(request["prompt"])
@@ -181,12 +183,7 @@ class FakeWritingVllm(FakeVllm):
     ):
         super().__init__(Path(), model, [], 0, fault)
         self.write, self.writing = write, threading.Lock()
-        self.max_model_len = 512
         self.requests: list[dict] = []
-
-    def _get(self, handler, path: str) -> None:
-        card = {"id": self.model, "root": self.model, "object": "model", "max_model_len": self.max_model_len}
-        handler.send({"object": "list", "data": [card]})
 
     def _post(self, handler, request: dict) -> None:
         self.requests.append(request)

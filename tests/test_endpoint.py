@@ -189,6 +189,15 @@ def test_another_model_or_other_layers_are_found_before_anything_is_asked(argume
     assert server.asked == []
 
 
+def test_rows_that_a_server_has_no_room_for_are_found_before_anything_is_asked(arguments, server, output):
+    server.max_model_len = max(LENGTHS)
+    with pytest.raises(PeagleError, match=r"30 tokens.* takes 29 at most.*--max-model-len 31.*--seq-length 29"):
+        extract(arguments)
+    assert server.asked == []
+    server.max_model_len += 1
+    assert extract(arguments).num_rows == len(LENGTHS)
+
+
 def test_a_server_with_other_layers_that_takes_over_midway_ends_it(arguments, server, output, tiny_verifier):
     def restart(token_ids: list[int]) -> None:
         write_server_record(output, str(tiny_verifier), [1, 2, 3, LAYERS])

@@ -5,11 +5,12 @@ from functools import partial
 
 import pytest
 import torch
+from test_linear_start import new_drafter
 from test_modeling import make_batch, make_config, make_drafter
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from peagle_hf import attention, losses, start_linearly
+from peagle_hf import HiddenStatesDataset, attention, losses, start_linearly
 from peagle_hf.modeling_peagle import PeagleLayer
 from peagle_hf.pace import Pace
 
@@ -121,31 +122,16 @@ def test_checkpointing_changes_nothing_on_the_fast_path(monkeypatch, keep_attent
     assert max(relative(grad, plain_grads[name]) for name, grad in grads.items()) < 0.02
 
 
-def test_a_linear_start_on_the_gpu_is_that_of_the_cpu():
-    config = make_config("llama", SIZES)
-    size, generator = config.hidden_size, torch.Generator().manual_seed(0)
-
-    def document(length):
-        states = torch.randn(length, config.num_aux_hidden_states * size, generator=generator)
-        noise = torch.randn(length - 2, size, generator=generator)
-        return {
-            "sample_id": 0,
-            "input_ids": torch.randint(config.vocab_size, (length,), generator=generator),
-            "loss_mask": torch.ones(length, dtype=torch.bool),
-            "hidden_states": states,
-            "target_states": states[2:, :size] + states[1:-1, -size:] + noise,
-        }
-
-    rows = [{"epoch": 0, "documents": [document(90), document(400)]} for _ in range(3)]
-    starts = []
+def test_a_linear_start_on_the_gpu_is_that_of_the_cpu(tiny_verifier, tiny_data):
+    dataset, starts = HiddenStatesDataset(tiny_data, total_seq_len=64), []
     for device in ("cpu", "cuda"):
-        torch.manual_seed(0)
-        drafter = make_drafter(config).to(device)
+        drafter = new_drafter(tiny_verifier).to(device)
         attention = drafter.layers[0].self_attn
         for projection in (attention.v_proj, attention.o_proj):
             nn.init.zeros_(projection.weight)  # the factors' signs are the library's choice
-        start_linearly(drafter, rows)
-        values = attention.v_proj.weight.unflatten(0, (-1, attention.head_dim)).repeat_interleave(2, dim=0)
+        start_linearly(drafter, dataset)
+        groups = attention.q_proj.out_features // attention.v_proj.out_features
+        values = attention.v_proj.weight.unflatten(0, (-1, attention.head_dim)).repeat_interleave(groups, dim=0)
         embedding = attention.o_proj.weight @ values.flatten(0, 1)
         starts.append((drafter.fc.weight.detach().cpu(), embedding.detach().cpu()))
     torch.testing.assert_close(*starts, rtol=1e-3, atol=1e-4)

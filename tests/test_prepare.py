@@ -660,6 +660,7 @@ def test_an_unknown_role_stops_the_command_from_any_process(arguments, num_worke
     ("content", "problem"),
     [
         (b'{"messages": []}\n\n{"messages": [}\n', "line 3: this is not valid JSON"),
+        (b'{\n "data": []\n}\n', "a JSON object over several lines. Write an array"),
         (b'{"messages": []}\n{"messages": ["\xff"]}\n', "line 2: this is not valid JSON"),
         (b'[{"messages": []}, {"messages": [}]', "item 2: this is not valid JSON"),
         (b'[{"messages": []}', "item 2: this is not valid JSON"),

@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from peagle_hf.data import chat_models
+from peagle_hf.data import prompts as prompts_module
 from peagle_hf.data import regenerate as module
 from peagle_hf.data.chat_models import LocalChatModel, Sampling
 from peagle_hf.data.regenerate import RegenerateArguments, learnt_spans, regenerate, repetition
@@ -307,6 +308,12 @@ def test_an_unusable_invention_is_named(target, tmp_path, monkeypatch):
 # What is dropped
 
 
+def test_words_are_letters_where_none_are_written_between_spaces():
+    assert prompts_module.words("Why IS it, 2026?") == ["why", "is", "it", "2026"]
+    assert prompts_module.words("为什么天空是蓝色的,GPU版") == [*"为什么天空是蓝色的", "gpu", "版"]
+    assert prompts_module.words("なぜ空") == ["な", "ぜ", "空"]
+
+
 def test_near_duplicates_and_excluded_prompts_are_dropped_and_named(target, tmp_path):
     long = "write a long letter to the owner of the house by the lake"
     rows = [
@@ -450,6 +457,17 @@ def test_a_finished_file_is_left_as_it_is(target, prompts, tmp_path, monkeypatch
     assert output.stat().st_mtime_ns == before
 
 
+def test_another_model_of_the_same_name_is_refused(target, prompts, tmp_path):
+    first, second = (Path(shutil.copytree(target, tmp_path / parent / "final")) for parent in "ab")
+    run(first, tmp_path / "chats.jsonl", prompts=str(prompts))
+    model = LlamaForCausalLM.from_pretrained(second)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(-1)
+    model.save_pretrained(second)
+    with pytest.raises(PeagleError, match=r"other arguments \(weights: sha256 "):
+        run(second, tmp_path / "chats.jsonl", prompts=str(prompts))
+
+
 def test_other_arguments_are_refused(target, prompts, tmp_path, monkeypatch):
     output = tmp_path / "chats.jsonl"
 
@@ -483,7 +501,7 @@ def test_other_arguments_are_refused(target, prompts, tmp_path, monkeypatch):
 @pytest.fixture
 def server(target) -> Iterator[FakeWritingVllm]:
     """It writes what the target writes."""
-    model = LocalChatModel(str(target), max_new_tokens=16, batch_size=1)
+    model = LocalChatModel(str(target), max_new_tokens=16, trust_remote_code=False, batch_size=1)
 
     def write(token_ids: list[int], end_ids: set[int], max_tokens: int) -> list[int]:
         assert max_tokens == model.max_new_tokens
@@ -609,11 +627,8 @@ def served(target, tmp_path_factory) -> Iterator[VllmServer]:
     flags = ["--dtype", "float32", "--max-model-len", "512", "--max-num-batched-tokens", "512"]
     flags += ["--no-enable-chunked-prefill"]
     log = tmp_path_factory.mktemp("served") / "vllm.log"
-    served = VllmServer(command, flags, log, vllm_environment())
-    try:
+    with VllmServer(command, flags, log, vllm_environment()) as served:
         yield served
-    finally:
-        served.stop()
 
 
 @pytest.mark.vllm

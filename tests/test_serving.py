@@ -281,11 +281,8 @@ def test_a_chat_without_a_drafter_or_beside_others_says_so(server, baseline, mon
 @pytest.fixture(scope="module")
 def served(drafter, tmp_path_factory):
     log = tmp_path_factory.mktemp("served") / "vllm.log"
-    served = VllmServer(["peagle_hf", "serve", str(drafter), "--"], ["--dtype", "float32"], log)
-    try:
+    with VllmServer(["peagle_hf", "serve", str(drafter), "--"], ["--dtype", "float32"], log) as served:
         yield served
-    finally:
-        served.stop()
 
 
 @pytest.mark.vllm

@@ -37,11 +37,8 @@ class Launched(VllmServer):
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, servable_verifier) -> Iterator[Launched]:
     folder = tmp_path_factory.mktemp("served") / "hidden states"
-    launched = Launched(servable_verifier, folder, folder.parent / "vllm.log")
-    try:
+    with Launched(servable_verifier, folder, folder.parent / "vllm.log") as launched:
         yield launched
-    finally:
-        launched.stop()
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     LogitsProcessor,
@@ -27,6 +26,7 @@ from transformers import (
 
 from ..errors import PeagleError
 from ..products import pack_linear_layers
+from ..target import load_verifier
 from .endpoint import EndpointError, ask_any, concurrently, endpoint_urls, served_model
 
 _PLACEHOLDER = "PLACEHOLDER"
@@ -58,6 +58,7 @@ class ChatModel(ABC):
     Args:
         name: a folder or a hub name.
         max_new_tokens: of an answer.
+        trust_remote_code: run code that comes with it.
 
     Raises:
         PeagleError: it can't be loaded, or is no chat model.
@@ -66,11 +67,11 @@ class ChatModel(ABC):
     batch_size: int
     """Chats that are answered together."""
 
-    def __init__(self, name: str, max_new_tokens: int):
+    def __init__(self, name: str, max_new_tokens: int, trust_remote_code: bool):
         self.name, self.max_new_tokens = name, max_new_tokens
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(name)
-            config = AutoConfig.from_pretrained(name)
+            self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+            config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
             ends = _generation_config(name, config).eos_token_id
         except (OSError, ValueError) as error:
             raise _not_loaded(name, error) from error
@@ -146,22 +147,15 @@ class LocalChatModel(ChatModel):
         self,
         name: str,
         max_new_tokens: int,
+        trust_remote_code: bool,
         batch_size: int,
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     ):
-        super().__init__(name, max_new_tokens)
+        super().__init__(name, max_new_tokens, trust_remote_code)
         self.batch_size = batch_size
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            self.model = (
-                AutoModelForCausalLM.from_pretrained(
-                    name, dtype="float32" if dtype == "auto" and device == "cpu" else dtype
-                )
-                .eval()
-                .to(device)
-            )
-        except (OSError, ValueError) as error:
-            raise _not_loaded(name, error) from error
+        own = "float32" if dtype == "auto" and device == "cpu" else dtype
+        self.model: Any = load_verifier(name, own, device, trust_remote_code=trust_remote_code)
         pack_linear_layers(self.model)
         # What else the checkpoint recommends, such as a repetition penalty, would take the text off the model's own.
         self.model.generation_config = GenerationConfig()
@@ -232,14 +226,15 @@ class ServedChatModel(ChatModel):
         self,
         name: str,
         max_new_tokens: int,
+        trust_remote_code: bool,
         endpoint: str,
         concurrency: int,
         request_timeout: float,
         max_retries: int,
     ):
         self.urls = endpoint_urls(endpoint)
-        served_model(self.urls, name, request_timeout)
-        super().__init__(name, max_new_tokens)
+        served_model(self.urls, name, request_timeout, f"vllm serve {name}")
+        super().__init__(name, max_new_tokens, trust_remote_code)
         self.concurrency, self.request_timeout, self.max_retries = concurrency, request_timeout, max_retries
         limits = [
             ask_any([url], request_timeout, max_retries, lambda server: server.max_model_len) for url in self.urls

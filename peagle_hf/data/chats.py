@@ -73,7 +73,7 @@ class Source:
 
 
 def open_source(data: str, folder: Path) -> Source:
-    """Open what `--data` names: a built-in name, a local .jsonl or .json file, or a hub dataset.
+    """Open a source of rows: a built-in name, a local .jsonl or .json file, or a hub dataset.
 
     A hub dataset is `org/name`, `org/name:split` or `org/name:configuration:split`; the split is `train` if none is
     named. A local file holds one JSON object a line or one array of objects. It is checked from end to end and copied
@@ -88,7 +88,7 @@ def open_source(data: str, folder: Path) -> Source:
         source = _open_hub_dataset(name)
     else:
         raise PeagleError(
-            f"--data {data} is neither a built-in dataset ({', '.join(BUILT_IN_DATASETS)}), nor a .jsonl or .json "
+            f"{data} is neither a built-in dataset ({', '.join(BUILT_IN_DATASETS)}), nor a .jsonl or .json "
             "file, nor a hub dataset written org/name. Name one of these."
         )
     if not len(source):
@@ -97,7 +97,7 @@ def open_source(data: str, folder: Path) -> Source:
 
 
 def is_local_file(data: str) -> bool:
-    """Whether `--data` names a JSON file of this machine rather than a dataset."""
+    """Whether a source is a JSON file of this machine rather than a dataset."""
     return data.endswith((".json", ".jsonl"))
 
 
@@ -220,6 +220,11 @@ def _line_items(path: Path) -> Iterator[tuple[int, Any]]:
                 try:
                     yield number, json.loads(line)
                 except ValueError as error:
+                    if line.strip() == b"{":
+                        raise PeagleError(
+                            f"{path} holds a JSON object over several lines. Write an array of objects, or an object a "
+                            "line."
+                        ) from error
                     raise _malformed(f"{path}, line {number}", error) from error
 
 
@@ -259,7 +264,7 @@ def _open_hub_dataset(name: str) -> Source:
 
     path, *rest = name.split(":")
     if len(rest) > 2:
-        raise PeagleError(f"--data {name}: write org/name, org/name:split or org/name:configuration:split.")
+        raise PeagleError(f"{name}: write org/name, org/name:split or org/name:configuration:split.")
     split = rest.pop() if rest else "train"
     try:
         rows = load_dataset(path, *rest, split=split)

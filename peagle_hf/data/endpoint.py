@@ -29,6 +29,8 @@ SERVER_RECORD = "server.json"
 """In the server's folder: its model and layers, as `peagle-hf launch-vllm` started it."""
 DEFAULT_URL = "http://localhost:8000/v1"
 REQUEST_TIMEOUT, MAX_RETRIES = 120.0, 3
+LEFTOVER_SECONDS = 600.0
+"""Nothing that is being written is older, nor an answer that is still to be fetched."""
 LOCK_POLL_SECONDS = 0.01
 PLAIN_SAMPLING = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 """Fields of a request which the model's own generation_config.json would change, as it does on servers."""
@@ -162,11 +164,17 @@ def endpoint_urls(endpoint: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(url if "/" in url.partition("://")[2] else f"{url}/v1" for url in urls))
 
 
-def served_model(urls: tuple[str, ...], wanted: str | None = None, timeout: float = REQUEST_TIMEOUT) -> str:
+def served_model(
+    urls: tuple[str, ...],
+    wanted: str | None = None,
+    timeout: float = REQUEST_TIMEOUT,
+    command: str = "peagle-hf launch-vllm",
+) -> str:
     """Ask every server which model it runs, and make sure that it is the one that is wanted.
 
     Args:
         wanted: hub name or folder; None takes whatever the servers run.
+        command: starts such a server, for messages.
 
     Returns:
         `wanted`, or the name of what they run.
@@ -179,8 +187,8 @@ def served_model(urls: tuple[str, ...], wanted: str | None = None, timeout: floa
             found = Server(url, timeout, max_retries=1).model
         except EndpointError as error:
             raise PeagleError(
-                f"The vLLM server {url} can't be asked for its model: {error}. Start one with peagle-hf launch-vllm "
-                "and wait until it is ready, or correct the endpoint."
+                f"The vLLM server {url} can't be asked for its model: {error}. Start one ({command}) and wait until it "
+                "is ready, or correct the endpoint."
             ) from error
         wanted = wanted or found["root"]
         if place(wanted) not in {place(name) for name in found.values()}:
@@ -225,8 +233,24 @@ def check_layers(folder: str | os.PathLike[str], slots: tuple[int, ...]) -> None
         )
 
 
-def remove_unfetched(folder: str | os.PathLike[str], age: float) -> None:
-    """Remove what killed programs left `age` seconds ago or earlier: half-written rows, and answers not fetched."""
+def check_length(urls: tuple[str, ...], longest: int, timeout: float) -> None:
+    """Make sure that every server takes a row of `longest` tokens.
+
+    Raises:
+        PeagleError: one doesn't, or can't be asked.
+    """
+    for url in urls:
+        limit = Server(url, timeout, max_retries=1).max_model_len
+        if limit is not None and longest >= limit:  # one token is the answer's
+            raise PeagleError(
+                f"The longest row has {longest} tokens, and the vLLM server {url} takes {limit - 1} at most. Start it "
+                f"with --max-model-len {longest + 1}, or cut the rows with peagle-hf prepare --seq-length {limit - 1}."
+            )
+
+
+def remove_unfetched(folder: str | os.PathLike[str], request_timeout: float) -> None:
+    """Remove what killed programs left there a while ago: half-written rows, and answers not fetched."""
+    age = max(LEFTOVER_SECONDS, 2 * request_timeout)
     for temporary in Path(folder).glob(".hs_*.tmp"):
         if _age(temporary) > age:
             temporary.unlink(missing_ok=True)

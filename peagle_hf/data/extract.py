@@ -52,6 +52,7 @@ from .endpoint import (
     Endpoint,
     EndpointError,
     check_layers,
+    check_length,
     concurrently,
     endpoint_urls,
     remove_unfetched,
@@ -67,8 +68,6 @@ logger = logging.getLogger(__name__)
 
 MAX_PADDING = 0.05
 """At most this share of a batch is padding."""
-LEFTOVER_SECONDS = 600.0
-"""Nothing that is being written is older."""
 HEADER_BYTES = 512
 """At most so many come before the tensors of a file."""
 CHECKED_TOKENS = 16
@@ -230,7 +229,7 @@ def extract(arguments: ExtractArguments) -> ExtractReport:
     present = cached_rows(output) & lengths.keys()
     check_folder(output, manifest, present)
     for folder in {output, server_folder}:
-        remove_unfetched(folder, max(LEFTOVER_SECONDS, 2 * arguments.request_timeout))
+        remove_unfetched(folder, arguments.request_timeout)
 
     made_again = {}
     for row in tqdm(sorted(present), desc="Checking", unit="row", disable=not present):
@@ -256,6 +255,7 @@ def extract(arguments: ExtractArguments) -> ExtractReport:
             arguments.max_retries,
         )
         check_layers(server_folder, endpoint.slots)
+        check_length(urls, max(missing.values(), default=0), arguments.request_timeout)
         seconds = _make_by_server(arguments, manifest, output, data, missing, endpoint)
     elif missing:
         seconds = _make(arguments, manifest, output, data, missing)

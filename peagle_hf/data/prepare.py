@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..errors import PeagleError
-from ..files import atomic_path, write_json
+from ..files import atomic_path, remove_leftovers, write_json
 from .chats import Chat, Source, Unlearnable, is_local_file, open_source, read_chat
 
 if TYPE_CHECKING:
@@ -144,6 +144,7 @@ def prepare(arguments: PrepareArguments) -> Path:
     if _is_made(output, origin, arguments.overwrite):
         logger.info("%s already holds this dataset; it is kept as it is.", output)
     else:
+        remove_leftovers(output, r"\.prepared")
         with atomic_path(output / ".prepared") as folder:
             folder.mkdir()
             _make(folder, tokenizer, arguments, origin)

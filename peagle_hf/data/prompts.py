@@ -13,6 +13,9 @@ from tqdm import tqdm
 from ..errors import PeagleError
 from .chats import Unlearnable, open_source, read_chat
 
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+"""Thai, Lao, Burmese, Khmer, Japanese and Chinese letters."""
+_WORDS = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 MAX_PROMPT_SIMILARITY = 0.5
 """Jaccard similarity of the 5-grams of two prompts above which they are near-duplicates."""
 
@@ -121,8 +124,8 @@ def _word_5_grams(prompt: Prompt) -> set[tuple[str, ...]]:
 
 
 def words(text: str) -> list[str]:
-    """The words of a text in lower case, without punctuation."""
-    return re.findall(r"\w+", text.lower())
+    """The words of a text in lower case, without punctuation; a letter is one where none are written between spaces."""
+    return _WORDS.findall(text.lower())
 
 
 def grams(items: Sequence[Any], n: int) -> list[tuple[Any, ...]]:

@@ -33,12 +33,16 @@ MAX_REPETITION = 0.3
 ANSWER_TIMEOUT = 600.0
 
 _MIN_INVENTED_WORDS = 3
+_END_BYTES = 1 << 20
 _RANGES = (
     *((name, 1, math.inf) for name in ("max_new_tokens", "concurrency", "batch_size")),
     *((name, 0, math.inf) for name in ("temperature", "top_k", "min_answer_tokens", "max_retries")),
     *((name, 0, 1) for name in ("top_p", "min_p", "max_repetition")),
 )
-_ELSEWHERE = ("output", "max_samples", "endpoint", "concurrency", "request_timeout", "max_retries", "batch_size")
+_ELSEWHERE = (
+    *("output", "max_samples", "endpoint", "concurrency", "request_timeout", "max_retries", "batch_size"),
+    "trust_remote_code",
+)
 """Arguments that the result doesn't depend on, or that `_settings` describes otherwise."""
 
 
@@ -108,6 +112,7 @@ class RegenerateArguments:
         metadata={"help": "Dtype of the target in this process; auto is float32 on CPU, the checkpoint's own on GPU."},
     )
     seed: int = field(default=0, metadata={"help": "Seed of all sampling."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the target."})
 
     def __post_init__(self) -> None:
         if self.prompts is None and self.invent <= 0:
@@ -183,10 +188,17 @@ def regenerate(arguments: RegenerateArguments) -> Path:
 
 def _load(arguments: RegenerateArguments) -> ChatModel:
     if arguments.endpoint is None:
-        return LocalChatModel(arguments.model, arguments.max_new_tokens, arguments.batch_size, arguments.dtype)
+        return LocalChatModel(
+            arguments.model,
+            arguments.max_new_tokens,
+            arguments.trust_remote_code,
+            arguments.batch_size,
+            arguments.dtype,
+        )
     return ServedChatModel(
         arguments.model,
         arguments.max_new_tokens,
+        arguments.trust_remote_code,
         arguments.endpoint,
         arguments.concurrency,
         arguments.request_timeout,
@@ -200,10 +212,24 @@ def _settings(arguments: RegenerateArguments, prompts: list[Prompt], excluded: l
     settings["backend"] = "transformers" if arguments.endpoint is None else "vLLM"
     if Path(arguments.model).is_dir():
         settings["model"] = Path(arguments.model).resolve().name
+        settings["weights"] = f"sha256 {_fingerprint(Path(arguments.model))}"
     for name, read in (("prompts", prompts), ("exclude", excluded)):
         text = json.dumps([asdict(prompt) for prompt in read])
         settings[name] = f"{len(read)}, sha256 {hashlib.sha256(text.encode()).hexdigest()}"
     return settings
+
+
+def _fingerprint(folder: Path) -> str:
+    """Of a model's configuration, and of the sizes and both ends of its weights: the middle would take long to read."""
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("config.json"), *folder.glob("*.safetensors")]):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(_END_BYTES))
+            file.seek(max(0, size - _END_BYTES))
+            digest.update(file.read())
+    return digest.hexdigest()[:16]
 
 
 def _settings_of(output: Path, report_path: Path) -> dict[str, Any]:
