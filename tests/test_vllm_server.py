@@ -96,11 +96,13 @@ def test_the_server_gives_the_states_that_transformers_gives(arguments, server, 
     assert largest_difference(extract(half).output, extract(alone).output) <= 2**-7, "one step of bfloat16"
 
 
-def test_a_row_that_the_server_refuses_is_listed(arguments, data, tmp_path):
-    long = write_prepared(tmp_path / "long", [20, 450])
-    with pytest.raises(PeagleError, match=r"1 of 2 rows failed, row 1 with: .*context length"):
+def test_the_longest_row_that_the_server_takes_is_known_before_it_is_asked(arguments, tmp_path):
+    long = write_prepared(tmp_path / "long", [20, 400])
+    with pytest.raises(PeagleError, match=r"longest row has 400 tokens.* takes 399 at most"):
         extract(replace(arguments, preprocessed_data=str(long)))
-    assert cached_rows(arguments.output) == {0}
+    assert cached_rows(arguments.output) == set()
+    fitting = write_prepared(tmp_path / "fitting", [20, 399])
+    assert extract(replace(arguments, preprocessed_data=str(fitting))).num_tokens == 419
 
 
 def test_other_layers_than_the_servers_are_refused(arguments, server):
