@@ -67,7 +67,7 @@ class VllmExportCallback(TrainerCallback):
         if state.global_step == 0:
             return
         for checkpoint in _trainer_checkpoints(self._folder(args)):
-            saved = _trainer_state(checkpoint)
+            saved = trainer_state(checkpoint)
             ended = math.isclose(saved["epoch"], round(saved["epoch"])) or saved["global_step"] == saved["max_steps"]
             if ended and not (checkpoint.parent / str(_epoch_number(saved["epoch"]))).exists():
                 self._export(checkpoint)
@@ -100,7 +100,7 @@ class VllmExportCallback(TrainerCallback):
         return self.run_folder or Path(args.output_dir or ".")
 
     def _export(self, checkpoint: Path) -> None:
-        folder = checkpoint.parent / str(_epoch_number(_trainer_state(checkpoint)["epoch"]))
+        folder = checkpoint.parent / str(_epoch_number(trainer_state(checkpoint)["epoch"]))
         export_checkpoint(checkpoint, folder, self.dtype)
         logger.info("Wrote %s.", folder)
 
@@ -109,7 +109,7 @@ class VllmExportCallback(TrainerCallback):
         folders = epoch_folders(self._folder(args))
         if not folders:
             return
-        step_of = {folder: _trainer_state(folder / TRAINER_STATE)["global_step"] for folder in folders}
+        step_of = {folder: trainer_state(folder / TRAINER_STATE)["global_step"] for folder in folders}
         scores = scores_by_step(args, state)
         best_step = step_of_best(args, {step: scores[step] for step in step_of.values() if step in scores})
         best = next((folder for folder in folders if step_of[folder] == best_step), folders[-1])
@@ -190,7 +190,7 @@ def checkpoints_by_step(output_dir: str | os.PathLike[str]) -> dict[int, Path]:
     """The Trainer's own checkpoint of each step that a run has one of, alone or in an epoch folder; no half ones."""
     in_epochs = [folder / TRAINER_STATE for folder in epoch_folders(output_dir)]
     folders = [*filter(is_whole, in_epochs), *_trainer_checkpoints(output_dir)]
-    return {_trainer_state(folder)["global_step"]: folder for folder in folders}
+    return {trainer_state(folder)["global_step"]: folder for folder in folders}
 
 
 def newest_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
@@ -238,7 +238,7 @@ def is_whole(checkpoint: Path) -> bool:
     The Trainer removes old checkpoints file by file, so that a kill may leave half of one, its state included.
     """
     try:
-        _trainer_state(checkpoint)
+        trainer_state(checkpoint)
         files = json.loads((checkpoint / FILES).read_text()) if (checkpoint / FILES).exists() else []
     except (OSError, ValueError):
         return False
@@ -249,7 +249,8 @@ def _trainer_checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
     return [path for path in Path(output_dir).glob("checkpoint-*") if is_whole(path)]
 
 
-def _trainer_state(folder: Path) -> dict:
+def trainer_state(folder: Path) -> dict:
+    """What the Trainer saved of its state in one of its own checkpoints."""
     return json.loads((folder / TRAINER_STATE_NAME).read_text())
 
 

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import TrainerState, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import set_seed
 
 from .adapters import add_adapter
 from .callbacks import (
@@ -15,6 +14,7 @@ from .callbacks import (
     newest_checkpoint,
     remove_checkpoints,
     resumable_folder,
+    trainer_state,
 )
 from .configuration_peagle import PeagleConfig
 from .continuing import SAMPLING, continued_config, load_drafter
@@ -69,7 +69,7 @@ def checkpoint_to_resume(args: PeagleTrainingArguments) -> str | None:
     """
     if args.resume_from_checkpoint:
         folder = resumable_folder(args.resume_from_checkpoint)
-        step = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
+        step = trainer_state(folder)["global_step"]
         later = sorted(number for number in checkpoints_by_step(args.output_dir) if number > step)
         if later:
             raise PeagleError(

@@ -296,7 +296,7 @@ class PeagleTrainingArguments(TrainingArguments):
             learnt_share=learnt_share(self.data_path) if is_prepared else MemoryPlan.learnt_share,
             optimizer=str(self.optim),
             checkpointing=kept if self.gradient_checkpointing else "none",
-            partitions=int(self.sequence_partitions) if self.sequence_partitions != "auto" else 1,
+            partitions=1 if self.sequence_partitions == "auto" else int(self.sequence_partitions),
             accumulates=self.gradient_accumulation_steps > 1,
             train_head=self.train_head,
             lora_r=self.lora_r,
