@@ -5,8 +5,11 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import write_answers
 from test_linear_start import new_drafter
 from test_modeling import make_batch, make_config, make_drafter
+from test_trainer import losses as logged_losses
+from test_trainer import run
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -135,6 +138,15 @@ def test_a_linear_start_on_the_gpu_is_that_of_the_cpu(tiny_verifier, tiny_data):
         embedding = attention.o_proj.weight @ values.flatten(0, 1)
         starts.append((drafter.fc.weight.detach().cpu(), embedding.detach().cpu()))
     torch.testing.assert_close(*starts, rtol=1e-3, atol=1e-4)
+
+
+def test_a_trainer_takes_flex_attention_and_learns(servable_verifier, tmp_path):
+    flags = write_answers(tmp_path, servable_verifier, 24) | {"use_cpu": False, "bf16": True, "logging_steps": 1}
+    trainer = run(flags, num_depths=3, num_train_epochs=2, eval_strategy="no")
+    assert trainer.model.config._attn_implementation == "flex_attention"
+    assert {parameter.device.type for parameter in trainer.model.parameters()} == {"cuda"}
+    first, *_, last = logged_losses(trainer)
+    assert last < 0.5 * first
 
 
 def test_loader_wait_is_that_of_the_gpu():

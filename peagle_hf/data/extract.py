@@ -73,8 +73,8 @@ HEADER_BYTES = 512
 CHECKED_TOKENS = 16
 """So many tokens show whether the verifier's logits are what training takes them for."""
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 2048, 8192
-CPU_BATCHES = 2
-"""So many are computed at once on a CPU, each by its share of the cores: one goes on while another has a pause."""
+CPU_BATCHES, GPU_BATCHES = 2, 4
+"""So many are computed at once: one goes on while another has a pause, or is written."""
 
 Extracted = tuple[int, Tensor, Tensor]
 """What a backend yields: a row, its states [T, A+1, H] and the token ids [T] that they belong to."""
@@ -152,8 +152,8 @@ class ExtractArguments:
     max_batch_tokens: int | None = field(
         default=None,
         metadata={
-            "help": "Tokens of a batch in this process; a longer row is one of its own (default: 2048 on a CPU, where "
-            "two are computed at once, 8192 on a GPU)."
+            "help": "Tokens of a batch in this process; a longer row is one of its own (default: 2048 on a CPU, 8192 "
+            "on a GPU, where two and four are computed at once)."
         },
     )
     device: str | None = field(
@@ -362,7 +362,7 @@ def _make(
     on_cpu = model.device.type == "cpu"
     batches = plan_batches(lengths, arguments.max_batch_tokens or (CPU_BATCH_TOKENS if on_cpu else GPU_BATCH_TOKENS))
     num_cores = torch.get_num_threads()
-    at_once = min(CPU_BATCHES, num_cores) if on_cpu else 1
+    at_once = min(CPU_BATCHES if on_cpu else GPU_BATCHES, num_cores)
     own = threading.local()
 
     def begin() -> None:
