@@ -72,7 +72,8 @@ def command_line() -> str:
     page = CLI_INTRODUCTION
     for name, command in COMMANDS.items():
         arguments: Any = command.load()[1]
-        page += f"\n## peagle-hf {name}\n\n{command.help[0].upper()}{command.help[1:]}.\n\n"
+        page += f"\n## peagle-hf {name}\n\n{command.help[0].upper()}{command.help[1:]}: "
+        page += f"`peagle-hf {name} {command.usage()}`.\n\n"
         if name == "train":
             page += (
                 "Below are the drafter's own flags and those whose default differs from the Trainer's. All others of "

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import SaveStrategy
 
 from .errors import PeagleError
 from .files import atomic_path, remove_folder, remove_leftovers, write_json
@@ -76,8 +77,7 @@ class VllmExportCallback(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        control.should_save = True
-        self._epoch_ended = True
+        control.should_save = self._epoch_ended = args.save_strategy != SaveStrategy.NO
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         if self._epoch_ended and state.is_world_process_zero:
@@ -203,11 +203,17 @@ def resumable_folder(checkpoint: str | os.PathLike[str]) -> Path:
     """The Trainer's own checkpoint inside an epoch folder, or the folder itself if it is one.
 
     Raises:
-        PeagleError: it is neither.
+        PeagleError: it is neither, or holds the model only.
     """
     path = Path(checkpoint)
     for folder in (path / TRAINER_STATE, path):
         if is_whole(folder):
+            if not (folder / "scheduler.pt").exists() and not any(folder.glob("global_step*")):  # DeepSpeed's
+                raise PeagleError(
+                    f"{folder} was saved without optimizer and schedule (save_only_model), so that training can't be "
+                    "resumed from it. Start anew with --no-resume, or from its weights with --from-pretrained and "
+                    "another --save-path."
+                )
             return folder.resolve()
     raise PeagleError(
         f"{path} holds no checkpoint of the Trainer, or half of one, so training can't be resumed from it. Name a "

@@ -6,10 +6,10 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import yaml
@@ -42,6 +42,12 @@ class Command:
         module = import_module(f".{self.module}", __package__)
         return getattr(module, self.function), getattr(module, self.arguments)
 
+    def usage(self) -> str:
+        """What may stand behind the command's name."""
+        needed = {one.name for one in fields(self.load()[1]) if one.default is MISSING}
+        first = [name.upper() if name in needed else f"[{name.upper()}]" for name in self.positional]
+        return " ".join([*(first or ["[config.yaml]"]), "[--flag value ...]", *(["[-- ...]"] if self.rest else [])])
+
 
 COMMANDS = {
     "prepare": Command("data.prepare", "prepare", "PrepareArguments", "turn chats into tokens and a loss mask"),
@@ -69,7 +75,7 @@ COMMANDS = {
     "run": Command("cli", "run", "RunArguments", "all steps of a pipeline.yaml, going on where it stopped"),
 }
 STEPS = ("regenerate", "prepare", "extract", "train", "evaluate")
-LENGTHS = {"epochs", "num_train_epochs", "max_steps"}
+LENGTHS = {"num_train_epochs", "max_steps"}
 """Arguments with which a finished training goes on."""
 
 
@@ -94,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if len(rest) <= 2 * place or rest[2 * place].startswith("-") or rest[0].endswith((".yaml", ".yml")):
                 break
             rest.insert(2 * place, f"--{field_name}")
-        parsed: Any = parse_arguments(arguments, rest, prog=f"peagle-hf {name}")
+        parsed: Any = parse_arguments(arguments, rest, f"peagle-hf {name}", command.usage())
         if command.rest:
             setattr(parsed, command.rest, passed_on)
         function(parsed)
@@ -113,7 +119,10 @@ def end_processes() -> None:
 
 
 def parse_arguments(
-    arguments: type[Arguments], argv: Sequence[str] | None = None, prog: str | None = None
+    arguments: type[Arguments],
+    argv: Sequence[str] | None = None,
+    prog: str | None = None,
+    usage: str = "[config.yaml] [--flag value ...]",
 ) -> Arguments:
     """Parse a command line into a dataclass: an optional YAML file first, whose values flags override.
 
@@ -123,26 +132,31 @@ def parse_arguments(
     Args:
         arguments: the dataclass, such as `PeagleTrainingArguments`.
         argv: default: the process's own arguments.
+        prog: the program's name in messages.
+        usage: what may follow it, in messages.
 
     Raises:
         PeagleError: the YAML file is missing or is no mapping.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(arguments, prog=prog, allow_abbrev=False)  # type: ignore[arg-type]
-
-    def destination(flag: str) -> str:
-        action = parser._option_string_actions.get(flag.partition("=")[0])
-        return action.dest if action else flag
+    parser = HfArgumentParser(arguments, prog=prog, usage=f"%(prog)s {usage}", allow_abbrev=False)  # type: ignore[arg-type]
 
     if argv and argv[0].endswith((".yaml", ".yml")):
-        given = {destination(word) for word in argv[1:] if word.startswith("--")}
-        content = {key: value for key, value in read_yaml(argv[0]).items() if destination(f"--{key}") not in given}
-        argv = flags(content) + argv[1:]
+        given = {_field_of(parser, word.partition("=")[0]) for word in argv[1:] if word.startswith("--")}
+        content = read_yaml(argv[0])
+        kept = {key: value for key, value in content.items() if _field_of(parser, f"--{key}") not in given}
+        argv = flags(kept) + argv[1:]
     parsed: Any
     parsed, unknown = parser.parse_args_into_dataclasses(argv, look_for_args_file=False, return_remaining_strings=True)
     if unknown:
         parser.error(f"unknown arguments: {' '.join(unknown)}")
     return parsed
+
+
+def _field_of(parser: HfArgumentParser, flag: str) -> str:
+    """What a flag sets; itself if it is unknown."""
+    action = parser._option_string_actions.get(flag)
+    return action.dest if action else flag
 
 
 @dataclass
@@ -206,8 +220,11 @@ def _require_fresh(arguments: Any, before: dict[str, Any] | None, section: dict[
     """Refuse to train on from checkpoints of a training that finished with other arguments, None being other data."""
     from .callbacks import newest_checkpoint
 
-    names = set(section) | set(before or {})
-    changed = [name for name in sorted(names - LENGTHS) if section.get(name) != (before or {}).get(name)]
+    parser = HfArgumentParser(cast(Any, type(arguments)))
+    now, then = (
+        {_field_of(parser, f"--{key}"): value for key, value in (one or {}).items()} for one in (section, before)
+    )
+    changed = [name for name in sorted({*now, *then} - LENGTHS) if now.get(name) != then.get(name)]
     if arguments.resume and (before is None or changed) and newest_checkpoint(arguments.output_dir):
         reason = "an earlier step" if before is None else ", ".join(changed)
         raise PeagleError(
@@ -235,10 +252,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def flags(content: dict[str, Any]) -> list[str]:
-    """The command line that says the same as a mapping; null leaves an argument at its default."""
+    """The command line that says the same as a mapping; null or an empty list leaves an argument at its default."""
     argv = []
     for key, value in content.items():
-        if value is None:
+        if value is None or value == []:
             continue
         values = value if isinstance(value, list) else [value]
         argv.append(f"--{key}")

@@ -28,7 +28,7 @@ from .errors import PeagleError
 from .files import atomic_path, write_json
 from .report import draw, html, text
 from .serving import check_checkpoint, drafter_folder, speculative_config, vllm_environment
-from .target import load_verifier_config
+from .target import load_verifier_config, weights_of
 from .vllm_process import Job, run_vllm
 
 logger = logging.getLogger(__name__)
@@ -335,6 +335,7 @@ def _entry(
     categories = sorted({prompt.category for prompt in prompts})
     return {
         "drafter": trial.drafter,
+        "drafter_weights": weights_of(trial.drafter),
         "num_speculative_tokens": trial.num_speculative_tokens,
         **_figures(last, baseline, prompts, None, arguments.seed),
         **_compare(prompts, baseline[0] if baseline else None, last[0], greedy=arguments.temperature == 0),

@@ -43,10 +43,11 @@ def start_linearly(drafter: PeagleForSpeculation, dataset: HiddenStatesDataset) 
         dataset: the rows to train on. The first ones are read, until there are 16 positions a feature.
 
     Raises:
-        PeagleError: no verifier's head is attached, or the rows can't be read.
+        PeagleError: no verifier's head is attached, or the rows can't be read or are of other layers.
     """
     if drafter.verifier_head is None:
         raise PeagleError("A linear start needs the verifier's head: call load_verifier(name_or_path) before.")
+    dataset.check_layers(drafter.config.eagle_aux_hidden_state_layer_ids)
     device, size, states_size = drafter.device, drafter.config.hidden_size, drafter.fc.in_features
     head, eps = drafter.verifier_head.to(device), float(drafter.norm.variance_epsilon)
     num_features = states_size + size

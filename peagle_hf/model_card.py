@@ -15,6 +15,7 @@ from .errors import PeagleError
 from .modeling_peagle import HUB_TAGS
 from .report import estimate
 from .serving import speculative_config
+from .target import weights_of
 
 RECORD = "training.json"
 """How a drafter was trained, beside its weights: see `PeagleTrainer.record`."""
@@ -36,16 +37,17 @@ def read_evaluation(path: str | os.PathLike[str], model: str | os.PathLike[str])
     """
     try:
         report = json.loads(Path(path).read_text(encoding="utf-8"))
-        drafter, rates, _ = Path(report["drafter"]), report["per_position_acceptance"], report["prompts"]
+        weights, rates, _ = report["drafter_weights"], report["per_position_acceptance"], report["prompts"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise PeagleError(
             f"{path} is no report of peagle-hf evaluate ({type(error).__name__}: {error}). Name its evaluation.json."
         ) from error
     if not rates:
         raise PeagleError(f"{path} holds no acceptance: vLLM drafted nothing. Run peagle-hf evaluate again.")
-    if drafter.exists() and not drafter.samefile(model):
+    if weights != weights_of(model):
         raise PeagleError(
-            f"{path} is about the drafter {drafter}, not about {model}. Run peagle-hf evaluate --model {model}."
+            f"{path} is about other weights than those in {model} (it measured {report['drafter']}). Run peagle-hf "
+            f"evaluate --model {model}."
         )
     return report
 

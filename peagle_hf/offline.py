@@ -4,14 +4,13 @@ import logging
 from dataclasses import dataclass, field
 from itertools import accumulate
 from operator import mul
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .data.cache import Manifest
+from .data.cache import cache_folder, check_cache
 from .data.collator import CODDataCollator
 from .data.dataset import HiddenStatesDataset, split_rows
 from .data.partition import partition_every_row
@@ -92,11 +91,9 @@ def acceptance(arguments: AcceptanceArguments) -> dict[str, Any]:
     if device == "cuda":
         drafter.set_attn_implementation("flex_attention")
     source = (arguments.verifier_revision, arguments.trust_remote_code)
-    cache = arguments.hidden_states_path or Path(arguments.data_path) / "hidden_states"
-    manifest = Manifest.read(cache)
-    if manifest is not None:
-        target = load_verifier_config(verifier, *source)
-        manifest.check(Manifest.of(verifier, target, config.eagle_aux_hidden_state_layer_ids), cache)
+    cache = cache_folder(arguments.data_path, arguments.hidden_states_path)
+    layer_ids = config.eagle_aux_hidden_state_layer_ids
+    check_cache(cache, verifier, load_verifier_config(verifier, *source), layer_ids, arguments.verifier_revision)
     drafter.load_verifier(verifier, False, False, dtype, *source)
     rows = _kept_back(arguments) if arguments.train_data_ratio is not None else None
     dataset = HiddenStatesDataset(arguments.data_path, cache, arguments.total_seq_len, rows)

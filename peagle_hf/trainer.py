@@ -18,7 +18,7 @@ from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi, ModelCard
 from peft import PeftModel
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Sampler, Subset
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -50,7 +50,7 @@ from .callbacks import (
 from .configuration_peagle import PeagleConfig
 from .continuing import check_same_configuration
 from .data.collator import CODDataCollator
-from .data.dataset import EpochSampler
+from .data.dataset import EpochSampler, HiddenStatesDataset
 from .data.endpoint import EndpointError
 from .data.partition import partition, partition_by_rows, partition_every_row, without_labels
 from .data.prepare import PREPARE_RECORD
@@ -74,10 +74,13 @@ logger = logging.getLogger(__name__)
 class PeagleTrainer(Trainer):
     """`transformers.Trainer` for `PeagleForSpeculation`.
 
-    Takes the Trainer's own arguments; `data_collator` defaults to the model's `CODDataCollator`, and `model_init` may
-    give drafters of different configurations. Logs, beside the Trainer's metrics, `accuracy_d`, `acceptance_d` and
-    `acceptance_length` (see `metrics.summarize`), over all steps since the last log and all ranks; in evaluation with
-    the prefix `eval_`. In training also `tokens_per_second`, `loader_wait` and `memory_gib` (see `pace.Pace`).
+    Takes the Trainer's arguments but those for other losses and metrics. `data_collator` defaults to the model's
+    `CODDataCollator`; `model_init` may give drafters of different configurations; of several `eval_dataset` the first
+    one's metric makes the best checkpoint, unless `metric_for_best_model` names another's (`<name>_loss`).
+
+    Logs, beside the Trainer's metrics, `accuracy_d`, `acceptance_d` and `acceptance_length` (see `metrics.summarize`),
+    over all steps since the last log and all ranks; in evaluation with the prefix `eval_`. In training also
+    `tokens_per_second`, `loader_wait` and `memory_gib` (see `pace.Pace`).
 
     Evaluation drops no row: every learnt position starts a rollout of all K depths. `eval_acceptance_d` and
     `eval_acceptance_length` are of the drafts that decoding the text would make (see `metrics.count_drafts`),
@@ -104,6 +107,10 @@ class PeagleTrainer(Trainer):
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
     ):
         args = args or PeagleTrainingArguments()
+        metric = (args.metric_for_best_model or "").removeprefix("eval_")
+        if isinstance(eval_dataset, dict) and not metric.startswith(tuple(f"{name}_" for name in eval_dataset)):
+            args.metric_for_best_model = f"{next(iter(eval_dataset))}_{metric}"
+            logger.info("The best checkpoint is that with the best eval_%s.", args.metric_for_best_model)
         if args.should_save:
             check_writable(args.output_dir)
         super().__init__(
@@ -199,6 +206,13 @@ class PeagleTrainer(Trainer):
     def _hp_search_setup(self, trial: Any) -> None:
         """Called at each start of training, after `model_init` and with a trial's arguments set."""
         super()._hp_search_setup(trial)
+        earlier = {} if self._resumes else checkpoints_by_step(self._get_output_dir(trial))
+        if earlier:
+            raise PeagleError(
+                f"Training begins anew, but {earlier[max(earlier)]} is of an earlier run, with which its checkpoints "
+                "would mix. Go on from it with trainer.train(resume_from_checkpoint=True), or name another output_dir, "
+                "or remove the folder."
+            )
         self._take_up_model()
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, VllmExportCallback):
@@ -232,14 +246,16 @@ class PeagleTrainer(Trainer):
         """Train; `resume_from_checkpoint` takes a `checkpoint-N`, an epoch folder, `checkpoint_best`, or True (newest).
 
         Raises:
-            PeagleError: the folder can't be resumed from, the device's memory is too small, or the vLLM server that
-                rows are asked of is gone, in which case there is a checkpoint to go on from; says what would help.
+            PeagleError: the folder can't be resumed from, nothing is resumed but the output folder has checkpoints, the
+                device's memory is too small, or the vLLM server that rows are asked of is gone, in which case there is
+                a checkpoint to go on from; says what would help.
         """
         if resume_from_checkpoint is True:
             newest = newest_checkpoint(self._get_output_dir(trial))
             if newest is None:
                 raise PeagleError(f"{self.args.output_dir} has no checkpoint to resume from. Leave out the resuming.")
             resume_from_checkpoint = str(newest)
+        self._resumes = bool(resume_from_checkpoint)
         if resume_from_checkpoint:
             folder = resumable_folder(resume_from_checkpoint)
             check_same_configuration(folder, self.config)
@@ -386,9 +402,19 @@ class PeagleTrainer(Trainer):
         return sums[0] / sums[1].clamp(min=1), None, None
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        with self._every_row():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
+        with self._every_row():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def _every_row(self) -> Iterator[None]:
+        """Loaders made here drop no row."""
         collator, self.data_collator = self.data_collator, self.eval_collator
         try:
-            return super().get_eval_dataloader(eval_dataset)
+            yield
         finally:
             self.data_collator = collator
 
@@ -432,12 +458,25 @@ class PeagleTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         train_dataset = train_dataset if train_dataset is not None else self.train_dataset
-        return self._sampler(train_dataset, self.args.per_device_train_batch_size, shuffle=True)
+        self._train_sampler = self._sampler(train_dataset, self.args.per_device_train_batch_size, shuffle=True)
+        return self._train_sampler
+
+    def _run_epoch(self, **kwargs: Any) -> Any:  # type: ignore[override]
+        """As the Trainer, which can't tell the sampler its epoch where rows are skipped and processes share them."""
+        self._train_sampler.set_epoch(kwargs["epoch"])
+        return super()._run_epoch(**kwargs)
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
         return self._sampler(eval_dataset, self.args.per_device_eval_batch_size, shuffle=False)
 
-    def _sampler(self, dataset: Any, batch_size: int, shuffle: bool) -> Sampler:
+    def _sampler(self, dataset: Any, batch_size: int, shuffle: bool) -> EpochSampler:
+        if isinstance(dataset, Subset | ConcatDataset | IterableDataset):
+            raise PeagleError(
+                f"A {type(dataset).__name__} can't be trained or measured on: rows are asked for with their epoch. "
+                "Choose them by HiddenStatesDataset(..., rows=...); build_datasets(args) splits by train_data_ratio."
+            )
+        if isinstance(dataset, HiddenStatesDataset):
+            dataset.check_layers(self.config.eagle_aux_hidden_state_layer_ids)
         # Without fillers accelerate would repeat rows until all processes have equally many.
         processes = self.args.world_size
         multiple = processes * batch_size if processes > 1 else 1

@@ -18,7 +18,7 @@ from .callbacks import (
 )
 from .configuration_peagle import PeagleConfig
 from .continuing import SAMPLING, continued_config, load_drafter
-from .data.cache import Manifest, cached_rows
+from .data.cache import Manifest, cache_folder, cached_rows, check_cache
 from .data.dataset import GENERATED_DTYPE, HiddenStatesDataset, split_rows
 from .data.endpoint import Endpoint, check_layers, endpoint_urls, remove_unfetched, served_layers, served_model
 from .data.extract import check_folder, tokenizer_fingerprint
@@ -65,8 +65,14 @@ def checkpoint_to_resume(args: PeagleTrainingArguments) -> str | None:
     With `resume` off, the checkpoints in the output folder are removed.
 
     Raises:
-        PeagleError: the named one can't be resumed from, or the output folder holds later ones.
+        PeagleError: the named one can't be resumed from, the output folder holds later ones, or also the drafter that
+            `from_pretrained` names.
     """
+    if args.from_pretrained and Path(args.output_dir).resolve() in Path(args.from_pretrained).resolve().parents:
+        raise PeagleError(
+            f"The drafter {args.from_pretrained} lies in {args.output_dir}, where the new run's checkpoints would take "
+            "its place. Name another --save-path; to go on with that run itself leave --from-pretrained out."
+        )
     if args.resume_from_checkpoint:
         folder = resumable_folder(args.resume_from_checkpoint)
         step = trainer_state(folder)["global_step"]
@@ -134,11 +140,9 @@ def build_drafter(args: PeagleTrainingArguments) -> PeagleForSpeculation | PeftM
         if drafter.d2t is not None:
             frequencies = load_token_freq(args.token_freq_path or Path(args.data_path) / "token_freq.pt")
             drafter.set_draft_vocabulary(*draft_vocabulary(frequencies, config.draft_vocab_size, config.vocab_size))
-    cache = _cache_folder(args)
-    manifest = Manifest.read(cache)
-    if manifest is not None:
-        target = load_verifier_config(verifier, args.verifier_revision, args.trust_remote_code)
-        manifest.check(Manifest.of(verifier, target, config.eagle_aux_hidden_state_layer_ids), cache)
+    target = load_verifier_config(verifier, args.verifier_revision, args.trust_remote_code)
+    layer_ids = config.eagle_aux_hidden_state_layer_ids
+    check_cache(_cache_folder(args), verifier, target, layer_ids, args.verifier_revision)
     drafter.load_verifier(
         verifier,
         initialize=not args.from_pretrained,
@@ -221,8 +225,8 @@ def _verifier(args: PeagleTrainingArguments) -> str:
     return args.verifier_name_or_path
 
 
-def _cache_folder(args: PeagleTrainingArguments) -> str | Path:
-    return args.hidden_states_path or Path(args.data_path) / "hidden_states"
+def _cache_folder(args: PeagleTrainingArguments) -> Path:
+    return cache_folder(args.data_path, args.hidden_states_path)
 
 
 def _server_folder(args: PeagleTrainingArguments) -> Path:

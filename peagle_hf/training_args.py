@@ -237,12 +237,15 @@ class PeagleTrainingArguments(TrainingArguments):
         parse_loss(self.loss_fn)
         if self.depth_loss_decay <= 0:
             raise PeagleError(f"depth_loss_decay is {self.depth_loss_decay}; it must be above 0.")
+        self.sequence_partitions = str(self.sequence_partitions)
         if self.sequence_partitions != "auto" and not (
             self.sequence_partitions.isdecimal() and int(self.sequence_partitions)
         ):
             raise PeagleError(
                 f"sequence_partitions is {self.sequence_partitions!r}. Give a number of parts from 1 on, or auto."
             )
+        if self.remove_unused_columns:
+            raise PeagleError("remove_unused_columns must stay False: the collator needs all that a row has.")
         if self.lora_r is not None and self.from_pretrained is None:
             raise PeagleError("lora_r adapts a trained drafter: name it with --from-pretrained.")
         if self.lora_r is not None and self.train_head:
@@ -256,6 +259,8 @@ class PeagleTrainingArguments(TrainingArguments):
         # Every process builds the same drafter: accelerate's loading from the first one knows no buffers, such as d2t.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         self._post_init_with_muon()
+        if self.device.type not in ("cpu", "cuda"):
+            raise PeagleError(f"Training runs on a CPU or CUDA GPUs, not on {self.device.type}: pass --use-cpu.")
         if self.n_gpu > 1 and not self.memory_report:
             raise PeagleError(
                 f"{self.n_gpu} GPUs are visible to one process, which would copy the model at every step. Start one "
@@ -277,6 +282,8 @@ class PeagleTrainingArguments(TrainingArguments):
         if self.optim not in names:
             raise PeagleError(f"optim is {self.optim!r}; it must be one of {', '.join(names)}.")
         is_muon = self.optim == MUON
+        if is_muon and self.optim_args:
+            raise PeagleError(f"optim_args {self.optim_args!r} are for the Trainer's own optimizers, not for {MUON}.")
         if is_muon and uses_deepspeed:
             raise PeagleError("DeepSpeed cuts up the matrices that Muon needs whole. Take --optim adamw_torch_fused.")
         if is_muon:

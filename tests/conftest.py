@@ -71,6 +71,14 @@ def tiny_verifier(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def smollm2(tmp_path_factory) -> Path:
+    """The real SmolLM2-135M-Instruct, in float32."""
+    folder = tmp_path_factory.mktemp("smollm2")
+    subprocess.run([sys.executable, Path(__file__).parents[1] / "examples" / "smollm2.py", folder], check=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def servable_verifier(tmp_path_factory, tiny_verifier) -> Path:
     """A random Llama with heads of a size that vLLM has kernels for."""
     folder = tmp_path_factory.mktemp("servable")

@@ -45,6 +45,14 @@ def again(train_flags, first, tmp_path):
     return arguments
 
 
+@pytest.mark.parametrize("changes", [{}, {"resume": False}])
+def test_a_drafter_in_the_output_folder_is_not_continued_there(again, first, changes):
+    before = (first / "model.safetensors").read_bytes()
+    with pytest.raises(PeagleError, match=r"would take its place.*--save-path"):
+        train(again(output_dir=str(first.parent), **changes))
+    assert (first / "model.safetensors").read_bytes() == before
+
+
 def save_llama(folder: Path, **changes: int) -> Path:
     sizes = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 7, "num_attention_heads": 4}
     torch.manual_seed(1)

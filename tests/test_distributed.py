@@ -101,6 +101,18 @@ def test_resume_is_bit_equal_on_two_processes(train_flags, tmp_path, kind):
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+def test_two_processes_resume_in_the_middle_of_a_later_epoch(train_flags, tmp_path):
+    """The rows that follow are those of that epoch, not of the first."""
+    folder, kept = tmp_path / "two", tmp_path / "whole"
+    steps = {"output_dir": str(folder), "save_strategy": "steps", "save_steps": 1}
+    launch("ddp", train_flags, **steps)
+    (folder / "1").rename(kept)
+    for step in (5, 6):
+        shutil.rmtree(folder / f"checkpoint-{step}")
+    launch("ddp", train_flags, **steps)
+    assert history(folder / "1", "loss") == history(kept, "loss")
+
+
 def test_accumulation_batch_size_and_processes_are_interchangeable(train_flags, tmp_path):
     """8 x 1, 1 x 8 and 2 processes x 4 rows a step, all in float32 (losses 1e-5, weights 1e-3 relative)."""
     common = {"max_steps": 3, "total_seq_len": 32, "eval_strategy": "no", "optim": "adamw_torch_fused"}

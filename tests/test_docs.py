@@ -43,13 +43,6 @@ def run(command: list[str | Path], folder: Path, **variables: str) -> None:
     assert done.returncode == 0, f"{command[-1]}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
 
 
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("smollm2")
-    run([sys.executable, ROOT / "examples" / "smollm2.py", folder], folder)
-    return folder
-
-
 @pytest.fixture
 def folder(tmp_path, smollm2) -> Path:
     """A folder with what the substitutes name: a verifier, a dozen chats, two prompts."""

@@ -20,6 +20,7 @@ from peagle_hf.data import cache, extract
 from peagle_hf.data.cache import Manifest, cached_rows, check_row, read_row, row_path, write_row
 from peagle_hf.data.extract import ExtractArguments, plan_batches, residual_streams
 from peagle_hf.errors import PeagleError
+from peagle_hf.target import weights_of
 
 VOCAB, HIDDEN, LAYERS = 61, 16, 4
 LENGTHS = (9, 30, 20, 29, 12, 19)
@@ -102,6 +103,22 @@ def test_the_number_of_threads_is_as_before(arguments: ExtractArguments) -> None
     assert torch.get_num_threads() == before
 
 
+def test_a_verifier_with_new_weights_is_another_one(llama: Path, arguments: ExtractArguments, tmp_path: Path) -> None:
+    mine = shutil.copytree(llama, tmp_path / "verifier")
+    arguments = replace(arguments, model=str(mine))
+    extract.extract(replace(arguments, max_samples=1))
+    save_verifier(mine, tiny("llama", rope_theta=5e5))
+    with pytest.raises(PeagleError, match=r"revision 'sha256 \w+' there, 'sha256 \w+' wanted.*--verifier-revision"):
+        extract.extract(arguments)
+
+
+def test_rows_longer_than_the_verifiers_context_are_refused(arguments: ExtractArguments, tmp_path: Path) -> None:
+    short = tmp_path / "short"
+    save_verifier(short, tiny("llama", max_position_embeddings=16))
+    with pytest.raises(PeagleError, match=r"longest row has 30 tokens, but .*short takes 16 .*--seq-length 16"):
+        extract.extract(replace(arguments, model=str(short)))
+
+
 def test_files_are_bfloat16_and_trainable_by_others(arguments: ExtractArguments) -> None:
     report = extract.extract(arguments)
     tensors = load_file(row_path(report.output, 1))
@@ -111,7 +128,7 @@ def test_files_are_bfloat16_and_trainable_by_others(arguments: ExtractArguments)
     }
     assert json.loads((report.output / "manifest.json").read_text()) == {
         "verifier": arguments.model,
-        "revision": None,
+        "revision": weights_of(arguments.model),
         "architecture": "LlamaForCausalLM",
         "num_layers": LAYERS,
         "hidden_size": HIDDEN,

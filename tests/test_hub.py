@@ -13,7 +13,7 @@ import torch
 import transformers
 from fake_hub import READ_TOKEN, TOKEN, fake_hub
 from huggingface_hub import ModelCard
-from safetensors.torch import load, load_file
+from safetensors.torch import load, load_file, save_file
 from test_distributed import torchrun
 from test_evaluation import serve_by_itself
 from test_trainer import ROOT, StopAt, run
@@ -35,6 +35,7 @@ from peagle_hf import (
 from peagle_hf.launch import ServeArguments, drafting_command
 from peagle_hf.model_card import model_card, read_evaluation, read_record
 from peagle_hf.serving import check_checkpoint
+from peagle_hf.target import weights_of
 
 VERIFIER = "some-lab/tiny-chat"
 SERVED = {"config.json", "model.safetensors", "README.md"}
@@ -84,6 +85,7 @@ def evaluation(trained, tmp_path):
     """A report in the shape of `peagle-hf evaluate`, with figures that occur nowhere else."""
     report = {
         "drafter": str(trained),
+        "drafter_weights": weights_of(trained),
         "verifier": VERIFIER,
         "num_speculative_tokens": 3,
         "prompts": "/home/me/secret/questions.jsonl, a-lab/questions",
@@ -362,7 +364,9 @@ def test_what_vllm_would_not_serve_is_not_pushed(hub, trained, evaluation, tmp_p
     with pytest.raises(PeagleError, match="no drafter checkpoint"):
         push(PushArguments(str(tmp_path), "my-lab/d"))
     other = shutil.copytree(trained, tmp_path / "other")
-    with pytest.raises(PeagleError, match="is about the drafter"):
+    weights = load_file(other / "model.safetensors")
+    save_file(weights | {"norm.weight": -weights["norm.weight"]}, other / "model.safetensors")
+    with pytest.raises(PeagleError, match="is about other weights"):
         push(PushArguments(str(other), "my-lab/d", str(evaluation), VERIFIER))
     evaluation.write_text("{}")
     with pytest.raises(PeagleError, match=r"no report of peagle-hf evaluate"):

@@ -492,13 +492,11 @@ def test_the_command_line_of_the_tutorial():
     )
 
 
-def test_a_real_model(tmp_path):
-    model = REPO / "output" / "SmolLM2-135M-Instruct"
-    if not model.exists():
-        pytest.skip("make model has not been run")
+@pytest.mark.slow
+def test_a_real_model(smollm2, tmp_path):
     data = write_lines(tmp_path / "chats.jsonl", [{"messages": HELLO}])
-    (row,) = load_from_disk(prepare(PrepareArguments(str(model), [data], str(tmp_path / "out"))))
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    (row,) = load_from_disk(prepare(PrepareArguments(str(smollm2), [data], str(tmp_path / "out"))))
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
     assert row["input_ids"].tolist() == tokenizer.apply_chat_template(HELLO)["input_ids"]
     learnt = [text for text, learnt in runs(tokenizer, row["input_ids"], row["loss_mask"]) if learnt]
     assert learnt == ["Well, hello there.<|im_end|>", "The dog\n<|im_end|>"]

@@ -12,9 +12,11 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch.utils.data import Subset
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from peagle_hf import (
+    PeagleConfig,
     PeagleError,
     PeagleForSpeculation,
     PeagleTrainer,
@@ -48,6 +50,83 @@ def run(train_flags, callbacks=(), resume=None, **changes):
     )
     trainer.train(resume_from_checkpoint=resume)
     return trainer
+
+
+def test_a_new_run_beside_an_earlier_one_is_refused(train_flags):
+    run(train_flags, num_train_epochs=1)
+    best = Path(train_flags["output_dir"]) / "checkpoint_best" / "model.safetensors"
+    before = best.read_bytes()
+    with pytest.raises(PeagleError, match=r"of an earlier run.*resume_from_checkpoint=True.*another output_dir"):
+        run(train_flags, num_train_epochs=1, seed=1)
+    assert best.read_bytes() == before
+
+
+def test_prediction_drops_no_row_either(train_flags):
+    trainer = run(train_flags, max_steps=1)
+    found, expected = trainer.predict(trainer.eval_dataset, metric_key_prefix="eval").metrics, trainer.evaluate()
+    same = [name for name in expected if "runtime" not in name and "per_second" not in name and name != "epoch"]
+    assert {name: found[name] for name in same} == {name: expected[name] for name in same}
+
+
+def test_of_several_validations_the_first_makes_the_best(train_flags):
+    args = PeagleTrainingArguments(**train_flags)
+    train_dataset, eval_dataset = build_datasets(args)
+    trainer = PeagleTrainer(
+        build_drafter(args),
+        args,
+        train_dataset=train_dataset,
+        eval_dataset={"chats": eval_dataset, "seen": train_dataset},
+        callbacks=[VllmExportCallback()],
+    )
+    trainer.train()
+    assert trainer.state.best_metric == max(logged(trainer, "eval_chats_acceptance_length"))
+    assert len(logged(trainer, "eval_seen_acceptance_length")) == 2
+
+
+def test_a_part_of_a_dataset_is_refused(train_flags):
+    args = PeagleTrainingArguments(**train_flags)
+    dataset, _ = build_datasets(args)
+    trainer = PeagleTrainer(build_drafter(args), args, train_dataset=Subset(dataset, [0, 1]), eval_dataset=dataset)
+    with pytest.raises(PeagleError, match=r"A Subset can't be trained.*rows="):
+        trainer.train()
+
+
+def test_a_drafter_of_other_layers_than_the_caches_is_refused(train_flags):
+    args = PeagleTrainingArguments(**train_flags)
+    dataset, _ = build_datasets(args)
+    config = PeagleConfig.from_verifier(args.verifier_name_or_path, num_layers=1, target_layer_ids=[1, 5, 6])
+    drafter = PeagleForSpeculation(config)
+    drafter.load_verifier(args.verifier_name_or_path)
+    words = r"of the layers \[2, 3, 4\], but the drafter reads \[1, 5, 6\]"
+    with pytest.raises(PeagleError, match=words):
+        start_linearly(drafter, dataset)
+    with pytest.raises(PeagleError, match=words):
+        PeagleTrainer(drafter, args, train_dataset=dataset, eval_dataset=dataset).train()
+
+
+def test_no_checkpoint_is_saved_where_none_is_wanted(train_flags):
+    run(train_flags, save_strategy="no", num_train_epochs=1)
+    assert checkpoints_by_step(train_flags["output_dir"]) == {}
+
+
+def test_a_checkpoint_of_the_model_only_is_not_resumed_from(train_flags):
+    run(train_flags, num_train_epochs=1, save_only_model=True)
+    with pytest.raises(PeagleError, match="without optimizer and schedule"):
+        train(PeagleTrainingArguments(**train_flags))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"remove_unused_columns": True}, "must stay False"),
+        ({"optim_args": "momentum=0.9"}, "for the Trainer's own optimizers"),
+        ({"sequence_partitions": 0}, "Give a number of parts"),
+    ],
+)
+def test_arguments_that_would_break_or_do_nothing_are_refused(changes, words):
+    with pytest.raises(PeagleError, match=words):
+        PeagleTrainingArguments(use_cpu=True, **changes)
+    assert PeagleTrainingArguments(use_cpu=True, sequence_partitions=4).sequence_partitions == "4"
 
 
 def logged(trainer, name):
@@ -154,7 +233,8 @@ def test_schedules_that_follow_the_metric_know_which_way_is_better(train_flags):
 
 def test_evaluation_loss_is_the_mean_over_rows_however_they_are_batched(train_flags):
     one = run(train_flags, max_steps=1).evaluate()
-    many = run(train_flags, max_steps=1, resume=None, per_device_eval_batch_size=2).evaluate()
+    elsewhere = train_flags["output_dir"] + "-of-two"
+    many = run(train_flags, max_steps=1, output_dir=elsewhere, per_device_eval_batch_size=2).evaluate()
     assert one["eval_loss"] == pytest.approx(many["eval_loss"], rel=1e-5)
     assert one["eval_acceptance_length"] == many["eval_acceptance_length"]
 

@@ -48,7 +48,8 @@ def test_model_init_gives_the_same_run_each_time(train_flags):
     expected = make_trainer(train_flags)
     expected.train()
     trainer = make_trainer(train_flags, fresh=True)
-    for _ in range(2):
+    for number in range(2):
+        trainer.args.output_dir = f"{train_flags['output_dir']}-{number}"
         trainer.train()
         assert losses(trainer) == losses(expected)
 

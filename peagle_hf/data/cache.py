@@ -24,6 +24,7 @@ from transformers import PreTrainedConfig
 
 from ..errors import PeagleError
 from ..files import atomic_path, write_json
+from ..target import weights_of
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2
@@ -50,7 +51,7 @@ class Manifest:
 
     Args:
         verifier: name or path.
-        revision: the hub's.
+        revision: which of the verifier's weights: the commit on the hub, of a folder a fingerprint (see `weights_of`).
         architecture: the verifier's class, or its model type.
         num_layers: of the verifier.
         hidden_size: H.
@@ -86,7 +87,7 @@ class Manifest:
         """Describe what a verifier with this (text) configuration gives."""
         return cls(
             verifier=verifier,
-            revision=getattr(config, "_commit_hash", None) or revision,
+            revision=weights_of(verifier, revision) or revision,
             architecture=(config.architectures or [config.model_type])[0],
             num_layers=config.num_hidden_layers,
             hidden_size=config.hidden_size,
@@ -149,9 +150,32 @@ class Manifest:
         if differing:
             raise PeagleError(
                 f"The hidden states in {folder} are of another kind: {'; '.join(differing)}. Name the folder that "
-                "belongs to what is wanted, or another one for peagle-hf extract to fill. (If only the verifier's name "
-                f"has changed, write the new one into {Path(folder) / MANIFEST}.)"
+                "belongs to what is wanted, or another one for peagle-hf extract to fill; to go back to a revision on "
+                "the hub pass --revision, in training --verifier-revision. (If the verifier has the same weights under "
+                f"another name or revision, write that into {Path(folder) / MANIFEST}.)"
             )
+
+
+def cache_folder(data_path: str | os.PathLike[str], hidden_states_path: str | os.PathLike[str] | None = None) -> Path:
+    """Where the hidden states of a prepared dataset are, unless they are said to be elsewhere."""
+    return Path(hidden_states_path or Path(data_path) / "hidden_states")
+
+
+def check_cache(
+    folder: str | os.PathLike[str],
+    verifier: str,
+    config: PreTrainedConfig,
+    aux_layer_ids: list[int],
+    revision: str | None = None,
+) -> None:
+    """Make sure that a folder's states, where it says what they are, are of this verifier and these layers.
+
+    Raises:
+        PeagleError: they are of others.
+    """
+    manifest = Manifest.read(folder)
+    if manifest is not None:
+        manifest.check(Manifest.of(verifier, config, aux_layer_ids, revision), folder)
 
 
 @dataclass(frozen=True)

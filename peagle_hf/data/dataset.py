@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, Sampler
 from ..cod import target_tokens
 from ..errors import PeagleError
 from ..target import load_token_freq
-from .cache import CachedRow, Manifest, cached_rows, read_row, row_path, save_row
+from .cache import CachedRow, Manifest, cache_folder, cached_rows, read_row, row_path, save_row
 from .endpoint import Endpoint, concurrently
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class HiddenStatesDataset(Dataset):
     ):
         self.data_path = Path(data_path)
         self.data = load_prepared(data_path)
-        self.hidden_states_path = Path(hidden_states_path or Path(data_path) / "hidden_states")
+        self.hidden_states_path = cache_folder(data_path, hidden_states_path)
         self.endpoint, self.keep_generated = endpoint, keep_generated
         if (on_missing == "generate") != (endpoint is not None):
             raise PeagleError('An endpoint and on_missing="generate" go together: give both or neither.')
@@ -112,6 +112,20 @@ class HiddenStatesDataset(Dataset):
         shuffled = [wanted[index] for index in order]
         sizes = [min(lengths[row] - 2, total_seq_len) for row in shuffled]
         self.plan = [[shuffled[index] for index in bin_] for bin_ in first_fit(sizes, total_seq_len)]
+
+    def check_layers(self, aux_layer_ids: Sequence[int]) -> None:
+        """Make sure that a drafter of these auxiliary layers reads what it will read when it is served.
+
+        Raises:
+            PeagleError: the cached states are those of others.
+        """
+        manifest = Manifest.read(self.hidden_states_path)
+        if manifest is not None and manifest.aux_layer_ids != list(aux_layer_ids):
+            raise PeagleError(
+                f"The hidden states in {self.hidden_states_path} are those of the layers {manifest.aux_layer_ids}, but "
+                f"the drafter reads {list(aux_layer_ids)}. Make it with target_layer_ids={manifest.aux_layer_ids}, or "
+                f"extract the others into another folder."
+            )
 
     def _present(self, rows: Sequence[int], on_missing: OnMissing) -> Sequence[int]:
         present = cached_rows(self.hidden_states_path)

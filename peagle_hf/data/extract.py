@@ -40,6 +40,7 @@ from .cache import (
     LEARNT_STORAGES,
     Manifest,
     Storage,
+    cache_folder,
     cached_rows,
     check_row,
     row_path,
@@ -203,7 +204,7 @@ def extract(arguments: ExtractArguments) -> ExtractReport:
             the servers failed a row.
     """
     _check_arguments(arguments)
-    output = Path(arguments.output or Path(arguments.preprocessed_data) / "hidden_states")
+    output = cache_folder(arguments.preprocessed_data, arguments.output)
     urls = endpoint_urls(arguments.endpoint) if arguments.endpoint else ()
     model = served_model(urls, arguments.model, arguments.request_timeout) if urls else arguments.model
     if model is None:
@@ -258,6 +259,7 @@ def extract(arguments: ExtractArguments) -> ExtractReport:
         check_length(urls, max(missing.values(), default=0), arguments.request_timeout)
         seconds = _make_by_server(arguments, manifest, output, data, missing, endpoint)
     elif missing:
+        _check_context(config, max(missing.values()), model)
         seconds = _make(arguments, manifest, output, data, missing)
     return ExtractReport(output, manifest, len(lengths), num_kept, made_again, sum(missing.values()), seconds)
 
@@ -485,6 +487,16 @@ def _check_arguments(arguments: ExtractArguments) -> None:
         raise PeagleError(
             "--device, --verifier-dtype and --max-batch-tokens are for a verifier in this process. With --endpoint "
             "tell the server: peagle-hf launch-vllm MODEL ... -- --dtype float32 --max-num-batched-tokens 8192."
+        )
+
+
+def _check_context(config: PreTrainedConfig, longest: int, model: str) -> None:
+    """Refuse rows for which the verifier has no positions, as a vLLM server would."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and longest > limit:
+        raise PeagleError(
+            f"The longest row has {longest} tokens, but {model} takes {limit} (max_position_embeddings of its "
+            f"config.json). Cut the rows with peagle-hf prepare --seq-length {limit}."
         )
 
 

@@ -20,6 +20,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..errors import PeagleError
 from ..files import atomic_path, remove_leftovers, write_json
+from .cache import cache_folder
 from .chats import Chat, Source, Unlearnable, is_local_file, open_source, read_chat
 
 if TYPE_CHECKING:
@@ -518,9 +519,9 @@ def _is_made(output: Path, origin: dict[str, Any], overwrite: bool) -> bool:
     if not any(_own_files(output)):
         return False
     if overwrite:
-        if any((output / "hidden_states").glob("*")):
+        if any(cache_folder(output).glob("*")):
             raise PeagleError(
-                f"{output / 'hidden_states'} holds hidden states of the dataset in {output}; they would not fit "
+                f"{cache_folder(output)} holds hidden states of the dataset in {output}; they would not fit "
                 "another one. Remove that folder first, or name another --output."
             )
         return False

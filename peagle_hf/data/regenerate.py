@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from ..errors import PeagleError
 from ..files import atomic_path, write_json
+from ..target import weights_of
 from .chat_models import Batch, ChatModel, LocalChatModel, Sampling, ServedChatModel
 from .endpoint import MAX_RETRIES
 from .prompts import Prompt, distinct, grams, read_prompts, words
@@ -33,7 +34,6 @@ MAX_REPETITION = 0.3
 ANSWER_TIMEOUT = 600.0
 
 _MIN_INVENTED_WORDS = 3
-_END_BYTES = 1 << 20
 _RANGES = (
     *((name, 1, math.inf) for name in ("max_new_tokens", "concurrency", "batch_size")),
     *((name, 0, math.inf) for name in ("temperature", "top_k", "min_answer_tokens", "max_retries")),
@@ -212,24 +212,11 @@ def _settings(arguments: RegenerateArguments, prompts: list[Prompt], excluded: l
     settings["backend"] = "transformers" if arguments.endpoint is None else "vLLM"
     if Path(arguments.model).is_dir():
         settings["model"] = Path(arguments.model).resolve().name
-        settings["weights"] = f"sha256 {_fingerprint(Path(arguments.model))}"
+        settings["weights"] = weights_of(arguments.model)
     for name, read in (("prompts", prompts), ("exclude", excluded)):
         text = json.dumps([asdict(prompt) for prompt in read])
         settings[name] = f"{len(read)}, sha256 {hashlib.sha256(text.encode()).hexdigest()}"
     return settings
-
-
-def _fingerprint(folder: Path) -> str:
-    """Of a model's configuration, and of the sizes and both ends of its weights: the middle would take long to read."""
-    digest = hashlib.sha256()
-    for path in sorted([*folder.glob("config.json"), *folder.glob("*.safetensors")]):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size} ".encode())
-        with open(path, "rb") as file:
-            digest.update(file.read(_END_BYTES))
-            file.seek(max(0, size - _END_BYTES))
-            digest.update(file.read())
-    return digest.hexdigest()[:16]
 
 
 def _settings_of(output: Path, report_path: Path) -> dict[str, Any]:
