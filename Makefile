@@ -7,7 +7,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-demo: install  ## Train a drafter for SmolLM2-135M-Instruct and measure it in vLLM: output/demo/ (about six minutes)
+demo: install  ## Train a drafter for SmolLM2-135M-Instruct and measure it in vLLM: output/demo/ (five to eight minutes)
 	$(BIN)/python examples/smollm2.py output/demo/verifier
 	$(BIN)/peagle-hf run examples/demo.yaml
 

@@ -1,6 +1,6 @@
-"""Train a P-EAGLE drafter on cached hidden states: the same run as `peagle-hf train`, spelt out.
+"""Train a P-EAGLE drafter on cached hidden states: the run of `peagle-hf train`, spelt out (without `--memory-report`).
 
-accelerate launch examples/train.py --verifier-name-or-path Qwen/Qwen3-8B --data-path output/qwen3_8b --num-depths 4
+accelerate launch examples/train.py --verifier-name-or-path Qwen/Qwen3-8B --data-path out --save-path out/checkpoints
 """
 
 import logging

@@ -88,6 +88,13 @@ def test_two_processes_are_one(train_flags, tmp_path, kind, partitions):
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
+def test_two_processes_are_one_with_muon_too(train_flags, tmp_path):
+    """To 5e-5 in the losses: its iteration runs in bfloat16."""
+    one = run(train_flags, gradient_accumulation_steps=2)
+    launch("ddp", train_flags, output_dir=str(tmp_path / "two"))
+    assert history(tmp_path / "two" / "1", "loss") == pytest.approx(losses(one), rel=5e-5)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_resume_is_bit_equal_on_two_processes(train_flags, tmp_path, kind):
     folder = tmp_path / "two"
