@@ -137,12 +137,12 @@ def test_bad_numbers_of_partitions_are_refused(train_flags, value):
 
 def test_partitioned_training_is_the_same_training(train_flags):
     train_flags["optim"] = "adamw_torch_fused"
-    whole = run(train_flags, max_steps=4)
+    whole, folder = run(train_flags, max_steps=4), train_flags["output_dir"]
     for changes in (
         {"sequence_partitions": "3"},
         {"sequence_partitions": "auto", "memory_budget": estimate_for_parts(train_flags)},
     ):
-        parts = run(train_flags, max_steps=4, output_dir=train_flags["output_dir"] + "_parts", **changes)
+        parts = run(train_flags, max_steps=4, output_dir=f"{folder}_{changes['sequence_partitions']}", **changes)
         assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
         for name, weight in weights(whole).items():
             torch.testing.assert_close(weights(parts)[name], weight, rtol=1e-3, atol=1e-5)

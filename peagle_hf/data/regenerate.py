@@ -374,9 +374,10 @@ def _answer(
 
 def _longest(target: ChatModel, prompt: Prompt) -> int:
     """Give the tokens of a chat in which every answer is as long as it may be."""
-    opening = target.render([*prompt.system, {"role": "user", "content": prompt.turns[0]}])
-    later = sum(len(target.encode(turn)) for turn in prompt.turns[1:])
-    return len(target.encode(opening)) + later + len(prompt.turns) * target.max_new_tokens
+    messages = [*prompt.system, {"role": "user", "content": prompt.turns[0]}]
+    for turn in prompt.turns[1:]:
+        messages += [{"role": "assistant", "content": "."}, {"role": "user", "content": turn}]
+    return len(target.encode(target.render(messages))) + len(prompt.turns) * target.max_new_tokens
 
 
 class _Dialogue:
