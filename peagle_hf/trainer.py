@@ -108,8 +108,9 @@ class PeagleTrainer(Trainer):
     ):
         args = args or PeagleTrainingArguments()
         metric = (args.metric_for_best_model or "").removeprefix("eval_")
-        if isinstance(eval_dataset, dict) and not metric.startswith(tuple(f"{name}_" for name in eval_dataset)):
-            args.metric_for_best_model = f"{next(iter(eval_dataset))}_{metric}"
+        names = tuple(f"{name}_" for name in eval_dataset) if isinstance(eval_dataset, dict) else ()
+        if names and metric and not metric.startswith(names):
+            args.metric_for_best_model = f"{names[0]}{metric}"
             logger.info("The best checkpoint is that with the best eval_%s.", args.metric_for_best_model)
         if args.should_save:
             check_writable(args.output_dir)

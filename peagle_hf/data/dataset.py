@@ -124,7 +124,7 @@ class HiddenStatesDataset(Dataset):
             raise PeagleError(
                 f"The hidden states in {self.hidden_states_path} are those of the layers {manifest.aux_layer_ids}, but "
                 f"the drafter reads {list(aux_layer_ids)}. Make it with target_layer_ids={manifest.aux_layer_ids}, or "
-                f"extract the others into another folder."
+                "extract the others into another folder."
             )
 
     def _present(self, rows: Sequence[int], on_missing: OnMissing) -> Sequence[int]:
