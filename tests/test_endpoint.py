@@ -454,7 +454,7 @@ def test_a_dead_server_ends_training_with_a_checkpoint_to_go_on_from(online, ser
 
 @pytest.mark.slow
 def test_two_processes_end_together_when_the_server_is_gone_and_go_on(online, server, tmp_path):
-    online |= {"train_data_ratio": 1, "save_strategy": "no", "total_seq_len": 30, "dataloader_num_workers": 1}
+    online |= {"train_data_ratio": 1, "total_seq_len": 30, "dataloader_num_workers": 1}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "peagle_hf"]
     command += ["train", *cli.flags(online)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
