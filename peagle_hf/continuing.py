@@ -19,7 +19,7 @@ from .training_args import PeagleTrainingArguments
 logger = logging.getLogger(__name__)
 
 SAMPLING = ("num_depths", "down_sample_ratio", "down_sample_ratio_min", "max_anchors", "embed_requires_grad")
-"""Arguments that a continued drafter takes anew; its verifier is the only other thing that may change."""
+"""Arguments that a continued drafter takes where they are given; only its verifier may change besides."""
 
 
 def continued_config(args: PeagleTrainingArguments, drafter: str, verifier: str) -> PeagleConfig:
@@ -45,10 +45,15 @@ def continued_config(args: PeagleTrainingArguments, drafter: str, verifier: str)
             "of the sizes that the drafter was made for, or train a new drafter without --from-pretrained."
         )
     changes = {
-        **{name: getattr(args, name) for name in SAMPLING},
+        **sampling(args),
         "speculators_config": {"verifier": {"name_or_path": verifier, "architectures": target.architectures or []}},
     }
     return PeagleConfig.from_dict({**saved.to_dict(), **changes})
+
+
+def sampling(args: PeagleTrainingArguments) -> dict[str, Any]:
+    """What the arguments say of `SAMPLING`."""
+    return {name: value for name in SAMPLING if (value := getattr(args, name)) is not None}
 
 
 def load_drafter(name_or_path: str, config: PeagleConfig) -> PeagleForSpeculation:
@@ -69,10 +74,10 @@ def load_drafter(name_or_path: str, config: PeagleConfig) -> PeagleForSpeculatio
             f"many, such as {wrong[0]}. Name a folder that save_pretrained, or vLLM's speculators, wrote."
         )
     changes = config.differences(_saved_config(name_or_path))
-    sampling = [f"{name} {changes[name][1]} -> {changes[name][0]}" for name in SAMPLING if name in changes]
+    changed = [f"{name} {changes[name][1]} -> {changes[name][0]}" for name in SAMPLING if name in changes]
     new, old = changes.get("speculators_config.verifier.name_or_path", (None, None))
     parts = [f"Reused: all {len(drafter.state_dict())} tensors of {name_or_path}"]
-    parts += [f"sampling changed: {', '.join(sampling)}"] if sampling else []
+    parts += [f"sampling changed: {', '.join(changed)}"] if changed else []
     parts += [f"verifier changed: {old} -> {new}"] if new else []
     logger.info("%s; new: optimizer, schedule and step count.", "; ".join(parts))
     return drafter

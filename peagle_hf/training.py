@@ -17,7 +17,7 @@ from .callbacks import (
     trainer_state,
 )
 from .configuration_peagle import PeagleConfig
-from .continuing import SAMPLING, continued_config, load_drafter
+from .continuing import continued_config, load_drafter, sampling
 from .data.cache import Manifest, cache_folder, cached_rows, check_cache
 from .data.dataset import GENERATED_DTYPE, HiddenStatesDataset, split_rows
 from .data.endpoint import Endpoint, check_layers, endpoint_urls, remove_unfetched, served_layers, served_model
@@ -119,7 +119,7 @@ def build_config(args: PeagleTrainingArguments) -> PeagleConfig:
         sliding_window=args.sliding_window,
         revision=args.verifier_revision,
         trust_remote_code=args.trust_remote_code,
-        **{name: getattr(args, name) for name in SAMPLING},
+        **sampling(args),
     )
 
 

@@ -63,11 +63,23 @@ class PeagleTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "Kind of those layers. Default: the verifier's where it is one of the two, else llama."},
     )
-    num_depths: int = field(default=8, metadata={"help": "K, the tokens proposed in one forward pass."})
-    down_sample_ratio: float = field(default=0.7, metadata={"help": "r of COD sampling, in (0, 1]."})
-    down_sample_ratio_min: float = field(default=0.2, metadata={"help": "r_min of COD sampling, in [0, 1]."})
+    num_depths: int | None = field(
+        default=None,
+        metadata={"help": "K, the tokens proposed in one forward pass. Default: that of --from-pretrained, else 8."},
+    )
+    down_sample_ratio: float | None = field(
+        default=None, metadata={"help": "r of COD sampling, in (0, 1]. Default: that of --from-pretrained, else 0.7."}
+    )
+    down_sample_ratio_min: float | None = field(
+        default=None,
+        metadata={"help": "r_min of COD sampling, in [0, 1]. Default: that of --from-pretrained, else 0.2."},
+    )
     max_anchors: int | None = field(
-        default=None, metadata={"help": "Start rollouts at no more than so many positions of a document. Default: all."}
+        default=None,
+        metadata={
+            "help": "Start rollouts at no more than so many positions of a document. Default: that of "
+            "--from-pretrained, else all."
+        },
     )
     norm_before_residual: bool = field(
         default=True, metadata={"help": "Layer 0's residual is the normed verifier state, not the raw one."}

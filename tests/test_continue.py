@@ -45,6 +45,16 @@ def again(train_flags, first, tmp_path):
     return arguments
 
 
+def test_sampling_that_is_not_given_stays_the_drafters(train_flags, tmp_path):
+    train(PeagleTrainingArguments(**train_flags, max_steps=2, down_sample_ratio=0.6, max_anchors=7))
+    again = {name: value for name, value in train_flags.items() if name not in ("num_layers", "draft_vocab_size")}
+    del again["num_depths"]
+    best = f"{again.pop('output_dir')}/checkpoint_best"
+    args = PeagleTrainingArguments(**again, from_pretrained=best, output_dir=str(tmp_path / "again"))
+    config = build_drafter(args).config
+    assert (config.num_depths, config.down_sample_ratio, config.max_anchors) == (3, 0.6, 7)
+
+
 @pytest.mark.parametrize("changes", [{}, {"resume": False}])
 def test_a_drafter_in_the_output_folder_is_not_continued_there(again, first, changes):
     before = (first / "model.safetensors").read_bytes()
