@@ -142,7 +142,7 @@ def export_drafter(saved: Path, folder: Path, dtype: torch.dtype) -> None:
     Raises:
         PeagleError: the saved weights are not in one file, or vLLM would load the result wrongly.
     """
-    drafter = drafter_folder(saved)
+    drafter = whole_drafter(saved)
     weights = drafter / "model.safetensors"
     if not weights.exists():
         raise PeagleError(
@@ -175,7 +175,7 @@ def step_of_best(args: TrainingArguments, scores: dict[int, float]) -> int | Non
     return (max if args.greater_is_better else min)(scores, key=scores.__getitem__, default=None)
 
 
-def drafter_folder(checkpoint: Path) -> Path:
+def whole_drafter(checkpoint: Path) -> Path:
     """Where in a checkpoint the whole drafter is: with an adapter, merged beside it."""
     return checkpoint / MERGED if (checkpoint / MERGED).is_dir() else checkpoint
 

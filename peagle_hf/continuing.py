@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from .callbacks import drafter_folder
+from .callbacks import whole_drafter
 from .configuration_peagle import PeagleConfig
 from .errors import PeagleError
 from .modeling_peagle import PeagleForSpeculation
@@ -89,7 +89,7 @@ def check_same_configuration(folder: Path, config: PeagleConfig) -> None:
     Raises:
         PeagleError: names the fields that differ.
     """
-    differences = config.differences(PeagleConfig.from_pretrained(drafter_folder(folder)))
+    differences = config.differences(PeagleConfig.from_pretrained(whole_drafter(folder)))
     if differences:
         listed = ", ".join(f"{name} (there {theirs!r}, here {ours!r})" for name, (ours, theirs) in differences.items())
         raise PeagleError(

@@ -335,7 +335,7 @@ def _entry(
     categories = sorted({prompt.category for prompt in prompts})
     return {
         "drafter": trial.drafter,
-        "drafter_weights": weights_of(trial.drafter),
+        "drafter_weights": weights_of(drafter_folder(trial.drafter)),
         "num_speculative_tokens": trial.num_speculative_tokens,
         **_figures(last, baseline, prompts, None, arguments.seed),
         **_compare(prompts, baseline[0] if baseline else None, last[0], greedy=arguments.temperature == 0),
