@@ -1,17 +1,16 @@
 """Pages that mkdocs makes with the site: the command line, from its parsers, and the code blocks that CI skips."""
 
+import argparse
 import re
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
-from transformers import HfArgumentParser
 
+from peagle_hf.arguments import GENERAL, TRAINER, CommandParser, HelpFormatter
 from peagle_hf.cli import COMMANDS
 
 ROOT = Path(__file__).parents[1]
@@ -22,8 +21,9 @@ BLOCK = re.compile(
 CLI_INTRODUCTION = """# Command line
 
 `peagle-hf <command> [config.yaml] [--flag value ...]`. A YAML file holds flag names without the dashes; flags win over
-it. Every flag may also be written with underscores. This page is made from the parsers when the site is built;
-`peagle-hf <command> --help` prints the same.
+it, and the flag of a list may be repeated. Every flag may also be written with underscores. Every command takes
+`--quiet`, `--verbose` and `--print-config`, which prints its arguments as such a file. This page is made from the
+parsers when the site is built; `peagle-hf <command> --help` prints the same.
 """
 NOT_RUN_INTRODUCTION = """# What CI does not run
 
@@ -76,32 +76,26 @@ def command_line() -> str:
         page += f"`peagle-hf {name} {command.usage()}`.\n\n"
         if name == "train":
             page += (
-                "Below are the drafter's own flags and those whose default differs from the Trainer's. All others of "
+                "Below are the drafter's own flags and the Trainer's that are used most. All others of "
                 "[transformers.TrainingArguments](https://huggingface.co/docs/transformers/main_classes/trainer"
                 "#transformers.TrainingArguments) work too, under their own names.\n\n"
             )
-        page += "| flag | default | |\n|---|---|---|\n" + "".join(_rows(arguments))
+        examples = "".join(f"peagle-hf {example}\n" for example in command.examples)
+        page += f"```text\n{examples}```\n" + "".join(_tables(arguments))
     return page
 
 
-def _rows(arguments: Any) -> Iterator[str]:
-    actions_of = defaultdict(list)
-    for action in HfArgumentParser(arguments)._actions:
-        actions_of[action.dest].append(action)
-    for field in [name for name in arguments.__annotations__ if name in actions_of]:
-        actions = actions_of[field]
-        first = actions[0]  # others are its negations
-        options = [option for action in actions for option in action.option_strings if "_" not in option]
-        meaning = (first.help or "").replace("<", "&lt;").replace("|", "\\|")
-        if first.choices:
-            meaning += f" One of: {', '.join(map(str, first.choices))}."
-        yield f"| {', '.join(f'`{option}`' for option in options)} | {_default(first)} | {meaning} |\n"
-
-
-def _default(action: Any) -> str:
-    if action.required:
-        return "required"
-    if action.default in (None, []) or re.search("default: ", action.help or "", re.I):
-        return ""
-    value = action.default.value if isinstance(action.default, Enum) else action.default
-    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+def _tables(arguments: Any) -> Iterator[str]:
+    """A table for each group of flags, as `--help` groups them, without the flags that all commands share."""
+    parser = CommandParser(arguments)
+    formatter = HelpFormatter("")
+    for group in parser._action_groups:
+        shown = [action for action in group._group_actions if action.help != argparse.SUPPRESS]
+        if group.title in (GENERAL, TRAINER) or not shown:
+            continue
+        yield f"\n**{group.title}**\n\n| flag | |\n|---|---|\n"
+        for action in shown:
+            meaning = formatter._expand_help(action).replace("<", "&lt;").replace("|", "\\|")
+            if action.choices:
+                meaning += f" One of: {', '.join(map(str, action.choices))}."
+            yield f"| `{formatter._format_action_invocation(action).partition(' {')[0]}` | {meaning} |\n"

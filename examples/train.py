@@ -3,7 +3,7 @@
 accelerate launch examples/train.py --verifier-name-or-path Qwen/Qwen3-8B --data-path out --save-path out/checkpoints
 """
 
-import logging
+import sys
 
 from peagle_hf import (
     CODDataCollator,
@@ -13,14 +13,13 @@ from peagle_hf import (
     build_datasets,
     build_drafter,
     checkpoint_to_resume,
-    end_processes,
+    command_line,
     parse_arguments,
     start_linearly,
 )
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = parse_arguments(PeagleTrainingArguments)
     drafter = build_drafter(args)
     train_dataset, eval_dataset = build_datasets(args)
@@ -39,5 +38,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
-    end_processes()
+    with command_line("train.py", sys.argv[1:]):  # an error ends in one paragraph, not a traceback
+        main()

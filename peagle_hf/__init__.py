@@ -1,16 +1,10 @@
 """Train P-EAGLE drafters for speculative decoding with the Hugging Face Trainer."""
 
+import sys
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from transformers import AutoConfig, AutoModel
-
-from .configuration_peagle import PeagleConfig
-from .modeling_peagle import PeagleForSpeculation
-
-AutoConfig.register(PeagleConfig.model_type, PeagleConfig)
-AutoModel.register(PeagleConfig, PeagleForSpeculation)
 
 try:
     __version__ = version("peagle-hf")
@@ -24,7 +18,9 @@ _MODULE_OF = {
     "EvaluateArguments": "evaluation",
     "ExtractArguments": "data.extract",
     "HiddenStatesDataset": "data.dataset",
+    "PeagleConfig": "configuration_peagle",
     "PeagleError": "errors",
+    "PeagleForSpeculation": "modeling_peagle",
     "PeagleTrainer": "trainer",
     "PeagleTrainingArguments": "training_args",
     "PrepareArguments": "data.prepare",
@@ -40,12 +36,13 @@ _MODULE_OF = {
     "build_drafter": "training",
     "checkpoint_to_resume": "training",
     "draft_and_verify": "generation",
-    "end_processes": "cli",
+    "command_line": "console",
+    "end_processes": "console",
     "evaluate": "evaluation",
     "extract": "data.extract",
     "load_adapter": "adapters",
     "merge_adapter": "adapters",
-    "parse_arguments": "cli",
+    "parse_arguments": "arguments",
     "prepare": "data.prepare",
     "push": "hub",
     "regenerate": "data.regenerate",
@@ -55,13 +52,20 @@ _MODULE_OF = {
     "train": "training",
 }
 
-__all__ = ["PeagleConfig", "PeagleForSpeculation", *_MODULE_OF]
+__all__ = [*_MODULE_OF]
 
+
+# PeagleConfig and PeagleForSpeculation register themselves with the Auto classes when they are imported. The program
+# `peagle-hf` leaves that to the command that it runs: importing torch and transformers takes seconds.
+if Path(sys.argv[0]).stem != "peagle-hf":
+    import_module(".modeling_peagle", __name__)
 
 if TYPE_CHECKING:
     from .adapters import add_adapter, load_adapter, merge_adapter, save_adapter
+    from .arguments import parse_arguments
     from .callbacks import VllmExportCallback
-    from .cli import end_processes, parse_arguments
+    from .configuration_peagle import PeagleConfig
+    from .console import command_line, end_processes
     from .data.collator import CODDataCollator
     from .data.dataset import HiddenStatesDataset
     from .data.endpoint import Endpoint
@@ -73,6 +77,7 @@ if TYPE_CHECKING:
     from .generation import draft_and_verify
     from .hub import PushArguments, PushToHubCallback, push
     from .linear_start import start_linearly
+    from .modeling_peagle import PeagleForSpeculation
     from .offline import AcceptanceArguments, acceptance
     from .target import VerifierHead, VerifierParts, register_verifier
     from .trainer import PeagleTrainer

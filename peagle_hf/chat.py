@@ -3,14 +3,16 @@
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import ClassVar
 
+from .arguments import Arguments
 from .client import Answer, Client, Counters
 from .data.endpoint import DEFAULT_URL
 from .evaluation import summarize
 
 
 @dataclass
-class ChatArguments:
+class ChatArguments(Arguments):
     """Arguments of `peagle-hf chat`."""
 
     endpoint: str = field(default=DEFAULT_URL, metadata={"help": "The server, such as peagle-hf serve starts."})
@@ -19,6 +21,11 @@ class ChatArguments:
         default=None, metadata={"help": "0 is greedy. Default: what the server takes for the model."}
     )
     system: str | None = field(default=None, metadata={"help": "A system message."})
+
+    GROUPS: ClassVar = {
+        "Chat": ("endpoint", "max_tokens", "temperature", "system"),
+    }
+    TEXTS: ClassVar = ("system",)
 
 
 def chat(arguments: ChatArguments) -> None:

@@ -4,7 +4,7 @@ import logging
 from typing import TYPE_CHECKING, Annotated, Any, Optional, TypeVar
 
 from huggingface_hub.dataclasses import strict
-from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from .errors import PeagleError
 from .target import default_aux_layer_ids, load_verifier_config
@@ -303,3 +303,6 @@ def _check_draft_model_type(model_type: str) -> None:
             f"transformer_layer_config.model_type is {model_type!r}; vLLM loads P-EAGLE drafters made of "
             f"{' or '.join(DRAFT_MODEL_TYPES)} layers only. Choose one of them."
         )
+
+
+AutoConfig.register(PeagleConfig.model_type, PeagleConfig)

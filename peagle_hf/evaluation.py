@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from . import __version__
+from .arguments import Arguments
 from .bootstrap import CONFIDENCE, MIN_PROMPTS, RESAMPLES, interval, is_difference, resample
 from .client import DRAFT_COUNTERS, Client, Run, measure
 from .data.cache import place
@@ -41,11 +42,14 @@ SPEEDS = ("tokens_per_second", "tokens_per_second_without", "speed_up")
 
 
 @dataclass
-class EvaluateArguments:
+class EvaluateArguments(Arguments):
     """Arguments of `peagle-hf evaluate`."""
 
     model: str = field(
-        metadata={"help": "The drafter: a checkpoint folder, such as checkpoints/checkpoint_best, or a hub name."}
+        metadata={
+            "aliases": ["--drafter"],
+            "help": "The drafter: a checkpoint folder, such as checkpoints/checkpoint_best, or a hub name.",
+        }
     )
     suite: list[str] = field(
         metadata={
@@ -116,7 +120,22 @@ class EvaluateArguments:
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the verifier."})
 
+    GROUPS: ClassVar = {
+        "Input and output": ("model", "compare", "suite", "output", "verifier", "trust_remote_code"),
+        "What is measured": (
+            "max_prompts",
+            "max_tokens",
+            "num_speculative_tokens",
+            "temperature",
+            "concurrency",
+            "rounds",
+            "seed",
+        ),
+        "vLLM": ("dtype", "max_model_len", "endpoint", "baseline_endpoint"),
+    }
+
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.suite:
             raise PeagleError("--suite names no prompts. Name a .jsonl file or a hub dataset.")
         for name in ("concurrency", "num_speculative_tokens"):

@@ -1,7 +1,7 @@
 """Compile small functions for a GPU, where elementwise work between matrix products is bound by memory traffic."""
 
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +20,9 @@ def fuse_on_gpu(rows_dim: int) -> Callable[[Function], Function]:
     """
 
     def decorate(function: Function) -> Function:
-        compiled = torch.compile(function)
+        @cache
+        def compiled() -> Any:
+            return torch.compile(function)  # not when this module is imported: it takes seconds
 
         @wraps(function)
         def run(*args: Any) -> Any:
@@ -34,7 +36,7 @@ def fuse_on_gpu(rows_dim: int) -> Callable[[Function], Function]:
                     torch._dynamo.maybe_mark_dynamic(tensor, rows_dim)
             # Between matrix products recomputing costs less time than keeping costs memory.
             with autograd_compiler.patch(aggressive_recomputation=True):
-                return compiled(*args)
+                return compiled()(*args)
 
         return run  # type: ignore[return-value]
 

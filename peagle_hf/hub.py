@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
+from .arguments import Arguments
 from .callbacks import BEST
 from .configuration_peagle import PeagleConfig
 from .errors import PeagleError
@@ -24,16 +25,25 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class PushArguments:
+class PushArguments(Arguments):
     """Arguments of `peagle-hf push`. The token is that of `hf auth login` or of HF_TOKEN."""
 
-    model: str = field(metadata={"help": "The drafter: a checkpoint folder, such as checkpoints/checkpoint_best."})
+    model: str = field(
+        metadata={
+            "aliases": ["--drafter"],
+            "help": "The drafter: a checkpoint folder, such as checkpoints/checkpoint_best.",
+        }
+    )
     repo_id: str = field(metadata={"help": "Where it goes, as org/name; made if it isn't there."})
     evaluation: str | None = field(
         default=None, metadata={"help": "evaluation.json of peagle-hf evaluate, for the card. Default: not measured."}
     )
     verifier_name: str | None = field(
-        default=None, metadata={"help": "The verifier's name on the hub. Default: the one in the checkpoint."}
+        default=None,
+        metadata={
+            "aliases": ["--verifier"],
+            "help": "The verifier's name on the hub. Default: the one in the checkpoint.",
+        },
     )
     private: bool = field(
         default=False, metadata={"help": "Make a private repository. Default: as the organization has it."}
@@ -42,6 +52,11 @@ class PushArguments:
         default=None, metadata={"help": "Branch to upload to, made if need be. Default: main."}
     )
     license: str | None = field(default=None, metadata={"help": "The drafter's license, for the card."})
+
+    GROUPS: ClassVar = {
+        "Upload": ("model", "repo_id", "revision", "private"),
+        "Model card": ("evaluation", "verifier_name", "license"),
+    }
 
     @property
     def command(self) -> str:

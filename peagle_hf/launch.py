@@ -10,10 +10,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import psutil
 
+from .arguments import Arguments
 from .data.endpoint import write_server_record
 from .data.extract import check_layer_ids
 from .errors import PeagleError
@@ -29,10 +30,12 @@ TRUST_HELP = "Let the verifier run code from its repository, in vLLM too."
 
 
 @dataclass
-class LaunchArguments:
+class LaunchArguments(Arguments):
     """Arguments of `peagle-hf launch-vllm MODEL ... -- <vLLM's own flags>`."""
 
-    model: str = field(metadata={"help": "The verifier, a hub name or a folder; the flag may be left out."})
+    model: str = field(
+        metadata={"aliases": ["--verifier"], "help": "The verifier, a hub name or a folder; the flag may be left out."}
+    )
     hidden_states_path: str = field(
         metadata={"help": "Folder that the server writes to. Who asks it must see the folder under the same path."}
     )
@@ -54,13 +57,22 @@ class LaunchArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": TRUST_HELP})
     vllm_args: list[str] = field(default_factory=list, init=False)
 
+    GROUPS: ClassVar = {
+        "Model and output": ("model", "hidden_states_path", "trust_remote_code"),
+        "Hidden states": ("target_layer_ids", "include_last_layer"),
+        "Command": ("dry_run", "vllm_python"),
+    }
+
 
 @dataclass
-class ServeArguments:
+class ServeArguments(Arguments):
     """Arguments of `peagle-hf serve MODEL ... -- <vLLM's own flags>`."""
 
     model: str = field(
-        metadata={"help": "The drafter, a checkpoint folder or a hub name; the flag may be left out."},
+        metadata={
+            "aliases": ["--drafter"],
+            "help": "The drafter, a checkpoint folder or a hub name; the flag may be left out.",
+        },
     )
     verifier: str | None = field(
         default=None, metadata={"help": "Folder or hub name of the target; default: the one in the checkpoint."}
@@ -73,7 +85,13 @@ class ServeArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": TRUST_HELP})
     vllm_args: list[str] = field(default_factory=list, init=False)
 
+    GROUPS: ClassVar = {
+        "Models": ("model", "verifier", "num_speculative_tokens", "trust_remote_code"),
+        "Command": ("dry_run", "vllm_python"),
+    }
+
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.num_speculative_tokens is not None and self.num_speculative_tokens < 1:
             raise PeagleError(f"--num-speculative-tokens is {self.num_speculative_tokens} but must be at least 1.")
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding, rotate_half
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
@@ -603,3 +603,6 @@ class PeagleForSpeculation(PreTrainedModel):
         for layer in self.layers[1:]:
             states = layer(states, rows)
         return rows.trim(self.norm(states))
+
+
+AutoModel.register(PeagleConfig, PeagleForSpeculation)

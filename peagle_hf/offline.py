@@ -4,12 +4,13 @@ import logging
 from dataclasses import dataclass, field
 from itertools import accumulate
 from operator import mul
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .arguments import Arguments
 from .data.cache import cache_folder, check_cache
 from .data.collator import CODDataCollator
 from .data.dataset import HiddenStatesDataset, split_rows
@@ -26,10 +27,15 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class AcceptanceArguments:
+class AcceptanceArguments(Arguments):
     """Arguments of `peagle-hf acceptance`."""
 
-    model: str = field(metadata={"help": "The drafter: a checkpoint folder, such as checkpoints/checkpoint_best."})
+    model: str = field(
+        metadata={
+            "aliases": ["--drafter"],
+            "help": "The drafter: a checkpoint folder, such as checkpoints/checkpoint_best.",
+        }
+    )
     data_path: str = field(metadata={"help": "Folder of `peagle-hf prepare`, of text that the verifier wrote."})
     output: str = field(metadata={"help": "File for the report, such as acceptance.json."})
     hidden_states_path: str | None = field(
@@ -59,7 +65,22 @@ class AcceptanceArguments:
     verifier_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the verifier."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the verifier."})
 
+    GROUPS: ClassVar = {
+        "Input and output": (
+            "model",
+            "data_path",
+            "hidden_states_path",
+            "output",
+            "verifier",
+            "verifier_revision",
+            "trust_remote_code",
+        ),
+        "What is measured": ("num_speculative_tokens", "train_data_ratio", "seed"),
+        "Computation": ("total_seq_len", "dtype"),
+    }
+
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.num_speculative_tokens is not None and self.num_speculative_tokens < 1:
             raise PeagleError(f"--num-speculative-tokens is {self.num_speculative_tokens} but must be at least 1.")
 

@@ -1,9 +1,10 @@
 """`PeagleTrainingArguments`: the Trainer's arguments, defaults that suit a drafter, and the drafter's own fields."""
 
 import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from accelerate.utils import parse_flag_from_env
@@ -11,8 +12,11 @@ from transformers import SchedulerType, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.training_args import OptimizerNames
+from transformers.utils import is_in_notebook
 
+from .arguments import check_names
 from .configuration_peagle import PeagleConfig
+from .console import is_quiet
 from .data.dataset import learnt_share
 from .data.endpoint import DEFAULT_URL, MAX_RETRIES, REQUEST_TIMEOUT
 from .errors import PeagleError
@@ -33,7 +37,12 @@ class PeagleTrainingArguments(TrainingArguments):
     """
 
     verifier_name_or_path: str | None = field(
-        default=None, metadata={"help": "The target model that the drafter is trained for: hub name or folder."}
+        default=None,
+        metadata={
+            "help": "The verifier, the model that the drafter is trained for: a hub name or a folder (default: the one "
+            "that made the hidden states).",
+            "aliases": ["--verifier"],
+        },
     )
     data_path: str = field(default="./output", metadata={"help": "Folder of `peagle-hf prepare`."})
     hidden_states_path: str | None = field(
@@ -135,7 +144,7 @@ class PeagleTrainingArguments(TrainingArguments):
         },
     )
     memory_budget: float | None = field(
-        default=None, metadata={"help": "GiB that a process may use on its device. Default: 92 % of the device."}
+        default=None, metadata={"help": "GiB that a process may use on its device. Default: 92 %% of the device."}
     )
     memory_report: bool = field(
         default=False, metadata={"help": "Predict the memory of a training step, say what to change, and stop."}
@@ -244,7 +253,83 @@ class PeagleTrainingArguments(TrainingArguments):
     ddp_broadcast_buffers: bool | None = field(default=False, metadata={"help": "Nothing needs broadcasting."})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "None is ever unused."})
 
+    GROUPS: ClassVar = {
+        "Input and output": (
+            "verifier_name_or_path",
+            "verifier_revision",
+            "trust_remote_code",
+            "data_path",
+            "hidden_states_path",
+            "output_dir",
+            "resume",
+            "from_pretrained",
+            "export_dtype",
+            "verifier_name",
+        ),
+        "Drafter": (
+            "speculator_type",
+            "num_layers",
+            "draft_arch",
+            "draft_vocab_size",
+            "token_freq_path",
+            "mask_token_id",
+            "target_layer_ids",
+            "norm_before_residual",
+            "norm_before_fc",
+            "embed_requires_grad",
+            "sliding_window",
+            "train_head",
+            "linear_start",
+        ),
+        "COD sampling and loss": (
+            "num_depths",
+            "down_sample_ratio",
+            "down_sample_ratio_min",
+            "max_anchors",
+            "loss_fn",
+            "depth_loss_decay",
+        ),
+        "Training": (
+            "num_train_epochs",
+            "learning_rate",
+            "lr_scheduler_type",
+            "optim",
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "total_seq_len",
+            "train_data_ratio",
+            "eval_strategy",
+            "save_strategy",
+            "logging_steps",
+            "metric_for_best_model",
+            "seed",
+            "use_cpu",
+        ),
+        "LoRA adapter": ("lora_r", "lora_alpha", "lora_dropout", "lora_modules_to_save"),
+        "Memory": (
+            "memory_report",
+            "memory_budget",
+            "sequence_partitions",
+            "gradient_checkpointing",
+            "activation_checkpointing",
+            "keep_attention",
+            "bf16",
+            "gradient_accumulation_steps",
+        ),
+        "Hidden states that are missing": (
+            "on_missing",
+            "vllm_endpoint",
+            "on_generate",
+            "server_hidden_states_path",
+            "request_timeout",
+            "max_retries",
+        ),
+    }
+
     def __post_init__(self) -> None:
+        check_names(self, [name for name in PeagleTrainingArguments.__annotations__ if name != "GROUPS"])
+        if self.disable_tqdm is None and not is_in_notebook():
+            self.disable_tqdm = is_quiet() or not sys.stderr.isatty()
         self.bf16 = self.bf16 and not self.fp16
         parse_loss(self.loss_fn)
         if self.depth_loss_decay <= 0:

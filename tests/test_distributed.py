@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file
 from test_trainer import ROOT, losses, run
 
-from peagle_hf.cli import flags
+from peagle_hf.arguments import flags
 from peagle_hf.data.dataset import HiddenStatesDataset
 
 WORKERS = Path(__file__).parent / "workers"

@@ -20,6 +20,7 @@ from fake_vllm import FakeVllm, states_of
 from safetensors.torch import load_file, save_file
 
 from peagle_hf import PeagleError, PeagleTrainingArguments, cli, train
+from peagle_hf.arguments import flags
 from peagle_hf.callbacks import checkpoints_by_step
 from peagle_hf.data.cache import Manifest, cached_rows, check_row, row_path
 from peagle_hf.data.dataset import load_prepared, split_rows
@@ -456,7 +457,7 @@ def test_a_dead_server_ends_training_with_a_checkpoint_to_go_on_from(online, ser
 def test_two_processes_end_together_when_the_server_is_gone_and_go_on(online, server, tmp_path):
     online |= {"train_data_ratio": 1, "total_seq_len": 30, "dataloader_num_workers": 1}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "peagle_hf"]
-    command += ["train", *cli.flags(online)]
+    command += ["train", *flags(online)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     server.fault = lambda token_ids: "dead" if len(server.asked) > 6 + 8 else None
     first = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)

@@ -18,7 +18,8 @@ import torch
 from conftest import CHAIN_LENGTH, VOCAB
 from safetensors.torch import load_file, save_file
 
-from peagle_hf import EvaluateArguments, PeagleError, cli, evaluate
+from peagle_hf import EvaluateArguments, PeagleError, evaluate
+from peagle_hf.arguments import parse_arguments
 from peagle_hf.bootstrap import interval, is_difference, resample
 from peagle_hf.client import Answer, Run
 from peagle_hf.data.prompts import Prompt
@@ -315,10 +316,10 @@ def test_suites_are_run_together_evenly_by_category(tmp_path):
 
 def test_the_command_is_the_one_that_says_the_same():
     argv = ["--model", "a b", "--prompts", "x.jsonl", "--output", "out", "--concurrency", "1", "4", "--seed", "3"]
-    arguments = cli.parse_arguments(EvaluateArguments, argv)
+    arguments = parse_arguments(EvaluateArguments, argv)
     command = arguments.command()
     assert command == "peagle-hf evaluate --model 'a b' --suite x.jsonl --output out --seed 3 --concurrency 1 4"
-    assert cli.parse_arguments(EvaluateArguments, shlex.split(command)[2:]) == arguments
+    assert parse_arguments(EvaluateArguments, shlex.split(command)[2:]) == arguments
 
 
 def arguments(drafter, folder, rows, **changes):

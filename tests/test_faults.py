@@ -15,8 +15,8 @@ from transformers import TrainerState
 from transformers.modeling_utils import safe_save_file
 
 from peagle_hf import PeagleError, PeagleTrainingArguments
+from peagle_hf.arguments import flags
 from peagle_hf.callbacks import checkpoints_by_step
-from peagle_hf.cli import flags
 from peagle_hf.files import atomic_path, check_writable
 from peagle_hf.serving import check_checkpoint
 from peagle_hf.training import train

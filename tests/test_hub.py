@@ -32,6 +32,7 @@ from peagle_hf import (
     cli,
     push,
 )
+from peagle_hf.arguments import flags
 from peagle_hf.launch import ServeArguments, drafting_command
 from peagle_hf.model_card import model_card, read_evaluation, read_record
 from peagle_hf.serving import check_checkpoint
@@ -118,7 +119,7 @@ def metadata(hub, repo_id, revision="main"):
 
 def test_train_push_and_load_are_a_round_trip(hub, hub_flags, tmp_path):
     """By the command line in a process of its own, where HF_ENDPOINT counts as it does for a user."""
-    flags = cli.flags({**hub_flags, "hub_revision": "candidate"})
+    words = flags({**hub_flags, "hub_revision": "candidate"})
     environment = os.environ | {
         "HF_ENDPOINT": hub.url,
         "HF_HUB_DISABLE_XET": "1",
@@ -126,7 +127,7 @@ def test_train_push_and_load_are_a_round_trip(hub, hub_flags, tmp_path):
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
     }
-    command = [sys.executable, "-m", "peagle_hf", "train", *flags]
+    command = [sys.executable, "-m", "peagle_hf", "train", *words]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     assert hub.files("my-lab/drafter", "candidate").keys() == SERVED
@@ -384,7 +385,7 @@ def test_vllm_serves_from_the_hub_by_nothing_but_the_name(hub, chain, drafter, t
 @pytest.mark.slow
 def test_of_two_processes_one_uploads(hub, hub_flags, tmp_path):
     environment = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
-    torchrun(["-m", "peagle_hf"], "train", *cli.flags({**hub_flags, "hub_strategy": "end"}), environment=environment)
+    torchrun(["-m", "peagle_hf"], "train", *flags({**hub_flags, "hub_strategy": "end"}), environment=environment)
     assert hub.files("my-lab/drafter").keys() == SERVED
     assert [path for _, path in hub.requests].count("/api/models/my-lab/drafter/commit/main") == 1
 

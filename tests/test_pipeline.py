@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from peagle_hf import PeagleError, VllmExportCallback, cli
+from peagle_hf.arguments import parse_arguments, read_yaml
 from peagle_hf.data.prepare import PrepareArguments
 
 PACKAGE = Path(cli.__file__).parent
@@ -93,8 +94,9 @@ def test_a_training_that_was_begun_anew_and_cut_off_goes_on(pipeline, tmp_path, 
     pipeline["train"]["learning_rate"] = 5e-4
     shutil.rmtree(tmp_path / "checkpoints")
     monkeypatch.setattr(VllmExportCallback, "on_epoch_begin", cut_off, raising=False)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as stopped:
         run(tmp_path, pipeline)
+    assert stopped.value.code == 130
     monkeypatch.undo()
     caplog.set_level("INFO")
     run(tmp_path, pipeline)
@@ -109,9 +111,9 @@ def cut_off(self, args, state, control, **kwargs):
 def test_flags_take_the_place_of_a_files_list(tmp_path):
     path = tmp_path / "prepare.yaml"
     path.write_text(yaml.safe_dump({"model": "a", "data": ["one.jsonl", "two.jsonl"], "seq-length": 64, "output": "o"}))
-    parsed = cli.parse_arguments(PrepareArguments, [str(path), "--data", "output", "--seq_length=32"])
+    parsed = parse_arguments(PrepareArguments, [str(path), "--data", "output", "--seq_length=32"])
     assert (parsed.data, parsed.seq_length, parsed.output) == (["output"], 32, "o")
-    assert cli.parse_arguments(PrepareArguments, [str(path)]).data == ["one.jsonl", "two.jsonl"]
+    assert parse_arguments(PrepareArguments, [str(path)]).data == ["one.jsonl", "two.jsonl"]
 
 
 def test_a_step_that_failed_is_done_again(pipeline, tmp_path):
@@ -125,7 +127,9 @@ def test_a_step_that_failed_is_done_again(pipeline, tmp_path):
     assert list(json.loads((tmp_path / "pipeline.json").read_text())) == ["prepare", "extract", "train"]
 
 
-@pytest.mark.parametrize(("change", "word"), [({"trane": {}}, "--trane"), ({"train": {"num_layrs": 2}}, "--num_layrs")])
+@pytest.mark.parametrize(
+    ("change", "word"), [({"trane": {}}, "unknown key trane"), ({"train": {"num_layrs": 2}}, "unknown key num_layrs")]
+)
 def test_bad_arguments_stop_the_pipeline_before_its_first_step(pipeline, tmp_path, change, word, capsys):
     with pytest.raises(SystemExit):
         run(tmp_path, {**pipeline, **change})
@@ -141,13 +145,14 @@ def test_a_yaml_file_that_can_not_be_read_is_named(tmp_path, text, words):
     if text is not None:
         path.write_text(text)
     with pytest.raises(PeagleError, match=words) as refused:
-        cli.read_yaml(path)
+        read_yaml(path)
     assert str(path) in str(refused.value)
 
 
 LAYERS = [
     {"errors"},
-    {"bootstrap", "files"},
+    {"console", "files"},
+    {"arguments", "bootstrap"},
     {"target", "cod", "fusion", "kernels", "metrics", "optimizer", "products", "report"},
     {"configuration_peagle", "attention", "losses"},
     {"modeling_peagle"},
@@ -160,6 +165,7 @@ LAYERS = [
     {"acceptance_metric", "chat", "trainer"},
     {"training"},
     {"cli"},
+    {"pipeline"},
 ]
 
 

@@ -24,8 +24,9 @@ from peagle_hf import (
     VllmExportCallback,
     start_linearly,
 )
+from peagle_hf.arguments import flags
 from peagle_hf.callbacks import checkpoints_by_step, epoch_folders
-from peagle_hf.cli import flags, main
+from peagle_hf.cli import main
 from peagle_hf.data.partition import partition_every_row
 from peagle_hf.metrics import summarize
 from peagle_hf.offline import count

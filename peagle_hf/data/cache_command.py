@@ -6,12 +6,13 @@ import os
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..arguments import Arguments
 from ..cod import target_tokens
 from ..errors import PeagleError
 from ..files import write_json
@@ -40,7 +41,7 @@ CONVERSION_RECORD = "conversion.json"
 
 
 @dataclass
-class CacheArguments:
+class CacheArguments(Arguments):
     """What `peagle-hf cache ACTION FOLDER [DESTINATION]` is told."""
 
     action: Literal["info", "verify", "convert"] = field(
@@ -56,8 +57,15 @@ class CacheArguments:
     )
     preprocessed_data: str | None = field(
         default=None,
-        metadata={"help": "Folder of `peagle-hf prepare` (default: the one that the folder lies in, if any)."},
+        metadata={
+            "aliases": ["--data-path"],
+            "help": "Folder of `peagle-hf prepare` (default: the one that the folder lies in, if any).",
+        },
     )
+
+    GROUPS: ClassVar = {
+        "Input and output": ("action", "folder", "destination", "storage", "preprocessed_data"),
+    }
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..arguments import Arguments
 from ..cod import target_tokens
 from ..errors import PeagleError
 from ..files import write_json
@@ -82,14 +83,19 @@ Extracted = tuple[int, Tensor, Tensor]
 
 
 @dataclass
-class ExtractArguments:
+class ExtractArguments(Arguments):
     """What `peagle-hf extract` is told."""
 
     model: str | None = field(
         default=None,
-        metadata={"help": "The verifier (target model), a hub name or a folder (default: what the endpoint runs)."},
+        metadata={
+            "aliases": ["--verifier"],
+            "help": "The verifier (target model), a hub name or a folder (default: what the endpoint runs).",
+        },
     )
-    preprocessed_data: str = field(default="./output", metadata={"help": "Folder of `peagle-hf prepare`."})
+    preprocessed_data: str = field(
+        default="./output", metadata={"aliases": ["--data-path"], "help": "Folder of `peagle-hf prepare`."}
+    )
     output: str | None = field(
         default=None,
         metadata={"help": "Folder for the hidden states (default: hidden_states in the preprocessed data)."},
@@ -162,6 +168,29 @@ class ExtractArguments:
     )
     revision: str | None = field(default=None, metadata={"help": "The verifier's revision on the hub."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Let the verifier run code from its repository."})
+
+    GROUPS: ClassVar = {
+        "Input and output": (
+            "model",
+            "preprocessed_data",
+            "output",
+            "max_samples",
+            "validate_outputs",
+            "revision",
+            "trust_remote_code",
+        ),
+        "Hidden states": ("target_layer_ids", "storage", "dtype"),
+        "vLLM servers": (
+            "endpoint",
+            "server_hidden_states_path",
+            "concurrency",
+            "request_timeout",
+            "max_retries",
+            "fail_on_error",
+            "max_consecutive_errors",
+        ),
+        "This process": ("device", "verifier_dtype", "max_batch_tokens", "rank", "world_size"),
+    }
 
 
 @dataclass(frozen=True)

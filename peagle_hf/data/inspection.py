@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from ..arguments import Arguments
 from ..errors import PeagleError
 from ..files import atomic_path, write_json
 from ..target import draft_vocabulary, load_token_freq
@@ -35,11 +36,11 @@ _LONGEST_CHARACTER = 4
 
 
 @dataclass
-class DataArguments:
+class DataArguments(Arguments):
     """What `peagle-hf data ACTION FOLDER` is told."""
 
     action: Literal["inspect"] = field(metadata={"help": "inspect: write a page that shows a prepared dataset."})
-    folder: str = field(metadata={"help": "Folder of `peagle-hf prepare`."})
+    folder: str = field(metadata={"aliases": ["--data-path"], "help": "Folder of `peagle-hf prepare`."})
     output: str | None = field(
         default=None,
         metadata={
@@ -58,9 +59,17 @@ class DataArguments:
     )
     model: str | None = field(
         default=None,
-        metadata={"help": f"The model whose tokenizer turns tokens into text (default: the one in {PREPARE_RECORD})."},
+        metadata={
+            "aliases": ["--verifier"],
+            "help": f"The model whose tokenizer turns tokens into text (default: the one in {PREPARE_RECORD}).",
+        },
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Let the tokenizer run code from its repository."})
+
+    GROUPS: ClassVar = {
+        "Input and output": ("action", "folder", "output", "rows", "draft_vocab_sizes"),
+        "Tokenizer": ("model", "trust_remote_code"),
+    }
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jinja2
 import numpy as np
@@ -18,6 +18,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from ..arguments import Arguments
 from ..errors import PeagleError
 from ..files import atomic_path, remove_leftovers, write_json
 from .cache import cache_folder
@@ -54,10 +55,12 @@ Span = tuple[int, int]
 
 
 @dataclass
-class PrepareArguments:
+class PrepareArguments(Arguments):
     """What `peagle-hf prepare` is told."""
 
-    model: str = field(metadata={"help": "The target model, a hub name or a folder: its tokenizer is used."})
+    model: str = field(
+        metadata={"aliases": ["--verifier"], "help": "The target model, a hub name or a folder: its tokenizer is used."}
+    )
     data: list[str] = field(
         metadata={
             "help": "Conversations, one or more of: sharegpt, ultrachat, a .jsonl or .json file, a hub dataset as "
@@ -65,7 +68,9 @@ class PrepareArguments:
             "action": "extend",
         }
     )
-    output: str = field(default="./output", metadata={"help": "Folder for the prepared dataset."})
+    output: str = field(
+        default="./output", metadata={"aliases": ["--data-path"], "help": "Folder for the prepared dataset."}
+    )
     weights: list[float] | None = field(
         default=None,
         metadata={
@@ -95,6 +100,13 @@ class PrepareArguments:
     )
     overwrite: bool = field(default=False, metadata={"help": "Replace a dataset that is already in the output folder."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Let the tokenizer run code from its repository."})
+
+    GROUPS: ClassVar = {
+        "Input and output": ("model", "data", "output", "overwrite", "token_freq_path", "trust_remote_code"),
+        "Which conversations": ("max_samples", "weights", "seed"),
+        "Tokens": ("seq_length", "min_learnt_tokens"),
+        "Speed": ("num_workers",),
+    }
 
 
 def prepare(arguments: PrepareArguments) -> Path:

@@ -16,10 +16,11 @@ from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from tqdm import tqdm
 
+from ..arguments import Arguments
 from ..errors import PeagleError
 from ..files import atomic_path, write_json
 from ..target import weights_of
@@ -47,10 +48,10 @@ _ELSEWHERE = (
 
 
 @dataclass
-class RegenerateArguments:
+class RegenerateArguments(Arguments):
     """Arguments of `peagle-hf regenerate`."""
 
-    model: str = field(metadata={"help": "The target that answers: a folder or a hub name."})
+    model: str = field(metadata={"aliases": ["--verifier"], "help": "The target that answers: a folder or a hub name."})
     output: str = field(
         metadata={"help": "The .jsonl file to write. What was dropped and why goes into a .report.json beside it."}
     )
@@ -114,7 +115,16 @@ class RegenerateArguments:
     seed: int = field(default=0, metadata={"help": "Seed of all sampling."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the target."})
 
+    GROUPS: ClassVar = {
+        "Input and output": ("model", "prompts", "invent", "output", "exclude", "max_samples"),
+        "Sampling": ("max_new_tokens", "temperature", "invent_temperature", "top_p", "top_k", "min_p", "seed"),
+        "Which answers are kept": ("min_answer_tokens", "drop_cut_answers", "max_repetition"),
+        "vLLM servers": ("endpoint", "concurrency", "request_timeout", "max_retries"),
+        "This process": ("batch_size", "dtype", "trust_remote_code"),
+    }
+
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.prompts is None and self.invent <= 0:
             raise PeagleError("There is nothing to answer: name a file with --prompts, or give --invent a number.")
         if self.invent > 0 and self.invent_temperature <= 0:

