@@ -1,11 +1,15 @@
 # A fresh machine needs only Python and make; everything else is installed into .venv, as constraints.txt says.
 
-.PHONY: demo test test-slow lint docs install clean
+.PHONY: demo test test-slow test-versions lint docs install library clean
 .DEFAULT_GOAL := install
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# The oldest and the newest transformers that pyproject.toml allows. From 5.21 on it needs Python 3.11.
+oldest := 'transformers==5.17.0' 'huggingface_hub==1.33.0'
+newest := 'transformers==5.24.0; python_version>="3.11"' 'transformers==5.20.2; python_version<"3.11"'
 
 demo: install  ## Train a drafter for SmolLM2-135M-Instruct and measure it in vLLM: output/demo/ (five to eight minutes)
 	$(BIN)/python examples/smollm2.py output/demo/verifier
@@ -16,6 +20,12 @@ test: install  ## The tests that need neither vLLM nor patience
 
 test-slow: install  ## The other tests: real vLLM, and what takes long
 	$(BIN)/pytest -m "vllm or slow"
+
+test-versions: install .versions/oldest .versions/newest  ## The quick tests on both: TESTS=tests/test_trainer.py for a part
+	for version in oldest newest; do \
+		PYTHONPATH=$(CURDIR)/.versions/$$version OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -n auto -m "not vllm and not slow" $(TESTS) || exit 1; \
+	done
 
 lint: install  ## Style and types
 	$(BIN)/ruff check .
@@ -28,7 +38,19 @@ docs: install  ## The documentation as a site
 install: .venv/.installed
 
 clean:
-	rm -rf .venv build site *.egg-info
+	rm -rf .venv .versions build site *.egg-info
+
+# A folder that stands before .venv on the path: with another transformers, and what that needs in another version too.
+.versions/%: Makefile
+	rm -rf $@
+	$(PIP) install --quiet --no-deps --target $@ $($*)
+
+# The library and its tests without vLLM, for any Python from 3.10 on, in the newest versions that pyproject.toml allows.
+library:
+	$(PYTHON) -m venv .venv
+	$(PIP) install --index-url https://download.pytorch.org/whl/cpu torch
+	$(PIP) install -e '.[tests,endpoint]'
+	touch .venv/.installed
 
 # torch first: a CPU build that the configured sources already offer, else PyTorch's own index of CPU builds. Only then
 # the rest, so that nothing pulls the CUDA build.

@@ -15,6 +15,7 @@ token x[s + 1] and states g[s]. What all sequences reject is cut off, what only 
 Shape letters: B sequences, S places, K drafted tokens, V verifier vocabulary.
 """
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,18 +26,23 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     DynamicCache,
     GenerationConfig,
+    GenerationMixin,
     LogitsProcessorList,
     PreTrainedModel,
     StoppingCriteriaList,
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation import SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor
 from transformers.utils import ModelOutput
 
 from .errors import PeagleError
 from .modeling_peagle import PeagleForSpeculation
 from .target import recorded_streams
 
-PREPARED_BY_GENERATE = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+# transformers 5.24 renamed a model's `past_key_values` to `cache`.
+RENAMED = "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE = "cache" if RENAMED else "past_key_values"
+PREPARED_BY_GENERATE = {"attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep"}
 
 
 @dataclass
@@ -84,16 +90,14 @@ def draft_and_verify(
     Raises:
         PeagleError: the drafter belongs to another verifier, or the verifier or an argument isn't supported.
     """
-    _check(model, drafter, len(input_ids), generation_config, model_kwargs)
+    _check(model, drafter, len(input_ids), logits_processor, generation_config, model_kwargs)
     num_tokens = num_speculative_tokens or drafter.config.num_depths
     layer_ids = drafter.config.eagle_aux_hidden_state_layer_ids
     attention_mask = model_kwargs.get("attention_mask")
 
     def probabilities(texts: list[Tensor], logits: Tensor) -> Tensor:
         """What the next token is drawn from after each text, [B, V], from the logits there."""
-        if logits_processor:
-            pairs = zip(texts, logits, strict=True)
-            logits = torch.cat([logits_processor(text[None], row[None]) for text, row in pairs])  # type: ignore[arg-type]
+        logits = process(logits_processor, texts, logits)
         if generation_config.do_sample:
             # Anything is a proposal where a processor forbids the whole draft vocabulary.
             return logits.softmax(-1).nan_to_num(1 / logits.shape[1])
@@ -106,8 +110,8 @@ def draft_and_verify(
             input_ids=block,
             attention_mask=mask.long(),
             position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, -block.shape[1] :],
-            past_key_values=verifier_cache,
             use_cache=True,
+            **{CACHE: verifier_cache},
             **({"logits_to_keep": num_logits} if "logits_to_keep" in model_kwargs else {}),
         ).logits[:, -num_logits:]
         logits = logits.to(input_ids.device, torch.float32)
@@ -192,6 +196,22 @@ def accept(drafts: Tensor, chances: Tensor, target_chances: Tensor) -> tuple[Ten
     return num_accepted, left.multinomial(1).squeeze(1)
 
 
+def process(processors: LogitsProcessorList, texts: list[Tensor], logits: Tensor) -> Tensor:
+    """Apply the logits processors to the logits [B, V] that follow B texts of different lengths.
+
+    A processor may keep something of each sequence of the batch, as the repetition penalty does from transformers 5.23
+    on. So it is called with all B sequences, once for each length that occurs. In each call only the logits of the
+    texts that have this length are taken from its answer; the other texts are cut or filled up to the length.
+    """
+    processed = logits.clone()
+    for length in {len(text) for text in texts} if processors else ():
+        fitted = [torch.cat([text[:1].expand(max(length - len(text), 0)), text[:length]]) for text in texts]
+        chosen = torch.tensor([len(text) == length for text in texts], device=logits.device)
+        given = processors(torch.stack(fitted), logits.clone())  # type: ignore[arg-type]
+        processed[chosen] = given[chosen]
+    return processed
+
+
 def append(texts: list[Tensor], drafts: Tensor) -> list[Tensor]:
     """The texts, each with its drafts [B, any] behind it."""
     return [torch.cat(pair) for pair in zip(texts, drafts, strict=True)]
@@ -201,6 +221,7 @@ def _check(
     model: PreTrainedModel,
     drafter: PeagleForSpeculation,
     num_sequences: int,
+    logits_processor: LogitsProcessorList,
     generation_config: GenerationConfig,
     model_kwargs: dict[str, Any],
 ) -> None:
@@ -219,6 +240,10 @@ def _check(
         ),
         f"arguments are not supported: {', '.join(superfluous)}": superfluous,
         "beam search is not supported": generation_config.num_beams != 1,
+        "guidance_scale and SynthID watermarks are not supported: they need to see each token once, in its order": any(
+            isinstance(processor, SynthIDTextWatermarkLogitsProcessor | UnbatchedClassifierFreeGuidanceLogitsProcessor)
+            for processor in logits_processor
+        ),
     }
     wrong = [problem for problem, present in problems.items() if present]
     if wrong:

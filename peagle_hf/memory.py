@@ -205,7 +205,7 @@ def report(plan: MemoryPlan, budget: int | None) -> str:
 def advice(plan: MemoryPlan, budget: int) -> str:
     """The flags that would help, each with the peak that is predicted with it and all before it, until it fits."""
     steps = [
-        ("--gradient-checkpointing true", replace(plan, checkpointing="keep_attention")),
+        ("--activation-checkpointing", replace(plan, checkpointing="keep_attention")),
         ("--sequence-partitions 4", replace(plan, checkpointing="keep_attention", partitions=max(4, plan.partitions))),
     ]
     narrow = replace(steps[-1][1], optimizer="adamw_bnb_8bit")

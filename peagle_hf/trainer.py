@@ -507,6 +507,8 @@ class PeagleTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """As the Trainer; with an adapter, the adapter and in a folder beside it the merged drafter."""
+        if not self.args.should_save:  # from transformers 5.23 on all processes are called
+            return
         super()._save(output_dir, state_dict)
         if isinstance(self.model, PeftModel):
             folder = output_dir or self.args.output_dir

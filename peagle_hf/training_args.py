@@ -152,9 +152,22 @@ class PeagleTrainingArguments(TrainingArguments):
     keep_attention: bool = field(
         default=True,
         metadata={
-            "help": "With gradient checkpointing keep what attention gave instead of recomputing it, which matters for "
-            "long documents."
+            "help": "With activation checkpointing keep what attention gave instead of recomputing it, which matters "
+            "for long documents."
         },
+    )
+    # transformers 5.23 renamed gradient_checkpointing to activation_checkpointing. Both names work with all versions.
+    activation_checkpointing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Keep less of each layer for the backward pass and recompute it there: less memory, longer steps. "
+            "Default: false.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
+    activation_checkpointing_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Options of activation checkpointing, as JSON: those of transformers."}
     )
     total_seq_len: int = field(default=8192, metadata={"help": "Positions in a packed row."})
     train_data_ratio: float = field(
@@ -355,7 +368,13 @@ class PeagleTrainingArguments(TrainingArguments):
             self.eval_strategy = "no"
         # Every process builds the same drafter: accelerate's loading from the first one knows no buffers, such as d2t.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+        for name in ("checkpointing", "checkpointing_kwargs"):
+            new, old = f"activation_{name}", f"gradient_{name}"
+            if getattr(self, new) is None:
+                setattr(self, new, getattr(self, old))
+            setattr(self, old, getattr(self, new))
         self._post_init_with_muon()
+        self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs  # before 5.23 only this one is parsed
         if self.device.type not in ("cpu", "cuda"):
             raise PeagleError(f"Training runs on a CPU or CUDA GPUs, not on {self.device.type}: pass --use-cpu.")
         if self.n_gpu > 1 and not self.memory_report:
@@ -399,7 +418,7 @@ class PeagleTrainingArguments(TrainingArguments):
             batch_size=self.per_device_train_batch_size,
             learnt_share=learnt_share(self.data_path) if is_prepared else MemoryPlan.learnt_share,
             optimizer=str(self.optim),
-            checkpointing=kept if self.gradient_checkpointing else "none",
+            checkpointing=kept if self.activation_checkpointing else "none",
             partitions=1 if self.sequence_partitions == "auto" else int(self.sequence_partitions),
             accumulates=self.gradient_accumulation_steps > 1,
             train_head=self.train_head,

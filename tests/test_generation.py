@@ -124,9 +124,18 @@ def test_text_ends_at_eos_in_the_middle_of_what_is_accepted(verifier):
         assert int(output.sequences[1][9:].tolist().index(eos)) <= place
 
 
-def test_processors_that_look_back_see_each_text_as_it_is(verifier):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 1.7, "no_repeat_ngram_size": 2, "min_new_tokens": 15},
+        {"encoder_repetition_penalty": 1.7, "encoder_no_repeat_ngram_size": 2},
+        {"prefix_allowed_tokens_fn": lambda number, text: [*range(int(text[-1]) % 2 + 2 * number, 96, 5)]},
+    ],
+    ids=["text", "prompt", "number"],
+)
+def test_processors_see_each_text_as_it_is_and_where_it_stands_in_the_batch(verifier, options):
     inputs = padded((6, 9))
-    options = GREEDY | {"repetition_penalty": 1.7, "no_repeat_ngram_size": 2, "min_new_tokens": 15}
+    options = GREEDY | options
     oracle, expected = make_oracle(verifier, inputs, 0.2, **options)
     output = verifier.generate(**inputs, **options, **ASSISTED, drafter=oracle)
     assert torch.equal(output.sequences, expected)
@@ -158,6 +167,8 @@ def test_what_is_not_supported_is_refused_by_name(verifier, tiny_verifier):
     drafter = make_drafter(verifier)
     with pytest.raises(PeagleError, match="beam search"):
         verifier.generate(**padded((5,)), **ASSISTED, drafter=drafter, max_new_tokens=4, num_beams=2)
+    with pytest.raises(PeagleError, match="guidance_scale"):
+        verifier.generate(**padded((5,)), **GREEDY, **ASSISTED, drafter=drafter, guidance_scale=1.5)
     verifier.config.hidden_size, sizes = 64, verifier.config.hidden_size
     try:
         with pytest.raises(PeagleError, match=r"hidden size 32.*64"):
