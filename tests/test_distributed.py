@@ -57,8 +57,9 @@ def torchrun(program, *arguments, environment=None, processes=2, ends_well=True)
 
 
 def launch(kind, train_flags, **changes):
+    """Without `use_cpu`, which no user needs to give on a machine without an accelerator."""
     program, environment = PROGRAMS[kind]
-    torchrun(program, "train", *flags({**train_flags, **changes}), environment=environment)
+    torchrun(program, "train", *flags({**train_flags, **changes, "use_cpu": None}), environment=environment)
 
 
 def history(folder, metric):
