@@ -254,6 +254,8 @@ def extract(arguments: ExtractArguments) -> ExtractReport:
     data = load_prepared(arguments.preprocessed_data).with_format(None)
     rows = enumerate(data["seq_len"][: arguments.max_samples])
     lengths = {row: length for row, length in rows if row % arguments.world_size == arguments.rank}
+    if (beyond := len(data) - (arguments.max_samples or len(data))) > 0:
+        logger.info("--max-samples %d leaves out the last %d of %d rows.", arguments.max_samples, beyond, len(data))
     present = cached_rows(output) & lengths.keys()
     check_folder(output, manifest, present)
     for folder in {output, server_folder}:
