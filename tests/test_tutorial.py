@@ -199,11 +199,12 @@ def test_every_command_with_smollm2_and_real_vllm(place, smollm2):
         real(EXTRACT_AGAIN, server)
     assert len(list((folder / NAME / "hidden_states").glob("hs_*.safetensors"))) == 8
     real(TRAIN)
+    real(TORCHRUN.replace(f"{NAME}/checkpoints", f"{NAME}/two"))
     real(completed(SMALLER, "smaller"))
     real(completed(FURTHER, "further"))
     with VllmServer(["peagle_hf", *words(SERVE, {})[1:], "--"], flags, folder / "serve.log") as server:
         answered = subprocess.run(
-            [sys.executable, "-m", "peagle_hf", "chat", "--endpoint", server.url],
+            [sys.executable, "-m", "peagle_hf", "chat", "--endpoint", server.url, "--max-tokens", "20"],
             input="Name a colour.\n",
             capture_output=True,
             text=True,
