@@ -42,9 +42,9 @@ class VllmExportCallback(TrainerCallback):
     `scheduler_state_dict.pt`, and in `trainer_state/` the Trainer's whole checkpoint (full-precision weights,
     optimizer, scheduler, RNG, Trainer state), from which training resumes exactly. Files are hard-linked where the
     disk allows. `checkpoint_best` is a relative link to the folder with the best `metric_for_best_model`, or to the
-    last one where nothing is validated. `save_total_limit` counts epoch folders too; the best and the last are never
-    removed. Beside them `training.png` shows the run's curves (see `metrics.draw`), from its beginning also when it was
-    resumed.
+    last one where nothing is validated; the log says which, and by which metric. `save_total_limit` counts epoch
+    folders too; the best and the last are never removed. Beside them `training.png` shows the run's curves (see
+    `metrics.draw`), from its beginning also when it was resumed.
 
     Args:
         dtype: of the exported weights: "bfloat16", "float16" or "float32".
@@ -91,6 +91,13 @@ class VllmExportCallback(TrainerCallback):
     ) -> None:
         if state.is_world_process_zero:
             self._draw(args, state)
+            if scores_by_step(args, state) and not metric_name(args).endswith("loss"):
+                logger.info(
+                    "%s is chosen by %s. With --metric-for-best-model loss the lowest validation loss chooses, as in "
+                    "the tutorial of vLLM's speculators.",
+                    BEST,
+                    metric_name(args),
+                )
 
     def _draw(self, args: TrainingArguments, state: TrainerState) -> None:
         with atomic_path(self._folder(args) / CURVES) as temporary:
@@ -115,6 +122,11 @@ class VllmExportCallback(TrainerCallback):
         best = next((folder for folder in folders if step_of[folder] == best_step), folders[-1])
         with atomic_path(self._folder(args) / BEST) as temporary:
             os.symlink(best.name, temporary)
+        reason = "the last epoch, as no epoch has a validation"
+        if best_step is not None:
+            rule = "highest" if args.greater_is_better else "lowest"
+            reason = f"the epoch with the {rule} {metric_name(args)}, {scores[best_step]:.4g}"
+        logger.info("%s -> %s, %s.", BEST, best.name, reason)
         if args.save_total_limit:
             removable = [folder for folder in folders if folder not in (best, folders[-1])]
             for folder in removable[: max(0, len(folders) - args.save_total_limit)]:

@@ -7,7 +7,7 @@ from dataclasses import MISSING, dataclass, fields
 from importlib import import_module
 from typing import Any
 
-from .console import MISUSED, command_line, log_lines_above_bars, versions
+from .console import MISUSED, check_one_process, command_line, log_lines_above_bars, versions
 
 
 @dataclass(frozen=True)
@@ -187,6 +187,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(name: str, argv: list[str]) -> None:
+    if name != "train":
+        check_one_process(name)
     command = COMMANDS[name]
     passed_on: list[str] = []
     if command.rest and "--" in argv:

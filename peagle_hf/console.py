@@ -130,6 +130,28 @@ def end_processes() -> None:
         torch.distributed.destroy_process_group()
 
 
+def check_one_process(command: str) -> None:
+    """Refuse a command that doesn't divide its work among processes.
+
+    Raises:
+        PeagleError: torchrun or accelerate has started this process beside others, which all would do the same work
+            and write the same files.
+    """
+    processes = int(os.environ.get("WORLD_SIZE") or 1)
+    if "LOCAL_RANK" not in os.environ or processes == 1:
+        return
+    instead = "Start it without them; only peagle-hf train divides its work among such processes."
+    if command == "extract":
+        instead = (
+            "Start one peagle-hf extract for each GPU, with CUDA_VISIBLE_DEVICES and with --rank and --world-size, or "
+            "a vLLM server with --endpoint."
+        )
+    raise PeagleError(
+        f"torchrun or accelerate has started {processes} processes, which would all do the same work and write the "
+        f"same files. {instead}"
+    )
+
+
 def _end(code: int, message: str | None = None) -> NoReturn:
     if message:
         print(message, file=sys.stderr)

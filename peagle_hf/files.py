@@ -97,6 +97,26 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def read_json(path: str | os.PathLike[str], remedy: str) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Args:
+        remedy: what to do about a file that can't be read, as sentences.
+
+    Raises:
+        PeagleError: the file is missing, can't be read or holds something else.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PeagleError(f"{path} can't be read: {error.strerror}. {remedy}") from error
+    except (ValueError, RecursionError) as error:
+        raise PeagleError(f"{path} is damaged: {error}. {remedy}") from error
+    if not isinstance(content, dict):
+        raise PeagleError(f"{path} is damaged: it holds no JSON object. {remedy}")
+    return content
+
+
 def _set_aside(folder: Path) -> Path:
     return folder.rename(folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.old"))
 

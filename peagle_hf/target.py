@@ -370,9 +370,11 @@ def load_token_freq(path: str | os.PathLike[str]) -> Tensor | dict[int, int]:
         token_freq = torch.load(path, weights_only=True) if zipfile.is_zipfile(path) else None
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:
         raise PeagleError(f"The token counts {path} can't be read: {error} Run peagle-hf prepare again.") from error
-    if not isinstance(token_freq, Tensor | dict):
-        raise PeagleError(f"{path} is no file of token counts. Make it with peagle-hf prepare.")
-    return token_freq
+    if isinstance(token_freq, Tensor) and token_freq.ndim == 1:
+        return token_freq
+    if isinstance(token_freq, dict) and all(type(id_) is type(n) is int and id_ >= 0 for id_, n in token_freq.items()):
+        return token_freq
+    raise PeagleError(f"{path} is no file of token counts, or a damaged one. Run peagle-hf prepare again.")
 
 
 def draft_vocabulary(token_freq: Tensor | Mapping[int, int], size: int, vocab_size: int) -> tuple[Tensor, Tensor]:

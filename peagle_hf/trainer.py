@@ -1,6 +1,5 @@
 """`PeagleTrainer`: the Hugging Face Trainer over packed rows."""
 
-import json
 import logging
 import shutil
 import time
@@ -53,7 +52,7 @@ from .data.collator import CODDataCollator
 from .data.dataset import EpochSampler, HiddenStatesDataset
 from .data.endpoint import EndpointError
 from .data.partition import partition, partition_by_rows, partition_every_row, without_labels
-from .data.prepare import PREPARE_RECORD
+from .data.prepared import read_prepare_record
 from .errors import PeagleError
 from .files import atomic_path, check_writable, remove_folder, write_json, writing
 from .hub import PushArguments, PushToHubCallback, open_repo, push
@@ -523,8 +522,7 @@ class PeagleTrainer(Trainer):
         over all resumed parts, `validation` the metrics of this very step; each is None if unknown.
         """
         args, dataset = self.args, self.train_dataset
-        prepared = Path(getattr(dataset, "data_path", "")) / PREPARE_RECORD
-        origin = json.loads(prepared.read_text()) if hasattr(dataset, "data_path") and prepared.exists() else {}
+        origin = read_prepare_record(dataset.data_path) if isinstance(dataset, HiddenStatesDataset) else {}
         measured = [entry for entry in self.state.log_history if entry["step"] == self.state.global_step]
         schedule = f"{SchedulerType(args.lr_scheduler_type).value} from {args.learning_rate:g}"
         name = "Muon and AdamW" if args.optim == MUON else OptimizerNames(args.optim).value

@@ -21,7 +21,8 @@ from .continuing import continued_config, load_drafter, sampling
 from .data.cache import Manifest, cache_folder, cached_rows, check_cache
 from .data.dataset import GENERATED_DTYPE, HiddenStatesDataset, split_rows
 from .data.endpoint import Endpoint, check_layers, endpoint_urls, remove_unfetched, served_layers, served_model
-from .data.extract import check_folder, tokenizer_fingerprint
+from .data.extract import check_folder
+from .data.prepared import read_prepare_record
 from .errors import PeagleError
 from .linear_start import start_linearly
 from .memory import report
@@ -208,7 +209,7 @@ def build_endpoint(args: PeagleTrainingArguments) -> Endpoint:
     check_layers(endpoint.folder, endpoint.slots)
     remove_unfetched(endpoint.folder, args.request_timeout)
     if args.on_generate == "cache":
-        fingerprint = tokenizer_fingerprint(args.data_path)
+        fingerprint = read_prepare_record(args.data_path).get("tokenizer_fingerprint")
         existing = Manifest.read(cache)
         dtype = existing.dtype if existing else GENERATED_DTYPE
         storage = existing.storage if existing else "plain"

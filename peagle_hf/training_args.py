@@ -366,6 +366,8 @@ class PeagleTrainingArguments(TrainingArguments):
             hub_verifier(self.verifier_name_or_path, self.verifier_name)
         if self.train_data_ratio == 1:
             self.eval_strategy = "no"
+        # Without an accelerator the Trainer would leave the processes of torchrun unconnected, each training alone.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         # Every process builds the same drafter: accelerate's loading from the first one knows no buffers, such as d2t.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         for name in ("checkpointing", "checkpointing_kwargs"):

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen3Config,
     set_seed,
 )
 
@@ -67,6 +68,55 @@ def tiny_verifier(tmp_path_factory) -> Path:
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token=words[1], eos_token=words[2], pad_token=words[3]
     ).save_pretrained(folder)
+    return folder
+
+
+# As Qwen3's: answers after the last question begin with a thought, if only an empty one; earlier ones lose theirs.
+THINKING = (
+    "{% set asked = namespace(last=0) %}{% for message in messages %}"
+    "{% if message.role == 'user' %}{% set asked.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message.role }}\n"
+    "{% set parts = message.content.split('</think>') %}"
+    "{% if message.role == 'assistant' and loop.index0 > asked.last %}"
+    "{{ '<think>\n' + (parts[0].replace('<think>', '').strip() if parts | length > 1 else '') + '\n</think>\n\n' }}"
+    "{% endif %}{{ parts[-1].strip() if message.role == 'assistant' else message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+THINKING_LAYERS = 8
+
+
+@pytest.fixture(scope="session")
+def thinking_verifier(tmp_path_factory) -> Path:
+    """A random Qwen3 of 8 layers whose chat template rewrites earlier answers, as Qwen3's own does."""
+    folder = tmp_path_factory.mktemp("thinking")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(["the rain in the river runs under a green stone, user assistant think"] * 9, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast.chat_template = THINKING
+    fast.save_pretrained(folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = Qwen3Config(
+            vocab_size=len(fast),
+            hidden_size=HIDDEN,
+            intermediate_size=64,
+            num_hidden_layers=THINKING_LAYERS,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            max_position_embeddings=512,
+            eos_token_id=2,
+            pad_token_id=0,
+            initializer_range=0.2,
+        )
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 
 

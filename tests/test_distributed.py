@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from test_trainer import ROOT, losses, run
 
 from peagle_hf.arguments import flags
+from peagle_hf.cli import COMMANDS, main
 from peagle_hf.data.dataset import HiddenStatesDataset
 
 WORKERS = Path(__file__).parent / "workers"
@@ -57,8 +58,9 @@ def torchrun(program, *arguments, environment=None, processes=2, ends_well=True)
 
 
 def launch(kind, train_flags, **changes):
+    """Without `use_cpu`, which no user needs to give on a machine without an accelerator."""
     program, environment = PROGRAMS[kind]
-    torchrun(program, "train", *flags({**train_flags, **changes}), environment=environment)
+    torchrun(program, "train", *flags({**train_flags, **changes, "use_cpu": None}), environment=environment)
 
 
 def history(folder, metric):
@@ -158,3 +160,16 @@ def test_gradients_are_reduced_once_a_step(train_flags, partitions):
     printed = torchrun([str(WORKERS / "count_reductions.py")], json.dumps({**train_flags, **changes}))
     steps, reductions = json.loads(printed.split("COUNTS ")[1].splitlines()[0])
     assert steps == reductions == 4
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "train"])
+def test_commands_that_are_one_process_refuse_to_be_several(command, monkeypatch, capsys):
+    """On every rank, before anything is read or written."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit) as ended:
+        main([command])
+    assert ended.value.code == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"peagle-hf {command}: torchrun or accelerate has started 2 processes")
+    assert ("--rank and --world-size" in printed) == (command == "extract")

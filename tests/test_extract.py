@@ -261,7 +261,17 @@ def test_nothing_is_added_to_states_of_unknown_origin(arguments: ExtractArgument
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "is not a manifest"), ('{"verifier": "x"}', "is not a manifest"), ('{"format_version": 3}', "newer")],
+    [
+        ("{", "is damaged"),
+        ("[]", "holds no JSON object"),
+        ('{"verifier": "x"}', "is not a manifest"),
+        ('{"format_version": 3}', "newer"),
+        (
+            '{"verifier": "x", "revision": null, "architecture": "x", "num_layers": "4", "hidden_size": 16, '
+            '"aux_layer_ids": [1], "format_version": 2}',
+            "wrong kind",
+        ),
+    ],
 )
 def test_a_damaged_or_newer_manifest_is_named(
     arguments: ExtractArguments, content: str, message: str, tmp_path: Path

@@ -417,9 +417,14 @@ def model(tmp_path):
 @pytest.fixture
 def arguments(tmp_path, model):
     """Arguments for six chats, the last of which has no answer."""
-    rows = [{"messages": [*HELLO, {"role": "user", "content": f"No {i}"}]} for i in range(5)]
+    rows = [{"messages": [*hello(i), {"role": "user", "content": "And you?"}]} for i in range(5)]
     data = write_lines(tmp_path / "chats.jsonl", [*rows, {"messages": HELLO[:1]}])
     return PrepareArguments(model=model, data=[data], output=str(tmp_path / "prepared"))
+
+
+def hello(number: int) -> list[dict]:
+    """A chat unlike those of other numbers."""
+    return [{"role": "user", "content": f"Hello, I am {number}"}, *HELLO[1:]]
 
 
 def write_lines(path: Path, rows: list) -> str:
@@ -477,6 +482,8 @@ def test_the_folder_that_prepare_writes(arguments, caplog):
         "cut_tokens": 0,
     }
     assert record["counts"] == counts | {
+        "copied_conversations": 0,
+        "rows_beyond_max_samples": 0,
         "skipped": {"no answer of the assistant": 1},
         "sources": [{"data": arguments.data[0], **counts}],
     }
@@ -516,7 +523,8 @@ def test_the_number_of_workers_changes_nothing(arguments, tmp_path):
 
 
 def test_max_samples_takes_the_first_of_a_seeded_order(arguments, tmp_path):
-    data = [write_lines(tmp_path / "many.jsonl", [{"messages": HELLO}] * 40), *arguments.data]
+    rows = [{"messages": hello(10 + number)} for number in range(40)]
+    data = [write_lines(tmp_path / "many.jsonl", rows), *arguments.data]
 
     def ids(seed: int, max_samples: int | None) -> list[int]:
         output = str(tmp_path / f"{seed}-{max_samples}")
@@ -526,9 +534,129 @@ def test_max_samples_takes_the_first_of_a_seeded_order(arguments, tmp_path):
     everything = ids(0, None)
     assert sorted(everything) == list(range(45))
     some = ids(0, 20)
-    assert len(some) >= 19  # one of the forty-six chats has no answer
+    assert len(some) == 20
     assert some == everything[: len(some)]
     assert some != ids(1, 20)
+
+
+def test_max_samples_counts_rows(arguments, model, tmp_path, caplog, monkeypatch):
+    """Each chat has two rows; the fifth row is the first of the third chat, whose second is left out and counted."""
+    make_tokenizer(QWEN).save_pretrained(model)
+    everything = prepared(prepare(arguments))
+    assert len(everything["seq_len"]) == 10
+    caplog.set_level(logging.INFO)
+    five = changed(arguments, output=str(tmp_path / "five"), max_samples=5)
+    folder = prepare(five)
+    assert prepared(folder) == {name: values[:5] for name, values in everything.items()}
+    counts = json.loads((folder / "prepare.json").read_text())["counts"]
+    read = {"rows": 5, "rows_beyond_max_samples": 1}
+    assert counts.items() >= read.items()
+    assert counts["conversations_read"] - sum(counts["skipped"].values()) == 3
+    assert "The last conversation has 1 rows more, which are left out: --max-samples is 5." in caplog.text
+    with pytest.raises(PeagleError, match="max_samples was 5, is 6"):
+        prepare(changed(five, max_samples=6))
+
+    monkeypatch.setattr("peagle_hf.data.prepare.LEAST_READ", 1)  # how many are read at a time changes nothing
+    in_pieces = prepare(changed(five, output=str(tmp_path / "in_pieces")))
+    assert prepared(in_pieces) == prepared(folder)
+    assert json.loads((in_pieces / "prepare.json").read_text())["counts"] == counts
+    assert contents(in_pieces)["skipped.json"] == contents(folder)["skipped.json"]
+    more = prepare(changed(five, output=str(tmp_path / "more"), max_samples=100))
+    assert prepared(more) == everything
+
+
+def test_rows_with_the_same_conversation_stay_together(arguments, tmp_path):
+    """Also where they are not adjacent; never across sources, nor text with numbers."""
+    names = ["a", None, "b", "a", 1, "1", None, "a"]
+    rows = [
+        {"messages": hello(number)} | ({} if name is None else {"conversation": name})
+        for number, name in enumerate(names)
+    ]
+    data = [write_lines(tmp_path / f"{number}.jsonl", [*rows, {"messages": hello(99 + number)}]) for number in range(2)]
+    folder = prepare(changed(arguments, data=data))
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    numbers_of = {}
+    for row in load_from_disk(folder).with_format(None):
+        number = int(tokenizer.decode(row["input_ids"]).split("I am ")[1].split("<")[0])
+        numbers_of.setdefault(row["conversation_id"], []).append(number)
+    # The rows of the second source are copies of those of the first, so they share its conversations.
+    assert numbers_of[0] == [0, 3, 7] * 2
+    assert sorted(sorted(set(numbers)) for numbers in numbers_of.values()) == [
+        *([0, 3, 7], [1], [2], [4], [5], [6], [99], [100])
+    ]
+    record = json.loads((folder / "prepare.json").read_text())["counts"]
+    assert record["conversations_in_data"] == 14
+    assert [source["conversations_in_data"] for source in record["sources"]] == [7, 7]
+    assert record["copied_conversations"] == 6
+
+    ids = prepared(prepare(changed(arguments, data=data[:1], output=str(tmp_path / "one"))))["conversation_id"]
+    assert len(set(ids)) == 7
+    assert all(ids[place : place + 3] == [0] * 3 for place in [ids.index(0)])  # side by side
+    cut = prepare(changed(arguments, data=data[:1], output=str(tmp_path / "cut"), max_samples=ids.index(0) + 2))
+    assert prepared(cut)["conversation_id"] == ids[: ids.index(0) + 2]
+    assert json.loads((cut / "prepare.json").read_text())["counts"]["rows_beyond_max_samples"] == 1
+
+
+def test_a_hub_dataset_names_conversations_too(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    rows = [{"messages": hello(number), "conversation": number % 2} for number in range(4)]
+    Dataset.from_list(rows).to_parquet("org/name/train.parquet")
+    assert sorted(prepared(prepare(changed(arguments, data=["org/name"])))["conversation_id"]) == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("value", [1.5, True, [], HELLO])
+def test_a_conversation_is_named_by_text_or_an_integer(arguments, value):
+    write_lines(Path(arguments.data[0]), [{"messages": HELLO}, {"messages": HELLO, "conversation": value}])
+    with pytest.raises(PeagleError, match=r"line 2: conversation must be text or an integer"):
+        prepare(arguments)
+
+
+def test_copies_of_a_chat_are_one_conversation(arguments, caplog):
+    caplog.set_level(logging.INFO)
+    rows = [{"messages": hello(number % 3)} for number in range(9)]
+    write_lines(Path(arguments.data[0]), rows)
+    folder = prepare(arguments)
+    assert sorted(prepared(folder)["conversation_id"]) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert "6 conversations are copies of others" in caplog.text
+
+
+HALF = "cut \ud83d"
+WITH_HALVES = {
+    "question": [{"role": "user", "content": HALF}, HELLO[1]],
+    "answer": [HELLO[0], {"role": "assistant", "content": HALF}],
+    "system": [{"role": "system", "content": HALF}, *HELLO],
+    "part": [{"role": "user", "content": [{"type": "text", "text": HALF}]}, HELLO[1]],
+    "reasoning": [HELLO[0], HELLO[1] | {"reasoning_content": HALF}],
+    "argument": [HELLO[0], HELLO[1] | {"tool_calls": [{"function": WEATHER | {"arguments": {"city": HALF}}}]}],
+    "encoded": [HELLO[0], HELLO[1] | {"tool_calls": [{"function": WEATHER | {"arguments": json.dumps({"c": HALF})}}]}],
+    "call": [HELLO[0], HELLO[1] | {"tool_calls": [{"function": WEATHER | {"name": HALF}}]}],
+    "name": [HELLO[0] | {"name": HALF}, HELLO[1]],
+    "refused": [*HELLO[:2], {"role": "assistant", "content": HALF}],
+}
+SHOWING_ALL = (
+    "{{ tools | tojson }}"
+    + QWEN.replace("{{ m.content }}", "{{ m.name }}{{ m.content }}")
+    + "{% for m in messages %}{% if not loop.first and m.role == loop.previtem.role %}"
+    "{{ raise_exception(m.content) }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_half_a_surrogate_pair_anywhere_leaves_out_the_row(arguments, model, num_workers):
+    make_tokenizer(SHOWING_ALL).save_pretrained(model)
+    tools = [{"name": "weather", "description": HALF}]
+    rows = [*({"messages": messages} for messages in WITH_HALVES.values()), {"messages": HELLO, "tools": tools}]
+    write_lines(Path(arguments.data[0]), [{"messages": hello(1)}, *rows])
+    folder = prepare(changed(arguments, num_workers=num_workers))
+    skipped = json.loads((folder / "skipped.json").read_text())
+    assert sorted(entry["row"].split()[-1] for entry in skipped) == sorted(str(2 + line) for line in range(len(rows)))
+    refused = f"{arguments.data[0]}, line {2 + [*WITH_HALVES].index('refused')}"
+    reasons = {entry["row"]: entry["reason"] for entry in skipped}
+    assert reasons.pop(refused) == "the chat template refuses it (cut \\ud83d)"
+    assert set(reasons.values()) == {"it holds half a surrogate pair, which is no text"}
+    assert set(prepared(folder)["conversation_id"]) == {0}
 
 
 @pytest.fixture
@@ -721,7 +849,7 @@ def test_a_dataset_that_is_no_json_file(arguments, tmp_path, monkeypatch):
     # Arrow gives every message every field: the tool calls of the first are null.
     messages = [HELLO[0], {**HELLO[1], "tool_calls": [{"function": WEATHER}]}, HELLO[2]]
     Dataset.from_list([{"messages": HELLO}, {"messages": messages}]).to_parquet("org/name/train.parquet")
-    Dataset.from_list([{"messages": HELLO}]).to_parquet("org/name/test.parquet")
+    Dataset.from_list([{"messages": hello(1)}]).to_parquet("org/name/test.parquet")
     make_tokenizer(LLAMA).save_pretrained(arguments.model)
     folder = prepare(changed(arguments, data=["org/name", "org/name:test"]))
     assert sorted(prepared(folder)["conversation_id"]) == [0, 1, 2]

@@ -9,7 +9,6 @@ states of those tokens only that a learnt row is taught from (`cod.target_tokens
 `hidden_states_scales` float32 [T, 1, 1], to be multiplied by. What a file is shows in its header.
 """
 
-import json
 import os
 import re
 from dataclasses import asdict, dataclass, fields, replace
@@ -23,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ..errors import PeagleError
-from ..files import atomic_path, write_json
+from ..files import atomic_path, read_json, write_json
 from ..target import weights_of
 
 MANIFEST = "manifest.json"
@@ -107,20 +106,26 @@ class Manifest:
         path = Path(folder) / MANIFEST
         if not path.exists():
             return None
+        names = ", ".join(field.name for field in fields(cls))
+        remedy = (
+            f"A manifest of hidden states needs the fields {names}. Put the right file back, or remove the folder and "
+            "run peagle-hf extract again."
+        )
+        content = read_json(path, remedy)
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if content["format_version"] > FORMAT_VERSION:
+            version = content.pop("format_version")
+            if version > FORMAT_VERSION:
                 raise PeagleError(
-                    f"{path} has format version {content['format_version']}, newer than the {FORMAT_VERSION} that this "
-                    "peagle_hf reads. Update peagle_hf."
+                    f"{path} has format version {version}, newer than the {FORMAT_VERSION} that this peagle_hf reads. "
+                    "Update peagle_hf."
                 )
-            return cls(**content | {"format_version": FORMAT_VERSION})
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-            names = ", ".join(field.name for field in fields(cls))
-            raise PeagleError(
-                f"{path} is not a manifest of hidden states ({error}); it needs the fields {names}. Put the right file "
-                "back, or remove the folder and run peagle-hf extract again."
-            ) from error
+            manifest = cls(**content)
+            numbers = [manifest.num_layers, manifest.hidden_size, *manifest.aux_layer_ids]
+            if not all(type(number) is int for number in numbers) or manifest.storage not in (None, *STORAGES):
+                raise TypeError("a field has a value of the wrong kind")
+        except (KeyError, TypeError) as error:
+            raise PeagleError(f"{path} is not a manifest of hidden states ({error}). {remedy}") from error
+        return manifest
 
     def write(self, folder: str | os.PathLike[str]) -> None:
         """Write it into the folder, atomically."""
@@ -319,6 +324,17 @@ def cached_rows(folder: str | os.PathLike[str]) -> set[int]:
     except FileNotFoundError:
         return set()
     return {int(match[1]) for match in map(ROW_FILE.fullmatch, names) if match}
+
+
+def failed_rows(folder: str | os.PathLike[str]) -> dict[int, str]:
+    """The rows that a server failed when they were last asked for, and why, from all `failed*.json` of a folder.
+
+    Raises:
+        PeagleError: such a file is damaged.
+    """
+    remedy = "It only lists rows that a server failed: remove it, and run peagle-hf extract again."
+    records = [read_json(path, remedy) for path in sorted(Path(folder).glob("failed*.json"))]
+    return {int(row): str(reason) for record in records for row, reason in record.items() if row.isdecimal()}
 
 
 def write_row(

@@ -1,6 +1,5 @@
 """`peagle-hf cache`: what is in a folder of hidden states, whether all of it can be used, and other kinds of it."""
 
-import json
 import logging
 import os
 from collections import Counter
@@ -15,7 +14,7 @@ from tqdm import tqdm
 from ..arguments import Arguments
 from ..cod import target_tokens
 from ..errors import PeagleError
-from ..files import write_json
+from ..files import read_json, write_json
 from .cache import (
     FP8_STORAGES,
     LEARNT_STORAGES,
@@ -24,12 +23,13 @@ from .cache import (
     Storage,
     UnusableRow,
     cached_rows,
+    failed_rows,
     read_row,
     row_layout,
     row_path,
     save_row,
 )
-from .dataset import column, load_prepared
+from .prepared import DATASET_INFO, column, load_prepared
 
 if TYPE_CHECKING:
     import datasets
@@ -156,8 +156,7 @@ def inspect(folder: str, preprocessed_data: str | None = None, read_values: bool
         num_tokens += layout.shape[0]
         num_bytes += row_path(folder, row).stat().st_size
     missing = None if lengths is None else sorted(set(range(len(lengths))) - rows)
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in Path(folder).glob("failed*.json")]
-    failed = {int(row): reason for record in records for row, reason in record.items() if int(row) not in rows}
+    failed = {row: reason for row, reason in failed_rows(folder).items() if row not in rows}
     return CacheReport(
         str(folder),
         manifest,
@@ -237,7 +236,7 @@ def convert(
     described = {"source": str(folder.resolve()), "manifest": manifest and asdict(manifest), "storage": storage}
     if not record.exists():
         write_json(record, described)
-    elif json.loads(record.read_text(encoding="utf-8")) != described:
+    elif read_json(record, f"Remove the folder {working}, and run the same command again.") != described:
         raise PeagleError(
             f"{working} holds a conversion to {destination} of something else that isn't finished. Remove it, or name "
             "another folder to convert to."
@@ -280,6 +279,6 @@ def _content(data: "datasets.Dataset | None", row: int) -> tuple[Tensor | None, 
 
 def _prepared(folder: str | os.PathLike[str], preprocessed_data: str | None) -> "datasets.Dataset | None":
     parent = Path(folder).absolute().parent
-    if preprocessed_data is None and not (parent / "dataset_info.json").exists():
+    if preprocessed_data is None and not (parent / DATASET_INFO).exists():
         return None
     return load_prepared(preprocessed_data or parent).with_format(None)

@@ -12,8 +12,9 @@ from torch.utils.data import Dataset, Sampler
 from ..cod import target_tokens
 from ..errors import PeagleError
 from ..target import load_token_freq
-from .cache import CachedRow, Manifest, cache_folder, cached_rows, read_row, row_path, save_row
+from .cache import CachedRow, Manifest, cache_folder, cached_rows, failed_rows, read_row, row_path, save_row
 from .endpoint import Endpoint, concurrently
+from .prepared import column, load_prepared
 
 logger = logging.getLogger(__name__)
 
@@ -135,20 +136,37 @@ class HiddenStatesDataset(Dataset):
         if on_missing == "generate":
             logger.info("%d of %d rows will be asked of the vLLM server.", len(missing), len(rows))
             return rows
-        files = ", ".join(f"hs_{row}.safetensors" for row in missing[:5]) + (", …" if len(missing) > 5 else "")
-        message = f"{len(missing)} of {len(rows)} hidden-state files are missing in {self.hidden_states_path}: {files}"
         if on_missing == "raise":
-            raise PeagleError(
-                f"{message}. Run peagle-hf extract again, which makes just those, or pass --on-missing skip to train "
-                "without them."
-            )
+            raise PeagleError(self._advice(present))
+        files = _names(missing)
+        message = f"{len(missing)} of {len(rows)} hidden-state files are missing in {self.hidden_states_path}: {files}"
+        if len(missing) == len(rows):
+            raise PeagleError(f"{message}. None is left: run `peagle-hf extract`, or correct --hidden-states-path.")
         logger.log(logging.WARNING if on_missing == "warn" else logging.INFO, "%s; trained without them.", message)
-        gone = set(missing)
-        if len(gone) == len(rows):
-            raise PeagleError(
-                f"{message}. That is none to train on: run peagle-hf extract, or correct --hidden-states-path."
+        return [row for row in rows if row in present]
+
+    def _advice(self, present: set[int]) -> str:
+        """Which files of the whole prepared dataset are missing, why as far as it shows, and what to do."""
+        folder, num_rows = self.hidden_states_path, len(self.data)
+        missing = [row for row in range(num_rows) if row not in present]
+        message = f"{len(missing)} of {num_rows} hidden-state files are missing in {folder}: {_names(missing)}."
+        skip = "Pass --on-missing skip to train without them."
+        if len(missing) == num_rows:
+            return f"{message} That is all of them: run `peagle-hf extract`, or correct --hidden-states-path."
+        if failed := [row for row in failed_rows(folder) if row not in present]:
+            return (
+                f"{message} A server failed {len(failed)} of them, for the reasons in failed.json there. Run "
+                f"`peagle-hf extract` again, which makes just those that are missing. {skip}"
             )
-        return [row for row in rows if row not in gone]
+        if missing[0] == num_rows - len(missing):
+            return (
+                f"{message} The first {missing[0]} are there. Run `peagle-hf extract` without --max-samples, or with "
+                f"at least {num_rows}; it makes just those that are missing. {skip}"
+            )
+        return (
+            f"{message} Run `peagle-hf extract` again, of all ranks if it ran with --world-size; it makes just those "
+            f"that are missing. {skip}"
+        )
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -252,30 +270,8 @@ class EpochSampler(Sampler[RowRequest]):
         yield from (RowRequest(epoch, order[0], is_filler=True) for _ in range(self.num_fillers))
 
 
-def load_prepared(data_path: str | os.PathLike[str]) -> Any:
-    """Open a prepared dataset, memory-mapped.
-
-    Raises:
-        PeagleError: the folder isn't one.
-    """
-    from datasets import load_from_disk
-
-    if not (Path(data_path) / "dataset_info.json").exists():
-        raise PeagleError(
-            f"{data_path} is not a prepared dataset. Make it with peagle-hf prepare --output {data_path}."
-        )
-    data = load_from_disk(str(data_path))
-    lacking = {"input_ids", "loss_mask", "seq_len"} - set(data.column_names)
-    if lacking:
-        raise PeagleError(
-            f"The dataset {data_path} lacks the columns {sorted(lacking)}. Make it with peagle-hf prepare."
-        )
-    return data
-
-
-def column(data: Any, name: str) -> list[Any]:
-    """A column of a dataset as plain Python values."""
-    return data.with_format(None)[name][:]
+def _names(rows: Sequence[int]) -> str:
+    return ", ".join(f"hs_{row}.safetensors" for row in rows[:5]) + (", …" if len(rows) > 5 else "")
 
 
 def learnt_share(data_path: str | os.PathLike[str]) -> float:

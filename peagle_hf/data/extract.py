@@ -3,7 +3,6 @@
 Shape letters: B rows of a batch, T tokens, A auxiliary layers, H the verifier's hidden size.
 """
 
-import json
 import logging
 import shutil
 import threading
@@ -47,7 +46,6 @@ from .cache import (
     row_path,
     write_row,
 )
-from .dataset import load_prepared
 from .endpoint import (
     MAX_RETRIES,
     REQUEST_TIMEOUT,
@@ -61,7 +59,7 @@ from .endpoint import (
     served_layers,
     served_model,
 )
-from .prepare import PREPARE_RECORD
+from .prepared import load_prepared, read_prepare_record
 
 if TYPE_CHECKING:
     import datasets
@@ -250,12 +248,14 @@ def extract(arguments: ExtractArguments) -> ExtractReport:
         check_layer_ids(wanted, config),
         revision=arguments.revision,
         dtype=arguments.dtype,
-        tokenizer_fingerprint=tokenizer_fingerprint(arguments.preprocessed_data),
+        tokenizer_fingerprint=read_prepare_record(arguments.preprocessed_data).get("tokenizer_fingerprint"),
         storage=arguments.storage,
     )
     data = load_prepared(arguments.preprocessed_data).with_format(None)
     rows = enumerate(data["seq_len"][: arguments.max_samples])
     lengths = {row: length for row, length in rows if row % arguments.world_size == arguments.rank}
+    if (beyond := len(data) - (arguments.max_samples or len(data))) > 0:
+        logger.info("--max-samples %d leaves out the last %d of %d rows.", arguments.max_samples, beyond, len(data))
     present = cached_rows(output) & lengths.keys()
     check_folder(output, manifest, present)
     for folder in {output, server_folder}:
@@ -543,12 +543,6 @@ def check_layer_ids(wanted: list[int] | None, config: PreTrainedConfig) -> list[
             "layers; 0 means the embeddings."
         )
     return layer_ids
-
-
-def tokenizer_fingerprint(preprocessed_data: str) -> str | None:
-    """Of the tokenizer that a dataset was prepared with, if that is known."""
-    record = Path(preprocessed_data) / PREPARE_RECORD
-    return json.loads(record.read_text(encoding="utf-8")).get("tokenizer_fingerprint") if record.exists() else None
 
 
 def check_folder(output: Path, manifest: Manifest, present: set[int]) -> None:

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,8 +17,8 @@ from ..arguments import Arguments
 from ..errors import PeagleError
 from ..files import atomic_path, write_json
 from ..target import draft_vocabulary, load_token_freq
-from .dataset import column, load_prepared
-from .prepare import INSPECTION, PREPARE_RECORD, load_tokenizer, tokenizer_fingerprint
+from .prepare import INSPECTION, load_tokenizer, tokenizer_fingerprint
+from .prepared import PREPARE_RECORD, column, load_prepared, read_prepare_record
 
 if TYPE_CHECKING:
     import datasets
@@ -139,8 +138,7 @@ def inspect_data(arguments: DataArguments) -> DataReport:
     if page.suffix != ".html":
         raise PeagleError(f"--output {page} must end in .html.")
     data = load_prepared(folder)
-    record_path = folder / PREPARE_RECORD
-    record = json.loads(record_path.read_text(encoding="utf-8")) if record_path.exists() else {}
+    record = read_prepare_record(folder)
     tokenizer = _tokenizer(arguments, record)
     rows = range(min(NUM_EXAMPLES, len(data))) if arguments.rows is None else arguments.rows
     if outside := [row for row in rows if not 0 <= row < len(data)]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -21,15 +22,16 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from ..arguments import Arguments
 from ..errors import PeagleError
 from ..files import atomic_path, remove_leftovers, write_json
+from ..target import load_token_freq
 from .cache import cache_folder
 from .chats import Chat, Source, Unlearnable, is_local_file, open_source, read_chat
+from .prepared import DATASET_INFO, DATASET_STATE, PREPARE_RECORD, load_prepared, read_prepare_record
 
 if TYPE_CHECKING:
     import datasets
 
 logger = logging.getLogger(__name__)
 
-PREPARE_RECORD = "prepare.json"
 INSPECTION = "inspect"
 """The name, without its ending, of what `peagle-hf data inspect` writes into the folder."""
 COUNTS = (
@@ -39,9 +41,14 @@ COUNTS = (
 """What `prepare.json` counts, of all sources and of each: conversations, rows, what is in the rows and what was cut."""
 # The record goes first when files are removed and comes last when they are put in place: it says that all is complete.
 _OWN_FILES = (
-    *(PREPARE_RECORD, "data-*.arrow", "dataset_info.json", "state.json", "skipped.json", "token_freq.pt"),
+    *(PREPARE_RECORD, "data-*.arrow", DATASET_INFO, DATASET_STATE, "skipped.json", "token_freq.pt"),
     *(f"{INSPECTION}.html", f"{INSPECTION}.json"),
 )
+
+CONVERSATION = "conversation"
+"""A field of a row in the data: rows of one source with the same value, text or an integer, are one conversation."""
+LEAST_READ = 256
+"""Conversations that are tokenized in one go, at least, until there are `max_samples` rows."""
 
 # A letter of the private use area: no answer and no chat template begins or ends with it.
 _PROBE = "\ue000"
@@ -80,7 +87,10 @@ class PrepareArguments(Arguments):
     )
     max_samples: int | None = field(
         default=None,
-        metadata={"help": "Take this many conversations, of all --data together, drawn with the seed (default: all)."},
+        metadata={
+            "help": "Make this many rows (samples), from conversations of all --data that are drawn with the seed; "
+            "extract --max-samples counts the same rows (default: the rows of all conversations)."
+        },
     )
     seq_length: int = field(default=8192, metadata={"help": "Cut rows after this many tokens."})
     seed: int = field(default=0, metadata={"help": "Seed of the order in which the conversations come."})
@@ -113,17 +123,25 @@ def prepare(arguments: PrepareArguments) -> Path:
     """Tokenize conversations with the target's own chat template and mark what the assistant says.
 
     The output folder is a `datasets` folder (`load_from_disk`) of the columns `input_ids` (int32), `loss_mask` (int8,
-    1 = learnt), `seq_len` and `conversation_id`, the conversation's number in the input; rows of one conversation
-    share it and lie side by side. Conversations come in an order drawn with the seed. Beside it lie `token_freq.pt`
-    (a dict from token id to its number of learnt occurrences), `skipped.json` (each row that was left out, and why)
-    and `prepare.json` (what the dataset was made from, and counts, of each source too).
+    1 = learnt), `seq_len` and `conversation_id`. Conversations come in an order drawn with the seed, and the rows of
+    one lie side by side. Beside it lie `token_freq.pt` (a dict from token id to its number of learnt occurrences),
+    `skipped.json` (each row that was left out, and why) and `prepare.json` (what the dataset was made from, and
+    counts, of each source too).
+
+    A conversation is one row of the data, or all rows of a source that have the same value in the field
+    `conversation`. `conversation_id` numbers the conversations of all sources in turn; those whose rows are the same,
+    token for token, share the number of the first, so that no copy of a training row is validated on.
+
+    With `max_samples` there are that many rows, or all if there are fewer; the rows that the last conversation has
+    beyond them are left out, and counted.
 
     With `weights` each conversation is drawn from a source with the probability of its weight, as
-    `datasets.interleave_datasets` does, none of them twice, until a source runs out or `max_samples` are drawn.
+    `datasets.interleave_datasets` does, none of them twice, until a source runs out or there are `max_samples` rows.
 
-    A dataset made from the same input in the same way is kept as it is. Another one stops the work unless `overwrite`
-    is set, which replaces the files written here and nothing else, and not under a cache of hidden states, which
-    would no longer fit. The new files take their place when all of them are complete.
+    A dataset made from the same input in the same way is kept as it is, or made anew if a file of it is missing,
+    truncated or damaged. Another one stops the work unless `overwrite` is set, which replaces the files written here
+    and nothing else, and not under a cache of hidden states, which would no longer fit. The new files take their place
+    when all of them are complete.
 
     Returns:
         The output folder.
@@ -315,7 +333,10 @@ def _common_prefix(*texts: str) -> int:
 
 @dataclass(frozen=True)
 class _RowMaker:
-    """Maps conversation numbers to rows, for `Dataset.map`; a row left out carries the reason and its place."""
+    """Maps rows of the sources, by number, to rows of the dataset, for `Dataset.map`.
+
+    A row that is left out carries the reason and its place; `content` is a hash of the tokens and the mask.
+    """
 
     chat_tokenizer: ChatTokenizer
     sources: list[Source]
@@ -324,41 +345,77 @@ class _RowMaker:
     min_learnt_tokens: int
 
     def __call__(self, batch: dict[str, list[int]]) -> dict[str, list[Any]]:
-        rows = []
-        for conversation_id in batch["conversation_id"]:
-            place, content = _read(self.sources, conversation_id)
-            skipped = {"conversation_id": conversation_id, "place": place}
+        rows: list[dict[str, Any]] = []
+        for number, conversation_id in zip(batch["number"], batch["conversation_id"], strict=True):
+            place, content = _read(self.sources, number)
+            common: dict[str, Any] = {"number": number, "conversation_id": conversation_id}
+            skipped = common | {"place": place}
             try:
                 if "input_ids" in content and "loss_mask" in content:
                     tokenized = [_read_tokens(content, place, self.num_ids)]
                 else:
                     tokenized = self.chat_tokenizer(read_chat(content, place))
             except Unlearnable as error:
-                rows.append(skipped | {"reason": str(error)})
+                rows.append(skipped | {"reason": str(error).encode(errors="backslashreplace").decode()})
                 continue
             for input_ids, loss_mask in tokenized:
                 if loss_mask[: self.seq_length].sum() < self.min_learnt_tokens:
                     limit = f"{self.min_learnt_tokens} learnt tokens within the first {self.seq_length}"
                     rows.append(skipped | {"reason": f"fewer than {limit}"})
                     continue
+                kept_ids, kept_mask = input_ids[: self.seq_length], loss_mask[: self.seq_length]
                 rows.append(
-                    {
-                        "conversation_id": conversation_id,
-                        "input_ids": input_ids[: self.seq_length],
-                        "loss_mask": loss_mask[: self.seq_length],
-                        "seq_len": min(len(input_ids), self.seq_length),
-                        "num_cut": max(0, len(input_ids) - self.seq_length),
+                    common
+                    | {
+                        "input_ids": kept_ids,
+                        "loss_mask": kept_mask,
+                        "seq_len": len(kept_ids),
+                        "num_cut": len(input_ids) - len(kept_ids),
+                        "content": hashlib.sha256(kept_ids.tobytes() + kept_mask.tobytes()).hexdigest(),
                     }
                 )
         return {name: [row.get(name) for row in rows] for name in _working_features()}
 
 
-def _read(sources: list[Source], conversation_id: int) -> tuple[str, dict[str, Any]]:
+def _read(sources: list[Source], number: int) -> tuple[str, dict[str, Any]]:
+    """The place and the content of a row, by its number over all sources."""
     for source in sources:
-        if conversation_id < len(source):
-            return source.read(conversation_id)
-        conversation_id -= len(source)
-    raise IndexError(conversation_id)
+        if number < len(source):
+            return source.read(number)
+        number -= len(source)
+    raise IndexError(number)
+
+
+def _number_conversations(sources: list[Source]) -> np.ndarray:
+    """For each row of all sources in turn the number of its conversation, int64 [rows]; see `CONVERSATION`.
+
+    Raises:
+        PeagleError: a row's field is neither text nor an integer.
+    """
+    numbers = np.arange(sum(map(len, sources)))
+    start = end = 0  # of the rows before this source, and of their conversations
+    for source in sources:
+        first: dict[Any, int] = {}
+        for index, value in enumerate(_conversation_values(source)):
+            if value is not None and type(value) not in (str, int):
+                raise PeagleError(
+                    f"{source.read(index)[0]}: {CONVERSATION} must be text or an integer that rows of one conversation "
+                    f"share, but is {type(value).__name__}. Correct it; a field that holds the messages must be called "
+                    "messages."
+                )
+            numbers[start + index] = end + first.setdefault(index if value is None else (value,), len(first))
+        start, end = start + len(source), end + len(first)
+    return numbers
+
+
+def _conversation_values(source: Source) -> Iterator[Any]:
+    if source.unit == "row":
+        names = source.rows.column_names
+        yield from source.rows[CONVERSATION] if CONVERSATION in names else [None] * len(source)
+        return
+    for batch in source.rows.iter(batch_size=1000):
+        for text in batch["json"]:  # most have no such field, and needn't be decoded twice
+            yield json.loads(text).get(CONVERSATION) if f'"{CONVERSATION}"' in text else None
 
 
 def _read_tokens(row: dict[str, Any], place: str, num_ids: int) -> tuple[np.ndarray, np.ndarray]:
@@ -387,8 +444,10 @@ def _working_features() -> "datasets.Features":
             "input_ids": List(Value("int32")),
             "loss_mask": List(Value("int8")),
             "seq_len": Value("int64"),
+            "number": Value("int64"),
             "conversation_id": Value("int64"),
             "num_cut": Value("int64"),
+            "content": Value("string"),
             "place": Value("string"),
             "reason": Value("string"),
         }
@@ -399,23 +458,19 @@ def _make(
     folder: Path, tokenizer: PreTrainedTokenizerBase, arguments: PrepareArguments, origin: dict[str, Any]
 ) -> None:
     """Write all files of the prepared dataset into the empty `folder`."""
-    from datasets import Dataset
-
     scratch = folder / "scratch"
     scratch.mkdir()
     sources = [open_source(data, scratch) for data in arguments.data]
-    order = _order([len(source) for source in sources], arguments)
+    conversation_ids = _number_conversations(sources)
+    ends = np.cumsum([len(source) for source in sources])
+    # Conversations of a source follow those of the one before, so the last row of a source has its highest number.
+    last_ids = np.maximum.accumulate(conversation_ids)[ends - 1]
+    sizes = np.diff(last_ids, prepend=-1)
     num_ids = max(tokenizer.get_vocab().values()) + 1
-    rows = Dataset.from_dict({"conversation_id": order}).map(
-        _RowMaker(ChatTokenizer(tokenizer), sources, num_ids, arguments.seq_length, arguments.min_learnt_tokens),
-        batched=True,
-        batch_size=100,
-        num_proc=arguments.num_workers if arguments.num_workers > 1 else None,
-        features=_working_features(),
-        cache_file_name=str(scratch / "rows.arrow"),
-        new_fingerprint=hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:16],
-        desc="Tokenizing",
-    )
+    make = _RowMaker(ChatTokenizer(tokenizer), sources, num_ids, arguments.seq_length, arguments.min_learnt_tokens)
+    order = _order(sizes.tolist(), arguments)
+    rows, num_read = _tokenize(make, conversation_ids, order, arguments, scratch, json.dumps(origin))
+    order = order[:num_read]
     notes = rows.select_columns(["conversation_id", "place", "reason"])[:]
     skipped = [
         {"conversation_id": conversation_id, "row": place, "reason": reason}
@@ -428,12 +483,19 @@ def _make(
             f"{_summary(skipped)} Correct the data or choose other data."
         )
     kept = rows.select([index for index, reason in enumerate(notes["reason"]) if reason is None])
-    by_source, token_counts = _count(kept, sources, order)
-    kept = kept.select_columns(["input_ids", "loss_mask", "seq_len", "conversation_id"]).with_format("torch")
-    kept.save_to_disk(folder)
+    shared_ids, num_copies = _same_conversations(kept)
+    num_surplus = max(0, len(kept) - (arguments.max_samples or len(kept)))
+    kept = kept.select(range(len(kept) - num_surplus))
+    by_source, token_counts = _count(kept, ends, sizes, np.searchsorted(last_ids, order))
+    kept = kept.select_columns(["input_ids", "loss_mask", "seq_len"]).add_column(
+        "conversation_id", shared_ids[: len(kept)]
+    )
+    kept.with_format("torch").save_to_disk(folder)
 
     torch.save(dict(token_counts), folder / "token_freq.pt")
     counts = {name: sum(counted[name] for counted in by_source) for name in COUNTS} | {
+        "copied_conversations": num_copies,
+        "rows_beyond_max_samples": num_surplus,
         "skipped": dict(Counter(entry["reason"] for entry in skipped)),
         "sources": [{"data": data, **counted} for data, counted in zip(arguments.data, by_source, strict=True)],
     }
@@ -445,13 +507,74 @@ def _make(
         logger.warning("%d rows were left out; skipped.json lists them. %s", len(skipped), _summary(skipped))
 
 
+def _tokenize(
+    make: _RowMaker,
+    conversation_ids: np.ndarray,
+    order: np.ndarray,
+    arguments: PrepareArguments,
+    scratch: Path,
+    origin: str,
+) -> tuple["datasets.Dataset", int]:
+    """Make the rows of whole conversations in `order`, until `max_samples` of them are kept.
+
+    Returns:
+        The rows, those left out too, and the number of conversations that they are of.
+    """
+    from datasets import Dataset, concatenate_datasets
+
+    place = np.full(conversation_ids.max() + 1, len(order))
+    place[order] = np.arange(len(order))
+    numbers = np.argsort(place[conversation_ids], kind="stable")
+    ends = np.searchsorted(place[conversation_ids[numbers]], np.arange(len(order)), side="right")
+    parts: list[Dataset] = []
+    num_kept = num_read = 0
+    while num_read < len(order) and num_kept < (arguments.max_samples or math.inf):
+        wanted = max(arguments.max_samples - num_kept, LEAST_READ) if arguments.max_samples else len(order)
+        start, num_read = ends[num_read - 1] if num_read else 0, min(num_read + wanted, len(order))
+        part = numbers[start : ends[num_read - 1]]
+        parts.append(
+            Dataset.from_dict({"number": part, "conversation_id": conversation_ids[part]}).map(
+                make,
+                batched=True,
+                batch_size=100,
+                num_proc=arguments.num_workers if arguments.num_workers > 1 else None,
+                features=_working_features(),
+                cache_file_name=str(scratch / f"rows_{len(parts)}.arrow"),
+                new_fingerprint=hashlib.sha256(f"{origin} {start}".encode()).hexdigest()[:16],
+                desc="Tokenizing",
+            )
+        )
+        num_kept += sum(reason is None for reason in parts[-1]["reason"])
+    rows = concatenate_datasets(parts)
+    if arguments.max_samples is None or num_kept < arguments.max_samples:
+        return rows, num_read
+    kept = [index for index, reason in enumerate(rows["reason"]) if reason is None]
+    places = place[np.array(rows["conversation_id"])]
+    last = places[kept[arguments.max_samples - 1]]
+    return rows.select(range(np.searchsorted(places, last, side="right"))), int(last) + 1
+
+
+def _same_conversations(rows: "datasets.Dataset") -> tuple[np.ndarray, int]:
+    """Give conversations with the same rows, token for token, the same number: the lowest of theirs.
+
+    Returns:
+        The number for each row, int64 [rows], and the number of conversations that are copies of another one.
+    """
+    contents: dict[int, list[str]] = {}
+    for conversation_id, content in zip(rows["conversation_id"], rows["content"], strict=True):
+        contents.setdefault(conversation_id, []).append(content)
+    first: dict[tuple[str, ...], int] = {}
+    shared = {number: first.setdefault(tuple(contents[number]), number) for number in sorted(contents)}
+    return np.array([shared[number] for number in rows["conversation_id"]]), len(contents) - len(first)
+
+
 def _order(sizes: list[int], arguments: PrepareArguments) -> np.ndarray:
-    """The numbers of the conversations to read, in their order; those of each source follow those of the one before."""
+    """The numbers of the conversations in the order in which they are read; `sizes` counts those of each source."""
     from datasets import Dataset, interleave_datasets
 
     generator = np.random.default_rng(arguments.seed)
     if arguments.weights is None:
-        return generator.permutation(sum(sizes))[: arguments.max_samples]
+        return generator.permutation(sum(sizes))
     starts = np.cumsum([0, *sizes[:-1]])
     shuffled = [
         Dataset.from_dict({"id": start + generator.permutation(size)})
@@ -459,7 +582,7 @@ def _order(sizes: list[int], arguments: PrepareArguments) -> np.ndarray:
     ]
     shares = np.array(arguments.weights) / sum(arguments.weights)
     mixture = interleave_datasets(shuffled, shares.tolist(), seed=arguments.seed)
-    return np.array(mixture.with_format("numpy")["id"][: arguments.max_samples])
+    return np.array(mixture.with_format("numpy")["id"][:])
 
 
 def _report(counts: dict[str, Any], arguments: PrepareArguments) -> None:
@@ -468,6 +591,18 @@ def _report(counts: dict[str, Any], arguments: PrepareArguments) -> None:
         "%(learnt_tokens)d of them learnt; %(truncated_rows)d rows cut after %(seq_length)d tokens.",
         counts | {"seq_length": arguments.seq_length},
     )
+    if counts["rows_beyond_max_samples"]:
+        logger.info(
+            "The last conversation has %d rows more, which are left out: --max-samples is %d.",
+            counts["rows_beyond_max_samples"],
+            arguments.max_samples,
+        )
+    if counts["copied_conversations"]:
+        logger.info(
+            "%d conversations are copies of others, token for token. They are kept, on the same side of the validation "
+            "split.",
+            counts["copied_conversations"],
+        )
     if arguments.weights is None:
         return
     for weight, source in zip(arguments.weights, counts["sources"], strict=True):
@@ -478,7 +613,7 @@ def _report(counts: dict[str, Any], arguments: PrepareArguments) -> None:
             "learnt tokens."
         )
         runs_out = source["conversations_read"] == source["conversations_in_data"]
-        if runs_out and counts["conversations_read"] != arguments.max_samples:
+        if runs_out and counts["rows"] != arguments.max_samples:
             logger.warning(
                 f"{source['data']} has run out after {source['conversations_read']} conversations, so the mixture ends "
                 f"with {counts['conversations_read']}. A smaller weight for it, or more of it, makes it larger."
@@ -497,20 +632,26 @@ def _summary(skipped: list[dict[str, Any]]) -> str:
 
 
 def _count(
-    dataset: "datasets.Dataset", sources: list[Source], order: np.ndarray
+    dataset: "datasets.Dataset", ends: np.ndarray, sizes: np.ndarray, sources_read: np.ndarray
 ) -> tuple[list[dict[str, int]], Counter[int]]:
-    """Count what came of each source (`COUNTS`), and how often each token id is learnt."""
-    ends = np.cumsum([len(source) for source in sources])
-    read = np.bincount(np.searchsorted(ends, order, side="right"), minlength=len(sources))
-    by_source = [dict.fromkeys(COUNTS, 0) for _ in sources]
-    for counted, source, number in zip(by_source, sources, read.tolist(), strict=True):
-        counted |= {"conversations_in_data": len(source), "conversations_read": number}
+    """Count what came of each source (`COUNTS`), and how often each token id is learnt.
+
+    Args:
+        ends: of each source the number of the row behind its last one, int64 [sources].
+        sizes: its conversations, int64 [sources].
+        sources_read: the source of each conversation that was read, int64.
+    """
+    read = np.bincount(sources_read, minlength=len(ends)).tolist()
+    by_source = [
+        dict.fromkeys(COUNTS, 0) | {"conversations_in_data": size, "conversations_read": number}
+        for size, number in zip(sizes.tolist(), read, strict=True)
+    ]
     token_counts: Counter[int] = Counter()
     for batch in dataset.with_format("numpy").iter(batch_size=1000):
         is_learnt = np.concatenate(batch["loss_mask"]) == 1
         ids, numbers = np.unique(np.concatenate(batch["input_ids"])[is_learnt], return_counts=True)
         token_counts.update(dict(zip(ids.tolist(), numbers.tolist(), strict=True)))
-        origins = np.searchsorted(ends, batch["conversation_id"], side="right").tolist()
+        origins = np.searchsorted(ends, batch["number"], side="right").tolist()
         for origin, length, num_cut, mask in zip(
             origins, batch["seq_len"].tolist(), batch["num_cut"].tolist(), batch["loss_mask"], strict=True
         ):
@@ -521,7 +662,7 @@ def _count(
 
 
 def _is_made(output: Path, origin: dict[str, Any], overwrite: bool) -> bool:
-    """Whether the folder holds this very dataset.
+    """Whether the folder holds this very dataset, whole.
 
     Raises:
         PeagleError: it holds another one that must not be replaced.
@@ -543,7 +684,7 @@ def _is_made(output: Path, origin: dict[str, Any], overwrite: bool) -> bool:
             f"{output} holds a dataset without {PREPARE_RECORD}: it is not complete, or something else made it. "
             "Pass --overwrite to replace it, or name another --output."
         )
-    record = json.loads(record_path.read_text(encoding="utf-8"))
+    record = read_prepare_record(output)
     changes = [
         f"{name} was {record.get(name)}, is {value}" for name, value in origin.items() if record.get(name) != value
     ]
@@ -552,6 +693,12 @@ def _is_made(output: Path, origin: dict[str, Any], overwrite: bool) -> bool:
             f"{output} holds a dataset that was made otherwise: {'; '.join(changes)}. "
             "Pass --overwrite to replace it, or name another --output."
         )
+    try:
+        load_prepared(output)
+        load_token_freq(output / "token_freq.pt")
+    except PeagleError as error:
+        logger.warning("The dataset is made anew: %s", error)
+        return False
     return True
 
 
