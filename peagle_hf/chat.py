@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from .client import Answer, Client, Counters
 from .data.endpoint import DEFAULT_URL
-from .evaluation import summarize
+from .figures import summarize
 
 
 @dataclass

@@ -147,7 +147,7 @@ def test_a_yaml_file_that_can_not_be_read_is_named(tmp_path, text, words):
 
 LAYERS = [
     {"errors"},
-    {"bootstrap", "files"},
+    {"files", "intervals", "redaction"},
     {"target", "cod", "fusion", "kernels", "metrics", "optimizer", "products", "report"},
     {"configuration_peagle", "attention", "losses"},
     {"modeling_peagle"},
@@ -155,7 +155,7 @@ LAYERS = [
     {"data.endpoint", "data.prepare", "data.prompts", "model_card", "pace", "vllm_plugin.peagle_cpu_connector"},
     {"data.chat_models", "data.dataset"},
     {"client", "data.cache_command", "data.extract", "data.inspection", "data.regenerate"},
-    {"callbacks", "linear_start", "training_args", "vllm_process"},
+    {"callbacks", "figures", "finished_runs", "linear_start", "training_args", "vllm_process"},
     {"continuing", "evaluation", "hub", "launch", "offline"},
     {"acceptance_metric", "chat", "trainer"},
     {"training"},
