@@ -6,7 +6,7 @@ import datasets
 import evaluate
 
 from peagle_hf.errors import PeagleError
-from peagle_hf.evaluation import summarize
+from peagle_hf.figures import summarize
 
 _DESCRIPTION = "Acceptance of speculative decoding, from how many tokens of each draft the verifier accepted."
 
@@ -15,7 +15,7 @@ Args:
     predictions: accepted tokens of each draft, the verifier's own token not among them.
     references: tokens that were drafted each time.
 Returns:
-    what `peagle_hf.evaluation.summarize` gives: `acceptance_length` (1 + accepted tokens / drafts), `acceptance_rate`
+    what `peagle_hf.figures.summarize` gives: `acceptance_length` (1 + accepted tokens / drafts), `acceptance_rate`
     (accepted / drafted tokens), `per_position_acceptance` (drafts accepted up to there / all drafts), and the counts.
 Examples:
     >>> acceptance = evaluate.load(peagle_hf.metrics.MODULE_PATH)

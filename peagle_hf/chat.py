@@ -8,7 +8,7 @@ from typing import ClassVar
 from .arguments import Arguments
 from .client import Answer, Client, Counters
 from .data.endpoint import DEFAULT_URL
-from .evaluation import summarize
+from .figures import summarize
 
 
 @dataclass

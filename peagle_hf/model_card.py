@@ -19,13 +19,29 @@ from .target import weights_of
 
 RECORD = "training.json"
 """How a drafter was trained, beside its weights: see `PeagleTrainer.record`."""
+_EVALUATION = (
+    *("drafter", "prompts", "num_prompts", "max_tokens", "temperature", "num_speculative_tokens", "concurrency"),
+    *("dtype", "device", "versions", "acceptance_length", "acceptance_rate", "per_position_acceptance"),
+    *("tokens_per_second", "tokens_per_second_without", "num_identical", "by_category"),
+)
+"""What the card takes from an evaluation."""
 
 
 def read_record(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The record of the training that wrote a checkpoint or an epoch folder; None where there is none."""
+    """The record of the training that wrote a checkpoint or an epoch folder; None where there is none.
+
+    Raises:
+        PeagleError: the file is damaged.
+    """
     for path in (Path(folder) / RECORD, Path(folder) / "trainer_state" / RECORD):
         if path.exists():
-            return json.loads(path.read_text(encoding="utf-8"))
+            try:
+                return dict(json.loads(path.read_text(encoding="utf-8")))
+            except (ValueError, TypeError) as error:
+                raise PeagleError(
+                    f"{path} is damaged ({error}). Copy it from another checkpoint of the same training, or remove it: "
+                    "then how the drafter was trained is not recorded."
+                ) from error
     return None
 
 
@@ -37,10 +53,14 @@ def read_evaluation(path: str | os.PathLike[str], model: str | os.PathLike[str])
     """
     try:
         report = json.loads(Path(path).read_text(encoding="utf-8"))
-        weights, rates, _ = report["drafter_weights"], report["per_position_acceptance"], report["prompts"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        weights, rates = report["drafter_weights"], report["per_position_acceptance"]
+        for figures in [{name: report[name] for name in _EVALUATION}, *report["by_category"].values()]:
+            for name in ("num_prompts", "acceptance_length", "acceptance_rate"):
+                float(figures[name])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PeagleError(
-            f"{path} is no report of peagle-hf evaluate ({type(error).__name__}: {error}). Name its evaluation.json."
+            f"{path} is no report of peagle-hf evaluate, or damaged ({type(error).__name__}: {error}). Name its "
+            "evaluation.json, or run peagle-hf evaluate again."
         ) from error
     if not rates:
         raise PeagleError(f"{path} holds no acceptance: vLLM drafted nothing. Run peagle-hf evaluate again.")
@@ -152,8 +172,8 @@ def _serve(config: PeagleConfig, repo_id: str, verifier: str | None) -> str:
 def _acceptance(report: dict[str, Any]) -> str:
     rates = report["per_position_acceptance"]
     sampling = "greedy" if report["temperature"] == 0 else f"temperature {report['temperature']}"
-    bootstrap = report.get("bootstrap")
-    intervals = f" In brackets: {bootstrap['confidence']:.0%} intervals, bootstrap over prompts." if bootstrap else ""
+    method = report.get("interval_method")
+    intervals = f" In brackets: {method['confidence']:.0%} intervals ({method['name']})." if method else ""
     measured = (
         f"Measured with `peagle-hf evaluate`: {report['num_prompts']} prompts of {_suites(report)}, "
         f"at most {report['max_tokens']} tokens each, {sampling}, {report['num_speculative_tokens']} tokens at a time, "
@@ -255,5 +275,7 @@ def _percent(share: float) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in lines)
+    """A table in Markdown; whatever a cell holds, such as the name of a category, stays in its cell."""
+    texts = ([" ".join(str(cell).split()).replace("|", "\\|") for cell in row] for row in (head, *rows))
+    head_line, *lines = ["| " + " | ".join(cells) + " |" for cells in texts]
+    return "\n".join([head_line, "| " + " | ".join(["---"] * len(head)) + " |", *lines])

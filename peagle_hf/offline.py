@@ -1,16 +1,18 @@
 """Acceptance from cached hidden states alone: no generation, no server, seconds on a GPU."""
 
 import logging
+import math
 from dataclasses import dataclass, field
 from itertools import accumulate
 from operator import mul
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .arguments import Arguments
+from .arguments import Arguments, check_ranges
 from .data.cache import cache_folder, check_cache
 from .data.collator import CODDataCollator
 from .data.dataset import HiddenStatesDataset, split_rows
@@ -20,10 +22,12 @@ from .files import write_json
 from .metrics import count_drafts
 from .model_card import read_record
 from .modeling_peagle import PeagleForSpeculation
-from .serving import check_checkpoint
+from .serving import check_checkpoint, drafter_folder, drafter_name
 from .target import load_verifier_config
 
 logger = logging.getLogger(__name__)
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -33,7 +37,7 @@ class AcceptanceArguments(Arguments):
     model: str = field(
         metadata={
             "aliases": ["--drafter"],
-            "help": "The drafter: a checkpoint folder, such as checkpoints/checkpoint_best.",
+            "help": "The drafter: a checkpoint folder, such as checkpoints/checkpoint_best, or a hub name.",
         }
     )
     data_path: str = field(metadata={"help": "Folder of `peagle-hf prepare`, of text that the verifier wrote."})
@@ -81,8 +85,14 @@ class AcceptanceArguments(Arguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_speculative_tokens is not None and self.num_speculative_tokens < 1:
-            raise PeagleError(f"--num-speculative-tokens is {self.num_speculative_tokens} but must be at least 1.")
+        check_ranges(self, {"num_speculative_tokens": (1, math.inf), "total_seq_len": (1, math.inf)})
+        if self.train_data_ratio is not None and not 0 < self.train_data_ratio < 1:
+            raise PeagleError(
+                f"--train-data-ratio is {self.train_data_ratio} but must be above 0 and below 1: with 1 nothing was "
+                "kept back. Leave it out to measure on all rows."
+            )
+        if self.dtype not in DTYPES:
+            raise PeagleError(f"--dtype is {self.dtype!r} but must be {', '.join(DTYPES)}.")
 
 
 def acceptance(arguments: AcceptanceArguments) -> dict[str, Any]:
@@ -100,15 +110,15 @@ def acceptance(arguments: AcceptanceArguments) -> dict[str, Any]:
     Raises:
         PeagleError: the checkpoint, the verifier or the cached rows can't be read or don't fit each other.
     """
-    config = check_checkpoint(arguments.model)
+    folder = drafter_folder(arguments.model)
+    name, link = drafter_name(arguments.model, folder)
+    config = check_checkpoint(folder)
     verifier = arguments.verifier or config.verifier_name_or_path
     assert verifier is not None  # checked just above
-    dtype = getattr(torch, arguments.dtype, None)
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise PeagleError(f"--dtype is {arguments.dtype!r}; it must be float32, bfloat16 or float16.")
+    dtype: torch.dtype = getattr(torch, arguments.dtype)
     config.num_depths = arguments.num_speculative_tokens or config.num_depths
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    drafter = PeagleForSpeculation.from_pretrained(arguments.model, config=config, dtype=dtype, device_map=device)
+    drafter = PeagleForSpeculation.from_pretrained(folder, config=config, dtype=dtype, device_map=device)
     if device == "cuda":
         drafter.set_attn_implementation("flex_attention")
     source = (arguments.verifier_revision, arguments.trust_remote_code)
@@ -116,12 +126,13 @@ def acceptance(arguments: AcceptanceArguments) -> dict[str, Any]:
     layer_ids = config.eagle_aux_hidden_state_layer_ids
     check_cache(cache, verifier, load_verifier_config(verifier, *source), layer_ids, arguments.verifier_revision)
     drafter.load_verifier(verifier, False, False, dtype, *source)
-    rows = _kept_back(arguments) if arguments.train_data_ratio is not None else None
+    rows = _kept_back(arguments, folder) if arguments.train_data_ratio is not None else None
     dataset = HiddenStatesDataset(arguments.data_path, cache, arguments.total_seq_len, rows)
     counters, drafts = count(drafter, dataset)
     learnt, correct = counters[:2].tolist()
     report = {
-        "drafter": arguments.model,
+        "drafter": name,
+        "drafter_link": link,
         "verifier": verifier,
         "data_path": arguments.data_path,
         "num_rows": sum(map(len, dataset.plan)),
@@ -136,11 +147,11 @@ def acceptance(arguments: AcceptanceArguments) -> dict[str, Any]:
     return report
 
 
-def _kept_back(arguments: AcceptanceArguments) -> list[int]:
-    """The rows on which the drafter's training validated."""
+def _kept_back(arguments: AcceptanceArguments, folder: Path) -> list[int]:
+    """The rows on which the training of the drafter in this folder validated."""
     seed = arguments.seed
     if seed is None:
-        record = read_record(arguments.model)
+        record = read_record(folder)
         if record is None:
             raise PeagleError(
                 f"{arguments.model} holds no training.json that tells the seed of its training, on which depends what "
@@ -162,7 +173,7 @@ def count(drafter: PeagleForSpeculation, dataset: HiddenStatesDataset) -> tuple[
     num_depths = drafter.config.num_depths
     collator = CODDataCollator.from_config(drafter.config, every_row=True)
     counters, drafts = torch.zeros(4, num_depths, dtype=torch.long), torch.zeros(2, num_depths, dtype=torch.long)
-    for number in tqdm(range(len(dataset)), desc="Measuring", unit="row"):
+    for number in tqdm(range(len(dataset)), desc="Measuring", unit="row", disable=None):
         outcomes = []
         for part in partition_every_row(collator([dataset[number]])):
             tensors = {name: value.to(drafter.device) for name, value in part.items() if name != "max_length"}
@@ -189,12 +200,13 @@ def _summarize(counts_2K: Tensor) -> dict[str, Any]:
 
 def table(report: dict[str, Any]) -> str:
     """The report as text for a terminal."""
-    every = report["every_anchor"]
+    every, link = report["every_anchor"], report["drafter_link"]
     names = ("reached", "accepted", "conditional_acceptance", "per_position_acceptance")
     columns = zip(*(report[name] for name in names), every["per_position_acceptance"], every["accuracy"], strict=True)
     return "\n".join(
         [
-            f"Drafter            {report['drafter']}, {report['num_speculative_tokens']} tokens at a time",
+            f"Drafter            {report['drafter']}{f', which {link} links to' if link else ''}, "
+            f"{report['num_speculative_tokens']} tokens at a time",
             f"Verifier           {report['verifier']}, {report['dtype']}",
             f"Measured           {report['num_rows']} rows of {report['data_path']}, from cached hidden states",
             "",

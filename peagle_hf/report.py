@@ -1,6 +1,9 @@
 """What `peagle-hf evaluate` found, for people: text for a terminal, pictures, and one HTML file that needs no other."""
 
+import logging
 import os
+import unicodedata
+import warnings
 from base64 import b64encode
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,12 +11,19 @@ from html import escape
 from io import BytesIO
 from typing import Any
 
+from .intervals import MIN_PROMPTS
+
+logger = logging.getLogger(__name__)
+
+LONGEST_LABEL = 40
+"""Characters of a category or drafter in the text for a terminal; in a picture half of them."""
 _GREY = "#9aa5b1"
 _COLOURS = ("#3b6ea8", "#e0a33e", "#5a9a68", "#c06c84", "#7a6bb0", "#5fb0b7")
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; color: #1d2733 }
 table { border-collapse: collapse; margin: 1em 0; display: block; overflow-x: auto }
-th, td { padding: .3em .9em .3em 0; text-align: left; border-bottom: 1px solid #d8dee5; vertical-align: top }
+th, td { padding: .3em .9em .3em 0; text-align: left; border-bottom: 1px solid #d8dee5; vertical-align: top;
+  max-width: 32em; overflow-wrap: anywhere }
 td { font-variant-numeric: tabular-nums } img { max-width: 100% }
 """
 
@@ -33,12 +43,10 @@ def text(report: dict[str, Any]) -> str:
 
 
 def html(report: dict[str, Any]) -> str:
-    """The report as one HTML file, pictures inside."""
+    """The report as one HTML file, pictures inside; one that can't be drawn is left out with the reason."""
     tables = "\n".join(map(_html_table, _tables(report)))
     sentences = "\n".join(f"<p>{escape(sentence)}</p>" for sentence in _sentences(report))
-    pictures = "\n".join(
-        f'<p><img alt="{escape(title)}" src="{_inline(picture, report)}"></p>' for title, picture in _PICTURES
-    )
+    pictures = "\n".join(f"<p>{_html_picture(title, picture, report)}</p>" for title, picture in _PICTURES)
     title = f"P-EAGLE drafter: acceptance length {report['acceptance_length']:.2f}"
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
@@ -48,12 +56,7 @@ def html(report: dict[str, Any]) -> str:
 
 def draw(report: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """Draw all pictures of the report beside each other, as a PNG; bars have the intervals."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.5 * len(_PICTURES), 4.2), layout="constrained")
-    for axes, (_, picture) in zip(figure.subplots(1, len(_PICTURES)), _PICTURES, strict=True):
-        picture(axes, report)
-    figure.savefig(path, format="png", dpi=150)
+    _save([picture for _, picture in _PICTURES], report, path, (6.5, 4.2), 150)
 
 
 def estimate(value: float, interval: Sequence[float] | None, form: str) -> str:
@@ -112,7 +115,7 @@ def _tables(report: dict[str, Any]) -> list[Table]:
             ["Category", "Prompts", "Acceptance length", "Acceptance rate", "Tokens/s", "Speed-up"],
             [
                 [
-                    category,
+                    shown(category),
                     str(row["num_prompts"]),
                     _figure(row, "acceptance_length", ".3f"),
                     _figure(row, "acceptance_rate", ".1%"),
@@ -171,7 +174,8 @@ def _difference_rows(report: dict[str, Any]) -> list[list[str]]:
         difference = entry["difference"]
         other = labels[tuple(difference["from"].values())]
         lengths = [("acceptance length", difference["acceptance_length"])]
-        lengths += [(f"acceptance length, {category}", row) for category, row in difference["by_category"].items()]
+        by_category = difference["by_category"].items()
+        lengths += [(f"acceptance length, {shown(category)}", row) for category, row in by_category]
         rows += [
             [label, other, figure, estimate(row["value"], row["interval"], "+.3f"), _verdict(row, 0)]
             for figure, row in lengths
@@ -193,24 +197,30 @@ def _verdict(row: dict[str, Any], same: float) -> str:
 
 def _measured_rows(report: dict[str, Any]) -> list[list[str]]:
     sampling = "greedy" if report["temperature"] == 0 else f"temperature {report['temperature']}"
-    bootstrap = report["bootstrap"]
+    seed, rounds, method = report["seed"], report["rounds"], report["interval_method"]
+    links = {entry["drafter"]: entry["drafter_link"] for entry in [report, *report["others"]] if entry["drafter_link"]}
+    dropped = report["dropped_prompts"]
     return [
         ["Command", report["command"]],
+        *(["Drafter", f"{folder}, which {link} linked to when this began"] for folder, link in links.items()),
         ["Verifier", f"{report['verifier']}, {report['dtype']} on {report['device']}"],
-        ["Prompts", f"{report['num_prompts']} of {report['prompts']}"],
+        [
+            "Prompts",
+            f"{report['num_prompts']} of {report['prompts']}"
+            + (f"; {len(dropped)} left out, see dropped_prompts in evaluation.json" if dropped else ""),
+        ],
         ["Answers", f"at most {report['max_tokens']} tokens, {sampling}; {report['concurrency']} chats at a time"],
-        ["Seed of vLLM", "the server's own" if report["seed"] is None else str(report["seed"])],
+        [
+            "Seed of vLLM",
+            "the server's own" if seed is None else f"{seed}{', then one more each round' * (rounds > 1)}",
+        ],
         ["Versions", ", ".join(f"{name} {version}" for name, version in report["versions"].items())],
         [
             "Intervals",
-            f"{bootstrap['confidence']:.0%}, bootstrap over prompts, {bootstrap['resamples']} resamples, seed "
-            f"{bootstrap['seed']}, for other prompts like these; those of speeds hold the intervals of all rounds",
+            f"{method['confidence']:.0%}, for other prompts like these ({method['name']}); those of speeds hold the "
+            "intervals of all rounds",
         ],
-        [
-            "Rounds",
-            str(report["rounds"])
-            + (": how much speeds differ from one to the next isn't known" if report["rounds"] == 1 else ""),
-        ],
+        ["Rounds", f"{rounds}{': how much speeds differ from one to the next is not known' * (rounds == 1)}"],
     ]
 
 
@@ -237,7 +247,10 @@ def _speed_sentence(report: dict[str, Any]) -> str:
         f"{_figure(report, 'speed_up', '.2f')} times as fast."
     )
     if report["is_speed_up_or_down"] is None:
-        return sentence + " Whether that is a difference isn't known: that takes six prompts and --rounds 2."
+        return (
+            f"{sentence} Run at least {MIN_PROMPTS} prompts with --rounds 2 or more to tell whether the difference is "
+            "real."
+        )
     if not report["is_speed_up_or_down"]:
         return sentence + " That is no difference."
     if speed < speed_without:
@@ -253,7 +266,7 @@ def _text_sentence(entry: dict[str, Any], report: dict[str, Any]) -> str:
         return "Text: not compared, because it is sampled or was only generated with the drafter."
     if entry["text_identical"]:
         return f"Text: identical with and without the drafter for all {entry['num_prompts']} prompts."
-    places = [f"{place['id']} (turn {place['turn']}, token {place['token']})" for place in entry["differences"]]
+    places = [f"{shown(place['id'])} (turn {place['turn']}, token {place['token']})" for place in entry["differences"]]
     hint = (
         "" if report["dtype"] == "float32" else f" Near-ties fall either way in {report['dtype']}: try --dtype float32."
     )
@@ -265,9 +278,18 @@ def _text_sentence(entry: dict[str, Any], report: dict[str, Any]) -> str:
 
 def _aligned(table: Table) -> str:
     rows = [table.head, *table.rows] if any(table.head) else table.rows
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    widths = [max(map(_width, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "   ".join(cell + " " * (width - _width(cell)) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
     return "\n".join([table.title, *(f"  {line}" for line in lines)])
+
+
+def _width(line: str) -> int:
+    """Columns of a terminal: letters of East Asia and pictures take two, marks on other letters none."""
+    wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in line)
+    return len(line) + wide - sum(unicodedata.category(letter) in ("Mn", "Me", "Cf") for letter in line)
 
 
 def _html_table(table: Table) -> str:
@@ -276,15 +298,43 @@ def _html_table(table: Table) -> str:
     return f"<h2>{escape(table.title)}</h2>\n<table>\n<tr>{head}</tr>\n{rows}\n</table>"
 
 
-def _inline(picture: Callable[[Any, dict[str, Any]], None], report: dict[str, Any]) -> str:
-    """A picture as the address of an image that holds it."""
+def _html_picture(title: str, picture: "_Picture", report: dict[str, Any]) -> str:
+    content = BytesIO()
+    try:
+        _save([picture], report, content, (9, 4.2), 110)
+    except Exception as error:  # whatever matplotlib raises: the tables have the figures
+        logger.warning("The picture %r could not be drawn (%s: %s).", title, type(error).__name__, error)
+        return f"The picture “{escape(title)}” could not be drawn: {escape(str(error))}"
+    address = "data:image/png;base64," + b64encode(content.getvalue()).decode()
+    return f'<img alt="{escape(title)}" src="{address}">'
+
+
+def _save(
+    pictures: Sequence["_Picture"],
+    report: dict[str, Any],
+    file: str | os.PathLike[str] | BytesIO,
+    size: tuple[float, float],
+    dots_per_inch: int,
+) -> None:
+    """Draw pictures side by side into a PNG file; `size` is that of one, in inches."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
-    picture(figure.subplots(), report)
-    content = BytesIO()
-    figure.savefig(content, format="png", dpi=110)
-    return "data:image/png;base64," + b64encode(content.getvalue()).decode()
+    with rc_context({"text.usetex": False}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+", UserWarning)  # a letter that the font hasn't becomes a box
+        figure = Figure(figsize=(size[0] * len(pictures), size[1]), layout="constrained")
+        for axes, picture in zip(figure.subplots(1, len(pictures), squeeze=False)[0], pictures, strict=True):
+            picture(axes, report)
+        figure.savefig(file, format="png", dpi=dots_per_inch)
+
+
+def shown(name: str, longest: int = LONGEST_LABEL) -> str:
+    """A name from the data as one line: white space is one space, control characters are escaped, the end is cut."""
+    line = " ".join(name.split())
+    line = "".join(repr(letter)[1:-1] if unicodedata.category(letter) in ("Cc", "Cs") else letter for letter in line)
+    if not line:
+        return "(no name)"
+    return line if len(line) <= longest else line[: longest - 1] + "…"
 
 
 def _draw_positions(axes: Any, report: dict[str, Any]) -> None:
@@ -308,7 +358,8 @@ def _draw_categories(axes: Any, report: dict[str, Any]) -> None:
         return [(row["acceptance_length"], row["intervals"].get("acceptance_length")) for row in rows]
 
     series = [(label, lengths(entry)) for label, entry in _entries(report)]
-    _bars(axes, list(report["by_category"]), series, "{:.2f}", baseline=False, bottom=1.0)
+    names = [shown(name, LONGEST_LABEL // 2) for name in report["by_category"]]
+    _bars(axes, names, series, "{:.2f}", baseline=False, bottom=1.0)
     axes.set(ylabel="Acceptance length", title="Acceptance length by category")
     axes.tick_params("x", rotation=30)
 
@@ -327,7 +378,8 @@ def _draw_speeds(axes: Any, report: dict[str, Any]) -> None:
     axes.set(xlabel="Chats at a time", ylabel="Tokens a second", title="Speed")
 
 
-_PICTURES: list[tuple[str, Callable[[Any, dict[str, Any]], None]]] = [
+_Picture = Callable[[Any, dict[str, Any]], None]
+_PICTURES: list[tuple[str, _Picture]] = [
     ("Acceptance by position", _draw_positions),
     ("Acceptance length by category", _draw_categories),
     ("Speed", _draw_speeds),
@@ -370,7 +422,7 @@ def _bars(
         )
         if len(groups) * len(series) <= 16:
             axes.bar_label(bars, [form.format(value) for value, _ in values], padding=2, fontsize=8)
-    axes.set_xticks(range(len(groups)), groups)
+    axes.set_xticks(range(len(groups)), groups, parse_math=False)
     axes.margins(y=0.15)
     axes.spines[["top", "right"]].set_visible(False)
     if len(series) > 1:

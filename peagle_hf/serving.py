@@ -26,11 +26,13 @@ OPTIONAL_TENSORS = {"embed_tokens.weight"}
 def drafter_folder(name_or_path: str | os.PathLike[str]) -> Path:
     """The folder of a drafter: the one that is named, or where the files of a hub's repository are kept.
 
+    Links are followed, so that a caller goes on with one checkpoint when training lets `checkpoint_best` name another.
+
     Raises:
         PeagleError: there is no such folder, and the hub gives no such repository.
     """
     if Path(name_or_path).is_dir():
-        return Path(name_or_path)
+        return Path(os.path.realpath(name_or_path))
     try:
         return Path(snapshot_download(str(name_or_path), allow_patterns=list(CHECKPOINT_FILES)))
     except (OSError, ValueError) as error:
@@ -39,6 +41,22 @@ def drafter_folder(name_or_path: str | os.PathLike[str]) -> Path:
             f"{' '.join(str(error).split())} Name a folder that training wrote, such as checkpoints/checkpoint_best, "
             "or a repository that this machine can reach or has in its cache."
         ) from error
+
+
+def drafter_name(name_or_path: str | os.PathLike[str], folder: Path) -> tuple[str, str | None]:
+    """What reports call a drafter, and the link by which it was named.
+
+    Args:
+        folder: what `drafter_folder` gave for the name.
+
+    Returns:
+        The folder that the name leads to, relative if the name is, and the name itself if that is or contains a link;
+        else the name and None. A name on the hub stays as it is.
+    """
+    given = str(name_or_path)
+    if not os.path.isdir(given) or os.path.abspath(given) == str(folder):
+        return given, None
+    return (str(folder) if os.path.isabs(given) else os.path.relpath(folder)), given
 
 
 def check_checkpoint(

@@ -18,7 +18,7 @@ from .arguments import check_names
 from .configuration_peagle import PeagleConfig
 from .console import is_quiet
 from .data.dataset import learnt_share
-from .data.endpoint import DEFAULT_URL, MAX_RETRIES, REQUEST_TIMEOUT
+from .data.endpoint import DEFAULT_URL, MAX_RETRIES, REQUEST_TIMEOUT, endpoint_urls
 from .errors import PeagleError
 from .losses import parse_loss
 from .memory import GIB, MemoryPlan, cut_to_fit, device_memory
@@ -347,6 +347,7 @@ class PeagleTrainingArguments(TrainingArguments):
         parse_loss(self.loss_fn)
         if self.depth_loss_decay <= 0:
             raise PeagleError(f"depth_loss_decay is {self.depth_loss_decay}; it must be above 0.")
+        self.vllm_endpoint = ",".join(endpoint_urls(self.vllm_endpoint))  # checkpoints and trackers keep arguments
         self.sequence_partitions = str(self.sequence_partitions)
         if self.sequence_partitions != "auto" and not (
             self.sequence_partitions.isdecimal() and int(self.sequence_partitions)

@@ -47,24 +47,26 @@ class Job:
     answers: list[list[list[str]]] | None = None
 
 
-def run_vllm(job: Job, environment: dict[str, str], log: Path, what: str) -> tuple[list[Run], dict[str, Any]]:
+def run_vllm(
+    job: Job, environment: dict[str, str], log: Path, what: str, keep: Callable[[Run, dict[str, Any]], object]
+) -> None:
     """Run vLLM on a job in a child process.
 
     Args:
         log: where all that vLLM says goes.
         what: is measured, for messages, such as "with the drafter".
-
-    Returns:
-        The answers at each number of chats at a time, and what they were measured on: `dtype`, `device`, `versions`.
+        keep: called with the answers at each number of chats at a time, as soon as these are there, and with what they
+            were measured on: `dtype`, `device`, `versions`.
 
     Raises:
         PeagleError: vLLM fails, or a prompt is too long.
     """
-    result = None
+    measured_on: dict[str, Any] = {}
+    num_runs, num_prompts = 0, len(job.prompts) * len(job.concurrency)
     with (
         open(log, "w+", encoding="utf-8", errors="replace") as log_file,
         tempfile.TemporaryFile("w+", encoding="utf-8") as job_file,
-        tqdm(total=len(job.prompts) * len(job.concurrency), desc=f"vLLM {what}", unit="prompt") as progress,
+        tqdm(total=num_prompts, desc=f"vLLM {what}", unit="prompt", disable=None) as progress,
     ):
         json.dump(asdict(job), job_file)
         job_file.seek(0)
@@ -83,24 +85,23 @@ def run_vllm(job: Job, environment: dict[str, str], log: Path, what: str) -> tup
                     if "error" in message:
                         raise PeagleError(message["error"])
                     progress.update(message.get("done", 0))
-                    result = message.get("result")
+                    measured_on = message.get("measured_on", measured_on)
+                    if "run" in message:
+                        num_runs += 1
+                        keep(Run.of(message["run"]), measured_on)
             finally:
                 process.kill()
-        if result is None:
+        if num_runs < len(job.concurrency):
             log_file.seek(0)
             logger.error("%s", "".join(log_file.readlines()[-30:]))
             raise PeagleError(
                 f"vLLM failed {what} (exit status {process.returncode}); the end of what it said is above, all of it "
                 f"in {log}. Where memory ran out, lower --concurrency or --max-model-len."
             )
-    runs = [
-        Run(concurrency, [[Answer(**answer) for answer in chat] for chat in run["chats"]], run["seconds"])
-        for concurrency, run in zip(job.concurrency, result["runs"], strict=True)
-    ]
-    return runs, result["about"]
 
 
-def _work(job: Job, report_progress: Callable[[int], object]) -> dict[str, Any]:
+def _work(job: Job, send: Callable[..., object]) -> None:
+    """Do a job; `send` gets `measured_on`, then `done` for each finished prompt and a `run` for each concurrency."""
     import transformers
     import vllm
 
@@ -111,21 +112,9 @@ def _work(job: Job, report_progress: Callable[[int], object]) -> dict[str, Any]:
         vllm.SamplingParams(temperature=job.temperature, max_tokens=8),
         use_tqdm=False,
     )
-    runs = []
-    for number, concurrency in enumerate(job.concurrency):
-        conversations = _Conversations(llm, job, job.answers[number] if job.answers else None)
-        before, started = _read_counters(llm), time.perf_counter()
-        conversations.hold(concurrency, report_progress)
-        seconds = time.perf_counter() - started
-        if drafts:
-            counted = [after - earlier for after, earlier in zip(_read_counters(llm), before, strict=True)]
-            check_counts([answer for chat in conversations.chats for answer in chat], counted)
-        runs.append({"chats": [list(map(asdict, chat)) for chat in conversations.chats], "seconds": seconds})
-
     on_gpu = torch.cuda.is_available()
-    return {
-        "runs": runs,
-        "about": {
+    send(
+        measured_on={
             "dtype": str(llm.llm_engine.model_config.dtype).removeprefix("torch."),
             "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
             "versions": {
@@ -134,8 +123,17 @@ def _work(job: Job, report_progress: Callable[[int], object]) -> dict[str, Any]:
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
             },
-        },
-    }
+        }
+    )
+    for number, concurrency in enumerate(job.concurrency):
+        conversations = _Conversations(llm, job, job.answers[number] if job.answers else None)
+        before, started = _read_counters(llm), time.perf_counter()
+        conversations.hold(concurrency, lambda count: send(done=count))
+        seconds = time.perf_counter() - started
+        if drafts:
+            counted = [after - earlier for after, earlier in zip(_read_counters(llm), before, strict=True)]
+            check_counts([answer for chat in conversations.chats for answer in chat], counted)
+        send(run=asdict(Run(concurrency, conversations.chats, seconds)))
 
 
 class _Conversations:
@@ -230,7 +228,7 @@ def _main() -> None:
     try:
         job = json.load(sys.stdin)
         prompts = [Prompt(**prompt) for prompt in job.pop("prompts")]
-        send(result=_work(Job(prompts=prompts, **job), lambda count: send(done=count)))
+        _work(Job(prompts=prompts, **job), send)
     except PeagleError as error:
         send(error=str(error))
 

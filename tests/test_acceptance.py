@@ -100,14 +100,14 @@ def test_the_rows_kept_back_are_those_of_the_drafters_own_training(trained, tmp_
     checkpoint, folder = trained
     arguments = AcceptanceArguments(str(checkpoint), str(folder), str(tmp_path / "a.json"), train_data_ratio=0.5)
     seed = read_record(checkpoint)["seed"]
-    assert _kept_back(arguments) == split_rows(folder, 0.5, seed)[1]
+    assert _kept_back(arguments, checkpoint) == split_rows(folder, 0.5, seed)[1]
     splits = [split_rows(folder, 0.5, other)[1] for other in range(99)]
     arguments.seed = next(other for other, split in enumerate(splits) if split != splits[seed])
-    assert _kept_back(arguments) == splits[arguments.seed]
+    assert _kept_back(arguments, checkpoint) == splits[arguments.seed]
     unknown = tmp_path / "unknown"
     unknown.mkdir()
     with pytest.raises(PeagleError, match=r"unknown holds no training\.json.*Pass --seed"):
-        _kept_back(AcceptanceArguments(str(unknown), str(folder), "a.json", train_data_ratio=0.5))
+        _kept_back(AcceptanceArguments(str(unknown), str(folder), "a.json", train_data_ratio=0.5), unknown)
 
 
 def test_a_cache_of_other_layers_is_refused(trained, tmp_path):

@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from conftest import CHAIN_LENGTH, VOCAB
@@ -20,10 +19,10 @@ from safetensors.torch import load_file, save_file
 
 from peagle_hf import EvaluateArguments, PeagleError, evaluate
 from peagle_hf.arguments import parse_arguments
-from peagle_hf.bootstrap import interval, is_difference, resample
 from peagle_hf.client import Answer, Run
 from peagle_hf.data.prompts import Prompt
-from peagle_hf.evaluation import Trial, _compare, _difference, _figures, _load_prompts, summarize
+from peagle_hf.evaluation import _load_prompts
+from peagle_hf.figures import Trial, compare, difference, figures, summarize
 from peagle_hf.report import draw, html, text
 from peagle_hf.serving import check_checkpoint, speculative_config, vllm_environment
 
@@ -140,28 +139,10 @@ def test_different_text_is_found_at_its_first_token():
     prompts = [Prompt(name, "chat", [], ["one", "two"]) for name in "abc"]
     without = run_of([[[1, 2], [3, 4]], [[1, 2], [3, 4, 5]], [[1, 2], [3]]])
     drafted = run_of([[[1, 2], [3, 4]], [[1, 2], [3, 9, 5]], [[1], [3]]])
-    found = _compare(prompts, without, drafted, greedy=True)
+    found = compare(prompts, without, drafted)
     assert found["differences"] == [{"id": "b", "turn": 1, "token": 1}, {"id": "c", "turn": 0, "token": 1}]
     assert (found["text_identical"], found["num_identical"]) == (False, 1)
-    assert _compare(prompts, without, drafted, greedy=False)["text_identical"] is None
-
-
-def test_the_bootstrap_gives_the_spread_of_a_mean():
-    """Of 400 coins half of which are heads: 0.5 +- 1.96 * 0.5 / sqrt(400)."""
-    coins = np.repeat([0.0, 1.0], 200)
-    low, high = interval(resample(400, seed=1) @ coins / 400)
-    assert low == pytest.approx(0.5 - 0.049, abs=0.004)
-    assert high == pytest.approx(0.5 + 0.049, abs=0.004)
-    assert (resample(7, 3) == resample(7, 3)).all()
-    assert not (resample(7, 3) == resample(7, 4)).all()
-    assert (resample(7, 3).sum(1) == 7).all()
-    assert [is_difference(found, 0) for found in ([0.1, 0.2], [-0.1, 0.2], [-0.2, -0.1], [0.0, 0.0], None)] == [
-        True,
-        False,
-        True,
-        False,
-        None,
-    ]
+    assert compare(prompts, None, drafted)["text_identical"] is None
 
 
 def trial_of(name, accepted, *seconds):
@@ -178,58 +159,63 @@ PROMPTS = [Prompt(str(number), "easy" if number < 6 else "hard", [], ["one"]) fo
 def test_a_small_difference_on_the_same_prompts_is_found_and_chance_is_not():
     """A draft more of ten on each prompt is much less than the prompts differ by, but pairs show it."""
     alone = trial_of("a", EASY_AND_HARD)
-    spread = _figures(alone.runs[0], None, PROMPTS, None, seed=0)["intervals"]["acceptance_length"]
-    better = _difference(trial_of("b", [count + 1 for count in EASY_AND_HARD]), alone, PROMPTS, seed=0)
+    spread = figures(alone.runs[0], None, PROMPTS, None, is_greedy=True)["intervals"]["acceptance_length"]
+    better = difference(trial_of("b", [count + 1 for count in EASY_AND_HARD]), alone, PROMPTS, is_greedy=True)
     assert spread[1] - spread[0] > 0.3
     assert better["acceptance_length"]["value"] == pytest.approx(0.1)
     assert better["acceptance_length"]["interval"] == pytest.approx([0.1, 0.1])
     assert better["acceptance_length"]["is_difference"] is True
-    mixed = _difference(trial_of("b", [9, 7] * 3 + [0, 2] * 3), alone, PROMPTS, seed=0)
+    mixed = difference(trial_of("b", [9, 7] * 3 + [0, 2] * 3), alone, PROMPTS, is_greedy=True)
     assert mixed["acceptance_length"]["is_difference"] is False
     assert {name: row["is_difference"] for name, row in mixed["by_category"].items()} == {"easy": False, "hard": False}
-    faster = _difference(trial_of("b", EASY_AND_HARD, 2.0, 2.0), alone, PROMPTS, seed=0)
+    faster = difference(trial_of("b", EASY_AND_HARD, 2.0, 2.0), alone, PROMPTS, is_greedy=True)
     assert faster["by_concurrency"][0]["tokens_per_second_ratio"]["interval"] == pytest.approx([2, 2])
     assert faster["by_concurrency"][0]["tokens_per_second_ratio"]["is_difference"] is True
-    assert _difference(alone, alone, PROMPTS[:5], 0)["acceptance_length"]["is_difference"] is None
+    assert difference(alone, alone, PROMPTS[:5], is_greedy=True)["acceptance_length"]["is_difference"] is None
 
 
 def test_prompts_share_the_time_by_how_long_they_were_answered():
     trial = trial_of("a", EASY_AND_HARD)
-    figures = _figures(trial.runs[0], trial_of("a", EASY_AND_HARD, 8.0, 8.0).runs[0], PROMPTS, "easy", seed=0)
-    assert (figures["num_prompts"], figures["acceptance_length"]) == (6, 1.8)
-    assert figures["tokens_per_second"] == pytest.approx(30)
-    assert figures["tokens_per_second_without"] == pytest.approx(15)
-    assert (figures["speed_up"], figures["intervals"]["speed_up"]) == (pytest.approx(2), pytest.approx([2, 2]))
+    measured = figures(trial.runs[0], trial_of("a", EASY_AND_HARD, 8.0, 8.0).runs[0], PROMPTS, "easy", is_greedy=True)
+    assert (measured["num_prompts"], measured["acceptance_length"]) == (6, 1.8)
+    assert measured["tokens_per_second"] == pytest.approx(30)
+    assert measured["tokens_per_second_without"] == pytest.approx(15)
+    assert (measured["speed_up"], measured["intervals"]["speed_up"]) == (pytest.approx(2), pytest.approx([2, 2]))
 
 
 def test_rounds_that_differ_are_no_difference_and_one_round_tells_nothing():
     """Twice as fast in the first round and half as fast in the second: the machine, not the drafter."""
     slow_then_fast, fast_then_slow = trial_of("a", EASY_AND_HARD, 4.0, 2.0), trial_of("b", EASY_AND_HARD, 2.0, 4.0)
-    figures = _figures(slow_then_fast.runs[0], fast_then_slow.runs[0], PROMPTS, None, seed=0)
-    assert figures["intervals"]["speed_up"] == pytest.approx([0.5, 2])
-    assert figures["is_speed_up_or_down"] is False
-    (row,) = _difference(slow_then_fast, fast_then_slow, PROMPTS, seed=0)["by_concurrency"]
+    measured = figures(slow_then_fast.runs[0], fast_then_slow.runs[0], PROMPTS, None, is_greedy=True)
+    assert measured["intervals"]["speed_up"] == pytest.approx([0.5, 2])
+    assert measured["is_speed_up_or_down"] is False
+    (row,) = difference(slow_then_fast, fast_then_slow, PROMPTS, is_greedy=True)["by_concurrency"]
     assert row["tokens_per_second_ratio"]["is_difference"] is False
     one = trial_of("a", EASY_AND_HARD, 1.0)
     assert (
-        _figures(one.runs[0], trial_of("b", EASY_AND_HARD, 4.0).runs[0], PROMPTS, None, 0)["is_speed_up_or_down"]
+        figures(one.runs[0], trial_of("b", EASY_AND_HARD, 4.0).runs[0], PROMPTS, None, is_greedy=True)[
+            "is_speed_up_or_down"
+        ]
         is None
     )
-    (row,) = _difference(one, trial_of("b", EASY_AND_HARD, 4.0), PROMPTS, seed=0)["by_concurrency"]
+    (row,) = difference(one, trial_of("b", EASY_AND_HARD, 4.0), PROMPTS, is_greedy=True)["by_concurrency"]
     assert row["tokens_per_second_ratio"]["is_difference"] is None
 
 
 def make_entry(drafter="a/checkpoint_best", accepted=EASY_AND_HARD, speed=20.0, **changes):
     trial = trial_of(drafter, accepted, 120 / speed, 120 / speed)
     without = trial_of(drafter, accepted, 3.0, 3.0).runs[0]
-    figures = _figures(trial.runs[0], without, PROMPTS, None, seed=0)
+    measured = figures(trial.runs[0], without, PROMPTS, None, is_greedy=True)
     latency = {"latency_seconds": trial.runs[0][0].latency(), "latency_seconds_without": without[0].latency()}
     return {
         "drafter": drafter,
+        "drafter_link": None,
         "num_speculative_tokens": 1,
-        **figures,
-        "by_category": {name: _figures(trial.runs[0], without, PROMPTS, name, 0) for name in ("easy", "hard")},
-        "by_concurrency": [{"concurrency": 2, **figures, **latency}],
+        **measured,
+        "by_category": {
+            name: figures(trial.runs[0], without, PROMPTS, name, is_greedy=True) for name in ("easy", "hard")
+        },
+        "by_concurrency": [{"concurrency": 2, **measured, **latency}],
         "text_identical": True,
         "num_identical": 12,
         "differences": [],
@@ -244,7 +230,8 @@ def make_report(*others, **changes):
         "max_tokens": 16,
         "temperature": 0.0,
         "seed": 0,
-        "bootstrap": {"confidence": 0.95, "resamples": 10000, "seed": 0},
+        "interval_method": {"confidence": 0.95, "name": "jackknife"},
+        "dropped_prompts": [],
         "concurrency": 2,
         "rounds": 2,
         "dtype": "float32",
@@ -264,7 +251,7 @@ def test_text_says_what_was_measured():
 
     assert "1.50 (1.50 to 1.50) times as fast" in text(make_report(speed=60.0))
     assert "That is no difference" in text(make_report(speed=40.0))
-    assert "isn't known: that takes six prompts" in text(make_report(is_speed_up_or_down=None))
+    assert "Run at least 6 prompts with --rounds 2 or more" in text(make_report(is_speed_up_or_down=None))
     assert "sampled" in text(make_report(text_identical=None))
 
     differences = [{"id": "q7", "turn": 0, "token": 12}]
@@ -276,7 +263,8 @@ def test_text_says_what_was_measured():
 def make_comparison():
     own, better = trial_of("a/checkpoint_best", EASY_AND_HARD), trial_of("b/checkpoint_best", [9, 7] * 3 + [3] * 6)
     other = make_entry("b/checkpoint_best", [9, 7] * 3 + [3] * 6)
-    return make_report(other | {"difference": _difference(better, own, PROMPTS, seed=0)})
+    reference = {"from": {"drafter": "a/checkpoint_best", "num_speculative_tokens": 1}}
+    return make_report(other | {"difference": reference | difference(better, own, PROMPTS, is_greedy=True)})
 
 
 def test_drafters_are_compared_in_words():
@@ -300,18 +288,80 @@ def test_the_page_needs_no_other_file(tmp_path):
     assert (tmp_path / "evaluation.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_suites_are_run_together_evenly_by_category(tmp_path):
-    for suite, categories in (("one", "aaab"), ("two", "a")):
-        rows = [{"question_id": 7, "category": name, "turns": [f"{suite} {name}"]} for name in categories]
-        (tmp_path / f"{suite}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    arguments = EvaluateArguments("m", [str(tmp_path / "one.jsonl"), str(tmp_path / "two.jsonl")], "out", max_prompts=4)
-    assert [prompt.category for prompt in _load_prompts(arguments)] == ["one/a", "one/b", "two/a", "one/a"]
-    assert [prompt.id for prompt in _load_prompts(arguments)] == ["one/7", "one/7", "two/7", "one/7"]
-    arguments.suite = [str(tmp_path / "one.jsonl")]
-    assert [prompt.category for prompt in _load_prompts(arguments)] == ["a", "b", "a", "a"]
-    arguments.suite *= 2
-    with pytest.raises(PeagleError, match="Two suites go by one name"):
-        _load_prompts(arguments)
+NAMES = [
+    r"$\frac$",
+    "$x^",
+    "<script>alert(1)</script>",
+    "line\nbreak\t\x1b[31m\x00",
+    "",
+    " ",
+    "long " * 500,
+    "\U0001f600",
+    "\u05e9\u05dc\u05d5\u05dd",
+    "a & b | c",
+    r"\alpha_{",
+    "%s {}",
+]
+
+
+@pytest.mark.filterwarnings("error")
+def test_any_name_of_a_category_is_drawn_and_written(tmp_path):
+    entry = make_entry()
+    named = dict.fromkeys(NAMES, entry["by_category"]["easy"])
+    report = make_report(by_category=named)
+    draw(report, tmp_path / "evaluation.png")
+    page, said = html(report), text(report)
+    assert page.count('src="data:image/png;base64,') == 3
+    assert "<script" not in page
+    assert "\x1b" not in said
+    assert r"line break \x1b[31m\x00" in said
+    assert max(map(len, said.splitlines())) < 250
+    assert said.count("(no name)") == 2
+
+
+def write_suite(path, *rows):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_suites_are_run_together_evenly_by_category(tmp_path, caplog):
+    one, two = (
+        write_suite(
+            tmp_path / f"{suite}.jsonl",
+            *[{"question_id": 7, "category": name, "turns": [f"{suite} {name}"]} for name in categories],
+        )
+        for suite, categories in (("one", "aaab"), ("two", "a"))
+    )
+    arguments = EvaluateArguments("m", [one, two], "out", max_prompts=4)
+    assert [prompt.category for prompt in _load_prompts(arguments, [])] == ["one/a", "one/b", "two/a", "one/a"]
+    assert [prompt.id for prompt in _load_prompts(arguments, [])] == ["one/7", "one/7", "two/7", "one/7"]
+    assert "2 prompts occur more than once in their suite" in caplog.text
+    arguments.suite = [one]
+    assert [prompt.category for prompt in _load_prompts(arguments, [])] == ["a", "b", "a", "a"]
+    arguments.suite = [one, str(tmp_path / "x" / ".." / "one.jsonl")]
+    with pytest.raises(PeagleError, match="names a suite twice"):
+        _load_prompts(arguments, [])
+
+
+def test_suites_of_one_name_or_with_the_same_prompts_are_told_apart(tmp_path, caplog):
+    """The second suite's copy of a prompt is left out and counted: it would be asked twice, and count twice."""
+    same, more = {"category": "a", "turns": ["both"]}, {"category": "a", "turns": ["only here"]}
+    suites = [
+        write_suite(tmp_path / "x" / "prompts.jsonl", same),
+        write_suite(tmp_path / "y" / "prompts.jsonl", same | {"category": "b"}, more),
+    ]
+    dropped = []
+    prompts = _load_prompts(EvaluateArguments("m", suites, "out"), dropped)
+    assert [(prompt.category, prompt.turns) for prompt in prompts] == [
+        ("x/prompts/a", ["both"]),
+        ("y/prompts/a", ["only here"]),
+    ]
+    assert [(drop["category"], drop["reason"]) for drop in dropped] == [("b", "it is in x/prompts too")]
+    assert f"1 prompts of {suites[1]} are left out: they are in x/prompts too" in caplog.text
+    copy = write_suite(tmp_path / "z" / "copy.jsonl", same)
+    with pytest.raises(PeagleError, match=r"All prompts of .*copy\.jsonl are in the suites before it"):
+        _load_prompts(EvaluateArguments("m", [suites[0], copy], "out"), [])
 
 
 def test_the_command_is_the_one_that_says_the_same():

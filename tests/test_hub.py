@@ -97,7 +97,7 @@ def evaluation(trained, tmp_path):
         "tokens_per_second": 123.4,
         "tokens_per_second_without": 98.7,
         "intervals": {"acceptance_length": [1.4014, 1.4741]},
-        "bootstrap": {"confidence": 0.95, "resamples": 10000, "seed": 0},
+        "interval_method": {"confidence": 0.95, "name": "jackknife"},
         "text_identical": False,
         "num_identical": 16,
         "by_category": {"maths": {"num_prompts": 9, "acceptance_length": 1.521, "acceptance_rate": 0.1737}},

@@ -3,10 +3,12 @@
 Shape letters: T tokens, S slots (the auxiliary layers and the last), H the verifier's hidden size.
 """
 
+import base64
 import fcntl
 import json
 import os
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,6 +17,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import unquote, urlsplit
 
 import torch
 from safetensors import SafetensorError
@@ -23,6 +26,7 @@ from torch import Tensor
 
 from ..errors import PeagleError
 from ..files import write_json
+from ..redaction import public_url
 from .cache import ROW_FILE, place
 
 SERVER_RECORD = "server.json"
@@ -36,6 +40,8 @@ PLAIN_SAMPLING = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 
 """Fields of a request which the model's own generation_config.json would change, as it does on servers."""
 _CHOICE = threading.Lock()
 """Held while a server is chosen."""
+_CREDENTIALS: dict[str, str] = {}
+"""`user:password` by the URL that they were given with, which is kept without them."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -66,6 +72,17 @@ class Endpoint:
     hidden_size: int
     request_timeout: float = REQUEST_TIMEOUT
     max_retries: int = MAX_RETRIES
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "urls", endpoint_urls(",".join(self.urls)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Loader workers need the credentials too."""
+        return vars(self) | {"credentials": {url: _CREDENTIALS[url] for url in self.urls if url in _CREDENTIALS}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        _remember(state.pop("credentials"))
+        vars(self).update(state)
 
     def fetch(self, token_ids: list[int], dtype: torch.dtype) -> Tensor:
         """The states [T, S, H] of a document, checked, from the server that is doing best; its files are removed.
@@ -152,16 +169,33 @@ def ask_any(
 
 
 def endpoint_urls(endpoint: str) -> tuple[str, ...]:
-    """Split `URL[,URL…]`; a URL without a path gets vLLM's `/v1`.
+    """Split `URL[,URL...]`; a URL without a path gets vLLM's `/v1`.
+
+    User names and passwords are taken out of the URLs, so that they reach no file or message. From then on this process
+    sends them as HTTP basic authentication.
 
     Raises:
         PeagleError: something in there is no HTTP address.
     """
-    urls = [url.strip().rstrip("/") for url in endpoint.split(",")]
-    for url in urls:
-        if not url.startswith(("http://", "https://")):
-            raise PeagleError(f"The endpoint {url!r} is no HTTP address. Write it as {DEFAULT_URL}.")
-    return tuple(dict.fromkeys(url if "/" in url.partition("://")[2] else f"{url}/v1" for url in urls))
+    urls = []
+    for url in re.split(r",\s*(?=https?://)", endpoint.strip()):
+        public = public_url(url)
+        try:
+            parts = urlsplit(public)
+            is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:  # the port is no number, or too large
+            is_address = False
+        if not is_address or re.search(r"[\s,?#]", public.strip()):
+            raise PeagleError(
+                f"The endpoint {public!r} is no HTTP address. Write it as {DEFAULT_URL}, several with commas between."
+            )
+        public = public.strip().rstrip("/")
+        public = public if "/" in public.partition("://")[2] else f"{public}/v1"
+        user_info = url.partition("://")[2].rpartition("@")[0]
+        if user_info:
+            _remember({public: unquote(user_info)})
+        urls.append(public)
+    return tuple(dict.fromkeys(urls))
 
 
 def served_model(
@@ -308,10 +342,17 @@ class Server:
             raise PeagleError(
                 "Asking a vLLM server takes the openai package. Install it with pip install 'peagle-hf[endpoint]'."
             ) from error
-        self.url = url
         self.errors = (openai.OpenAIError, json.JSONDecodeError)
-        key = os.environ.get("VLLM_API_KEY", "none")
-        self.client = openai.OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=max_retries)
+        (self.url,) = endpoint_urls(url)
+        credentials = _CREDENTIALS.get(self.url)
+        headers = {"Authorization": f"Basic {base64.b64encode(credentials.encode()).decode()}"} if credentials else None
+        self.client = openai.OpenAI(
+            base_url=self.url,
+            api_key=os.environ.get("VLLM_API_KEY", "none"),
+            timeout=timeout,
+            max_retries=max_retries,
+            default_headers=headers,
+        )
         self.failures = self.in_flight = 0
 
     @cached_property
@@ -389,6 +430,13 @@ class Server:
         except self.errors as error:
             cause = f" ({error.__cause__})" if error.__cause__ else ""
             raise EndpointError(f"{' '.join(str(error).split()).rstrip('.')}{cause}") from error
+
+
+def _remember(credentials: dict[str, str]) -> None:
+    """Use these credentials by URL from now on."""
+    if any(_CREDENTIALS.get(url) != one for url, one in credentials.items()):
+        _CREDENTIALS.update(credentials)
+        _server.cache_clear()
 
 
 @cache

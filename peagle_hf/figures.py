@@ -1,0 +1,259 @@
+"""What runs of prompts say about drafters: acceptance, speed, differences and their intervals (see `intervals`).
+
+Shape letters: P prompts, W rows of weights that say how often each prompt counts, K positions of a draft.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .client import Run
+from .data.prompts import Prompt
+from .intervals import (
+    MIN_PROMPTS,
+    all_and_leave_one_out,
+    degrees_of_freedom,
+    difference_interval,
+    is_difference,
+    ratio_interval,
+    share_interval,
+)
+
+SPEEDS = ("tokens_per_second", "tokens_per_second_without", "speed_up")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The runs of one drafter that proposes a certain number of tokens at a time.
+
+    Args:
+        runs: for each number of chats at a time, by round.
+    """
+
+    drafter: str
+    num_speculative_tokens: int
+    runs: list[list[Run]]
+
+
+def summarize(counters: Sequence[list[int]]) -> dict[str, Any]:
+    """Turn vLLM's counters, summed over the runs, into acceptance.
+
+    Args:
+        counters: of each run, drafts, draft tokens, accepted tokens, then accepted tokens by position.
+    """
+    counts = np.sum(list(counters), axis=0)
+    return {
+        **{name: values.tolist() for name, values in _rates(counts).items()},
+        **dict(zip(("num_drafts", "num_draft_tokens", "num_accepted_tokens"), counts[:3].tolist(), strict=True)),
+    }
+
+
+def entry(trial: Trial, without: list[list[Run]] | None, prompts: Sequence[Prompt], is_greedy: bool) -> dict[str, Any]:
+    """Describe a trial as a report does.
+
+    Args:
+        without: the runs without a drafter, in the order of those of the trial; None if there are none.
+        is_greedy: the answers' texts are compared, and each round drafts the same.
+    """
+    pairs: list[tuple[list[Run], list[Run] | None]]
+    pairs = list(zip(trial.runs, without, strict=True)) if without else [(runs, None) for runs in trial.runs]
+    last, baseline = pairs[-1]
+    return {
+        "num_speculative_tokens": trial.num_speculative_tokens,
+        **figures(last, baseline, prompts, None, is_greedy),
+        **compare(prompts, baseline[0] if baseline and is_greedy else None, last[0]),
+        "by_category": {
+            name: figures(last, baseline, prompts, name, is_greedy)
+            for name in sorted({prompt.category for prompt in prompts})
+        },
+        "by_concurrency": [
+            {
+                "concurrency": runs[0].concurrency,
+                **figures(runs, others, prompts, None, is_greedy),
+                "latency_seconds": _latency(runs),
+                "latency_seconds_without": others and _latency(others),
+            }
+            for runs, others in pairs
+        ],
+    }
+
+
+def figures(
+    runs: list[Run], without: list[Run] | None, prompts: Sequence[Prompt], category: str | None, is_greedy: bool
+) -> dict[str, Any]:
+    """Give what was measured of a category, or of all prompts, with intervals.
+
+    Args:
+        runs: by round.
+        without: the same without a drafter.
+        is_greedy: each round drafts the same, so that the first one has all the counts there are; else the counts of
+            all rounds are added up.
+    """
+    indices, counted = _indices(prompts, category), runs[:1] if is_greedy else runs
+    weights_WP = all_and_leave_one_out(len(indices))
+    enough = len(indices) >= MIN_PROMPTS
+    intervals: dict[str, Any] = {}
+    counts_PC = _counts(counted, indices)
+    if counts_PC is not None:
+        summary = summarize(counts_PC.tolist())
+        if enough and summary["num_drafts"]:
+            intervals = _acceptance_intervals(counts_PC, weights_WP)
+    else:
+        by_category = chain.from_iterable((run.counters or {}).items() for run in counted)
+        summary = summarize([counts for name, counts in by_category if category in (None, name)])
+    pairs: list[tuple[Run, Run | None]]
+    pairs = list(zip(runs, without, strict=True)) if without else [(run, None) for run in runs]
+    speeds = [_speeds(run, baseline, indices, weights_WP) for run, baseline in pairs]
+    if enough:
+        degrees = [_speed_degrees([run, baseline], indices) for run, baseline in pairs]
+        for name in speeds[0]:
+            intervals[name] = _over_rounds(
+                [ratio_interval(each[name], one) for each, one in zip(speeds, degrees, strict=True)]
+            )
+    return {
+        "num_prompts": len(indices),
+        **summary,
+        **{
+            name: float(np.median([each[name][0] for each in speeds])) if name in speeds[0] else None for name in SPEEDS
+        },
+        "is_speed_up_or_down": is_difference(intervals.get("speed_up"), 1) if len(runs) > 1 else None,
+        "intervals": intervals,
+    }
+
+
+def difference(trial: Trial, other: Trial, prompts: Sequence[Prompt], is_greedy: bool) -> dict[str, Any]:
+    """Give how much more a trial accepts than another on the same prompts, and how many times as fast it is."""
+
+    def acceptance_length(category: str | None) -> dict[str, Any]:
+        indices = _indices(prompts, category)
+        weights_WP = all_and_leave_one_out(len(indices))
+        both = [_counts(each.runs[-1][:1] if is_greedy else each.runs[-1], indices) for each in (trial, other)]
+        one, reference = (counts for counts in both if counts is not None)
+        values_W = _rates(weights_WP @ one)["acceptance_length"] - _rates(weights_WP @ reference)["acceptance_length"]
+        degrees = degrees_of_freedom([one[:, 0], reference[:, 0]])
+        spread = difference_interval(values_W, degrees) if len(indices) >= MIN_PROMPTS else None
+        return {"value": float(values_W[0]), "interval": spread, "is_difference": is_difference(spread, 0)}
+
+    def speed_ratio(runs: list[Run], references: list[Run]) -> dict[str, Any]:
+        indices = _indices(prompts, None)
+        weights_WP = all_and_leave_one_out(len(indices))
+        pairs = list(zip(runs, references, strict=True))
+        ratios = [_speed(run, indices, weights_WP) / _speed(other, indices, weights_WP) for run, other in pairs]
+        spread = None
+        if len(indices) >= MIN_PROMPTS:
+            degrees = [_speed_degrees(pair, indices) for pair in pairs]
+            spread = _over_rounds([ratio_interval(ratio, one) for ratio, one in zip(ratios, degrees, strict=True)])
+        known = is_difference(spread, 1) if len(runs) > 1 else None
+        return {"value": float(np.median([ratio[0] for ratio in ratios])), "interval": spread, "is_difference": known}
+
+    return {
+        "acceptance_length": acceptance_length(None),
+        "by_category": {
+            category: acceptance_length(category) for category in sorted({prompt.category for prompt in prompts})
+        },
+        "by_concurrency": [
+            {"concurrency": runs[0].concurrency, "tokens_per_second_ratio": speed_ratio(runs, references)}
+            for runs, references in zip(trial.runs, other.runs, strict=True)
+        ],
+    }
+
+
+def compare(prompts: Sequence[Prompt], without: Run | None, drafted: Run) -> dict[str, Any]:
+    """Find where each prompt's tokens differ for the first time; turns and tokens count from 0.
+
+    Args:
+        without: the run without a drafter; None if there is none or its texts are sampled.
+    """
+    if without is None:
+        return {"text_identical": None, "num_identical": None, "differences": None}
+    differences = []
+    for prompt, chat, other in zip(prompts, without.chats, drafted.chats, strict=True):
+        for turn, (answer, drafted_answer) in enumerate(zip(chat, other, strict=True)):
+            one, two = answer.token_ids, drafted_answer.token_ids
+            if one != two:
+                pairs = enumerate(zip(one, two, strict=False))
+                token = next((place for place, (here, there) in pairs if here != there), min(len(one), len(two)))
+                differences.append({"id": prompt.id, "turn": turn, "token": token})
+                break
+    return {
+        "text_identical": not differences,
+        "num_identical": len(prompts) - len(differences),
+        "differences": differences,
+    }
+
+
+def _indices(prompts: Sequence[Prompt], category: str | None) -> list[int]:
+    return [index for index, prompt in enumerate(prompts) if category in (None, prompt.category)]
+
+
+def _counts(runs: list[Run], indices: list[int]) -> NDArray[np.int64] | None:
+    """The counters [P, 3 + K] of each prompt, all these rounds together; None where vLLM doesn't count by request."""
+    counts = [run.drafting for run in runs]
+    if any(count is None for count in counts):
+        return None
+    return np.sum([np.array(count, np.int64)[indices] for count in counts], axis=0)
+
+
+def _rates(counts: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
+    """Acceptance by counts [..., 3 + K]."""
+    drafts, drafted, accepted = np.moveaxis(counts[..., :3], -1, 0)
+    return {
+        "acceptance_length": 1 + accepted / np.maximum(drafts, 1),
+        "acceptance_rate": accepted / np.maximum(drafted, 1),
+        "per_position_acceptance": counts[..., 3:] / np.maximum(drafts, 1)[..., None],
+    }
+
+
+def _acceptance_intervals(counts_PC: NDArray[np.int64], weights_WP: NDArray[np.int64]) -> dict[str, Any]:
+    """Of all that `_rates` gives. The length is 1 + K times the share of accepted tokens among K for each draft."""
+    rates, degrees = _rates(weights_WP @ counts_PC), degrees_of_freedom([counts_PC[:, 0]])
+    drafts, drafted = counts_PC[:, :2].sum(0).tolist()
+    most = counts_PC.shape[1] - 3
+    low, high = share_interval((rates["acceptance_length"] - 1) / most, degrees, most * drafts)
+    return {
+        "acceptance_length": [1 + most * low, 1 + most * high],
+        "acceptance_rate": share_interval(rates["acceptance_rate"], degrees, drafted),
+        "per_position_acceptance": share_interval(rates["per_position_acceptance"], degrees, drafts),
+    }
+
+
+def _seconds(run: Run) -> NDArray[np.float64]:
+    """Each prompt's share [P] in the wall time, which is that in the seconds of all answers: many ran side by side."""
+    in_flight = np.array([sum(answer.seconds for answer in chat) for chat in run.chats])
+    return np.asarray(in_flight * (run.seconds / in_flight.sum()))
+
+
+def _speed(run: Run, indices: list[int], weights_WP: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Tokens a second [W] of these prompts."""
+    tokens = np.array([sum(len(answer.token_ids) for answer in chat) for chat in run.chats])
+    return np.asarray((weights_WP @ tokens[indices]) / (weights_WP @ _seconds(run)[indices]))
+
+
+def _speeds(
+    run: Run, without: Run | None, indices: list[int], weights_WP: NDArray[np.int64]
+) -> dict[str, NDArray[np.float64]]:
+    """Those of `SPEEDS` [W] that can be given of these prompts."""
+    speed = _speed(run, indices, weights_WP)
+    if without is None:
+        return {"tokens_per_second": speed}
+    baseline = _speed(without, indices, weights_WP)
+    return {"tokens_per_second": speed, "tokens_per_second_without": baseline, "speed_up": speed / baseline}
+
+
+def _speed_degrees(runs: Sequence[Run | None], indices: list[int]) -> float:
+    return degrees_of_freedom([_seconds(run)[indices] for run in runs if run is not None])
+
+
+def _over_rounds(intervals: list[list[float]]) -> list[float]:
+    """The interval that holds those of all rounds."""
+    lows, highs = zip(*intervals, strict=True)
+    return [min(lows), max(highs)]
+
+
+def _latency(runs: list[Run]) -> dict[str, dict[str, float] | None]:
+    """See `Run.latency`, of the answers of all rounds."""
+    return Run(runs[0].concurrency, list(chain.from_iterable(run.chats for run in runs)), 0.0).latency()

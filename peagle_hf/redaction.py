@@ -1,0 +1,48 @@
+"""Remove secrets (API keys, tokens, passwords) from URLs and command lines before they are printed or recorded.
+
+This module imports nothing heavy, so that every command can use it.
+"""
+
+import re
+from collections.abc import Sequence
+
+MASK = "***"
+_WORD = r"(?:token|password|passwd|passphrase|pwd|secret|credentials?|(?:api|access|auth|secret|private)[-_]?key)"
+_NAME = re.compile(rf"(?:^|[-_.]){_WORD}$", re.I)
+_USER_INFO = re.compile(r"(?<=://)[^\s\"']*@")
+_QUERY = re.compile(rf"([?&][\w.-]*{_WORD}=)[^&#\s\"']+", re.I)
+_JSON = re.compile(rf"(\"[\w.-]*{_WORD}\"\s*:\s*)\"(?:[^\"\\]|\\.)*\"", re.I)
+
+
+def public_url(url: str) -> str:
+    """An endpoint, `URL[,URL...]`, without user names, passwords and secret query values; otherwise unchanged.
+
+    All that stands between `://` and the last `@` of a URL is left out, since a user name may be a token.
+    """
+    parts = re.split(r"(,\s*(?=\w+://))", url)
+    return "".join(_QUERY.sub(rf"\g<1>{MASK}", _USER_INFO.sub("", part)) for part in parts)
+
+
+def public_command(words: Sequence[str]) -> list[str]:
+    """A command line whose secrets are masked, for printing and for records; it has as many words.
+
+    Masked are the values of flags and variables whose name ends with a word such as key, token or password
+    (`--api-key VALUE`, `--hf-token=VALUE`, `HF_TOKEN=VALUE`; several values too), the same names in JSON values and in
+    a URL's query, and a URL's user name and password.
+    """
+    shown: list[str] = []
+    follows_secret_flag = False
+    for word in words:
+        name, equals, _ = word.partition("=")
+        is_flag = len(word) > 1 and word.startswith("-")
+        is_secret = bool(_NAME.search(name)) and (is_flag or name.isidentifier())
+        if follows_secret_flag and not is_flag:
+            shown.append(MASK)
+            continue
+        shown.append(f"{name}={MASK}" if is_secret and equals else _public_word(word))
+        follows_secret_flag = is_secret and is_flag and not equals
+    return shown
+
+
+def _public_word(word: str) -> str:
+    return _JSON.sub(rf'\g<1>"{MASK}"', _QUERY.sub(rf"\g<1>{MASK}", _USER_INFO.sub("", word)))
