@@ -449,7 +449,7 @@ def _load_prompts(arguments: EvaluateArguments) -> list[Prompt]:
         dropped: list[dict[str, str]] = []
         prompts = read_prompts(suite, dropped)
         for drop in dropped:
-            logger.warning("%s is left out: %s.", drop["id"], drop["reason"])
+            logger.warning("%s is left out: %s.", drop["place"], drop["reason"])
         if not prompts:
             raise PeagleError(f"{suite} holds no prompt that can be run. Name a file with user turns.")
         prefix = f"{name}/" if len(names) > 1 else ""

@@ -158,7 +158,7 @@ LAYERS = [
     {"modeling_peagle"},
     {"adapters", "data.cache", "data.chats", "data.collator", "data.partition", "generation", "memory", "serving"},
     {"data.endpoint", "data.prepare", "data.prompts", "model_card", "pace", "vllm_plugin.peagle_cpu_connector"},
-    {"data.chat_models", "data.dataset"},
+    {"data.chat_models", "data.dataset", "data.journal"},
     {"client", "data.cache_command", "data.extract", "data.inspection", "data.regenerate"},
     {"callbacks", "linear_start", "training_args", "vllm_process"},
     {"continuing", "evaluation", "hub", "launch", "offline"},
