@@ -3,6 +3,7 @@
 import errno
 import itertools
 import json
+import logging
 import math
 import random
 import shlex
@@ -679,6 +680,7 @@ def test_answers_stay_valid_when_other_prompts_change(target, prompts, tmp_path,
 
 
 def test_what_is_kept_when_an_argument_changes(target, prompts, tmp_path, asked, caplog):
+    caplog.set_level(logging.INFO, "peagle_hf")
     output = tmp_path / "chats.jsonl"
     excluded = write_jsonl(tmp_path / "evaluation.jsonl", PROMPTS[:1])
     rows = run(target, output, prompts=str(prompts))

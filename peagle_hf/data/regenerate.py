@@ -494,9 +494,16 @@ def _answer(answers: _Answers, prompts: list[Prompt], lengths: list[int]) -> dic
         The prompts, by their place, that can't be answered, and why.
     """
     target = answers.target
+    unanswerable: dict[int, str] = {}
     waiting = list(range(len(prompts)))
     if len(answers.journal):
-        waiting = [index for index, prompt in enumerate(prompts) if _replay(answers, prompt) is None]
+        waiting = []
+        for index, prompt in enumerate(tqdm(prompts, desc="Looking up", unit="chat", disable=None)):
+            try:
+                if _replay(answers, prompt) is None:
+                    waiting.append(index)
+            except Unlearnable as reason:
+                unanswerable[index] = str(reason)
         logger.info(
             "%s has the answers to %d of %d prompts already; the other %d are asked for.",
             *(answers.journal.path, len(prompts) - len(waiting), len(prompts), len(waiting)),
@@ -506,7 +513,6 @@ def _answer(answers: _Answers, prompts: list[Prompt], lengths: list[int]) -> dic
     waiting.sort(key=lambda index: (len(prompts[index].turns), lengths[index], prompts[index].digest))
     groups = groupby(waiting, key=lambda index: len(prompts[index].turns))
     batches = [batch for _, group in groups for batch in _batches(list(group), target.batch_size)]
-    unanswerable: dict[int, str] = {}
     num_refused, has_answers = 0, len(waiting) < len(prompts)
 
     def work(batch: Batch) -> None:
@@ -540,7 +546,11 @@ def _answer(answers: _Answers, prompts: list[Prompt], lengths: list[int]) -> dic
 
 
 def _replay(answers: _Answers, prompt: Prompt) -> list[dict[str, Any]] | None:
-    """Give the rows of a chat whose answers are all in the journal."""
+    """Give the rows of a chat whose answers are all in the journal; None of others.
+
+    Raises:
+        Unlearnable: the chat template refuses the chat because of an answer in it.
+    """
     dialogue = _Dialogue(prompt, answers.target)
     for turn in range(len(prompt.turns)):
         dialogue.ask(turn)
