@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import VllmServer
+from datasets import load_from_disk
 from fake_vllm import FakeWritingVllm
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -38,6 +39,7 @@ from peagle_hf.data import prompts as prompts_module
 from peagle_hf.data import regenerate as module
 from peagle_hf.data.chat_models import LocalChatModel, Sampling
 from peagle_hf.data.journal import Journal
+from peagle_hf.data.prepare import PrepareArguments, prepare
 from peagle_hf.data.prompts import Prompt
 from peagle_hf.data.regenerate import RegenerateArguments, learnt_spans, regenerate, repetition
 from peagle_hf.errors import PeagleError
@@ -586,6 +588,32 @@ def test_no_path_of_this_machine_is_written(target, prompts, tmp_path):
     }
     for path in tmp_path.glob("*chats*"):
         assert str(tmp_path.parent) not in path.read_text(), path
+
+
+def test_prepare_refuses_the_token_ids_of_another_vocabulary(target, prompts, tmp_path):
+    output = tmp_path / "chats.jsonl"
+    rows = run(target, output, prompts=str(prompts))
+    make = partial(PrepareArguments, data=[str(output)], output=str(tmp_path / "data"))
+    prepared = load_from_disk(prepare(make(model=str(target))))
+    assert sorted(prepared["input_ids"][:]) == sorted(row["input_ids"] for row in rows)
+
+    other = shutil.copytree(target, tmp_path / "other")
+    content = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    words = rf"chats\.jsonl, line \d: the input_ids are of another tokenizer, that of {target.name}\. Name that model"
+    with pytest.raises(PeagleError, match=words):
+        prepare(make(model=str(other), overwrite=True))
+
+    # Rows of earlier versions don't say which tokenizer made them. Another chat template changes no id.
+    write_jsonl(output, [{**row, "tokenizer": None} for row in rows])
+    prepare(make(model=str(other), overwrite=True))
+    write_jsonl(output, rows)
+    (target_too := Path(shutil.copytree(target, tmp_path / "same")) / "chat_template.jinja").write_text(
+        "{{ messages }}"
+    )
+    prepare(make(model=str(target_too.parent), overwrite=True))
 
 
 # What an interruption leaves

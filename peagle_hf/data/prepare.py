@@ -325,6 +325,7 @@ class _RowMaker:
     chat_tokenizer: ChatTokenizer
     sources: list[Source]
     num_ids: int
+    vocabulary: str
     seq_length: int
     min_learnt_tokens: int
 
@@ -335,7 +336,7 @@ class _RowMaker:
             skipped = {"conversation_id": conversation_id, "place": place}
             try:
                 if "input_ids" in content and "loss_mask" in content:
-                    tokenized = [_read_tokens(content, place, self.num_ids)]
+                    tokenized = [_read_tokens(content, place, self.num_ids, self.vocabulary)]
                 else:
                     tokenized = self.chat_tokenizer(read_chat(content, place))
             except Unlearnable as error:
@@ -366,8 +367,19 @@ def _read(sources: list[Source], conversation_id: int) -> tuple[str, dict[str, A
     raise IndexError(conversation_id)
 
 
-def _read_tokens(row: dict[str, Any], place: str, num_ids: int) -> tuple[np.ndarray, np.ndarray]:
-    """Check a row that is tokenized already; ids int32 [T] and loss mask int8 [T]."""
+def _read_tokens(row: dict[str, Any], place: str, num_ids: int, vocabulary: str) -> tuple[np.ndarray, np.ndarray]:
+    """Check a row that is tokenized already; ids int32 [T] and loss mask int8 [T].
+
+    Args:
+        num_ids: one more than the largest id of the vocabulary.
+        vocabulary: its fingerprint, which `regenerate` writes into each row as `tokenizer`.
+    """
+    if row.get("tokenizer") not in (None, vocabulary):
+        raise PeagleError(
+            f"{place}: the input_ids are of another tokenizer, that of {row.get('model') or 'an unknown model'}. Name "
+            "that model with --model, make the rows anew with peagle-hf regenerate, or take `input_ids` out of the "
+            "rows so that their `messages` are tokenized."
+        )
     for name, limit in (("input_ids", num_ids), ("loss_mask", 2)):
         values = row[name]
         if not isinstance(values, list) or not all(type(value) is int and 0 <= value < limit for value in values):
@@ -412,7 +424,14 @@ def _make(
     order = _order([len(source) for source in sources], arguments)
     num_ids = max(tokenizer.get_vocab().values()) + 1
     rows = Dataset.from_dict({"conversation_id": order}).map(
-        _RowMaker(ChatTokenizer(tokenizer), sources, num_ids, arguments.seq_length, arguments.min_learnt_tokens),
+        _RowMaker(
+            ChatTokenizer(tokenizer),
+            sources,
+            num_ids,
+            vocabulary_fingerprint(tokenizer),
+            arguments.seq_length,
+            arguments.min_learnt_tokens,
+        ),
         batched=True,
         batch_size=100,
         num_proc=arguments.num_workers if arguments.num_workers > 1 else None,
