@@ -895,7 +895,8 @@ def test_what_a_server_fails_is_asked_again_by_the_next_run(target, prompts, tmp
     server.fault = lambda token_ids: fault if "And where begin?" in tokenizer.decode(token_ids) else None
     output = tmp_path / "chats.jsonl"
     arguments = {"prompts": str(prompts), "endpoint": server.url, "max_retries": 0}
-    with pytest.raises(PeagleError, match=rf"1 of 5 requests to the servers failed, .*{FAULTS[fault]}.* asks for the"):
+    place = r"prompt 9 \(prompts\.jsonl, line 3\)"
+    with pytest.raises(PeagleError, match=rf"1 of 5 requests .* {place}: .*{FAULTS[fault]}.* asks for the"):
         run(target, output, **arguments)
     assert not output.exists()
     server.fault = lambda token_ids: None

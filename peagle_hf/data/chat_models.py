@@ -290,7 +290,8 @@ class ServedChatModel(ChatModel):
             raise PeagleError(
                 f"{len(reasons)} of {len(batches)} requests to the servers failed, the first with: {reasons[0]}. What "
                 f"is finished is kept. Make sure that the servers are up and run {self.name}, and that VLLM_API_KEY is "
-                "their key if they have one, and run the same command again: it asks for the rest."
+                "their key if they have one, and run the same command again: it asks for the rest. A prompt that fails "
+                "every time can be taken out of its file; the other answers stay."
             )
 
 

@@ -26,7 +26,7 @@ from ..files import atomic_path, write_json, writing
 from ..target import weights_of
 from .chat_models import Batch, ChatModel, LocalChatModel, Sampling, ServedChatModel
 from .chats import Unlearnable
-from .endpoint import MAX_RETRIES, RefusedEndpointError
+from .endpoint import MAX_RETRIES, EndpointError, RefusedEndpointError
 from .journal import Journal
 from .prepare import vocabulary_fingerprint
 from .prompts import Prompt, distinct, grams, read_prompts, words
@@ -505,7 +505,7 @@ def _answer(answers: _Answers, prompts: list[Prompt], lengths: list[int]) -> dic
             except Unlearnable as reason:
                 unanswerable[index] = str(reason)
         logger.info(
-            "%s has the answers to %d of %d prompts already; the other %d are asked for.",
+            "%s has answers to %d of %d prompts already; the other %d are asked for.",
             *(answers.journal.path, len(prompts) - len(waiting), len(prompts), len(waiting)),
         )
     # The composition of a batch changes rounding. A run that goes on has the same batches: those before are complete,
@@ -537,6 +537,9 @@ def _answer(answers: _Answers, prompts: list[Prompt], lengths: list[int]) -> dic
                         "servers or the arguments, and run the same command again."
                     ) from error
                 return
+            except EndpointError as error:
+                names = ", ".join(f"prompt {prompts[index].id} ({prompts[index].place})" for index in dialogues)
+                raise EndpointError(f"{names}: {error}") from error
             for dialogue, ids in zip(dialogues.values(), replies, strict=True):
                 dialogue.hear(ids)
         has_answers = True
