@@ -178,13 +178,13 @@ def _turns_5_grams(prompt: Prompt) -> list[np.ndarray]:
 
 
 class _NearDuplicates:
-    """Finds out whether a set of 5-grams resembles one that was added (Jaccard > `MAX_PROMPT_SIMILARITY`), exactly.
+    """Finds out whether a set of 5-grams resembles one that was added, exactly.
 
-    Two sets are compared only if they share one of their rarest 5-grams, and early enough: in an order of all 5-grams,
-    rare ones first, two sets of a and b members that are alike have more than s / (1 + s) · (a + b) in common, so the
-    first common one leaves as many behind it in both (prefix filtering, as in PPJoin). What many prompts share, such as
-    an instruction that all of them begin with, comes last in this order and is hardly ever looked up. Members that only
-    one set has are not stored.
+    Comparing all pairs would take hours for 100,000 prompts, so this is the prefix filter of PPJoin. Sets of a and b
+    5-grams have a Jaccard similarity above s (`MAX_PROMPT_SIMILARITY`) if they have more than s / (1 + s) · (a + b) in
+    common. Sort the 5-grams of each by one order, the rarest first: the first common one must have that many behind it
+    in both sets. So only sets are compared that share a 5-gram early enough in this order, and what many prompts
+    share, such as an instruction that all of them begin with, comes last. 5-grams that only one set has are not stored.
 
     Args:
         sets: all sets that will be added or looked for, known by their number: unique 64-bit hashes each.
