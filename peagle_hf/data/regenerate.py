@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal
 import filelock
 from tqdm import tqdm
 
-from ..arguments import Arguments
+from ..arguments import Arguments, check_ranges, flag_of
 from ..errors import PeagleError
 from ..files import atomic_path, write_json, writing
 from ..target import weights_of
@@ -40,17 +40,12 @@ ANSWER_TIMEOUT = 600.0
 _MIN_INVENTED_WORDS = 3
 _MAX_REFUSED_AT_FIRST = 100
 """Servers that refuse as many prompts, and have answered none, would refuse all others too."""
-_LIMITS: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
-    ("at least 1", lambda value: 1 <= value < math.inf, ("max_samples", "max_new_tokens", "concurrency", "batch_size")),
-    (
-        "at least 0",
-        lambda value: 0 <= value < math.inf,
-        ("invent", "temperature", "top_k", "min_answer_tokens", "max_retries"),
-    ),
-    ("above 0", lambda value: 0 < value < math.inf, ("invent_temperature", "request_timeout")),
-    ("above 0 and at most 1", lambda value: 0 < value <= 1, ("top_p",)),
-    ("from 0 to 1", lambda value: 0 <= value <= 1, ("min_p", "max_repetition")),
-)
+_RANGES = {
+    **dict.fromkeys(("max_samples", "max_new_tokens", "concurrency", "batch_size"), (1, math.inf)),
+    **dict.fromkeys(("invent", "temperature", "invent_temperature", "top_k"), (0, math.inf)),
+    **dict.fromkeys(("min_answer_tokens", "request_timeout", "max_retries"), (0, math.inf)),
+    **dict.fromkeys(("top_p", "min_p", "max_repetition"), (0, 1)),
+}
 _ELSEWHERE = (
     *("output", "max_samples", "endpoint", "concurrency", "request_timeout", "max_retries", "batch_size"),
     "trust_remote_code",
@@ -143,11 +138,11 @@ class RegenerateArguments(Arguments):
             raise PeagleError("There is nothing to answer: name a file with --prompts, or give --invent a number.")
         if Path(self.output).suffix != ".jsonl":
             raise PeagleError(f"--output {self.output} must end in .jsonl, as it gets a JSON object a line.")
-        for limits, are_kept, names in _LIMITS:
-            for name in names:
-                value = getattr(self, name)
-                if value is not None and not are_kept(value):
-                    raise PeagleError(f"--{name.replace('_', '-')} is {value} but must be {limits}.")
+        check_ranges(self, _RANGES)
+        for name in ("temperature", "invent_temperature", "top_p", "request_timeout"):
+            value, above_0 = getattr(self, name), "" if name == "temperature" else " above 0"
+            if value == math.inf or (value == 0 and above_0):
+                raise PeagleError(f"{flag_of(name)} is {value} but must be a finite number{above_0}.")
         if self.min_answer_tokens > self.max_new_tokens:
             raise PeagleError(
                 f"--min-answer-tokens {self.min_answer_tokens} is more than --max-new-tokens {self.max_new_tokens}, so "
