@@ -1,7 +1,11 @@
 """`regenerate`: chats that a tiny target with a real byte-level tokenizer answers itself, and the bundled ones."""
 
+import errno
 import itertools
 import json
+import logging
+import math
+import random
 import shlex
 import shutil
 import string
@@ -10,11 +14,13 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import VllmServer
+from datasets import load_from_disk
 from fake_vllm import FakeWritingVllm
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -32,6 +38,9 @@ from peagle_hf.data import chat_models
 from peagle_hf.data import prompts as prompts_module
 from peagle_hf.data import regenerate as module
 from peagle_hf.data.chat_models import LocalChatModel, Sampling
+from peagle_hf.data.journal import Journal
+from peagle_hf.data.prepare import PrepareArguments, prepare
+from peagle_hf.data.prompts import Prompt
 from peagle_hf.data.regenerate import RegenerateArguments, learnt_spans, regenerate, repetition
 from peagle_hf.errors import PeagleError
 from peagle_hf.serving import vllm_environment
@@ -193,8 +202,14 @@ def test_a_template_that_rewrites_earlier_answers_gives_a_row_a_turn(target, pro
         "{{ message['content'] }}", "{{ 'hm' if message['role'] == 'assistant' else message['content'] }}"
     )
     (folder / "chat_template.jinja").write_text(forgetful)
-    rows = [row for row in run(folder, tmp_path / "chats.jsonl", prompts=str(prompts)) if row["id"] == "9"]
+    everything = run(folder, tmp_path / "chats.jsonl", prompts=str(prompts))
+    rows = [row for row in everything if row["id"] == "9"]
     assert [len(row["messages"]) for row in rows] == [2, 4, 6]
+    conversations = {
+        row["id"]: {other["conversation"] for other in everything if other["id"] == row["id"]} for row in everything
+    }
+    assert all(len(one) == 1 for one in conversations.values())
+    assert len(set.union(*conversations.values())) == len(PROMPTS)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     for row in rows:
         prompt = tokenizer.apply_chat_template(row["messages"][:-1], tokenize=False, add_generation_prompt=True)
@@ -354,6 +369,92 @@ def test_the_border_of_a_near_duplicate(target, tmp_path):
     assert reasons_of(output) == {"4": "resembles an earlier prompt"}
 
 
+def by_definition(prompts: list[Prompt], excluded: list[Prompt]) -> dict[str, str]:
+    """Why prompts are dropped, by comparing each with all others."""
+
+    def grams(*turns: str) -> set[tuple[str, ...]]:
+        return set(prompts_module.grams(prompts_module.words(" ".join(turns)), 5))
+
+    def alike(one: set, other: set) -> bool:
+        return len(one & other) / len(one | other) > 0.5
+
+    known = [grams(*turns) for prompt in excluded for turns in (prompt.turns, prompt.turns[:1])]
+    kept, reasons = [], {}
+    for prompt in prompts:
+        own = [grams(*prompt.turns), *(grams(turn) for turn in prompt.turns)]
+        if any(alike(one, other) for one in own for other in known):
+            reasons[prompt.id] = "resembles an excluded prompt"
+        elif any(alike(own[0], other) for other in kept):
+            reasons[prompt.id] = "resembles an earlier prompt"
+        else:
+            kept.append(own[0])
+    return reasons
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_near_duplicates_are_those_of_the_definition(seed):
+    """Prompts of all lengths with much in common: the index finds exactly what comparing all pairs finds."""
+    chooser = random.Random(seed)
+    phrases = [[chooser.choice("abcdefgh") for _ in range(chooser.randint(1, 12))] for _ in range(12)]
+
+    def prompt(number: int) -> Prompt:
+        turns = [
+            " ".join(itertools.chain(*chooser.sample(phrases, chooser.randint(0, 4))))
+            for _ in range(chooser.choice([1, 1, 3]))
+        ]
+        return Prompt(str(number), "", [], turns)
+
+    prompts, excluded = ([prompt(number) for number in range(count)] for count in (120, seed % 3 * 4))
+    dropped: list[dict[str, str]] = []
+    kept = prompts_module.distinct(prompts, excluded, dropped)
+    reasons = by_definition(prompts, excluded)
+    assert {drop["id"]: drop["reason"] for drop in dropped} == reasons
+    assert kept == [prompt for prompt in prompts if prompt.id not in reasons]
+    assert len(kept) > 10
+    assert len(reasons) > 10
+
+
+def test_what_many_prompts_share_costs_no_comparisons(monkeypatch):
+    """An instruction that takes up to 60 % of every prompt: pairs are not compared, or 2,000 would take 2 million."""
+    instruction = " ".join(f"i{number}" for number in range(60))
+    prompts = [
+        Prompt(str(n), "", [], [f"{instruction} {' '.join(f'w{n}-{m}' for m in range(40 + n % 30))}"])
+        for n in range(2000)
+    ]
+    comparisons = []
+    compare = prompts_module.np.intersect1d
+    monkeypatch.setattr(
+        prompts_module.np, "intersect1d", lambda *sets, **flags: comparisons.append(1) or compare(*sets, **flags)
+    )
+    assert prompts_module.distinct(prompts, [], []) == prompts
+    assert len(comparisons) < 100
+
+
+def test_no_excluded_prompt_gets_into_the_output(target, tmp_path):
+    """In whichever file it is, in another order, case, spacing or Unicode form, alone or as a turn of a longer chat."""
+    evaluation = [
+        {"turns": ["Why is the caf\u00e9 on the hill closed on Mondays?"]},
+        {"turns": ["Name a river.", "Where does it end?"]},
+        {"turns": ["Count the apples in the basket."]},
+    ]
+    one = write_jsonl(tmp_path / "one.jsonl", evaluation[1:])
+    two = write_jsonl(tmp_path / "two.jsonl", evaluation[:1])
+    rows = [
+        {"id": "a", "turns": ["WHY is the CAFE\u0301  on the\thill closed\non mondays"]},
+        {"id": "b", "turns": ["Who sings?", "count the apples, in the basket", "Thanks."]},
+        {"id": "c", "turns": ["name a river"]},
+        {"id": "d", "turns": ["\uff37\uff48\uff59 is the caf\u00e9 on the hill closed on Mondays??"]},
+        {"id": "e", "messages": [{"role": "system", "content": "Hi."}, {"role": "user", "content": "Name a  river."}]},
+        {"id": "f", "turns": ["Who sings?", "Where does it end?"]},
+    ]
+    for number, files in enumerate(([one, two], [two, one])):
+        output = tmp_path / f"{number}.jsonl"
+        source = write_jsonl(tmp_path / "prompts.jsonl", rows[:: 1 - 2 * number])
+        kept = run(target, output, prompts=str(source), exclude=list(map(str, files)))
+        assert [row["id"] for row in kept] == ["f"]
+        assert reasons_of(output) == dict.fromkeys("abcde", "resembles an excluded prompt")
+
+
 def test_repetition_counts_repeated_4_grams():
     assert repetition([]) == repetition([5]) == repetition(range(50)) == 0
     assert repetition([1, 2, 3, 4] * 5) == 1 - 4 / 17
@@ -368,7 +469,7 @@ def test_empty_and_looping_answers_are_dropped(target, prompts, tmp_path, end, r
     torch.nn.init.zeros_(model.lm_head.weight)
     model.generation_config = GenerationConfig(eos_token_id=end)
     model.save_pretrained(folder)
-    with pytest.raises(PeagleError, match=rf"No chat is left .*5 were dropped \({reason}\)"):
+    with pytest.raises(PeagleError, match=rf"No chat is left .*5 were dropped \({reason}: 5\)"):
         run(folder, tmp_path / "chats.jsonl", prompts=str(prompts))
     if end != 0:
         assert len(run(folder, tmp_path / "loops.jsonl", prompts=str(prompts), max_repetition=1)) == 5
@@ -403,49 +504,239 @@ def test_unusable_rows_are_skipped_and_named(target, tmp_path):
     source = write_jsonl(tmp_path / "prompts.jsonl", rows)
     output = tmp_path / "chats.jsonl"
     assert [row["id"] for row in run(target, output, prompts=str(source))] == ["d"]
-    assert reasons_of(output) == {
-        f"{source}, line 1": "no user turn",
-        f"{source}, line 2": "a message holds something other than text",
-        "c": "longer than the model's context with its answers",
+    assert [(drop["id"], drop["place"], drop["reason"]) for drop in report_of(output)["dropped"]] == [
+        ("a", "prompts.jsonl, line 1", "no user turn"),
+        ("b", "prompts.jsonl, line 2", "a message holds something other than text"),
+        ("c", "prompts.jsonl, line 3", "longer than the model's context with its answers"),
+    ]
+
+
+def test_text_that_no_tokenizer_takes_is_a_named_row(target, prompts, tmp_path):
+    """Half a surrogate pair, as a cut emoji leaves it; in an id or a category it is written as an escape."""
+    half = "\ud83d"
+    tool = {"type": "function", "function": {"name": "look", "description": half, "parameters": {}}}
+    user = {"role": "user", "content": "Who sings?"}
+    rows = [
+        {"id": "a", "turns": [f"Who sings? {half}"]},
+        {"id": "b", "messages": [{"role": "system", "content": half}, user]},
+        {"id": "c", "messages": [user], "tools": [tool]},
+        {"id": half, "category": half, "messages": [{"role": "user", "content": "Why is the grass green?"}]},
+        {"id": "e", "turns": ["Name a river.", f"Where{half}?"]},
+    ]
+    source = write_jsonl(tmp_path / "broken.jsonl", rows)
+    output = tmp_path / "chats.jsonl"
+    (row,) = run(target, output, prompts=str(source))
+    assert (row["id"], row["category"]) == ("\\ud83d", "\\ud83d")
+    assert reasons_of(output) == dict.fromkeys("abce", "it holds half a surrogate pair, which is no text")
+    assert {drop["place"] for drop in report_of(output)["dropped"]} == {f"broken.jsonl, line {n}" for n in (1, 2, 3, 5)}
+
+    # As an evaluation prompt such a row still keeps others out.
+    excluded = write_jsonl(tmp_path / "evaluation.jsonl", [{"turns": [f"Why is the grass green? {half}"]}])
+    output = tmp_path / "more.jsonl"
+    assert "7" not in [row["id"] for row in run(target, output, prompts=str(prompts), exclude=[str(excluded)])]
+    assert reasons_of(output) == {"7": "resembles an excluded prompt"}
+
+
+def test_null_ids_and_categories_are_as_good_as_none(target, tmp_path):
+    rows = [
+        {"question_id": None, "id": None, "category": None, "turns": ["Why is the grass green?"]},
+        {"question_id": None, "id": 0, "category": "qa", "turns": ["Who sings?"]},
+    ]
+    chats = run(target, tmp_path / "chats.jsonl", prompts=str(write_jsonl(tmp_path / "prompts.jsonl", rows)))
+    assert [(row["id"], row["category"]) for row in chats] == [("0", "chat"), ("0", "qa")]
+
+
+def test_a_file_with_a_byte_order_mark_and_windows_lines(target, prompts, tmp_path):
+    source = tmp_path / "windows.jsonl"
+    source.write_bytes(b"\xef\xbb\xbf" + prompts.read_bytes().replace(b"\n", b"\r\n"))
+    assert run(target, tmp_path / "a.jsonl", prompts=str(source)) == run(
+        target, tmp_path / "b.jsonl", prompts=str(prompts)
+    )
+    source.write_bytes(b"")
+    with pytest.raises(PeagleError, match=r"windows\.jsonl is empty"):
+        run(target, tmp_path / "c.jsonl", prompts=str(source))
+
+
+def test_tools_are_on_offer_and_their_results_are_not_made_up(target, tmp_path):
+    folder = shutil.copytree(target, tmp_path / "with-tools")
+    (folder / "chat_template.jinja").write_text(
+        "{% if tools %}<|start|>tools\n{{ tools[0]['name'] }}<|end|>\n{% endif %}" + TEMPLATE
+    )
+    tools = [{"name": "look", "description": "Look it up.", "parameters": {"type": "object", "properties": {}}}]
+    user, call = {"role": "user", "content": "Who sings?"}, {"role": "assistant", "content": "look()", "thinking": "Hm"}
+    result = {"role": "tool", "content": "Nobody."}
+    rows = [
+        {"id": "a", "messages": [user, call, result, {"role": "assistant", "content": "Nobody."}], "tools": tools},
+        {"id": "b", "messages": [user, call, result, {"role": "user", "content": "And who plays?"}], "tools": tools},
+    ]
+    output = tmp_path / "chats.jsonl"
+    (row,) = run(folder, output, prompts=str(write_jsonl(tmp_path / "prompts.jsonl", rows)))
+    assert row["tools"] == tools
+    assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
+    text = AutoTokenizer.from_pretrained(folder).decode(row["input_ids"])
+    assert text.startswith("<|start|>tools\nlook<|end|>\n<|start|>user\nWho sings?<|end|>")
+    assert reasons_of(output) == {"b": "a user turn follows the result of a tool, which can't be asked for anew"}
+
+
+def test_no_path_of_this_machine_is_written(target, prompts, tmp_path):
+    excluded = write_jsonl(tmp_path / "evaluation.jsonl", [{"turns": ["who sings"]}, {"messages": []}])
+    source = write_jsonl(tmp_path / "more.jsonl", [*PROMPTS, {"messages": []}])
+    output = tmp_path / "chats.jsonl"
+    run(target, output, prompts=str(source), exclude=[str(excluded)])
+    assert {"evaluation.jsonl, line 2", "more.jsonl, line 6", "more.jsonl, line 4"} == {
+        drop["place"] for drop in report_of(output)["dropped"]
     }
+    for path in tmp_path.glob("*chats*"):
+        assert str(tmp_path.parent) not in path.read_text(), path
+
+
+def test_prepare_refuses_the_token_ids_of_another_vocabulary(target, prompts, tmp_path):
+    output = tmp_path / "chats.jsonl"
+    rows = run(target, output, prompts=str(prompts))
+    make = partial(PrepareArguments, data=[str(output)], output=str(tmp_path / "data"))
+    prepared = load_from_disk(prepare(make(model=str(target))))
+    assert sorted(prepared["input_ids"][:]) == sorted(row["input_ids"] for row in rows)
+
+    other = shutil.copytree(target, tmp_path / "other")
+    content = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    words = rf"chats\.jsonl, line \d: the input_ids are of another tokenizer, that of {target.name}\. Name that model"
+    with pytest.raises(PeagleError, match=words):
+        prepare(make(model=str(other), overwrite=True))
+
+    # Rows of earlier versions don't say which tokenizer made them. Another chat template changes no id.
+    write_jsonl(output, [{**row, "tokenizer": None} for row in rows])
+    prepare(make(model=str(other), overwrite=True))
+    write_jsonl(output, rows)
+    (target_too := Path(shutil.copytree(target, tmp_path / "same")) / "chat_template.jinja").write_text(
+        "{{ messages }}"
+    )
+    prepare(make(model=str(target_too.parent), overwrite=True))
 
 
 # What an interruption leaves
 
 
-@pytest.mark.parametrize("calls", range(7))
-def test_an_interrupted_run_continues_to_the_same_file(target, prompts, tmp_path, monkeypatch, calls):
-    arguments = {"prompts": str(prompts), "temperature": 1.0, "invent": 3, "max_new_tokens": 24}
-    whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
-    complete, count = LocalChatModel.complete, itertools.count()
+@pytest.fixture
+def asked(monkeypatch) -> list[list[list[int]]]:
+    """The token ids that the model was asked to continue, by call."""
+    calls: list[list[list[int]]] = []
+    complete = LocalChatModel.complete
 
-    def counting(self, *rest):
-        next(count)
-        return complete(self, *rest)
+    def counting(self, prompts, *rest):
+        calls.append(prompts)
+        return complete(self, prompts, *rest)
 
     monkeypatch.setattr(LocalChatModel, "complete", counting)
-    run(target, whole, **arguments)
-    needed = next(count)
+    return calls
 
-    def interrupted(self, *rest):
-        if next(count) == needed + 1 + calls:
-            raise KeyboardInterrupt
-        return complete(self, *rest)
 
-    monkeypatch.setattr(LocalChatModel, "complete", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run(target, parts, **arguments)
-    assert not parts.exists()
-    with open(parts.with_suffix(".journal"), "a") as file:
-        file.write('{"step": "Answering", "item": 99", "resu')
+FLAGS = {"temperature": 1.0, "invent": 3, "max_new_tokens": 24}
 
-    count = itertools.count()
-    monkeypatch.setattr(LocalChatModel, "complete", counting)
-    run(target, parts, **arguments)
-    assert parts.read_bytes() == whole.read_bytes()
-    assert report_of(parts) == report_of(whole)
-    assert not parts.with_suffix(".journal").exists()
-    assert needed - calls <= next(count) <= needed - calls + 2, "more was done again than the turns of one batch"
+
+def test_an_interrupted_run_continues_to_the_same_file(target, prompts, tmp_path, monkeypatch, asked):
+    whole = tmp_path / "whole.jsonl"
+    run(target, whole, prompts=str(prompts), **FLAGS)
+    needed = len(asked)
+    assert needed >= 6
+    counting = LocalChatModel.complete
+    for calls in range(needed):
+        asked.clear()
+
+        def interrupted(self, *rest, calls=calls):
+            if len(asked) == calls:
+                raise KeyboardInterrupt
+            return counting(self, *rest)
+
+        parts = tmp_path / f"parts-{calls}.jsonl"
+        with monkeypatch.context() as patch:
+            patch.setattr(LocalChatModel, "complete", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                run(target, parts, prompts=str(prompts), **FLAGS)
+        assert not parts.exists()
+        run(target, parts, prompts=str(prompts), **FLAGS)
+        assert parts.read_bytes() == whole.read_bytes()
+        assert report_of(parts) == report_of(whole)
+        assert len(asked) == needed, "something was asked twice"
+
+
+def test_a_process_may_be_killed_at_any_byte(target, prompts, tmp_path, asked):
+    """Of what the journal had at that moment nothing is asked again, and batches stay the same."""
+    output = tmp_path / "chats.jsonl"
+    run(target, output, prompts=str(prompts), **FLAGS)
+    whole, report, needed = output.read_bytes(), report_of(output), list(asked)
+    journal = output.with_suffix(".journal")
+    content = journal.read_bytes()
+    finished = {len(content): len(needed)}  # calls whose answers are complete when the journal is so long
+    end = calls = 0
+    for line in content.splitlines(keepends=True):
+        end += len(line)
+        if b'"left":0' in line:
+            calls += 1
+            finished[end] = calls
+    for length in (0, 7, *range(41, len(content), len(content) // 12), len(content) - 1, len(content)):
+        journal.write_bytes(content[:length])
+        output.unlink()
+        asked.clear()
+        run(target, output, prompts=str(prompts), **FLAGS)
+        assert output.read_bytes() == whole
+        assert report_of(output) == report
+        assert journal.read_bytes() == content
+        assert asked == needed[max([calls for end, calls in finished.items() if end <= length], default=0) :]
+
+
+def test_answers_stay_valid_when_other_prompts_change(target, prompts, tmp_path, asked):
+    """Prompts are removed, added and moved; sampled answers depend on none of that."""
+    output = tmp_path / "chats.jsonl"
+    flags = {"prompts": str(prompts), "temperature": 1.0}
+    before = {row["id"]: row for row in run(target, output, **flags)}
+    new = {"question_id": 12, "category": "qa", "turns": ["Write down who owns the house."]}
+    write_jsonl(prompts, [PROMPTS[4], new, *PROMPTS[2:0:-1]])
+    output.unlink()
+    asked.clear()
+    after = run(target, output, **flags)
+    assert [row["id"] for row in after] == ["11", "12", "9", "8"]
+    assert all(row == before[row["id"]] for row in after if row["id"] != "12")
+    assert sum(map(len, asked)) == 1
+
+    # In a fresh run the order makes no difference either, nor what a prompt is called or what stands beside it.
+    write_jsonl(prompts, [{**row, "question_id": row["question_id"] + 100} for row in PROMPTS[::-1]])
+    others = run(target, tmp_path / "others.jsonl", **flags)
+    assert [{**row, "id": None} for row in others[::-1]] == [{**row, "id": None} for row in before.values()]
+
+
+def test_what_is_kept_when_an_argument_changes(target, prompts, tmp_path, asked, caplog):
+    caplog.set_level(logging.INFO, "peagle_hf")
+    output = tmp_path / "chats.jsonl"
+    excluded = write_jsonl(tmp_path / "evaluation.jsonl", PROMPTS[:1])
+    rows = run(target, output, prompts=str(prompts))
+    for changes, num_asked, kept in (
+        ({"exclude": [str(excluded)]}, 0, rows[1:]),
+        ({"seed": 7, "top_k": 5, "max_repetition": 1, "batch_size": 5}, 0, rows),  # greedy answers draw nothing
+        ({"max_new_tokens": 15}, 9, None),
+        ({}, 0, rows),
+    ):
+        asked.clear()
+        caplog.clear()
+        output.unlink()
+        found = run(target, output, prompts=str(prompts), **changes)
+        assert sum(map(len, asked)) == num_asked
+        assert kept is None or found == kept
+        assert "5 of 5" in caplog.text or "4 of 4" in caplog.text or "0 of 5" in caplog.text
+        changed = "max_new_tokens: 16 there, 15 now" if num_asked else "max_new_tokens: 15 there, 16 now"
+        assert (changed in caplog.text) == (changes in ({"max_new_tokens": 15}, {}))
+
+
+def test_two_processes_never_write_one_output(target, prompts, tmp_path):
+    output = tmp_path / "chats.jsonl"
+    with (
+        module._locked(output),
+        pytest.raises(PeagleError, match=r"Another process is writing .*chats\.jsonl"),
+    ):
+        run(target, output, prompts=str(prompts))
+    run(target, output, prompts=str(prompts))
 
 
 def test_a_finished_file_is_left_as_it_is(target, prompts, tmp_path, monkeypatch):
@@ -468,21 +759,14 @@ def test_another_model_of_the_same_name_is_refused(target, prompts, tmp_path):
         run(second, tmp_path / "chats.jsonl", prompts=str(prompts))
 
 
-def test_other_arguments_are_refused(target, prompts, tmp_path, monkeypatch):
+def test_other_arguments_are_refused(target, prompts, tmp_path):
     output = tmp_path / "chats.jsonl"
-
-    def stop(self, *rest):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LocalChatModel, "complete", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run(target, output, prompts=str(prompts))
-    with pytest.raises(PeagleError, match=r"chats\.journal belongs to .* \(seed: 0 there, 1 now\)"):
-        run(target, output, prompts=str(prompts), seed=1)
     run(target, output, prompts=str(prompts))
-    with pytest.raises(PeagleError, match=r"chats\.jsonl belongs to .* \(temperature: 0\.0 there, 0\.5 now\)"):
+    with pytest.raises(
+        PeagleError, match=r"chats\.jsonl belongs to .* \(temperature: 0\.0 there, 0\.5 now\)"
+    ) as refused:
         run(target, output, prompts=str(prompts), temperature=0.5)
+    assert f"remove {output} to make it anew. Answers in" in str(refused.value)
 
     other = shutil.copytree(target, tmp_path / "other-model")
     with pytest.raises(PeagleError, match=f"model: {target.name} there, other-model now"):
@@ -490,12 +774,79 @@ def test_other_arguments_are_refused(target, prompts, tmp_path, monkeypatch):
     write_jsonl(prompts, PROMPTS[1:])
     with pytest.raises(PeagleError, match=r"prompts: 5, sha256 .* there, 4, sha256"):
         run(target, output, prompts=str(prompts))
-    output.with_suffix(".report.json").unlink()
-    with pytest.raises(PeagleError, match="no report"):
+
+
+def test_damaged_files_are_named(target, prompts, tmp_path):
+    output = tmp_path / "chats.jsonl"
+    run(target, output, prompts=str(prompts))
+    report, journal = output.with_suffix(".report.json"), output.with_suffix(".journal")
+    for text in ("", "[]", '{"rows": 1}', '{"settings": 3}', '{"settings": {"mod'):
+        report.write_text(text)
+        with pytest.raises(PeagleError, match=r"its report .*chats\.report\.json is damaged .* remove"):
+            run(target, output, prompts=str(prompts))
+    report.unlink()
+    with pytest.raises(PeagleError, match="there is no report"):
         run(target, output, prompts=str(prompts))
+
+    output.unlink()
+    lines = journal.read_bytes().splitlines(keepends=True)
+    for number, bad in (
+        (1, b'{"model": "m", "seed": 0}\n'),  # an older version's
+        (2, b'{"key":"a","ids":[1,"2"],"left":0}\n'),
+        (3, b"\0" * 40 + b"\n"),
+        (3, b"[]\n"),
+        (len(lines) + 1, b"my notes, which are no journal"),
+    ):
+        content = b"".join([*lines[: number - 1], bad, *lines[number:]])
+        journal.write_bytes(content)
+        with pytest.raises(PeagleError, match=rf"chats\.journal, line {number} is damaged, .* Take the line out"):
+            run(target, output, prompts=str(prompts))
+        assert journal.read_bytes() == content
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path, monkeypatch):
+    journal = Journal(tmp_path / "a.journal")
+    journal.add({"one": [1, 2], "two": [3]})
+    before = journal.path.read_bytes()
+
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, content):
+            if len(content) < 20:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return self.file.write(content[:11])
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal, "_writer", Full(journal._writer))
+        with pytest.raises(PeagleError, match="No space is left on the disk of"):
+            journal.add({"three": [4]})
+    assert journal.path.read_bytes() == before
+    journal.add({"two": [9], "three": [5]})
+    journal.close()
+    with Journal(tmp_path / "a.journal") as journal:
+        assert [journal.get(key) for key in ("one", "two", "three")] == [[1, 2], [3], [5]]
+        assert "four" not in journal
 
 
 # Servers
+
+
+class FakeRefusingVllm(FakeWritingVllm):
+    """A fault may be any HTTP status."""
+
+    def _fails(self, handler, fault: str | None) -> bool:
+        if fault is None or not fault.isdigit():
+            return super()._fails(handler, fault)
+        handler.send({"error": {"message": WORDS_OF.get(fault, "no"), "type": "Error", "code": int(fault)}}, int(fault))
+        return True
+
+
+WORDS_OF = {"500": "the engine is gone", "400": "the prompt is too long", "404": "The model `x` does not exist."}
 
 
 @pytest.fixture
@@ -508,7 +859,7 @@ def server(target) -> Iterator[FakeWritingVllm]:
         (written,) = model.complete([token_ids], end_ids, Sampling(0), [0])
         return written
 
-    with FakeWritingVllm(str(target), write) as server:
+    with FakeRefusingVllm(str(target), write) as server:
         yield server
 
 
@@ -530,7 +881,7 @@ def test_a_server_is_asked_as_this_process_is(target, prompts, tmp_path, server)
 FAULTS = {
     "dead": "Connection error",
     "500": "the engine is gone",
-    "400": "the prompt is too long",
+    "429": "Error code: 429",
     "no token ids": "no token ids",
     "cut": "cut the answer after 15 of 16 tokens",
 }
@@ -544,13 +895,64 @@ def test_what_a_server_fails_is_asked_again_by_the_next_run(target, prompts, tmp
     server.fault = lambda token_ids: fault if "And where begin?" in tokenizer.decode(token_ids) else None
     output = tmp_path / "chats.jsonl"
     arguments = {"prompts": str(prompts), "endpoint": server.url, "max_retries": 0}
-    with pytest.raises(PeagleError, match=rf"1 of 5 requests to the servers failed, .*{FAULTS[fault]}.* asks for the"):
+    place = r"prompt 9 \(prompts\.jsonl, line 3\)"
+    with pytest.raises(PeagleError, match=rf"1 of 5 requests .* {place}: .*{FAULTS[fault]}.* asks for the"):
         run(target, output, **arguments)
     assert not output.exists()
     server.fault = lambda token_ids: None
     server.requests.clear()
     assert run(target, output, **arguments, concurrency=2) == whole
-    assert len(server.requests) == 3, f"of {asked}, the turns of the chat that failed"
+    assert len(server.requests) == 1, f"of {asked}, the turn that failed"
+
+
+@pytest.mark.parametrize("status", ["400", "413", "422"])
+def test_a_prompt_that_the_server_refuses_is_dropped_and_named(target, prompts, tmp_path, server, status):
+    whole = run(target, tmp_path / "whole.jsonl", prompts=str(prompts), endpoint=server.url)
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    server.fault = lambda token_ids: status if "And where begin?" in tokenizer.decode(token_ids) else None
+    output = tmp_path / "chats.jsonl"
+    rows = run(target, output, prompts=str(prompts), endpoint=server.url, concurrency=1)
+    assert rows == [row for row in whole if row["id"] != "9"]
+    (drop,) = report_of(output)["dropped"]
+    assert (drop["id"], drop["place"]) == ("9", "prompts.jsonl, line 3")
+    assert drop["reason"].startswith(f"the server refuses it: Error code: {status}")
+    assert "127.0.0.1" not in drop["reason"]
+
+    # Out of the file with it: the others' answers stay.
+    write_jsonl(prompts, [row for row in PROMPTS if row["question_id"] != 9])
+    output.unlink()
+    server.requests.clear()
+    assert run(target, output, prompts=str(prompts), endpoint=server.url) == rows
+    assert server.requests == []
+
+
+def test_a_busy_server_is_asked_again(target, prompts, tmp_path, server):
+    statuses = ["429", "408"]
+    server.fault = lambda token_ids: statuses.pop() if statuses else None
+    rows = run(target, tmp_path / "there.jsonl", prompts=str(prompts), endpoint=server.url, concurrency=1)
+    assert rows == run(target, tmp_path / "here.jsonl", prompts=str(prompts))
+    assert statuses == []
+
+
+@pytest.mark.parametrize("status", ["401", "403", "404"])
+def test_what_every_request_would_get_ends_the_run(target, prompts, tmp_path, server, status):
+    server.fault = lambda token_ids: status
+    with pytest.raises(PeagleError, match=rf"Error code: {status}.*VLLM_API_KEY is their key") as refused:
+        run(target, tmp_path / "chats.jsonl", prompts=str(prompts), endpoint=server.url, concurrency=1)
+    assert f"run {target}" in str(refused.value)
+    assert len(server.requests) == 1
+
+
+def test_a_server_that_refuses_all_prompts_is_not_asked_for_ever(target, prompts, tmp_path, server, monkeypatch):
+    server.fault = lambda token_ids: "400"
+    arguments = {"prompts": str(prompts), "endpoint": server.url, "concurrency": 1}
+    with pytest.raises(PeagleError, match=r"No chat is left .* 5 were dropped \(the server refuses it: .*too long"):
+        run(target, tmp_path / "chats.jsonl", **arguments)
+    monkeypatch.setattr(module, "_MAX_REFUSED_AT_FIRST", 3)
+    server.requests.clear()
+    with pytest.raises(PeagleError, match=r"refused the first 3 prompts, the latest with: .*too long"):
+        run(target, tmp_path / "chats.jsonl", **arguments)
+    assert len(server.requests) == 3
 
 
 def test_a_server_that_dies_ends_the_run_and_another_takes_over(target, prompts, tmp_path, server):
@@ -617,7 +1019,7 @@ def test_a_client_that_is_killed_goes_on(target, prompts, tmp_path, server):
     rows = run(target, output, prompts=str(prompts), endpoint=server.url, concurrency=4)
     assert rows == run(target, tmp_path / "here.jsonl", prompts=str(prompts))
     turns = sum(len(prompt["turns"]) for prompt in PROMPTS)
-    assert turns - 3 <= len(server.requests) < turns
+    assert len(server.requests) == turns - 3
 
 
 @pytest.fixture(scope="module")
@@ -665,7 +1067,8 @@ def test_a_real_server_samples_by_the_seed_alone(served, target, prompts, tmp_pa
     ("line", "message"),
     [
         ('{"turns": ["Who', "prompts.jsonl, line 2: this is not valid JSON"),
-        ('{"question_id": 3}', "prompts.jsonl, line 2: there is neither `turns` nor"),
+        ('{"question_id": 3}', "prompts.jsonl, line 2: there is neither `messages` nor"),
+        ('{"messages": null, "conversations": null}', "prompts.jsonl, line 2: there is neither `messages` nor"),
         ('{"turns": "Who sings?"}', "prompts.jsonl, line 2: `turns` must be a list"),
         ('{"turns": []}', "prompts.jsonl, line 2: `turns` must be a list"),
         ('{"turns": ["Who?", " "]}', "prompts.jsonl, line 2: `turns` must be a list"),
@@ -696,22 +1099,56 @@ def test_a_model_that_cannot_chat_is_refused(target, prompts, tmp_path):
 
     strict = shutil.copytree(target, tmp_path / "strict")
     (strict / "chat_template.jinja").write_text("{{ raise_exception('no users here') }}")
-    with pytest.raises(PeagleError, match="refuses a chat with the roles user: no users here"):
+    with pytest.raises(PeagleError, match=r"No chat is left .* refuses it \(no users here\): 5"):
         run(strict, tmp_path / "no_chats.jsonl", prompts=str(prompts))
+    with pytest.raises(PeagleError, match="so no prompt can be invented"):
+        run(strict, tmp_path / "no_chats.jsonl", invent=3)
+
+
+def test_a_chat_that_the_template_refuses_is_dropped_and_named(target, prompts, tmp_path):
+    """Before any answer, or because of what an answer holds."""
+    folder = shutil.copytree(target, tmp_path / "particular")
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+    refusal += "{% if messages | length == 5 and messages[1]['content'] != '.' %}{{ raise_exception('hm') }}{% endif %}"
+    (folder / "chat_template.jinja").write_text(refusal + TEMPLATE)
+    system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who sings and who plays?"}]
+    write_jsonl(prompts, [*PROMPTS, {"id": "s", "messages": system}])
+    output = tmp_path / "chats.jsonl"
+    reasons = {"s": "the chat template refuses it (no system here)", "9": "the chat template refuses it (hm)"}
+    assert [row["id"] for row in run(folder, output, prompts=str(prompts))] == ["7", "8", "10", "11"]
+    assert reasons_of(output) == reasons
+    output.unlink()
+    assert [row["id"] for row in run(folder, output, prompts=str(prompts))] == ["7", "8", "10", "11"]
+    assert reasons_of(output) == reasons
 
 
 def test_nothing_to_answer_is_refused(target, tmp_path):
     with pytest.raises(PeagleError, match="name a file with --prompts, or give --invent a number"):
         RegenerateArguments(model=str(target), output="chats.jsonl")
-    with pytest.raises(PeagleError, match="--invent-temperature must be above 0"):
-        RegenerateArguments(model=str(target), output="chats.jsonl", invent=3, invent_temperature=0)
     for flags, words in (
-        ({"top_p": 1.5}, r"--top-p is 1.5 but must be in 0 \.\. 1"),
-        ({"concurrency": 0}, "--concurrency is 0 but must be at least 1"),
         ({"endpoint": "http://localhost:8000", "dtype": "bfloat16"}, "--dtype is for a target in this process"),
+        ({"output": "chats.json"}, r"--output chats.json must end in \.jsonl"),
+        ({"min_answer_tokens": 300}, "--min-answer-tokens 300 is more than --max-new-tokens 256"),
     ):
         with pytest.raises(PeagleError, match=words):
-            RegenerateArguments(model=str(target), output="chats.jsonl", invent=3, **flags)
+            RegenerateArguments(**{"model": str(target), "output": "chats.jsonl", "invent": 3} | flags)
+    values = [-1.5, -1, 0, 0.5, 1, 1.5, math.nan]
+    allowed = {
+        **dict.fromkeys(("max_samples", "max_new_tokens", "concurrency", "batch_size"), (1, 1.5)),
+        **dict.fromkeys(("invent", "temperature", "top_k", "min_answer_tokens", "max_retries"), (0, 0.5, 1, 1.5)),
+        **dict.fromkeys(("invent_temperature", "request_timeout"), (0.5, 1, 1.5)),
+        **dict.fromkeys(("min_p", "max_repetition"), (0, 0.5, 1)),
+        "top_p": (0.5, 1),
+    }
+    finite = ("temperature", "invent_temperature", "request_timeout", *("min_p", "max_repetition", "top_p"))
+    for name, kept in allowed.items():
+        for value in [*values, *([math.inf] if name in finite else [])]:
+            make = partial(RegenerateArguments, model="m", output="chats.jsonl", prompts="p.jsonl", **{name: value})
+            if value in kept:
+                make()
+            else:
+                with pytest.raises(PeagleError, match=f"--{name.replace('_', '-')} is {value} but must be "):
+                    make()
     with pytest.raises(PeagleError, match=r"There is no file .*missing\.jsonl"):
         run(target, tmp_path / "chats.jsonl", prompts=str(tmp_path / "missing.jsonl"))
 

@@ -7,7 +7,7 @@ else is answered at the time.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from jinja2 import TemplateError
@@ -27,12 +27,12 @@ from transformers import (
 from ..errors import PeagleError
 from ..products import pack_linear_layers
 from ..target import load_verifier
-from .endpoint import EndpointError, ask_any, concurrently, endpoint_urls, served_model
+from .chats import Unlearnable
+from .endpoint import EndpointError, RefusedEndpointError, ask_any, concurrently, endpoint_urls, served_model
 
 _PLACEHOLDER = "PLACEHOLDER"
 
 Batch = list[int]
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -91,29 +91,36 @@ class ChatModel(ABC):
 
         Args:
             seeds: of each prompt, 0 .. 2^63 - 1.
+
+        Raises:
+            RefusedEndpointError: the servers refuse a prompt. The message names no server.
+            EndpointError: they failed otherwise.
         """
 
     @abstractmethod
-    def work_off(self, batches: Sequence[Batch], work: Callable[[Batch], Result]) -> Iterator[tuple[Batch, Result]]:
-        """Give each batch with what `work` makes of it, as they are done.
+    def run_batches(self, batches: Sequence[Batch], work: Callable[[Batch], None]) -> Iterator[Batch]:
+        """Call `work` on each batch; give the batches as they are done.
 
         Raises:
-            PeagleError: there are batches without a result; all others have been given before.
+            PeagleError: some batches failed; all others have been given before, unless the run ended early.
         """
 
-    def render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = True) -> str:
+    def render(
+        self, messages: list[dict[str, Any]], tools: list[Any] | None = None, add_generation_prompt: bool = True
+    ) -> str:
+        """Write a chat as text by the chat template.
+
+        Raises:
+            Unlearnable: the template refuses the chat.
+        """
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                    messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
                 )
             )
-        except TemplateError as error:
-            roles = ", ".join(message["role"] for message in messages)
-            raise PeagleError(
-                f"The chat template of {self.name} refuses a chat with the roles {roles}: {error}. Take such chats out "
-                "of the prompts, or correct them."
-            ) from error
+        except (TemplateError, TypeError) as error:
+            raise Unlearnable(f"the chat template refuses it ({error})") from error
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
@@ -125,7 +132,10 @@ class ChatModel(ABC):
 
     def user_turn(self) -> tuple[list[int], set[int]]:
         """Give the token ids that lead up to a user's first words, and the ids that end a user's turn."""
-        text = self.render([{"role": "user", "content": _PLACEHOLDER}], add_generation_prompt=False)
+        try:
+            text = self.render([{"role": "user", "content": _PLACEHOLDER}], add_generation_prompt=False)
+        except Unlearnable:
+            text = ""
         before, placeholder, after = text.partition(_PLACEHOLDER)
         if not placeholder or not before:
             raise PeagleError(
@@ -180,9 +190,10 @@ class LocalChatModel(ChatModel):
         )
         return [_up_to_end(ids, end_ids) for ids in sequences[:, width:].tolist()]
 
-    def work_off(self, batches: Sequence[Batch], work: Callable[[Batch], Result]) -> Iterator[tuple[Batch, Result]]:
+    def run_batches(self, batches: Sequence[Batch], work: Callable[[Batch], None]) -> Iterator[Batch]:
         for batch in batches:
-            yield batch, work(batch)
+            work(batch)
+            yield batch
 
 
 class _Draw(LogitsProcessor):
@@ -246,16 +257,22 @@ class ServedChatModel(ChatModel):
     ) -> list[list[int]]:
         def answer(prompt: list[int], seed: int) -> list[int]:
             fields = {**asdict(sampling), "seed": seed} if sampling.temperature > 0 else {"temperature": 0}
-            return ask_any(
-                self.urls,
-                self.request_timeout,
-                self.max_retries,
-                lambda server: server.complete(prompt, self.max_new_tokens, end_ids, fields),
-            )
+            try:
+                return ask_any(
+                    self.urls,
+                    self.request_timeout,
+                    self.max_retries,
+                    lambda server: server.complete(prompt, self.max_new_tokens, end_ids, fields),
+                )
+            except RefusedEndpointError as error:
+                reason = str(error)
+                for url in self.urls:
+                    reason = reason.replace(f"{url}: ", "")
+                raise RefusedEndpointError(reason) from error
 
         return [answer(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
 
-    def work_off(self, batches: Sequence[Batch], work: Callable[[Batch], Result]) -> Iterator[tuple[Batch, Result]]:
+    def run_batches(self, batches: Sequence[Batch], work: Callable[[Batch], None]) -> Iterator[Batch]:
         reasons: list[str] = []
         in_turn = 0
         for batch, result in concurrently(work, batches, min(self.concurrency, len(batches))):
@@ -266,13 +283,15 @@ class ServedChatModel(ChatModel):
                 raise result
             else:
                 in_turn = 0
-                yield batch, result
+                yield batch
             if in_turn == self.concurrency:
                 break
         if reasons:
             raise PeagleError(
                 f"{len(reasons)} of {len(batches)} requests to the servers failed, the first with: {reasons[0]}. What "
-                "is finished is kept: see to the servers and run the same command again, and it asks for the rest."
+                f"is finished is kept. Make sure that the servers are up and run {self.name}, and that VLLM_API_KEY is "
+                "their key if they have one, and run the same command again: it asks for the rest. A prompt that fails "
+                "every time can be taken out of its file; the other answers stay."
             )
 
 

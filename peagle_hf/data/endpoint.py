@@ -51,6 +51,10 @@ class EndpointError(PeagleError):
     """One row's states that were not to be had; the message is the reason."""
 
 
+class RefusedEndpointError(EndpointError):
+    """The servers refuse this request, and would refuse it again: HTTP status 400, 413 or 422."""
+
+
 @dataclass(frozen=True)
 class Endpoint:
     """vLLM servers that give the hidden states of token ids, any of them the same.
@@ -147,12 +151,12 @@ def ask_any(
     Best is the one that failed the fewest requests since it last answered, and of several the least busy one.
 
     Raises:
-        EndpointError: all of them failed.
+        EndpointError: all of them failed. It is a `RefusedEndpointError` if all of them refused the request.
     """
-    reasons: dict[str, str] = {}
-    while len(reasons) < len(urls):
+    failures: dict[str, EndpointError] = {}
+    while len(failures) < len(urls):
         with _CHOICE:
-            servers = [_server(url, request_timeout, max_retries, os.getpid()) for url in urls if url not in reasons]
+            servers = [_server(url, request_timeout, max_retries, os.getpid()) for url in urls if url not in failures]
             server = min(servers, key=lambda server: (server.failures, server.in_flight))
             server.in_flight += 1
         try:
@@ -160,12 +164,14 @@ def ask_any(
             server.failures = 0
             return result
         except EndpointError as error:
-            server.failures += 1
-            reasons[server.url] = str(error)
+            if not isinstance(error, RefusedEndpointError):
+                server.failures += 1
+            failures[server.url] = error
         finally:
             with _CHOICE:
                 server.in_flight -= 1
-    raise EndpointError("; ".join(f"{url}: {reason}" for url, reason in reasons.items()))
+    kind = RefusedEndpointError if all(isinstance(one, RefusedEndpointError) for one in failures.values()) else None
+    raise (kind or EndpointError)("; ".join(f"{url}: {error}" for url, error in failures.items()))
 
 
 def endpoint_urls(endpoint: str) -> tuple[str, ...]:
@@ -429,7 +435,9 @@ class Server:
             yield
         except self.errors as error:
             cause = f" ({error.__cause__})" if error.__cause__ else ""
-            raise EndpointError(f"{' '.join(str(error).split()).rstrip('.')}{cause}") from error
+            is_refusal = getattr(error, "status_code", None) in (400, 413, 422)
+            kind = RefusedEndpointError if is_refusal else EndpointError
+            raise kind(f"{' '.join(str(error).split()).rstrip('.')}{cause}") from error
 
 
 def _remember(credentials: dict[str, str]) -> None:

@@ -193,6 +193,11 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def vocabulary_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """32 hex digits of SHA-256 of what token ids mean: the vocabulary with its added tokens."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:32]
+
+
 class ChatTokenizer:
     """Turns a conversation into rows of token ids with a loss mask.
 
@@ -341,6 +346,7 @@ class _RowMaker:
     chat_tokenizer: ChatTokenizer
     sources: list[Source]
     num_ids: int
+    vocabulary: str
     seq_length: int
     min_learnt_tokens: int
 
@@ -352,7 +358,7 @@ class _RowMaker:
             skipped = common | {"place": place}
             try:
                 if "input_ids" in content and "loss_mask" in content:
-                    tokenized = [_read_tokens(content, place, self.num_ids)]
+                    tokenized = [_read_tokens(content, place, self.num_ids, self.vocabulary)]
                 else:
                     tokenized = self.chat_tokenizer(read_chat(content, place))
             except Unlearnable as error:
@@ -418,8 +424,19 @@ def _conversation_values(source: Source) -> Iterator[Any]:
             yield json.loads(text).get(CONVERSATION) if f'"{CONVERSATION}"' in text else None
 
 
-def _read_tokens(row: dict[str, Any], place: str, num_ids: int) -> tuple[np.ndarray, np.ndarray]:
-    """Check a row that is tokenized already; ids int32 [T] and loss mask int8 [T]."""
+def _read_tokens(row: dict[str, Any], place: str, num_ids: int, vocabulary: str) -> tuple[np.ndarray, np.ndarray]:
+    """Check a row that is tokenized already; ids int32 [T] and loss mask int8 [T].
+
+    Args:
+        num_ids: one more than the largest id of the vocabulary.
+        vocabulary: its fingerprint, which `regenerate` writes into each row as `tokenizer`.
+    """
+    if row.get("tokenizer") not in (None, vocabulary):
+        raise PeagleError(
+            f"{place}: the input_ids are of another tokenizer, that of {row.get('model') or 'an unknown model'}. Name "
+            "that model with --model, make the rows anew with peagle-hf regenerate, or take `input_ids` out of the "
+            "rows so that their `messages` are tokenized."
+        )
     for name, limit in (("input_ids", num_ids), ("loss_mask", 2)):
         values = row[name]
         if not isinstance(values, list) or not all(type(value) is int and 0 <= value < limit for value in values):
@@ -467,7 +484,14 @@ def _make(
     last_ids = np.maximum.accumulate(conversation_ids)[ends - 1]
     sizes = np.diff(last_ids, prepend=-1)
     num_ids = max(tokenizer.get_vocab().values()) + 1
-    make = _RowMaker(ChatTokenizer(tokenizer), sources, num_ids, arguments.seq_length, arguments.min_learnt_tokens)
+    make = _RowMaker(
+        ChatTokenizer(tokenizer),
+        sources,
+        num_ids,
+        vocabulary_fingerprint(tokenizer),
+        arguments.seq_length,
+        arguments.min_learnt_tokens,
+    )
     order = _order(sizes.tolist(), arguments)
     rows, num_read = _tokenize(make, conversation_ids, order, arguments, scratch, json.dumps(origin))
     order = order[:num_read]

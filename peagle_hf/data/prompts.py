@@ -1,13 +1,18 @@
 """Prompts: what users say, read from files and hub datasets, without those that resemble each other."""
 
+import hashlib
+import json
+import math
 import re
 import tempfile
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from ..errors import PeagleError
@@ -19,25 +24,45 @@ _WORDS = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 MAX_PROMPT_SIMILARITY = 0.5
 """Jaccard similarity of the 5-grams of two prompts above which they are near-duplicates."""
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_ODD = 0x9E3779B97F4A7C15
+"""An odd number by which the hashes of a run of words are told apart from those of the same words in another order."""
+
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a user says in a chat, turn by turn, after the system messages if there are any."""
+    """The user's turns of a chat, after the system messages if there are any.
+
+    Args:
+        tools: that the chat offers; None if there are none.
+        place: file name (without its folder) and line, or the hub dataset and row, where the prompt was read.
+    """
 
     id: str
     category: str
     system: list[dict[str, Any]]
     turns: list[str]
+    tools: list[Any] | None = None
+    place: str = ""
 
     def dropped(self, reason: str) -> dict[str, str]:
-        """What a report says of a prompt that is left out."""
-        return {"id": self.id, "category": self.category, "reason": reason}
+        """Give the entry of a report that says why this prompt is left out."""
+        place = {"place": self.place} if self.place else {}
+        return {"id": self.id, "category": self.category, **place, "reason": reason}
+
+    @property
+    def digest(self) -> str:
+        """32 hex digits of the content: prompts of equal content have the same, wherever they stand in a file."""
+        content = [self.system, self.turns, *([self.tools] if self.tools else [])]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def read_prompts(source: str, dropped: list[dict[str, str]]) -> list[Prompt]:
+def read_prompts(source: str, dropped: list[dict[str, str]], to_answer: bool = True) -> list[Prompt]:
     """Read the prompts of a file or hub dataset (see `RegenerateArguments.prompts`), their user turns alone.
 
-    What can't be used is added to `dropped`, with its place and the reason.
+    Args:
+        dropped: receives an entry (`Prompt.dropped`) for each row that can't be used.
+        to_answer: drop rows that no model can be given. Prompts that are only compared with others may be such rows.
 
     Raises:
         PeagleError: the source can't be read or a row is malformed.
@@ -50,84 +75,212 @@ def read_prompts(source: str, dropped: list[dict[str, str]]) -> list[Prompt]:
             raise PeagleError(f"There is no file {source}. Name a .jsonl or .json file with prompts.") from error
         for index in tqdm(range(len(rows)), desc=f"Reading {source}", disable=None):
             place, row = rows.read(index)
+            prompt = Prompt(
+                _label(row, ("question_id", "id"), str(index)),
+                _label(row, ("category",), "chat"),
+                system=[],
+                turns=[],
+                place=_writable(_without_folder(place)),
+            )
             try:
-                prompts.append(_read_prompt(row, place, str(row.get("question_id", row.get("id", index)))))
+                prompt, roles = _with_content(prompt, row, place)
+                if to_answer:
+                    _check_answerable(prompt, roles)
             except Unlearnable as reason:
-                dropped.append({"id": place, "category": "", "reason": str(reason)})
+                dropped.append(prompt.dropped(str(reason)))
+            else:
+                prompts.append(prompt)
     return prompts
 
 
-def _read_prompt(row: dict[str, Any], place: str, identifier: str) -> Prompt:
+def _check_answerable(prompt: Prompt, roles: list[str]) -> None:
+    """Raise `Unlearnable` for a prompt that no model can be given."""
+    if _SURROGATE.search(json.dumps([prompt.system, prompt.turns, prompt.tools], ensure_ascii=False)):
+        raise Unlearnable("it holds half a surrogate pair, which is no text")
+    if "tool" in roles and "user" in roles[roles.index("tool") :]:
+        raise Unlearnable("a user turn follows the result of a tool, which can't be asked for anew")
+
+
+def _label(row: dict[str, Any], names: Sequence[str], default: str) -> str:
+    """Give the first of these fields that isn't null, as text that can be written to a file."""
+    return _writable(str(next((row[name] for name in names if row.get(name) is not None), default)))
+
+
+def _without_folder(place: str) -> str:
+    """Name a file without its folder: what is written about a prompt may be published."""
+    source, comma, number = place.rpartition(", ")
+    is_path = source.count("/") > 1 or Path(source).exists()
+    return f"{Path(source).name if is_path else source}{comma}{number}"
+
+
+def _writable(text: str) -> str:
+    """Write half a surrogate pair as an escape, such as \\ud83d."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _with_content(prompt: Prompt, row: dict[str, Any], place: str) -> tuple[Prompt, list[str]]:
+    """Fill in what a row says, and give the roles of its messages too."""
+    tools = None
     if (turns := row.get("turns")) is not None:
         if not (isinstance(turns, list) and turns and all(isinstance(turn, str) and turn.strip() for turn in turns)):
             raise PeagleError(f"{place}: `turns` must be a list of texts, none of them empty. Correct the row.")
         messages = [{"role": "user", "content": turn} for turn in turns]
-    elif "messages" in row or "conversations" in row:
-        messages = read_chat(row, place).messages
     else:
-        raise PeagleError(
-            f"{place}: there is neither `turns` nor `messages` nor `conversations`; the fields are "
-            f"{', '.join(row) or 'none'}. Rename the field that holds what the user says."
-        )
+        chat = read_chat(row, place)
+        messages, tools = chat.messages, chat.tools
     turns = [message["content"] for message in messages if message["role"] == "user"]
     if not any(turn.strip() for turn in turns):
         raise Unlearnable("no user turn")
     system = [message for message in messages if message["role"] in ("system", "developer")]
-    return Prompt(identifier, str(row.get("category", "chat")), system, turns)
+    return replace(prompt, system=system, turns=turns, tools=tools), [message["role"] for message in messages]
 
 
 def distinct(prompts: list[Prompt], excluded: list[Prompt], dropped: list[dict[str, str]]) -> list[Prompt]:
-    """Keep the prompts that resemble neither an excluded one nor one kept before."""
-    known = _Neighbours()
-    for prompt in excluded:
-        known.add(prompt, "an excluded prompt")
+    """Keep the prompts that resemble neither an excluded one nor one kept before.
+
+    A prompt resembles an excluded one also if a single turn of it does, or if it resembles the other's first turn.
+    """
+    sets = [_word_5_grams(" ".join(prompt.turns)) for prompt in prompts]
+    if excluded:
+        kept = []
+        for number, near in enumerate(_near_excluded(prompts, sets, excluded)):
+            if near:
+                dropped.append(prompts[number].dropped("resembles an excluded prompt"))
+            else:
+                kept.append(number)
+        prompts, sets = [prompts[number] for number in kept], [sets[number] for number in kept]
+    known = _NearDuplicates(sets)
     kept = []
-    for prompt in prompts:
-        if near := known.find(prompt):
-            dropped.append(prompt.dropped(f"resembles {near}"))
+    for number, prompt in enumerate(prompts):
+        if known.find(number):
+            dropped.append(prompt.dropped("resembles an earlier prompt"))
         else:
-            known.add(prompt, "an earlier prompt")
-            kept.append(prompt)
-    return kept
+            known.add(number)
+            kept.append(number)
+    return [prompts[number] for number in kept]
 
 
-class _Neighbours:
-    """Finds prompts whose 5-grams of words overlap, by an index from 5-grams to prompts."""
-
-    def __init__(self) -> None:
-        self.sizes: list[int] = []
-        self.labels: list[str] = []
-        self.holders: dict[tuple[str, ...], list[int]] = {}
-
-    def add(self, prompt: Prompt, label: str) -> None:
-        own = _word_5_grams(prompt)
-        for gram in own:
-            self.holders.setdefault(gram, []).append(len(self.sizes))
-        self.sizes.append(len(own))
-        self.labels.append(label)
-
-    def find(self, prompt: Prompt) -> str | None:
-        """Give the label of the first prompt that is a near-duplicate of this one."""
-        own = _word_5_grams(prompt)
-        shared = Counter(holder for gram in own for holder in self.holders.get(gram, ()))
-        near = [
-            holder
-            for holder, count in shared.items()
-            if count / (self.sizes[holder] + len(own) - count) > MAX_PROMPT_SIMILARITY
-        ]
-        return self.labels[min(near)] if near else None
+def _near_excluded(prompts: list[Prompt], sets: list[np.ndarray], excluded: list[Prompt]) -> Iterable[bool]:
+    texts = {text for prompt in excluded for text in (" ".join(prompt.turns), prompt.turns[0])}
+    turns = [_turns_5_grams(prompt) for prompt in prompts]
+    known = _NearDuplicates([*map(_word_5_grams, sorted(texts)), *sets, *(own for one in turns for own in one)])
+    for number in range(len(texts)):
+        known.add(number)
+    whole = len(texts)
+    turn = whole + len(sets)
+    for own in turns:
+        yield known.find(whole) or any(known.find(number) for number in range(turn, turn + len(own)))
+        whole, turn = whole + 1, turn + len(own)
 
 
-def _word_5_grams(prompt: Prompt) -> set[tuple[str, ...]]:
-    """Give the 5-grams of a prompt's words; a shorter prompt is one gram."""
-    return set(grams(words(" ".join(prompt.turns)), 5))
+def _turns_5_grams(prompt: Prompt) -> list[np.ndarray]:
+    return [_word_5_grams(turn) for turn in prompt.turns] if len(prompt.turns) > 1 else []
+
+
+class _NearDuplicates:
+    """Finds out whether a set of 5-grams resembles one that was added, exactly.
+
+    Comparing all pairs would take hours for 100,000 prompts, so this is the prefix filter of PPJoin. Sets of a and b
+    5-grams have a Jaccard similarity above s (`MAX_PROMPT_SIMILARITY`) if they have more than s / (1 + s) · (a + b) in
+    common. Sort the 5-grams of each by one order, the rarest first: the first common one must have that many behind it
+    in both sets. So only sets are compared that share a 5-gram early enough in this order, and what many prompts
+    share, such as an instruction that all of them begin with, comes last. 5-grams that only one set has are not stored.
+
+    Args:
+        sets: all sets that will be added or looked for, known by their number: unique 64-bit hashes each.
+    """
+
+    def __init__(self, sets: Sequence[np.ndarray]):
+        self.sizes = np.array([len(own) for own in sets], dtype=np.int32)
+        grams = np.concatenate([np.empty(0, dtype=np.uint64), *sets])
+        grams.sort()
+        shared, counts = np.unique(grams[1:][grams[1:] == grams[:-1]], return_counts=True)
+        del grams
+        order = np.argsort(counts, kind="stable")
+        ranks = np.empty(len(shared), dtype=np.int32)
+        ranks[order] = np.arange(len(shared))
+        self.shared = [np.sort(ranks[_positions(own, shared)]) for own in sets]
+        # Of each rank, the added sets that have it and its place in them lie from `starts` on, `lengths` of them.
+        self.starts = np.concatenate([[0], np.cumsum(counts[order] + 1)])
+        self.lengths = np.zeros(len(shared), dtype=np.int32)
+        self.smallest = np.full(len(shared), np.iinfo(np.int32).max // 2, dtype=np.int32)
+        self.holders = np.empty(self.starts[-1], dtype=np.int32)
+        self.places = np.empty(self.starts[-1], dtype=np.int32)
+
+    def add(self, number: int) -> None:
+        ranks, places = self._prefix(number)
+        slots = self.starts[ranks] + self.lengths[ranks]
+        self.holders[slots], self.places[slots] = number, places
+        self.lengths[ranks] += 1
+        self.smallest[ranks] = np.minimum(self.smallest[ranks], self.sizes[number])
+
+    def find(self, number: int) -> bool:
+        """Whether a set that was added resembles this one."""
+        size, own = self.sizes[number], self.shared[number]
+        ranks, places = self._prefix(number)
+        may_lead = size - places > _needed(size, self.smallest[ranks])
+        compared = set()
+        for rank, place in zip(ranks[may_lead].tolist(), places[may_lead].tolist(), strict=True):
+            slots = slice(self.starts[rank], self.starts[rank] + self.lengths[rank])
+            others = self.holders[slots]
+            left = np.minimum(size - place, self.sizes[others] - self.places[slots])
+            for other in others[left > _needed(size, self.sizes[others])].tolist():
+                if other in compared:
+                    continue
+                compared.add(other)
+                common = len(np.intersect1d(own, self.shared[other], assume_unique=True))
+                if common / (size + self.sizes[other] - common) > MAX_PROMPT_SIMILARITY:
+                    return True
+        return False
+
+    def _prefix(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Give the members by which a set may be found: their ranks, and their places in the order of all its members.
+
+        One at place p leaves size - p, and even the smallest set that is alike has more than s · size in common.
+        """
+        size, own = int(self.sizes[number]), self.shared[number]
+        num_unshared = size - len(own)
+        end = max(num_unshared, math.ceil(size * (1 - MAX_PROMPT_SIMILARITY)))
+        return own[: end - num_unshared], np.arange(num_unshared, end)
+
+
+def _needed(size: Any, other_size: Any) -> Any:
+    """Give the number of common members above which two sets of these sizes are near-duplicates."""
+    return (size + other_size) * MAX_PROMPT_SIMILARITY / (1 + MAX_PROMPT_SIMILARITY)
+
+
+def _positions(values: np.ndarray, among: np.ndarray) -> np.ndarray:
+    """Give where values are in a sorted array; those that aren't in it are left out."""
+    places = np.searchsorted(among, values)
+    if not len(among):
+        return places[:0]
+    return places[among.take(places, mode="clip") == values]
+
+
+def _word_5_grams(text: str) -> np.ndarray:
+    """Give the 5-grams of a text's words as sorted, unique 64-bit hashes; a text of fewer words is one gram."""
+    hashes = np.array([_word_hash(word) for word in words(text)], dtype=np.uint64)
+    width = min(5, len(hashes))
+    runs = np.zeros(max(1, len(hashes) - width + 1), dtype=np.uint64)
+    for start in range(width):
+        runs = runs * np.uint64(_ODD) + hashes[start : start + len(runs)]
+    return np.unique(runs)
+
+
+@lru_cache(maxsize=1 << 18)
+def _word_hash(word: str) -> int:
+    digest = hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
 
 
 def words(text: str) -> list[str]:
-    """The words of a text in lower case, without punctuation; a letter is one where none are written between spaces."""
-    return _WORDS.findall(text.lower())
+    """Give the words of a text, without case, punctuation and Unicode variants (decomposed or full-width letters).
+
+    Scripts that put no spaces between words, such as Chinese, Japanese and Thai, give single letters.
+    """
+    return _WORDS.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
 def grams(items: Sequence[Any], n: int) -> list[tuple[Any, ...]]:
-    """The runs of n items; fewer items are one run."""
+    """Give the runs of n items; fewer items are one run."""
     return [tuple(items[start : start + n]) for start in range(max(1, len(items) - n + 1))]

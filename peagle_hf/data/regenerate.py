@@ -4,28 +4,31 @@ A drafter is measured on the text that its target writes, so that is the best te
 token ids that the target made: text decoded and encoded again often gives other ids.
 """
 
-import errno
 import hashlib
 import json
 import logging
 import math
-import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import filelock
 from tqdm import tqdm
 
-from ..arguments import Arguments
+from ..arguments import Arguments, check_ranges, flag_of
 from ..errors import PeagleError
-from ..files import atomic_path, write_json
+from ..files import atomic_path, write_json, writing
 from ..target import weights_of
 from .chat_models import Batch, ChatModel, LocalChatModel, Sampling, ServedChatModel
-from .endpoint import MAX_RETRIES
+from .chats import Unlearnable
+from .endpoint import MAX_RETRIES, EndpointError, RefusedEndpointError
+from .journal import Journal
+from .prepare import vocabulary_fingerprint
 from .prompts import Prompt, distinct, grams, read_prompts, words
 
 logger = logging.getLogger(__name__)
@@ -35,11 +38,14 @@ MAX_REPETITION = 0.3
 ANSWER_TIMEOUT = 600.0
 
 _MIN_INVENTED_WORDS = 3
-_RANGES = (
-    *((name, 1, math.inf) for name in ("max_new_tokens", "concurrency", "batch_size")),
-    *((name, 0, math.inf) for name in ("temperature", "top_k", "min_answer_tokens", "max_retries")),
-    *((name, 0, 1) for name in ("top_p", "min_p", "max_repetition")),
-)
+_MAX_REFUSED_AT_FIRST = 100
+"""Servers that refuse as many prompts, and have answered none, would refuse all others too."""
+_RANGES = {
+    **dict.fromkeys(("max_samples", "max_new_tokens", "concurrency", "batch_size"), (1, math.inf)),
+    **dict.fromkeys(("invent", "temperature", "invent_temperature", "top_k"), (0, math.inf)),
+    **dict.fromkeys(("min_answer_tokens", "request_timeout", "max_retries"), (0, math.inf)),
+    **dict.fromkeys(("top_p", "min_p", "max_repetition"), (0, 1)),
+}
 _ELSEWHERE = (
     *("output", "max_samples", "endpoint", "concurrency", "request_timeout", "max_retries", "batch_size"),
     "trust_remote_code",
@@ -53,7 +59,10 @@ class RegenerateArguments(Arguments):
 
     model: str = field(metadata={"aliases": ["--verifier"], "help": "The target that answers: a folder or a hub name."})
     output: str = field(
-        metadata={"help": "The .jsonl file to write. What was dropped and why goes into a .report.json beside it."}
+        metadata={
+            "help": "The .jsonl file to write. What was dropped and why goes into a .report.json beside it, answers as "
+            "they come into a .journal."
+        }
     )
     prompts: str | None = field(
         default=None,
@@ -125,15 +134,20 @@ class RegenerateArguments(Arguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.prompts is None and self.invent <= 0:
+        if self.prompts is None and self.invent == 0:
             raise PeagleError("There is nothing to answer: name a file with --prompts, or give --invent a number.")
-        if self.invent > 0 and self.invent_temperature <= 0:
-            raise PeagleError("--invent-temperature must be above 0, or else all invented prompts are the same.")
-        for name, least, most in _RANGES:
-            value = getattr(self, name)
-            if not least <= value <= most:
-                limits = f"at least {least}" if most == math.inf else f"in {least} .. {most}"
-                raise PeagleError(f"--{name.replace('_', '-')} is {value} but must be {limits}.")
+        if Path(self.output).suffix != ".jsonl":
+            raise PeagleError(f"--output {self.output} must end in .jsonl, as it gets a JSON object a line.")
+        check_ranges(self, _RANGES)
+        for name in ("temperature", "invent_temperature", "top_p", "request_timeout"):
+            value, above_0 = getattr(self, name), "" if name == "temperature" else " above 0"
+            if value == math.inf or (value == 0 and above_0):
+                raise PeagleError(f"{flag_of(name)} is {value} but must be a finite number{above_0}.")
+        if self.min_answer_tokens > self.max_new_tokens:
+            raise PeagleError(
+                f"--min-answer-tokens {self.min_answer_tokens} is more than --max-new-tokens {self.max_new_tokens}, so "
+                "every chat would be dropped. Raise one or lower the other."
+            )
         if self.endpoint and self.dtype != "auto":
             raise PeagleError("--dtype is for a target in this process. With --endpoint tell the server.")
 
@@ -141,59 +155,99 @@ class RegenerateArguments(Arguments):
 def regenerate(arguments: RegenerateArguments) -> Path:
     """Let the target answer prompts, and give the path of the .jsonl file with the chats, in the order of the prompts.
 
-    A row has `id`, `category`, `messages`, `input_ids`, `loss_mask` (1 on every token that the target made,
-    its end-of-turn token included), `finish_reason` of the last answer ("stop" or "length") and `model`. A chat is one
-    row, unless the chat template renders earlier turns differently later: then each such turn starts a row of its own.
+    A row has `id`, `category`, `conversation` (the same text in all rows of one chat and in no other), `messages`,
+    `tools` if the chat offers some, `input_ids`, `loss_mask` (1 on every token that the target made, its end-of-turn
+    token included), `finish_reason` of the last answer ("stop" or "length"), `model` and `tokenizer` (a fingerprint of
+    the vocabulary of `input_ids`). A chat is one row, unless the chat template renders earlier turns differently later:
+    then each such turn starts a row of its own.
 
-    Near-duplicate, excluded and unusable prompts are dropped before they are answered, chats with an answer that is
-    empty, too short, cut off or looping afterwards; the report says which and why. Finished answers are kept beside the
-    output, so that an interrupted run continues with the same result.
+    The report lists what is dropped and why: near-duplicate, excluded and unusable prompts before they are answered,
+    prompts that a server refuses, and chats with an answer that is empty, too short, cut off or looping. Answers are
+    kept in a journal beside the output, under all that they depend on, so that a run that goes on, also with prompts
+    added, removed or in another order, asks only for answers that aren't there yet.
 
-    What is sampled depends on the seed, the prompt's id and the turn, not on who else is answered at the time.
+    What is sampled depends on the seed and the text before it, not on the order of the prompts or on which prompts are
+    answered at the same time.
 
     Raises:
         PeagleError: a file is malformed, the model can't be loaded or has no chat template, the output was made with
-            other arguments, or the servers failed a request.
+            other arguments, another process writes it, or the servers failed a request.
     """
+    output = Path(arguments.output)
+    with _locked(output):
+        return _regenerate(arguments, output, output.with_suffix(".report.json"))
+
+
+def _regenerate(arguments: RegenerateArguments, output: Path, report_path: Path) -> Path:
     dropped: list[dict[str, str]] = []
     prompts = read_prompts(arguments.prompts, dropped)[: arguments.max_samples] if arguments.prompts else []
-    excluded = [prompt for path in arguments.exclude for prompt in read_prompts(path, dropped)]
+    excluded = [prompt for path in arguments.exclude for prompt in read_prompts(path, dropped, to_answer=False)]
     settings = _settings(arguments, prompts, excluded)
-
-    output = Path(arguments.output)
-    report_path = output.with_suffix(".report.json")
+    journal_path = output.with_suffix(".journal")
     if output.exists():
-        _require_same_settings(settings, _settings_of(output, report_path), output)
+        _require_same_settings(settings, _settings_of(output, report_path), output, journal_path)
         logger.info("%s is complete already.", output)
         return output
 
-    journal = _Journal(output.with_suffix(".journal"), settings)
-    target = _load(arguments)
-    prompts += _invent(target, journal, arguments, dropped)
-    prompts = distinct(prompts, excluded, dropped)
-    chats = _answer(target, journal, prompts, arguments, dropped)
-    kept = []
-    for rows in chats:
-        if reason := _fault(rows, target.end_ids, arguments):
-            dropped.append({"id": rows[0]["id"], "category": rows[0]["category"], "reason": reason})
-        else:
-            kept += rows
-    if not kept:
-        reasons = ", ".join(sorted({drop["reason"] for drop in dropped}))
-        raise PeagleError(
-            f"No chat is left for {output}: {len(dropped)} were dropped ({reasons}). Give other prompts, or a model "
-            "that answers better."
-        )
-
-    report = _report(kept, dropped)
-    write_json(report_path, {"settings": settings, **report, "dropped": dropped})
-    with atomic_path(output) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        for row in kept:
-            row["model"] = settings["model"]
-            file.write(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n")
-    journal.remove()
-    logger.info("%s: %s", output, json.dumps(report, ensure_ascii=False))
+    with Journal(journal_path) as journal:
+        target = _load(arguments)
+        basis = _basis(arguments)
+        _log_changes(journal, basis)
+        journal.begin(basis)
+        prompts += _invent(target, journal, basis, arguments, dropped)
+        prompts = distinct(prompts, excluded, dropped)
+        prompts, lengths = _fitting(target, prompts, dropped)
+        answers = _Answers(target, journal, basis, arguments, arguments.temperature, target.end_ids)
+        unanswerable = _answer(answers, prompts, lengths)
+        chats = _chats(answers, prompts, unanswerable, arguments, dropped)
+        _write(output, report_path, chats, settings, dropped)
     return output
+
+
+@contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    """Keep other processes from writing the same output; the operating system frees the lock of a process that dies."""
+    path = output.with_name(f".{output.name}.lock")
+    with writing(output):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(path)
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout as error:
+            raise PeagleError(
+                f"Another process is writing {output}. Wait until it has ended, or name another --output."
+            ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _write(
+    output: Path,
+    report_path: Path,
+    chats: Iterable[list[dict[str, Any]]],
+    settings: dict[str, Any],
+    dropped: list[dict[str, str]],
+) -> None:
+    """Write the chats as they come, and then the report of them."""
+    report = _Report()
+    with atomic_path(output) as temporary:
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            for rows in chats:
+                for row in rows:
+                    report.add(row)
+                    file.write(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n")
+        if not report.rows:
+            counted = Counter(drop["reason"] for drop in dropped).most_common(5)
+            reasons = "; ".join(f"{reason}: {count}" for reason, count in counted)
+            raise PeagleError(
+                f"No chat is left for {output}: {len(dropped)} were dropped ({reasons}). Give other prompts, or a "
+                "model that answers better."
+            )
+        counts = report.counts(dropped)
+        write_json(report_path, {"settings": settings, **counts, "dropped": dropped})
+    logger.info("%s: %s", output, json.dumps(counts, ensure_ascii=False))
 
 
 def _load(arguments: RegenerateArguments) -> ChatModel:
@@ -219,113 +273,169 @@ def _load(arguments: RegenerateArguments) -> ChatModel:
 def _settings(arguments: RegenerateArguments, prompts: list[Prompt], excluded: list[Prompt]) -> dict[str, Any]:
     """Describe all that the result depends on, without a path of this machine."""
     settings = {name: value for name, value in asdict(arguments).items() if name not in _ELSEWHERE}
-    settings["backend"] = "transformers" if arguments.endpoint is None else "vLLM"
+    settings["backend"] = _backend(arguments)
     if Path(arguments.model).is_dir():
         settings["model"] = Path(arguments.model).resolve().name
         settings["weights"] = weights_of(arguments.model)
     for name, read in (("prompts", prompts), ("exclude", excluded)):
-        text = json.dumps([asdict(prompt) for prompt in read])
-        settings[name] = f"{len(read)}, sha256 {hashlib.sha256(text.encode()).hexdigest()}"
+        digest = hashlib.sha256()
+        for prompt in read:
+            digest.update(json.dumps([prompt.id, prompt.category, prompt.digest]).encode())
+        settings[name] = f"{len(read)}, sha256 {digest.hexdigest()}"
     return settings
 
 
+def _backend(arguments: RegenerateArguments) -> str:
+    return "transformers" if arguments.endpoint is None else "vLLM"
+
+
 def _settings_of(output: Path, report_path: Path) -> dict[str, Any]:
+    """Read from its report how an output was made."""
     try:
         return dict(json.loads(report_path.read_text(encoding="utf-8"))["settings"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problem = (
+            f"there is no report {report_path} that tells how it was made"
+            if isinstance(error, FileNotFoundError)
+            else f"its report {report_path} is damaged ({type(error).__name__}: {error})"
+        )
         raise PeagleError(
-            f"{output} exists already, but there is no report {report_path} that tells how it was made. Name another "
-            "--output, or remove the file."
+            f"{output} exists already, but {problem}. Name another --output, or remove {output} to make it anew."
         ) from error
 
 
-def _require_same_settings(settings: dict[str, Any], found: dict[str, Any], path: Path) -> None:
+def _require_same_settings(settings: dict[str, Any], found: dict[str, Any], output: Path, journal_path: Path) -> None:
     changes = [
         f"{name}: {found.get(name)} there, {value} now" for name, value in settings.items() if found.get(name) != value
     ]
     if changes:
+        kept = f" Answers in {journal_path} that are still valid will be used." if journal_path.exists() else ""
         raise PeagleError(
-            f"{path} belongs to a run with other arguments ({'; '.join(changes)}). Give the same arguments as then, "
-            "name another --output, or remove the file to start afresh."
+            f"{output} belongs to a run with other arguments ({'; '.join(changes)}). Give the same arguments as then, "
+            f"name another --output, or remove {output} to make it anew.{kept}"
         )
 
 
-class _Journal:
-    """Results on disk, a JSON line each after a first line with the settings, so that a rerun skips them."""
-
-    def __init__(self, path: Path, settings: dict[str, Any]):
-        self.path = path
-        self.done: dict[str, dict[int, Any]] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        complete, newline, _ = path.read_bytes().rpartition(b"\n") if path.exists() else (b"", b"", b"")
-        if not newline:
-            self._write([settings], "w")
-            return
-        try:
-            header, *lines = [json.loads(line) for line in complete.split(b"\n")]
-        except ValueError as error:
-            raise PeagleError(f"{path} is damaged ({error}). Remove it to start afresh.") from error
-        _require_same_settings(settings, header, path)
-        with open(path, "r+b") as file:
-            file.truncate(len(complete) + 1)
-        for line in lines:
-            self.done.setdefault(line["step"], {})[line["item"]] = line["result"]
-
-    def run(
-        self, step: str, target: ChatModel, items: Sequence[int], work: Callable[[Batch], list[Any]]
-    ) -> dict[int, Any]:
-        """Give the result of every item, those that are not done yet by `work` on batches of them."""
-        done = self.done.setdefault(step, {})
-        size = target.batch_size
-        batches = [list(items[start : start + size]) for start in range(0, len(items), size)]
-        # Batches stay the same in a rerun: by whom else a model is asked changes the rounding of its arithmetic.
-        batches = [batch for batch in batches if not done.keys() >= set(batch)]
-        waiting = sum(map(len, batches))
-        with tqdm(total=len(items), initial=len(items) - waiting, desc=step, unit="chat", disable=None) as progress:
-            for batch, results in target.work_off(batches, work):
-                done |= zip(batch, results, strict=True)
-                lines = zip(batch, results, strict=True)
-                self._write([{"step": step, "item": item, "result": result} for item, result in lines], "a")
-                progress.update(len(batch))
-        return done
-
-    def remove(self) -> None:
-        self.path.unlink()
-
-    def _write(self, lines: list[dict[str, Any]], mode: str) -> None:
-        try:
-            with open(self.path, mode, encoding="utf-8") as file:
-                file.write("".join(json.dumps(line) + "\n" for line in lines))
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise PeagleError(
-                f"No space is left on the disk of {self.path}. Free some and run the same command again: it continues."
-            ) from error
+def _basis(arguments: RegenerateArguments) -> dict[str, Any]:
+    """Give the arguments that an answer depends on, those of drawing only if anything is drawn."""
+    names = ["dtype", "max_new_tokens", "temperature"]
+    if arguments.invent:
+        names.append("invent_temperature")
+    if arguments.invent or arguments.temperature > 0:
+        names += ["top_p", "top_k", "min_p", "seed"]
+    model = weights_of(arguments.model) or arguments.model
+    return {"backend": _backend(arguments), "model": model} | {name: getattr(arguments, name) for name in names}
 
 
-def _seed(arguments: RegenerateArguments, purpose: str) -> int:
-    return random.Random(f"{arguments.seed} {purpose}").getrandbits(63)
+def _log_changes(journal: Journal, basis: dict[str, Any]) -> None:
+    before = journal.settings or {}
+    changes = [
+        f"{name}: {before[name]} there, {value} now"
+        for name, value in basis.items()
+        if before.get(name, value) != value
+    ]
+    if changes:
+        logger.warning(
+            "The latest answers in %s were made with other arguments (%s). Prompts are asked anew where their answers "
+            "depend on these; a run with the old arguments would find the old answers, which stay in the file.",
+            journal.path,
+            "; ".join(changes),
+        )
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+class _Answers:
+    """The target's answers to token ids, from the journal where it has them.
+
+    Args:
+        basis: see `_basis`.
+        temperature: of these answers.
+        end_ids: an answer ends with one of these token ids.
+    """
+
+    def __init__(
+        self,
+        target: ChatModel,
+        journal: Journal,
+        basis: dict[str, Any],
+        arguments: RegenerateArguments,
+        temperature: float,
+        end_ids: set[int],
+    ):
+        self.target, self.journal, self.end_ids, self.seed = target, journal, end_ids, arguments.seed
+        self.sampling = Sampling(temperature, arguments.top_p, arguments.top_k, arguments.min_p)
+        drawing = asdict(self.sampling) if temperature > 0 else "greedy"
+        same = [basis[name] for name in ("backend", "model", "dtype", "max_new_tokens")]
+        self.basis = [*same, drawing, sorted(end_ids)]
+
+    def has(self, question: list[int], number: int = 0) -> bool:
+        """Whether the journal has the answer.
+
+        Args:
+            number: tells draws for the same question from each other.
+        """
+        return self._key(question, number) in self.journal
+
+    def get(self, question: list[int], number: int = 0) -> list[int]:
+        """Give an answer that the journal has."""
+        return self.journal.get(self._key(question, number))
+
+    def ask(self, questions: list[list[int]], numbers: Sequence[int] | None = None) -> list[list[int]]:
+        """Give the answer to each question, after asking the target once for all that the journal hasn't got."""
+        numbers = [0] * len(questions) if numbers is None else numbers
+        keys = [self._key(*one) for one in zip(questions, numbers, strict=True)]
+        new = {key: place for place, key in enumerate(keys) if key not in self.journal}
+        if new:
+            asked = [questions[place] for place in new.values()]
+            seeds = [self._draw(questions[place], numbers[place]) for place in new.values()]
+            answers = self.target.complete(asked, self.end_ids, self.sampling, seeds)
+            self.journal.add(dict(zip(new, answers, strict=True)))
+        return [self.journal.get(key) for key in keys]
+
+    def _key(self, question: list[int], number: int) -> str:
+        draw = self._draw(question, number) if self.sampling.temperature > 0 else None
+        return _digest(self.basis, draw, question)[:32]
+
+    def _draw(self, question: list[int], number: int) -> int:
+        """Give the seed of an answer, 0 .. 2^63 - 1, which is the same wherever the prompt stands in its file."""
+        return int(_digest(self.seed, number, question)[:16], 16) >> 1
+
+
+def _run_batches(target: ChatModel, step: str, batches: list[Batch], work: Callable[[Batch], None], total: int) -> None:
+    waiting = sum(map(len, batches))
+    with tqdm(total=total, initial=total - waiting, desc=step, unit="chat", disable=None) as progress:
+        for batch in target.run_batches(batches, work):
+            progress.update(len(batch))
+
+
+def _batches(items: Sequence[int], size: int) -> list[Batch]:
+    return [list(items[start : start + size]) for start in range(0, len(items), size)]
 
 
 def _invent(
-    target: ChatModel, journal: _Journal, arguments: RegenerateArguments, dropped: list[dict[str, str]]
+    target: ChatModel,
+    journal: Journal,
+    basis: dict[str, Any],
+    arguments: RegenerateArguments,
+    dropped: list[dict[str, str]],
 ) -> list[Prompt]:
     """Sample what follows the user's tag (Magpie, arXiv 2406.08464), and keep what could be a user's words."""
-    if arguments.invent <= 0:
+    if not arguments.invent:
         return []
     prefix, end_ids = target.user_turn()
+    answers = _Answers(target, journal, basis, arguments, arguments.invent_temperature, end_ids)
 
-    sampling = Sampling(arguments.invent_temperature, arguments.top_p, arguments.top_k, arguments.min_p)
+    def work(batch: Batch) -> None:
+        answers.ask([prefix] * len(batch), batch)
 
-    def work(batch: Batch) -> list[list[int]]:
-        seeds = [_seed(arguments, f"invented-{number}") for number in batch]
-        return target.complete([prefix] * len(batch), end_ids, sampling, seeds)
-
-    results = journal.run("Inventing", target, range(arguments.invent), work)
+    missing = [number for number in range(arguments.invent) if not answers.has(prefix, number)]
+    _run_batches(target, "Inventing", _batches(missing, target.batch_size), work, arguments.invent)
     prompts = []
     for number in range(arguments.invent):
-        ids = results[number]
+        ids = answers.get(prefix, number)
         ended = ids[-1] in end_ids
         text = target.decode(ids[:-1] if ended else ids, skip_special_tokens=False).strip()
         prompt = Prompt(f"invented-{number}", "invented", [], [text])
@@ -348,38 +458,20 @@ def repetition(token_ids: Sequence[int]) -> float:
     return 1 - len(set(runs)) / len(runs)
 
 
-def _answer(
-    target: ChatModel,
-    journal: _Journal,
-    prompts: list[Prompt],
-    arguments: RegenerateArguments,
-    dropped: list[dict[str, str]],
-) -> list[list[dict[str, Any]]]:
-    """Answer the prompts, those of similar length together, and give the rows of each, in the order of the prompts."""
-    lengths = [_longest(target, prompt) for prompt in prompts]
-    fitting = []
-    for index, length in enumerate(lengths):
-        if target.max_length is not None and length > target.max_length:
-            dropped.append(prompts[index].dropped("longer than the model's context with its answers"))
+def _fitting(target: ChatModel, prompts: list[Prompt], dropped: list[dict[str, str]]) -> tuple[list[Prompt], list[int]]:
+    """Keep the prompts that the chat template takes and that fit the model's context; also give their lengths."""
+    fitting, lengths = [], []
+    for prompt in tqdm(prompts, desc="Measuring", unit="chat", disable=None):
+        try:
+            length = _longest(target, prompt)
+            if target.max_length is not None and length > target.max_length:
+                raise Unlearnable("longer than the model's context with its answers")
+        except Unlearnable as reason:
+            dropped.append(prompt.dropped(str(reason)))
         else:
-            fitting.append(index)
-    fitting.sort(key=lambda index: (len(prompts[index].turns), lengths[index]))
-    sampling = Sampling(arguments.temperature, arguments.top_p, arguments.top_k, arguments.min_p)
-
-    def work(batch: Batch) -> list[list[dict[str, Any]]]:
-        dialogues = [_Dialogue(prompts[index]) for index in batch]
-        for turn in range(max(len(dialogue.prompt.turns) for dialogue in dialogues)):
-            asked = [dialogue for dialogue in dialogues if turn < len(dialogue.prompt.turns)]
-            for dialogue in asked:
-                dialogue.ask(dialogue.prompt.turns[turn], target)
-            seeds = [_seed(arguments, f"{dialogue.prompt.id} turn {turn}") for dialogue in asked]
-            answers = target.complete([dialogue.input_ids for dialogue in asked], target.end_ids, sampling, seeds)
-            for dialogue, ids in zip(asked, answers, strict=True):
-                dialogue.hear(ids, target)
-        return [dialogue.close() for dialogue in dialogues]
-
-    results = journal.run("Answering", target, fitting, work)
-    return [results[index] for index in sorted(fitting)]
+            fitting.append(prompt)
+            lengths.append(length)
+    return fitting, lengths
 
 
 def _longest(target: ChatModel, prompt: Prompt) -> int:
@@ -387,7 +479,108 @@ def _longest(target: ChatModel, prompt: Prompt) -> int:
     messages = [*prompt.system, {"role": "user", "content": prompt.turns[0]}]
     for turn in prompt.turns[1:]:
         messages += [{"role": "assistant", "content": "."}, {"role": "user", "content": turn}]
-    return len(target.encode(target.render(messages))) + len(prompt.turns) * target.max_new_tokens
+    return len(target.encode(target.render(messages, prompt.tools))) + len(prompt.turns) * target.max_new_tokens
+
+
+def _answer(answers: _Answers, prompts: list[Prompt], lengths: list[int]) -> dict[int, str]:
+    """See to it that all prompts are answered, those of similar length together.
+
+    Returns:
+        The prompts, by their place, that can't be answered, and why.
+    """
+    target = answers.target
+    unanswerable: dict[int, str] = {}
+    waiting = list(range(len(prompts)))
+    if len(answers.journal):
+        waiting = []
+        for index, prompt in enumerate(tqdm(prompts, desc="Looking up", unit="chat", disable=None)):
+            try:
+                if _replay(answers, prompt) is None:
+                    waiting.append(index)
+            except Unlearnable as reason:
+                unanswerable[index] = str(reason)
+        logger.info(
+            "%s has answers to %d of %d prompts already; the other %d are asked for.",
+            *(answers.journal.path, len(prompts) - len(waiting), len(prompts), len(waiting)),
+        )
+    # The composition of a batch changes rounding. A run that goes on has the same batches: those before are complete,
+    # as the prompts of one have equally many turns, and the order is not that of the file.
+    waiting.sort(key=lambda index: (len(prompts[index].turns), lengths[index], prompts[index].digest))
+    groups = groupby(waiting, key=lambda index: len(prompts[index].turns))
+    batches = [batch for _, group in groups for batch in _batches(list(group), target.batch_size)]
+    num_refused, has_answers = 0, len(waiting) < len(prompts)
+
+    def work(batch: Batch) -> None:
+        nonlocal num_refused, has_answers
+        dialogues = {index: _Dialogue(prompts[index], target) for index in batch}
+        for turn in range(len(prompts[batch[0]].turns)):
+            for index in batch:
+                try:
+                    if index in dialogues:
+                        dialogues[index].ask(turn)
+                except Unlearnable as reason:  # the template refuses the chat because of an answer in it
+                    unanswerable[index] = str(reason)
+                    del dialogues[index]
+            try:
+                replies = answers.ask([dialogue.input_ids for dialogue in dialogues.values()])
+            except RefusedEndpointError as error:
+                unanswerable.update(dict.fromkeys(dialogues, f"the server refuses it: {str(error)[:300]}"))
+                num_refused += len(dialogues)
+                if num_refused >= _MAX_REFUSED_AT_FIRST and not has_answers:
+                    raise PeagleError(
+                        f"The servers refused the first {num_refused} prompts, the latest with: {error}. See to the "
+                        "servers or the arguments, and run the same command again."
+                    ) from error
+                return
+            except EndpointError as error:
+                names = ", ".join(f"prompt {prompts[index].id} ({prompts[index].place})" for index in dialogues)
+                raise EndpointError(f"{names}: {error}") from error
+            for dialogue, ids in zip(dialogues.values(), replies, strict=True):
+                dialogue.hear(ids)
+        has_answers = True
+
+    _run_batches(target, "Answering", batches, work, len(prompts))
+    return unanswerable
+
+
+def _replay(answers: _Answers, prompt: Prompt) -> list[dict[str, Any]] | None:
+    """Give the rows of a chat whose answers are all in the journal; None of others.
+
+    Raises:
+        Unlearnable: the chat template refuses the chat because of an answer in it.
+    """
+    dialogue = _Dialogue(prompt, answers.target)
+    for turn in range(len(prompt.turns)):
+        dialogue.ask(turn)
+        if not answers.has(dialogue.input_ids):
+            return None
+        dialogue.hear(answers.get(dialogue.input_ids))
+    return dialogue.close()
+
+
+def _chats(
+    answers: _Answers,
+    prompts: list[Prompt],
+    unanswerable: dict[int, str],
+    arguments: RegenerateArguments,
+    dropped: list[dict[str, str]],
+) -> Iterator[list[dict[str, Any]]]:
+    """Give the rows of each chat that is kept, in the order of the prompts."""
+    end_ids = answers.target.end_ids
+    origin = {
+        "model": Path(arguments.model).resolve().name if Path(arguments.model).is_dir() else arguments.model,
+        "tokenizer": vocabulary_fingerprint(answers.target.tokenizer),
+    }
+    for index, prompt in enumerate(tqdm(prompts, desc="Writing", unit="chat", disable=None)):
+        if index in unanswerable:
+            dropped.append(prompt.dropped(unanswerable[index]))
+            continue
+        rows = _replay(answers, prompt)
+        assert rows is not None
+        if reason := _fault(rows, end_ids, arguments):
+            dropped.append(prompt.dropped(reason))
+        else:
+            yield [row | origin for row in rows]
 
 
 class _Dialogue:
@@ -397,8 +590,8 @@ class _Dialogue:
     earlier answer in other words than the target did, the history is encoded anew and starts another row.
     """
 
-    def __init__(self, prompt: Prompt):
-        self.prompt = prompt
+    def __init__(self, prompt: Prompt, target: ChatModel):
+        self.prompt, self.target = prompt, target
         self.messages: list[dict[str, Any]] = list(prompt.system)
         self.text = ""  # what the chat template should write up to the end of the last answer
         self.input_ids: list[int] = []
@@ -406,23 +599,29 @@ class _Dialogue:
         self.finish_reason = ""
         self.rows: list[dict[str, Any]] = []
 
-    def ask(self, turn: str, target: ChatModel) -> None:
-        self.messages.append({"role": "user", "content": turn})
-        text = target.render(self.messages)
+    def ask(self, turn: int) -> None:
+        """Let the user say what comes in this turn.
+
+        Raises:
+            Unlearnable: the chat template refuses the chat.
+        """
+        self.messages.append({"role": "user", "content": self.prompt.turns[turn]})
+        text = self.target.render(self.messages, self.prompt.tools)
         if not text.startswith(self.text):
             self._end_row(self.messages[:-1])
             self.text = ""
-        new_ids = target.encode(text[len(self.text) :])
+        new_ids = self.target.encode(text[len(self.text) :])
         self.input_ids = self.input_ids + new_ids
         self.loss_mask = self.loss_mask + [0] * len(new_ids)
         self.text = text
 
-    def hear(self, ids: list[int], target: ChatModel) -> None:
-        ended = ids[-1] in target.end_ids
+    def hear(self, ids: list[int]) -> None:
+        """Let the target answer."""
+        ended = ids[-1] in self.target.end_ids
         self.finish_reason = "stop" if ended else "length"
-        content = target.decode(ids[:-1] if ended else ids).strip()
+        content = self.target.decode(ids[:-1] if ended else ids).strip()
         self.messages.append({"role": "assistant", "content": content})
-        self.text += content + (target.decode(ids[-1:], skip_special_tokens=False) if ended else "")
+        self.text += content + (self.target.decode(ids[-1:], skip_special_tokens=False) if ended else "")
         self.input_ids = self.input_ids + ids
         self.loss_mask = self.loss_mask + [1] * len(ids)
 
@@ -436,7 +635,9 @@ class _Dialogue:
             {
                 "id": self.prompt.id,
                 "category": self.prompt.category,
+                "conversation": self.prompt.digest,
                 "messages": list(messages),
+                **({"tools": self.prompt.tools} if self.prompt.tools else {}),
                 "input_ids": self.input_ids,
                 "loss_mask": self.loss_mask,
                 "finish_reason": self.finish_reason,
@@ -465,13 +666,32 @@ def learnt_spans(row: dict[str, Any]) -> list[list[int]]:
     return [[token_id for _, token_id in span] for learnt, span in spans if learnt]
 
 
-def _report(kept: list[dict[str, Any]], dropped: list[dict[str, str]]) -> dict[str, Any]:
-    return {
-        "rows": len(kept),
-        "rows_by_category": dict(sorted(Counter(row["category"] for row in kept).items())),
-        "rows_by_finish_reason": dict(sorted(Counter(row["finish_reason"] for row in kept).items())),
-        "tokens": sum(len(row["input_ids"]) for row in kept),
-        "answer_tokens": sum(sum(row["loss_mask"]) for row in kept),
-        "dropped_by_reason": dict(sorted(Counter(drop["reason"] for drop in dropped).items())),
-        "dropped_by_category": dict(sorted(Counter(drop["category"] for drop in dropped).items())),
-    }
+class _Report:
+    """Counts rows as they are written."""
+
+    def __init__(self) -> None:
+        self.rows = self.tokens = self.answer_tokens = 0
+        self.by_category: Counter[str] = Counter()
+        self.by_finish_reason: Counter[str] = Counter()
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows += 1
+        self.tokens += len(row["input_ids"])
+        self.answer_tokens += sum(row["loss_mask"])
+        self.by_category[row["category"]] += 1
+        self.by_finish_reason[row["finish_reason"]] += 1
+
+    def counts(self, dropped: list[dict[str, str]]) -> dict[str, Any]:
+        return {
+            "rows": self.rows,
+            "rows_by_category": dict(sorted(self.by_category.items())),
+            "rows_by_finish_reason": dict(sorted(self.by_finish_reason.items())),
+            "tokens": self.tokens,
+            "answer_tokens": self.answer_tokens,
+            "dropped_by_reason": _counted(dropped, "reason"),
+            "dropped_by_category": _counted(dropped, "category"),
+        }
+
+
+def _counted(dropped: list[dict[str, str]], name: str) -> dict[str, int]:
+    return dict(sorted(Counter(drop[name] for drop in dropped).items()))
