@@ -93,7 +93,7 @@ def is_quiet() -> bool:
     return _verbosity > logging.INFO
 
 
-def progress(iterable: Iterable[Any] | None = None, *, disable: bool = False, **kwargs: Any) -> Any:
+def progress_bar(iterable: Iterable[Any] | None = None, *, disable: bool = False, **kwargs: Any) -> Any:
     """A `tqdm` bar that is off where stderr is no terminal, and with `--quiet`."""
     from tqdm import tqdm
 

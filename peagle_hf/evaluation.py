@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from tqdm import tqdm
 
 from . import __version__
 from .arguments import Arguments, check_ranges, flag_of
 from .client import DRAFT_COUNTERS, Client, Run, measure
+from .console import progress_bar
 from .data.cache import place
 from .data.chats import is_local_file
 from .data.prompts import Prompt, read_prompts
@@ -452,7 +452,7 @@ def _run_on_servers(
     drafted: list[list[Run]] = [[] for _ in arguments.concurrency]
     without: list[list[Run]] = [[] for _ in arguments.concurrency]
     total = arguments.rounds * len(arguments.concurrency) * len(prompts) * (2 if baseline else 1)
-    with tqdm(total=total, unit="prompt", disable=None) as progress:
+    with progress_bar(total=total, unit="prompt") as progress:
 
         def ask(server: Client, name: str, given: list[list[str]] | None, concurrency: int) -> Run:
             if name in finished:

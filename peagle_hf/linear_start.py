@@ -11,8 +11,8 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
+from .console import progress_bar
 from .data.collator import CODDataCollator
 from .data.dataset import HiddenStatesDataset
 from .errors import PeagleError
@@ -59,7 +59,7 @@ def start_linearly(drafter: PeagleForSpeculation, dataset: HiddenStatesDataset) 
     mine = range(process.process_index, num_rows, process.num_processes)
     collator = CODDataCollator(num_depths=1)
     moments = torch.zeros(num_features, num_features + size, dtype=torch.float64, device=device)
-    for number in tqdm(mine, desc="Linear start", unit="row", disable=not process.is_local_main_process):
+    for number in progress_bar(mine, desc="Linear start", unit="row", disable=not process.is_local_main_process):
         batch = collator([dataset[number]])
         learnt = batch["learnt_rows"][0]
         states_PS = batch["hidden_states"][0, learnt].to(device).double()

@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from .arguments import Arguments, check_ranges
+from .console import progress_bar
 from .data.cache import cache_folder, check_cache
 from .data.collator import CODDataCollator
 from .data.dataset import HiddenStatesDataset, split_rows
@@ -173,7 +173,7 @@ def count(drafter: PeagleForSpeculation, dataset: HiddenStatesDataset) -> tuple[
     num_depths = drafter.config.num_depths
     collator = CODDataCollator.from_config(drafter.config, every_row=True)
     counters, drafts = torch.zeros(4, num_depths, dtype=torch.long), torch.zeros(2, num_depths, dtype=torch.long)
-    for number in tqdm(range(len(dataset)), desc="Measuring", unit="row", disable=None):
+    for number in progress_bar(range(len(dataset)), desc="Measuring", unit="row"):
         outcomes = []
         for part in partition_every_row(collator([dataset[number]])):
             tensors = {name: value.to(drafter.device) for name, value in part.items() if name != "max_length"}

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from tqdm import tqdm
 
 from . import __version__
 from .client import DRAFT_COUNTERS, POSITION_COUNTER, Answer, Run, check_counts, drafting_counts
+from .console import progress_bar
 from .data.prompts import Prompt
 from .errors import PeagleError
 
@@ -66,7 +66,7 @@ def run_vllm(
     with (
         open(log, "w+", encoding="utf-8", errors="replace") as log_file,
         tempfile.TemporaryFile("w+", encoding="utf-8") as job_file,
-        tqdm(total=num_prompts, desc=f"vLLM {what}", unit="prompt", disable=None) as progress,
+        progress_bar(total=num_prompts, desc=f"vLLM {what}", unit="prompt") as progress,
     ):
         json.dump(asdict(job), job_file)
         job_file.seek(0)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..arguments import Arguments
 from ..cod import target_tokens
+from ..console import progress_bar
 from ..errors import PeagleError
 from ..files import read_json, write_json
 from .cache import (
@@ -139,7 +139,7 @@ def inspect(folder: str, preprocessed_data: str | None = None, read_values: bool
     storages: Counter[str] = Counter()
     dtypes: Counter[str] = Counter()
     num_tokens = num_bytes = 0
-    for row in tqdm(sorted(rows), desc="Reading" if read_values else "Looking", unit="row"):
+    for row in progress_bar(sorted(rows), desc="Reading" if read_values else "Looking", unit="row"):
         if lengths is not None and row >= len(lengths):
             unusable[row] = f"the prepared dataset has {len(lengths)} rows only"
             continue
@@ -242,7 +242,7 @@ def convert(
             "another folder to convert to."
         )
     done = cached_rows(working)
-    for row in tqdm([row for row in rows if row not in done], desc="Converting", unit="row"):
+    for row in progress_bar([row for row in rows if row not in done], desc="Converting", unit="row"):
         token_ids, is_target = _content(data, row)
         try:
             layout = row_layout(row_path(folder, row), token_ids=token_ids, is_target=is_target, read_values=True)

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..arguments import Arguments
 from ..cod import target_tokens
+from ..console import progress_bar
 from ..errors import PeagleError
 from ..files import write_json
 from ..memory import keep_freed_memory
@@ -262,7 +262,7 @@ def extract(arguments: ExtractArguments) -> ExtractReport:
         remove_unfetched(folder, arguments.request_timeout)
 
     made_again = {}
-    for row in tqdm(sorted(present), desc="Checking", unit="row", disable=not present):
+    for row in progress_bar(sorted(present), desc="Checking", unit="row", disable=not present):
         shape = lengths[row], len(manifest.aux_layer_ids) + 1, manifest.hidden_size
         token_ids = is_target = None
         if arguments.validate_outputs:
@@ -414,7 +414,7 @@ def _make(
     start = time.perf_counter()
     try:
         with (
-            tqdm(total=num_tokens, desc="Extracting", unit="tok", unit_scale=True) as progress,
+            progress_bar(total=num_tokens, desc="Extracting", unit="tok", unit_scale=True) as progress,
             ThreadPoolExecutor(at_once, initializer=begin) as pool,
         ):
             for num_made in pool.map(make, batches):
@@ -456,7 +456,7 @@ def _make_by_server(
 
     start = time.perf_counter()
     longest_first = sorted(lengths, key=lambda row: (-lengths[row], row))
-    with tqdm(total=sum(lengths.values()), desc="Extracting", unit="tok", unit_scale=True) as progress:
+    with progress_bar(total=sum(lengths.values()), desc="Extracting", unit="tok", unit_scale=True) as progress:
         for row, result in concurrently(make, longest_first, arguments.concurrency):
             if isinstance(result, EndpointError):
                 logger.warning("Row %d failed: %s.", row, result)

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
+from ..console import progress_bar
 from ..errors import PeagleError
 from .chats import Unlearnable, open_source, read_chat
 
@@ -73,7 +73,7 @@ def read_prompts(source: str, dropped: list[dict[str, str]], to_answer: bool = T
             rows = open_source(source, Path(folder))
         except FileNotFoundError as error:
             raise PeagleError(f"There is no file {source}. Name a .jsonl or .json file with prompts.") from error
-        for index in tqdm(range(len(rows)), desc=f"Reading {source}", disable=None):
+        for index in progress_bar(range(len(rows)), desc=f"Reading {source}"):
             place, row = rows.read(index)
             prompt = Prompt(
                 _label(row, ("question_id", "id"), str(index)),

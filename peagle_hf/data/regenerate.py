@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import filelock
-from tqdm import tqdm
 
 from ..arguments import Arguments, check_ranges, flag_of
+from ..console import progress_bar
 from ..errors import PeagleError
 from ..files import atomic_path, write_json, writing
 from ..target import weights_of
@@ -406,7 +406,7 @@ class _Answers:
 
 def _run_batches(target: ChatModel, step: str, batches: list[Batch], work: Callable[[Batch], None], total: int) -> None:
     waiting = sum(map(len, batches))
-    with tqdm(total=total, initial=total - waiting, desc=step, unit="chat", disable=None) as progress:
+    with progress_bar(total=total, initial=total - waiting, desc=step, unit="chat") as progress:
         for batch in target.run_batches(batches, work):
             progress.update(len(batch))
 
@@ -461,7 +461,7 @@ def repetition(token_ids: Sequence[int]) -> float:
 def _fitting(target: ChatModel, prompts: list[Prompt], dropped: list[dict[str, str]]) -> tuple[list[Prompt], list[int]]:
     """Keep the prompts that the chat template takes and that fit the model's context; also give their lengths."""
     fitting, lengths = [], []
-    for prompt in tqdm(prompts, desc="Measuring", unit="chat", disable=None):
+    for prompt in progress_bar(prompts, desc="Measuring", unit="chat"):
         try:
             length = _longest(target, prompt)
             if target.max_length is not None and length > target.max_length:
@@ -493,7 +493,7 @@ def _answer(answers: _Answers, prompts: list[Prompt], lengths: list[int]) -> dic
     waiting = list(range(len(prompts)))
     if len(answers.journal):
         waiting = []
-        for index, prompt in enumerate(tqdm(prompts, desc="Looking up", unit="chat", disable=None)):
+        for index, prompt in enumerate(progress_bar(prompts, desc="Looking up", unit="chat")):
             try:
                 if _replay(answers, prompt) is None:
                     waiting.append(index)
@@ -571,7 +571,7 @@ def _chats(
         "model": Path(arguments.model).resolve().name if Path(arguments.model).is_dir() else arguments.model,
         "tokenizer": vocabulary_fingerprint(answers.target.tokenizer),
     }
-    for index, prompt in enumerate(tqdm(prompts, desc="Writing", unit="chat", disable=None)):
+    for index, prompt in enumerate(progress_bar(prompts, desc="Writing", unit="chat")):
         if index in unanswerable:
             dropped.append(prompt.dropped(unanswerable[index]))
             continue
