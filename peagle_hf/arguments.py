@@ -19,6 +19,7 @@ from transformers.hf_argparser import string_to_bool
 from .console import MISUSED, set_verbosity
 from .errors import PeagleError
 from .files import atomic_path
+from .redaction import is_secret, public_url
 
 CONFIG = "config.yaml"
 Parsed = TypeVar("Parsed")
@@ -387,12 +388,15 @@ def _groups(arguments: type) -> Mapping[str, tuple[str, ...]]:
 
 
 def config_text(arguments: Any) -> str:
-    """A dataclass as a YAML file that `parse_arguments` reads back: the values that differ from their defaults."""
+    """A dataclass as a YAML file that `parse_arguments` reads back: the values that differ from their defaults.
+
+    Tokens and passwords are left out.
+    """
     content = {}
     for one in fields(arguments):
         value = plain(getattr(arguments, one.name))
-        if one.init and value != plain(_default(one)):
-            content[one.name] = value
+        if one.init and value != plain(_default(one)) and not is_secret(one.name):
+            content[one.name] = public_url(value) if isinstance(value, str) else value
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
@@ -403,14 +407,17 @@ def write_config(arguments: Any, folder: str | Path) -> None:
 
 
 def plain(value: Any) -> Any:
-    """A value as YAML and JSON hold it: an enumeration's value, a list of them, a configuration object's mapping."""
+    """A value as YAML and JSON hold it: an enumeration's value, a list of them, a configuration object's mapping.
+
+    An object that no file can hold, such as a `datasets.Dataset`, is described.
+    """
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, list | tuple):
         return [plain(one) for one in value]
     if hasattr(value, "to_dict"):
         return value.to_dict()
-    return value
+    return value if isinstance(value, str | int | float | dict | None) else f"<{type(value).__name__} in memory>"
 
 
 def _default(one: "Field[Any]") -> Any:

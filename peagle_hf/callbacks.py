@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy
 
+from .arguments import write_config
 from .errors import PeagleError
 from .files import atomic_path, remove_folder, remove_leftovers, write_json
 from .metrics import draw
@@ -65,6 +66,7 @@ class VllmExportCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         remove_leftovers(self._folder(args), rf"\d+|checkpoint-\d+|{BEST}")
+        write_config(args, self._folder(args))
         if state.global_step == 0:
             return
         for checkpoint in _trainer_checkpoints(self._folder(args)):

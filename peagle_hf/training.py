@@ -1,6 +1,7 @@
 """`peagle-hf train`: the drafter, the rows and the run that the arguments describe."""
 
 import logging
+import math
 from pathlib import Path
 
 import torch
@@ -37,10 +38,13 @@ logger = logging.getLogger(__name__)
 def train(args: PeagleTrainingArguments) -> PeagleTrainer | None:
     """Train a drafter on cached hidden states, going on from the output folder's newest checkpoint if there is one.
 
-    With `memory_report` print the prediction instead and return None.
+    With `memory_report` or `dry_run` print what is to be expected instead and return None.
     """
     if args.memory_report:
         print(report(args.memory_plan(build_config(args)), args.usable_memory()))
+        return None
+    if args.dry_run:
+        print(plan(args))
         return None
     drafter = build_drafter(args)
     train_dataset, eval_dataset = build_datasets(args)
@@ -58,6 +62,34 @@ def train(args: PeagleTrainingArguments) -> PeagleTrainer | None:
     )
     trainer.train(resume_from_checkpoint=resumed)
     return trainer
+
+
+def plan(args: PeagleTrainingArguments) -> str:
+    """What a training with these arguments would read and write, and how many steps it would take."""
+    config = build_config(args)
+    with torch.device("meta"):
+        num_weights = sum(parameter.numel() for parameter in PeagleForSpeculation(config).parameters())
+    endpoint = _endpoint(args, config) if args.on_missing == "generate" else None  # which isn't asked here
+    train_dataset, eval_dataset = _datasets(args, endpoint)
+    packs = [len(dataset.plan) for dataset in (train_dataset, eval_dataset) if dataset]
+    samples = [sum(map(len, dataset.plan)) for dataset in (train_dataset, eval_dataset) if dataset]
+    batches = math.ceil(math.ceil(packs[0] / args.per_device_train_batch_size) / args.world_size)
+    steps_an_epoch = math.ceil(batches / args.gradient_accumulation_steps)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(steps_an_epoch * args.num_train_epochs)
+    a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    newest = newest_checkpoint(args.output_dir) if args.resume else None
+    exported = num_weights * getattr(torch, args.export_dtype).itemsize
+    return "\n".join(
+        [
+            f"would train a drafter of {num_weights / 1e6:.1f} million weights for {_verifier(args)}: "
+            f"{config.transformer_layer_config.num_hidden_layers} layers, K {config.num_depths}",
+            f"would train on {samples[0]} samples in {packs[0]} packed sequences of {args.total_seq_len} positions and "
+            f"validate on {sum(samples[1:])} in {sum(packs[1:])}",
+            f"would take {steps} steps, {steps_an_epoch} an epoch, of {a_step} packed sequences each",
+            f"would {f'go on from {newest}' if newest else f'write into {args.output_dir}'}: each exported checkpoint "
+            f"takes {exported / 2**30:.2f} GiB, each one to resume from about {num_weights * 12 / 2**30:.2f} GiB more",
+        ]
+    )
 
 
 def checkpoint_to_resume(args: PeagleTrainingArguments) -> str | None:
@@ -168,8 +200,13 @@ def build_drafter(args: PeagleTrainingArguments) -> PeagleForSpeculation | PeftM
 
 def build_datasets(args: PeagleTrainingArguments) -> tuple[HiddenStatesDataset, HiddenStatesDataset | None]:
     """The training and validation rows that the arguments describe; no validation with `train_data_ratio` 1."""
+    return _datasets(args, build_endpoint(args) if args.on_missing == "generate" else None)
+
+
+def _datasets(
+    args: PeagleTrainingArguments, endpoint: Endpoint | None
+) -> tuple[HiddenStatesDataset, HiddenStatesDataset | None]:
     train_rows, eval_rows = split_rows(args.data_path, args.train_data_ratio, args.seed)
-    endpoint = build_endpoint(args) if args.on_missing == "generate" else None
 
     def dataset(rows: list[int]) -> HiddenStatesDataset:
         return HiddenStatesDataset(
@@ -196,16 +233,8 @@ def build_endpoint(args: PeagleTrainingArguments) -> Endpoint:
     verifier = _verifier(args)
     target = load_verifier_config(verifier, args.verifier_revision, args.trust_remote_code)
     layer_ids = config.eagle_aux_hidden_state_layer_ids
-    urls = endpoint_urls(args.vllm_endpoint)
-    served_model(urls, verifier, args.request_timeout)
-    endpoint = Endpoint(
-        urls,
-        _server_folder(args),
-        (*layer_ids, target.num_hidden_layers),
-        config.hidden_size,
-        args.request_timeout,
-        args.max_retries,
-    )
+    endpoint = _endpoint(args, config)
+    served_model(endpoint.urls, verifier, args.request_timeout)
     check_layers(endpoint.folder, endpoint.slots)
     remove_unfetched(endpoint.folder, args.request_timeout)
     if args.on_generate == "cache":
@@ -220,10 +249,28 @@ def build_endpoint(args: PeagleTrainingArguments) -> Endpoint:
     return endpoint
 
 
+def _endpoint(args: PeagleTrainingArguments, config: PeagleConfig) -> Endpoint:
+    """The servers that the arguments name, without asking them anything."""
+    num_layers = load_verifier_config(_verifier(args), args.verifier_revision, args.trust_remote_code).num_hidden_layers
+    return Endpoint(
+        endpoint_urls(args.vllm_endpoint),
+        _server_folder(args),
+        (*config.eagle_aux_hidden_state_layer_ids, num_layers),
+        config.hidden_size,
+        args.request_timeout,
+        args.max_retries,
+    )
+
+
 def _verifier(args: PeagleTrainingArguments) -> str:
-    if not args.verifier_name_or_path:
+    """The verifier that is named, else the one that made the hidden states, else the one of the prepared data."""
+    if args.verifier_name_or_path:
+        return args.verifier_name_or_path
+    manifest = Manifest.read(_cache_folder(args))
+    model = manifest.verifier if manifest else read_prepare_record(args.data_path).get("model")
+    if model is None:
         raise PeagleError("No verifier is named. Pass --verifier-name-or-path with the model to draft for.")
-    return args.verifier_name_or_path
+    return str(model)
 
 
 def _cache_folder(args: PeagleTrainingArguments) -> Path:

@@ -1,5 +1,6 @@
 """`PeagleTrainingArguments`: the Trainer's arguments, defaults that suit a drafter, and the drafter's own fields."""
 
+import math
 import os
 import sys
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.training_args import OptimizerNames
 from transformers.utils import is_in_notebook
 
-from .arguments import check_names
+from .arguments import check_names, check_ranges, flag_of
 from .configuration_peagle import PeagleConfig
 from .console import is_quiet
 from .data.dataset import learnt_share
@@ -25,6 +26,23 @@ from .memory import GIB, MemoryPlan, cut_to_fit, device_memory
 from .optimizer import MUON
 from .target import hub_verifier
 
+_RANGES = {
+    **dict.fromkeys(("num_layers", "num_depths", "max_anchors", "sliding_window", "draft_vocab_size"), (1, math.inf)),
+    **dict.fromkeys(("lora_r", "per_device_train_batch_size", "per_device_eval_batch_size"), (1, math.inf)),
+    **dict.fromkeys(("gradient_accumulation_steps", "save_total_limit", "total_seq_len"), (1, math.inf)),
+    **dict.fromkeys(("mask_token_id", "max_retries", "dataloader_num_workers", "weight_decay"), (0, math.inf)),
+    **dict.fromkeys(("max_grad_norm", "warmup_steps", "eval_delay", "target_layer_ids"), (0, math.inf)),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "lora_dropout"), (0, 1)),
+    **dict.fromkeys(("seed", "data_seed"), (0, 2**32 - 1)),
+    "down_sample_ratio": (0, 1),
+    "down_sample_ratio_min": (0, 1),
+    "train_data_ratio": (0, 1),
+}
+"""The least and the greatest values of arguments that are numbers."""
+_ABOVE_0 = (
+    *("num_train_epochs", "learning_rate", "depth_loss_decay", "logging_steps", "memory_budget"),
+    *("train_data_ratio", "down_sample_ratio", "request_timeout"),
+)
 GENERATE_WORKERS = min(4, os.cpu_count() or 1)
 
 
@@ -148,6 +166,9 @@ class PeagleTrainingArguments(TrainingArguments):
     )
     memory_report: bool = field(
         default=False, metadata={"help": "Predict the memory of a training step, say what to change, and stop."}
+    )
+    dry_run: bool = field(
+        default=False, metadata={"help": "Say what would be trained and written, and in how many steps, and stop."}
     )
     keep_attention: bool = field(
         default=True,
@@ -277,6 +298,7 @@ class PeagleTrainingArguments(TrainingArguments):
             "resume",
             "from_pretrained",
             "export_dtype",
+            "dry_run",
             "verifier_name",
         ),
         "Drafter": (
@@ -345,8 +367,14 @@ class PeagleTrainingArguments(TrainingArguments):
             self.disable_tqdm = is_quiet() or not sys.stderr.isatty()
         self.bf16 = self.bf16 and not self.fp16
         parse_loss(self.loss_fn)
-        if self.depth_loss_decay <= 0:
-            raise PeagleError(f"depth_loss_decay is {self.depth_loss_decay}; it must be above 0.")
+        check_ranges(self, _RANGES)
+        for name in _ABOVE_0:
+            value = getattr(self, name)
+            is_unused = name == "num_train_epochs" and self.max_steps > 0
+            if value is not None and not is_unused and not 0 < value < math.inf:
+                raise PeagleError(f"{flag_of(name)} is {value} but must be above 0.")
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise PeagleError(f"--max-steps is {self.max_steps} but must be at least 1 (-1: as many as --epochs).")
         self.vllm_endpoint = ",".join(endpoint_urls(self.vllm_endpoint))  # checkpoints and trackers keep arguments
         self.sequence_partitions = str(self.sequence_partitions)
         if self.sequence_partitions != "auto" and not (

@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..arguments import Arguments
+from ..arguments import Arguments, write_config
 from ..cod import target_tokens
 from ..console import progress_bar
 from ..errors import PeagleError
-from ..files import write_json
+from ..files import check_writable, write_json
 from ..memory import keep_freed_memory
 from ..products import pack_linear_layers
 from ..target import (
@@ -88,7 +88,8 @@ class ExtractArguments(Arguments):
         default=None,
         metadata={
             "aliases": ["--verifier"],
-            "help": "The verifier (target model), a hub name or a folder (default: what the endpoint runs).",
+            "help": "The verifier, a hub name or a folder (default: what the endpoint runs, else the model that the data "
+            "were prepared for).",
         },
     )
     preprocessed_data: str = field(
@@ -166,6 +167,7 @@ class ExtractArguments(Arguments):
     )
     revision: str | None = field(default=None, metadata={"help": "The verifier's revision on the hub."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Let the verifier run code from its repository."})
+    dry_run: bool = field(default=False, metadata={"help": "Say what would be run and written, and stop."})
 
     GROUPS: ClassVar = {
         "Input and output": (
@@ -175,6 +177,7 @@ class ExtractArguments(Arguments):
             "max_samples",
             "validate_outputs",
             "revision",
+            "dry_run",
             "trust_remote_code",
         ),
         "Hidden states": ("target_layer_ids", "storage", "dtype"),
@@ -234,6 +237,7 @@ def extract(arguments: ExtractArguments) -> ExtractReport:
     output = cache_folder(arguments.preprocessed_data, arguments.output)
     urls = endpoint_urls(arguments.endpoint) if arguments.endpoint else ()
     model = served_model(urls, arguments.model, arguments.request_timeout) if urls else arguments.model
+    model = model or read_prepare_record(arguments.preprocessed_data).get("model")
     if model is None:
         raise PeagleError("No verifier is named. Pass --model with a hub name or a folder, or an --endpoint.")
     arguments = replace(arguments, model=model)
@@ -258,6 +262,9 @@ def extract(arguments: ExtractArguments) -> ExtractReport:
         logger.info("--max-samples %d leaves out the last %d of %d rows.", arguments.max_samples, beyond, len(data))
     present = cached_rows(output) & lengths.keys()
     check_folder(output, manifest, present)
+    if arguments.dry_run:
+        print(_plan(output, manifest, data, {row: length for row, length in lengths.items() if row not in present}))
+        return ExtractReport(output, manifest, len(lengths), len(present), {}, 0, 0.0)
     for folder in {output, server_folder}:
         remove_unfetched(folder, arguments.request_timeout)
 
@@ -274,6 +281,8 @@ def extract(arguments: ExtractArguments) -> ExtractReport:
     missing = {row: length for row, length in lengths.items() if row not in present or row in made_again}
     num_kept = len(lengths) - len(missing)
     logger.info("%d of %d rows are there; %d are to be made.", num_kept, len(lengths), len(missing))
+    if arguments.rank == 0 and missing:
+        write_config(arguments, output)
     seconds = 0.0
     if urls:
         endpoint = Endpoint(
@@ -491,13 +500,32 @@ def _targets(data: "datasets.Dataset", row: int, storage: Storage | None) -> Ten
 
 def _begin(output: Path, manifest: Manifest, data: "datasets.Dataset", lengths: dict[int, int]) -> None:
     """Make sure that the rows fit on the disk, and say in the folder what they are."""
+    _check_disk(output, sum(lengths.values()), _bytes_needed(manifest, data, lengths))
+    if Manifest.read(output) is None:
+        manifest.write(output)
+
+
+def _bytes_needed(manifest: Manifest, data: "datasets.Dataset", lengths: dict[int, int]) -> int:
+    """What the files of these rows take on the disk."""
     num_tokens = num_last = sum(lengths.values())
     if manifest.storage in LEARNT_STORAGES:
         masks = (data[row]["loss_mask"] for row in lengths)
         num_last = sum(int(target_tokens(torch.tensor(mask).bool()).sum()) for mask in masks)
-    _check_disk(output, len(lengths), num_tokens, manifest.bytes_of(num_tokens, num_last))
-    if Manifest.read(output) is None:
-        manifest.write(output)
+    return manifest.bytes_of(num_tokens, num_last) + len(lengths) * HEADER_BYTES
+
+
+def _plan(output: Path, manifest: Manifest, data: "datasets.Dataset", missing: dict[int, int]) -> str:
+    """What `extract` would do, for `--dry-run`."""
+    existing = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    free, needed = shutil.disk_usage(existing).free, _bytes_needed(manifest, data, missing)
+    return "\n".join(
+        [
+            f"would run {manifest.verifier} ({manifest.architecture}, {manifest.num_layers} layers) and store layers "
+            f"{', '.join(map(str, manifest.aux_layer_ids))} and the last one, as {manifest.storage} {manifest.dtype}",
+            f"would make {len(missing)} of {len(data)} samples, {sum(missing.values())} tokens",
+            f"would write {needed / 2**30:.3f} GiB into {output}, where {free / 2**30:.1f} GiB are free",
+        ]
+    )
 
 
 def _check_arguments(arguments: ExtractArguments) -> None:
@@ -557,10 +585,10 @@ def check_folder(output: Path, manifest: Manifest, present: set[int]) -> None:
         )
 
 
-def _check_disk(output: Path, num_rows: int, num_tokens: int, num_bytes: int) -> None:
-    """Say how much disk the states need, and refuse to begin what can't fit."""
-    output.mkdir(parents=True, exist_ok=True)
-    needed, free = num_bytes + num_rows * HEADER_BYTES, shutil.disk_usage(output).free
+def _check_disk(output: Path, num_tokens: int, needed: int) -> None:
+    """Say how many bytes the states need on the disk, and refuse to begin what can't fit."""
+    check_writable(output)
+    free = shutil.disk_usage(output).free
     logger.info("%d tokens need %.2f GiB in %s; %.2f GiB are free.", num_tokens, needed / 2**30, output, free / 2**30)
     if needed > free:
         raise PeagleError(

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from ..arguments import Arguments
+from ..arguments import CONFIG, Arguments, check_ranges, write_config
 from ..errors import PeagleError
 from ..files import atomic_path, remove_leftovers, write_json
 from ..target import load_token_freq
@@ -42,11 +43,13 @@ COUNTS = (
 # The record goes first when files are removed and comes last when they are put in place: it says that all is complete.
 _OWN_FILES = (
     *(PREPARE_RECORD, "data-*.arrow", DATASET_INFO, DATASET_STATE, "skipped.json", "token_freq.pt"),
-    *(f"{INSPECTION}.html", f"{INSPECTION}.json"),
+    *(f"{INSPECTION}.html", f"{INSPECTION}.json", CONFIG),
 )
 
 CONVERSATION = "conversation"
 """A field of a row in the data: rows of one source with the same value, text or an integer, are one conversation."""
+BYTES_A_TOKEN = 5
+"""Of a prepared dataset: an int32 id and an int8 mask."""
 LEAST_READ = 256
 """Conversations that are tokenized in one go, at least, until there are `max_samples` rows."""
 
@@ -110,13 +113,19 @@ class PrepareArguments(Arguments):
     )
     overwrite: bool = field(default=False, metadata={"help": "Replace a dataset that is already in the output folder."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Let the tokenizer run code from its repository."})
+    dry_run: bool = field(default=False, metadata={"help": "Say what would be read and written, and stop."})
 
     GROUPS: ClassVar = {
-        "Input and output": ("model", "data", "output", "overwrite", "token_freq_path", "trust_remote_code"),
+        "Input and output": ("model", "data", "output", "overwrite", "token_freq_path", "trust_remote_code", "dry_run"),
         "Which conversations": ("max_samples", "weights", "seed"),
         "Tokens": ("seq_length", "min_learnt_tokens"),
         "Speed": ("num_workers",),
     }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least_1 = ("max_samples", "seq_length", "num_workers", "min_learnt_tokens")
+        check_ranges(self, dict.fromkeys(at_least_1, (1, math.inf)) | {"seed": (0, 2**32 - 1)})
 
 
 def prepare(arguments: PrepareArguments) -> Path:
@@ -150,10 +159,6 @@ def prepare(arguments: PrepareArguments) -> Path:
         PeagleError: the model or the data can't be read, a row is malformed, no row is left, or the output folder
             holds something else.
     """
-    for name in ("max_samples", "seq_length", "num_workers", "min_learnt_tokens"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise PeagleError(f"--{name.replace('_', '-')} is {value} but must be at least 1.")
     if arguments.weights is not None and (len(arguments.weights) != len(arguments.data) or min(arguments.weights) <= 0):
         raise PeagleError(
             f"--weights {' '.join(map(str, arguments.weights))} must be numbers above 0, one for each of the "
@@ -172,18 +177,52 @@ def prepare(arguments: PrepareArguments) -> Path:
         "seed": arguments.seed,
         "min_learnt_tokens": arguments.min_learnt_tokens,
     }
-    if _is_made(output, origin, arguments.overwrite):
+    is_made = _is_made(output, origin, arguments.overwrite)
+    if arguments.dry_run:
+        print(_plan(arguments, is_made))
+        return output
+    if is_made:
         logger.info("%s already holds this dataset; it is kept as it is.", output)
     else:
         remove_leftovers(output, r"\.prepared")
         with atomic_path(output / ".prepared") as folder:
             folder.mkdir()
             _make(folder, tokenizer, arguments, origin)
+            write_config(arguments, folder)
         _move_files(output / ".prepared", output)
     if arguments.token_freq_path is not None:
         with atomic_path(arguments.token_freq_path) as temporary:
             shutil.copyfile(output / "token_freq.pt", temporary)
     return output
+
+
+def _plan(arguments: PrepareArguments, is_made: bool) -> str:
+    """What `prepare` would read and write, for `--dry-run`. Files are read; a hub dataset is not downloaded."""
+    lines = []
+    num_rows: int | None = 0
+    with tempfile.TemporaryDirectory() as scratch:
+        for number, data in enumerate(arguments.data):
+            if not is_local_file(data):
+                lines.append(f"would read {data} from the hub")
+                num_rows = None
+                continue
+            (folder := Path(scratch) / str(number)).mkdir()
+            found = len(open_source(data, folder))
+            lines.append(f"would read {found} conversations of {data}")
+            num_rows = None if num_rows is None else num_rows + found
+    if is_made:
+        lines.append(f"{arguments.output} holds this dataset already and would be kept as it is")
+        return "\n".join(lines)
+    output = Path(arguments.output)
+    lines.append(f"would {'replace the dataset in' if (output / PREPARE_RECORD).exists() else 'write'} {output}")
+    limits = [number for number in (num_rows, arguments.max_samples) if number is not None]
+    if limits:
+        size = min(limits) * arguments.seq_length * BYTES_A_TOKEN
+        lines.append(
+            f"that is at most {size / 2**20:.1f} MiB for {min(limits)} samples of {arguments.seq_length} tokens, and "
+            "more only where a chat takes several samples"
+        )
+    return "\n".join(lines)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
