@@ -393,8 +393,9 @@ def config_text(arguments: Any) -> str:
     Tokens and passwords are left out.
     """
     content = {}
+    given = getattr(arguments, "as_given", vars(arguments))
     for one in fields(arguments):
-        value = plain(getattr(arguments, one.name))
+        value = plain(given[one.name])
         if one.init and value != plain(_default(one)) and not is_secret(one.name):
             content[one.name] = public_url(value) if isinstance(value, str) else value
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)

@@ -21,6 +21,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     SchedulerType,
     Trainer,
     TrainerCallback,
@@ -47,6 +48,7 @@ from .callbacks import (
     step_of_best,
 )
 from .configuration_peagle import PeagleConfig
+from .console import is_quiet
 from .continuing import check_same_configuration
 from .data.collator import CODDataCollator
 from .data.dataset import EpochSampler, HiddenStatesDataset
@@ -125,6 +127,8 @@ class PeagleTrainer(Trainer):
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
+        if is_quiet():
+            self.remove_callback(PrinterCallback)
         if self._saves_shards:
             raise PeagleError(
                 "Checkpoints would hold shards of the weights, which neither vLLM nor a resume on other processes can "

@@ -3,7 +3,7 @@
 import math
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -362,6 +362,7 @@ class PeagleTrainingArguments(TrainingArguments):
     }
 
     def __post_init__(self) -> None:
+        self.as_given = {one.name: getattr(self, one.name) for one in fields(self)}  # before the Trainer changes them
         check_names(self, [name for name in PeagleTrainingArguments.__annotations__ if name != "GROUPS"])
         if self.disable_tqdm is None and not is_in_notebook():
             self.disable_tqdm = is_quiet() or not sys.stderr.isatty()

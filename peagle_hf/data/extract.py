@@ -88,8 +88,8 @@ class ExtractArguments(Arguments):
         default=None,
         metadata={
             "aliases": ["--verifier"],
-            "help": "The verifier, a hub name or a folder (default: what the endpoint runs, else the model that the data "
-            "were prepared for).",
+            "help": "The verifier, a hub name or a folder (default: what the endpoint runs, else the model that the "
+            "data were prepared for).",
         },
     )
     preprocessed_data: str = field(
