@@ -247,7 +247,7 @@ class CommandParser(HfArgumentParser):
             parsed = self._arguments(**values)
         except PeagleError:
             raise
-        except (ValueError, TypeError, ImportError, NotImplementedError) as error:
+        except (ValueError, TypeError, ImportError, NotImplementedError, OSError) as error:
             raise PeagleError(f"These arguments can't be used: {' '.join(str(error).split())}") from error
         if namespace.print_config:
             print(config_text(parsed), end="")
@@ -396,7 +396,7 @@ def config_text(arguments: Any) -> str:
     given = getattr(arguments, "as_given", vars(arguments))
     for one in fields(arguments):
         value = plain(given[one.name])
-        if one.init and value != plain(_default(one)) and not is_secret(one.name):
+        if one.init and value not in (None, plain(default_of(one))) and not is_secret(one.name):
             content[one.name] = public_url(value) if isinstance(value, str) else value
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
@@ -421,7 +421,8 @@ def plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | dict | None) else f"<{type(value).__name__} in memory>"
 
 
-def _default(one: "Field[Any]") -> Any:
+def default_of(one: "Field[Any]") -> Any:
+    """The value of a dataclass's field that isn't given; `dataclasses.MISSING` if it must be."""
     return one.default_factory() if one.default_factory is not MISSING else one.default
 
 

@@ -8,10 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+METRICS = ("loss", "acceptance_length", "anchor_acceptance_length")
+"""What validation gives, beside the accuracy and acceptance of each depth."""
 COUNTERS = ("learnt", "correct", "reached", "accepted")
 
 MODULE_PATH = str(Path(__file__).with_name("acceptance_metric.py"))
 """For `evaluate.load`: acceptance from the accepted counts of drafts (see `acceptance_metric`)."""
+
+
+def metric_names(num_depths: int) -> list[str]:
+    """The names of what a validation of K depths gives, without the prefix `eval_`."""
+    return [*METRICS, *(f"{name}_{depth}" for name in ("accuracy", "acceptance") for depth in range(num_depths))]
 
 
 def follow_rollouts(

@@ -1,9 +1,10 @@
 """`PeagleTrainer`: the Hugging Face Trainer over packed rows."""
 
 import logging
+import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
@@ -60,7 +61,7 @@ from .files import atomic_path, check_writable, remove_folder, write_json, writi
 from .hub import PushArguments, PushToHubCallback, open_repo, push
 from .losses import parse_loss
 from .memory import keep_freed_memory, report, rows_that_fit
-from .metrics import COUNTERS, count_drafts, summarize
+from .metrics import COUNTERS, count_drafts, metric_names, summarize
 from .model_card import RECORD, model_card, read_record
 from .modeling_peagle import PeagleForSpeculation, PeagleLayer
 from .optimizer import MUON, MuonWithAdamW
@@ -70,6 +71,17 @@ from .target import hub_verifier
 from .training_args import PeagleTrainingArguments
 
 logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def refused_arguments() -> Iterator[None]:
+    """Turn what the Trainer says of arguments that it can't use, or of a missing library, into a `PeagleError`."""
+    try:
+        yield
+    except PeagleError:
+        raise
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        raise PeagleError(f"The Trainer refuses these arguments: {' '.join(str(error).split())}") from error
 
 
 class PeagleTrainer(Trainer):
@@ -115,18 +127,19 @@ class PeagleTrainer(Trainer):
             logger.info("The best checkpoint is that with the best eval_%s.", args.metric_for_best_model)
         if args.should_save:
             check_writable(args.output_dir)
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            model_init=model_init,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
-        )
+        with refused_arguments():
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                model_init=model_init,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            )
         if is_quiet():
             self.remove_callback(PrinterCallback)
         if self._saves_shards:
@@ -157,6 +170,7 @@ class PeagleTrainer(Trainer):
         if args.device.type == "cpu":
             keep_freed_memory()
         self._take_up_model()
+        self._check_metric()
 
     def _take_up_model(self) -> None:
         """Set up what depends on the model or on arguments that a hyperparameter search may change."""
@@ -266,6 +280,7 @@ class PeagleTrainer(Trainer):
             self._seconds_before = (read_record(folder) or {}).get("seconds", 0.0)
             resume_from_checkpoint = str(folder)
         self._started = time.monotonic()
+        self._check_there_is_a_step()
         try:
             return super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
         except torch.OutOfMemoryError as error:
@@ -284,6 +299,27 @@ class PeagleTrainer(Trainer):
                 f"Training ended after step {step}, {saved}: the hidden states of a row were not to be had "
                 f"({reason}). Start the server again and run the same command, which goes on from there."
             ) from error
+
+    def _check_there_is_a_step(self) -> None:
+        size = len(self.train_dataset) if isinstance(self.train_dataset, Sized) else math.inf
+        batch = self.args.per_device_train_batch_size * self.args.world_size
+        if self.args.dataloader_drop_last and size < batch:
+            raise PeagleError(
+                f"There are {size} packed sequences, but a batch on all processes takes {batch}, and "
+                "--dataloader-drop-last leaves out a smaller one: no step would be taken. Leave that flag out, lower "
+                "--per-device-train-batch-size or --total-seq-len, or prepare more data."
+            )
+
+    def _check_metric(self) -> None:
+        """Refuse a `metric_for_best_model` that no validation gives before the first step, not after an epoch."""
+        metric = (self.args.metric_for_best_model or "").removeprefix("eval_")
+        known = metric_names(self.config.num_depths)
+        if isinstance(self.eval_dataset, dict):
+            known = [f"{name}_{one}" for name in self.eval_dataset for one in known]
+        if metric and metric not in known and self.eval_dataset is not None:
+            raise PeagleError(
+                f"--metric-for-best-model is {metric!r}, which no validation gives. Take one of {', '.join(known)}."
+            )
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
@@ -312,7 +348,8 @@ class PeagleTrainer(Trainer):
                 betas=(args.adam_beta1, args.adam_beta2),
                 eps=args.adam_epsilon,
             )
-        return super().create_optimizer(model)
+        with refused_arguments():
+            return super().create_optimizer(model)
 
     def training_step(  # type: ignore[no-untyped-def]
         self, model, inputs, num_items_in_batch=None

@@ -25,6 +25,7 @@ from .data.endpoint import Endpoint, check_layers, endpoint_urls, remove_unfetch
 from .data.extract import check_folder
 from .data.prepared import read_prepare_record
 from .errors import PeagleError
+from .files import check_writable
 from .linear_start import start_linearly
 from .memory import report
 from .modeling_peagle import PeagleForSpeculation
@@ -101,6 +102,8 @@ def checkpoint_to_resume(args: PeagleTrainingArguments) -> str | None:
         PeagleError: the named one can't be resumed from, the output folder holds later ones, or also the drafter that
             `from_pretrained` names.
     """
+    if args.should_save:
+        check_writable(args.output_dir)
     if args.from_pretrained and Path(args.output_dir).resolve() in Path(args.from_pretrained).resolve().parents:
         raise PeagleError(
             f"The drafter {args.from_pretrained} lies in {args.output_dir}, where the new run's checkpoints would take "

@@ -9,13 +9,13 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from accelerate.utils import parse_flag_from_env
-from transformers import SchedulerType, TrainingArguments
+from transformers import SchedulerType, TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.training_args import OptimizerNames
 from transformers.utils import is_in_notebook
 
-from .arguments import check_names, check_ranges, flag_of
+from .arguments import check_names, check_ranges, default_of, flag_of
 from .configuration_peagle import PeagleConfig
 from .console import is_quiet
 from .data.dataset import learnt_share
@@ -40,9 +40,32 @@ _RANGES = {
 }
 """The least and the greatest values of arguments that are numbers."""
 _ABOVE_0 = (
-    *("num_train_epochs", "learning_rate", "depth_loss_decay", "logging_steps", "memory_budget"),
+    *(
+        "num_train_epochs",
+        "learning_rate",
+        "depth_loss_decay",
+        "logging_steps",
+        "save_steps",
+        "eval_steps",
+        "memory_budget",
+    ),
     *("train_data_ratio", "down_sample_ratio", "request_timeout"),
 )
+REFUSED = {
+    "label_smoothing_factor": "the drafter learns from the verifier's distributions, which have no labels to smooth",
+    "neftune_noise_alpha": "the embeddings are read beside the verifier's states, so noise on them alone misleads",
+    "use_liger_kernel": "Liger has no kernels for a drafter; its own loss never makes the logits whole",
+    "liger_kernel_config": "Liger has no kernels for a drafter",
+    "train_sampling_strategy": "packed sequences are alike in length, and are shuffled with the seed",
+    "length_column_name": "packed sequences are alike in length",
+    "label_names": "the labels are always called labels",
+    "include_for_metrics": "validation counts acceptance and never makes the logits whole",
+    "batch_eval_metrics": "validation counts acceptance and never makes the logits whole",
+    "eval_use_gather_object": "validation gathers counts, not objects",
+    "parallelism_config": "training runs on one process, or several with DDP, FSDP or DeepSpeed",
+    "do_predict": "examples of the Trainer read it, and this training doesn't",
+}
+"""Arguments of the Trainer that have no meaning for a drafter, and why."""
 GENERATE_WORKERS = min(4, os.cpu_count() or 1)
 
 
@@ -363,10 +386,13 @@ class PeagleTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         self.as_given = {one.name: getattr(self, one.name) for one in fields(self)}  # before the Trainer changes them
-        check_names(self, [name for name in PeagleTrainingArguments.__annotations__ if name != "GROUPS"])
         if self.disable_tqdm is None and not is_in_notebook():
             self.disable_tqdm = is_quiet() or not sys.stderr.isatty()
         self.bf16 = self.bf16 and not self.fp16
+        check_names(self, [name for name in PeagleTrainingArguments.__annotations__ if name != "GROUPS"])
+        for one in fields(self):
+            if one.name in REFUSED and getattr(self, one.name) not in (default_of(one), None, False):
+                raise PeagleError(f"{flag_of(one.name)} can't be used here: {REFUSED[one.name]}.")
         parse_loss(self.loss_fn)
         check_ranges(self, _RANGES)
         for name in _ABOVE_0:
@@ -418,6 +444,7 @@ class PeagleTrainingArguments(TrainingArguments):
             # These follow the same metric, and would take it that lower is better.
             given: Any = self.lr_scheduler_kwargs or {}
             self.lr_scheduler_kwargs = {"mode": "max" if self.greater_is_better else "min", **given}
+        self._check_scheduler()
         for tracker in self.report_to or []:
             check_tracker(tracker)
 
@@ -439,6 +466,18 @@ class PeagleTrainingArguments(TrainingArguments):
         super().__post_init__()
         if is_muon:
             self.optim = MUON
+
+    def _check_scheduler(self) -> None:
+        """Refuse a schedule that lacks arguments of its own before anything is loaded."""
+        optimizer = torch.optim.SGD([torch.zeros(1)])
+        kwargs: Any = self.lr_scheduler_kwargs
+        try:
+            get_scheduler(self.lr_scheduler_type, optimizer, 1, 10, kwargs)
+        except (TypeError, ValueError) as error:
+            raise PeagleError(
+                f"--lr-scheduler-type {self.lr_scheduler_type} needs other --lr-scheduler-kwargs than "
+                f"{self.lr_scheduler_kwargs}: {error}. Give them as JSON, such as '{{\"num_decay_steps\": 100}}'."
+            ) from error
 
     def memory_plan(self, config: PeagleConfig) -> MemoryPlan:
         """What the arguments mean for memory; for a CPU, or without mixed precision, it is an estimate from below."""
