@@ -15,7 +15,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.training_args import OptimizerNames
 from transformers.utils import is_in_notebook
 
-from .arguments import check_names, check_ranges, default_of, flag_of
+from .arguments import check_names, check_ranges, default_of, flag_of, plain
 from .configuration_peagle import PeagleConfig
 from .console import is_quiet
 from .data.dataset import learnt_share
@@ -475,7 +475,7 @@ class PeagleTrainingArguments(TrainingArguments):
             get_scheduler(self.lr_scheduler_type, optimizer, 1, 10, kwargs)
         except (TypeError, ValueError) as error:
             raise PeagleError(
-                f"--lr-scheduler-type {self.lr_scheduler_type} needs other --lr-scheduler-kwargs than "
+                f"--lr-scheduler-type {plain(self.lr_scheduler_type)} needs other --lr-scheduler-kwargs than "
                 f"{self.lr_scheduler_kwargs}: {error}. Give them as JSON, such as '{{\"num_decay_steps\": 100}}'."
             ) from error
 

@@ -124,7 +124,13 @@ def test_every_field_stands_in_one_group(name):
     known = {one.name for one in fields(arguments) if one.init}
     if name == "train":
         own = set(PeagleTrainingArguments.__annotations__) & known
-        hidden = {"log_level", "dataloader_pin_memory", "logging_nan_inf_filter", "remove_unused_columns"}
+        hidden = {
+            "activation_checkpointing_kwargs",
+            "log_level",
+            "dataloader_pin_memory",
+            "logging_nan_inf_filter",
+            "remove_unused_columns",
+        }
         assert own - set(named) <= hidden | {"ddp_broadcast_buffers", "ddp_find_unused_parameters"}
     else:
         assert set(named) == known
@@ -228,6 +234,7 @@ lr: 2e-3
 no-linear-start: false
 eval_strategy: no
 report_to: [tensorboard, wandb]
+scheduler_type: cosine_with_min_lr
 lr_scheduler_kwargs: {min_lr: 1e-5}
 epochs: ~
 output_dir: ~/there
@@ -319,7 +326,10 @@ def test_a_section_of_a_pipeline_that_is_no_mapping_is_named(tmp_path, section, 
                 "i't",
             ],
         ),
-        (PeagleTrainingArguments, ["--use-cpu", "--lr-scheduler-kwargs", '{"min_lr": 0.1}', "--fp16", "false"]),
+        (
+            PeagleTrainingArguments,
+            ["--use-cpu", "--scheduler-type", "cosine_with_min_lr", "--lr-scheduler-kwargs", '{"min_lr": 0.1}'],
+        ),
         (
             PeagleTrainingArguments,
             ["--use-cpu", "--optim", "adamw_torch", "--train-data-ratio", "1", "--seed", "3"],

@@ -281,8 +281,6 @@ def extract(arguments: ExtractArguments) -> ExtractReport:
     missing = {row: length for row, length in lengths.items() if row not in present or row in made_again}
     num_kept = len(lengths) - len(missing)
     logger.info("%d of %d rows are there; %d are to be made.", num_kept, len(lengths), len(missing))
-    if arguments.rank == 0 and missing:
-        write_config(arguments, output)
     seconds = 0.0
     if urls:
         endpoint = Endpoint(
@@ -396,7 +394,7 @@ def _make(
 ) -> float:
     """Run the verifier over the rows of `lengths` and write what it gives; returns the seconds that this took."""
     dtype, num_tokens = getattr(torch, arguments.dtype), sum(lengths.values())
-    _begin(output, manifest, data, lengths)
+    _begin(arguments, output, manifest, data, lengths)
     model = _load(arguments)
     check_logits(model)
     on_cpu = model.device.type == "cpu"
@@ -449,7 +447,7 @@ def _make_by_server(
         PeagleError: a row failed; all that didn't are there.
     """
     dtype, num_tokens = getattr(torch, arguments.dtype), 0
-    _begin(output, manifest, data, lengths)
+    _begin(arguments, output, manifest, data, lengths)
     record = output / ("failed.json" if arguments.world_size == 1 else f"failed_{arguments.rank}.json")
     record.unlink(missing_ok=True)
     limit = 1 if arguments.fail_on_error else arguments.max_consecutive_errors or arguments.concurrency
@@ -498,9 +496,13 @@ def _targets(data: "datasets.Dataset", row: int, storage: Storage | None) -> Ten
     return target_tokens(torch.tensor(data[row]["loss_mask"]).bool()) if storage in LEARNT_STORAGES else None
 
 
-def _begin(output: Path, manifest: Manifest, data: "datasets.Dataset", lengths: dict[int, int]) -> None:
+def _begin(
+    arguments: ExtractArguments, output: Path, manifest: Manifest, data: "datasets.Dataset", lengths: dict[int, int]
+) -> None:
     """Make sure that the rows fit on the disk, and say in the folder what they are."""
     _check_disk(output, sum(lengths.values()), _bytes_needed(manifest, data, lengths))
+    if arguments.rank == 0:
+        write_config(arguments, output)
     if Manifest.read(output) is None:
         manifest.write(output)
 
