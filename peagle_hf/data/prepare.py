@@ -26,7 +26,7 @@ from ..files import atomic_path, remove_leftovers, write_json
 from ..target import load_token_freq
 from .cache import cache_folder
 from .chats import Chat, Source, Unlearnable, is_local_file, open_source, read_chat
-from .prepared import DATASET_INFO, DATASET_STATE, PREPARE_RECORD, load_prepared, read_prepare_record
+from .prepared import DATASET_INFO, DATASET_STATE, PREPARE_RECORD, column, load_prepared, read_prepare_record
 
 if TYPE_CHECKING:
     import datasets
@@ -456,7 +456,7 @@ def _number_conversations(sources: list[Source]) -> np.ndarray:
 def _conversation_values(source: Source) -> Iterator[Any]:
     if source.unit == "row":
         names = source.rows.column_names
-        yield from source.rows[CONVERSATION] if CONVERSATION in names else [None] * len(source)
+        yield from column(source.rows, CONVERSATION) if CONVERSATION in names else [None] * len(source)
         return
     for batch in source.rows.iter(batch_size=1000):
         for text in batch["json"]:  # most have no such field, and needn't be decoded twice
@@ -607,12 +607,12 @@ def _tokenize(
                 desc="Tokenizing",
             )
         )
-        num_kept += sum(reason is None for reason in parts[-1]["reason"])
+        num_kept += column(parts[-1], "reason").count(None)
     rows = concatenate_datasets(parts)
     if arguments.max_samples is None or num_kept < arguments.max_samples:
         return rows, num_read
-    kept = [index for index, reason in enumerate(rows["reason"]) if reason is None]
-    places = place[np.array(rows["conversation_id"])]
+    kept = [index for index, reason in enumerate(column(rows, "reason")) if reason is None]
+    places = place[column(rows, "conversation_id")]
     last = places[kept[arguments.max_samples - 1]]
     return rows.select(range(np.searchsorted(places, last, side="right"))), int(last) + 1
 
@@ -624,11 +624,12 @@ def _same_conversations(rows: "datasets.Dataset") -> tuple[np.ndarray, int]:
         The number for each row, int64 [rows], and the number of conversations that are copies of another one.
     """
     contents: dict[int, list[str]] = {}
-    for conversation_id, content in zip(rows["conversation_id"], rows["content"], strict=True):
+    numbers = column(rows, "conversation_id")
+    for conversation_id, content in zip(numbers, column(rows, "content"), strict=True):
         contents.setdefault(conversation_id, []).append(content)
     first: dict[tuple[str, ...], int] = {}
     shared = {number: first.setdefault(tuple(contents[number]), number) for number in sorted(contents)}
-    return np.array([shared[number] for number in rows["conversation_id"]]), len(contents) - len(first)
+    return np.array([shared[number] for number in numbers]), len(contents) - len(first)
 
 
 def _order(sizes: list[int], arguments: PrepareArguments) -> np.ndarray:
