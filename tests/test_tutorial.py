@@ -221,7 +221,6 @@ def test_the_best_checkpoint_goes_by_acceptance_or_by_the_tutorials_rule(train_f
     trainer = train_tiny(train_flags, **changes)
     folder = Path(train_flags["output_dir"])
     entries = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-    print([(entry["eval_loss"], entry["eval_acceptance_length"]) for entry in entries])
     lowest = min(range(5), key=lambda epoch: entries[epoch]["eval_loss"])
     longest = max(range(5), key=lambda epoch: entries[epoch]["eval_acceptance_length"])
     assert lowest != longest
