@@ -483,7 +483,6 @@ def test_the_folder_that_prepare_writes(arguments, caplog):
     }
     assert record["counts"] == counts | {
         "copied_conversations": 0,
-        "rows_beyond_max_samples": 0,
         "skipped": {"no answer of the assistant": 1},
         "sources": [{"data": arguments.data[0], **counts}],
     }
@@ -549,10 +548,11 @@ def test_max_samples_counts_rows(arguments, model, tmp_path, caplog, monkeypatch
     folder = prepare(five)
     assert prepared(folder) == {name: values[:5] for name, values in everything.items()}
     counts = json.loads((folder / "prepare.json").read_text())["counts"]
-    read = {"rows": 5, "rows_beyond_max_samples": 1}
-    assert counts.items() >= read.items()
-    assert counts["conversations_read"] - sum(counts["skipped"].values()) == 3
-    assert "The last conversation has 1 rows more, which are left out: --max-samples is 5." in caplog.text
+    beyond = "beyond the 5 rows of --max-samples"
+    assert counts["rows"] == 5
+    assert counts["skipped"][beyond] == 1
+    assert counts["conversations_read"] - sum(counts["skipped"].values()) == 2
+    assert f"{beyond}: 1 ({arguments.data[0]}, line " in caplog.text
     with pytest.raises(PeagleError, match="max_samples was 5, is 6"):
         prepare(changed(five, max_samples=6))
 
@@ -594,7 +594,7 @@ def test_rows_with_the_same_conversation_stay_together(arguments, tmp_path):
     assert all(ids[place : place + 3] == [0] * 3 for place in [ids.index(0)])  # side by side
     cut = prepare(changed(arguments, data=data[:1], output=str(tmp_path / "cut"), max_samples=ids.index(0) + 2))
     assert prepared(cut)["conversation_id"] == ids[: ids.index(0) + 2]
-    assert json.loads((cut / "prepare.json").read_text())["counts"]["rows_beyond_max_samples"] == 1
+    assert json.loads((cut / "skipped.json").read_text())[-1]["reason"].startswith("beyond the")
 
 
 def test_a_hub_dataset_names_conversations_too(arguments, tmp_path, monkeypatch):
@@ -606,7 +606,7 @@ def test_a_hub_dataset_names_conversations_too(arguments, tmp_path, monkeypatch)
     assert sorted(prepared(prepare(changed(arguments, data=["org/name"])))["conversation_id"]) == [0, 0, 1, 1]
 
 
-@pytest.mark.parametrize("value", [1.5, True, [], HELLO])
+@pytest.mark.parametrize("value", [1.5, True, {}])
 def test_a_conversation_is_named_by_text_or_an_integer(arguments, value):
     write_lines(Path(arguments.data[0]), [{"messages": HELLO}, {"messages": HELLO, "conversation": value}])
     with pytest.raises(PeagleError, match=r"line 2: conversation must be text or an integer"):

@@ -109,7 +109,7 @@ def words(command: str, substitutes: dict[str, str]) -> list[str]:
 
 def peagle_hf(command: str, substitutes: dict[str, str] | None = None) -> None:
     """Run a command in this process."""
-    program, *arguments = words(command, SMALL | (substitutes or {}))
+    program, *arguments = words(command, substitutes or SMALL)
     assert program == "peagle-hf"
     cli.main(arguments)
 
@@ -145,7 +145,7 @@ def test_every_command_with_a_template_that_rewrites_earlier_answers(
     states.mkdir(exist_ok=True)
     slots = [*default_aux_layer_ids(THINKING_LAYERS), THINKING_LAYERS]
     with FakeVllm(states, "Qwen/Qwen3-8B", slots, HIDDEN) as server:
-        url = {"http://localhost:8000/v1": server.url}
+        url = SMALL | {"http://localhost:8000/v1": server.url}
         peagle_hf(EXTRACT, url)
         assert {path.name for path in states.glob("hs_*")} == {f"hs_{row}.safetensors" for row in range(27)}
         num_asked = len(server.asked)
@@ -179,29 +179,25 @@ def test_torchrun_without_a_gpu_connects_its_processes(place, thinking_verifier)
 @pytest.mark.slow
 @pytest.mark.vllm
 def test_every_command_with_smollm2_and_real_vllm(place, smollm2):
-    """Without the data parallelism, which needs two GPUs; eight chats, rows of 256 tokens, one epoch."""
+    """Without the data parallelism, which needs two GPUs; six chats, rows of 256 tokens, one epoch."""
     chats = []
-    for line in first_lines(ROOT / "examples/data/train_chats.jsonl", 8).splitlines():
+    for line in first_lines(ROOT / "examples/data/train_chats.jsonl", 6).splitlines():
         chats.append([message["content"] for message in json.loads(line)["messages"] if message["role"] != "system"])
     folder = place(smollm2, chats)
-    small = SMALL | {"5000": "8", "4096": "256", "--epochs 5": "--epochs 1"}
-
-    def real(command: str, server: VllmServer | None = None) -> str:
-        url = {"http://localhost:8000/v1": server.url} if server else {}
-        return run(["bash", "-c", shlex.join(words(command, small | url))], folder)
-
-    real(PREPARE)
-    _, _, *launch = words(LAUNCH, small)
+    small = {"5000": "6", "4096": "256", "--epochs 5": "--epochs 1"}
+    peagle_hf(PREPARE, small)
+    _, _, *launch = words(LAUNCH, {})
     launch = launch[: launch.index("--") + 1]
     flags = ["--dtype", "float32", "--max-model-len", "300"]
     with VllmServer(["peagle_hf", *launch], flags, folder / "launch.log") as server:
-        real(EXTRACT, server)
-        real(EXTRACT_AGAIN, server)
-    assert len(list((folder / NAME / "hidden_states").glob("hs_*.safetensors"))) == 8
-    real(TRAIN)
-    real(TORCHRUN.replace(f"{NAME}/checkpoints", f"{NAME}/two"))
-    real(completed(SMALLER, "smaller"))
-    real(completed(FURTHER, "further"))
+        peagle_hf(EXTRACT, small | {"http://localhost:8000/v1": server.url})
+        peagle_hf(EXTRACT_AGAIN, small | {"http://localhost:8000/v1": server.url})
+    assert len(list((folder / NAME / "hidden_states").glob("hs_*.safetensors"))) == 6
+    peagle_hf(TRAIN, small)
+    peagle_hf(completed(SMALLER, "smaller"), small)
+    peagle_hf(completed(FURTHER, "further"), small)
+    two = words(TORCHRUN.replace(f"{NAME}/checkpoints", f"{NAME}/two"), small)
+    run(["bash", "-c", shlex.join(two)], folder)
     with VllmServer(["peagle_hf", *words(SERVE, {})[1:], "--"], flags, folder / "serve.log") as server:
         answered = subprocess.run(
             [sys.executable, "-m", "peagle_hf", "chat", "--endpoint", server.url, "--max-tokens", "20"],
@@ -221,7 +217,6 @@ def test_the_best_checkpoint_goes_by_acceptance_or_by_the_tutorials_rule(train_f
     trainer = train_tiny(train_flags, **changes)
     folder = Path(train_flags["output_dir"])
     entries = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-    print([(entry["eval_loss"], entry["eval_acceptance_length"]) for entry in entries])
     lowest = min(range(5), key=lambda epoch: entries[epoch]["eval_loss"])
     longest = max(range(5), key=lambda epoch: entries[epoch]["eval_acceptance_length"])
     assert lowest != longest

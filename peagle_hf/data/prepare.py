@@ -26,7 +26,7 @@ from ..files import atomic_path, remove_leftovers, write_json
 from ..target import load_token_freq
 from .cache import cache_folder
 from .chats import Chat, Source, Unlearnable, is_local_file, open_source, read_chat
-from .prepared import DATASET_INFO, DATASET_STATE, PREPARE_RECORD, load_prepared, read_prepare_record
+from .prepared import DATASET_INFO, DATASET_STATE, PREPARE_RECORD, column, load_prepared, read_prepare_record
 
 if TYPE_CHECKING:
     import datasets
@@ -141,8 +141,8 @@ def prepare(arguments: PrepareArguments) -> Path:
     `conversation`. `conversation_id` numbers the conversations of all sources in turn; those whose rows are the same,
     token for token, share the number of the first, so that no copy of a training row is validated on.
 
-    With `max_samples` there are that many rows, or all if there are fewer; the rows that the last conversation has
-    beyond them are left out, and counted.
+    With `max_samples` there are that many rows, or all if there are fewer; what the last conversation has beyond them
+    is among the rows that are left out.
 
     With `weights` each conversation is drawn from a source with the probability of its weight, as
     `datasets.interleave_datasets` does, none of them twice, until a source runs out or there are `max_samples` rows.
@@ -379,7 +379,7 @@ def _common_prefix(*texts: str) -> int:
 class _RowMaker:
     """Maps rows of the sources, by number, to rows of the dataset, for `Dataset.map`.
 
-    A row that is left out carries the reason and its place; `content` is a hash of the tokens and the mask.
+    A row that is left out carries the reason; `content` is a hash of the tokens and the mask of one that is kept.
     """
 
     chat_tokenizer: ChatTokenizer
@@ -393,24 +393,23 @@ class _RowMaker:
         rows: list[dict[str, Any]] = []
         for number, conversation_id in zip(batch["number"], batch["conversation_id"], strict=True):
             place, content = _read(self.sources, number)
-            common: dict[str, Any] = {"number": number, "conversation_id": conversation_id}
-            skipped = common | {"place": place}
+            origin = {"number": number, "conversation_id": conversation_id, "place": place}
             try:
                 if "input_ids" in content and "loss_mask" in content:
                     tokenized = [_read_tokens(content, place, self.num_ids, self.vocabulary)]
                 else:
                     tokenized = self.chat_tokenizer(read_chat(content, place))
             except Unlearnable as error:
-                rows.append(skipped | {"reason": str(error).encode(errors="backslashreplace").decode()})
+                rows.append(origin | {"reason": str(error).encode(errors="backslashreplace").decode()})
                 continue
             for input_ids, loss_mask in tokenized:
                 if loss_mask[: self.seq_length].sum() < self.min_learnt_tokens:
                     limit = f"{self.min_learnt_tokens} learnt tokens within the first {self.seq_length}"
-                    rows.append(skipped | {"reason": f"fewer than {limit}"})
+                    rows.append(origin | {"reason": f"fewer than {limit}"})
                     continue
                 kept_ids, kept_mask = input_ids[: self.seq_length], loss_mask[: self.seq_length]
                 rows.append(
-                    common
+                    origin
                     | {
                         "input_ids": kept_ids,
                         "loss_mask": kept_mask,
@@ -442,11 +441,12 @@ def _number_conversations(sources: list[Source]) -> np.ndarray:
     for source in sources:
         first: dict[Any, int] = {}
         for index, value in enumerate(_conversation_values(source)):
+            if isinstance(value, list):  # the messages, by another name
+                value = None
             if value is not None and type(value) not in (str, int):
                 raise PeagleError(
                     f"{source.read(index)[0]}: {CONVERSATION} must be text or an integer that rows of one conversation "
-                    f"share, but is {type(value).__name__}. Correct it; a field that holds the messages must be called "
-                    "messages."
+                    f"share, but is {type(value).__name__}. Correct it, or take it out."
                 )
             numbers[start + index] = end + first.setdefault(index if value is None else (value,), len(first))
         start, end = start + len(source), end + len(first)
@@ -456,7 +456,7 @@ def _number_conversations(sources: list[Source]) -> np.ndarray:
 def _conversation_values(source: Source) -> Iterator[Any]:
     if source.unit == "row":
         names = source.rows.column_names
-        yield from source.rows[CONVERSATION] if CONVERSATION in names else [None] * len(source)
+        yield from column(source.rows, CONVERSATION) if CONVERSATION in names else [None] * len(source)
         return
     for batch in source.rows.iter(batch_size=1000):
         for text in batch["json"]:  # most have no such field, and needn't be decoded twice
@@ -535,6 +535,11 @@ def _make(
     rows, num_read = _tokenize(make, conversation_ids, order, arguments, scratch, json.dumps(origin))
     order = order[:num_read]
     notes = rows.select_columns(["conversation_id", "place", "reason"])[:]
+    usable = [index for index, reason in enumerate(notes["reason"]) if reason is None]
+    shared_ids, num_copies = _same_conversations(rows.select(usable))
+    kept = usable[: arguments.max_samples]
+    for index in usable[len(kept) :]:
+        notes["reason"][index] = f"beyond the {arguments.max_samples} rows of --max-samples"
     skipped = [
         {"conversation_id": conversation_id, "row": place, "reason": reason}
         for conversation_id, place, reason in zip(*notes.values(), strict=True)
@@ -545,20 +550,15 @@ def _make(
             f"Nothing can be learnt from {', '.join(arguments.data)}: all {len(order)} conversations were left out. "
             f"{_summary(skipped)} Correct the data or choose other data."
         )
-    kept = rows.select([index for index, reason in enumerate(notes["reason"]) if reason is None])
-    shared_ids, num_copies = _same_conversations(kept)
-    num_surplus = max(0, len(kept) - (arguments.max_samples or len(kept)))
-    kept = kept.select(range(len(kept) - num_surplus))
-    by_source, token_counts = _count(kept, ends, sizes, np.searchsorted(last_ids, order))
-    kept = kept.select_columns(["input_ids", "loss_mask", "seq_len"]).add_column(
-        "conversation_id", shared_ids[: len(kept)]
-    )
-    kept.with_format("torch").save_to_disk(folder)
+    dataset = rows.select(kept)
+    by_source, token_counts = _count(dataset, ends, sizes, np.searchsorted(last_ids, order))
+    dataset = dataset.select_columns(["input_ids", "loss_mask", "seq_len"])
+    dataset = dataset.add_column("conversation_id", shared_ids[: len(kept)])
+    dataset.with_format("torch").save_to_disk(folder)
 
     torch.save(dict(token_counts), folder / "token_freq.pt")
     counts = {name: sum(counted[name] for counted in by_source) for name in COUNTS} | {
         "copied_conversations": num_copies,
-        "rows_beyond_max_samples": num_surplus,
         "skipped": dict(Counter(entry["reason"] for entry in skipped)),
         "sources": [{"data": data, **counted} for data, counted in zip(arguments.data, by_source, strict=True)],
     }
@@ -607,12 +607,12 @@ def _tokenize(
                 desc="Tokenizing",
             )
         )
-        num_kept += sum(reason is None for reason in parts[-1]["reason"])
+        num_kept += column(parts[-1], "reason").count(None)
     rows = concatenate_datasets(parts)
     if arguments.max_samples is None or num_kept < arguments.max_samples:
         return rows, num_read
-    kept = [index for index, reason in enumerate(rows["reason"]) if reason is None]
-    places = place[np.array(rows["conversation_id"])]
+    kept = [index for index, reason in enumerate(column(rows, "reason")) if reason is None]
+    places = place[column(rows, "conversation_id")]
     last = places[kept[arguments.max_samples - 1]]
     return rows.select(range(np.searchsorted(places, last, side="right"))), int(last) + 1
 
@@ -624,11 +624,12 @@ def _same_conversations(rows: "datasets.Dataset") -> tuple[np.ndarray, int]:
         The number for each row, int64 [rows], and the number of conversations that are copies of another one.
     """
     contents: dict[int, list[str]] = {}
-    for conversation_id, content in zip(rows["conversation_id"], rows["content"], strict=True):
+    numbers = column(rows, "conversation_id")
+    for conversation_id, content in zip(numbers, column(rows, "content"), strict=True):
         contents.setdefault(conversation_id, []).append(content)
     first: dict[tuple[str, ...], int] = {}
     shared = {number: first.setdefault(tuple(contents[number]), number) for number in sorted(contents)}
-    return np.array([shared[number] for number in rows["conversation_id"]]), len(contents) - len(first)
+    return np.array([shared[number] for number in numbers]), len(contents) - len(first)
 
 
 def _order(sizes: list[int], arguments: PrepareArguments) -> np.ndarray:
@@ -654,12 +655,6 @@ def _report(counts: dict[str, Any], arguments: PrepareArguments) -> None:
         "%(learnt_tokens)d of them learnt; %(truncated_rows)d rows cut after %(seq_length)d tokens.",
         counts | {"seq_length": arguments.seq_length},
     )
-    if counts["rows_beyond_max_samples"]:
-        logger.info(
-            "The last conversation has %d rows more, which are left out: --max-samples is %d.",
-            counts["rows_beyond_max_samples"],
-            arguments.max_samples,
-        )
     if counts["copied_conversations"]:
         logger.info(
             "%d conversations are copies of others, token for token. They are kept, on the same side of the validation "
