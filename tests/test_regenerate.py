@@ -715,7 +715,7 @@ def test_what_is_kept_when_an_argument_changes(target, prompts, tmp_path, asked,
     for changes, num_asked, kept in (
         ({"exclude": [str(excluded)]}, 0, rows[1:]),
         ({"seed": 7, "top_k": 5, "max_repetition": 1, "batch_size": 5}, 0, rows),  # greedy answers draw nothing
-        ({"max_new_tokens": 15}, 9, None),
+        ({"max_new_tokens": 15}, 8, None),
         ({}, 0, rows),
     ):
         asked.clear()
@@ -724,7 +724,7 @@ def test_what_is_kept_when_an_argument_changes(target, prompts, tmp_path, asked,
         found = run(target, output, prompts=str(prompts), **changes)
         assert sum(map(len, asked)) == num_asked
         assert kept is None or found == kept
-        assert "5 of 5" in caplog.text or "4 of 4" in caplog.text or "0 of 5" in caplog.text
+        assert ("has answers to" in caplog.text) == (num_asked == 0)
         changed = "max_new_tokens: 16 there, 15 now" if num_asked else "max_new_tokens: 15 there, 16 now"
         assert (changed in caplog.text) == (changes in ({"max_new_tokens": 15}, {}))
 

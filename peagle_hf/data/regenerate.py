@@ -499,10 +499,11 @@ def _answer(answers: _Answers, prompts: list[Prompt], lengths: list[int]) -> dic
                     waiting.append(index)
             except Unlearnable as reason:
                 unanswerable[index] = str(reason)
-        logger.info(
-            "%s has answers to %d of %d prompts already; the other %d are asked for.",
-            *(answers.journal.path, len(prompts) - len(waiting), len(prompts), len(waiting)),
-        )
+        if len(waiting) < len(prompts):
+            logger.info(
+                "%s has answers to %d of %d prompts already; the other %d are asked for.",
+                *(answers.journal.path, len(prompts) - len(waiting), len(prompts), len(waiting)),
+            )
     # The composition of a batch changes rounding. A run that goes on has the same batches: those before are complete,
     # as the prompts of one have equally many turns, and the order is not that of the file.
     waiting.sort(key=lambda index: (len(prompts[index].turns), lengths[index], prompts[index].digest))
