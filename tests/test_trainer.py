@@ -437,6 +437,7 @@ def losses_in(folder):
     return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
 
 
+@pytest.mark.slow
 def test_cli_yaml_example_and_python_give_the_same_losses(train_flags, cli_flags, tmp_path):
     python = losses(run(train_flags, learning_rate=1e-3, lr_scheduler_type="linear"))
     assert len(python) == 10
