@@ -3,9 +3,11 @@
 import json
 import logging
 import os
+import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -61,7 +63,7 @@ def test_a_killed_evaluation_asks_only_what_is_missing_and_gives_the_same_report
     arguments, server, baseline, tmp_path, caplog
 ):
     """It is killed in the fifth of eight runs: four are finished and aren't asked again."""
-    command = [sys.executable, "-m", "peagle_hf", *arguments().command().split()[1:]]
+    command = [sys.executable, "-m", "peagle_hf", *shlex.split(arguments().command())[1:]]
     process = None
 
     def kill(message: str) -> None:
@@ -97,6 +99,7 @@ def interrupt(arguments, server, requests: int = 2 * REQUESTS + 3) -> None:
     server.chat_fault = lambda message: "400" if len(server.requests) > requests else None
     with pytest.raises(PeagleError, match="the prompt is too long"):
         evaluate(arguments)
+    time.sleep(0.3)  # what was asked at the same time fails too
     server.chat_fault = lambda message: None
     server.requests.clear()
 

@@ -19,8 +19,8 @@ from peagle_hf.intervals import (
     student_t,
 )
 
-TRIALS = 600
-"""The share of so many trials has a standard error of 0.9 points."""
+TRIALS = 400
+"""The share of so many trials has a standard error of 1.1 points."""
 
 
 def test_student_t_is_that_of_the_tables():
@@ -63,7 +63,7 @@ def test_nineteen_of_twenty_intervals_hold_the_true_value(prompts):
     """Those of the report do; the percentile bootstrap, which they replaced, doesn't."""
     found = coverage("weak", prompts, TRIALS, seed=3, methods=("jackknife", "percentile"))
     common = [figure for figure in FIGURES if figure not in ("position 3", "position 4")]
-    assert all(93 <= found["jackknife"][figure] <= 97.5 for figure in common), found["jackknife"]
-    assert all(found["jackknife"][figure] >= 93 for figure in FIGURES), found["jackknife"]
+    assert all(92.5 <= found["jackknife"][figure] <= 98 for figure in common), found["jackknife"]
+    assert all(found["jackknife"][figure] >= 92.5 for figure in FIGURES), found["jackknife"]
     assert all(found["percentile"][figure] < 92 for figure in common), found["percentile"]
     assert found["percentile"]["position 4"] < 40

@@ -19,6 +19,7 @@ import argparse
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from statistics import NormalDist
 
 import numpy as np
@@ -233,21 +234,24 @@ BOOTSTRAPS: dict[str, Callable[..., np.ndarray]] = {
 
 def coverage(scenario: str, prompts: int, trials: int, seed: int, methods=METHODS) -> dict[str, dict[str, float]]:
     """The share of trials whose interval holds the true value, in %, by method and figure."""
-    population = draw(SCENARIOS[scenario], 400, 1_000, 99)
     sample = draw(SCENARIOS[scenario], trials, prompts, seed)
     found: dict[str, dict[str, float]] = {}
     for method in methods:
         intervals = jackknife(sample) if method == "jackknife" else bootstrap(method, sample)
         found[method] = {}
         for figure in FIGURES:
-            truth = 0 if figure == "difference" else _truth(figure, population)
+            truth = 0 if figure == "difference" else true_values(scenario)[figure]
             low, high = intervals[figure].T
             found[method][figure] = 100 * float(((low <= truth) & (truth <= high)).mean())
     return found
 
 
-def _truth(figure: str, population: Sample) -> float:
-    return float(value(figure, [(one.sum(), two.sum()) for one, two in population.parts(figure)]))
+@cache
+def true_values(scenario: str) -> dict[str, float]:
+    """The figures of a very large sample."""
+    sample = draw(SCENARIOS[scenario], 400, 1_000, 99)
+    sums = {figure: [(one.sum(), two.sum()) for one, two in sample.parts(figure)] for figure in FIGURES}
+    return {figure: float(value(figure, parts)) for figure, parts in sums.items()}
 
 
 def main() -> None:
