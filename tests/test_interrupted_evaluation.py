@@ -104,7 +104,8 @@ def interrupt(arguments, server, requests: int = 2 * REQUESTS + 3) -> None:
     server.requests.clear()
 
 
-def test_what_changed_is_named_and_all_is_measured_anew(arguments, server, suite, tmp_path, caplog):
+def test_what_changed_is_named_and_all_is_measured_anew(arguments, server, suite, caplog, monkeypatch):
+    monkeypatch.setattr("peagle_hf.evaluation._illustrate", lambda report, output: None)  # takes long
     interrupt(arguments(), server)
     evaluate(arguments(rounds=1))  # fewer rounds are no other setting: all of the first is there
     assert len(server.requests) == 1

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import pytest
@@ -59,11 +60,14 @@ def test_a_share_of_none_or_all_has_an_interval_within_its_limits():
 
 
 @pytest.mark.parametrize("prompts", [6, 10])
-def test_nineteen_of_twenty_intervals_hold_the_true_value(prompts):
+def test_nineteen_of_twenty_intervals_hold_the_true_value(prompts, monkeypatch):
     """Those of the report do; the percentile bootstrap, which they replaced, doesn't."""
+    monkeypatch.setattr("interval_coverage.POPULATION", 100)
     found = coverage("weak", prompts, TRIALS, seed=3, methods=("jackknife", "percentile"))
     common = [figure for figure in FIGURES if figure not in ("position 3", "position 4")]
     assert all(92.5 <= found["jackknife"][figure] <= 98 for figure in common), found["jackknife"]
     assert all(found["jackknife"][figure] >= 92.5 for figure in FIGURES), found["jackknife"]
-    assert all(found["percentile"][figure] < 92 for figure in common), found["percentile"]
+    means = {method: fmean(shares[figure] for figure in common) for method, shares in found.items()}
+    assert 94 <= means["jackknife"] <= 96.5
+    assert means["percentile"] < 91.5
     assert found["percentile"]["position 4"] < 40

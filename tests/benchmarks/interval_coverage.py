@@ -30,6 +30,8 @@ from peagle_hf.figures import Trial, difference, figures
 
 METHODS = ("jackknife", "percentile", "BCa", "bootstrap-t")
 RESAMPLES = 1_000
+POPULATION = 400
+"""So many thousand prompts give the true values."""
 NORMAL = NormalDist()
 
 
@@ -249,7 +251,7 @@ def coverage(scenario: str, prompts: int, trials: int, seed: int, methods=METHOD
 @cache
 def true_values(scenario: str) -> dict[str, float]:
     """The figures of a very large sample."""
-    sample = draw(SCENARIOS[scenario], 400, 1_000, 99)
+    sample = draw(SCENARIOS[scenario], POPULATION, 1_000, 99)
     sums = {figure: [(one.sum(), two.sum()) for one, two in sample.parts(figure)] for figure in FIGURES}
     return {figure: float(value(figure, parts)) for figure, parts in sums.items()}
 
