@@ -70,6 +70,7 @@ def test_every_anchor_is_counted_by_the_definition(trained, tiny_verifier, tmp_p
     flags = {"model": checkpoint, "data-path": folder, "output": report_path, "num-speculative-tokens": num_depths}
     cli.main(["acceptance", *(part for name, value in flags.items() for part in (f"--{name}", str(value)))])
     report = json.loads(report_path.read_text())
+    assert (report["drafter"], report["drafter_link"]) == (str(checkpoint.resolve()), str(checkpoint))
 
     drafter = PeagleForSpeculation.from_pretrained(checkpoint).eval()
     verifier = LlamaForCausalLM.from_pretrained(tiny_verifier).eval()
@@ -146,3 +147,18 @@ def test_generation_drafts_and_accepts_what_the_cached_states_say(trained, tiny_
     assert all(0 <= count <= ANSWERS for count in cut)  # the last draft of each goes on behind the end of the text
     assert abs(report["acceptance_length"] - generated.acceptance_length) < 0.1
     assert report["every_anchor"]["acceptance_length"] > report["acceptance_length"] + 0.1
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_speculative_tokens": 0}, "--num-speculative-tokens is 0"),
+        ({"total_seq_len": 0}, "--total-seq-len is 0"),
+        ({"train_data_ratio": 1.0}, "--train-data-ratio is 1.0 but must be .* below 1"),
+        ({"train_data_ratio": 0.0}, "--train-data-ratio is 0.0"),
+        ({"dtype": "int8"}, "--dtype is 'int8' but must be float32"),
+    ],
+)
+def test_impossible_values_are_refused_by_their_flag(change, words):
+    with pytest.raises(PeagleError, match=words):
+        AcceptanceArguments("m", "d", "a.json", **change)

@@ -364,6 +364,22 @@ def test_suites_of_one_name_or_with_the_same_prompts_are_told_apart(tmp_path, ca
         _load_prompts(EvaluateArguments("m", [suites[0], copy], "out"), [])
 
 
+def test_a_row_whose_text_no_tokenizer_takes_is_left_out_and_named(tmp_path, caplog):
+    """Half an emoji in a turn; in a category it is written as an escape, and null is no category at all."""
+    rows = [
+        {"turns": ["whole"], "category": None, "question_id": None},
+        {"turns": ["cut \ud83d"]},
+        {"turns": ["named"], "category": "cut \ud83d"},
+    ]
+    suite, dropped = write_suite(tmp_path / "prompts.jsonl", *rows), []
+    prompts = _load_prompts(EvaluateArguments("m", [suite], "out"), dropped)
+    assert [(prompt.id, prompt.category) for prompt in prompts] == [("0", "chat"), ("2", r"cut \ud83d")]
+    (drop,) = dropped
+    assert (drop["place"], "surrogate" in drop["reason"]) == ("prompts.jsonl, line 2", True)
+    assert "prompts.jsonl, line 2 is left out: it holds half a surrogate pair" in caplog.text
+    json.dumps(dropped, ensure_ascii=False).encode()
+
+
 def test_the_command_is_the_one_that_says_the_same():
     argv = ["--model", "a b", "--prompts", "x.jsonl", "--output", "out", "--concurrency", "1", "4", "--seed", "3"]
     arguments = parse_arguments(EvaluateArguments, argv)

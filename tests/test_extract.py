@@ -342,7 +342,7 @@ def test_a_disk_that_fills_up_leaves_whole_files_and_a_rerun_goes_on(
         patch.setattr(cache, "save_file", save_until_full)
         with pytest.raises(PeagleError, match="No space is left"):
             extract.extract(arguments)
-    assert len(os.listdir(output)) == 3, "two rows, the manifest, the arguments, nothing half written"
+    assert len(os.listdir(output)) == 4, "two rows, the manifest, the arguments, nothing half written"
     report = extract.extract(replace(arguments, validate_outputs=True))
     assert (report.num_kept, report.made_again) == (2, {})
 

@@ -170,6 +170,51 @@ def test_a_server_that_only_counts_as_a_whole_gives_no_intervals_of_acceptance(
             assert row[name] == by_request["by_category"][category][name]
 
 
+def test_a_password_in_an_endpoint_reaches_no_file_and_no_message(arguments, server, baseline, caplog):
+    caplog.set_level("INFO", logger="peagle_hf")
+    output, journals = Path(arguments().output), []
+    urls = [one.url.replace("http://", "http://user:sesame@") for one in (server, baseline)]
+    server.chat_fault = lambda message: journals.extend(path.read_text() for path in output.glob("*.journal"))
+    report = evaluate(arguments(endpoint=urls[0], baseline_endpoint=urls[1]))
+    assert f"--endpoint {server.url} --baseline-endpoint {baseline.url}" in report["command"]
+    assert "http://127.0.0.1" in journals[-1]
+    written = [path.read_bytes() for path in output.iterdir()]
+    assert len(written) == 3
+    assert not any(b"sesame" in content for content in written)
+    assert "sesame" not in "".join(journals) + caplog.text
+
+
+def test_a_picture_that_cannot_be_drawn_loses_nothing(arguments, server, caplog, monkeypatch):
+    """The table is printed and evaluation.json is there before anything is drawn."""
+    caplog.set_level("INFO", logger="peagle_hf")
+    output, seen = Path(arguments().output), []
+
+    def fail(axes, report):
+        seen.append("Acceptance rate" in caplog.text and json.loads((output / "evaluation.json").read_text()) == report)
+        raise RuntimeError("no <fonts>")
+
+    output.mkdir()
+    (output / "evaluation.png").write_bytes(b"of an earlier evaluation")
+    monkeypatch.setattr("peagle_hf.report._PICTURES", [("Speed", fail)])
+    report = evaluate(arguments())
+    assert seen == [True, True]
+    assert "evaluation.png could not be drawn (RuntimeError: no <fonts>). All figures are in" in caplog.text
+    page = (output / "evaluation.html").read_text()
+    assert "could not be drawn: no &lt;fonts&gt;" in page
+    assert f"{report['acceptance_length']:.3f}" in page
+    assert sorted(path.name for path in output.iterdir()) == ["evaluation.html", "evaluation.json"]
+
+
+def test_a_drafter_that_is_missing_or_named_twice_is_refused(arguments, drafter, tmp_path):
+    here = {"endpoint": None}
+    with pytest.raises(PeagleError, match=r"There is no folder nowhere/at-all, and no drafter of that name"):
+        evaluate(arguments(**here, compare=["nowhere/at-all"]))
+    link = tmp_path / "checkpoint_best"
+    link.symlink_to(drafter)
+    with pytest.raises(PeagleError, match=f"name a drafter twice: {drafter} and {link} are both {drafter}"):
+        evaluate(arguments(**here, compare=[str(link)]))
+
+
 def test_as_many_requests_as_are_wanted_are_in_flight(arguments, server):
     in_flight, most = [], []
 

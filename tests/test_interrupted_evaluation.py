@@ -1,0 +1,192 @@
+"""An evaluation that was killed measures only what is missing; what changed or is damaged is named."""
+
+import json
+import logging
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from fake_vllm import FakeDraftingVllm
+
+from peagle_hf import EvaluateArguments, PeagleError, evaluate
+from peagle_hf.client import Run
+from peagle_hf.evaluation import FINISHED_RUNS
+
+ROWS = [{"question_id": number, "turns": [f"a b c {'d ' * number}", "e f"]} for number in range(6)]
+REQUESTS = 1 + 2 * len(ROWS)
+"""Of a run: one to warm up, and two turns of each prompt."""
+TIMES = ("second", "speed", "latency", "interval", "command")
+
+
+@pytest.fixture
+def suite(tmp_path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+@pytest.fixture
+def server(chain):
+    with FakeDraftingVllm(str(chain)) as server:
+        yield server
+
+
+@pytest.fixture
+def baseline(chain):
+    with FakeDraftingVllm(str(chain), drafts=False) as server:
+        yield server
+
+
+@pytest.fixture
+def arguments(drafter, suite, tmp_path, server, baseline):
+    def arguments(**changes) -> EvaluateArguments:
+        fields = {"model": str(drafter), "suite": [str(suite)], "output": str(tmp_path / "out"), "max_tokens": 20}
+        fields |= {"endpoint": server.url, "baseline_endpoint": baseline.url, "concurrency": [1, 2], "rounds": 2}
+        return EvaluateArguments(**{**fields, **changes})
+
+    return arguments
+
+
+def without_times(report):
+    """The report without what depends on the clock."""
+    if isinstance(report, dict):
+        return {name: without_times(value) for name, value in report.items() if not any(word in name for word in TIMES)}
+    return [without_times(value) for value in report] if isinstance(report, list) else report
+
+
+def test_a_killed_evaluation_asks_only_what_is_missing_and_gives_the_same_report(
+    arguments, server, baseline, tmp_path, caplog
+):
+    """It is killed in the fifth of eight runs: four are finished and aren't asked again."""
+    command = [sys.executable, "-m", "peagle_hf", *shlex.split(arguments().command())[1:]]
+    process = None
+
+    def kill(message: str) -> None:
+        if process is not None and len(baseline.requests) == 2 * REQUESTS + 3:
+            os.kill(process.pid, signal.SIGKILL)
+
+    baseline.chat_fault = kill
+    process = subprocess.Popen(command, env=os.environ, stderr=subprocess.DEVNULL)
+    assert process.wait(120) == -signal.SIGKILL
+    process = None
+    journal = tmp_path / "out" / FINISHED_RUNS
+    assert len(journal.read_bytes().splitlines()) == 1 + 4
+    assert not (tmp_path / "out" / "evaluation.json").exists()
+    with open(journal, "a") as file:  # as if it had been killed while it wrote
+        file.write('{"name": "round 2, 1 at a time')
+
+    moved = (tmp_path / "out").rename(tmp_path / "moved")
+    for one in (server, baseline):
+        one.requests.clear()
+    caplog.set_level(logging.INFO, logger="peagle_hf")
+    report = evaluate(arguments(output=str(moved)))
+    assert "4 runs were finished earlier" in caplog.text
+    assert len(baseline.requests) == 2 * REQUESTS
+    assert len(server.requests) == 1 + 2 * REQUESTS  # and one that finds out how it counts
+    assert not (moved / FINISHED_RUNS).exists()
+    assert without_times(report) == without_times(evaluate(arguments(output=str(tmp_path / "whole"))))
+    assert report["intervals"].keys() > {"acceptance_length", "speed_up"}
+
+
+def interrupt(arguments, server, requests: int = 2 * REQUESTS + 3) -> None:
+    """Fail in the third run of the server with the drafter."""
+    server.requests.clear()
+    server.chat_fault = lambda message: "400" if len(server.requests) > requests else None
+    with pytest.raises(PeagleError, match="the prompt is too long"):
+        evaluate(arguments)
+    time.sleep(0.3)  # what was asked at the same time fails too
+    server.chat_fault = lambda message: None
+    server.requests.clear()
+
+
+def test_what_changed_is_named_and_all_is_measured_anew(arguments, server, suite, caplog, monkeypatch):
+    monkeypatch.setattr("peagle_hf.evaluation._illustrate", lambda report, output: None)  # takes long
+    interrupt(arguments(), server)
+    evaluate(arguments(rounds=1))  # fewer rounds are no other setting: all of the first is there
+    assert len(server.requests) == 1
+    changes = {"max_tokens is 9 and was 20": {"max_tokens": 9}, "temperature is 0.5 and was 0.0": {"temperature": 0.5}}
+    for words, change in changes.items():
+        interrupt(arguments(), server)
+        caplog.clear()
+        evaluate(arguments(rounds=1, **change))
+        assert "are discarded and all is measured anew, because" in caplog.text
+        assert words in caplog.text
+        assert len(server.requests) == 1 + 2 * REQUESTS
+    interrupt(arguments(), server)
+    suite.write_text(suite.read_text().replace("a b c", "a b"))
+    caplog.clear()
+    evaluate(arguments(rounds=1))
+    assert "prompts is 6, sha256" in caplog.text
+
+
+def test_other_weights_are_measured_anew(arguments, server, drafter, tmp_path, caplog):
+    """`checkpoint_best` led elsewhere when the evaluation was started again."""
+    best = tmp_path / "checkpoint_best"
+    for number in (1, 2):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "model.safetensors").symlink_to(drafter / "model.safetensors")
+        config = json.loads((drafter / "config.json").read_text()) | {"note": number}
+        (folder / "config.json").write_text(json.dumps(config))
+    best.symlink_to("1")
+    interrupt(arguments(model=str(best)), server)
+    best.unlink()
+    best.symlink_to("2")
+
+    def move(message: str) -> None:  # and it moves again while it is measured
+        best.unlink(missing_ok=True)
+        best.symlink_to("1")
+
+    server.chat_fault = move
+    report = evaluate(arguments(model=str(best), rounds=1))
+    assert "drafters is ['sha256" in caplog.text
+    assert report["drafter"] == str(tmp_path / "2")
+    assert report["drafter_link"] == str(best)
+    page = (tmp_path / "out" / "evaluation.html").read_text()
+    assert f"{tmp_path / '2'}, which {best} linked to when this began" in page
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"settings": 1}', '{"settings": {}}\n{"name": "x"}', b"\xff\xfe"])
+def test_a_damaged_journal_is_named_with_the_remedy(arguments, tmp_path, damage):
+    path = tmp_path / "out" / FINISHED_RUNS
+    path.parent.mkdir()
+    path.write_bytes((damage.encode() if isinstance(damage, str) else damage) + b"\n")
+    with pytest.raises(PeagleError, match=r"evaluation\.journal.* is damaged .*Remove it and run the same command"):
+        evaluate(arguments())
+
+
+def test_vllm_in_process_does_only_what_is_missing(arguments, chain, drafter, tmp_path, monkeypatch):
+    """vLLM dies in the second round after one of two runs with the drafter; each round has a seed of its own."""
+    pytest.importorskip("vllm")
+    finished, asked, dies = [], [], True
+
+    def run_vllm(job, environment, log, what, keep):
+        for index, concurrency in enumerate(job.concurrency):
+            if dies and (job.engine["seed"], what, concurrency) == (8, "with the drafter", 2):
+                raise PeagleError("vLLM failed")
+            asked.append((job.engine["seed"], what, concurrency, job.answers and job.answers[index][0][0]))
+            fields = {"token_ids": [1, 2, 3], "seconds": 1.0, "text": f"{job.engine['seed']} {concurrency}"}
+            fields |= {"drafting": [2, 2, 1, 1]} if job.answers else {}
+            chats = [[fields] * len(prompt.turns) for prompt in job.prompts]
+            keep(Run.of({"concurrency": concurrency, "chats": chats, "seconds": 2.0}), MEASURED_ON)
+            finished.append(what)
+
+    monkeypatch.setattr("peagle_hf.evaluation.run_vllm", run_vllm)
+    here = {"endpoint": None, "baseline_endpoint": None, "seed": 7, "temperature": 0.7, "num_speculative_tokens": [1]}
+    with pytest.raises(PeagleError, match="vLLM failed"):
+        evaluate(arguments(**here))
+    assert len(asked) == 7
+    dies = False
+    asked.clear()
+    report = evaluate(arguments(**here))
+    assert asked == [(8, "with the drafter", 2, "8 2")]
+    assert report["versions"] == MEASURED_ON["versions"]
+    assert report["num_drafts"] == 2 * 2 * 2 * len(ROWS)  # sampled: two rounds of two turns count
+
+
+MEASURED_ON = {"dtype": "float32", "device": "CPU", "versions": {"vllm": "0.32.0"}}
