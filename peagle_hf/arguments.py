@@ -19,7 +19,7 @@ from transformers.hf_argparser import string_to_bool
 from .console import MISUSED, set_verbosity
 from .errors import PeagleError
 from .files import atomic_path
-from .redaction import is_secret, public_url
+from .redaction import is_secret, public_settings
 
 CONFIG = "config.yaml"
 Parsed = TypeVar("Parsed")
@@ -397,8 +397,8 @@ def config_text(arguments: Any) -> str:
     for one in fields(arguments):
         value = plain(given[one.name])
         if one.init and value not in (None, plain(default_of(one))) and not is_secret(one.name):
-            content[one.name] = public_url(value) if isinstance(value, str) else value
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+            content[one.name] = value
+    return yaml.safe_dump(public_settings(content), sort_keys=False, allow_unicode=True)
 
 
 def write_config(arguments: Any, folder: str | Path) -> None:

@@ -123,7 +123,7 @@ class VllmExportCallback(TrainerCallback):
         best_step = step_of_best(args, {step: scores[step] for step in step_of.values() if step in scores})
         best = next((folder for folder in folders if step_of[folder] == best_step), folders[-1])
         with atomic_path(self._folder(args) / BEST) as temporary:
-            os.symlink(best.name, temporary)
+            _link_folder(best, temporary)
         reason = "the last epoch, as no epoch has a validation"
         if best_step is not None:
             rule = "highest" if args.greater_is_better else "lowest"
@@ -167,9 +167,9 @@ def export_drafter(saved: Path, folder: Path, dtype: torch.dtype) -> None:
         name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in load_file(weights).items()
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((drafter / "config.json").read_text())
+    config = json.loads((drafter / "config.json").read_text(encoding="utf-8"))
     config["dtype"] = str(dtype).removeprefix("torch.")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     check_checkpoint(folder)
 
 
@@ -244,6 +244,8 @@ def remove_checkpoints(output_dir: str | os.PathLike[str]) -> None:
             remove_folder(folder)
         elif folder.name == BEST and folder.is_symlink():
             folder.unlink()
+        elif folder.name == BEST and is_whole(folder / TRAINER_STATE):  # a copy, where there are no links
+            remove_folder(folder)
 
 
 def list_files(checkpoint: Path) -> None:
@@ -259,7 +261,7 @@ def is_whole(checkpoint: Path) -> bool:
     """
     try:
         trainer_state(checkpoint)
-        files = json.loads((checkpoint / FILES).read_text()) if (checkpoint / FILES).exists() else []
+        files = json.loads((checkpoint / FILES).read_text(encoding="utf-8")) if (checkpoint / FILES).exists() else []
     except (OSError, ValueError):
         return False
     return all((checkpoint / name).exists() for name in files)
@@ -271,12 +273,27 @@ def _trainer_checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
 
 def trainer_state(folder: Path) -> dict:
     """What the Trainer saved of its state in one of its own checkpoints."""
-    return json.loads((folder / TRAINER_STATE_NAME).read_text())
+    return json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
 
 
 def _epoch_number(epoch: float) -> int:
     """0 for anything in the first epoch, its end included."""
     return max(0, math.ceil(epoch - 1e-6) - 1)
+
+
+def _link_folder(folder: Path, link: Path) -> None:
+    """Make a relative link beside a folder, or a copy of hard links where the system has no links of folders."""
+    try:
+        os.symlink(folder.name, link, target_is_directory=True)
+    except OSError as error:
+        logger.warning(
+            "%s is a copy of %s, not a link to it: this system or disk makes no symbolic links (%s). On Windows the "
+            "developer mode allows them.",
+            folder.with_name(BEST),
+            folder.name,
+            error.strerror or error,
+        )
+        shutil.copytree(folder, link, copy_function=_link_or_copy)
 
 
 def _link_or_copy(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:

@@ -1,13 +1,15 @@
 """A chat with a vLLM server that shows what the drafter was worth in each answer."""
 
+import math
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from .arguments import Arguments
+from .arguments import Arguments, check_ranges
 from .client import Answer, Client, Counters
-from .data.endpoint import DEFAULT_URL
+from .data.endpoint import DEFAULT_URL, endpoint_urls
+from .errors import PeagleError
 from .figures import summarize
 
 
@@ -27,36 +29,78 @@ class ChatArguments(Arguments):
     }
     TEXTS: ClassVar = ("system",)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.endpoint = ",".join(endpoint_urls(self.endpoint))
+        check_ranges(self, {"max_tokens": (1, math.inf), "temperature": (0, math.inf)})
+        if self.temperature == math.inf:
+            raise PeagleError("--temperature is inf but must be a number.")
+
 
 def chat(arguments: ChatArguments) -> None:
     """Answer the lines of standard input until it ends, each knowing the ones before.
 
-    Under each answer stands how much of what was drafted the verifier accepted, by the server's counters.
+    Under each answer stands how much of what was drafted the verifier accepted, by the server's counters. A message
+    that gets no answer, because the server fails or the user interrupts it, is no part of the conversation.
 
     Raises:
-        PeagleError: the server can't be reached or fails.
+        PeagleError: the server can't be reached at the start, or standard input isn't a terminal and a message got no
+            answer.
     """
     client = Client(arguments.endpoint)
-    messages = [] if arguments.system is None else [{"role": "system", "content": arguments.system}]
-    print(f"{client.model['id']} at {client.url}. Ctrl-D ends.")
-    with suppress(EOFError, KeyboardInterrupt):
-        while True:
-            said = input("\n> " if sys.stdin.isatty() else "")
-            if not said.strip():
-                continue
-            messages.append({"role": "user", "content": said})
-            before = client.counters()
-            answer = client.ask(messages, arguments.max_tokens, arguments.temperature, on_text=_show)
-            print(f"\n[{_acceptance(client.since(before, len(answer.token_ids)), answer)}; {_speed(answer)}]")
-            messages.append({"role": "assistant", "content": answer.text})
-    print()
+    conversation = [] if arguments.system is None else [{"role": "system", "content": arguments.system}]
+    num_asked = num_failed = 0
+    is_terminal = sys.stdin.isatty()
+    print(f"{client.model['id']} at {client.url}. Ctrl-C stops an answer, Ctrl-D ends.")
+    while True:
+        try:
+            said = input("\n> " if is_terminal else "")
+        except (EOFError, KeyboardInterrupt):
+            break
+        except UnicodeDecodeError as error:
+            raise PeagleError(f"Standard input isn't text in {error.encoding}. Send it in that encoding.") from error
+        if not said.strip():
+            continue
+        question = {"role": "user", "content": said}
+        num_asked += 1
+        try:
+            before = _counters(client)
+            answer = client.ask([*conversation, question], arguments.max_tokens, arguments.temperature, on_text=_show)
+        except PeagleError as error:
+            num_failed += 1
+            print(f"\n[No answer, and the conversation goes on without this message: {error}]", file=sys.stderr)
+            continue
+        except KeyboardInterrupt:
+            print("\n[Stopped; the conversation goes on without this message.]")
+            continue
+        conversation += [question, {"role": "assistant", "content": answer.text}]
+        with suppress(KeyboardInterrupt):
+            print(f"\n[{_acceptance(client, before, answer)}; {_speed(answer)}]")
+    print(f"{chr(10) if is_terminal else ''}The chat has ended.")
+    if num_failed and not is_terminal:
+        raise PeagleError(f"{num_failed} of {num_asked} messages got no answer; the reasons are above.")
 
 
 def _show(text: str) -> None:
     print(text, end="", flush=True)
 
 
-def _acceptance(counted: Counters, answer: Answer) -> str:
+def _counters(client: Client) -> Counters | None:
+    """What the server has counted; None where it counts nothing."""
+    try:
+        return client.counters()
+    except PeagleError:
+        return None
+
+
+def _acceptance(client: Client, before: Counters | None, answer: Answer) -> str:
+    """What was accepted of an answer's drafts, in words."""
+    if before is None:
+        return "the server doesn't count drafts"
+    try:
+        counted = client.since(before, len(answer.token_ids))
+    except PeagleError as error:
+        return f"acceptance isn't known: {error}"
     if not counted.drafting:
         return "no drafter is served"
     summary = summarize([counted.drafting])

@@ -20,7 +20,7 @@ TIMEOUT_SECONDS = 600.0
 """Longest pause of an answer."""
 SETTLE_SECONDS = 5.0
 """How long after an answer a server may take to count it."""
-_SAMPLE = re.compile(r'^vllm:(\w+)_total\{(?:.*\bposition="(\d+)")?.*\} (\S+)$', re.M)
+_SAMPLE = re.compile(r'^vllm:(\w+)_total\{(?:.*\bposition="(\d+)")?.*\} ([\d.eE+]+)$', re.M)
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Client:
 
     def version(self) -> str:
         """Of vLLM."""
-        return str(self._get("version", dict[str, object])["version"])
+        return str(self._get("version", dict[str, object], lambda page: page["version"]))
 
     def counters(self) -> Counters:
         """Read the Prometheus counters.
@@ -138,7 +138,7 @@ class Client:
             PeagleError: the server has none.
         """
         counts: dict[str, int] = {}
-        for name, position, value in _SAMPLE.findall(self._get("metrics", str)):
+        for name, position, value in self._get("metrics", str, _SAMPLE.findall):
             counts[name + position] = counts.get(name + position, 0) + int(float(value))
         if "generation_tokens" not in counts:
             raise PeagleError(
@@ -224,10 +224,10 @@ class Client:
             raise PeagleError(f"The vLLM server {self.url} failed: {error}.") from error
         return answer
 
-    def _get(self, page: str, kind: Any) -> Any:
+    def _get(self, page: str, kind: Any, read: Callable[[Any], Any]) -> Any:
         try:
             with self._server.reasons():
-                return self._server.client.get(f"{self.url.removesuffix('/v1')}/{page}", cast_to=kind)
+                return read(self._server.client.get(f"{self.url.removesuffix('/v1')}/{page}", cast_to=kind))
         except EndpointError as error:
             raise PeagleError(f"The vLLM server {self.url} can't be asked for its {page}: {error}.") from error
 

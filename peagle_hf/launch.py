@@ -1,29 +1,41 @@
 """Run vLLM's OpenAI-compatible server: so that it gives hidden states (step 2), or with a drafter (step 7)."""
 
 import json
+import logging
+import math
 import os
 import shlex
-import signal
 import subprocess
 import sys
-from contextlib import suppress
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
-import psutil
-
-from .arguments import Arguments
-from .data.endpoint import write_server_record
+from .address import Address
+from .arguments import Arguments, check_ranges
 from .data.extract import check_layer_ids
+from .data.server_folder import (
+    SERVER_RECORD,
+    SWEEP_SECONDS,
+    check_other_servers,
+    remove_server_record,
+    remove_unwanted,
+    server_name,
+    write_server_record,
+)
 from .errors import PeagleError
+from .files import check_writable
+from .redaction import public_command
 from .serving import check_checkpoint, drafter_folder, speculative_config, vllm_environment
+from .supervisor import supervised
 from .target import load_verifier_config
 
+logger = logging.getLogger(__name__)
+
 PLUGIN_FOLDER = Path(__file__).parent / "vllm_plugin"
-GRACE_SECONDS = 15.0
-"""How long vLLM may take to end by itself."""
+POLL_SECONDS = 1.0
+"""Pause between two looks at whether the server is ready."""
 DRY_RUN_HELP = "Print the command and stop."
 VLLM_PYTHON_HELP = "The Python that vLLM is installed in (default: the one that runs this)."
 TRUST_HELP = "Let the verifier run code from its repository, in vLLM too."
@@ -63,6 +75,12 @@ class LaunchArguments(Arguments):
         "Command": ("dry_run", "vllm_python"),
     }
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ranges(self, {"target_layer_ids": (0, math.inf)})
+        if self.target_layer_ids is not None and len(set(self.target_layer_ids)) < len(self.target_layer_ids):
+            raise PeagleError(f"--target-layer-ids {self.target_layer_ids} must be distinct.")
+
 
 @dataclass
 class ServeArguments(Arguments):
@@ -92,24 +110,39 @@ class ServeArguments(Arguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_speculative_tokens is not None and self.num_speculative_tokens < 1:
-            raise PeagleError(f"--num-speculative-tokens is {self.num_speculative_tokens} but must be at least 1.")
+        check_ranges(self, {"num_speculative_tokens": (1, math.inf)})
 
 
 def launch(arguments: LaunchArguments) -> None:
     """Run the server until it ends or is told to; with it end all processes that it has started.
 
+    `server.json` in its folder says which layers it extracts, from when it answers until it ends.
+
     Raises:
-        PeagleError: vLLM isn't installed, the verifier can't be read or has no such layers, or the server failed.
+        PeagleError: vLLM isn't installed, the verifier can't be read or has no such layers, the port is taken, or the
+            server failed.
     """
-    environment = vllm_environment(arguments.vllm_python)
+    address = Address.of(arguments.vllm_args)
+    environment = vllm_environment(arguments.vllm_python, needs_vllm=not arguments.dry_run)
     command, slots = server_command(arguments, _on_cpu(environment))
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PLUGIN_FOLDER), environment.get("PYTHONPATH")]))
     _show(command, environment)
-    if not arguments.dry_run:
-        Path(arguments.hidden_states_path).mkdir(parents=True, exist_ok=True)
-        write_server_record(arguments.hidden_states_path, arguments.model, slots)
-        _run(command, environment)
+    if arguments.dry_run:
+        return
+    folder = Path(arguments.hidden_states_path)
+    check_writable(folder)
+    address.check_free()
+    if address.is_tcp:
+        remove_server_record(folder, server_name(address.port))  # of one that was killed
+        check_other_servers(folder, arguments.model, slots)
+    try:
+        with supervised(command, environment) as process:
+            status = _record_when_ready(process, address, folder, arguments.model, slots)
+    finally:
+        if address.is_tcp:
+            remove_server_record(folder, server_name(address.port))
+        remove_unwanted(folder)
+    _check_status(status)
 
 
 def serve(arguments: ServeArguments) -> None:
@@ -117,13 +150,46 @@ def serve(arguments: ServeArguments) -> None:
 
     Raises:
         PeagleError: vLLM isn't installed, it would load the checkpoint wrongly, the verifier is another than the
-            drafter was made for, or the server failed.
+            drafter was made for, the port is taken, or the server failed.
     """
-    environment = vllm_environment(arguments.vllm_python)
+    address = Address.of(arguments.vllm_args)
+    environment = vllm_environment(arguments.vllm_python, needs_vllm=not arguments.dry_run)
     command = drafting_command(arguments, _on_cpu(environment))
     _show(command, environment)
     if not arguments.dry_run:
-        _run(command, environment)
+        address.check_free()
+        with supervised(command, environment) as process:
+            status = process.wait()
+        _check_status(status)
+
+
+def _record_when_ready(process: subprocess.Popen, address: Address, folder: Path, model: str, slots: list[int]) -> int:
+    """Wait for the server's end, and write its record once it answers; gives its exit status.
+
+    Raises:
+        PeagleError: another server answers at the same address.
+    """
+    is_ready, swept = False, time.monotonic()
+    while (status := process.poll()) is None:
+        if not is_ready and address.is_answered_by(process.pid):
+            is_ready = True
+            write_server_record(folder, model, slots, server_name(address.port))
+            logger.info(
+                "The server answers at port %d; %s says what it extracts.", address.port, folder / SERVER_RECORD
+            )
+        if time.monotonic() - swept > SWEEP_SECONDS:
+            remove_unwanted(folder)
+            swept = time.monotonic()
+        try:
+            process.wait(POLL_SECONDS)
+        except subprocess.TimeoutExpired:
+            continue
+    return status
+
+
+def _check_status(status: int) -> None:
+    if status:
+        raise PeagleError(f"vLLM ended with status {status}. What it said is above; correct the flags after --.")
 
 
 def server_command(arguments: LaunchArguments, on_cpu: bool) -> tuple[list[str], list[int]]:
@@ -132,17 +198,7 @@ def server_command(arguments: LaunchArguments, on_cpu: bool) -> tuple[list[str],
     Raises:
         PeagleError: the verifier can't be read or has no such layers.
     """
-    config = load_verifier_config(arguments.model, trust_remote_code=arguments.trust_remote_code)
-    last = config.num_hidden_layers
-    wanted = arguments.target_layer_ids
-    if wanted and wanted[-1] == last and len(wanted) > 1:
-        wanted = wanted[:-1]
-    elif not arguments.include_last_layer:
-        raise PeagleError(
-            f"--no-include-last-layer needs --target-layer-ids that end with {last}, the verifier's last layer: "
-            "drafters learn from its states. Leave the flag out to have them added."
-        )
-    slots = [*check_layer_ids(wanted, config), last]
+    slots = _slots(arguments)
     extraction = {
         "method": "extract_hidden_states",
         "num_speculative_tokens": 1,
@@ -161,6 +217,34 @@ def server_command(arguments: LaunchArguments, on_cpu: bool) -> tuple[list[str],
         }
     options = {"--speculative-config": json.dumps(extraction), "--kv-transfer-config": json.dumps(connector)}
     return _vllm_command(arguments, arguments.model, options, on_cpu), slots
+
+
+def _slots(arguments: LaunchArguments) -> list[int]:
+    """The layers to extract, the last one at the end."""
+    wanted = arguments.target_layer_ids
+    if arguments.dry_run and wanted and not arguments.include_last_layer:
+        return wanted
+    try:
+        config = load_verifier_config(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    except PeagleError as error:
+        if not arguments.dry_run or not wanted:
+            raise
+        logger.warning(
+            "%s The number of its last layer isn't known so, which the server must extract too: the command below has "
+            "the layers %s only. Name the last layer at the end of --target-layer-ids, with --no-include-last-layer.",
+            error,
+            wanted,
+        )
+        return wanted
+    last = config.num_hidden_layers
+    if wanted and wanted[-1] == last and len(wanted) > 1:
+        wanted = wanted[:-1]
+    elif not arguments.include_last_layer:
+        raise PeagleError(
+            f"--no-include-last-layer needs --target-layer-ids that end with {last}, the verifier's last layer: "
+            "drafters learn from its states. Leave the flag out to have them added."
+        )
+    return [*check_layer_ids(wanted, config), last]
 
 
 def drafting_command(arguments: ServeArguments, on_cpu: bool) -> list[str]:
@@ -201,44 +285,4 @@ def _on_cpu(environment: dict[str, str]) -> bool:
 
 def _show(command: list[str], environment: dict[str, str]) -> None:
     added = [f"{name}={value}" for name, value in environment.items() if os.environ.get(name) != value]
-    print(shlex.join(["env", *added, *command]), flush=True)
-
-
-def _run(command: list[str], environment: dict[str, str]) -> None:
-    status = run_to_the_end(command, environment)
-    if status:
-        raise PeagleError(f"vLLM ended with status {status}. What it said is above; correct the flags after --.")
-
-
-def run_to_the_end(command: list[str], environment: dict[str, str]) -> int:
-    """Run a program in a session of its own; however it ends, no process of the session stays.
-
-    Returns:
-        The program's exit status. An interrupt or a request to end becomes `SystemExit` once all have ended.
-    """
-
-    def stop(number: int, frame: FrameType | None) -> NoReturn:
-        raise SystemExit(128 + number)
-
-    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
-    try:
-        return process.wait()
-    finally:
-        try:
-            process.terminate()
-            process.wait(GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            pass
-        finally:
-            _kill_session(process.pid)
-            process.wait()
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-
-
-def _kill_session(session: int) -> None:
-    for process_id in psutil.pids():
-        with suppress(ProcessLookupError):
-            if os.getsid(process_id) == session:
-                os.kill(process_id, signal.SIGKILL)
+    print(shlex.join(public_command(["env", *added, *command])), flush=True)

@@ -12,6 +12,7 @@ from .arguments import SECTION, Arguments, field_names, parse_mapping
 from .cli import COMMANDS
 from .errors import PeagleError
 from .files import write_json
+from .redaction import public_settings
 
 logger = logging.getLogger(__name__)
 STEPS = ("regenerate", "prepare", "extract", "train", "evaluate")
@@ -71,6 +72,7 @@ def run(arguments: RunArguments) -> None:
         step: parse_mapping(COMMANDS[step].load()[1], section, f"the section {step}", f"peagle-hf {step}")
         for step, section in sections.items()
     }
+    sections = public_settings(sections)  # they are recorded
     record = Path(arguments.output) / "pipeline.json"
     finished = json.loads(record.read_text()) if record.exists() else {}
     unchanged = True

@@ -4,7 +4,8 @@ This module imports nothing heavy, so that every command can use it.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 MASK = "***"
 _WORD = r"(?:token|password|passwd|passphrase|pwd|secret|credentials?|(?:api|access|auth|secret|private)[-_]?key)"
@@ -40,13 +41,24 @@ def public_command(words: Sequence[str]) -> list[str]:
     for word in words:
         name, equals, _ = word.partition("=")
         is_flag = len(word) > 1 and word.startswith("-")
-        is_secret = bool(_NAME.search(name)) and (is_flag or name.isidentifier())
+        has_secret = is_secret(name) and (is_flag or name.isidentifier())
         if follows_secret_flag and not is_flag:
             shown.append(MASK)
             continue
-        shown.append(f"{name}={MASK}" if is_secret and equals else _public_word(word))
-        follows_secret_flag = is_secret and is_flag and not equals
+        shown.append(f"{name}={MASK}" if has_secret and equals else _public_word(word))
+        follows_secret_flag = has_secret and is_flag and not equals
     return shown
+
+
+def public_settings(settings: Any, name: str = "") -> Any:
+    """A mapping of settings, also within another, whose secrets are masked as in `public_command`."""
+    if isinstance(settings, Mapping):
+        return {key: public_settings(value, str(key)) for key, value in settings.items()}
+    if isinstance(settings, list | tuple):
+        return [public_settings(value, name) for value in settings]
+    if not isinstance(settings, str):
+        return settings
+    return MASK if settings and is_secret(name) else _public_word(settings)
 
 
 def _public_word(word: str) -> str:

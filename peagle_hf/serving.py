@@ -106,7 +106,7 @@ def speculative_config(
     }
 
 
-def vllm_environment(python: str | None = None) -> dict[str, str]:
+def vllm_environment(python: str | None = None, needs_vllm: bool = True) -> dict[str, str]:
     """The environment for a process that runs vLLM: this process's own, and on a CPU what vLLM needs to be quick there.
 
     Variables that are set already stay as they are; `VLLM_CPU_KVCACHE_SPACE` (GiB, here 1) is the one to raise where
@@ -114,11 +114,19 @@ def vllm_environment(python: str | None = None) -> dict[str, str]:
 
     Args:
         python: the interpreter that will run vLLM; default: this one.
+        needs_vllm: False to describe a run on another machine: where vLLM isn't installed here, it is one with a GPU.
 
     Raises:
         PeagleError: vLLM isn't installed there.
     """
-    has_vllm, has_gpu, prefix = _about_this_python() if python is None else _about(python)
+    try:
+        has_vllm, has_gpu, prefix = _about_this_python() if python is None else _about(python)
+    except PeagleError:
+        if needs_vllm:
+            raise
+        has_vllm = False
+    if not has_vllm and not needs_vllm:
+        return {"VLLM_NO_USAGE_STATS": "1"} | os.environ
     if not has_vllm:
         raise PeagleError(
             f"vLLM isn't installed in {'this Python' if python is None else python}. With a GPU: pip install "
@@ -130,13 +138,18 @@ def vllm_environment(python: str | None = None) -> dict[str, str]:
         environment |= {
             "VLLM_TARGET_DEVICE": "cpu",
             "VLLM_CPU_KVCACHE_SPACE": "1",
-            "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
+            "OMP_NUM_THREADS": str(available_cores()),
             "KMP_BLOCKTIME": "1",
         }
         intel_openmp = Path(prefix, "lib", "libiomp5.so")
         if intel_openmp.exists():
             environment["LD_PRELOAD"] = str(intel_openmp)
     return environment | os.environ
+
+
+def available_cores() -> int:
+    """Cores that this process may use; where the system doesn't say (macOS, Windows) all of the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _about_this_python() -> tuple[bool, bool, str]:

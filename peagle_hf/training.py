@@ -21,9 +21,10 @@ from .configuration_peagle import PeagleConfig
 from .continuing import continued_config, load_drafter, sampling
 from .data.cache import Manifest, cache_folder, cached_rows, check_cache
 from .data.dataset import GENERATED_DTYPE, HiddenStatesDataset, split_rows
-from .data.endpoint import Endpoint, check_layers, endpoint_urls, remove_unfetched, served_layers, served_model
+from .data.endpoint import Endpoint, endpoint_urls, served_model
 from .data.extract import check_folder
 from .data.prepared import read_prepare_record
+from .data.server_folder import check_layers, remove_unfetched, require_layers, served_layers
 from .errors import PeagleError
 from .files import check_writable
 from .linear_start import start_linearly
@@ -230,8 +231,10 @@ def build_endpoint(args: PeagleTrainingArguments) -> Endpoint:
     """The vLLM servers that missing rows are asked of; if these are to be kept, the cache gets its manifest here.
 
     Raises:
-        PeagleError: a server can't be reached, or runs another model or other layers.
+        PeagleError: a server can't be reached, or runs another model or other layers, or its layers aren't known.
     """
+    if args.target_layer_ids is None:
+        require_layers(_server_folder(args))
     config, cache = build_config(args), Path(_cache_folder(args))
     verifier = _verifier(args)
     target = load_verifier_config(verifier, args.verifier_revision, args.trust_remote_code)

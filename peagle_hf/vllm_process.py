@@ -24,6 +24,7 @@ from .client import DRAFT_COUNTERS, POSITION_COUNTER, Answer, Run, check_counts,
 from .console import progress_bar
 from .data.prompts import Prompt
 from .errors import PeagleError
+from .supervisor import supervised
 
 logger = logging.getLogger(__name__)
 
@@ -70,32 +71,30 @@ def run_vllm(
     ):
         json.dump(asdict(job), job_file)
         job_file.seek(0)
-        with subprocess.Popen(
+        with supervised(
             [sys.executable, "-m", __name__],
-            env=environment | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+            environment | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
             stdin=job_file,
             stdout=subprocess.PIPE,
             stderr=log_file,
             text=True,
         ) as process:
             assert process.stdout is not None
-            try:
-                for line in process.stdout:
-                    message = json.loads(line)
-                    if "error" in message:
-                        raise PeagleError(message["error"])
-                    progress.update(message.get("done", 0))
-                    measured_on = message.get("measured_on", measured_on)
-                    if "run" in message:
-                        num_runs += 1
-                        keep(Run.of(message["run"]), measured_on)
-            finally:
-                process.kill()
+            for line in process.stdout:
+                message = json.loads(line)
+                if "error" in message:
+                    raise PeagleError(message["error"])
+                progress.update(message.get("done", 0))
+                measured_on = message.get("measured_on", measured_on)
+                if "run" in message:
+                    num_runs += 1
+                    keep(Run.of(message["run"]), measured_on)
+            status = process.wait()
         if num_runs < len(job.concurrency):
             log_file.seek(0)
             logger.error("%s", "".join(log_file.readlines()[-30:]))
             raise PeagleError(
-                f"vLLM failed {what} (exit status {process.returncode}); the end of what it said is above, all of it "
+                f"vLLM failed {what} (exit status {status}); the end of what it said is above, all of it "
                 f"in {log}. Where memory ran out, lower --concurrency or --max-model-len."
             )
 

@@ -383,7 +383,8 @@ class VllmServer:
 
     @property
     def api_server(self) -> psutil.Process:
-        return psutil.Process(self.process.pid).children()[0]
+        (guard,) = psutil.Process(self.process.pid).children()
+        return guard.children()[0]
 
     def stop(self, number: signal.Signals = signal.SIGINT) -> int:
         self.process.send_signal(number)

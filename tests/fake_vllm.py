@@ -22,6 +22,19 @@ def states_of(token_ids: list[int], layer_ids: list[int], hidden_size: int) -> T
     return torch.sin(0.37 * tokens + 1.3 * layers + 0.11 * places)
 
 
+NOT_VLLM = {
+    "html": ("<html>Welcome</html>", 200, "text/html"),
+    "html as json": ("<html>Welcome</html>", 200, "application/json"),
+    "a list": ("[]", 200, "application/json"),
+    "null": ("null", 200, "application/json"),
+    "a number": ("7", 200, "application/json"),
+    "other fields": ('{"status": "ok"}', 200, "application/json"),
+    "no choices": ('{"choices": []}', 200, "application/json"),
+    "other types": ('{"choices": [{"text": ""}], "kv_transfer_params": [1]}', 200, "application/json"),
+}
+"""Answers of programs that aren't vLLM: body, status and type."""
+
+
 class FakeVllm:
     """Extracts hidden states; serves on a free loopback port as a context manager.
 
@@ -46,6 +59,9 @@ class FakeVllm:
         self.fault, self.dtype, self.port = fault, dtype, port
         self.max_model_len = 512
         self.asked: list[list[int]] = []
+        self.num_health_checks = 0
+        self.is_down = False
+        self.authorization: str | None = None
         self.released = threading.Event()
 
     @property
@@ -59,10 +75,25 @@ class FakeVllm:
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:
-                fake._get(self, self.path)
+                fake.num_health_checks += self.path == "/health"
+                if self.is_let_in():
+                    fake._get(self, self.path)
 
             def do_POST(self) -> None:
-                fake._post(self, json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                if self.is_let_in():
+                    fake._post(self, request)
+
+            def is_let_in(self) -> bool:
+                """Close the connection, or refuse it, where the server is down or wants another user."""
+                if fake.is_down:
+                    self.close_connection = True
+                    self.connection.close()
+                elif fake.authorization not in (None, self.headers["Authorization"]):
+                    self.send({"error": {"message": "Unauthorized", "type": "Auth", "code": 401}}, 401)
+                else:
+                    return True
+                return False
 
             def send(self, content: dict, status: int = 200) -> None:
                 self.send_text(json.dumps(content), status, "application/json")
@@ -111,7 +142,10 @@ class FakeVllm:
 
     def _answer(self, handler, token_ids: list[int]) -> None:
         fault = self.fault(token_ids)
-        path = self.folder / f"cmpl-{os.urandom(6).hex()}.safetensors"
+        request = handler.headers["X-Request-Id"] or os.urandom(6).hex()
+        path = self.folder / f"cmpl-{request}-0-{os.urandom(4).hex()}.safetensors"
+        if fault == "late":  # the client gives up first
+            self.released.wait()
         if self._fails(handler, fault):
             return
         if fault == "outside":
@@ -146,7 +180,9 @@ class FakeVllm:
             handler.send({"error": {"message": "the engine is gone", "type": "InternalServerError", "code": 500}}, 500)
         elif fault == "400":
             handler.send({"error": {"message": "the prompt is too long", "type": "BadRequest", "code": 400}}, 400)
-        return fault in ("hang", "dead", "500", "400")
+        elif fault in NOT_VLLM:
+            handler.send_text(*NOT_VLLM[fault])
+        return fault in ("hang", "dead", "500", "400", *NOT_VLLM)
 
     def _write(self, path: Path, token_ids: list[int], fault: str | None) -> None:
         """With the lock held, which is let go of a moment after the answer."""

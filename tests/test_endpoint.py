@@ -1,11 +1,11 @@
 """Extraction from a server and online training, with a small HTTP server that fails in every way that is known of."""
 
+import base64
 import json
 import os
 import pickle
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import AUX, HIDDEN, LAYERS, ended, write_prepared
-from fake_vllm import FakeVllm, states_of
+from conftest import AUX, HIDDEN, LAYERS, write_prepared
+from fake_vllm import NOT_VLLM, FakeVllm, states_of
 from safetensors.torch import load_file, save_file
 
 from peagle_hf import PeagleError, PeagleTrainingArguments, cli, train
@@ -24,9 +24,16 @@ from peagle_hf.arguments import flags
 from peagle_hf.callbacks import checkpoints_by_step
 from peagle_hf.data.cache import Manifest, cached_rows, check_row, row_path
 from peagle_hf.data.dataset import load_prepared, split_rows
-from peagle_hf.data.endpoint import Endpoint, EndpointError, concurrently, endpoint_urls, write_server_record
+from peagle_hf.data.endpoint import (
+    Endpoint,
+    EndpointError,
+    RefusedEndpointError,
+    WrongServerEndpointError,
+    concurrently,
+    endpoint_urls,
+)
 from peagle_hf.data.extract import ExtractArguments, extract
-from peagle_hf.launch import LaunchArguments, server_command
+from peagle_hf.data.server_folder import OwnRequests, remove_unwanted, write_server_record
 
 LENGTHS = [9, 30, 20, 29, 12, 19]
 SLOTS = [*AUX, LAYERS]
@@ -124,6 +131,7 @@ REASONS = {
     "tokens": "other tokens",
     "short": "other tokens",
     "nan": "not finite",
+    **dict.fromkeys(NOT_VLLM, "isn't one of vLLM's"),
 }
 
 
@@ -135,6 +143,7 @@ def test_a_row_that_fails_is_listed_and_a_rerun_makes_just_that_row(arguments, s
         extract(arguments)
     failed = json.loads((output / "failed.json").read_text())
     assert list(failed) == ["3"]
+    assert failed["3"].startswith(f"{server.url}: ")
     assert REASONS[fault] in failed["3"]
     assert_right(output, tokens, [0, 1, 2, 4, 5], fault)
 
@@ -154,9 +163,9 @@ def test_a_request_that_fails_once_is_repeated(arguments, server, output, tokens
 
 
 FATAL = {
-    "outside": r"secret\.safetensors, which is no file of a server in .*it was not read",
+    "outside": r"secret\.safetensors', which is no file of a server in .*it was not read",
     "link": "which is no file of a server",
-    "a row's": r"hs_0\.safetensors, which is no file of a server",
+    "a row's": r"hs_0\.safetensors', which is no file of a server",
     "layers": r"shape \[\d+, 3, 32\] .* wanted are the layers \[2, 3, 4, 7\] of size 32",
     "size": r"shape \[\d+, 4, 64\]",
     "no path": "extracts no hidden states",
@@ -171,8 +180,10 @@ def test_a_server_that_is_another_than_asked_for_ends_it(arguments, server, outp
     kept = secret.read_bytes()
     extract(replace(arguments, max_samples=1))
     failing(server, tokens, 3, fault)
-    with pytest.raises(PeagleError, match=FATAL[fault]):
+    with pytest.raises(WrongServerEndpointError, match=FATAL[fault]) as error:
         extract(arguments)
+    assert "Row 3 wasn't made" in str(error.value)
+    assert server.url in str(error.value)
     assert secret.read_bytes() == kept
     assert 0 in cached_rows(output)
     assert 3 not in cached_rows(output)
@@ -273,17 +284,45 @@ def test_two_extractors_on_one_folder_do_not_disturb_each_other(arguments, serve
     assert_right(output, tokens, list(range(6)))
 
 
-def test_what_killed_programs_left_is_removed_once_nobody_can_want_it(arguments, output):
-    names = ("cmpl-1.safetensors", "cmpl-1.safetensors.lock", ".hs_3.safetensors.ab.tmp")
-    for name in (*names, "notes.txt"):
-        (output / name).touch()
-    extract(arguments)
-    assert all((output / name).exists() for name in names), "another extractor may be about to read them"
-    for name in (*names, "notes.txt"):
-        os.utime(output / name, (time.time() - 3600,) * 2)
-    extract(arguments)
-    assert not any((output / name).exists() for name in names)
-    assert (output / "notes.txt").exists()
+def test_files_of_requests_that_were_given_up_are_removed_and_no_others(arguments, server, output, tokens):
+    """Those of killed clients at once, those of others never, also when they are old; half-written rows once old."""
+    other = OwnRequests(output)
+    with other.request() as wanted:
+        kept = (f"cmpl-{wanted}-0-ab.safetensors", f"cmpl-{wanted}-0-ab.safetensors.lock", "cmpl-1.safetensors")
+        gone = (
+            "cmpl-peagle-0123456789abcdef-7-0-ab.safetensors",
+            "cmpl-peagle-0123456789abcdef-7-0-ab.safetensors.lock",
+        )
+        for name in (*kept, *gone, ".peagle-0123456789abcdef.client", ".hs_3.safetensors.ab.tmp", "notes.txt"):
+            (output / name).touch()
+        extract(arguments)
+        assert not any((output / name).exists() for name in (*gone, ".peagle-0123456789abcdef.client"))
+        assert all((output / name).exists() for name in (*kept, ".hs_3.safetensors.ab.tmp"))
+        for path in output.iterdir():
+            os.utime(path, (time.time() - 3600,) * 2)
+        extract(arguments)
+        assert all((output / name).exists() for name in (*kept, "notes.txt"))
+        assert not (output / ".hs_3.safetensors.ab.tmp").exists()
+    remove_unwanted(output)
+    assert not any((output / name).exists() for name in kept[:2])
+    assert (output / "cmpl-1.safetensors").exists(), "it isn't ours"
+    assert not list(output.glob(".peagle-*"))
+
+
+@pytest.mark.parametrize("fault", ["late", "locked"])
+def test_states_that_come_after_the_client_gave_up_do_not_fill_the_disk(server, output, tokens, fault, monkeypatch):
+    monkeypatch.setattr("peagle_hf.data.server_folder.SWEEP_SECONDS", 0.0)
+    endpoint = Endpoint((server.url,), output, tuple(SLOTS), HIDDEN, request_timeout=0.2, max_retries=0)
+    server.fault = lambda token_ids: fault if token_ids == tokens[0] else None
+    with pytest.raises(EndpointError, match=r"timed out|still writing"):
+        endpoint.fetch(tokens[0], torch.float32)
+    server.released.set()
+    deadline = time.monotonic() + 5
+    while not list(output.glob("cmpl-*.safetensors")) and fault == "late" and time.monotonic() < deadline:
+        time.sleep(0.02)  # it comes, although nobody waits
+    time.sleep(0.1)
+    endpoint.fetch(tokens[1], torch.float32)
+    assert list(output.iterdir()) == []
 
 
 def test_an_extractor_that_is_killed_leaves_whole_rows_only(arguments, server, data, output, tokens, tiny_verifier):
@@ -325,8 +364,112 @@ def test_what_is_the_servers_business_is_refused(arguments):
 
 def test_urls_are_completed_or_refused():
     assert endpoint_urls("http://a:8000, https://b/v1/") == ("http://a:8000/v1", "https://b/v1")
-    with pytest.raises(PeagleError, match="'localhost:8000' is no HTTP address"):
-        endpoint_urls("localhost:8000")
+    wrong = (
+        "localhost:8000",
+        "",
+        "http://",
+        "http://a:0",
+        "http://a:70000",
+        "http://a:x",
+        "http://a,b",
+        "http://a?x=1",
+    )
+    for url in wrong:
+        with pytest.raises(PeagleError, match="is no HTTP address"):
+            endpoint_urls(url)
+    with pytest.raises(PeagleError, match="is no HTTP address") as error:
+        endpoint_urls("http://user:secret@a:x")
+    assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("request_timeout", 0), ("request_timeout", float("nan")), ("max_retries", -1), ("concurrency", 0)],
+)
+def test_requests_that_could_not_be_sent_are_refused_by_flag(arguments, server, output, flag, value):
+    name = f"--{flag.replace('_', '-')} is {value} but must be"
+    with pytest.raises(PeagleError, match=name):
+        extract(replace(arguments, **{flag: value}))
+    if flag != "concurrency":
+        with pytest.raises(PeagleError, match=name):
+            PeagleTrainingArguments(use_cpu=True, bf16=False, **{flag: value})
+        with pytest.raises(PeagleError, match=name):
+            Endpoint((server.url,), output, tuple(SLOTS), HIDDEN, **{flag: value})
+
+
+def test_a_password_in_the_url_is_sent_and_reaches_no_file_or_message(
+    arguments, online, server, output, tokens, tmp_path, caplog, capfd
+):
+    server.authorization = "Basic " + base64.b64encode(b"user:se cret/@,1").decode()
+    url = server.url.replace("//", "//user:se%20cret%2F@,1@")
+    with pytest.raises(PeagleError, match=r"401.*VLLM_API_KEY") as error:
+        extract(arguments)
+    failing(server, tokens, 3, "500")
+    with pytest.raises(PeagleError, match="1 of 6 rows failed") as failed:
+        extract(replace(arguments, endpoint=url))
+    server.fault = lambda token_ids: None
+    trainer = train(PeagleTrainingArguments(**{**online, "vllm_endpoint": url, "num_train_epochs": 1}))
+    texts = [
+        str(error.value),
+        str(failed.value),
+        caplog.text,
+        *capfd.readouterr(),
+        repr(trainer.train_dataset.endpoint),
+    ]
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.name == "training_args.bin" for path in files)
+    for secret in ("se cret", "se%20cret"):
+        assert not any(secret in text for text in texts)
+        assert not any(secret.encode() in path.read_bytes() for path in files)
+
+
+def test_without_a_record_the_layers_are_demanded(arguments, online, server, output):
+    """Defaults would label the states with layers that the server doesn't extract."""
+    words = r"server\.json is missing.*--target-layer-ids"
+    with pytest.raises(PeagleError, match=words):
+        extract(replace(arguments, target_layer_ids=None))
+    with pytest.raises(PeagleError, match=words):
+        train(PeagleTrainingArguments(**{**online, "target_layer_ids": None}))
+    assert server.asked == []
+    for damaged in ("{", "[]", '{"layer_ids": "23"}', '{"layer_ids": [3]}', '{"layer_ids": [2, true]}'):
+        (output / "server.json").write_text(damaged)
+        with pytest.raises(PeagleError, match=r"server\.json is damaged"):
+            extract(replace(arguments, target_layer_ids=None))
+
+
+def test_load_returns_to_a_server_that_was_down_for_a_moment(output, server, tiny_verifier, monkeypatch):
+    """It rests, is probed after pauses that grow, and shares the requests again once it is healthy."""
+    monkeypatch.setattr("peagle_hf.data.endpoint.FIRST_PAUSE", 0.05)
+    with FakeVllm(output, str(tiny_verifier), SLOTS, HIDDEN) as second:
+        endpoint = Endpoint((server.url, second.url), output, tuple(SLOTS), HIDDEN, request_timeout=5, max_retries=0)
+
+        def ask(number: int) -> tuple[int, int]:
+            before = len(server.asked), len(second.asked)
+            for _, result in concurrently(lambda row: endpoint.fetch([5, 6, 7], torch.float32), range(number), 4):
+                assert isinstance(result, torch.Tensor), result
+            return len(server.asked) - before[0], len(second.asked) - before[1]
+
+        assert min(ask(20)) >= 5
+        second.is_down = True
+        assert ask(20) == (20, 0)
+        time.sleep(0.4)
+        ask(1)
+        time.sleep(0.05)
+        assert 1 <= second.num_health_checks + 1 <= 6, "the pauses grow"
+        second.is_down = False
+        deadline = time.monotonic() + 10
+        while (shares := ask(20)) == (20, 0) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert min(ask(20)) >= 5, shares
+
+
+def test_what_a_server_refuses_is_no_sign_of_its_health(server, output, tokens):
+    endpoint = Endpoint((server.url,), output, tuple(SLOTS), HIDDEN, max_retries=0)
+    failing(server, tokens, 3, "400")
+    with pytest.raises(RefusedEndpointError, match="the prompt is too long"):
+        endpoint.fetch(tokens[3], torch.float32)
+    assert endpoint.fetch(tokens[2], torch.float32).shape[0] == len(tokens[2])
+    assert server.num_health_checks == 0
 
 
 def test_results_come_as_they_are_ready_and_nothing_more_is_begun_when_they_are_not_wanted():
@@ -453,6 +596,20 @@ def test_a_dead_server_ends_training_with_a_checkpoint_to_go_on_from(online, ser
         assert torch.equal(parameter, resumed.model.get_parameter(name)), name
 
 
+@pytest.mark.parametrize("fault", ["layers", "outside", "html", "truncated"])
+def test_a_fault_while_training_names_the_row_and_server_and_keeps_what_was_trained(online, server, tokens, fault):
+    online |= {"train_data_ratio": 1, "save_strategy": "no", "total_seq_len": 30, "linear_start": False}
+    server.fault = lambda token_ids: fault if len(server.asked) > 10 else None
+    arguments = PeagleTrainingArguments(**online)
+    with pytest.raises(PeagleError, match=r"(?s)Training ended after step \d+, and is saved in ") as error:
+        train(arguments)
+    (row,) = re.findall(r"\(row (\d) of", str(error.value))
+    assert tokens[int(row)] in server.asked[10:]
+    assert server.url in str(error.value)
+    assert "Traceback" not in str(error.value)
+    assert max(checkpoints_by_step(arguments.output_dir)) > 0
+
+
 @pytest.mark.slow
 def test_two_processes_end_together_when_the_server_is_gone_and_go_on(online, server, tmp_path):
     online |= {"train_data_ratio": 1, "total_seq_len": 30, "dataloader_num_workers": 1}
@@ -485,97 +642,3 @@ def test_an_endpoint_is_taken_to_other_processes(server, output):
     endpoint.fetch([5, 6, 7], torch.float32)
     copy = pickle.loads(pickle.dumps(endpoint))
     torch.testing.assert_close(copy.fetch([5, 6, 7], torch.float32), states_of([5, 6, 7], SLOTS, HIDDEN))
-
-
-# Launching
-
-
-def launch_arguments(model: Path, folder: Path, **others) -> LaunchArguments:
-    arguments = LaunchArguments(str(model), str(folder), **others)
-    arguments.vllm_args = ["--port", "8000"]
-    return arguments
-
-
-def option(command: list[str], name: str) -> dict:
-    return json.loads(command[command.index(name) + 1])
-
-
-def test_the_server_command_on_a_gpu_and_on_a_cpu(tiny_verifier, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    command, slots = server_command(launch_arguments(tiny_verifier, Path("a b")), on_cpu=False)
-    assert command[:5] == [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(tiny_verifier)]
-    assert command[-2:] == ["--port", "8000"]
-    config = option(command, "--speculative-config")["draft_model_config"]["hf_config"]
-    assert config["eagle_aux_hidden_state_layer_ids"] == slots == [2, 3, 4, 7]
-    connector = option(command, "--kv-transfer-config")
-    assert connector["kv_connector"] == "ExampleHiddenStatesConnector"
-    assert connector["kv_connector_extra_config"]["shared_storage_path"] == str(tmp_path / "a b")
-    on_cpu, _ = server_command(launch_arguments(tiny_verifier, Path("a b")), on_cpu=True)
-    assert option(on_cpu, "--kv-transfer-config")["kv_connector_module_path"] == "peagle_cpu_connector"
-
-
-def test_the_last_layer_is_always_extracted(tiny_verifier, tmp_path):
-    def slots(**others) -> list[int]:
-        return server_command(launch_arguments(tiny_verifier, tmp_path, **others), on_cpu=True)[1]
-
-    assert slots(target_layer_ids=[1, 3]) == [1, 3, 7]
-    assert slots(target_layer_ids=[1, 3, 7]) == [1, 3, 7]
-    assert slots(target_layer_ids=[1, 3, 7], include_last_layer=False) == [1, 3, 7]
-    with pytest.raises(PeagleError, match="that end with 7"):
-        slots(target_layer_ids=[1, 3], include_last_layer=False)
-    with pytest.raises(PeagleError, match=r"in 0 \.\. 7"):
-        slots(target_layer_ids=[1, 9])
-
-
-def test_the_tutorials_command_line_is_printed_for_a_shell(tiny_verifier, tmp_path, capfd):
-    pytest.importorskip("vllm")
-    python = tmp_path / "python with vllm"
-    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-    python.chmod(0o755)
-    folder = tmp_path / "a b"
-    flags = ["--hidden-states-path", str(folder), "--dry-run", "--vllm-python", str(python)]
-    cli.main(["launch-vllm", str(tiny_verifier), *flags, "--", "--data-parallel-size", "2", "--port", "8000"])
-    line = capfd.readouterr().out.strip()
-    shown = subprocess.run(["sh", "-c", f'set -- {line}; printf "%s\\n" "$@"'], capture_output=True, text=True)
-    words = shown.stdout.splitlines()
-    assert words[0] == "env"
-    assert str(python) in words
-    assert words[-4:] == ["--data-parallel-size", "2", "--port", "8000"]
-    assert not folder.exists()
-
-
-def test_a_python_without_vllm_is_refused(tiny_verifier, tmp_path):
-    python = tmp_path / "python"
-    python.write_text('#!/bin/sh\necho "no module named torch" >&2\nexit 1\n')
-    python.chmod(0o755)
-    with pytest.raises(SystemExit):
-        cli.main(
-            ["launch-vllm", str(tiny_verifier), "--hidden-states-path", str(tmp_path), "--vllm-python", str(python)]
-        )
-
-
-TREE = """
-import os, signal, subprocess, sys, time
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
-if sys.argv[1:]:
-    os.setpgrp()
-    print(os.getpid(), flush=True)
-else:
-    subprocess.Popen([sys.executable, __file__, "child"])
-    print(os.getpid(), flush=True)
-time.sleep(60)
-"""
-
-
-@pytest.mark.parametrize("signal_name", ["SIGINT", "SIGTERM"])
-def test_a_signal_ends_the_whole_tree_of_processes(tmp_path, signal_name):
-    (tmp_path / "tree.py").write_text(TREE)
-    program = (
-        "import os, sys; from peagle_hf import launch; launch.GRACE_SECONDS = 0.3; "
-        f"launch.run_to_the_end([sys.executable, {str(tmp_path / 'tree.py')!r}], dict(os.environ))"
-    )
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
-        started = [int(process.stdout.readline()) for _ in range(2)]
-        process.send_signal(getattr(signal, signal_name))
-        assert process.wait(10) == 128 + getattr(signal, signal_name)
-    assert ended(started)

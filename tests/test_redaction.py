@@ -3,7 +3,7 @@
 import pytest
 
 from peagle_hf.data.endpoint import public_url
-from peagle_hf.redaction import public_command
+from peagle_hf.redaction import public_command, public_settings
 
 
 @pytest.mark.parametrize(
@@ -39,3 +39,9 @@ def test_a_public_url_has_no_secret_and_is_the_same_otherwise(url, public):
 )
 def test_a_public_command_masks_the_values_of_secret_flags_only(words, public):
     assert public_command(words.split()) == public.split()
+
+
+def test_public_settings_mask_secrets_at_any_depth():
+    settings = {"train": {"hub_token": "A", "vllm_endpoint": "http://u:A@h", "mask_token_id": 3}, "suite": ["a", "b"]}
+    public = {"train": {"hub_token": "***", "vllm_endpoint": "http://h", "mask_token_id": 3}, "suite": ["a", "b"]}
+    assert public_settings(settings) == public

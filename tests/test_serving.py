@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import signal
 import sys
 import time
@@ -12,6 +13,7 @@ from conftest import VllmServer, ended
 from fake_vllm import FakeDraftingVllm
 
 from peagle_hf import EvaluateArguments, PeagleError, cli, evaluate
+from peagle_hf.chat import ChatArguments
 from peagle_hf.launch import ServeArguments, drafting_command
 from peagle_hf.model_card import model_card, read_evaluation
 from peagle_hf.serving import check_checkpoint
@@ -327,6 +329,76 @@ def test_a_chat_without_a_drafter_or_beside_others_says_so(server, baseline, mon
     with pytest.raises(SystemExit):
         chat(monkeypatch, "a b c\n", "--endpoint", "http://127.0.0.1:9")
     assert "can't be asked for its model" in capsys.readouterr().err
+
+
+def test_an_answer_that_fails_or_is_stopped_ends_neither_the_chat_nor_stays_in_it(server, monkeypatch, capsys):
+    def fault(message: str) -> str | None:
+        if message == "stop":
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+        return {"too long": "400", "breaks": "breaks off", "error": "error"}.get(message)
+
+    server.chat_fault = fault
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    with pytest.raises(SystemExit) as stopped:
+        chat(monkeypatch, "a b c\ntoo long\nstop\nbreaks\nerror\n\ud83d\nd e\n", "--endpoint", server.url)
+    assert stopped.value.code == 1
+    shown = capsys.readouterr()
+    asked = [[message["content"] for message in request["messages"]] for request in server.requests]
+    assert asked[-1] == ["a b c", "w0 w1 w2 w3 ", "d e"]
+    assert shown.out.count("[Stopped; the conversation goes on without this message.]") == 1
+    reasons = [line for line in shown.err.splitlines() if line.startswith("[No answer")]
+    wanted = ("the prompt is too long", "the answer breaks off", "the engine died", "characters that can't be sent")
+    assert all(words in reason for words, reason in zip(wanted, reasons, strict=True))
+    assert "4 of 7 messages got no answer" in shown.err
+    assert "Traceback" not in shown.err
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, EOFError])
+def test_a_key_at_the_prompt_ends_the_chat_with_a_line(server, monkeypatch, capsys, end):
+    class Keyboard(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+        def readline(self, size: int = -1) -> str:
+            if line := super().readline():
+                return line
+            raise end
+
+    monkeypatch.setattr("sys.stdin", Keyboard("a b c\ntoo long\n"))
+    server.chat_fault = lambda message: "400" if message == "too long" else None
+    cli.main(["chat", "--endpoint", server.url])
+    assert capsys.readouterr().out.splitlines()[-1] == "The chat has ended."
+
+
+def test_a_chat_goes_on_when_the_server_counts_nothing_or_is_gone_for_a_moment(server, monkeypatch, capsys):
+    monkeypatch.setattr(server, "_metrics", lambda: "nothing")
+    server.chat_fault = lambda message: setattr(server, "is_down", message == "go") or None
+    with pytest.raises(SystemExit):
+        chat(monkeypatch, "a b c\ngo\nd e\n", "--endpoint", server.url)
+    shown = capsys.readouterr()
+    assert "[the server doesn't count drafts; 4 tokens, " in shown.out
+    assert f"The vLLM server {server.url} failed: Connection error" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"max_tokens": 0}, "--max-tokens is 0 but must be at least 1"),
+        ({"temperature": -0.1}, "--temperature is -0.1"),
+        ({"temperature": float("nan")}, "--temperature is nan"),
+        ({"temperature": float("inf")}, "--temperature is inf"),
+        ({"endpoint": "localhost"}, "'localhost' is no HTTP address"),
+    ],
+)
+def test_impossible_values_of_a_chat_are_refused(changes, words):
+    with pytest.raises(PeagleError, match=words):
+        ChatArguments(**changes)
+
+
+def test_a_drafter_is_not_served_with_impossible_values():
+    with pytest.raises(PeagleError, match="--num-speculative-tokens is 0 but must be at least 1"):
+        ServeArguments("drafter", num_speculative_tokens=0)
 
 
 # Real vLLM

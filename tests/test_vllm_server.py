@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from peagle_hf import PeagleError, PeagleTrainingArguments, train
 from peagle_hf.data.cache import cached_rows, row_path
-from peagle_hf.data.endpoint import SERVER_RECORD
 from peagle_hf.data.extract import ExtractArguments, extract
+from peagle_hf.data.server_folder import SERVER_RECORD
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -32,6 +32,13 @@ class Launched(VllmServer):
         flags = ["--dtype", "float32", "--max-model-len", "400"]
         command = ["peagle_hf", "launch-vllm", str(model), "--hidden-states-path", str(folder), "--"]
         super().__init__(command, flags, log)
+
+    def start(self) -> None:
+        super().start()
+        deadline = time.monotonic() + 10
+        while not (self.folder / SERVER_RECORD).exists():
+            assert time.monotonic() < deadline, "the server answers, and there is no record"
+            time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -179,5 +186,7 @@ def test_an_interrupt_leaves_no_process(server):
     assert server.tree
     assert server.stop(signal.SIGINT) == 128 + signal.SIGINT
     assert ended(server.tree)
+    assert left_behind(server.folder) == set()
+    assert not (server.folder / SERVER_RECORD).exists()
     with pytest.raises(OSError, match="refused"):
         urllib.request.urlopen(f"{server.url}/models", timeout=5)

@@ -13,7 +13,7 @@ from ..cod import target_tokens
 from ..errors import PeagleError
 from ..target import load_token_freq
 from .cache import CachedRow, Manifest, cache_folder, cached_rows, failed_rows, read_row, row_path, save_row
-from .endpoint import Endpoint, concurrently
+from .endpoint import Endpoint, EndpointError, concurrently
 from .prepared import column, load_prepared
 
 logger = logging.getLogger(__name__)
@@ -213,6 +213,8 @@ class HiddenStatesDataset(Dataset):
 
         generated = {}
         for row, result in concurrently(generate, missing, min(len(missing), MAX_REQUESTS)):
+            if isinstance(result, EndpointError):
+                raise type(result)(f"row {row} of {self.data_path}: {result}") from result
             if isinstance(result, BaseException):
                 raise result
             generated[row] = result

@@ -4,15 +4,15 @@ Shape letters: T tokens, S slots (the auxiliary layers and the last), H the veri
 """
 
 import base64
-import fcntl
 import json
+import math
 import os
 import queue
 import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -25,17 +25,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import PeagleError
-from ..files import write_json
 from ..redaction import public_url
 from .cache import ROW_FILE, place
+from .server_folder import OwnRequests, check_layers, written
 
-SERVER_RECORD = "server.json"
-"""In the server's folder: its model and layers, as `peagle-hf launch-vllm` started it."""
 DEFAULT_URL = "http://localhost:8000/v1"
 REQUEST_TIMEOUT, MAX_RETRIES = 120.0, 3
-LEFTOVER_SECONDS = 600.0
-"""Nothing that is being written is older, nor an answer that is still to be fetched."""
-LOCK_POLL_SECONDS = 0.01
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
+"""Seconds for which a server that failed is left alone before its health is checked; they double with each failure."""
+HEALTH_TIMEOUT = 5.0
 PLAIN_SAMPLING = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 """Fields of a request which the model's own generation_config.json would change, as it does on servers."""
 _CHOICE = threading.Lock()
@@ -48,11 +46,15 @@ Result = TypeVar("Result")
 
 
 class EndpointError(PeagleError):
-    """One row's states that were not to be had; the message is the reason."""
+    """A request that the servers failed. The message names the server, the reason and what to do."""
 
 
 class RefusedEndpointError(EndpointError):
     """The servers refuse this request, and would refuse it again: HTTP status 400, 413 or 422."""
+
+
+class WrongServerEndpointError(EndpointError):
+    """The server isn't the one that is needed, so that no other request would do better."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class Endpoint:
     max_retries: int = MAX_RETRIES
 
     def __post_init__(self) -> None:
+        check_requests(self.request_timeout, self.max_retries)
         object.__setattr__(self, "urls", endpoint_urls(",".join(self.urls)))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -93,79 +96,115 @@ class Endpoint:
 
         Raises:
             EndpointError: no server gave states that can be used.
-            PeagleError: a server is not what was asked for: another folder, other layers or another model.
         """
         return ask_any(
-            self.urls,
-            self.request_timeout,
-            self.max_retries,
-            lambda server: self._read(server.ask(token_ids), token_ids, dtype),
+            self.urls, self.request_timeout, self.max_retries, lambda server: self._fetch(server, token_ids, dtype)
         )
 
-    def _read(self, path: str, token_ids: list[int], dtype: torch.dtype) -> Tensor:
+    def _fetch(self, server: "Server", token_ids: list[int], dtype: torch.dtype) -> Tensor:
+        try:
+            with _own_requests(self.folder, os.getpid()).request() as request:
+                return self._read(server.url, server.ask(token_ids, request), token_ids, dtype)
+        except EndpointError:
+            raise
+        except PeagleError as error:  # about the folder or what the server's record says
+            raise WrongServerEndpointError(str(error)) from error
+        except OSError as error:
+            raise EndpointError(f"the folder {self.folder} can't be used ({error})") from error
+
+    def _read(self, url: str, path: str, token_ids: list[int], dtype: torch.dtype) -> Tensor:
         """Read, check and remove a file that a server says it has written."""
-        real = Path(os.path.realpath(path))
-        inside = real.is_relative_to(os.path.realpath(self.folder))
+        try:
+            real = Path(os.path.realpath(path))
+            inside = real.is_relative_to(os.path.realpath(self.folder))
+        except ValueError:  # no path at all
+            inside = False
         if not inside or real.suffix != ".safetensors" or ROW_FILE.fullmatch(real.name):
-            raise PeagleError(
-                f"The server says that it wrote the hidden states to {path}, which is no file of a server in "
+            raise WrongServerEndpointError(
+                f"The server {url} says that it wrote the hidden states to {path!r}, which is no file of a server in "
                 f"{self.folder}; it was not read. Start the server with --hidden-states-path {self.folder}, or name "
                 "the folder that it writes to with --server-hidden-states-path."
             )
-        lock = Path(f"{real}.lock")
-        with _shared_lock(lock, self.request_timeout):
+        with written(real, self.request_timeout) as is_written:
+            if not is_written:
+                raise EndpointError(
+                    f"the server was still writing after {self.request_timeout:g} s; raise --request-timeout, or look "
+                    f"at the disk of {self.folder}"
+                )
             try:
                 check_layers(self.folder, self.slots)
-                return self._states(load_file(real), token_ids, dtype)
+                return self._states(url, load_file(real), token_ids, dtype)
             except (OSError, SafetensorError) as error:
-                raise EndpointError(f"what the server wrote can't be read ({error})") from error
+                raise EndpointError(
+                    f"what the server wrote can't be read ({' '.join(str(error).split())}); look at the disk of "
+                    f"{self.folder} and at what the server says"
+                ) from error
             finally:
-                real.unlink(missing_ok=True)
-                lock.unlink(missing_ok=True)
+                self._remove(real)
 
-    def _states(self, tensors: dict[str, Tensor], token_ids: list[int], dtype: torch.dtype) -> Tensor:
+    def _remove(self, path: Path) -> None:
+        try:
+            path.unlink(missing_ok=True)
+            path.with_name(f"{path.name}.lock").unlink(missing_ok=True)
+        except OSError as error:
+            raise WrongServerEndpointError(
+                f"The server's file {path} can't be removed ({error.strerror}), so that such files would fill the "
+                "disk. Run server and client as one user."
+            ) from error
+
+    def _states(self, url: str, tensors: dict[str, Tensor], token_ids: list[int], dtype: torch.dtype) -> Tensor:
         lacking = {"hidden_states", "token_ids"} - tensors.keys()
         if lacking:
             raise EndpointError(f"what the server wrote has no {' and no '.join(sorted(lacking))}")
         states = tensors["hidden_states"]
         served = sorted(set(self.slots))  # vLLM gives the layers in their own order, each once
         if list(states.shape[1:]) != [len(served), self.hidden_size] or not states.is_floating_point():
-            raise PeagleError(
-                f"The server gives {states.dtype} states of the shape {list(states.shape)} (tokens, layers, size), "
-                f"wanted are the layers {served} of size {self.hidden_size}. Start it with peagle-hf launch-vllm, the "
-                f"same model and --target-layer-ids {' '.join(map(str, self.slots[:-1]))}."
+            raise WrongServerEndpointError(
+                f"The server {url} gives {states.dtype} states of the shape {list(states.shape)} (tokens, layers, "
+                f"size), wanted are the layers {served} of size {self.hidden_size}. Start it with peagle-hf "
+                f"launch-vllm, the same model and --target-layer-ids {' '.join(map(str, self.slots[:-1]))}."
             )
         if not torch.equal(tensors["token_ids"].long(), torch.tensor(token_ids)) or len(states) != len(token_ids):
-            raise EndpointError("the server gave the states of other tokens than it was asked for")
+            raise EndpointError(
+                "the server gave the states of other tokens than it was asked for; start it without flags that change "
+                "prompts"
+            )
         states = states[:, [served.index(slot) for slot in self.slots]].to(dtype)
         if not states.isfinite().all():
-            raise EndpointError(f"the server's states are not finite as {dtype}")
+            raise EndpointError(
+                f"the server's states are not finite as {dtype}; start it with --dtype float32, or leave the row out"
+            )
         return states
 
 
 def ask_any(
     urls: Sequence[str], request_timeout: float, max_retries: int, request: Callable[["Server"], Result]
 ) -> Result:
-    """What the server that is doing best gives, or another one if that fails.
+    """Send a request to the least busy healthy server, and to the others if that one fails.
 
-    Best is the one that failed the fewest requests since it last answered, and of several the least busy one.
+    A server that failed comes last until a pause is over and its health check succeeds, or until it answers a request.
 
     Raises:
         EndpointError: all of them failed. It is a `RefusedEndpointError` if all of them refused the request.
+        WrongServerEndpointError: one of them isn't what is needed.
     """
     failures: dict[str, EndpointError] = {}
     while len(failures) < len(urls):
         with _CHOICE:
             servers = [_server(url, request_timeout, max_retries, os.getpid()) for url in urls if url not in failures]
-            server = min(servers, key=lambda server: (server.failures, server.in_flight))
+            for server in servers:
+                server.check_health_when_due()
+            server = min(servers, key=lambda server: (server.rests_in_turn * server.is_resting, server.in_flight))
             server.in_flight += 1
         try:
             result = request(server)
-            server.failures = 0
+            server.succeeded()
             return result
+        except WrongServerEndpointError:
+            raise
         except EndpointError as error:
             if not isinstance(error, RefusedEndpointError):
-                server.failures += 1
+                server.failed()
             failures[server.url] = error
         finally:
             with _CHOICE:
@@ -202,6 +241,18 @@ def endpoint_urls(endpoint: str) -> tuple[str, ...]:
             _remember({public: unquote(user_info)})
         urls.append(public)
     return tuple(dict.fromkeys(urls))
+
+
+def check_requests(request_timeout: float, max_retries: int) -> None:
+    """Refuse settings of requests with which none could be sent.
+
+    Raises:
+        PeagleError: one is out of range; the message names its flag.
+    """
+    if not 0 < request_timeout < math.inf:
+        raise PeagleError(f"--request-timeout is {request_timeout} but must be a number of seconds above 0.")
+    if max_retries < 0:
+        raise PeagleError(f"--max-retries is {max_retries} but must be at least 0.")
 
 
 def served_model(
@@ -241,38 +292,6 @@ def served_model(
     return wanted
 
 
-def write_server_record(folder: str | os.PathLike[str], model: str, slots: list[int]) -> None:
-    """Say in the server's folder what it extracts: the auxiliary layers, then the last."""
-    write_json(Path(folder) / SERVER_RECORD, {"model": model, "layer_ids": slots})
-
-
-def served_layers(folder: str | os.PathLike[str]) -> list[int] | None:
-    """The layers that the folder's server was started with, the last one at the end; None if that isn't known."""
-    try:
-        return list(json.loads((Path(folder) / SERVER_RECORD).read_text(encoding="utf-8"))["layer_ids"])
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise PeagleError(
-            f"{Path(folder) / SERVER_RECORD} is damaged ({error}). Start the server again with peagle-hf launch-vllm."
-        ) from error
-
-
-def check_layers(folder: str | os.PathLike[str], slots: tuple[int, ...]) -> None:
-    """Make sure that the folder's server was started with these layers, as far as is known.
-
-    Raises:
-        PeagleError: it was started with others.
-    """
-    served = served_layers(folder)
-    if served is not None and set(served) != set(slots):
-        raise PeagleError(
-            f"The server of {folder} extracts the layers {served}, wanted are {list(slots)} (the last one included). "
-            f"Start it with --target-layer-ids {' '.join(map(str, slots[:-1]))}, or pass its layers here. Servers with "
-            "different layers need a folder each."
-        )
-
-
 def check_length(urls: tuple[str, ...], longest: int, timeout: float) -> None:
     """Make sure that every server takes a row of `longest` tokens.
 
@@ -286,19 +305,6 @@ def check_length(urls: tuple[str, ...], longest: int, timeout: float) -> None:
                 f"The longest row has {longest} tokens, and the vLLM server {url} takes {limit - 1} at most. Start it "
                 f"with --max-model-len {longest + 1}, or cut the rows with peagle-hf prepare --seq-length {limit - 1}."
             )
-
-
-def remove_unfetched(folder: str | os.PathLike[str], request_timeout: float) -> None:
-    """Remove what killed programs left there a while ago: half-written rows, and answers not fetched."""
-    age = max(LEFTOVER_SECONDS, 2 * request_timeout)
-    for temporary in Path(folder).glob(".hs_*.tmp"):
-        if _age(temporary) > age:
-            temporary.unlink(missing_ok=True)
-    for lock in Path(folder).glob("*.safetensors.lock"):
-        answer = lock.with_suffix("")
-        if not ROW_FILE.fullmatch(answer.name) and _age(lock) > age:
-            answer.unlink(missing_ok=True)
-            lock.unlink(missing_ok=True)
 
 
 def concurrently(
@@ -339,7 +345,12 @@ def concurrently(
 
 
 class Server:
-    """One server, as this process sees it: how often it failed since it last answered, and what it is busy with."""
+    """One server, as this process sees it: how it does, and how many requests it is busy with.
+
+    Attributes:
+        is_resting: a request failed, and neither another nor a health check has succeeded since.
+        rests_in_turn: how often that was so since a request succeeded.
+    """
 
     def __init__(self, url: str, timeout: float, max_retries: int):
         try:
@@ -348,7 +359,6 @@ class Server:
             raise PeagleError(
                 "Asking a vLLM server takes the openai package. Install it with pip install 'peagle-hf[endpoint]'."
             ) from error
-        self.errors = (openai.OpenAIError, json.JSONDecodeError)
         (self.url,) = endpoint_urls(url)
         credentials = _CREDENTIALS.get(self.url)
         headers = {"Authorization": f"Basic {base64.b64encode(credentials.encode()).decode()}"} if credentials else None
@@ -359,36 +369,53 @@ class Server:
             max_retries=max_retries,
             default_headers=headers,
         )
-        self.failures = self.in_flight = 0
+        self.in_flight = self.rests_in_turn = 0
+        self.is_resting = False
+        self._health_check_at = math.inf
 
     @cached_property
-    def _card(self) -> Any:
-        """What it says of its model."""
+    def _card(self) -> tuple[str, str, int | None]:
+        """The id, the root and the maximal length of its model, as it says."""
         with self.reasons():
             models = self.client.models.list().data
-        if not models:
-            raise EndpointError("it serves no model")
-        return models[0]
+            if not models:
+                raise EndpointError("it serves no model")
+            model = models[0]
+            limit = getattr(model, "max_model_len", None)
+            root = getattr(model, "root", None) or model.id
+            if not isinstance(model.id, str) or not isinstance(root, str) or not isinstance(limit, int | None):
+                raise TypeError(f"the model {model!r}")
+            return model.id, root, limit
 
     @property
     def model(self) -> dict[str, str]:
         """What the model is called there (`id`), and the folder or hub name that it was loaded from (`root`)."""
-        return {"id": self._card.id, "root": getattr(self._card, "root", None) or self._card.id}
+        return {"id": self._card[0], "root": self._card[1]}
 
     @property
     def max_model_len(self) -> int | None:
         """Tokens that a prompt and its answer may have together, if it says so."""
-        return getattr(self._card, "max_model_len", None)
+        return self._card[2]
 
-    def ask(self, token_ids: list[int]) -> str:
-        """Send a document through the model; gives the path where its states are or will be."""
+    def ask(self, token_ids: list[int], request: str) -> str:
+        """Send a sample through the model; gives the path where its states are or will be.
+
+        Args:
+            request: id of the request, which the name of the states' file will hold.
+        """
         with self.reasons():
             answer = self.client.completions.create(
-                model=self.model["id"], prompt=token_ids, max_tokens=1, temperature=0
+                model=self.model["id"],
+                prompt=token_ids,
+                max_tokens=1,
+                temperature=0,
+                extra_headers={"X-Request-Id": request},
             )
-        path = (getattr(answer, "kv_transfer_params", None) or {}).get("hidden_states_path")
+            answer.choices[0]  # an answer without one is none of vLLM's
+            parameters = getattr(answer, "kv_transfer_params", None) or {}
+            path = parameters.get("hidden_states_path")
         if not isinstance(path, str):
-            raise PeagleError(
+            raise WrongServerEndpointError(
                 f"The vLLM server {self.url} answers, but extracts no hidden states. Start it with peagle-hf "
                 "launch-vllm."
             )
@@ -416,28 +443,83 @@ class Server:
                     **fields,
                 },
             )
+            completed: list[int] | None = getattr(answer.choices[0], "token_ids", None)
+            if not isinstance(completed, list | None) or any(type(token) is not int for token in completed or []):
+                raise TypeError(f"the token ids {completed!r}")
         if getattr(answer, "kv_transfer_params", None):
             raise PeagleError(
                 f"The vLLM server {self.url} writes the hidden states of every prompt to its disk, where they would "
                 "stay. Start another without that, such as vllm serve MODEL."
             )
-        written: list[int] | None = getattr(answer.choices[0], "token_ids", None) if answer.choices else None
-        if not written:
+        if not completed:
             raise EndpointError("it gives no token ids with its answer, as vLLM 0.11 and later do")
-        if written[-1] not in end_ids and len(written) < max_tokens:
-            raise EndpointError(f"it cut the answer after {len(written)} of {max_tokens} tokens")
-        return written
+        if completed[-1] not in end_ids and len(completed) < max_tokens:
+            raise EndpointError(f"it cut the answer after {len(completed)} of {max_tokens} tokens")
+        return completed
 
     @contextmanager
     def reasons(self) -> Iterator[None]:
-        """Turn whatever goes wrong with a request into an `EndpointError` that says what."""
+        """Turn whatever goes wrong with a request, or with reading its answer, into an `EndpointError` that says what.
+
+        The block holds the request and the reading of its answer, and nothing else: what it raises about a wrong type
+        or a missing field is the answer's fault.
+        """
+        import openai
+
         try:
             yield
-        except self.errors as error:
-            cause = f" ({error.__cause__})" if error.__cause__ else ""
-            is_refusal = getattr(error, "status_code", None) in (400, 413, 422)
-            kind = RefusedEndpointError if is_refusal else EndpointError
-            raise kind(f"{' '.join(str(error).split()).rstrip('.')}{cause}") from error
+        except openai.APIStatusError as error:
+            reason = shorten(str(error))
+            if error.status_code in (400, 413, 422):
+                raise RefusedEndpointError(reason) from error
+            if error.status_code in (401, 403):
+                reason += "; set VLLM_API_KEY to the server's key, or write user and password into the URL"
+            raise EndpointError(reason) from error
+        except UnicodeEncodeError as error:
+            raise RefusedEndpointError(f"the text has characters that can't be sent ({error.reason})") from error
+        except openai.OpenAIError as error:
+            cause = f" ({shorten(str(error.__cause__))})" if error.__cause__ else ""
+            raise EndpointError(f"{shorten(str(error))}{cause}") from error
+        except (json.JSONDecodeError, AttributeError, IndexError, KeyError, TypeError) as error:
+            raise EndpointError(
+                "its answer isn't one of vLLM's: another program may answer at this address, such as a proxy with a "
+                "web page; name the address of vLLM itself"
+            ) from error
+
+    def succeeded(self) -> None:
+        self.rests_in_turn, self.is_resting = 0, False
+
+    def failed(self) -> None:
+        if not self.is_resting:  # else other requests of the same moment failed too
+            self._rest()
+
+    def _rest(self) -> None:
+        self._health_check_at = time.monotonic() + min(FIRST_PAUSE * 2.0**self.rests_in_turn, LONGEST_PAUSE)
+        self.rests_in_turn += 1
+        self.is_resting = True
+
+    def check_health_when_due(self) -> None:
+        """If the server failed and its pause is over, ask it in the background whether it is healthy again."""
+        if self.is_resting and time.monotonic() >= self._health_check_at:
+            self._health_check_at = math.inf
+            threading.Thread(target=self._check_health, daemon=True).start()
+
+    def _check_health(self) -> None:
+        import openai
+
+        try:
+            client = self.client.with_options(timeout=HEALTH_TIMEOUT, max_retries=0)
+            with suppress(openai.NotFoundError):  # it answers, but is no vLLM itself
+                client.get(f"{self.url.removesuffix('/v1')}/health", cast_to=str)
+            self.is_resting = False
+        except openai.OpenAIError:
+            self._rest()
+
+
+def shorten(text: str) -> str:
+    """One line of at most 300 characters, without a full stop."""
+    line = " ".join(text.split()).rstrip(".")
+    return line if len(line) <= 300 else f"{line[:300]} ..."
 
 
 def _remember(credentials: dict[str, str]) -> None:
@@ -453,31 +535,7 @@ def _server(url: str, timeout: float, max_retries: int, process_id: int) -> Serv
     return Server(url, timeout, max_retries)
 
 
-@contextmanager
-def _shared_lock(lock: Path, timeout: float) -> Iterator[None]:
-    """Wait until the server has written: it holds the lock until then, and the kernel lets go of it if it dies."""
-    try:
-        descriptor = os.open(lock, os.O_RDONLY)
-    except FileNotFoundError:  # a server that was told to lock nothing
-        yield
-        return
-    try:
-        deadline = time.monotonic() + timeout
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise EndpointError(f"the server was still writing after {timeout:g} s") from None
-                time.sleep(LOCK_POLL_SECONDS)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _age(path: Path) -> float:
-    try:
-        return time.time() - path.stat().st_mtime
-    except FileNotFoundError:
-        return 0.0
+@cache
+def _own_requests(folder: Path, process_id: int) -> OwnRequests:
+    """The requests of this process; a forked one has its own."""
+    return OwnRequests(folder)

@@ -51,15 +51,15 @@ from .endpoint import (
     REQUEST_TIMEOUT,
     Endpoint,
     EndpointError,
-    check_layers,
+    WrongServerEndpointError,
     check_length,
+    check_requests,
     concurrently,
     endpoint_urls,
-    remove_unfetched,
-    served_layers,
     served_model,
 )
 from .prepared import load_prepared, read_prepare_record
+from .server_folder import check_layers, remove_unfetched, require_layers
 
 if TYPE_CHECKING:
     import datasets
@@ -244,8 +244,8 @@ def extract(arguments: ExtractArguments) -> ExtractReport:
     config = load_verifier_config(model, arguments.revision, arguments.trust_remote_code)
     server_folder = Path(arguments.server_hidden_states_path or output)
     wanted = arguments.target_layer_ids
-    if urls and wanted is None and (served := served_layers(server_folder)):
-        wanted = served[:-1]
+    if urls and wanted is None:
+        wanted = require_layers(server_folder)[:-1]
     manifest = Manifest.of(
         model,
         config,
@@ -294,6 +294,7 @@ def extract(arguments: ExtractArguments) -> ExtractReport:
         check_layers(server_folder, endpoint.slots)
         check_length(urls, max(missing.values(), default=0), arguments.request_timeout)
         seconds = _make_by_server(arguments, manifest, output, data, missing, endpoint)
+        remove_unfetched(server_folder, arguments.request_timeout)
     elif missing:
         _check_context(config, max(missing.values()), model)
         seconds = _make(arguments, manifest, output, data, missing)
@@ -465,6 +466,8 @@ def _make_by_server(
     longest_first = sorted(lengths, key=lambda row: (-lengths[row], row))
     with progress_bar(total=sum(lengths.values()), desc="Extracting", unit="tok", unit_scale=True) as progress:
         for row, result in concurrently(make, longest_first, arguments.concurrency):
+            if isinstance(result, WrongServerEndpointError):
+                raise WrongServerEndpointError(f"Row {row} wasn't made: {result}") from result
             if isinstance(result, EndpointError):
                 logger.warning("Row %d failed: %s.", row, result)
                 failed[row] = str(result)
@@ -535,6 +538,7 @@ def _check_arguments(arguments: ExtractArguments) -> None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise PeagleError(f"--{name.replace('_', '-')} is {value} but must be at least 1.")
+    check_requests(arguments.request_timeout, arguments.max_retries)
     if not 0 <= arguments.rank < arguments.world_size:
         raise PeagleError(f"--rank is {arguments.rank} but must be in 0 .. {arguments.world_size - 1} (--world-size).")
     if arguments.storage in FP8_STORAGES and arguments.dtype != "bfloat16":

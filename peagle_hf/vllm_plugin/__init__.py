@@ -1,1 +1,1 @@
-"""Code that runs inside vLLM's own processes, whose Python needs nothing of this project but this folder."""
+"""Code that runs in or around vLLM's own processes and needs nothing of this project but this folder."""

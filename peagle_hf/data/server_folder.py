@@ -1,0 +1,306 @@
+"""The folder that a vLLM server writes hidden states to: what the server extracts, and files that nobody wants.
+
+A server writes a request's states to a file whose name holds the request's id, and holds a file lock (`flock`) on
+`<file>.lock` until the file is complete. Our requests are called `peagle-<client>-<number>`. While a client has
+requests in flight, it holds a lock on `.peagle-<client>.client` in the folder. So every client can tell which files
+belong to requests that were given up, also by processes that were killed, on any machine, and never removes another
+client's.
+"""
+
+import itertools
+import json
+import os
+import re
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ..errors import PeagleError
+from ..files import write_json, writing
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+SERVER_RECORD = "server.json"
+"""In the server's folder: its model and layers, as `peagle-hf launch-vllm` started it."""
+LEFTOVER_SECONDS = 600.0
+"""A half-written row that is older is the leftover of a killed process."""
+SWEEP_SECONDS = 60.0
+"""Pause between two searches for files that nobody wants."""
+SWEEP_SECONDS_AFTER_FAILURE = 1.0
+LOCK_POLL_SECONDS = 0.01
+CONNECT_SECONDS = 2.0
+_REQUEST = re.compile(r"peagle-([0-9a-f]{16})-\d+(?!\d)")
+
+
+def server_name(port: int) -> str:
+    """What a server on this machine is called in the record."""
+    return f"{socket.gethostname()}:{port}"
+
+
+def write_server_record(folder: str | os.PathLike[str], model: str, slots: list[int], server: str = "") -> None:
+    """Say in a server's folder which model and layers it extracts, now that it is ready.
+
+    Args:
+        slots: the auxiliary layers, then the last.
+        server: its `server_name`. Servers of the same model and layers share the record.
+    """
+    path = Path(folder) / SERVER_RECORD
+    others: list[str] = []
+    with suppress(OSError, ValueError):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(record, dict) and (record.get("model"), record.get("layer_ids")) == (model, slots):
+            others = [name for name in record.get("servers", []) if name != server]
+    write_json(path, {"model": model, "layer_ids": slots, "servers": [*others, server]})
+
+
+def remove_server_record(folder: str | os.PathLike[str], server: str) -> None:
+    """Take a server that has ended out of the record, and remove the record with the last one."""
+    path = Path(folder) / SERVER_RECORD
+    with suppress(OSError, ValueError):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if server in record["servers"]:
+            record["servers"].remove(server)
+            if record["servers"]:
+                write_json(path, record)
+            else:
+                path.unlink()
+
+
+def check_other_servers(folder: str | os.PathLike[str], model: str, slots: list[int]) -> None:
+    """Make sure that no server with another model or other layers is running in a folder.
+
+    Raises:
+        PeagleError: one is: clients couldn't tell whose states are whose.
+    """
+    try:
+        record = json.loads((Path(folder) / SERVER_RECORD).read_text(encoding="utf-8"))
+        servers = record["servers"] if (record["model"], record["layer_ids"]) != (model, slots) else []
+        addresses = {server: (host, int(port)) for server in servers for host, _, port in [server.rpartition(":")]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # there is none, or it is damaged
+        return
+    for server, address in addresses.items():
+        with suppress(OSError), socket.create_connection(address, CONNECT_SECONDS):
+            raise PeagleError(
+                f"The server {server} writes to {folder} too, and extracts the layers {record['layer_ids']} of "
+                f"{record['model']}. Name another --hidden-states-path, or stop that server: servers with different "
+                "models or layers need a folder each."
+            )
+
+
+def served_layers(folder: str | os.PathLike[str]) -> list[int] | None:
+    """The layers that the folder's server was started with, the last one at the end; None if that isn't known.
+
+    Raises:
+        PeagleError: the record is damaged.
+    """
+    path = Path(folder) / SERVER_RECORD
+    try:
+        layer_ids = json.loads(path.read_text(encoding="utf-8"))["layer_ids"]
+        if not isinstance(layer_ids, list) or not all(type(layer) is int for layer in layer_ids) or len(layer_ids) < 2:
+            raise ValueError(f"layer_ids is {layer_ids!r}")
+        return layer_ids
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PeagleError(
+            f"{path} is damaged ({error}). Remove it and start the server again with peagle-hf launch-vllm."
+        ) from error
+
+
+def require_layers(folder: str | os.PathLike[str]) -> list[int]:
+    """The layers that the folder's server was started with, the last one at the end.
+
+    Raises:
+        PeagleError: that isn't known, as there is no record.
+    """
+    served = served_layers(folder)
+    if served is None:
+        raise PeagleError(
+            f"Which layers the vLLM server extracts isn't known: {Path(folder) / SERVER_RECORD} is missing, which "
+            "peagle-hf launch-vllm writes once its server is ready. Wait for that, name the server's folder with "
+            "--server-hidden-states-path, or pass --target-layer-ids with the layers that the server was started with."
+        )
+    return served
+
+
+def check_layers(folder: str | os.PathLike[str], slots: tuple[int, ...]) -> None:
+    """Make sure that the folder's server was started with these layers, as far as is known.
+
+    Raises:
+        PeagleError: it was started with others.
+    """
+    served = served_layers(folder)
+    if served is not None and set(served) != set(slots):
+        raise PeagleError(
+            f"The server of {folder} extracts the layers {served}, wanted are {list(slots)} (the last one included). "
+            f"Start it with --target-layer-ids {' '.join(map(str, slots[:-1]))}, or pass its layers here. Servers with "
+            "different layers need a folder each."
+        )
+
+
+class OwnRequests:
+    """This process's requests to the servers of a folder.
+
+    Args:
+        folder: what the servers write to.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.client = folder, ""
+        self.in_flight: set[str] = set()
+        self._numbers = itertools.count()
+        self._changing = threading.Lock()
+        self._marker: int | None = None
+        self._last_sweep = time.monotonic()
+
+    @contextmanager
+    def request(self) -> Iterator[str]:
+        """Give a request's id. The request's files are wanted until the block ends; what is left then is removed.
+
+        A file that the server writes later is removed by a later request, another client or the server's launcher.
+
+        Raises:
+            PeagleError: the folder can't be written to, or has no file locks.
+        """
+        with self._changing:
+            if not self.in_flight:
+                self._mark()
+            request = f"peagle-{self.client}-{next(self._numbers)}"
+            self.in_flight.add(request)
+        pause = SWEEP_SECONDS
+        try:
+            yield request
+        except BaseException:
+            pause = SWEEP_SECONDS_AFTER_FAILURE
+            raise
+        finally:
+            with self._changing:
+                self.in_flight.discard(request)
+                if not self.in_flight:
+                    self._unmark()
+            if time.monotonic() - self._last_sweep >= pause:
+                self._last_sweep = time.monotonic()
+                remove_unwanted(self.folder, self)
+
+    def _mark(self) -> None:
+        """Lock a new marker, which gets its name only when it is locked; no name is ever used again."""
+        if fcntl is None:
+            raise PeagleError(
+                "Hidden states from a vLLM server take file locks (flock), which Windows doesn't have. Extract them "
+                "without --endpoint, which runs the verifier in this process, or use Linux (WSL too)."
+            )
+        self.client = secrets.token_hex(8)
+        marker = _marker(self.folder, self.client)
+        temporary = marker.with_suffix(".tmp")
+        with writing(self.folder):
+            try:
+                descriptor = os.open(temporary, os.O_CREAT | os.O_RDWR, 0o666)
+            except FileNotFoundError as error:
+                raise PeagleError(
+                    f"There is no folder {self.folder}, which the vLLM server should write hidden states to. Name the "
+                    "server's folder, as it is seen from here, with --server-hidden-states-path."
+                ) from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(descriptor)
+            temporary.unlink(missing_ok=True)
+            raise PeagleError(
+                f"Files in {self.folder} can't be locked with flock ({error.strerror}), by which server and client "
+                "know who still needs a file. Name a folder on a local disk or on NFS 4 (Lustre: mount with -o flock)."
+            ) from error
+        temporary.rename(marker)
+        self._marker = descriptor
+
+    def _unmark(self) -> None:
+        assert self._marker is not None
+        _marker(self.folder, self.client).unlink(missing_ok=True)
+        os.close(self._marker)
+
+
+def remove_unwanted(folder: str | os.PathLike[str], own: OwnRequests | None = None) -> None:
+    """Remove the files of our requests that nobody waits for any more, unless a server is still writing them.
+
+    Args:
+        own: this process's requests; of other clients only whether they have any in flight is known.
+    """
+    if fcntl is None or not os.path.isdir(folder):
+        return
+    waiting: dict[str, bool] = {}
+    found = [(path, match) for path in Path(folder).iterdir() if (match := _REQUEST.search(path.name))]
+    for path, match in found:
+        client = match[1]
+        if own is not None and client == own.client:
+            is_wanted = match[0] in own.in_flight
+        else:
+            if client not in waiting:
+                waiting[client] = is_locked(_marker(folder, client))
+            is_wanted = waiting[client]
+        lock = path if path.suffix == ".lock" else path.with_name(f"{path.name}.lock")
+        if not is_wanted and not is_locked(lock):
+            with suppress(OSError):
+                path.unlink()
+    for marker in Path(folder).glob(".peagle-*.client"):
+        if not is_locked(marker):
+            marker.unlink(missing_ok=True)
+
+
+def remove_unfetched(folder: str | os.PathLike[str], request_timeout: float) -> None:
+    """Remove what killed clients left in a folder: half-written rows once they are old, and answers not fetched."""
+    age = max(LEFTOVER_SECONDS, 2 * request_timeout)
+    for temporary in Path(folder).glob(".hs_*.tmp"):
+        with suppress(FileNotFoundError):
+            if time.time() - temporary.stat().st_mtime > age:
+                temporary.unlink()
+    remove_unwanted(folder)
+
+
+@contextmanager
+def written(path: Path, timeout: float) -> Iterator[bool]:
+    """Wait until the server has written a file. It holds a lock until then, which the kernel releases if it dies.
+
+    Gives False if the server was still writing when the time was up.
+    """
+    try:
+        descriptor = os.open(f"{path}.lock", os.O_RDONLY)
+    except FileNotFoundError:  # a server that was told to lock nothing
+        yield True
+        return
+    try:
+        deadline = time.monotonic() + timeout
+        while not (free := _try_lock(descriptor)) and time.monotonic() < deadline:
+            time.sleep(LOCK_POLL_SECONDS)
+        yield free
+    finally:
+        os.close(descriptor)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds a lock on a file."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        return not _try_lock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _marker(folder: str | os.PathLike[str], client: str) -> Path:
+    return Path(folder) / f".peagle-{client}.client"
