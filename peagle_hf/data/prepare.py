@@ -345,15 +345,19 @@ def _number_conversations(sources: list[Source]) -> np.ndarray:
 
 
 def _conversation_values(source: Source) -> Iterator[Any]:
+    """The field `conversation` of each row; None where it is absent or holds the messages themselves."""
     if source.files is None:
         names = source.rows.column_names
         values = source.rows[CONVERSATION] if CONVERSATION in names else [None] * len(source)
-        yield from (None if isinstance(value, list) else value for value in values)
+        has_others = "messages" in names or "conversations" in names
+        yield from (None if isinstance(value, list) and not has_others else value for value in values)
         return
     for batch in source.rows.iter(batch_size=1000):
         for text in batch["json"]:  # most have no such field, and needn't be decoded twice
-            value = json.loads(text).get(CONVERSATION) if f'"{CONVERSATION}"' in text else None
-            yield None if isinstance(value, list) else value  # a list is the conversation itself
+            row = json.loads(text) if f'"{CONVERSATION}"' in text else {}
+            value = row.get(CONVERSATION)
+            is_messages = isinstance(value, list) and not row.keys() & {"messages", "conversations"}
+            yield None if is_messages else value
 
 
 def _read_tokens(row: dict[str, Any], place: str, num_ids: int, vocabulary: str) -> MaskedRow:
