@@ -52,9 +52,9 @@ COMMANDS = {
     ),
     "data": Command(
         "data.inspection",
-        "inspect_data",
+        "data_command",
         "DataArguments",
-        "show a prepared dataset",
+        "show a prepared dataset, or what a chat template does",
         ("data inspect out", "data inspect out --rows 0 17 --output page.html"),
         ("action", "folder"),
     ),

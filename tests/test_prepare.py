@@ -18,7 +18,10 @@ from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerFas
 
 from peagle_hf.data import chats
 from peagle_hf.data.chats import Chat, Unlearnable, read_chat
-from peagle_hf.data.prepare import ChatTokenizer, PrepareArguments, prepare, tokenizer_fingerprint
+from peagle_hf.data.inspection import DataArguments, inspect_data
+from peagle_hf.data.masking import ChatTokenizer
+from peagle_hf.data.prepare import PrepareArguments, prepare
+from peagle_hf.data.tokenizer import tokenizer_fingerprint
 from peagle_hf.errors import PeagleError
 
 CHATML = (
@@ -106,10 +109,18 @@ def runs(tokenizer: PreTrainedTokenizerFast, input_ids, loss_mask) -> list[tuple
     return [(tokenizer.decode([i for _, i in run]), mask) for mask, run in groupby(pairs, key=lambda pair: pair[0])]
 
 
+def tokenized(tokenizer: PreTrainedTokenizerFast, chat: Chat) -> list[tuple]:
+    """Ids and loss mask of each row of a chat of which no answer is left out."""
+    (masked,) = ChatTokenizer(tokenizer).mask([chat])
+    if masked.left_out:
+        raise Unlearnable(masked.left_out[0].reason)
+    return [(row.input_ids, row.loss_mask) for row in masked.rows]
+
+
 def tokenized_runs(chat_template: str, messages: list[dict], tools=None) -> list[list[tuple[str, int]]]:
     tokenizer = make_tokenizer(chat_template)
     chat = read_chat({"messages": messages, "tools": tools}, "here")
-    return [runs(tokenizer, *row) for row in ChatTokenizer(tokenizer)(chat)]
+    return [runs(tokenizer, *row) for row in tokenized(tokenizer, chat)]
 
 
 @pytest.mark.parametrize(
@@ -189,14 +200,14 @@ def test_every_answer_of_a_chat_is_learnt_and_nothing_else(chat_template, expect
 
 def test_a_row_holds_the_tokens_of_the_whole_rendering():
     tokenizer = make_tokenizer(CHATML)
-    ((input_ids, loss_mask),) = ChatTokenizer(tokenizer)(Chat(HELLO, None))
+    ((input_ids, loss_mask),) = tokenized(tokenizer, Chat(HELLO, None))
     assert input_ids.tolist() == tokenizer.apply_chat_template(HELLO)["input_ids"]
     assert (input_ids.dtype, loss_mask.dtype, len(loss_mask)) == ("int32", "int8", len(input_ids))
 
 
 def test_marks_of_the_template_agree_with_transformers():
     tokenizer = make_tokenizer(MARKED)
-    ((_, loss_mask),) = ChatTokenizer(tokenizer)(Chat(HELLO, None))
+    ((_, loss_mask),) = tokenized(tokenizer, Chat(HELLO, None))
     encoding = tokenizer.apply_chat_template(HELLO, return_dict=True, return_assistant_tokens_mask=True)
     assert loss_mask.tolist() == encoding["assistant_masks"]
 
@@ -319,9 +330,7 @@ def test_spaces_that_a_tokenizer_trims_from_offsets(marks):
         + opening + "{{ m.content }}</s>" + closing + "{% endif %}{% endfor %}"
     )  # fmt: skip
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
-    ((input_ids, loss_mask),) = ChatTokenizer(tokenizer)(
-        Chat([HELLO[0], {"role": "assistant", "content": " fox"}], None)
-    )
+    ((input_ids, loss_mask),) = tokenized(tokenizer, Chat([HELLO[0], {"role": "assistant", "content": " fox"}], None))
     assert runs(tokenizer, input_ids, loss_mask) == [("[INST]Hello[/INST] ", 0), (" fox</s>", 1)]
 
 
@@ -391,10 +400,6 @@ def test_share_gpt_and_messages_read_alike():
         ({"messages": [{**HELLO[1], "reasoning": 3}]}, r"messages\[0\].reasoning must be text"),
         ({"messages": [{**HELLO[1], "tool_calls": "x"}]}, r"messages\[0\].tool_calls must be a list"),
         ({"messages": [{**HELLO[1], "tool_calls": [{}]}]}, r"tool_calls\[0\].function must be an object with a name"),
-        (
-            {"messages": [{**HELLO[1], "tool_calls": [{"name": "x", "arguments": "{"}]}]},
-            r"tool_calls\[0\].function.arguments is not valid JSON",
-        ),
         ({"messages": HELLO, "tools": "{"}, "tools is not valid JSON"),
         ({"messages": HELLO, "tools": ["x"]}, "tools must be a list of JSON objects"),
     ],
@@ -448,7 +453,14 @@ def test_the_folder_that_prepare_writes(arguments, caplog):
     caplog.set_level(logging.INFO)
     folder = prepare(arguments)
     assert sorted(contents(folder)) == [
-        *("data-00000-of-00001.arrow", "dataset_info.json", "prepare.json", "skipped.json", "state.json"),
+        *(
+            "config.yaml",
+            "data-00000-of-00001.arrow",
+            "dataset_info.json",
+            "prepare.json",
+            "skipped.json",
+            "state.json",
+        ),
         "token_freq.pt",
     ]
     dataset = load_from_disk(folder)
@@ -644,19 +656,20 @@ SHOWING_ALL = (
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
-def test_half_a_surrogate_pair_anywhere_leaves_out_the_row(arguments, model, num_workers):
+def test_half_a_surrogate_pair_anywhere_leaves_out_the_answers_after_it(arguments, model, num_workers):
     make_tokenizer(SHOWING_ALL).save_pretrained(model)
     tools = [{"name": "weather", "description": HALF}]
     rows = [*({"messages": messages} for messages in WITH_HALVES.values()), {"messages": HELLO, "tools": tools}]
     write_lines(Path(arguments.data[0]), [{"messages": hello(1)}, *rows])
     folder = prepare(changed(arguments, num_workers=num_workers))
     skipped = json.loads((folder / "skipped.json").read_text())
-    assert sorted(entry["row"].split()[-1] for entry in skipped) == sorted(str(2 + line) for line in range(len(rows)))
+    lines = {entry["row"].partition(", messages")[0]: entry["reason"] for entry in skipped}
+    assert [*sorted(lines)] == sorted(f"{arguments.data[0]}, line {2 + line}" for line in range(len(rows)))
     refused = f"{arguments.data[0]}, line {2 + [*WITH_HALVES].index('refused')}"
-    reasons = {entry["row"]: entry["reason"] for entry in skipped}
-    assert reasons.pop(refused) == "the chat template refuses it (cut \\ud83d)"
-    assert set(reasons.values()) == {"it holds half a surrogate pair, which is no text"}
-    assert set(prepared(folder)["conversation_id"]) == {0}
+    assert lines.pop(refused) == "the chat template refuses it (cut \\ud83d)"
+    assert set(lines.values()) == {"it holds half a surrogate pair, which is no text"}
+    # The first of its two answers is there before the half.
+    assert set(prepared(folder)["conversation_id"]) == {0, 1 + [*WITH_HALVES].index("refused")}
 
 
 @pytest.fixture
@@ -741,7 +754,7 @@ def test_rows_with_too_little_to_learn_are_reported(arguments):
     skipped = json.loads((folder / "skipped.json").read_text())
     assert sorted((entry["row"], entry["reason"]) for entry in skipped) == [
         (f"{data}, line 2", reason),
-        (f"{data}, line 3", reason),
+        (f"{data}, line 3, messages[1]", "the answer is empty"),
     ]
 
 
@@ -786,7 +799,7 @@ def test_an_unknown_role_stops_the_command_from_any_process(arguments, num_worke
     ("content", "problem"),
     [
         (b'{"messages": []}\n\n{"messages": [}\n', "line 3: this is not valid JSON"),
-        (b'{\n "data": []\n}\n', "a JSON object over several lines. Write an array"),
+        (b'\n{\n "data": []\n}\n', "line 2: there is neither `messages`"),
         (b'{"messages": []}\n{"messages": ["\xff"]}\n', "line 2: this is not valid JSON"),
         (b'[{"messages": []}, {"messages": [}]', "item 2: this is not valid JSON"),
         (b'[{"messages": []}', "item 2: this is not valid JSON"),
@@ -810,7 +823,7 @@ def test_bad_files_stop_the_command(arguments, content, problem):
     [
         ({"data": ["gone.jsonl"]}, "gone.jsonl can't be read"),
         ({"data": ["shargpt"]}, "neither a built-in dataset"),
-        ({"data": ["./no_such_folder/x"]}, "The dataset ./no_such_folder/x .* can't be loaded"),
+        ({"data": ["./no_such_folder/x"]}, "./no_such_folder/x can't be read: there is no such file or folder"),
         ({"data": ["a/b:c:d:e"]}, "org/name:configuration:split"),
         ({"model": "./no_such_model"}, "The tokenizer of --model ./no_such_model can't be loaded"),
         ({"seq_length": 0}, "--seq-length is 0"),
@@ -822,6 +835,73 @@ def test_bad_files_stop_the_command(arguments, content, problem):
 def test_bad_arguments(arguments, changes, problem):
     with pytest.raises(PeagleError, match=problem):
         prepare(changed(arguments, **changes))
+
+
+def test_every_answer_is_counted_once(arguments, caplog):
+    caplog.set_level(logging.INFO)
+    empty, thinking = {"role": "assistant", "content": None}, {**HELLO[1], "reasoning": "Hm."}
+    rows = [
+        {"messages": [*HELLO, HELLO[0], empty, HELLO[0], thinking]},
+        {"messages": [HELLO[1], *HELLO[:2]]},
+        {"messages": [*HELLO[:2], HELLO[0], {"role": "assistant", "content": "fox " * 60}]},
+        {"messages": [*HELLO[:2], {"role": "user", "content": "fox " * 60}, HELLO[3]], "system": "Be kind."},
+        {"messages": HELLO, "images": ["a.png"]},
+        {"messages": HELLO, "train": False},
+        {"prompt": "Hello", "completion": "fox"},
+    ]
+    data = write_lines(Path(arguments.data[0]), rows)
+    folder = prepare(changed(arguments, seq_length=60))
+    record = json.loads((folder / "prepare.json").read_text())
+    assert [*record["answers"]] == ["all", "learnt", "cut", "left_out", "beyond_max_samples", "marked"]
+    assert [*record["answers"].values()] == [15, 6, 2, 7, 0, 0]
+    skipped = {entry["row"]: entry["reason"] for entry in json.loads((folder / "skipped.json").read_text())}
+    assert skipped == {
+        f"{data}, line 1, messages[5]": "the answer is empty",
+        f"{data}, line 1, messages[7]": "the chat template does not show reasoning",
+        f"{data}, line 2, messages[0]": "no answer: the assistant speaks first, and nothing asks for it",
+        f"{data}, line 5, images": "the row has images, and only text can be trained on",
+        f"{data}, line 6, messages[1]": "the data says not to train on it (train: false)",
+        f"{data}, line 6, messages[3]": "the data says not to train on it (train: false)",
+    }
+    assert "Of 15 answers 6 are learnt whole, 2 cut and 7 left out." in caplog.text
+
+
+def test_a_chosen_chat_template_and_its_variables(arguments, tmp_path):
+    (tmp_path / "own.jinja").write_text(CHATML.replace("{{ m.content }}", "{{ greeting }}{{ m.content }}"))
+    chosen = changed(
+        arguments, chat_template=str(tmp_path / "own.jinja"), chat_template_kwargs='{"greeting": "Hello there, "}'
+    )
+    folder = prepare(chosen)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    texts = {tokenizer.decode(ids) for ids in prepared(folder)["input_ids"]}
+    assert all("assistant\nHello there, Well, hello there.<|im_end|>" in text for text in texts)
+    assert (folder / "chat_template.jinja").read_text() == (tmp_path / "own.jinja").read_text()
+    record = json.loads((folder / "prepare.json").read_text())
+    assert record["chat_template"] == chosen.chat_template
+    assert record["chat_template_kwargs"] == {"greeting": "Hello there, "}
+    inspect_data(DataArguments("inspect", str(folder)))
+    with pytest.raises(PeagleError, match=r"made otherwise: .*chat_template_kwargs was"):
+        prepare(changed(chosen, chat_template_kwargs={"greeting": "Hi"}))
+    with pytest.raises(PeagleError, match="made otherwise: tokenizer_fingerprint was"):
+        prepare(arguments)
+
+
+def test_answers_that_are_marked_in_part_are_counted_and_named(arguments, caplog):
+    marked = MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
+    make_tokenizer(marked).save_pretrained(arguments.model)
+    record = json.loads((prepare(arguments) / "prepare.json").read_text())
+    assert (record["answers"]["all"], record["answers"]["learnt"], record["answers"]["marked"]) == (10, 10, 10)
+    assert "Of 10 answers only a part is learnt, that which the chat template marks" in caplog.text
+
+
+def test_a_folder_whose_files_changed_is_another_dataset(arguments, tmp_path):
+    folder = tmp_path / "chats"
+    folder.mkdir()
+    write_lines(folder / "a.jsonl", [{"messages": HELLO}])
+    prepare(changed(arguments, data=[str(folder)]))
+    write_lines(folder / "b.jsonl", [{"messages": HELLO}])
+    with pytest.raises(PeagleError, match="made otherwise: data_sha256 was"):
+        prepare(changed(arguments, data=[str(folder)]))
 
 
 def test_chats_need_a_chat_template(arguments, tmp_path):

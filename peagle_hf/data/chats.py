@@ -1,11 +1,19 @@
-"""Reading conversations: local JSON files and hub datasets, ShareGPT or messages form, into one shape."""
+"""Reading conversations: files and hub datasets in the shapes that people have, brought into one shape."""
 
+import bz2
+import codecs
+import csv
+import gzip
+import hashlib
+import io
 import json
+import lzma
 import re
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from ..errors import PeagleError
 
@@ -28,6 +36,7 @@ ROLES = {
     "bing": "assistant",
     "bard": "assistant",
     "model": "assistant",
+    "function_call": "assistant",
     "tool": "tool",
     "function": "tool",
     "function_response": "tool",
@@ -36,30 +45,76 @@ ROLES = {
 }
 """What a row may call a role, and the role that the chat template sees."""
 
+FILE_KINDS = (".jsonl", ".json", ".ndjson", ".parquet", ".csv", ".tsv")
+COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+PREFERENCES = ("chosen", "rejected")
+
+_CONVERSATION_FIELDS = ("messages", "conversations", "conversation")
+_QUESTION_FIELDS = ("prompt", "instruction", "question", "query")
+_ANSWER_FIELDS = ("completion", "response", "output", "answer")
+_PAIR_FIELDS = (("human", "assistant"), ("user", "assistant"), ("input", "output"))
+_MEDIA_FIELDS = ("images", "image", "audios", "audio", "videos", "video")
+_TRAIN_FIELDS = ("weight", "train", "loss")
 _REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
+_SPLIT_WORDS = {
+    "train": "train training",
+    "test": "test testing eval evaluation",
+    "validation": "validation valid dev val",
+}
 _CHUNK_CHARACTERS = 1 << 20
+_MOST_CHARACTERS = 100 << 20
+"""No object of a JSON file is longer: what has no end within so many characters is broken."""
 _BETWEEN_ITEMS = re.compile(r"[\s,]*")
+_NO_SPACE = re.compile(r"\S")
 
 
 class Unlearnable(Exception):
-    """A well-formed conversation that nothing can be learnt from; the message is the reason, in a few words."""
+    """A well-formed conversation that nothing can be trained on.
+
+    Args:
+        reason: why, in a few words.
+        field: which part of the row it is about, if it isn't the whole.
+    """
+
+    def __init__(self, reason: str, field: str | None = None) -> None:
+        super().__init__(reason)
+        self.field = field
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation as `apply_chat_template` takes it: messages of role and content, and the tools on offer."""
+    """A conversation as `apply_chat_template` takes it.
+
+    Args:
+        messages: their role, content and whatever else the chat template may show.
+        tools: JSON schemas of the tools on offer, or None.
+        excluded: for assistant messages that are not to be trained on the reason, by index.
+        fields: where in its row each message was found.
+    """
 
     messages: list[dict[str, Any]]
     tools: list[Any] | None
+    excluded: dict[int, str] = field(default_factory=dict)
+    fields: tuple[str, ...] = field(default=(), compare=False)
+
+    def field_of(self, index: int) -> str:
+        """Where in its row a message was found."""
+        return self.fields[index] if index < len(self.fields) else f"messages[{index}]"
 
 
 @dataclass(frozen=True)
 class Source:
-    """The rows of one file or hub dataset, in their own order and read from disk one at a time."""
+    """The rows of files or of a hub dataset, in their own order and read from disk one at a time.
+
+    Args:
+        name: as the user gave it.
+        rows: a hub dataset, or the rows of files as JSON text with the number of their file and their number in it.
+        files: path and unit ("line", "item" or "row") of each file; None for a hub dataset.
+    """
 
     name: str
-    unit: str  # what a row is called in messages: "line" or "item" of a file, "row" of a hub dataset
     rows: "datasets.Dataset"
+    files: list[tuple[str, str]] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -67,29 +122,35 @@ class Source:
     def read(self, index: int) -> tuple[str, dict[str, Any]]:
         """Give where the row of this index was found, for messages, and the row."""
         row = self.rows[index]
-        if self.unit == "row":
-            return f"{self.name}, row {index}", row
-        return f"{self.name}, {self.unit} {row['number']}", json.loads(row["json"])
+        if self.files is None:
+            return f"{self.name}, row {index}", _without_filler(row)
+        path, unit = self.files[row["file"]]
+        return f"{path}, {unit} {row['number']}", json.loads(row["json"])
 
 
 def open_source(data: str, folder: Path) -> Source:
-    """Open a source of rows: a built-in name, a local .jsonl or .json file, or a hub dataset.
+    """Open a source of rows: a built-in name, a file, a folder, or a hub dataset.
 
-    A hub dataset is `org/name`, `org/name:split` or `org/name:configuration:split`; the split is `train` if none is
-    named. A local file holds one JSON object a line or one array of objects. It is checked from end to end and copied
-    into `folder`, where its rows are read from without holding them in memory.
+    A file holds rows as JSON (an object a line, objects over several lines, or one array of objects), as Parquet or as
+    CSV, and may be compressed; its ending says which (`FILE_KINDS`, `COMPRESSIONS`, in any case). A folder holds such
+    files, or what `datasets` saved. What exists on this machine is never looked for on the hub. A hub dataset is
+    `org/name`, `org/name:split` or `org/name:configuration:split`, and a folder may have a split too; the split is
+    `train` if none is named.
+
+    Files are checked from end to end and copied into `folder`, where their rows are read from without holding them in
+    memory.
 
     Raises:
-        PeagleError: the file or the dataset can't be read, a line is not a JSON object, or there is no row.
+        PeagleError: the file or the dataset can't be read, a row is not an object, or there is no row.
     """
     if is_local_file(data):
-        source = _open_file(Path(data), folder)
+        source = _open_local(data, folder)
     elif "/" in (name := BUILT_IN_DATASETS.get(data, data)):
         source = _open_hub_dataset(name)
     else:
         raise PeagleError(
-            f"{data} is neither a built-in dataset ({', '.join(BUILT_IN_DATASETS)}), nor a .jsonl or .json "
-            "file, nor a hub dataset written org/name. Name one of these."
+            f"{data} is neither a built-in dataset ({', '.join(BUILT_IN_DATASETS)}), nor a file or folder of this "
+            "machine, nor a hub dataset written org/name. Name one of these."
         )
     if not len(source):
         raise PeagleError(f"{data} is empty: it holds no conversation. Name a dataset that has some.")
@@ -97,39 +158,181 @@ def open_source(data: str, folder: Path) -> Source:
 
 
 def is_local_file(data: str) -> bool:
-    """Whether a source is a JSON file of this machine rather than a dataset."""
-    return data.endswith((".json", ".jsonl"))
+    """Whether a source is a file or folder of this machine, or is written like one, rather than a dataset."""
+    path, _ = _split_of(data)
+    return path.exists() or _kind(path) is not None or data.startswith(("/", "./", "../", "~"))
 
 
-def read_chat(row: dict[str, Any], place: str) -> Chat:
-    """Bring a row of ShareGPT form (`conversations`, from/value) or messages form (`messages`, role/content) into one.
+def data_sha256(data: str) -> str | None:
+    """SHA-256 of a file's or folder's content and names; None for a dataset that is no local file.
+
+    Raises:
+        PeagleError: it can't be read.
+    """
+    if not is_local_file(data):
+        return None
+    path, _ = _split_of(data)
+    if path.is_file():
+        return _file_sha256(path)
+    _check_exists(data, path)
+    names = [(str(file.relative_to(path)), _file_sha256(file)) for file in _files_in(path)]
+    return hashlib.sha256(json.dumps(names).encode()).hexdigest()
+
+
+def read_chat(row: dict[str, Any], place: str, preference: str | None = None) -> Chat:
+    """Bring a row into one shape, whichever of these it has.
+
+    - `messages`, `conversations` or `conversation`: messages with role/content or from/value, or pairs of question and
+      answer;
+    - `prompt`, `instruction` (with `input`), `question` or `query`, and `completion`, `response`, `output` or `answer`;
+    - a preference row with `chosen` and `rejected`, with or without a `prompt`; `preference` says which to take.
 
     Every field of a message is kept for the chat template; those that are null are as good as absent. Reasoning is
-    given under each name that templates know, a tool call's arguments as an object where the row has JSON text.
+    given under each name that templates know, a tool call's arguments as an object where the row has JSON text. The
+    row's `system` comes first. Answers with `weight` 0, `train` false or `loss` false are not to be trained on.
 
     Raises:
         PeagleError: the row has another shape, a field has the wrong type or a role is unknown.
-        Unlearnable: a message holds something other than text.
+        Unlearnable: a message holds something other than text, or a function call that is not JSON.
     """
-    field = next((name for name in ("messages", "conversations") if row.get(name) is not None), None)
-    if field is None:
-        raise PeagleError(
-            f"{place}: there is neither `messages` nor `conversations` nor `input_ids` with `loss_mask`; the fields "
-            f"are {', '.join(row) or 'none'}. Rename the field that holds the conversation."
-        )
-    if not isinstance(row[field], list):
-        raise _wrong(place, field, "a list of messages", row[field])
-    messages = [_read_message(message, place, f"{field}[{index}]") for index, message in enumerate(row[field])]
+    if media := next((name for name in _MEDIA_FIELDS if row.get(name)), None):
+        raise Unlearnable(f"the row has {media}, and only text can be trained on", media)
+    raw, fields = _raw_messages(row, place, preference)
+    messages: list[dict[str, Any]] = []
+    excluded: dict[int, str] = {}
+    for index, (message, name) in enumerate(zip(raw, fields, strict=True)):
+        read = _read_message(message, place, name)
+        if reason := _exclusion(read):
+            excluded[index] = reason
+        messages.append({name: value for name, value in read.items() if name not in _TRAIN_FIELDS})
     tools = _decoded(row.get("tools") or None, place, "tools")
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise _wrong(place, "tools", "a list of JSON objects", tools)
-    return Chat(messages, tools or None)
+    if reason := _exclusion(row):
+        excluded = {index: reason for index, message in enumerate(messages) if message["role"] == "assistant"}
+    return Chat(messages, tools or None, excluded, tuple(fields))
+
+
+def count_answers(row: dict[str, Any]) -> int:
+    """How many assistant turns a row has that can't be read; at least 1."""
+    messages: list[Any] = next((row[name] for name in _CONVERSATION_FIELDS if isinstance(row.get(name), list)), [])
+    roles = [message.get("from", message.get("role")) for message in messages if isinstance(message, dict)]
+    return max(1, sum(isinstance(role, str) and ROLES.get(role) == "assistant" for role in roles))
+
+
+def _raw_messages(row: dict[str, Any], place: str, preference: str | None) -> tuple[list[Any], list[str]]:
+    """The messages of a row as it has them, and where each of them is."""
+    present = [name for name in row if row[name] is not None]
+    # A `conversation` that is no list names the conversation that the row is a part of.
+    named = [name for name in present if name != "conversation" or isinstance(row[name], list)]
+    name = next((name for name in _CONVERSATION_FIELDS if name in named), None)
+    question = next((name for name in _QUESTION_FIELDS if name in present), None)
+    answer = next((name for name in _ANSWER_FIELDS if name in present), None)
+    if name is not None:
+        messages, fields = _list_of_messages(row[name], place, name)
+    elif set(PREFERENCES) <= set(present) or "chosen" in present:
+        if preference is None:
+            raise PeagleError(
+                f"{place}: this is a preference row, with an answer that is `chosen` and one that is `rejected`. Say "
+                "with --preference chosen that the chosen ones are to be trained on."
+            )
+        messages, fields = _with_question(row, place, question, preference)
+    elif question is not None:
+        messages, fields = _with_question(row, place, question, answer)
+    else:
+        raise PeagleError(
+            f"{place}: there is neither {', '.join(f'`{name}`' for name in _CONVERSATION_FIELDS)} nor `prompt` with "
+            f"`completion` nor `instruction` with `output` nor `question` with `answer` nor `input_ids` with "
+            f"`loss_mask`; the fields are {', '.join(row) or 'none'}. Rename the field that holds the conversation to "
+            "`messages`, a list of objects with `role` and `content`."
+        )
+    system = row.get("system") or row.get("system_prompt")
+    if system is not None and not isinstance(system, str):
+        raise _wrong(place, "system", "text", system)
+    if system and system.strip():
+        first = messages[0] if messages and isinstance(messages[0], dict) else {}
+        if first.get("role", first.get("from")) != "system":
+            messages, fields = [{"role": "system", "content": system}, *messages], ["system", *fields]
+        elif first.get("content", first.get("value")) != system:
+            raise Unlearnable("the row has two system prompts, a field of its own and a message", "system")
+    return messages, fields
+
+
+def _list_of_messages(value: Any, place: str, name: str) -> tuple[list[Any], list[str]]:
+    value = _decoded(value, place, name) if isinstance(value, str) and value.lstrip().startswith("[") else value
+    if not isinstance(value, list):
+        raise _wrong(place, name, "a list of messages", value)
+    messages: list[Any] = []
+    fields = []
+    for index, message in enumerate(value):
+        pair = next((pair for pair in _PAIR_FIELDS if isinstance(message, dict) and message.keys() >= {*pair}), None)
+        if pair is None or message.keys() & {"role", "from"}:
+            messages.append(message)
+            fields.append(f"{name}[{index}]")
+            continue
+        for role, key in (("system", "system"), ("user", pair[0]), ("assistant", pair[1])):
+            if message.get(key) is not None and (role != "system" or message[key]):
+                messages.append({"role": role, "content": message[key]})
+                fields.append(f"{name}[{index}].{key}")
+    return messages, fields
+
+
+def _with_question(row: dict[str, Any], place: str, question: str | None, answer: str | None) -> tuple[list, list[str]]:
+    """Messages of a row that has question and answer in fields of their own, either as text or as messages."""
+    if answer is not None and isinstance(row[answer], list):
+        whole = _list_of_messages(row[answer], place, answer)
+        first = whole[0][0] if whole[0] and isinstance(whole[0][0], dict) else {}
+        if ROLES.get(str(first.get("role", first.get("from")))) in ("system", "developer", "user"):
+            return whole  # it holds the question too
+    messages: list[Any] = []
+    fields: list[str] = []
+    for index, pair in enumerate(row.get("history") or []):
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+            raise _wrong(place, f"history[{index}]", "a pair of texts, a question and its answer", pair)
+        messages += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair, strict=True)]
+        fields += [f"history[{index}]"] * 2
+    for role, name in (("user", question), ("assistant", answer)):
+        if name is None:
+            continue
+        value = row[name]
+        if isinstance(value, str) and name == "instruction" and isinstance(row.get("input"), str) and row["input"]:
+            value = f"{value}\n{row['input']}"
+        if isinstance(value, str):
+            messages.append({"role": role, "content": value})
+            fields.append(name)
+        elif isinstance(value, list):
+            more = _list_of_messages(value, place, name)
+            messages += more[0]
+            fields += more[1]
+        elif isinstance(value, dict):
+            messages.append(value)
+            fields.append(name)
+        else:
+            raise _wrong(place, name, "text or a list of messages", value)
+    if messages and isinstance(messages[0], dict) and messages[0].get("role") == "assistant" and question is None:
+        raise PeagleError(
+            f"{place}: {answer} holds an answer without the question; the fields are {', '.join(row)}. Put the "
+            "question into `prompt`, or the whole conversation into the field."
+        )
+    return messages, fields
+
+
+def _exclusion(fields: dict[str, Any]) -> str | None:
+    """Say that these fields of a message or a row tell not to train on it, if they do."""
+    for name in (*_TRAIN_FIELDS, "label"):
+        value = fields.get(name)
+        is_no = value is False or (name != "label" and isinstance(value, int | float) and value == 0)
+        if is_no:
+            return f"the data says not to train on it ({name}: {json.dumps(value)})"
+    if fields.get("role") == "assistant" and fields.get("refusal") and not fields.get("content"):
+        return "the answer is a `refusal` in a field of its own, which chat templates don't show"
+    return None
 
 
 def _read_message(message: Any, place: str, field: str) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise _wrong(place, field, "an object with a role and a content", message)
-    if not message.keys() & {"content", "value", "tool_calls"}:
+    if not message.keys() & {"content", "value", "tool_calls", "function_call", "refusal"}:
         raise PeagleError(f"{place}: {field} has no content. Add one or take the row out.")
     message = {name: value for name, value in message.items() if value is not None}
     role = message.pop("from", message.get("role"))
@@ -139,30 +342,63 @@ def _read_message(message: Any, place: str, field: str) -> dict[str, Any]:
             "or take the row out."
         )
     message["role"] = ROLES[role]
-    message["content"] = _text(message.pop("value", message.get("content")), place, f"{field}.content")
+    content = message.pop("value", message.get("content"))
+    calls = message.pop("tool_calls", None)
+    if role == "function_call":
+        calls, content = _decoded_call(content, f"{field}.value"), None
+    elif (old := message.pop("function_call", None)) and not calls:
+        calls = [old]
+    message["content"] = _text(content, message, place, f"{field}.content")
     for name in _REASONING_FIELDS:
         if not isinstance(message.get(name, ""), str):
             raise _wrong(place, f"{field}.{name}", "text", message[name])
     if reasoning := next((message[name] for name in _REASONING_FIELDS if message.get(name)), None):
         message |= dict.fromkeys(_REASONING_FIELDS, reasoning)
-    if calls := message.pop("tool_calls", None):
+    if calls:
         message["tool_calls"] = _read_tool_calls(calls, place, f"{field}.tool_calls")
+        if content is None:
+            message["content"] = None
     return message
 
 
-def _text(content: Any, place: str, field: str) -> str:
+def _text(content: Any, message: dict[str, Any], place: str, field: str) -> str:
+    """The text of a content, which may be a list of parts; thoughts among them go into the message's reasoning."""
     if content is None:
         return ""
     if isinstance(content, str):
         return content
     if not (isinstance(content, list) and all(isinstance(part, dict) for part in content)):
         raise _wrong(place, field, "text or a list of parts", content)
-    if not all(isinstance(part.get("text"), str) for part in content):
-        raise Unlearnable("a message holds something other than text")
-    return "".join(part["text"] for part in content)
+    texts, thoughts = [], []
+    for index, part in enumerate(content):
+        kind = part.get("type") or "text"
+        text = next((part[name] for name in ("text", "value") if isinstance(part.get(name), str)), None)
+        if kind == "thinking" and isinstance(part.get("thinking"), str) and message["role"] == "assistant":
+            thoughts.append(part["thinking"])
+        elif text is None or kind not in ("text", "input_text", "output_text"):
+            raise Unlearnable(f"a message holds something other than text ({kind})", f"{field}[{index}]")
+        else:
+            texts.append(text)
+    if thoughts and not any(message.get(name) for name in _REASONING_FIELDS):
+        message[_REASONING_FIELDS[0]] = "".join(thoughts)
+    return "".join(texts)
+
+
+def _decoded_call(value: Any, field: str) -> list[Any]:
+    """The function calls that ShareGPT writes as the text of a message."""
+    try:
+        decoded = json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        raise Unlearnable("a function call is not valid JSON", field) from error
+    calls = decoded if isinstance(decoded, list) else [decoded]
+    if not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+        raise Unlearnable("a function call is no JSON object with a name", field)
+    return calls
 
 
 def _read_tool_calls(calls: Any, place: str, field: str) -> list[dict[str, Any]]:
+    if isinstance(calls, str) and calls.lstrip().startswith("["):
+        calls = _decoded(calls, place, field)
     if not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
         raise _wrong(place, field, "a list of JSON objects", calls)
     read = []
@@ -170,9 +406,15 @@ def _read_tool_calls(calls: Any, place: str, field: str) -> list[dict[str, Any]]
         function = call.get("function", call)
         if not (isinstance(function, dict) and isinstance(function.get("name"), str)):
             raise _wrong(place, f"{field}[{index}].function", "an object with a name", function)
-        arguments = _decoded(function.get("arguments"), place, f"{field}[{index}].function.arguments")
-        function = {**function, "arguments": arguments}
-        read.append({**call, "function": function} if "function" in call else function)
+        arguments = function.get("arguments")
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments) if arguments.strip() else {}
+            except json.JSONDecodeError as error:
+                where = f"{field}[{index}].function.arguments"
+                raise Unlearnable("the arguments of a tool call are not valid JSON", where) from error
+        others = {name: value for name, value in call.items() if name not in ("name", "arguments")}
+        read.append({"type": "function", **others, "function": {**function, "arguments": arguments}})
     return read
 
 
@@ -193,69 +435,302 @@ def _wrong(place: str, field: str, wanted: str, found: Any) -> PeagleError:
     )
 
 
-def _open_file(path: Path, folder: Path) -> Source:
-    from datasets import Dataset, Features, Value
+def _open_local(data: str, folder: Path) -> Source:
+    from datasets import Dataset, DatasetDict, Features, Value, load_from_disk
     from datasets.arrow_writer import ArrowWriter
 
-    with open(path, "rb") as file:
-        is_array = file.read(_CHUNK_CHARACTERS).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
-    unit, items = ("item", _array_items(path)) if is_array else ("line", _line_items(path))
+    path, split = _split_of(data)
+    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        saved = load_from_disk(str(path))
+        if isinstance(saved, DatasetDict):
+            if (split or "train") not in saved:
+                raise PeagleError(
+                    f"{path} has no split {split or 'train'}, only {', '.join(saved)}. Name {path}:SPLIT."
+                )
+            saved = saved[split or "train"]
+        return Source(data, saved)
+    _check_exists(data, path)
+    files = [path] if path.is_file() else _files_of_split(path, split)
 
     # Rows travel as text: Arrow would want the same fields and types in every row, which tool calls do not have.
     copy = folder / f"{len(list(folder.iterdir()))}.arrow"
-    features = Features({"number": Value("int64"), "json": Value("large_string")})
+    features = Features({"file": Value("int32"), "number": Value("int64"), "json": Value("large_string")})
+    units = []
     with ArrowWriter(path=str(copy), features=features) as writer:
-        for number, item in items:
-            if not isinstance(item, dict):
-                raise _wrong(f"{path}, {unit} {number}", "the row", "a JSON object", item)
-            writer.write({"number": number, "json": json.dumps(item)})
+        for index, file in enumerate(files):
+            unit, items = _items(file)
+            units.append((str(file), unit))
+            for number, item in items:
+                if not isinstance(item, dict):
+                    raise _wrong(f"{file}, {unit} {number}", "the row", "a JSON object", item)
+                writer.write({"file": index, "number": number, "json": json.dumps(item, default=_described)})
         writer.finalize()
-    return Source(str(path), unit, Dataset.from_file(str(copy)))
+    return Source(data, Dataset.from_file(str(copy)), units)
+
+
+def _check_exists(data: str, path: Path) -> None:
+    if not path.exists():
+        raise PeagleError(f"{data} can't be read: there is no such file or folder. Check the path, or name a dataset.")
+
+
+def _split_of(data: str) -> tuple[Path, str | None]:
+    """The path of a local source, and the split that is named behind it."""
+    path = Path(data).expanduser()
+    before, colon, split = data.rpartition(":")
+    if colon and not path.exists() and Path(before).expanduser().is_dir():
+        return Path(before).expanduser(), split
+    return path, None
+
+
+def _kind(path: Path) -> str | None:
+    """The ending that says what a file holds, or None."""
+    name = path.name.lower()
+    for compression in COMPRESSIONS:
+        name = name.removesuffix(compression)
+    return next((kind for kind in FILE_KINDS if name.endswith(kind)), None)
+
+
+def _files_in(folder: Path) -> list[Path]:
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+
+
+def _files_of_split(folder: Path, split: str | None) -> list[Path]:
+    """The data files of a folder that are of a split: those named after it, or after none if it is `train`."""
+    by_split: dict[str, list[Path]] = {}
+    for file in _files_in(folder):
+        if _kind(file) is not None:
+            words = set(re.split(r"[^a-z]+", str(file.relative_to(folder)).lower()))
+            named = next((name for name, those in _SPLIT_WORDS.items() if words & set(those.split())), "train")
+            by_split.setdefault(named, []).append(file)
+    if not by_split:
+        raise PeagleError(
+            f"The folder {folder} holds no data file, which would end in {', '.join(FILE_KINDS)}, perhaps with "
+            f"{', '.join(COMPRESSIONS)}. Name another folder, or the file itself."
+        )
+    if (wanted := split or "train") not in by_split:
+        raise PeagleError(
+            f"{folder} has no files of the split {wanted}, only of {', '.join(by_split)}. Name {folder}:SPLIT."
+        )
+    return by_split[wanted]
+
+
+def _items(path: Path) -> tuple[str, Iterator[tuple[int, Any]]]:
+    """What a file's rows are called, and the rows with their numbers."""
+    kind = _kind(path)
+    if kind == ".parquet":
+        return "row", _parquet_items(path)
+    if kind in (".csv", ".tsv"):
+        return "line", _csv_items(path, "\t" if kind == ".tsv" else ",")
+    with _reading(path), _opened(path) as file:
+        start = file.read(_CHUNK_CHARACTERS)
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or start[:4].count(0) >= 2:
+        raise PeagleError(f"{path} is text in UTF-16, and JSON files must be in UTF-8. Save it as UTF-8.")
+    if kind is None and start.startswith(b"PAR1"):
+        return "row", _parquet_items(path)
+    is_array = start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+    return ("item", _array_items(path)) if is_array else ("line", _line_items(path))
+
+
+def _opened(path: Path) -> IO[bytes]:
+    """Open a file to read what it holds when it is decompressed."""
+    ending = path.suffix.lower()
+    if ending == ".gz":
+        return cast(IO[bytes], gzip.open(path))
+    if ending == ".bz2":
+        return bz2.open(path)
+    if ending == ".xz":
+        return lzma.open(path)
+    if ending == ".zst":
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    return open(path, "rb")
+
+
+class _reading:
+    """Say which file is damaged when reading it fails."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, EOFError | OSError | lzma.LZMAError) and not isinstance(error, FileNotFoundError):
+            raise PeagleError(
+                f"{self.path} can't be read to its end ({error}). It is damaged, not complete or not what its ending "
+                "says: make or fetch it again."
+            ) from error
 
 
 def _line_items(path: Path) -> Iterator[tuple[int, Any]]:
-    with open(path, "rb") as file:
+    """Decode an object a line, or over several lines; its number is that of its first line."""
+    with _reading(path), _opened(path) as file:
         for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    yield number, json.loads(line)
-                except ValueError as error:
-                    if line.strip() == b"{":
-                        raise PeagleError(
-                            f"{path} holds a JSON object over several lines. Write an array of objects, or an object a "
-                            "line."
-                        ) from error
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if not line.strip():
+                continue
+            try:
+                item = json.loads(line)
+            except ValueError as error:
+                if not (isinstance(error, json.JSONDecodeError) and _is_incomplete(error)):
                     raise _malformed(f"{path}, line {number}", error) from error
+                rest = io.TextIOWrapper(file, encoding="utf-8", newline="")
+                yield from _streamed_items(path, rest, line.decode(), number)
+                return
+            yield number, item
 
 
 def _array_items(path: Path) -> Iterator[tuple[int, Any]]:
-    """Decode the items of a JSON array one after the other, so that the array is never held whole."""
+    """Decode the items of a JSON array, which is never held whole; they are numbered from 1."""
+    with _reading(path), _opened(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+        try:
+            while not (start := text.read(_CHUNK_CHARACTERS)).strip():
+                pass
+        except ValueError as error:
+            raise _malformed(f"{path}, item 1", error) from error
+        yield from _streamed_items(path, text, start.lstrip()[1:], None)
+
+
+def _streamed_items(path: Path, file: IO[str], text: str, line: int | None) -> Iterator[tuple[int, Any]]:
+    """Decode one value after the other from a text and what follows it in a file.
+
+    Args:
+        line: the number of the line where the text begins; None for the items of an array, whose bracket is read.
+    """
     decoder = json.JSONDecoder()
-    number = 1
+    number, start = line or 1, 0
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            text = file.read(_CHUNK_CHARACTERS)
-            start = text.index("[") + 1
-            while True:
-                start += len(_BETWEEN_ITEMS.match(text, start)[0])  # type: ignore[index]
-                if text.startswith("]", start):
-                    return
-                try:
-                    item, start = decoder.raw_decode(text, start)
-                except json.JSONDecodeError:
-                    more = file.read(max(_CHUNK_CHARACTERS, len(text)))
-                    if not more:
-                        raise
-                    text, start = text[start:] + more, 0
+        while True:
+            begin = start
+            start = _BETWEEN_ITEMS.match(text, begin).end()  # type: ignore[union-attr]
+            number += text.count("\n", begin, start) if line else 0
+            if start == len(text):
+                text, start = file.read(_CHUNK_CHARACTERS), 0
+                if text:
                     continue
-                yield number, item
-                number += 1
-    except ValueError as error:
-        raise _malformed(f"{path}, item {number}", error) from error
+                if line:
+                    return
+                raise _malformed(f"{path}, item {number}", "the array has no end")
+            if not line and text[start] == "]":
+                _check_nothing_follows(path, text[start + 1 :], file)
+                return
+            try:
+                item, end = decoder.raw_decode(text, start)
+            except json.JSONDecodeError as error:
+                more = ""
+                if _is_incomplete(error) and len(text) - start < _MOST_CHARACTERS:
+                    more = file.read(max(_CHUNK_CHARACTERS, len(text) - start))
+                if not more:
+                    found = text[max(start, error.pos - 30) : error.pos + 10]
+                    place = f"{path}, {'line' if line else 'item'} {number}"
+                    raise _malformed(place, f"{error.msg} at {found!r}") from error
+                text, start = text[start:] + more, 0
+                continue
+            yield number, item
+            number += text.count("\n", start, end) if line else 1
+            start = end
+    except UnicodeDecodeError as error:
+        raise _malformed(f"{path}, {'line' if line else 'item'} {number}", error) from error
 
 
-def _malformed(place: str, error: ValueError) -> PeagleError:
+def _check_nothing_follows(path: Path, text: str, file: IO[str]) -> None:
+    while True:
+        if found := _NO_SPACE.search(text):
+            raise PeagleError(
+                f"{path}: the array ends, but something follows it: {text[found.start() : found.start() + 40]!r}. Put "
+                "all rows into one array, or write one object a line."
+            )
+        if not (text := file.read(_CHUNK_CHARACTERS)):
+            return
+
+
+def _is_incomplete(error: json.JSONDecodeError) -> bool:
+    """Whether more text may make valid JSON of a text that isn't."""
+    return "Unterminated" in error.msg or error.pos >= len(error.doc.rstrip()) - 10
+
+
+def _malformed(place: str, error: ValueError | str) -> PeagleError:
     return PeagleError(f"{place}: this is not valid JSON ({error}). Correct it or take it out, and run again.")
+
+
+def _parquet_items(path: Path) -> Iterator[tuple[int, Any]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with _opened(path) as file, parquet.ParquetFile(file) as content:
+            rows = (row for batch in content.iter_batches(batch_size=256) for row in batch.to_pylist())
+            yield from ((number, _without_filler(row)) for number, row in enumerate(rows))
+    except (pyarrow.ArrowException, OSError, EOFError) as error:
+        raise PeagleError(
+            f"{path} can't be read as a Parquet file ({error}). It is damaged or not complete: make or fetch it again."
+        ) from error
+
+
+def _csv_items(path: Path, delimiter: str) -> Iterator[tuple[int, Any]]:
+    """Rows of a CSV file with a header; empty cells are absent. A row's number is that of its last line."""
+    csv.field_size_limit(sys.maxsize)
+    with _reading(path), _opened(path) as file:
+        reader = csv.DictReader(
+            io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), delimiter=delimiter, strict=True
+        )
+        try:
+            for row in reader:
+                if None in row or None in row.values():
+                    raise PeagleError(
+                        f"{path}, line {reader.line_num}: this row has {'more' if None in row else 'fewer'} cells than "
+                        f"the header, which has {len(reader.fieldnames or ())}. Correct it or take it out."
+                    )
+                yield reader.line_num, {name: value for name, value in row.items() if value}
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise PeagleError(
+                f"{path}, line {reader.line_num + 1}: this is no valid CSV in UTF-8 ({error})."
+            ) from error
+
+
+def _without_filler(row: dict[str, Any]) -> dict[str, Any]:
+    """Take out the nulls that Arrow puts into a tool call or schema for the fields that other rows have."""
+    row = dict(row)
+    if isinstance(row.get("tools"), list):
+        row["tools"] = _without_nulls(row["tools"])
+    for name, value in row.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            row[name] = [
+                {
+                    key: _without_nulls(item) if key in ("tool_calls", "function_call") else item
+                    for key, item in m.items()
+                }
+                if isinstance(m, dict)
+                else m
+                for m in value
+            ]
+    return row
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _described(value: Any) -> str:
+    """Stand in for a value of Parquet that JSON doesn't have, such as an image's bytes or a time."""
+    return f"{len(value)} bytes" if isinstance(value, bytes) else str(value)
+
+
+def _file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise PeagleError(f"{path} can't be read: {error.strerror}. Name an existing file or folder.") from error
+    return digest.hexdigest()
 
 
 def _open_hub_dataset(name: str) -> Source:
@@ -271,6 +746,6 @@ def _open_hub_dataset(name: str) -> Source:
     except (OSError, ValueError, DatasetsError) as error:
         raise PeagleError(
             f"The dataset {path} (split {split}) can't be loaded: {error} Check its name and split and the network, "
-            "or name a local .jsonl file."
+            "or name a local file."
         ) from error
-    return Source(name, "row", rows)
+    return Source(name, rows)

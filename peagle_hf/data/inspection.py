@@ -1,4 +1,4 @@
-"""`peagle-hf data inspect`: what is in a prepared dataset, as a page to look at and as JSON."""
+"""`peagle-hf data`: what is in a prepared dataset, as a page to look at and as JSON; and what a template does."""
 
 import base64
 import io
@@ -17,8 +17,10 @@ from ..arguments import Arguments
 from ..errors import PeagleError
 from ..files import atomic_path, write_json
 from ..target import draft_vocabulary, load_token_freq
-from .prepare import INSPECTION, load_tokenizer, tokenizer_fingerprint
-from .prepared import PREPARE_RECORD, column, load_prepared, read_prepare_record
+from .prepare import INSPECTION
+from .prepared import CHAT_TEMPLATE_FILE, PREPARE_RECORD, column, load_prepared, read_prepare_record
+from .template import show_template
+from .tokenizer import CHAT_TEMPLATE_HELP, CHAT_TEMPLATE_KWARGS_HELP, load_tokenizer, tokenizer_fingerprint
 
 if TYPE_CHECKING:
     import datasets
@@ -36,10 +38,17 @@ _LONGEST_CHARACTER = 4
 
 @dataclass
 class DataArguments(Arguments):
-    """What `peagle-hf data ACTION FOLDER` is told."""
+    """What `peagle-hf data ACTION [FOLDER]` is told."""
 
-    action: Literal["inspect"] = field(metadata={"help": "inspect: write a page that shows a prepared dataset."})
-    folder: str = field(metadata={"aliases": ["--data-path"], "help": "Folder of `peagle-hf prepare`."})
+    action: Literal["inspect", "template"] = field(
+        metadata={
+            "help": "inspect: write a page that shows a prepared dataset. template: show what the chat template of "
+            "--model lets be trained on, for some 30 kinds of chats."
+        }
+    )
+    folder: str | None = field(
+        default=None, metadata={"aliases": ["--data-path"], "help": "inspect: folder of `peagle-hf prepare`."}
+    )
     output: str | None = field(
         default=None,
         metadata={
@@ -64,10 +73,15 @@ class DataArguments(Arguments):
         },
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Let the tokenizer run code from its repository."})
+    chat_template: str | None = field(default=None, metadata={"help": f"template: {CHAT_TEMPLATE_HELP}"})
+    chat_template_kwargs: dict | str | None = field(
+        default=None, metadata={"help": f"template: {CHAT_TEMPLATE_KWARGS_HELP}"}
+    )
+    html: str | None = field(default=None, metadata={"help": "template: write the same as a page there."})
 
     GROUPS: ClassVar = {
-        "Input and output": ("action", "folder", "output", "rows", "draft_vocab_sizes"),
-        "Tokenizer": ("model", "trust_remote_code"),
+        "Input and output": ("action", "folder", "output", "rows", "draft_vocab_sizes", "html"),
+        "Tokenizer": ("model", "trust_remote_code", "chat_template", "chat_template_kwargs"),
     }
 
 
@@ -124,6 +138,26 @@ class DataReport:
     most_frequent: list[dict[str, Any]]
 
 
+def data_command(arguments: DataArguments) -> None:
+    """Inspect a prepared dataset, or try a chat template.
+
+    Raises:
+        PeagleError: an argument is missing or the work fails.
+    """
+    if arguments.action == "inspect":
+        inspect_data(arguments)
+        return
+    if arguments.model is None:
+        raise PeagleError("`peagle-hf data template` needs --model, whose chat template is tried.")
+    show_template(
+        arguments.model,
+        arguments.trust_remote_code,
+        arguments.chat_template,
+        arguments.chat_template_kwargs,
+        arguments.html,
+    )
+
+
 def inspect_data(arguments: DataArguments) -> DataReport:
     """Write a page (one file, without scripts) and JSON about a prepared dataset.
 
@@ -133,13 +167,15 @@ def inspect_data(arguments: DataArguments) -> DataReport:
         PeagleError: the folder is no prepared dataset, its tokenizer can't be loaded or is another one, or there is no
             such row.
     """
+    if arguments.folder is None:
+        raise PeagleError("`peagle-hf data inspect` needs the folder of a prepared dataset: name it.")
     folder = Path(arguments.folder)
     page = Path(arguments.output) if arguments.output else folder / f"{INSPECTION}.html"
     if page.suffix != ".html":
         raise PeagleError(f"--output {page} must end in .html.")
     data = load_prepared(folder)
     record = read_prepare_record(folder)
-    tokenizer = _tokenizer(arguments, record)
+    tokenizer = _tokenizer(arguments, folder, record)
     rows = range(min(NUM_EXAMPLES, len(data))) if arguments.rows is None else arguments.rows
     if outside := [row for row in rows if not 0 <= row < len(data)]:
         raise PeagleError(f"There is no row {outside[0]} in {folder}: name rows from 0 to {len(data) - 1}.")
@@ -164,13 +200,14 @@ def inspect_data(arguments: DataArguments) -> DataReport:
     return report
 
 
-def _tokenizer(arguments: DataArguments, record: dict[str, Any]) -> PreTrainedTokenizerBase:
+def _tokenizer(arguments: DataArguments, folder: Path, record: dict[str, Any]) -> PreTrainedTokenizerBase:
     model = arguments.model or record.get("model")
     if model is None:
         raise PeagleError(
             f"{arguments.folder} has no {PREPARE_RECORD}, so the tokenizer isn't known. Name the model with --model."
         )
-    tokenizer = load_tokenizer(model, arguments.trust_remote_code)
+    template = folder / CHAT_TEMPLATE_FILE
+    tokenizer = load_tokenizer(model, arguments.trust_remote_code, str(template) if template.exists() else None)
     if record.get("tokenizer_fingerprint") not in (None, tokenizer_fingerprint(tokenizer)):
         raise PeagleError(
             f"{arguments.folder} was prepared with another tokenizer than that of {model}, or it has changed since: "
@@ -226,7 +263,7 @@ def _report(
     most_frequent = np.argsort(-counts, kind="stable")[: min(NUM_FREQUENT, int((counts > 0).sum()))]
     truncated = recorded.get("truncated_rows")
     return DataReport(
-        folder=arguments.folder,
+        folder=str(arguments.folder),
         model=arguments.model or record["model"],
         num_rows=len(data),
         num_conversations=len(set(conversations)),

@@ -5,28 +5,42 @@ import json
 import logging
 import math
 import os
-import re
 import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import jinja2
 import numpy as np
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers import PreTrainedTokenizerBase
 
 from ..arguments import CONFIG, Arguments, check_ranges, write_config
 from ..errors import PeagleError
 from ..files import atomic_path, remove_leftovers, write_json
 from ..target import load_token_freq
 from .cache import cache_folder
-from .chats import Chat, Source, Unlearnable, is_local_file, open_source, read_chat
-from .prepared import DATASET_INFO, DATASET_STATE, PREPARE_RECORD, column, load_prepared, read_prepare_record
+from .chats import Chat, Source, Unlearnable, count_answers, data_sha256, is_local_file, open_source, read_chat
+from .masking import ChatTokenizer, MaskedRow
+from .prepared import (
+    CHAT_TEMPLATE_FILE,
+    DATASET_INFO,
+    DATASET_STATE,
+    PREPARE_RECORD,
+    column,
+    load_prepared,
+    read_prepare_record,
+)
+from .tokenizer import (
+    CHAT_TEMPLATE_HELP,
+    CHAT_TEMPLATE_KWARGS_HELP,
+    load_tokenizer,
+    read_template_kwargs,
+    tokenizer_fingerprint,
+    vocabulary_fingerprint,
+)
 
 if TYPE_CHECKING:
     import datasets
@@ -35,6 +49,7 @@ logger = logging.getLogger(__name__)
 
 INSPECTION = "inspect"
 """The name, without its ending, of what `peagle-hf data inspect` writes into the folder."""
+_ANSWER_COLUMNS = ("answers", "cut_answers", "marked_answers")
 COUNTS = (
     *("conversations_in_data", "conversations_read"),
     *("rows", "tokens", "learnt_tokens", "truncated_rows", "cut_tokens"),
@@ -43,7 +58,7 @@ COUNTS = (
 # The record goes first when files are removed and comes last when they are put in place: it says that all is complete.
 _OWN_FILES = (
     *(PREPARE_RECORD, "data-*.arrow", DATASET_INFO, DATASET_STATE, "skipped.json", "token_freq.pt"),
-    *(f"{INSPECTION}.html", f"{INSPECTION}.json", CONFIG),
+    *(f"{INSPECTION}.html", f"{INSPECTION}.json", CONFIG, CHAT_TEMPLATE_FILE),
 )
 
 CONVERSATION = "conversation"
@@ -52,16 +67,6 @@ BYTES_A_TOKEN = 5
 """Of a prepared dataset: an int32 id and an int8 mask."""
 LEAST_READ = 256
 """Conversations that are tokenized in one go, at least, until there are `max_samples` rows."""
-
-# A letter of the private use area: no answer and no chat template begins or ends with it.
-_PROBE = "\ue000"
-_QUESTION = {"role": "user", "content": _PROBE}
-_OTHER_ANSWER = {"role": "assistant", "content": _PROBE}
-_SURROGATE = re.compile("[\ud800-\udfff]")
-_GENERATION_MARK = re.compile(r"{%-?\s*generation\s*-?%}")
-
-Span = tuple[int, int]
-"""Where a piece of text begins and ends, in characters."""
 
 
 @dataclass
@@ -73,8 +78,9 @@ class PrepareArguments(Arguments):
     )
     data: list[str] = field(
         metadata={
-            "help": "Conversations, one or more of: sharegpt, ultrachat, a .jsonl or .json file, a hub dataset as "
-            "org/name, org/name:split or org/name:configuration:split. The flag may be repeated.",
+            "help": "Conversations, one or more of: sharegpt, ultrachat, a file (.jsonl, .json, .parquet, .csv, also "
+            "compressed as .gz or .zst), a folder of such files, a hub dataset as org/name, org/name:split or "
+            "org/name:configuration:split. The flag may be repeated.",
             "action": "extend",
         }
     )
@@ -113,12 +119,17 @@ class PrepareArguments(Arguments):
     )
     overwrite: bool = field(default=False, metadata={"help": "Replace a dataset that is already in the output folder."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Let the tokenizer run code from its repository."})
+    chat_template: str | None = field(default=None, metadata={"help": CHAT_TEMPLATE_HELP})
+    chat_template_kwargs: dict | str | None = field(default=None, metadata={"help": CHAT_TEMPLATE_KWARGS_HELP})
+    preference: Literal["chosen", "rejected"] | None = field(
+        default=None, metadata={"help": "Of preference rows take this answer (default: such rows are an error)."}
+    )
     dry_run: bool = field(default=False, metadata={"help": "Say what would be read and written, and stop."})
 
     GROUPS: ClassVar = {
         "Input and output": ("model", "data", "output", "overwrite", "token_freq_path", "trust_remote_code", "dry_run"),
-        "Which conversations": ("max_samples", "weights", "seed"),
-        "Tokens": ("seq_length", "min_learnt_tokens"),
+        "Which conversations": ("max_samples", "weights", "seed", "preference"),
+        "Tokens": ("seq_length", "min_learnt_tokens", "chat_template", "chat_template_kwargs"),
         "Speed": ("num_workers",),
     }
 
@@ -134,8 +145,9 @@ def prepare(arguments: PrepareArguments) -> Path:
     The output folder is a `datasets` folder (`load_from_disk`) of the columns `input_ids` (int32), `loss_mask` (int8,
     1 = learnt), `seq_len` and `conversation_id`. Conversations come in an order drawn with the seed, and the rows of
     one lie side by side. Beside it lie `token_freq.pt` (a dict from token id to its number of learnt occurrences),
-    `skipped.json` (each row that was left out, and why) and `prepare.json` (what the dataset was made from, and
-    counts, of each source too).
+    `skipped.json` (each answer and row that was left out, with its place and the reason), `prepare.json` (what the
+    dataset was made from, and counts, of each source too) and `chat_template.jinja` if one was chosen. Every assistant
+    turn is counted once in `prepare.json`, under `answers`: learnt whole, cut, left out or beyond `max_samples`.
 
     A conversation is one row of the data, or all rows of a source that have the same value in the field
     `conversation`. `conversation_id` numbers the conversations of all sources in turn; those whose rows are the same,
@@ -165,17 +177,20 @@ def prepare(arguments: PrepareArguments) -> Path:
             f"{len(arguments.data)} --data. Leave out the data that is not wanted."
         )
     output = Path(arguments.output)
-    tokenizer = load_tokenizer(arguments.model, arguments.trust_remote_code)
+    tokenizer = load_tokenizer(arguments.model, arguments.trust_remote_code, arguments.chat_template)
     origin = {
         "model": arguments.model,
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
         "data": arguments.data,
-        "data_sha256": [_file_sha256(Path(data)) if is_local_file(data) else None for data in arguments.data],
+        "data_sha256": [data_sha256(data) for data in arguments.data],
         "weights": arguments.weights,
         "max_samples": arguments.max_samples,
         "seq_length": arguments.seq_length,
         "seed": arguments.seed,
         "min_learnt_tokens": arguments.min_learnt_tokens,
+        "chat_template": arguments.chat_template,
+        "chat_template_kwargs": read_template_kwargs(arguments.chat_template_kwargs),
+        "preference": arguments.preference,
     }
     is_made = _is_made(output, origin, arguments.overwrite)
     if arguments.dry_run:
@@ -189,6 +204,8 @@ def prepare(arguments: PrepareArguments) -> Path:
             folder.mkdir()
             _make(folder, tokenizer, arguments, origin)
             write_config(arguments, folder)
+            if arguments.chat_template is not None:
+                (folder / CHAT_TEMPLATE_FILE).write_text(str(tokenizer.chat_template), encoding="utf-8")
         _move_files(output / ".prepared", output)
     if arguments.token_freq_path is not None:
         with atomic_path(arguments.token_freq_path) as temporary:
@@ -225,161 +242,12 @@ def _plan(arguments: PrepareArguments, is_made: bool) -> str:
     return "\n".join(lines)
 
 
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of what decides over token ids: the vocabulary, the special tokens and the chat template."""
-    special_tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    content = [sorted(tokenizer.get_vocab().items()), special_tokens, tokenizer.chat_template]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def vocabulary_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """32 hex digits of SHA-256 of what token ids mean: the vocabulary with its added tokens."""
-    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:32]
-
-
-class ChatTokenizer:
-    """Turns a conversation into rows of token ids with a loss mask.
-
-    Learnt are the tokens that the assistant generates: its text as the template writes it (reasoning and tool calls
-    too) and the end-of-turn token, on which generation stops; neither the header before them, which the generation
-    prompt gives, nor what the template writes after them. A template that marks its `{% generation %}` is followed to
-    the letter instead. A token is learnt only if it lies wholly in the answer: one that a tokenizer makes of the
-    header's last character and the answer's first is nothing the assistant generates.
-
-    The first message is never learnt, as nothing asks for it.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        names = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        longest_first = sorted(names | set(tokenizer.all_special_tokens), key=len, reverse=True)
-        special_token = "|".join(map(re.escape, longest_first)) or "(?!)"
-        self._tokenizer = tokenizer
-        self._special_token = re.compile(special_token)
-        self._last_special_token = re.compile(rf"({special_token})\s*\Z")
-
-    def __call__(self, chat: Chat) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Tokenize a conversation: the ids (int32 [T]) and the loss mask (int8 [T]) of one row or more.
-
-        Answers stay in one row as long as the template renders them later as it did when they were given. One that
-        it renders otherwise later (Qwen3 takes out earlier reasoning) ends its row there, and the conversation goes
-        on in a new row in which only the later answers are learnt.
-
-        Raises:
-            PeagleError: the tokenizer has no chat template, or can't tell which characters a token stands for.
-            Unlearnable: there is no answer, or the template refuses the conversation or hides a part of an answer.
-        """
-        if self._tokenizer.chat_template is None or not self._tokenizer.is_fast:
-            raise PeagleError(
-                f"The tokenizer of {self._tokenizer.name_or_path} has no chat template or no tokenizer.json, and both "
-                "are needed to turn conversations into tokens. Name a chat model with both, or give rows with "
-                "`input_ids` and `loss_mask`."
-            )
-        rows: list[tuple[str, list[Span]]] = []
-        for index, message in enumerate(chat.messages):
-            if index == 0 or message["role"] != "assistant":
-                continue
-            text, answer = self._render_answer(Chat(chat.messages[: index + 1], chat.tools))
-            if not answer:
-                continue
-            if rows and text.startswith(rows[-1][0][: rows[-1][1][-1][1]]):
-                answer = rows.pop()[1] + answer
-            rows.append((text, answer))
-        if not rows:
-            raise Unlearnable("no answer of the assistant")
-        return [self._tokenize(text, answers) for text, answers in rows]
-
-    def _render_answer(self, chat: Chat) -> tuple[str, list[Span]]:
-        """Render a conversation that ends with an answer; give the text and where in it the answer is."""
-        before, answer = Chat(chat.messages[:-1], chat.tools), chat.messages[-1]
-        text, marks = self._render(chat)
-        if "tool_calls" in answer:
-            silent = {name: value for name, value in answer.items() if name != "tool_calls"}
-            if self._render(Chat([*before.messages, silent], chat.tools))[0] == text:
-                raise Unlearnable("the chat template does not show tool calls")
-        if answer.get("reasoning_content", "").strip() not in text:
-            raise Unlearnable("the chat template does not show reasoning")
-
-        if marks is not None:
-            begin = _common_prefix(text, self._render(before)[0])
-            return text, [mark for mark in marks if mark[0] >= begin]
-        start = self._start_of_answer(text, before)
-        return text, [(start, self._end_of_answer(text, start, chat))]
-
-    def _start_of_answer(self, text: str, before: Chat) -> int:
-        """Where generation would begin: after the generation prompt.
-
-        A prompt may begin the answer itself with something that this answer does not begin with (`<think>` for an
-        answer without reasoning). Then the answer begins after what the prompt, this answer and any other answer
-        share, if the conversation before it is still the same.
-        """
-        prompt, _ = self._render(before, add_generation_prompt=True)
-        if text.startswith(prompt):
-            return len(prompt)
-        other, _ = self._render(Chat([*before.messages, _OTHER_ANSWER], before.tools))
-        start = _common_prefix(text, prompt, other)
-        if start < len(self._render(before)[0]):
-            raise Unlearnable("the chat template changes the conversation once it is answered")
-        return start
-
-    def _end_of_answer(self, text: str, start: int, chat: Chat) -> int:
-        """Where generation stops: after the end-of-turn token, the first special token after the content.
-
-        What the template writes after the content is seen on a plain answer. An answer that closes otherwise (Llama
-        3.1 ends some tool calls with `<|eom_id|>`) ends with its last special token. Without a special token the
-        answer is its content alone.
-        """
-        plain, _ = self._render(Chat([_QUESTION, _OTHER_ANSWER], chat.tools))
-        closing = plain.rpartition(_PROBE)[2]
-        if text.endswith(closing):
-            end = len(text) - len(closing)
-            end_of_turn = self._special_token.search(text, end)
-            return end_of_turn.end() if end_of_turn else end
-        end_of_turn = self._last_special_token.search(text, start)
-        return end_of_turn.end(1) if end_of_turn else len(text)
-
-    def _render(self, chat: Chat, add_generation_prompt: bool = False) -> tuple[str, list[Span] | None]:
-        """Render with the chat template; give the text and the spans that the template marks, None if it marks none.
-
-        This is `apply_chat_template` short of the tokens, whose mask loses marks that begin with a trimmed space.
-        """
-        template = self._tokenizer.get_chat_template(tools=chat.tools)
-        is_marking = _GENERATION_MARK.search(template) is not None
-        special_tokens: Any = self._tokenizer.special_tokens_map
-        try:
-            rendered: Any = render_jinja_template(
-                [chat.messages],
-                tools=chat.tools,
-                chat_template=template,
-                return_assistant_tokens_mask=is_marking,
-                add_generation_prompt=add_generation_prompt,
-                **special_tokens,
-            )
-        except (jinja2.TemplateError, TypeError) as error:
-            raise Unlearnable(f"the chat template refuses it ({error})") from error
-        (text,), marks = rendered
-        return text, marks[0] if is_marking else None
-
-    def _tokenize(self, text: str, answers: list[Span]) -> tuple[np.ndarray, np.ndarray]:
-        if _SURROGATE.search(text):
-            raise Unlearnable("it holds half a surrogate pair, which is no text")
-        encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        starts, ends = np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
-        loss_mask = np.zeros(len(starts), dtype=np.int8)
-        for start, end in answers:
-            # A token whose spaces are trimmed away is empty: it then ends where the answer starts if it is before it.
-            loss_mask |= (starts >= start) & (ends > start) & (ends <= end)
-        return np.array(encoding["input_ids"], dtype=np.int32), loss_mask
-
-
-def _common_prefix(*texts: str) -> int:
-    return len(os.path.commonprefix(texts))  # noqa: RUF071 (characters, not path components, are wanted)
-
-
 @dataclass(frozen=True)
 class _RowMaker:
     """Maps rows of the sources, by number, to rows of the dataset, for `Dataset.map`.
 
-    A row that is left out carries the reason; `content` is a hash of the tokens and the mask of one that is kept.
+    An answer or a row that is left out is a row with the reason and its place; `content` is a hash of the tokens and
+    the mask.
     """
 
     chat_tokenizer: ChatTokenizer
@@ -388,37 +256,62 @@ class _RowMaker:
     vocabulary: str
     seq_length: int
     min_learnt_tokens: int
+    preference: str | None
 
     def __call__(self, batch: dict[str, list[int]]) -> dict[str, list[Any]]:
+        read = [self._read_row(number) for number in batch["number"]]
+        masked = iter(self.chat_tokenizer.mask([content for _, content in read if isinstance(content, Chat)]))
         rows: list[dict[str, Any]] = []
-        for number, conversation_id in zip(batch["number"], batch["conversation_id"], strict=True):
-            place, content = _read(self.sources, number)
-            origin = {"number": number, "conversation_id": conversation_id, "place": place}
-            try:
-                if "input_ids" in content and "loss_mask" in content:
-                    tokenized = [_read_tokens(content, place, self.num_ids, self.vocabulary)]
-                else:
-                    tokenized = self.chat_tokenizer(read_chat(content, place))
-            except Unlearnable as error:
-                rows.append(origin | {"reason": str(error).encode(errors="backslashreplace").decode()})
-                continue
-            for input_ids, loss_mask in tokenized:
-                if loss_mask[: self.seq_length].sum() < self.min_learnt_tokens:
-                    limit = f"{self.min_learnt_tokens} learnt tokens within the first {self.seq_length}"
-                    rows.append(origin | {"reason": f"fewer than {limit}"})
-                    continue
-                kept_ids, kept_mask = input_ids[: self.seq_length], loss_mask[: self.seq_length]
-                rows.append(
-                    origin
-                    | {
-                        "input_ids": kept_ids,
-                        "loss_mask": kept_mask,
-                        "seq_len": len(kept_ids),
-                        "num_cut": len(input_ids) - len(kept_ids),
-                        "content": hashlib.sha256(kept_ids.tobytes() + kept_mask.tobytes()).hexdigest(),
-                    }
-                )
+        for number, conversation_id, (place, content) in zip(*batch.values(), read, strict=True):
+            common = {"number": number, "conversation_id": conversation_id, "place": place}
+            if isinstance(content, MaskedRow):
+                rows.append(common | self._row(content))
+            elif isinstance(content, Chat):
+                chat = next(masked)
+                rows += [common | self._row(row) for row in chat.rows]
+                for entry in chat.left_out:
+                    where = None if entry.message is None else content.field_of(entry.message)
+                    rows.append(common | _left_out(entry.reason, place, where, int(where is not None)))
+            else:
+                rows.append(common | content)
         return {name: [row.get(name) for row in rows] for name in _working_features()}
+
+    def _read_row(self, number: int) -> tuple[str, Chat | MaskedRow | dict[str, Any]]:
+        """The place of a row, and its content or the columns that say why it is left out."""
+        place, content = _read(self.sources, number)
+        if "input_ids" in content and "loss_mask" in content:
+            return place, _read_tokens(content, place, self.num_ids, self.vocabulary)
+        try:
+            return place, read_chat(content, place, self.preference)
+        except Unlearnable as error:
+            return place, _left_out(str(error), place, error.field, count_answers(content))
+
+    def _row(self, row: MaskedRow) -> dict[str, Any]:
+        """The columns of a row: what is kept of it, or why it is left out."""
+        ids, mask = row.input_ids[: self.seq_length], row.loss_mask[: self.seq_length]
+        if mask.sum() < self.min_learnt_tokens:
+            limit = f"{self.min_learnt_tokens} learnt tokens within the first {self.seq_length}"
+            return {"reason": f"fewer than {limit}", "answers": len(row.ends)}
+        num_cut = sum(end > self.seq_length for end in row.ends)
+        return {
+            "input_ids": ids,
+            "loss_mask": mask,
+            "seq_len": len(ids),
+            "num_cut": len(row.input_ids) - len(ids),
+            "content": hashlib.sha256(ids.tobytes() + mask.tobytes()).hexdigest(),
+            "answers": len(row.ends) - num_cut,
+            "cut_answers": num_cut,
+            "marked_answers": len(row.marked),
+        }
+
+
+def _left_out(reason: str, place: str, where: str | None, num_answers: int) -> dict[str, Any]:
+    """The columns that say why something is left out, and how many answers that costs."""
+    return {
+        "place": place if where is None else f"{place}, {where}",
+        "reason": reason.encode(errors="backslashreplace").decode(),
+        "answers": num_answers,
+    }
 
 
 def _read(sources: list[Source], number: int) -> tuple[str, dict[str, Any]]:
@@ -454,17 +347,23 @@ def _number_conversations(sources: list[Source]) -> np.ndarray:
 
 
 def _conversation_values(source: Source) -> Iterator[Any]:
-    if source.unit == "row":
+    """The field `conversation` of each row; None where it is absent or holds the messages themselves."""
+    if source.files is None:
         names = source.rows.column_names
-        yield from column(source.rows, CONVERSATION) if CONVERSATION in names else [None] * len(source)
+        values = column(source.rows, CONVERSATION) if CONVERSATION in names else [None] * len(source)
+        has_others = "messages" in names or "conversations" in names
+        yield from (None if isinstance(value, list) and not has_others else value for value in values)
         return
     for batch in source.rows.iter(batch_size=1000):
         for text in batch["json"]:  # most have no such field, and needn't be decoded twice
-            yield json.loads(text).get(CONVERSATION) if f'"{CONVERSATION}"' in text else None
+            row = json.loads(text) if f'"{CONVERSATION}"' in text else {}
+            value = row.get(CONVERSATION)
+            is_messages = isinstance(value, list) and not row.keys() & {"messages", "conversations"}
+            yield None if is_messages else value
 
 
-def _read_tokens(row: dict[str, Any], place: str, num_ids: int, vocabulary: str) -> tuple[np.ndarray, np.ndarray]:
-    """Check a row that is tokenized already; ids int32 [T] and loss mask int8 [T].
+def _read_tokens(row: dict[str, Any], place: str, num_ids: int, vocabulary: str) -> MaskedRow:
+    """Check a row that is tokenized already; each run of 1 in its loss mask is an answer.
 
     Args:
         num_ids: one more than the largest id of the vocabulary.
@@ -489,7 +388,9 @@ def _read_tokens(row: dict[str, Any], place: str, num_ids: int, vocabulary: str)
             f"{place}: there are {len(row['input_ids'])} input_ids but {len(row['loss_mask'])} values in loss_mask. "
             "Correct the row or take it out."
         )
-    return np.array(row["input_ids"], dtype=np.int32), np.array(row["loss_mask"], dtype=np.int8)
+    loss_mask = np.array(row["loss_mask"], dtype=np.int8)
+    ends = (np.flatnonzero(np.diff(loss_mask, append=0) == -1) + 1).tolist()
+    return MaskedRow(np.array(row["input_ids"], dtype=np.int32), loss_mask, ends, [])
 
 
 def _working_features() -> "datasets.Features":
@@ -504,6 +405,7 @@ def _working_features() -> "datasets.Features":
             "conversation_id": Value("int64"),
             "num_cut": Value("int64"),
             "content": Value("string"),
+            **{name: Value("int64") for name in _ANSWER_COLUMNS},
             "place": Value("string"),
             "reason": Value("string"),
         }
@@ -524,31 +426,36 @@ def _make(
     sizes = np.diff(last_ids, prepend=-1)
     num_ids = max(tokenizer.get_vocab().values()) + 1
     make = _RowMaker(
-        ChatTokenizer(tokenizer),
+        ChatTokenizer(tokenizer, origin["chat_template_kwargs"]),
         sources,
         num_ids,
         vocabulary_fingerprint(tokenizer),
         arguments.seq_length,
         arguments.min_learnt_tokens,
+        arguments.preference,
     )
     order = _order(sizes.tolist(), arguments)
     rows, num_read = _tokenize(make, conversation_ids, order, arguments, scratch, json.dumps(origin))
     order = order[:num_read]
-    notes = rows.select_columns(["conversation_id", "place", "reason"])[:]
+    notes = rows.select_columns(["conversation_id", "place", "reason", *_ANSWER_COLUMNS])[:]
     usable = [index for index, reason in enumerate(notes["reason"]) if reason is None]
     shared_ids, num_copies = _same_conversations(rows.select(usable))
     kept = usable[: arguments.max_samples]
+    answers = _count_answers(notes, len(usable) - len(kept))
     for index in usable[len(kept) :]:
         notes["reason"][index] = f"beyond the {arguments.max_samples} rows of --max-samples"
     skipped = [
         {"conversation_id": conversation_id, "row": place, "reason": reason}
-        for conversation_id, place, reason in zip(*notes.values(), strict=True)
+        for conversation_id, place, reason in zip(
+            notes["conversation_id"], notes["place"], notes["reason"], strict=True
+        )
         if reason is not None
     ]
     if len(skipped) == len(rows):
         raise PeagleError(
             f"Nothing can be learnt from {', '.join(arguments.data)}: all {len(order)} conversations were left out. "
-            f"{_summary(skipped)} Correct the data or choose other data."
+            f"{_summary(skipped)} Correct the data or choose other data; where the chat template is the reason, "
+            f"peagle-hf data template --model {arguments.model} shows what it can do."
         )
     dataset = rows.select(kept)
     by_source, token_counts = _count(dataset, ends, sizes, np.searchsorted(last_ids, order))
@@ -563,11 +470,46 @@ def _make(
         "sources": [{"data": data, **counted} for data, counted in zip(arguments.data, by_source, strict=True)],
     }
     write_json(folder / "skipped.json", skipped)
-    write_json(folder / PREPARE_RECORD, origin | {"counts": counts})
+    write_json(folder / PREPARE_RECORD, origin | {"counts": counts, "answers": answers})
     shutil.rmtree(scratch)
     _report(counts, arguments)
+    logger.info("Of %(all)d answers %(learnt)d are learnt whole, %(cut)d cut and %(left_out)d left out.", answers)
     if skipped:
-        logger.warning("%d rows were left out; skipped.json lists them. %s", len(skipped), _summary(skipped))
+        logger.warning(
+            "%d rows, or answers within rows, were left out; skipped.json lists them. %s",
+            len(skipped),
+            _summary(skipped),
+        )
+    if answers["marked"]:
+        logger.warning(
+            "Of %d answers only a part is learnt, that which the chat template marks with {%% generation %%}; the "
+            "verifier generates more of them. `peagle-hf data template` shows it; --chat-template takes another one.",
+            answers["marked"],
+        )
+
+
+def _count_answers(notes: dict[str, list[Any]], num_surplus: int) -> dict[str, int]:
+    """Count the assistant turns by what came of them; those that the template marks in part are among the learnt.
+
+    Args:
+        notes: columns of all rows.
+        num_surplus: how many of the last rows that could be kept are beyond `max_samples`.
+    """
+    counts = dict.fromkeys(("all", "learnt", "cut", "left_out", "beyond_max_samples", "marked"), 0)
+    num_kept = notes["reason"].count(None) - num_surplus
+    columns = (notes[name] for name in _ANSWER_COLUMNS)
+    for reason, num_whole, num_cut, num_marked in zip(notes["reason"], *columns, strict=True):
+        if reason is not None:
+            counts["left_out"] += num_whole
+        elif num_kept > 0:
+            counts["learnt"] += num_whole
+            counts["cut"] += num_cut
+            counts["marked"] += num_marked
+            num_kept -= 1
+        else:
+            counts["beyond_max_samples"] += num_whole + num_cut
+        counts["all"] += num_whole + (num_cut or 0)
+    return counts
 
 
 def _tokenize(
@@ -771,28 +713,3 @@ def _move_files(source: Path, target: Path) -> None:
     for path in reversed(list(_own_files(source))):
         os.replace(path, target / path.name)
     source.rmdir()
-
-
-def load_tokenizer(model: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a hub name or a folder.
-
-    Raises:
-        PeagleError: that is not possible.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise PeagleError(
-            f"The tokenizer of --model {model} can't be loaded: {error} Check the name or the folder, and the network."
-        ) from error
-
-
-def _file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    except OSError as error:
-        raise PeagleError(f"{path} can't be read: {error.strerror}. Name an existing .jsonl or .json file.") from error
-    return digest.hexdigest()

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     import datasets
 
 PREPARE_RECORD = "prepare.json"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+"""The chat template that `prepare --chat-template` chose, beside the prepared dataset."""
 DATASET_INFO, DATASET_STATE = "dataset_info.json", "state.json"
 REMEDY = "Run the same peagle-hf prepare command again: it makes a damaged dataset anew and keeps its hidden states."
 

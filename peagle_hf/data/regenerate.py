@@ -28,8 +28,8 @@ from .chat_models import Batch, ChatModel, LocalChatModel, Sampling, ServedChatM
 from .chats import Unlearnable
 from .endpoint import MAX_RETRIES, EndpointError, RefusedEndpointError
 from .journal import Journal
-from .prepare import vocabulary_fingerprint
 from .prompts import Prompt, distinct, grams, read_prompts, words
+from .tokenizer import vocabulary_fingerprint
 
 logger = logging.getLogger(__name__)
 

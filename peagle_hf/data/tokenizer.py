@@ -1,0 +1,91 @@
+"""The verifier's tokenizer, and the chat template and template variables that the user may choose."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ..errors import PeagleError
+
+CHAT_TEMPLATE_HELP = (
+    "Chat template to use instead of the tokenizer's default: a name among the tokenizer's own, or a Jinja file."
+)
+CHAT_TEMPLATE_KWARGS_HELP = (
+    "Variables for the chat template, as a JSON object, for example '{\"enable_thinking\": false}'. Use the same ones "
+    "in every command, and in serving."
+)
+
+
+def load_tokenizer(model: str, trust_remote_code: bool, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a hub name or a folder, with a chat template of one's choice if one is given.
+
+    Raises:
+        PeagleError: that is not possible.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise PeagleError(
+            f"The tokenizer of --model {model} can't be loaded: {error} Check the name or the folder, and the network."
+        ) from error
+    if chat_template is not None:
+        tokenizer.chat_template = read_chat_template(tokenizer, chat_template)
+    return tokenizer
+
+
+def read_chat_template(tokenizer: PreTrainedTokenizerBase, name_or_file: str) -> str:
+    """The text of a chat template: one of the tokenizer's own by its name, or a file.
+
+    Raises:
+        PeagleError: there is neither such a template nor such a file.
+    """
+    own = tokenizer.chat_template
+    named = own if isinstance(own, dict) else {} if own is None else {"default": own}
+    if name_or_file in named:
+        return str(named[name_or_file])
+    path = Path(name_or_file).expanduser()
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise PeagleError(
+            f"--chat-template {name_or_file} is neither a template of {tokenizer.name_or_path} (it has "
+            f"{', '.join(named) or 'none'}) nor a file that can be read ({error}). Name one of these, or a Jinja file."
+        ) from error
+
+
+def read_template_kwargs(value: dict[str, Any] | str | None) -> dict[str, Any]:
+    """The variables for a chat template, from a YAML mapping or JSON text.
+
+    Raises:
+        PeagleError: it is no JSON object, or sets what the chat template is given anyway.
+    """
+    try:
+        kwargs = json.loads(value) if isinstance(value, str) else value or {}
+    except json.JSONDecodeError as error:
+        raise PeagleError(
+            f"--chat-template-kwargs {value} is not valid JSON ({error}). Write for example "
+            "'{\"enable_thinking\": false}', in quotes."
+        ) from error
+    if not isinstance(kwargs, dict):
+        raise PeagleError(
+            f"--chat-template-kwargs {value} must be a JSON object, such as '{{\"enable_thinking\": false}}'."
+        )
+    if taken := kwargs.keys() & {"messages", "tools", "add_generation_prompt", "chat_template", "tokenize"}:
+        raise PeagleError(
+            f"--chat-template-kwargs can't set {', '.join(sorted(taken))}, which comes from the data. Take it out."
+        )
+    return kwargs
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of what decides over token ids: the vocabulary, the special tokens and the chat template."""
+    special_tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    content = [sorted(tokenizer.get_vocab().items()), special_tokens, tokenizer.chat_template]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def vocabulary_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """32 hex digits of SHA-256 of what token ids mean: the vocabulary with its added tokens."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:32]

@@ -1,0 +1,39 @@
+"""The loss mask on a template for each pattern that real ones have: each answer is learnt whole or left out by name."""
+
+from itertools import groupby
+
+import pytest
+from chat_templates import PATTERNS, make_tokenizer
+
+from peagle_hf.data.chats import read_chat
+from peagle_hf.data.masking import ChatTokenizer, MaskedChat
+
+
+def trained_on(tokenizer, masked: MaskedChat) -> list[list[str]]:
+    """The runs of tokens that are trained on, as text, row by row."""
+    rows = []
+    for row in masked.rows:
+        pairs = zip(row.loss_mask.tolist(), row.input_ids.tolist(), strict=True)
+        runs = groupby(pairs, key=lambda pair: pair[0])
+        rows.append([tokenizer.decode([id_ for _, id_ in run]) for mask, run in runs if mask])
+    return rows
+
+
+CASES = [
+    pytest.param(pattern, case, id=f"{name} {number}")
+    for name, pattern in PATTERNS.items()
+    for number, case in enumerate(pattern.cases)
+]
+
+
+@pytest.mark.parametrize(("pattern", "case"), CASES)
+def test_every_answer_is_learnt_whole_or_left_out_with_its_reason(pattern, case):
+    tokenizer = make_tokenizer(pattern.template, pattern.strip, pattern.eos)
+    chat = read_chat({"messages": case.messages, "tools": case.tools}, "here")
+    (masked,) = ChatTokenizer(tokenizer, case.kwargs).mask([chat])
+    assert trained_on(tokenizer, masked) == case.rows
+    assert {entry.message: entry.reason for entry in masked.left_out}.keys() == case.left_out.keys()
+    for entry in masked.left_out:
+        assert case.left_out[entry.message] in entry.reason
+    turns = [index for index, message in enumerate(case.messages) if message["role"] == "assistant"]
+    assert sorted([*(i for row in masked.rows for i in row.messages), *case.left_out]) == turns
