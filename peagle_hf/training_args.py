@@ -385,6 +385,7 @@ class PeagleTrainingArguments(TrainingArguments):
     }
 
     def __post_init__(self) -> None:
+        self.vllm_endpoint = ",".join(endpoint_urls(self.vllm_endpoint))  # checkpoints and trackers keep arguments
         self.as_given = {one.name: getattr(self, one.name) for one in fields(self)}  # before the Trainer changes them
         if self.disable_tqdm is None and not is_in_notebook():
             self.disable_tqdm = is_quiet() or not sys.stderr.isatty()
@@ -402,7 +403,6 @@ class PeagleTrainingArguments(TrainingArguments):
                 raise PeagleError(f"{flag_of(name)} is {value} but must be above 0.")
         if self.max_steps == 0 or self.max_steps < -1:
             raise PeagleError(f"--max-steps is {self.max_steps} but must be at least 1 (-1: as many as --epochs).")
-        self.vllm_endpoint = ",".join(endpoint_urls(self.vllm_endpoint))  # checkpoints and trackers keep arguments
         self.sequence_partitions = str(self.sequence_partitions)
         if self.sequence_partitions != "auto" and not (
             self.sequence_partitions.isdecimal() and int(self.sequence_partitions)

@@ -37,6 +37,7 @@ from peagle_hf.data.server_folder import OwnRequests, remove_unwanted, write_ser
 
 LENGTHS = [9, 30, 20, 29, 12, 19]
 SLOTS = [*AUX, LAYERS]
+RECORDS = {"manifest.json", "failed.json", "server.json", "config.yaml"}
 
 
 @pytest.fixture
@@ -83,7 +84,7 @@ def assert_right(folder: Path, tokens: list[list[int]], rows: list[int], *faults
         assert tensors["token_ids"].tolist() == tokens[row]
         torch.testing.assert_close(tensors["hidden_states"], states_of(tokens[row], SLOTS, HIDDEN))
     others = {path.name for path in folder.iterdir()} - {row_path(folder, row).name for row in rows}
-    assert {name for name in others if not name.startswith("cmpl-")} <= {"manifest.json", "failed.json", "server.json"}
+    assert {name for name in others if not name.startswith("cmpl-")} <= RECORDS
     assert ("locked" in faults) or not any(name.startswith("cmpl-") for name in others)
 
 
