@@ -37,13 +37,13 @@ FILES = {
     "a.jsonl": LINES,
     "A.JSONL": LINES,
     "a.ndjson": LINES,
-    "a.jsonl.gz": gzip.compress(LINES),
-    "A.JSONL.GZ": gzip.compress(LINES),
+    "a.jsonl.gz": gzip.compress(LINES, mtime=0),
+    "A.JSONL.GZ": gzip.compress(LINES, mtime=0),
     "a.jsonl.bz2": bz2.compress(LINES),
     "a.jsonl.xz": lzma.compress(LINES),
     "bom.jsonl": b"\xef\xbb\xbf" + LINES,
     "a.json": json.dumps(ROWS).encode(),
-    "A.Json.gz": gzip.compress(json.dumps(ROWS, indent=2).encode()),
+    "A.Json.gz": gzip.compress(json.dumps(ROWS, indent=2).encode(), mtime=0),
     "objects.json": "\n".join(json.dumps(row, indent=2) for row in ROWS).encode(),
     "commas.json": ",\n".join(json.dumps(row) for row in ROWS).encode(),
     "none.dat": LINES,
@@ -88,7 +88,7 @@ def test_a_folder_of_files_and_its_splits(read, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "org" / "name"
     (folder / "more").mkdir(parents=True)
-    (folder / "a-train.jsonl.gz").write_bytes(gzip.compress(LINES))
+    (folder / "a-train.jsonl.gz").write_bytes(gzip.compress(LINES, mtime=0))
     (folder / "more" / "b.json").write_text(json.dumps(ROWS[:1]))
     (folder / "test.jsonl").write_bytes(LINES)
     (folder / "README.md").write_text("no data")
@@ -153,7 +153,7 @@ def test_a_changed_file_of_a_folder_is_noticed(tmp_path):
         ("a.jsonl", '{"a": "x\n{"a": 2}\n', "line 1: this is not valid JSON"),
         ("a.jsonl", LINES.decode().encode("utf-16"), "is text in UTF-16"),
         ("a.jsonl", LINES.decode().encode("utf-16-le"), "is text in UTF-16"),
-        ("a.jsonl.gz", gzip.compress(LINES)[:-20], "can't be read to its end"),
+        ("a.jsonl.gz", gzip.compress(LINES, mtime=0)[:-20], "can't be read to its end"),
         ("a.jsonl.gz", LINES, "can't be read to its end"),
         ("a.jsonl.zst", LINES, "can't be read to its end"),
         ("a.jsonl.xz", LINES, "can't be read to its end"),

@@ -15,6 +15,7 @@ from test_docs import ROOT, first_lines, run
 from test_trainer import run as train_tiny
 
 from peagle_hf import PeagleTrainingArguments, cli, train
+from peagle_hf.data.server_folder import write_server_record
 from peagle_hf.target import default_aux_layer_ids
 
 NAME = "output/peagle_qwen3_8b_sharegpt"
@@ -146,6 +147,7 @@ def test_every_command_with_a_template_that_rewrites_earlier_answers(
     slots = [*default_aux_layer_ids(THINKING_LAYERS), THINKING_LAYERS]
     with FakeVllm(states, "Qwen/Qwen3-8B", slots, HIDDEN) as server:
         url = SMALL | {"http://localhost:8000/v1": server.url}
+        write_server_record(states, "Qwen/Qwen3-8B", slots)  # as launch-vllm does once its server answers
         peagle_hf(EXTRACT, url)
         assert {path.name for path in states.glob("hs_*")} == {f"hs_{row}.safetensors" for row in range(27)}
         num_asked = len(server.asked)
