@@ -401,9 +401,13 @@ def config_text(arguments: Any) -> str:
     return yaml.safe_dump(public_settings(content), sort_keys=False, allow_unicode=True)
 
 
-def write_config(arguments: Any, folder: str | Path) -> None:
-    """Write `config.yaml` into a run's folder: the first argument with which the same command runs again."""
-    with atomic_path(Path(folder) / CONFIG) as temporary:
+def write_config(arguments: Any, folder: str | Path, name: str = CONFIG) -> None:
+    """Write `config.yaml` into a run's folder: the first argument with which the same command runs again.
+
+    Args:
+        name: another name for it, where the folder may be that of another command too.
+    """
+    with atomic_path(Path(folder) / name) as temporary:
         temporary.write_text(config_text(arguments), encoding="utf-8")
 
 

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from . import __version__
-from .arguments import Arguments, check_ranges, flag_of
+from .arguments import Arguments, check_ranges, flag_of, write_config
 from .client import DRAFT_COUNTERS, Client, Run, measure
 from .console import progress_bar
 from .data.cache import place
@@ -29,7 +29,7 @@ from .data.chats import is_local_file
 from .data.prompts import Prompt, read_prompts
 from .errors import PeagleError
 from .figures import Trial, difference, entry
-from .files import atomic_path, write_json
+from .files import atomic_path, check_writable, write_json
 from .finished_runs import FinishedRuns
 from .intervals import CONFIDENCE, METHOD
 from .redaction import public_command, public_url
@@ -224,7 +224,8 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
     dropped: list[dict[str, str]] = []
     prompts = _load_prompts(arguments, dropped)
     output = Path(arguments.output)
-    output.mkdir(parents=True, exist_ok=True)
+    check_writable(output)
+    write_config(arguments, output, "evaluation.yaml")
     run = _run_here if arguments.endpoint is None else _run_on_servers
     without, trials, measured_on, finished = run(arguments, verifier, drafting, prompts)
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from .arguments import SECTION, Arguments, field_names, parse_mapping
 from .cli import COMMANDS
 from .errors import PeagleError
-from .files import write_json
+from .files import check_writable, read_json, write_json
 from .redaction import public_settings
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,8 @@ def run(arguments: RunArguments) -> None:
     }
     sections = public_settings(sections)  # they are recorded
     record = Path(arguments.output) / "pipeline.json"
-    finished = json.loads(record.read_text()) if record.exists() else {}
+    finished = read_json(record, "Remove it: steps that are complete are kept as they are.") if record.exists() else {}
+    check_writable(arguments.output)
     unchanged = True
     for step, section in sections.items():
         were_unchanged, unchanged = unchanged, unchanged and finished.get(step) == section
