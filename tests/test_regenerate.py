@@ -595,7 +595,7 @@ def test_prepare_refuses_the_token_ids_of_another_vocabulary(target, prompts, tm
     rows = run(target, output, prompts=str(prompts))
     make = partial(PrepareArguments, data=[str(output)], output=str(tmp_path / "data"))
     prepared = load_from_disk(prepare(make(model=str(target))))
-    assert sorted(prepared["input_ids"][:]) == sorted(row["input_ids"] for row in rows)
+    assert sorted(ids.tolist() for ids in prepared["input_ids"][:]) == sorted(row["input_ids"] for row in rows)
 
     other = shutil.copytree(target, tmp_path / "other")
     content = json.loads((other / "tokenizer.json").read_text())
@@ -610,10 +610,9 @@ def test_prepare_refuses_the_token_ids_of_another_vocabulary(target, prompts, tm
     write_jsonl(output, [{**row, "tokenizer": None} for row in rows])
     prepare(make(model=str(other), overwrite=True))
     write_jsonl(output, rows)
-    (target_too := Path(shutil.copytree(target, tmp_path / "same")) / "chat_template.jinja").write_text(
-        "{{ messages }}"
-    )
-    prepare(make(model=str(target_too.parent), overwrite=True))
+    same = shutil.copytree(target, tmp_path / "same")
+    (same / "chat_template.jinja").write_text("{{ messages }}")
+    prepare(make(model=str(same), overwrite=True))
 
 
 # What an interruption leaves
