@@ -546,6 +546,16 @@ def test_null_ids_and_categories_are_as_good_as_none(target, tmp_path):
     assert [(row["id"], row["category"]) for row in chats] == [("0", "chat"), ("0", "qa")]
 
 
+def test_prompts_come_in_every_shape_that_prepare_reads(tmp_path):
+    rows = [
+        {"prompt": "Who sings?", "chosen": "A bird.", "rejected": "Nobody."},
+        {"instruction": "Why is the grass green?", "output": "It is."},
+        {"question": "Who plays?", "answer": "You."},
+    ]
+    prompts = prompts_module.read_prompts(str(write_jsonl(tmp_path / "prompts.jsonl", rows)), [])
+    assert [prompt.turns for prompt in prompts] == [["Who sings?"], ["Why is the grass green?"], ["Who plays?"]]
+
+
 def test_a_file_with_a_byte_order_mark_and_windows_lines(target, prompts, tmp_path):
     source = tmp_path / "windows.jsonl"
     source.write_bytes(b"\xef\xbb\xbf" + prompts.read_bytes().replace(b"\n", b"\r\n"))
@@ -595,7 +605,7 @@ def test_prepare_refuses_the_token_ids_of_another_vocabulary(target, prompts, tm
     rows = run(target, output, prompts=str(prompts))
     make = partial(PrepareArguments, data=[str(output)], output=str(tmp_path / "data"))
     prepared = load_from_disk(prepare(make(model=str(target))))
-    assert sorted(prepared["input_ids"][:]) == sorted(row["input_ids"] for row in rows)
+    assert sorted(ids.tolist() for ids in prepared["input_ids"][:]) == sorted(row["input_ids"] for row in rows)
 
     other = shutil.copytree(target, tmp_path / "other")
     content = json.loads((other / "tokenizer.json").read_text())
@@ -610,10 +620,9 @@ def test_prepare_refuses_the_token_ids_of_another_vocabulary(target, prompts, tm
     write_jsonl(output, [{**row, "tokenizer": None} for row in rows])
     prepare(make(model=str(other), overwrite=True))
     write_jsonl(output, rows)
-    (target_too := Path(shutil.copytree(target, tmp_path / "same")) / "chat_template.jinja").write_text(
-        "{{ messages }}"
-    )
-    prepare(make(model=str(target_too.parent), overwrite=True))
+    same = shutil.copytree(target, tmp_path / "same")
+    (same / "chat_template.jinja").write_text("{{ messages }}")
+    prepare(make(model=str(same), overwrite=True))
 
 
 # What an interruption leaves
@@ -1067,8 +1076,8 @@ def test_a_real_server_samples_by_the_seed_alone(served, target, prompts, tmp_pa
     ("line", "message"),
     [
         ('{"turns": ["Who', "prompts.jsonl, line 2: this is not valid JSON"),
-        ('{"question_id": 3}', "prompts.jsonl, line 2: there is neither `messages` nor"),
-        ('{"messages": null, "conversations": null}', "prompts.jsonl, line 2: there is neither `messages` nor"),
+        ('{"question_id": 3}', "prompts.jsonl, line 2: there is neither `messages`"),
+        ('{"messages": null, "conversations": null}', "prompts.jsonl, line 2: there is neither `messages`"),
         ('{"turns": "Who sings?"}', "prompts.jsonl, line 2: `turns` must be a list"),
         ('{"turns": []}', "prompts.jsonl, line 2: `turns` must be a list"),
         ('{"turns": ["Who?", " "]}', "prompts.jsonl, line 2: `turns` must be a list"),

@@ -126,7 +126,7 @@ def _with_content(prompt: Prompt, row: dict[str, Any], place: str) -> tuple[Prom
             raise PeagleError(f"{place}: `turns` must be a list of texts, none of them empty. Correct the row.")
         messages = [{"role": "user", "content": turn} for turn in turns]
     else:
-        chat = read_chat(row, place)
+        chat = read_chat(row, place, preference="chosen")  # either has the same user turns
         messages, tools = chat.messages, chat.tools
     turns = [message["content"] for message in messages if message["role"] == "user"]
     if not any(turn.strip() for turn in turns):
