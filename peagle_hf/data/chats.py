@@ -241,7 +241,7 @@ def _raw_messages(row: dict[str, Any], place: str, preference: str | None) -> tu
         messages, fields = _with_question(row, place, question, answer)
     else:
         raise PeagleError(
-            f"{place}: there is neither {', '.join(f'`{name}`' for name in _CONVERSATION_FIELDS)} nor `prompt` with "
+            f"{place}: there is neither {' nor '.join(f'`{name}`' for name in _CONVERSATION_FIELDS)} nor `prompt` with "
             f"`completion` nor `instruction` with `output` nor `question` with `answer` nor `input_ids` with "
             f"`loss_mask`; the fields are {', '.join(row) or 'none'}. Rename the field that holds the conversation to "
             "`messages`, a list of objects with `role` and `content`."

@@ -18,7 +18,7 @@ from ..errors import PeagleError
 from ..files import atomic_path, write_json
 from ..target import draft_vocabulary, load_token_freq
 from .prepare import INSPECTION
-from .prepared import CHAT_TEMPLATE_FILE, PREPARE_RECORD, column, load_prepared, read_prepare_record
+from .prepared import PREPARE_RECORD, chat_options, column, load_prepared, read_prepare_record
 from .template import show_template
 from .tokenizer import CHAT_TEMPLATE_HELP, CHAT_TEMPLATE_KWARGS_HELP, load_tokenizer, tokenizer_fingerprint
 
@@ -206,8 +206,7 @@ def _tokenizer(arguments: DataArguments, folder: Path, record: dict[str, Any]) -
         raise PeagleError(
             f"{arguments.folder} has no {PREPARE_RECORD}, so the tokenizer isn't known. Name the model with --model."
         )
-    template = folder / CHAT_TEMPLATE_FILE
-    tokenizer = load_tokenizer(model, arguments.trust_remote_code, str(template) if template.exists() else None)
+    tokenizer = load_tokenizer(model, arguments.trust_remote_code, chat_options(folder)[0])
     if record.get("tokenizer_fingerprint") not in (None, tokenizer_fingerprint(tokenizer)):
         raise PeagleError(
             f"{arguments.folder} was prepared with another tokenizer than that of {model}, or it has changed since: "

@@ -66,6 +66,18 @@ def read_prepare_record(data_path: str | os.PathLike[str]) -> dict[str, Any]:
     return record
 
 
+def chat_options(data_path: str | os.PathLike[str]) -> tuple[str | None, dict[str, Any]]:
+    """How the chats of a prepared dataset became text: the file of the chat template that was chosen, or None for the
+    tokenizer's own, and the template's variables. Whoever renders chats for the same drafter must use the same.
+
+    Raises:
+        PeagleError: the record is damaged.
+    """
+    template = Path(data_path) / CHAT_TEMPLATE_FILE
+    kwargs = read_prepare_record(data_path).get("chat_template_kwargs") or {}
+    return str(template) if template.exists() else None, kwargs
+
+
 def column(data: "datasets.Dataset", name: str) -> list[Any]:
     """A column of a dataset as plain Python values."""
     return data.with_format(None)[name][:]
