@@ -21,11 +21,11 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from . import __version__
-from .arguments import Arguments, check_ranges, flag_of, write_config
+from .arguments import Arguments, check_ranges, flag_of, plain, write_config
 from .client import DRAFT_COUNTERS, Client, Run, measure
 from .console import progress_bar
 from .data.cache import place
-from .data.chats import is_local_file
+from .data.chats import is_local_file, source_name
 from .data.prompts import Prompt, read_prompts
 from .errors import PeagleError
 from .figures import Trial, difference, entry
@@ -176,7 +176,7 @@ class EvaluateArguments(Arguments):
                 default = argument.default_factory()
             if value != default:
                 words.append(flag_of(argument.name))
-                words += map(str, value) if isinstance(value, list) else [str(value)]
+                words += map(str, plain(value)) if isinstance(value, list) else [str(value)]
         return shlex.join(public_command(words))
 
 
@@ -246,7 +246,7 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
             }
     report = {
         "verifier": verifier,
-        "prompts": ", ".join(arguments.suite),
+        "prompts": ", ".join(map(source_name, arguments.suite)),
         **entries.pop(own),
         "others": entries,
         "dropped_prompts": dropped,
@@ -361,7 +361,7 @@ def _load_prompts(arguments: EvaluateArguments, dropped: list[dict[str, str]]) -
         for drop in unusable:
             logger.warning("%s is left out: %s.", drop.get("place", drop["id"]), drop["reason"])
         if not prompts:
-            raise PeagleError(f"{suite} holds no prompt that can be run. Name a file with user turns.")
+            raise PeagleError(f"{source_name(suite)} holds no prompt that can be run. Name a file with user turns.")
         prefix, repeated = f"{name}/" if len(names) > 1 else "", Counter[str]()
         for prompt in prompts:
             content = json.dumps([prompt.system, prompt.turns])
@@ -375,7 +375,7 @@ def _load_prompts(arguments: EvaluateArguments, dropped: list[dict[str, str]]) -
         for first, count in repeated.items():
             logger.warning("%d prompts of %s are left out: they are in %s too.", count, suite, first)
         if repeated.total() == len(prompts):
-            raise PeagleError(f"All prompts of {suite} are in the suites before it. Leave it out.")
+            raise PeagleError(f"All prompts of {source_name(suite)} are in the suites before it. Leave it out.")
     if len(suite_of) < sum(map(len, by_category.values())):
         logger.warning(
             "%d prompts occur more than once in their suite. Intervals are too narrow for that: take them out.",
@@ -391,6 +391,7 @@ def _suite_names(suites: Sequence[str]) -> list[str]:
     Raises:
         PeagleError: a suite is named twice.
     """
+    suites = [source_name(suite) for suite in suites]
     paths = [Path(suite).resolve().with_suffix("") if is_local_file(suite) else Path(suite) for suite in suites]
     if len({(path, is_local_file(suite)) for path, suite in zip(paths, suites, strict=True)}) < len(suites):
         raise PeagleError(f"--suite names a suite twice: {', '.join(suites)}. Name each once.")

@@ -5,6 +5,7 @@ import errno
 import json
 import logging
 from collections import Counter
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from peagle_hf.data.chats import Chat, Unlearnable, read_chat
 from peagle_hf.data.inspection import DataArguments, inspect_data
 from peagle_hf.data.masking import ChatTokenizer
 from peagle_hf.data.prepare import PrepareArguments, prepare
+from peagle_hf.data.prompts import read_prompts
 from peagle_hf.data.tokenizer import tokenizer_fingerprint
 from peagle_hf.errors import PeagleError
 
@@ -447,6 +449,19 @@ def changed(arguments: PrepareArguments, **changes) -> PrepareArguments:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_dataset_in_memory_is_prepared_as_a_file_is(arguments, tmp_path):
+    rows = [json.loads(line) for line in Path(arguments.data[0]).read_text().splitlines()]
+    from_file = prepared(prepare(arguments))
+    in_memory = replace(arguments, data=[Dataset.from_list(rows)], output=str(tmp_path / "memory"))
+    assert prepared(prepare(in_memory)) == from_file
+    assert prepared(prepare(in_memory)) == from_file  # kept
+    with pytest.raises(PeagleError, match="overwrite"):
+        prepare(replace(in_memory, data=[Dataset.from_list(rows[1:])]))
+    assert "Dataset in memory" in (tmp_path / "memory" / "config.yaml").read_text()
+    turns = [prompt.turns for prompt in read_prompts(in_memory.data[0], [])]
+    assert turns == [prompt.turns for prompt in read_prompts(arguments.data[0], [])]
 
 
 def test_the_folder_that_prepare_writes(arguments, caplog):

@@ -128,8 +128,13 @@ class Source:
         return f"{path}, {unit} {row['number']}", json.loads(row["json"])
 
 
-def open_source(data: str, folder: Path) -> Source:
-    """Open a source of rows: a built-in name, a file, a folder, or a hub dataset.
+def source_name(data: "str | datasets.Dataset") -> str:
+    """What a source is called in messages and records: its name, or for a Dataset in memory its fingerprint."""
+    return data if isinstance(data, str) else f"datasets.Dataset {data._fingerprint}"
+
+
+def open_source(data: "str | datasets.Dataset", folder: Path) -> Source:
+    """Open a source of rows: a built-in name, a file, a folder, a hub dataset, or a `datasets.Dataset` in memory.
 
     A file holds rows as JSON (an object a line, objects over several lines, or one array of objects), as Parquet or as
     CSV, and may be compressed; its ending says which (`FILE_KINDS`, `COMPRESSIONS`, in any case). A folder holds such
@@ -143,7 +148,9 @@ def open_source(data: str, folder: Path) -> Source:
     Raises:
         PeagleError: the file or the dataset can't be read, a row is not an object, or there is no row.
     """
-    if is_local_file(data):
+    if not isinstance(data, str):
+        source = Source(source_name(data), data.with_format(None))
+    elif is_local_file(data):
         source = _open_local(data, folder)
     elif "/" in (name := BUILT_IN_DATASETS.get(data, data)):
         source = _open_hub_dataset(name)
@@ -153,23 +160,25 @@ def open_source(data: str, folder: Path) -> Source:
             "machine, nor a hub dataset written org/name. Name one of these."
         )
     if not len(source):
-        raise PeagleError(f"{data} is empty: it holds no conversation. Name a dataset that has some.")
+        raise PeagleError(f"{source_name(data)} is empty: it holds no conversation. Name a dataset that has some.")
     return source
 
 
-def is_local_file(data: str) -> bool:
+def is_local_file(data: "str | datasets.Dataset") -> bool:
     """Whether a source is a file or folder of this machine, or is written like one, rather than a dataset."""
+    if not isinstance(data, str):
+        return False
     path, _ = _split_of(data)
     return path.exists() or _kind(path) is not None or data.startswith(("/", "./", "../", "~"))
 
 
-def data_sha256(data: str) -> str | None:
+def data_sha256(data: "str | datasets.Dataset") -> str | None:
     """SHA-256 of a file's or folder's content and names; None for a dataset that is no local file.
 
     Raises:
         PeagleError: it can't be read.
     """
-    if not is_local_file(data):
+    if not isinstance(data, str) or not is_local_file(data):
         return None
     path, _ = _split_of(data)
     if path.is_file():

@@ -22,7 +22,17 @@ from ..errors import PeagleError
 from ..files import atomic_path, remove_leftovers, write_json
 from ..target import load_token_freq
 from .cache import cache_folder
-from .chats import Chat, Source, Unlearnable, count_answers, data_sha256, is_local_file, open_source, read_chat
+from .chats import (
+    Chat,
+    Source,
+    Unlearnable,
+    count_answers,
+    data_sha256,
+    is_local_file,
+    open_source,
+    read_chat,
+    source_name,
+)
 from .masking import ChatTokenizer, MaskedRow
 from .prepared import (
     CHAT_TEMPLATE_FILE,
@@ -71,7 +81,7 @@ LEAST_READ = 256
 
 @dataclass
 class PrepareArguments(Arguments):
-    """What `peagle-hf prepare` is told."""
+    """What `peagle-hf prepare` is told; in Python `data` also takes `datasets.Dataset` objects."""
 
     model: str = field(
         metadata={"aliases": ["--verifier"], "help": "The target model, a hub name or a folder: its tokenizer is used."}
@@ -181,7 +191,7 @@ def prepare(arguments: PrepareArguments) -> Path:
     origin = {
         "model": arguments.model,
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
-        "data": arguments.data,
+        "data": [source_name(data) for data in arguments.data],
         "data_sha256": [data_sha256(data) for data in arguments.data],
         "weights": arguments.weights,
         "max_samples": arguments.max_samples,
@@ -220,7 +230,7 @@ def _plan(arguments: PrepareArguments, is_made: bool) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         for number, data in enumerate(arguments.data):
             if not is_local_file(data):
-                lines.append(f"would read {data} from the hub")
+                lines.append(f"would read {source_name(data)}, of which the length isn't known before it is there")
                 num_rows = None
                 continue
             (folder := Path(scratch) / str(number)).mkdir()
@@ -453,7 +463,7 @@ def _make(
     ]
     if len(skipped) == len(rows):
         raise PeagleError(
-            f"Nothing can be learnt from {', '.join(arguments.data)}: all {len(order)} conversations were left out. "
+            f"Nothing can be learnt from {', '.join(origin['data'])}: all {len(order)} conversations were left out. "
             f"{_summary(skipped)} Correct the data or choose other data; where the chat template is the reason, "
             f"peagle-hf data template --model {arguments.model} shows what it can do."
         )
@@ -467,7 +477,7 @@ def _make(
     counts = {name: sum(counted[name] for counted in by_source) for name in COUNTS} | {
         "copied_conversations": num_copies,
         "skipped": dict(Counter(entry["reason"] for entry in skipped)),
-        "sources": [{"data": data, **counted} for data, counted in zip(arguments.data, by_source, strict=True)],
+        "sources": [{"data": data, **counted} for data, counted in zip(origin["data"], by_source, strict=True)],
     }
     write_json(folder / "skipped.json", skipped)
     write_json(folder / PREPARE_RECORD, origin | {"counts": counts, "answers": answers})

@@ -10,13 +10,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..console import progress_bar
 from ..errors import PeagleError
-from .chats import Unlearnable, open_source, read_chat
+from .chats import Unlearnable, open_source, read_chat, source_name
+
+if TYPE_CHECKING:
+    import datasets
 
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 """Thai, Lao, Burmese, Khmer, Japanese and Chinese letters."""
@@ -57,8 +60,10 @@ class Prompt:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def read_prompts(source: str, dropped: list[dict[str, str]], to_answer: bool = True) -> list[Prompt]:
-    """Read the prompts of a file or hub dataset (see `RegenerateArguments.prompts`), their user turns alone.
+def read_prompts(
+    source: "str | datasets.Dataset", dropped: list[dict[str, str]], to_answer: bool = True
+) -> list[Prompt]:
+    """Read the prompts of a file or dataset (see `RegenerateArguments.prompts`), their user turns alone.
 
     Args:
         dropped: receives an entry (`Prompt.dropped`) for each row that can't be used.
@@ -73,7 +78,7 @@ def read_prompts(source: str, dropped: list[dict[str, str]], to_answer: bool = T
             rows = open_source(source, Path(folder))
         except FileNotFoundError as error:
             raise PeagleError(f"There is no file {source}. Name a .jsonl or .json file with prompts.") from error
-        for index in progress_bar(range(len(rows)), desc=f"Reading {source}"):
+        for index in progress_bar(range(len(rows)), desc=f"Reading {source_name(source)}"):
             place, row = rows.read(index)
             prompt = Prompt(
                 _label(row, ("question_id", "id"), str(index)),
