@@ -412,7 +412,7 @@ def write_config(arguments: Any, folder: str | Path, name: str = CONFIG) -> None
 
 
 def plain(value: Any) -> Any:
-    """A value as YAML and JSON hold it: an enumeration's value, a list of them, a configuration object's mapping.
+    """A value as YAML and JSON hold it: an enumeration's value, a list of them.
 
     An object that no file can hold, such as a `datasets.Dataset`, is described.
     """
@@ -420,8 +420,6 @@ def plain(value: Any) -> Any:
         return value.value
     if isinstance(value, list | tuple):
         return [plain(one) for one in value]
-    if hasattr(value, "to_dict"):
-        return value.to_dict()
     return value if isinstance(value, str | int | float | dict | None) else f"<{type(value).__name__} in memory>"
 
 
