@@ -20,10 +20,21 @@ BLOCK = re.compile(
 )
 CLI_INTRODUCTION = """# Command line
 
-`peagle-hf <command> [config.yaml] [--flag value ...]`. A YAML file holds flag names without the dashes; flags win over
-it, and the flag of a list may be repeated. Every flag may also be written with underscores. Every command takes
-`--quiet`, `--verbose` and `--print-config`, which prints its arguments as such a file. This page is made from the
-parsers when the site is built; `peagle-hf <command> --help` prints the same.
+`peagle-hf <command> [config.yaml] [--flag value ...]`. This page is made from the parsers when the site is built;
+`peagle-hf help <command>` prints the same, and `peagle-hf train --help-all` the Trainer's own arguments too.
+
+- **Flags** may be written with dashes or underscores. The flag of a list may be repeated: `--suite a --suite b`. Every
+  command takes `--quiet`, `--verbose` and `--print-config`.
+- **A YAML file** as the first argument holds flag names without the dashes (`no_linear_start: true` works too), and
+  flags win over it. Numbers are those of YAML 1.2: `lr: 2e-3` is a number. `~/` is the home folder.
+- **`config.yaml`** in the folder of prepared data, of hidden states and of a training holds the arguments that made it,
+  without passwords and tokens. It can be given back to the same command: `peagle-hf train checkpoints/config.yaml`.
+  `evaluate` writes `evaluation.yaml`, since its report may lie in one of these folders.
+- **`--dry-run`** of prepare, extract, train, launch-vllm and serve says what would be read, run and written.
+- **Exit codes**: 0 done; 1 an error, named in one paragraph; 2 a wrong command line; 130 interrupted with Ctrl-C; 141
+  the program that read the output has ended; 143 (129) ended by SIGTERM (SIGHUP). An error that nobody foresaw names a
+  log file with the traceback.
+- **Progress bars** are off where standard error is no terminal.
 """
 NOT_RUN_INTRODUCTION = """# What CI does not run
 

@@ -5,6 +5,7 @@
 | 0 | done |
 | 1 | a `PeagleError`, or an error that nobody foresaw |
 | 2 | a wrong command line |
+| 129 | ended by SIGHUP while vLLM ran |
 | 130 | interrupted with Ctrl-C |
 | 141 | the program that read the output has ended, as in `peagle-hf cache info FOLDER \\| head` |
 | 143 | ended by SIGTERM |
