@@ -11,6 +11,7 @@ import math
 import shlex
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -36,7 +37,7 @@ from .redaction import public_command, public_url
 from .report import draw, html, text
 from .serving import check_checkpoint, drafter_folder, drafter_name, speculative_config, vllm_environment
 from .target import load_verifier_config, weights_of
-from .vllm_process import Job, run_vllm
+from .vllm_process import Job, VllmProcess
 
 logger = logging.getLogger(__name__)
 
@@ -497,7 +498,6 @@ def _run_here(arguments: EvaluateArguments, verifier: str, drafting: list[Drafti
         | {name: value for name, value in engine.items() if name not in ("model", "trust_remote_code")}
         | {"device": device, "versions": _versions()},
     )
-    job = Job(engine, prompts, arguments.concurrency, arguments.max_tokens, arguments.temperature)
     without: list[list[Run]] = [[] for _ in arguments.concurrency]
     trials = [
         Trial(tried.drafter.name, tried.num_speculative_tokens, [[] for _ in arguments.concurrency])
@@ -507,24 +507,37 @@ def _run_here(arguments: EvaluateArguments, verifier: str, drafting: list[Drafti
     for number_of_round in range(1, arguments.rounds + 1):
         suffix = f"_round_{number_of_round}.log" if arguments.rounds > 1 else ".log"
         seed = {"seed": arguments.seed + number_of_round - 1}
-        for number, tried in enumerate([None, *drafting]):
-            name = partial(_name_of_run, number_of_round, number=number)
-            missing = [concurrency for concurrency in arguments.concurrency if name(concurrency) not in finished]
-            own = replace(job, engine=engine | seed, concurrency=missing)
-            log, what, runs = "vllm_without_drafter", "without the drafter", without
-            if tried is not None:
-                log = "vllm_with_drafter" if len(drafting) == 1 else f"vllm_with_drafter_{number}"
-                what, runs = "with the drafter", trials[number - 1].runs
-                own = replace(
-                    own,
-                    engine=own.engine | {"speculative_config": tried.config},
-                    answers=[without[arguments.concurrency.index(concurrency)][-1].texts for concurrency in missing],
-                )
-            if missing:
-                run_vllm(own, environment, output / f"{log}{suffix}", what, partial(_add, finished, name))
-            for so_far, concurrency in zip(runs, arguments.concurrency, strict=True):
-                run, measured_on = finished[name(concurrency)]
-                so_far.append(run)
+        with ExitStack() as started:
+            steps: list[tuple[list[int], VllmProcess]] = []
+            for number, tried in enumerate([None, *drafting]):
+                name = partial(_name_of_run, number_of_round, number=number)
+                missing = [concurrency for concurrency in arguments.concurrency if name(concurrency) not in finished]
+                own, log, what = engine | seed, "vllm_without_drafter", "without the drafter"
+                if tried is not None:
+                    own |= {"speculative_config": tried.config}
+                    log = "vllm_with_drafter" if len(drafting) == 1 else f"vllm_with_drafter_{number}"
+                    what = "with the drafter"
+                steps.append((missing, VllmProcess(own, environment, output / f"{log}{suffix}", what)))
+            # On a CPU two load at the same time, which takes as long as one; a GPU has the memory for one alone.
+            waiting = [process for missing, process in steps if missing]
+            ahead = waiting[:2] if device == "CPU" else []
+            for process in ahead:
+                started.enter_context(process)  # which ends it also if another one fails
+            for process in ahead:
+                process.wait_until_ready()
+            for number, (missing, process) in enumerate(steps):
+                name, runs = partial(_name_of_run, number_of_round, number=number), without
+                job = Job(prompts, missing, arguments.max_tokens, arguments.temperature)
+                if number:
+                    runs = trials[number - 1].runs
+                    answers = [without[arguments.concurrency.index(concurrency)][-1].texts for concurrency in missing]
+                    job = replace(job, answers=answers)
+                if missing:
+                    with process:
+                        process.run(job, partial(_add, finished, name))
+                for so_far, concurrency in zip(runs, arguments.concurrency, strict=True):
+                    run, measured_on = finished[name(concurrency)]
+                    so_far.append(run)
     return without, trials, measured_on, finished
 
 

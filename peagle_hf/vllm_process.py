@@ -1,7 +1,8 @@
 """vLLM in a process of its own, which answers prompts and counts drafts.
 
 Memory is given back with the process, and a crash in there is a message here. `python -m peagle_hf.vllm_process` is
-that process: it reads its job as JSON from standard input and answers in lines of JSON.
+that process: it reads the engine's arguments and then its job as lines of JSON from standard input, and answers in such
+lines.
 """
 
 import json
@@ -9,10 +10,10 @@ import logging
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -34,13 +35,11 @@ class Job:
     """What vLLM is to do.
 
     Args:
-        engine: arguments of `vllm.LLM`.
         prompts: in the order in which they are asked.
         concurrency: how many chats at a time, each in turn.
         answers: for each of these, of each prompt by turn, what later turns follow; default: vLLM's own.
     """
 
-    engine: dict[str, Any]
     prompts: list[Prompt]
     concurrency: list[int]
     max_tokens: int
@@ -48,69 +47,100 @@ class Job:
     answers: list[list[list[str]]] | None = None
 
 
-def run_vllm(
-    job: Job, environment: dict[str, str], log: Path, what: str, keep: Callable[[Run, dict[str, Any]], object]
-) -> None:
-    """Run vLLM on a job in a child process.
+class VllmProcess:
+    """vLLM in a child process, which loads its models when the block begins and does one job when it is told to.
 
     Args:
+        engine: arguments of `vllm.LLM`.
         log: where all that vLLM says goes.
         what: is measured, for messages, such as "with the drafter".
-        keep: called with the answers at each number of chats at a time, as soon as these are there, and with what they
-            were measured on: `dtype`, `device`, `versions`.
-
-    Raises:
-        PeagleError: vLLM fails, or a prompt is too long.
     """
-    measured_on: dict[str, Any] = {}
-    num_runs, num_prompts = 0, len(job.prompts) * len(job.concurrency)
-    with (
-        open(log, "w+", encoding="utf-8", errors="replace") as log_file,
-        tempfile.TemporaryFile("w+", encoding="utf-8") as job_file,
-        progress_bar(total=num_prompts, desc=f"vLLM {what}", unit="prompt") as progress,
-    ):
-        json.dump(asdict(job), job_file)
-        job_file.seek(0)
-        with supervised(
-            [sys.executable, "-m", __name__],
-            environment | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
-            stdin=job_file,
-            stdout=subprocess.PIPE,
-            stderr=log_file,
-            text=True,
-        ) as process:
-            assert process.stdout is not None
-            for line in process.stdout:
-                message = json.loads(line)
-                if "error" in message:
-                    raise PeagleError(message["error"])
-                progress.update(message.get("done", 0))
-                measured_on = message.get("measured_on", measured_on)
-                if "run" in message:
-                    num_runs += 1
-                    keep(Run.of(message["run"]), measured_on)
-            status = process.wait()
-        if num_runs < len(job.concurrency):
-            log_file.seek(0)
-            logger.error("%s", "".join(log_file.readlines()[-30:]))
+
+    def __init__(self, engine: dict[str, Any], environment: dict[str, str], log: Path, what: str):
+        self.engine, self.environment, self.log, self.what = engine, environment, log, what
+        self._measured_on: dict[str, Any] | None = None
+        self._process: subprocess.Popen | None = None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "VllmProcess":
+        if self._process is not None:  # it was started ahead
+            return self
+        log = self._stack.enter_context(open(self.log, "w", encoding="utf-8", errors="replace"))
+        environment = self.environment | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log, "text": True}
+        command = [sys.executable, "-m", __name__]
+        self._process = self._stack.enter_context(supervised(command, environment, **pipes))
+        self._send(self.engine)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._process is not None and self._process.stdin is not None:
+            with suppress(BrokenPipeError):
+                self._process.stdin.close()
+        self._stack.close()
+
+    def wait_until_ready(self) -> None:
+        """Wait until the models are loaded.
+
+        Raises:
+            PeagleError: vLLM fails.
+        """
+        while self._measured_on is None:
+            self._measured_on = self._receive().get("measured_on")
+
+    def run(self, job: Job, keep: Callable[[Run, dict[str, Any]], object]) -> None:
+        """Do the job.
+
+        Args:
+            keep: called with the answers at each number of chats at a time, as soon as these are there, and with what
+                they were measured on: `dtype`, `device`, `versions`.
+
+        Raises:
+            PeagleError: vLLM fails, or a prompt is too long.
+        """
+        self.wait_until_ready()
+        assert self._measured_on is not None
+        self._send(asdict(job))
+        total = len(job.prompts) * len(job.concurrency)
+        with progress_bar(total=total, desc=f"vLLM {self.what}", unit="prompt") as progress:
+            for _ in job.concurrency:
+                while "run" not in (message := self._receive()):
+                    progress.update(message.get("done", 0))
+                keep(Run.of(message["run"]), self._measured_on)
+
+    def _send(self, content: dict[str, Any]) -> None:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # it has failed, which reading will show
+            self._process.stdin.write(json.dumps(content) + "\n")
+            self._process.stdin.flush()
+
+    def _receive(self) -> dict[str, Any]:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            status = self._process.wait()
+            end = self.log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)[-30:]
+            logger.error("%s", "".join(end))
             raise PeagleError(
-                f"vLLM failed {what} (exit status {status}); the end of what it said is above, all of it "
-                f"in {log}. Where memory ran out, lower --concurrency or --max-model-len."
+                f"vLLM failed {self.what} (exit status {status}); the end of what it said is above, all of it "
+                f"in {self.log}. Where memory ran out, lower --concurrency or --max-model-len."
             )
+        message: dict[str, Any] = json.loads(line)
+        if "error" in message:
+            raise PeagleError(message["error"])
+        return message
 
 
-def _work(job: Job, send: Callable[..., object]) -> None:
-    """Do a job; `send` gets `measured_on`, then `done` for each finished prompt and a `run` for each concurrency."""
+def _work(receive: Callable[[], dict[str, Any]], send: Callable[..., object]) -> None:
+    """Load models and do a job; `send` gets `measured_on`, then `done` for each prompt and each concurrency's `run`."""
     import transformers
     import vllm
 
-    drafts = "speculative_config" in job.engine
-    llm = vllm.LLM(**job.engine, per_request_spec_decode_metrics="summary" if drafts else "none")
-    llm.generate(
-        _Conversations(llm, job, None).inputs(0),
-        vllm.SamplingParams(temperature=job.temperature, max_tokens=8),
-        use_tqdm=False,
-    )
+    engine = receive()
+    drafts = "speculative_config" in engine
+    llm = vllm.LLM(**engine, per_request_spec_decode_metrics="summary" if drafts else "none")
     on_gpu = torch.cuda.is_available()
     send(
         measured_on={
@@ -124,8 +154,16 @@ def _work(job: Job, send: Callable[..., object]) -> None:
             },
         }
     )
+    content = receive()
+    job = Job(prompts=[Prompt(**prompt) for prompt in content.pop("prompts")], **content)
+    longest = engine["max_model_len"]
+    llm.generate(  # the first forward passes are slower
+        _Conversations(llm, job, longest, None).inputs(0),
+        vllm.SamplingParams(temperature=job.temperature, max_tokens=8),
+        use_tqdm=False,
+    )
     for number, concurrency in enumerate(job.concurrency):
-        conversations = _Conversations(llm, job, job.answers[number] if job.answers else None)
+        conversations = _Conversations(llm, job, longest, job.answers[number] if job.answers else None)
         before, started = _read_counters(llm), time.perf_counter()
         conversations.hold(concurrency, lambda count: send(done=count))
         seconds = time.perf_counter() - started
@@ -138,8 +176,8 @@ def _work(job: Job, send: Callable[..., object]) -> None:
 class _Conversations:
     """All chats of a job, held so many at a time: as one ends, the next begins."""
 
-    def __init__(self, llm: Any, job: Job, answers: Sequence[Sequence[str]] | None):
-        self.job, self.answers = job, answers
+    def __init__(self, llm: Any, job: Job, max_model_len: int, answers: Sequence[Sequence[str]] | None):
+        self.job, self.max_model_len, self.answers = job, max_model_len, answers
         self.chats: list[list[Answer]] = [[] for _ in job.prompts]
         self._engine, self._renderer, self._tokenizer = llm.llm_engine, llm.renderer, llm.get_tokenizer()
         self._asked: dict[str, tuple[int, float]] = {}
@@ -170,10 +208,10 @@ class _Conversations:
             messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         messages.append({"role": "user", "content": prompt.turns[len(chat)]})
         ids = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        if len(ids) + self.job.max_tokens > self.job.engine["max_model_len"]:
+        if len(ids) + self.job.max_tokens > self.max_model_len:
             raise PeagleError(
                 f"Turn {len(chat)} of prompt {prompt.id} has {len(ids)} tokens; with an answer of "
-                f"{self.job.max_tokens} that is more than --max-model-len {self.job.engine['max_model_len']}. Raise "
+                f"{self.job.max_tokens} that is more than --max-model-len {self.max_model_len}. Raise "
                 "it, or take the prompt out."
             )
         return {"prompt_token_ids": ids}
@@ -224,10 +262,14 @@ def _main() -> None:
     def send(**message: Any) -> None:
         print(json.dumps(message), file=channel, flush=True)
 
+    def receive() -> dict[str, Any]:
+        line = sys.stdin.readline()
+        if not line:
+            raise SystemExit  # nobody wants anything any more
+        return dict(json.loads(line))
+
     try:
-        job = json.load(sys.stdin)
-        prompts = [Prompt(**prompt) for prompt in job.pop("prompts")]
-        _work(Job(prompts=prompts, **job), send)
+        _work(receive, send)
     except PeagleError as error:
         send(error=str(error))
 

@@ -163,20 +163,32 @@ def test_a_damaged_journal_is_named_with_the_remedy(arguments, tmp_path, damage)
 def test_vllm_in_process_does_only_what_is_missing(arguments, chain, drafter, tmp_path, monkeypatch):
     """vLLM dies in the second round after one of two runs with the drafter; each round has a seed of its own."""
     pytest.importorskip("vllm")
-    finished, asked, dies = [], [], True
+    asked, dies = [], True
 
-    def run_vllm(job, environment, log, what, keep):
-        for index, concurrency in enumerate(job.concurrency):
-            if dies and (job.engine["seed"], what, concurrency) == (8, "with the drafter", 2):
-                raise PeagleError("vLLM failed")
-            asked.append((job.engine["seed"], what, concurrency, job.answers and job.answers[index][0][0]))
-            fields = {"token_ids": [1, 2, 3], "seconds": 1.0, "text": f"{job.engine['seed']} {concurrency}"}
-            fields |= {"drafting": [2, 2, 1, 1]} if job.answers else {}
-            chats = [[fields] * len(prompt.turns) for prompt in job.prompts]
-            keep(Run.of({"concurrency": concurrency, "chats": chats, "seconds": 2.0}), MEASURED_ON)
-            finished.append(what)
+    class FakeProcess:
+        def __init__(self, engine, environment, log, what):
+            self.seed, self.what = engine["seed"], what
 
-    monkeypatch.setattr("peagle_hf.evaluation.run_vllm", run_vllm)
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def wait_until_ready(self):
+            pass
+
+        def run(self, job, keep):
+            for index, concurrency in enumerate(job.concurrency):
+                if dies and (self.seed, self.what, concurrency) == (8, "with the drafter", 2):
+                    raise PeagleError("vLLM failed")
+                asked.append((self.seed, self.what, concurrency, job.answers and job.answers[index][0][0]))
+                fields = {"token_ids": [1, 2, 3], "seconds": 1.0, "text": f"{self.seed} {concurrency}"}
+                fields |= {"drafting": [2, 2, 1, 1]} if job.answers else {}
+                chats = [[fields] * len(prompt.turns) for prompt in job.prompts]
+                keep(Run.of({"concurrency": concurrency, "chats": chats, "seconds": 2.0}), MEASURED_ON)
+
+    monkeypatch.setattr("peagle_hf.evaluation.VllmProcess", FakeProcess)
     here = {"endpoint": None, "baseline_endpoint": None, "seed": 7, "temperature": 0.7, "num_speculative_tokens": [1]}
     with pytest.raises(PeagleError, match="vLLM failed"):
         evaluate(arguments(**here))
