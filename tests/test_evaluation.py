@@ -398,7 +398,7 @@ def arguments(drafter, folder, rows, **changes):
     ("rows", "words"),
     [
         ([{"turns": ["w4"]}, "{oops"], "line 2"),
-        ([{"question": "w4"}], "line 1"),
+        ([{"answers": "w4"}], "line 1"),
         ([{"turns": []}], "line 1"),
         ([{"messages": [{"role": "system", "content": "w4"}]}], "no prompt that can be run"),
         ([], "empty"),

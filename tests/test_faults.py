@@ -128,7 +128,13 @@ def test_a_full_disk_keeps_the_checkpoint_before(train_flags, tmp_path, monkeypa
         patch.setattr(TrainerState, "save_to_json", full(TrainerState.save_to_json, lambda state, path: path))
         with pytest.raises(PeagleError, match=r"No space is left on the disk of .*checkpoint-10; .*earlier is whole"):
             run(cut)
-    assert sorted(os.listdir(tmp_path / "full")) == ["0", "checkpoint-5", "checkpoint_best", "training.png"]
+    assert sorted(os.listdir(tmp_path / "full")) == [
+        "0",
+        "checkpoint-5",
+        "checkpoint_best",
+        "config.yaml",
+        "training.png",
+    ]
     assert losses(train(PeagleTrainingArguments(**cut))) == losses(whole)
 
 

@@ -22,7 +22,7 @@ from peagle_hf import PeagleError, PeagleTrainingArguments, metrics
 from peagle_hf.arguments import flags
 from peagle_hf.cli import main
 from peagle_hf.data.dataset import HiddenStatesDataset
-from peagle_hf.evaluation import summarize
+from peagle_hf.figures import summarize
 from peagle_hf.pace import Pace
 
 DEPTHS = range(3)
