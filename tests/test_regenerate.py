@@ -506,7 +506,7 @@ def test_unusable_rows_are_skipped_and_named(target, tmp_path):
     assert [row["id"] for row in run(target, output, prompts=str(source))] == ["d"]
     assert [(drop["id"], drop["place"], drop["reason"]) for drop in report_of(output)["dropped"]] == [
         ("a", "prompts.jsonl, line 1", "no user turn"),
-        ("b", "prompts.jsonl, line 2", "a message holds something other than text"),
+        ("b", "prompts.jsonl, line 2", "a message holds something other than text (image)"),
         ("c", "prompts.jsonl, line 3", "longer than the model's context with its answers"),
     ]
 
@@ -1158,7 +1158,7 @@ def test_nothing_to_answer_is_refused(target, tmp_path):
             else:
                 with pytest.raises(PeagleError, match=f"--{name.replace('_', '-')} is {value} but must be "):
                     make()
-    with pytest.raises(PeagleError, match=r"There is no file .*missing\.jsonl"):
+    with pytest.raises(PeagleError, match=r"missing\.jsonl can't be read: there is no such file"):
         run(target, tmp_path / "chats.jsonl", prompts=str(tmp_path / "missing.jsonl"))
 
 
