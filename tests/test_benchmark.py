@@ -14,6 +14,7 @@ BENCHMARKS = Path(__file__).parent / "benchmarks"
 BENCHMARK = BENCHMARKS / "training_step.py"
 
 
+@pytest.mark.slow
 def test_small_benchmark_reports_every_case(tmp_path):
     command = [sys.executable, str(BENCHMARK), "--small", "--long", "--ours-only", "--steps", "1"]
     command += ["--output", str(tmp_path / "results.json")]
@@ -28,6 +29,7 @@ def test_small_benchmark_reports_every_case(tmp_path):
         assert result["loss"] > 0
 
 
+@pytest.mark.slow
 def test_drafter_is_trained_for_the_comparison_with_the_peer(tmp_path, tiny_verifier, tiny_data):
     command = [sys.executable, str(BENCHMARKS / "against_peer.py"), "train", "ours", "--steps", "3", "--seed", "1"]
     command += ["--verifier", str(tiny_verifier), "--data", str(tiny_data), "--output", str(tmp_path)]

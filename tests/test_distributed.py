@@ -68,6 +68,7 @@ def history(folder, metric):
     return [entry[metric] for entry in log if metric in entry]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("partitions", ["1", "3"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_are_one(train_flags, tmp_path, kind, partitions):
@@ -97,6 +98,7 @@ def test_two_processes_are_one_with_muon_too(train_flags, tmp_path):
     assert history(tmp_path / "two" / "1", "loss") == pytest.approx(losses(one), rel=5e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_resume_is_bit_equal_on_two_processes(train_flags, tmp_path, kind):
     folder = tmp_path / "two"
@@ -110,6 +112,7 @@ def test_resume_is_bit_equal_on_two_processes(train_flags, tmp_path, kind):
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+@pytest.mark.slow
 def test_two_processes_resume_in_the_middle_of_a_later_epoch(train_flags, tmp_path):
     """The rows that follow are those of that epoch, not of the first."""
     folder, kept = tmp_path / "two", tmp_path / "whole"
@@ -122,6 +125,7 @@ def test_two_processes_resume_in_the_middle_of_a_later_epoch(train_flags, tmp_pa
     assert history(folder / "1", "loss") == history(kept, "loss")
 
 
+@pytest.mark.slow
 def test_accumulation_batch_size_and_processes_are_interchangeable(train_flags, tmp_path):
     """8 x 1, 1 x 8 and 2 processes x 4 rows a step, all in float32 (losses 1e-5, weights 1e-3 relative)."""
     common = {"max_steps": 3, "total_seq_len": 32, "eval_strategy": "no", "optim": "adamw_torch_fused"}

@@ -517,7 +517,7 @@ def losses(trainer) -> list[float]:
     return [entry[name] for entry in trainer.state.log_history for name in ("loss", "eval_loss") if name in entry]
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 def test_online_training_is_that_on_a_cache(online, server, data, output, tokens, arguments, dtype, tmp_path):
     reference = shutil.copytree(data, tmp_path / "reference")
     extract(replace(arguments, preprocessed_data=str(data), output=str(output), dtype=dtype))
@@ -551,6 +551,7 @@ def test_a_cache_that_training_begins_has_its_manifest(online, output, tiny_veri
     assert manifest.storage == "plain"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", ["fp8", "fp8-learnt"])
 def test_online_training_follows_the_kind_of_the_cache(online, data, output, arguments, storage, tmp_path):
     kind = {"dtype": "bfloat16", "storage": storage}
@@ -597,7 +598,9 @@ def test_a_dead_server_ends_training_with_a_checkpoint_to_go_on_from(online, ser
         assert torch.equal(parameter, resumed.model.get_parameter(name)), name
 
 
-@pytest.mark.parametrize("fault", ["layers", "outside", "html", "truncated"])
+@pytest.mark.parametrize(
+    "fault", ["layers", *(pytest.param(fault, marks=pytest.mark.slow) for fault in ("outside", "html", "truncated"))]
+)
 def test_a_fault_while_training_names_the_row_and_server_and_keeps_what_was_trained(online, server, tokens, fault):
     online |= {"train_data_ratio": 1, "save_strategy": "no", "total_seq_len": 30, "linear_start": False}
     server.fault = lambda token_ids: fault if len(server.asked) > 10 else None

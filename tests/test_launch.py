@@ -334,7 +334,13 @@ with supervisor.supervised([sys.executable, "-c", "from vllm import LLM; LLM()"]
 """
 
 
-@pytest.mark.parametrize("cause", ["SIGKILL", "SIGINT", "the guard is killed", "an exception"])
+@pytest.mark.parametrize(
+    "cause",
+    [
+        "SIGKILL",
+        *(pytest.param(one, marks=pytest.mark.slow) for one in ("SIGINT", "the guard is killed", "an exception")),
+    ],
+)
 def test_however_the_parent_ends_so_does_the_program(stand_in, cause):
     command = [sys.executable, "-c", PARENT, cause]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:

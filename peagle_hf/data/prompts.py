@@ -74,10 +74,7 @@ def read_prompts(
     """
     prompts = []
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            rows = open_source(source, Path(folder))
-        except FileNotFoundError as error:
-            raise PeagleError(f"There is no file {source}. Name a .jsonl or .json file with prompts.") from error
+        rows = open_source(source, Path(folder))
         for index in progress_bar(range(len(rows)), desc=f"Reading {source_name(source)}"):
             place, row = rows.read(index)
             prompt = Prompt(

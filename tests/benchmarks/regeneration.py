@@ -4,7 +4,8 @@
 
 Prompts have 140 words on average. Nearly all begin with one of 20 instructions of 12 words; 2 % are copies of another
 prompt and 3 % copies in which one word is changed. Answers have 200 tokens. Every step is a process of its own; FOLDER
-keeps nothing. `RSS` counts the pages of mapped files, such as those of PyTorch's libraries; `private` does not.
+keeps nothing. `RSS` counts the pages of mapped files, such as those of PyTorch's libraries; `private` does not. Compare
+processor seconds (user and system mode) where other programs share the machine, as they lengthen the seconds that pass.
 """
 
 import argparse
@@ -107,14 +108,15 @@ def main() -> None:
         return
     arguments.folder.mkdir(parents=True, exist_ok=True)
     save_target(Path(target))
-    print("| prompts | step | seconds | RSS MiB | private MiB |\n|---|---|---|---|---|")
+    print("| prompts | step | processor seconds | seconds | RSS MiB | private MiB |\n|---|---|---|---|---|---|")
     for count in arguments.prompts:
         write_prompts(Path(prompts), count)
         for step in ("nothing but imports", "read and de-duplicate", "regenerate", "write again from the journal"):
             command = [sys.executable, __file__, str(arguments.folder), "--step", step]
             printed, seconds, seen = watch(command)
             print(
-                f"| {count:,} | {step} | {seconds:,.1f} | {seen.rss / MIB:,.0f} | {seen.private / MIB:,.0f} |",
+                f"| {count:,} | {step} | {seen.processor:,.1f} | {seconds:,.1f} | {seen.rss / MIB:,.0f} | "
+                f"{seen.private / MIB:,.0f} |",
                 flush=True,
             )
             if step == "read and de-duplicate":
