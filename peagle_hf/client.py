@@ -277,7 +277,7 @@ def measure(
         return said
 
     before = client.counters()
-    warmed_up = client.ask([{"role": "user", "content": prompts[0].turns[0]}], 8, temperature)
+    warmed_up = client.ask([{"role": "user", "content": prompts[0].turns[0]}], 8, temperature, extra)
     client.since(before, len(warmed_up.token_ids))
     chats: list[list[Answer]] = [[] for _ in prompts]
     counters, seconds = {}, 0.0
