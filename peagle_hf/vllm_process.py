@@ -40,7 +40,8 @@ class Job:
         prompts: in the order in which they are asked.
         concurrency: how many chats at a time, each in turn.
         options: by which the chats become text.
-        answers: for each number of chats at a time, of each prompt by turn, what later turns follow; default: vLLM's own.
+        answers: for each number of chats at a time, of each prompt by turn, what later turns follow; default: vLLM's
+            own.
     """
 
     prompts: list[Prompt]
