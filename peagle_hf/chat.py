@@ -9,6 +9,7 @@ from typing import ClassVar
 from .arguments import Arguments, check_ranges
 from .client import Answer, Client, Counters
 from .data.endpoint import DEFAULT_URL, endpoint_urls
+from .data.tokenizer import read_template_kwargs
 from .errors import PeagleError
 from .figures import summarize
 
@@ -23,15 +24,23 @@ class ChatArguments(Arguments):
         default=None, metadata={"help": "0 is greedy. Default: what the server takes for the model."}
     )
     system: str | None = field(default=None, metadata={"help": "A system message."})
+    chat_template_kwargs: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Variables for the server's chat template, as a JSON object, for example "
+            "'{\"enable_thinking\": false}'. Default: those that the server was started with."
+        },
+    )
 
     GROUPS: ClassVar = {
-        "Chat": ("endpoint", "max_tokens", "temperature", "system"),
+        "Chat": ("endpoint", "max_tokens", "temperature", "system", "chat_template_kwargs"),
     }
     TEXTS: ClassVar = ("system",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.endpoint = ",".join(endpoint_urls(self.endpoint))
+        self.chat_template_kwargs = read_template_kwargs(self.chat_template_kwargs)
         check_ranges(self, {"max_tokens": (1, math.inf), "temperature": (0, math.inf)})
         if self.temperature == math.inf:
             raise PeagleError("--temperature is inf but must be a number.")
@@ -49,6 +58,7 @@ def chat(arguments: ChatArguments) -> None:
     """
     client = Client(arguments.endpoint)
     conversation = [] if arguments.system is None else [{"role": "system", "content": arguments.system}]
+    extra = {"chat_template_kwargs": arguments.chat_template_kwargs} if arguments.chat_template_kwargs else {}
     num_asked = num_failed = 0
     is_terminal = sys.stdin.isatty()
     print(f"{client.model['id']} at {client.url}. Ctrl-C stops an answer, Ctrl-D ends.")
@@ -65,7 +75,9 @@ def chat(arguments: ChatArguments) -> None:
         num_asked += 1
         try:
             before = _counters(client)
-            answer = client.ask([*conversation, question], arguments.max_tokens, arguments.temperature, on_text=_show)
+            answer = client.ask(
+                [*conversation, question], arguments.max_tokens, arguments.temperature, extra, on_text=_show
+            )
         except PeagleError as error:
             num_failed += 1
             print(f"\n[No answer, and the conversation goes on without this message: {error}]", file=sys.stderr)

@@ -241,12 +241,14 @@ def measure(
     concurrency: int,
     report_progress: Callable[[int], object],
     by_category: bool = False,
+    extra: dict[str, Any] | None = None,
 ) -> Run:
     """Ask all prompts, so many chats at a time; nothing comes from the server's prefix cache.
 
     Args:
         answers: of each prompt by turn, for later turns to follow; default: the server's own.
         by_category: end the chats of a category before the next begins, and read the server's counters in between.
+        extra: more fields of each request.
 
     Raises:
         PeagleError: the server fails, or generates more than it was asked for here: then others use it too.
@@ -257,7 +259,9 @@ def measure(
         messages, said = list(prompt.system), []
         for turn, question in enumerate(prompt.turns):
             messages.append({"role": "user", "content": question})
-            fields = {**PLAIN_SAMPLING, "cache_salt": secrets.token_hex(8)}
+            fields = {**PLAIN_SAMPLING, "cache_salt": secrets.token_hex(8), **(extra or {})}
+            if prompt.tools:  # which the model is told of; what it calls stays the text of its answer
+                fields |= {"tools": prompt.tools, "tool_choice": "none"}
             try:
                 answer = client.ask(messages, max_tokens, temperature, fields)
             except PeagleError as error:
@@ -273,7 +277,7 @@ def measure(
         return said
 
     before = client.counters()
-    warmed_up = client.ask([{"role": "user", "content": prompts[0].turns[0]}], 8, temperature)
+    warmed_up = client.ask([{"role": "user", "content": prompts[0].turns[0]}], 8, temperature, extra)
     client.since(before, len(warmed_up.token_ids))
     chats: list[list[Answer]] = [[] for _ in prompts]
     counters, seconds = {}, 0.0

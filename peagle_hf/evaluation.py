@@ -28,11 +28,18 @@ from .console import progress_bar
 from .data.cache import place
 from .data.chats import is_local_file, source_name
 from .data.prompts import Prompt, read_prompts
+from .data.tokenizer import (
+    CHAT_KWARGS_OF_DRAFTER_HELP,
+    CHAT_TEMPLATE_OF_DRAFTER_HELP,
+    ChatOptions,
+    read_template_kwargs,
+)
 from .errors import PeagleError
 from .figures import Trial, difference, entry
 from .files import atomic_path, check_writable, write_json
 from .finished_runs import FinishedRuns
 from .intervals import CONFIDENCE, METHOD
+from .model_card import chosen_chat_options, recorded_chat_options
 from .redaction import public_command, public_url
 from .report import draw, html, text
 from .serving import check_checkpoint, drafter_folder, drafter_name, speculative_config, vllm_environment
@@ -126,6 +133,8 @@ class EvaluateArguments(Arguments):
         metadata={"help": "With --endpoint, a server of the verifier alone to compare with. Default: no comparison."},
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the verifier."})
+    chat_template: str | None = field(default=None, metadata={"help": CHAT_TEMPLATE_OF_DRAFTER_HELP})
+    chat_template_kwargs: dict | str | None = field(default=None, metadata={"help": CHAT_KWARGS_OF_DRAFTER_HELP})
 
     GROUPS: ClassVar = {
         "Input and output": ("model", "compare", "suite", "output", "verifier", "trust_remote_code"),
@@ -138,11 +147,14 @@ class EvaluateArguments(Arguments):
             "rounds",
             "seed",
         ),
+        "Chat template": ("chat_template", "chat_template_kwargs"),
         "vLLM": ("dtype", "max_model_len", "endpoint", "baseline_endpoint"),
     }
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.chat_template_kwargs is not None:
+            self.chat_template_kwargs = read_template_kwargs(self.chat_template_kwargs)
         if not self.suite:
             raise PeagleError("--suite names no prompts. Name a .jsonl file or a hub dataset.")
         for name in ("concurrency", "num_speculative_tokens"):
@@ -177,8 +189,12 @@ class EvaluateArguments(Arguments):
                 default = argument.default_factory()
             if value != default:
                 words.append(flag_of(argument.name))
-                words += map(str, plain(value)) if isinstance(value, list) else [str(value)]
+                words += map(str, plain(value)) if isinstance(value, list) else [_word(value)]
         return shlex.join(public_command(words))
+
+
+def _word(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
 def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
@@ -227,8 +243,16 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
     output = Path(arguments.output)
     check_writable(output)
     write_config(arguments, output, "evaluation.yaml")
+    options = chosen_chat_options(
+        drafters[0].folder,
+        verifier,
+        arguments.trust_remote_code,
+        arguments.chat_template,
+        arguments.chat_template_kwargs,
+    )
+    _warn_of_other_options(drafters, options)
     run = _run_here if arguments.endpoint is None else _run_on_servers
-    without, trials, measured_on, finished = run(arguments, verifier, drafting, prompts)
+    without, trials, measured_on, finished = run(arguments, verifier, drafting, prompts, options)
 
     is_greedy = arguments.temperature == 0
     entries = [
@@ -253,6 +277,7 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
         "dropped_prompts": dropped,
         "max_tokens": arguments.max_tokens,
         "temperature": arguments.temperature,
+        **options.description(),
         "seed": arguments.seed if arguments.endpoint is None else None,
         "rounds": arguments.rounds,
         "interval_method": {"confidence": CONFIDENCE, "name": METHOD},
@@ -365,8 +390,7 @@ def _load_prompts(arguments: EvaluateArguments, dropped: list[dict[str, str]]) -
             raise PeagleError(f"{source_name(suite)} holds no prompt that can be run. Name a file with user turns.")
         prefix, repeated = f"{name}/" if len(names) > 1 else "", Counter[str]()
         for prompt in prompts:
-            content = json.dumps([prompt.system, prompt.turns])
-            first = suite_of.setdefault(content, name)
+            first = suite_of.setdefault(prompt.digest, name)
             if first != name:
                 repeated[first] += 1
                 dropped.append(prompt.dropped(f"it is in {first} too"))
@@ -410,8 +434,25 @@ Measured = tuple[list[list[Run]] | None, list[Trial], dict[str, Any], FinishedRu
 """The runs without a drafter, by number of chats at a time and round; the trials; what they were measured on."""
 
 
+def _warn_of_other_options(drafters: Sequence[Drafter], options: ChatOptions) -> None:
+    """Say which drafters were trained on chats that became text otherwise than here."""
+    for drafter in drafters:
+        trained = recorded_chat_options(drafter.folder)
+        if trained not in (None, options):
+            logger.warning(
+                "%s was trained with other chat options (%s) than it is measured with (%s), so on other text.",
+                drafter.name,
+                trained and trained.fingerprint(),
+                options.fingerprint(),
+            )
+
+
 def _run_on_servers(
-    arguments: EvaluateArguments, verifier: str, drafting: list[Drafting], prompts: list[Prompt]
+    arguments: EvaluateArguments,
+    verifier: str,
+    drafting: list[Drafting],
+    prompts: list[Prompt],
+    options: ChatOptions,
 ) -> Measured:
     """Measure servers that run already, at each number of chats at a time first that without the drafter."""
     assert arguments.endpoint is not None
@@ -440,7 +481,9 @@ def _run_on_servers(
         "device": "a vLLM server",
         "versions": {"peagle_hf": __version__, "vllm": client.version()},
     }
-    by_category = client.ask([{"role": "user", "content": prompts[0].turns[0]}], max_tokens=2).drafting is None
+    fields = _request_fields(arguments, options)
+    first = [{"role": "user", "content": prompts[0].turns[0]}]
+    by_category = client.ask(first, max_tokens=2, extra=fields).drafting is None
     if by_category:
         logger.warning(
             "%s doesn't count by request, so acceptance gets no intervals, and the categories are run one by one. "
@@ -449,7 +492,7 @@ def _run_on_servers(
         )
     finished = FinishedRuns(
         Path(arguments.output) / FINISHED_RUNS,
-        _settings(arguments, verifier, drafting, prompts)
+        _settings(arguments, verifier, drafting, prompts, options)
         | {"num_speculative_tokens": number, "counts_by_request": not by_category, **measured_on},
     )
     drafted: list[list[Run]] = [[] for _ in arguments.concurrency]
@@ -470,6 +513,7 @@ def _run_on_servers(
                 concurrency,
                 progress.update,
                 by_category,
+                fields,
             )
             finished.add(name, run, measured_on)
             return run
@@ -487,14 +531,20 @@ def _run_on_servers(
     return without if baseline else None, [trial], measured_on, finished
 
 
-def _run_here(arguments: EvaluateArguments, verifier: str, drafting: list[Drafting], prompts: list[Prompt]) -> Measured:
+def _run_here(
+    arguments: EvaluateArguments,
+    verifier: str,
+    drafting: list[Drafting],
+    prompts: list[Prompt],
+    options: ChatOptions,
+) -> Measured:
     """Run vLLM in processes of its own, in each round first without a drafter."""
     environment, output = vllm_environment(), Path(arguments.output)
     engine = _engine_arguments(arguments, verifier)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     finished = FinishedRuns(
         output / FINISHED_RUNS,
-        _settings(arguments, verifier, drafting, prompts)
+        _settings(arguments, verifier, drafting, prompts, options)
         | {name: value for name, value in engine.items() if name not in ("model", "trust_remote_code")}
         | {"device": device, "versions": _versions()},
     )
@@ -527,7 +577,7 @@ def _run_here(arguments: EvaluateArguments, verifier: str, drafting: list[Drafti
                 process.wait_until_ready()
             for number, (missing, process) in enumerate(steps):
                 name, runs = partial(_name_of_run, number_of_round, number=number), without
-                job = Job(prompts, missing, arguments.max_tokens, arguments.temperature)
+                job = Job(prompts, missing, arguments.max_tokens, arguments.temperature, options)
                 if number:
                     runs = trials[number - 1].runs
                     answers = [without[arguments.concurrency.index(concurrency)][-1].texts for concurrency in missing]
@@ -550,15 +600,38 @@ def _name_of_run(number_of_round: int, concurrency: int, number: int) -> str:
     return f"round {number_of_round}, {concurrency} at a time, {f'drafter {number}' if number else 'no drafter'}"
 
 
+def _request_fields(arguments: EvaluateArguments, options: ChatOptions) -> dict[str, Any]:
+    """The fields of each request to a server that carry the chat options.
+
+    The template is one of them only where `--chat-template` names it: a server takes it from a request only if it was
+    started with --trust-request-chat-template. The one of the drafter's record is left to the server.
+    """
+    fields: dict[str, Any] = {"chat_template_kwargs": options.kwargs} if options.kwargs else {}
+    if arguments.chat_template is not None:
+        fields["chat_template"] = options.template
+    elif options.template is not None:
+        logger.warning(
+            "The servers must have been started with the chat template of the drafter's training, as peagle-hf serve "
+            "does (the one of --baseline-endpoint too, with vLLM's --chat-template). Servers started with "
+            "--trust-request-chat-template are sent the one that --chat-template names."
+        )
+    return fields
+
+
 def _settings(
-    arguments: EvaluateArguments, verifier: str, drafting: list[Drafting], prompts: list[Prompt]
+    arguments: EvaluateArguments,
+    verifier: str,
+    drafting: list[Drafting],
+    prompts: list[Prompt],
+    options: ChatOptions,
 ) -> dict[str, Any]:
     """All that decides what a run measures, beside its own name; without passwords."""
-    content = json.dumps([[prompt.id, prompt.category, prompt.system, prompt.turns] for prompt in prompts])
+    content = json.dumps([[prompt.id, prompt.category, prompt.digest] for prompt in prompts])
     return {
         "verifier": weights_of(verifier) or verifier,
         "drafters": [f"{tried.drafter.weights}, K {tried.num_speculative_tokens}" for tried in drafting],
         "prompts": f"{len(prompts)}, sha256 {hashlib.sha256(content.encode()).hexdigest()[:16]}",
+        **options.description(),
         **{name: getattr(arguments, name) for name in ("concurrency", "max_tokens", "temperature", "seed", "dtype")},
         **{
             name: None if (url := getattr(arguments, name)) is None else public_url(url)

@@ -17,7 +17,7 @@ from .arguments import Arguments
 from .callbacks import BEST
 from .configuration_peagle import PeagleConfig
 from .errors import PeagleError
-from .model_card import model_card, read_evaluation, read_record
+from .model_card import chat_option_files, model_card, read_evaluation, read_record, recorded_chat_options
 from .serving import check_checkpoint
 from .target import hub_verifier
 
@@ -75,6 +75,8 @@ def push(
 ) -> CommitInfo:
     """Upload `config.json`, `model.safetensors` and the card `README.md` in one commit.
 
+    With them go a chat template and its variables, if the training data was prepared with chosen ones.
+
     Args:
         token: default: that of `hf auth login` or HF_TOKEN.
         message: of the commit.
@@ -91,15 +93,25 @@ def push(
     config = check_checkpoint(folder)
     verifier = hub_verifier(config.verifier_name_or_path, arguments.verifier_name)
     evaluation = read_evaluation(arguments.evaluation, folder) if arguments.evaluation else None
+    chat_options = recorded_chat_options(folder)
     fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     fields["speculators_config"]["verifier"]["name_or_path"] = verifier
     with _refusals(f"The checkpoint is whole in {arguments.model}; upload it later with: {arguments.command}"):
         repo_id = open_repo(arguments.repo_id, verifier, arguments.private or None, token)
-        card = card or model_card(config, repo_id, verifier, read_record(folder), evaluation, license=arguments.license)
+        card = card or model_card(
+            config,
+            repo_id,
+            verifier,
+            read_record(folder),
+            evaluation,
+            chat_options=chat_options,
+            license=arguments.license,
+        )
         files: dict[str, bytes | str] = {
             "config.json": (json.dumps(fields, indent=2) + "\n").encode(),
             "model.safetensors": str(folder / "model.safetensors"),
             "README.md": str(card).encode(),
+            **chat_option_files(chat_options),
         }
         api = _api()
         if arguments.revision:

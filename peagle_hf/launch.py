@@ -1,5 +1,7 @@
 """Run vLLM's OpenAI-compatible server: so that it gives hidden states (step 2), or with a drafter (step 7)."""
 
+import getpass
+import hashlib
 import json
 import logging
 import math
@@ -7,7 +9,9 @@ import os
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,8 +28,10 @@ from .data.server_folder import (
     server_name,
     write_server_record,
 )
+from .data.tokenizer import CHAT_KWARGS_OF_DRAFTER_HELP, CHAT_TEMPLATE_OF_DRAFTER_HELP
 from .errors import PeagleError
-from .files import check_writable
+from .files import atomic_path, check_writable
+from .model_card import chosen_chat_options
 from .redaction import public_command
 from .serving import check_checkpoint, drafter_folder, speculative_config, vllm_environment
 from .supervisor import supervised
@@ -101,10 +107,13 @@ class ServeArguments(Arguments):
     dry_run: bool = field(default=False, metadata={"help": DRY_RUN_HELP})
     vllm_python: str | None = field(default=None, metadata={"help": VLLM_PYTHON_HELP})
     trust_remote_code: bool = field(default=False, metadata={"help": TRUST_HELP})
+    chat_template: str | None = field(default=None, metadata={"help": CHAT_TEMPLATE_OF_DRAFTER_HELP})
+    chat_template_kwargs: dict | str | None = field(default=None, metadata={"help": CHAT_KWARGS_OF_DRAFTER_HELP})
     vllm_args: list[str] = field(default_factory=list, init=False)
 
     GROUPS: ClassVar = {
         "Models": ("model", "verifier", "num_speculative_tokens", "trust_remote_code"),
+        "Chat template": ("chat_template", "chat_template_kwargs"),
         "Command": ("dry_run", "vllm_python"),
     }
 
@@ -160,7 +169,8 @@ def serve(arguments: ServeArguments) -> None:
         address.check_free()
         with supervised(command, environment) as process:
             status = process.wait()
-        _check_status(status)
+        chat_flags = [flag for flag in ("--chat-template", "--default-chat-template-kwargs") if flag in command]
+        _check_status(status, f" vLLM 0.32 knows the flag {chat_flags[-1]}; older ones may not." if chat_flags else "")
 
 
 def _record_when_ready(process: subprocess.Popen, address: Address, folder: Path, model: str, slots: list[int]) -> int:
@@ -187,9 +197,9 @@ def _record_when_ready(process: subprocess.Popen, address: Address, folder: Path
     return status
 
 
-def _check_status(status: int) -> None:
+def _check_status(status: int, hint: str = "") -> None:
     if status:
-        raise PeagleError(f"vLLM ended with status {status}. What it said is above; correct the flags after --.")
+        raise PeagleError(f"vLLM ended with status {status}. What it said is above; correct the flags after --.{hint}")
 
 
 def server_command(arguments: LaunchArguments, on_cpu: bool) -> tuple[list[str], list[int]]:
@@ -258,7 +268,33 @@ def drafting_command(arguments: ServeArguments, on_cpu: bool) -> list[str]:
     config = check_checkpoint(folder, verifier, arguments.trust_remote_code)
     drafting = speculative_config(folder, config, arguments.num_speculative_tokens)
     options = {"--speculative-config": json.dumps(drafting), "--per-request-spec-decode-metrics": "summary"}
+    options |= _chat_flags(arguments, folder, verifier)
     return _vllm_command(arguments, verifier, options, on_cpu)
+
+
+def _chat_flags(arguments: ServeArguments, folder: Path, verifier: str) -> dict[str, str]:
+    """The flags by which vLLM writes chats as the drafter's training did, or as the arguments say."""
+    chosen = chosen_chat_options(
+        folder, verifier, arguments.trust_remote_code, arguments.chat_template, arguments.chat_template_kwargs
+    )
+    flags = {}
+    if chosen.template is not None:
+        flags["--chat-template"] = str(_template_file(arguments.chat_template, chosen.template))
+    if chosen.kwargs:
+        flags["--default-chat-template-kwargs"] = json.dumps(chosen.kwargs)
+    return flags
+
+
+def _template_file(name: str | None, template: str) -> Path:
+    """A file with a chat template: the one that the user named, else one among the temporary files, named after it."""
+    with suppress(OSError, ValueError):
+        if name is not None and Path(name).read_text(encoding="utf-8") == template:
+            return Path(name).absolute()
+    digest = hashlib.sha256(template.encode()).hexdigest()[:16]
+    path = Path(tempfile.gettempdir()) / f"peagle-hf-{getpass.getuser()}-{digest}.jinja"
+    with atomic_path(path) as temporary:
+        temporary.write_text(template, encoding="utf-8")
+    return path
 
 
 def _vllm_command(

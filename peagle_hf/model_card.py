@@ -1,6 +1,7 @@
 """The card of a drafter on the hub, made of what was recorded in training and measured in vLLM, and of nothing else."""
 
 import json
+import logging
 import os
 import shlex
 from collections.abc import Iterable, Sequence
@@ -11,11 +12,16 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .configuration_peagle import PeagleConfig
 from .data.chats import BUILT_IN_DATASETS, is_local_file
+from .data.prepared import CHAT_TEMPLATE_FILE, CHAT_TEMPLATE_KWARGS_FILE
+from .data.tokenizer import ChatOptions
 from .errors import PeagleError
+from .files import read_json
 from .modeling_peagle import HUB_TAGS
 from .report import estimate
 from .serving import speculative_config
 from .target import weights_of
+
+logger = logging.getLogger(__name__)
 
 RECORD = "training.json"
 """How a drafter was trained, beside its weights: see `PeagleTrainer.record`."""
@@ -43,6 +49,69 @@ def read_record(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
                     "then how the drafter was trained is not recorded."
                 ) from error
     return None
+
+
+def recorded_chat_options(folder: str | os.PathLike[str]) -> ChatOptions | None:
+    """How the chats became text that a drafter was trained on: by its record, or by the files that `push` uploaded.
+
+    None where that isn't known.
+
+    Raises:
+        PeagleError: a file is damaged.
+    """
+    folder = Path(folder)
+    if (record := read_record(folder)) is not None:
+        return _chat_options_of(record)
+    template, kwargs = folder / CHAT_TEMPLATE_FILE, folder / CHAT_TEMPLATE_KWARGS_FILE
+    remedy = "Download the drafter again."
+    try:
+        text = template.read_text(encoding="utf-8") if template.exists() else None
+    except (OSError, ValueError) as error:
+        raise PeagleError(f"{template} can't be read ({error}). {remedy}") from error
+    options = ChatOptions(text, read_json(kwargs, remedy) if kwargs.exists() else {})
+    return None if options == ChatOptions() else options
+
+
+def chosen_chat_options(
+    folder: str | os.PathLike[str],
+    verifier: str,
+    trust_remote_code: bool,
+    chat_template: str | None,
+    chat_template_kwargs: dict[str, Any] | str | None,
+) -> ChatOptions:
+    """The chat template and variables for a drafter: those that its training had, unless others are named.
+
+    What comes from the record is logged.
+
+    Raises:
+        PeagleError: the record is damaged, there is no such template, or the variables are no JSON object.
+    """
+    recorded = recorded_chat_options(folder)
+    options = ChatOptions.chosen(verifier, trust_remote_code, chat_template, chat_template_kwargs, recorded)
+    taken = []
+    recorded = recorded or ChatOptions()
+    if chat_template is None and recorded.template is not None:
+        taken.append("the chat template")
+    if chat_template_kwargs is None and recorded.kwargs:
+        taken.append(f"the chat template's variables {json.dumps(recorded.kwargs, ensure_ascii=False)}")
+    if taken:
+        logger.info(
+            "From the training of %s: %s. Others are chosen with --chat-template and --chat-template-kwargs.",
+            folder,
+            " and ".join(taken),
+        )
+    return options
+
+
+def chat_option_files(options: ChatOptions | None) -> dict[str, bytes]:
+    """The files beside a drafter on the hub that tell its chat options, by name; none where nothing was chosen."""
+    files: dict[str, bytes] = {}
+    options = options or ChatOptions()
+    if options.template is not None:
+        files[CHAT_TEMPLATE_FILE] = options.template.encode()
+    if options.kwargs:
+        files[CHAT_TEMPLATE_KWARGS_FILE] = (json.dumps(options.kwargs, indent=2) + "\n").encode()
+    return files
 
 
 def read_evaluation(path: str | os.PathLike[str], model: str | os.PathLike[str]) -> dict[str, Any]:
@@ -79,6 +148,7 @@ def model_card(
     record: dict[str, Any] | None = None,
     evaluation: dict[str, Any] | None = None,
     *,
+    chat_options: ChatOptions | None = None,
     name: str | None = None,
     license: str | None = None,
     language: str | list[str] | None = None,
@@ -93,6 +163,7 @@ def model_card(
         verifier: the base model's name on the hub; None if it isn't there.
         record: of the training, see `read_record`.
         evaluation: the report of `peagle-hf evaluate`.
+        chat_options: how the chats of the training became text; default: what the record says.
         name: the title; default: that of the repository.
         license: of the drafter, if known.
         language: of the data, if known.
@@ -119,7 +190,7 @@ def model_card(
         f"`peagle_hf`. It proposes {config.num_depths} tokens in one forward pass; the verifier checks them in one of "
         "its own, so the text stays the verifier's.",
         "## Serve",
-        _serve(config, repo_id, verifier),
+        _serve(config, repo_id, verifier, chat_options or _chat_options_of(record or {}) or ChatOptions()),
         "## Acceptance in vLLM",
         "Not measured." if evaluation is None else _acceptance(evaluation),
         "## Training",
@@ -159,13 +230,30 @@ def _results(evaluation: dict[str, Any] | None) -> list[EvalResult]:
     ]
 
 
-def _serve(config: PeagleConfig, repo_id: str, verifier: str | None) -> str:
+def _chat_options_of(record: dict[str, Any]) -> ChatOptions | None:
+    kwargs = record.get("chat_template_kwargs")
+    return None if kwargs is None else ChatOptions(record.get("chat_template"), kwargs)
+
+
+def _serve(config: PeagleConfig, repo_id: str, verifier: str | None, options: ChatOptions) -> str:
     named = shlex.quote(json.dumps(speculative_config(repo_id, config)))
+    flags = said = ""
+    if options.template is not None:
+        flags += f" --chat-template {CHAT_TEMPLATE_FILE}"
+        said += (
+            f"The drafter was trained with another chat template than the verifier's own: `{CHAT_TEMPLATE_FILE}` in "
+            f"this repository, which `hf download {repo_id} {CHAT_TEMPLATE_FILE} --local-dir .` fetches. "
+        )
+    if options.kwargs:
+        flags += f" --default-chat-template-kwargs {shlex.quote(json.dumps(options.kwargs))}"
+        said += "It was trained with the chat template's variables that stand in the command. "
+    if said:
+        said += "With others it drafts for text that it wasn't trained on.\n\n"
     return (
-        f"```bash\nvllm serve {repo_id}\n```\n\n"
+        f"{said}```bash\nvllm serve {repo_id}{flags}\n```\n\n"
         "finds the verifier in `config.json`. The same with the verifier named, and with fewer tokens at a time if "
         "`num_speculative_tokens` is lowered:\n\n"
-        f"```bash\nvllm serve {verifier or 'VERIFIER'} --speculative-config {named}\n```"
+        f"```bash\nvllm serve {verifier or 'VERIFIER'}{flags} --speculative-config {named}\n```"
     )
 
 

@@ -14,6 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from .configuration_peagle import VLLM_AUX_HIDDEN_STATES, PeagleConfig
+from .data.prepared import CHAT_TEMPLATE_FILE, CHAT_TEMPLATE_KWARGS_FILE
 from .errors import PeagleError
 from .modeling_peagle import PeagleForSpeculation
 from .target import load_verifier_config
@@ -34,7 +35,11 @@ def drafter_folder(name_or_path: str | os.PathLike[str]) -> Path:
     if Path(name_or_path).is_dir():
         return Path(os.path.realpath(name_or_path))
     try:
-        return Path(snapshot_download(str(name_or_path), allow_patterns=list(CHECKPOINT_FILES)))
+        return Path(
+            snapshot_download(
+                str(name_or_path), allow_patterns=[*CHECKPOINT_FILES, CHAT_TEMPLATE_FILE, CHAT_TEMPLATE_KWARGS_FILE]
+            )
+        )
     except (OSError, ValueError) as error:
         raise PeagleError(
             f"There is no folder {name_or_path}, and no drafter of that name came from the hub: "

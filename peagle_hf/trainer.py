@@ -55,7 +55,8 @@ from .data.collator import CODDataCollator
 from .data.dataset import EpochSampler, HiddenStatesDataset
 from .data.endpoint import EndpointError
 from .data.partition import partition, partition_by_rows, partition_every_row, without_labels
-from .data.prepared import read_prepare_record
+from .data.prepared import read_chat_options, read_prepare_record
+from .data.tokenizer import ChatOptions
 from .errors import PeagleError
 from .files import atomic_path, check_writable, remove_folder, write_json, writing
 from .hub import PushArguments, PushToHubCallback, open_repo, push
@@ -559,11 +560,15 @@ class PeagleTrainer(Trainer):
     def record(self) -> dict[str, Any]:
         """How the drafter was trained so far, for its card; each checkpoint holds it as `training.json`.
 
-        `data` is what `prepare.json` says of the training data, `seconds` the wall time with validation and saving,
+        `data` is what `prepare.json` says of the training data, `chat_template` and `chat_template_kwargs` how its
+        chats became text (the template only if one was chosen), `seconds` the wall time with validation and saving,
         over all resumed parts, `validation` the metrics of this very step; each is None if unknown.
         """
         args, dataset = self.args, self.train_dataset
-        origin = read_prepare_record(dataset.data_path) if isinstance(dataset, HiddenStatesDataset) else {}
+        origin: dict[str, Any] = {}
+        options: ChatOptions | None = None
+        if isinstance(dataset, HiddenStatesDataset) and (origin := read_prepare_record(dataset.data_path)):
+            options = read_chat_options(dataset.data_path)
         measured = [entry for entry in self.state.log_history if entry["step"] == self.state.global_step]
         schedule = f"{SchedulerType(args.lr_scheduler_type).value} from {args.learning_rate:g}"
         name = "Muon and AdamW" if args.optim == MUON else OptimizerNames(args.optim).value
@@ -571,6 +576,8 @@ class PeagleTrainer(Trainer):
         on_gpu = args.device.type == "cuda"
         return {
             "data": {name: origin[name] for name in ("data", "counts") if name in origin} or None,
+            "chat_template": options and options.template,
+            "chat_template_kwargs": options and options.kwargs,
             "loss": args.loss_fn,
             "depth_loss_decay": args.depth_loss_decay,
             "epochs": self.state.epoch or 0.0,

@@ -244,11 +244,20 @@ def build_endpoint(args: PeagleTrainingArguments) -> Endpoint:
     check_layers(endpoint.folder, endpoint.slots)
     remove_unfetched(endpoint.folder, args.request_timeout)
     if args.on_generate == "cache":
-        fingerprint = read_prepare_record(args.data_path).get("tokenizer_fingerprint")
+        record = read_prepare_record(args.data_path)
         existing = Manifest.read(cache)
         dtype = existing.dtype if existing else GENERATED_DTYPE
         storage = existing.storage if existing else "plain"
-        wanted = Manifest.of(verifier, target, layer_ids, args.verifier_revision, dtype, fingerprint, storage)
+        wanted = Manifest.of(
+            verifier,
+            target,
+            layer_ids,
+            args.verifier_revision,
+            dtype,
+            record.get("tokenizer_fingerprint"),
+            storage,
+            record.get("chat_template_kwargs"),
+        )
         check_folder(cache, wanted, cached_rows(cache))
         if existing is None:
             wanted.write(cache)

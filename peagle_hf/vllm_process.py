@@ -14,16 +14,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+from jinja2 import TemplateError
 
 from . import __version__
 from .client import DRAFT_COUNTERS, POSITION_COUNTER, Answer, Run, check_counts, drafting_counts
 from .console import progress_bar
 from .data.prompts import Prompt
+from .data.tokenizer import ChatOptions
 from .errors import PeagleError
 from .supervisor import supervised
 
@@ -37,13 +39,16 @@ class Job:
     Args:
         prompts: in the order in which they are asked.
         concurrency: how many chats at a time, each in turn.
-        answers: for each of these, of each prompt by turn, what later turns follow; default: vLLM's own.
+        options: by which the chats become text.
+        answers: for each number of chats at a time, of each prompt by turn, what later turns follow; default: vLLM's
+            own.
     """
 
     prompts: list[Prompt]
     concurrency: list[int]
     max_tokens: int
     temperature: float
+    options: ChatOptions = field(default_factory=ChatOptions)
     answers: list[list[list[str]]] | None = None
 
 
@@ -155,7 +160,8 @@ def _work(receive: Callable[[], dict[str, Any]], send: Callable[..., object]) ->
         }
     )
     content = receive()
-    job = Job(prompts=[Prompt(**prompt) for prompt in content.pop("prompts")], **content)
+    prompts = [Prompt(**prompt) for prompt in content.pop("prompts")]
+    job = Job(prompts=prompts, options=ChatOptions(**content.pop("options")), **content)
     longest = engine["max_model_len"]
     llm.generate(  # the first forward passes are slower
         _Conversations(llm, job, longest, None).inputs(0),
@@ -199,7 +205,7 @@ class _Conversations:
         """The prompt of a chat's next turn.
 
         Raises:
-            PeagleError: with the answer it would be longer than the engine takes.
+            PeagleError: with the answer it would be longer than the engine takes, or the chat template refuses it.
         """
         prompt, chat = self.job.prompts[index], self.chats[index]
         said = [answer.text for answer in chat] if self.answers is None else self.answers[index]
@@ -207,7 +213,17 @@ class _Conversations:
         for question, answer in zip(prompt.turns, said[: len(chat)], strict=False):
             messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         messages.append({"role": "user", "content": prompt.turns[len(chat)]})
-        ids = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        given = {"tools": prompt.tools, "chat_template": self.job.options.template}
+        given = {name: value for name, value in given.items() if value}
+        try:
+            ids = self._tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=False, **given, **self.job.options.kwargs
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise PeagleError(
+                f"The chat template refuses turn {len(chat)} of prompt {prompt.id}: {error} Take the prompt out, or "
+                "name another template with --chat-template."
+            ) from error
         if len(ids) + self.job.max_tokens > self.max_model_len:
             raise PeagleError(
                 f"Turn {len(chat)} of prompt {prompt.id} has {len(ids)} tokens; with an answer of "

@@ -53,7 +53,7 @@ def save_prepared(folder: Path, lengths: tuple[int, ...] = LENGTHS, vocab_size: 
         "conversation_id": list(range(len(rows))),
     }
     Dataset.from_dict(columns).with_format("torch").save_to_disk(folder)
-    (folder / "prepare.json").write_text('{"tokenizer_fingerprint": "abc"}')
+    (folder / "prepare.json").write_text('{"tokenizer_fingerprint": "abc", "chat_template_kwargs": {"think": false}}')
     return rows
 
 
@@ -137,6 +137,7 @@ def test_files_are_bfloat16_and_trainable_by_others(arguments: ExtractArguments)
         "tokenizer_fingerprint": "abc",
         "storage": "plain",
         "format_version": 2,
+        "chat_template_kwargs": {"think": False},
     }
 
 
@@ -236,7 +237,11 @@ def test_states_of_another_verifier_or_other_layers_are_not_mixed(arguments: Ext
         extract.extract(replace(arguments, target_layer_ids=[0, 2, 3]))
     with pytest.raises(PeagleError, match="dtype 'bfloat16' there, 'float32' wanted"):
         extract.extract(replace(arguments, dtype="float32"))
-    Path(arguments.preprocessed_data, "prepare.json").write_text('{"tokenizer_fingerprint": "xyz"}')
+    prepared = Path(arguments.preprocessed_data, "prepare.json")
+    prepared.write_text('{"tokenizer_fingerprint": "abc", "chat_template_kwargs": {}}')
+    with pytest.raises(PeagleError, match=r"chat_template_kwargs \{'think': False\} there, \{\} wanted"):
+        extract.extract(arguments)
+    prepared.write_text('{"tokenizer_fingerprint": "xyz"}')
     with pytest.raises(PeagleError, match="tokenizer_fingerprint 'abc' there, 'xyz' wanted"):
         extract.extract(arguments)
     assert cached_rows(output) == {0}

@@ -40,6 +40,8 @@ from peagle_hf.target import weights_of
 
 VERIFIER = "some-lab/tiny-chat"
 SERVED = {"config.json", "model.safetensors", "README.md"}
+TEMPLATE = "{{ messages[0].content }}"
+CHAT_FILES = {"chat_template.jinja": TEMPLATE.encode(), "chat_template_kwargs.json": b'{\n  "word": "it\'s"\n}\n'}
 
 
 @pytest.fixture
@@ -67,12 +69,14 @@ def hub_flags(train_flags):
 
 @pytest.fixture(scope="module")
 def trained(tiny_verifier, tiny_data, tmp_path_factory):
-    """The folder of an ended run of one epoch on data with a prepare.json."""
+    """The folder of an ended run of one epoch on data with a prepare.json and a chosen chat template."""
     folder = tmp_path_factory.mktemp("trained")
     data = folder / "data"
     shutil.copytree(tiny_data, data)
     counts = {"rows": 20, "tokens": 430, "learnt_tokens": 290}
     origin = {"data": ["sharegpt", "/home/me/secret/chats.jsonl", "a-lab/chats:test"], "counts": counts}
+    origin["chat_template_kwargs"] = {"word": "it's"}
+    (data / "chat_template.jinja").write_text(TEMPLATE)
     (data / "prepare.json").write_text(json.dumps(origin))
     flags = {"verifier_name_or_path": str(tiny_verifier), "data_path": str(data), "output_dir": str(folder / "run")}
     settings = {"num_layers": 2, "num_depths": 3, "draft_vocab_size": 64, "total_seq_len": 64, "train_data_ratio": 0.8}
@@ -242,7 +246,8 @@ def test_the_command_uploads_with_the_measurement(hub, trained, evaluation, monk
     flags = ["--model", str(trained), "--repo-id", "my-lab/measured", "--evaluation", str(evaluation)]
     cli.main(["push", *flags, "--verifier-name", VERIFIER, "--private", "--license", "apache-2.0"])
     files = hub.files("my-lab/measured")
-    assert files.keys() == SERVED
+    assert files.keys() == SERVED | CHAT_FILES.keys()
+    assert files.items() >= CHAT_FILES.items()
     assert hub.private["my-lab/measured"]
     data = metadata(hub, "my-lab/measured")
     assert data.license == "apache-2.0"
@@ -257,6 +262,9 @@ def test_the_command_uploads_with_the_measurement(hub, trained, evaluation, monk
 def test_the_card_says_what_was_measured(trained, evaluation):
     config, record = PeagleConfig.from_pretrained(trained), read_record(trained)
     card = model_card(config, "my-lab/d", VERIFIER, record, read_evaluation(evaluation, trained)).text
+    flags_of_chat = "--chat-template chat_template.jinja --default-chat-template-kwargs '" + (
+        '{"word": "it\'"\'"\'s"}' + "'"
+    )
     for words in (
         "| accepted, of all drafts | 31.2% | 10.3% | 2.2% |",
         "| acceptance length | 1.438 (1.401 to 1.474) |",
@@ -283,8 +291,9 @@ def test_the_card_says_what_was_measured(trained, evaluation):
         "| decoder layers | 2, llama, hidden size 32 |",
         "| vocabulary | 64 of the verifier's 96 tokens |",
         "after layers | 2, 3, 4 |",
-        "vllm serve my-lab/d\n",
-        f'vllm serve {VERIFIER} --speculative-config \'{{"model": "my-lab/d", "method": "eagle3", '
+        "`hf download my-lab/d chat_template.jinja --local-dir .`",
+        f"vllm serve my-lab/d {flags_of_chat}\n",
+        f'vllm serve {VERIFIER} {flags_of_chat} --speculative-config \'{{"model": "my-lab/d", "method": "eagle3", '
         '"parallel_drafting": true, "num_speculative_tokens": 3}\'',
     ):
         assert words in card, words
@@ -294,6 +303,8 @@ def test_the_card_says_what_was_measured(trained, evaluation):
 
 def test_the_card_says_what_was_not_measured(trained):
     card = model_card(PeagleConfig.from_pretrained(trained), "my-lab/d", VERIFIER)
+    assert "```bash\nvllm serve my-lab/d\n```" in card.text
+    assert "chat template" not in card.text
     for title, words in {"Acceptance in vLLM": "Not measured.", "Training": "Not recorded."}.items():
         assert f"## {title}\n\n{words}\n" in card.text
     assert "## Validation\n\nNot measured.\n" in card.text
@@ -396,9 +407,11 @@ def test_of_two_processes_one_uploads(hub, hub_flags, tmp_path):
 
 def test_a_drafter_of_the_hub_is_served_from_its_files(hub, drafter):
     files = {name: (drafter / name).read_bytes() for name in ("config.json", "model.safetensors")}
-    hub.add("my-lab/drafter", {**files, "optimizer.pt": b"not wanted"})
+    hub.add("my-lab/drafter", {**files, **CHAT_FILES, "optimizer.pt": b"not wanted"})
     command = drafting_command(ServeArguments("my-lab/drafter"), on_cpu=True)
     folder = Path(json.loads(command[command.index("--speculative-config") + 1])["model"])
-    assert {path.name for path in folder.iterdir()} == set(files)
+    assert {path.name for path in folder.iterdir()} == files.keys() | CHAT_FILES.keys()
+    assert command[command.index("--default-chat-template-kwargs") + 1] == '{"word": "it\'s"}'
+    assert Path(command[command.index("--chat-template") + 1]).read_text() == TEMPLATE
     with pytest.raises(PeagleError, match=r"no drafter of that name came from the hub: .*Repository"):
         drafting_command(ServeArguments("my-lab/nothing"), on_cpu=True)

@@ -625,6 +625,51 @@ def test_prepare_refuses_the_token_ids_of_another_vocabulary(target, prompts, tm
     prepare(make(model=str(same), overwrite=True))
 
 
+def test_a_chosen_chat_template_and_its_variables_are_answered_and_remembered(
+    target, prompts, tmp_path, server, caplog
+):
+    """Two templates by name and one of a file; a server gets the ids of the same text, and prepare wants the same."""
+    named = shutil.copytree(target, tmp_path / "named")
+    (named / "chat_template.jinja").unlink()
+    (named / "additional_chat_templates").mkdir()
+    thinking = TEMPLATE.replace("assistant\n{% endif %}", "assistant\n{{ '' if think else 'no ' }}{% endif %}")
+    (named / "additional_chat_templates" / "thinking.jinja").write_text(thinking)
+    (named / "additional_chat_templates" / "plain.jinja").write_text(TEMPLATE)
+    (tmp_path / "own.jinja").write_text(thinking)
+    with pytest.raises(PeagleError, match=r"none of them is the default: .*Name one with --chat-template"):
+        run(named, tmp_path / "no.jsonl", prompts=str(prompts))
+
+    output = tmp_path / "chats.jsonl"
+    chosen = {"prompts": str(prompts), "chat_template": "thinking", "chat_template_kwargs": '{"think": false}'}
+    rows = run(named, output, **chosen)
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    assert all("assistant\nno " in tokenizer.decode(row["input_ids"]) for row in rows)
+    settings = report_of(output)["settings"]
+    assert settings["chat_template"].startswith("sha256 ")
+    assert settings["chat_template_kwargs"] == {"think": False}
+    assert json.loads(rows[0]["chat_options"]) == {name: settings[name] for name in json.loads(rows[0]["chat_options"])}
+    assert run(named, output, **chosen) == rows
+    file = {**chosen, "chat_template": str(tmp_path / "own.jinja"), "chat_template_kwargs": {"think": False}}
+    assert run(named, output, **file) == rows, "it is the same template"
+    there = run(target, tmp_path / "there.jsonl", endpoint=server.url, **file)
+    assert [row["input_ids"] for row in there] == [row["input_ids"] for row in rows]
+    assert str(tmp_path) not in (tmp_path / "there.report.json").read_text()
+
+    with pytest.raises(PeagleError, match=r"chat_template_kwargs: \{'think': False\} there, \{'think': True\} now"):
+        run(named, output, **{**chosen, "chat_template_kwargs": {"think": True}})
+    output.unlink()
+    caplog.clear()
+    plain = run(named, output, **{**chosen, "chat_template": "plain", "chat_template_kwargs": None})
+    assert "chat_template_kwargs: {'think': False} there, None now" in caplog.text
+    assert plain[0]["input_ids"] != rows[0]["input_ids"]
+
+    write_jsonl(output, rows)
+    make = partial(PrepareArguments, str(target), [str(output)], str(tmp_path / "data"))
+    with pytest.raises(PeagleError, match=r"chats\.jsonl, line \d: the input_ids were written with other chat options"):
+        prepare(make())
+    prepare(make(chat_template=str(tmp_path / "own.jinja"), chat_template_kwargs={"think": False}))
+
+
 # What an interruption leaves
 
 

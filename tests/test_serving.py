@@ -3,21 +3,30 @@
 import io
 import json
 import os
+import shlex
+import shutil
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import VllmServer, ended
 from fake_vllm import FakeDraftingVllm
+from transformers import AutoTokenizer
 
 from peagle_hf import EvaluateArguments, PeagleError, cli, evaluate
 from peagle_hf.chat import ChatArguments
+from peagle_hf.data.prompts import Prompt
+from peagle_hf.data.tokenizer import ChatOptions
 from peagle_hf.launch import ServeArguments, drafting_command
 from peagle_hf.model_card import model_card, read_evaluation
 from peagle_hf.serving import check_checkpoint
+from peagle_hf.vllm_process import Job, _Conversations
 
+TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}{{ 'w9' if enable_thinking else 'w8' }}"
 ROWS = [
     {"question_id": 2, "category": "long", "turns": ["a b c d e f g", "a b c"]},
     {"question_id": 1, "category": "short", "turns": ["a b c"]},
@@ -88,7 +97,91 @@ def test_a_bad_checkpoint_or_another_verifier_is_found_before_vllm_starts(drafte
         assert words in capsys.readouterr().err
 
 
+@pytest.fixture
+def trained_drafter(drafter, tmp_path) -> Path:
+    """With the record of a training on chats of a chosen template without thoughts."""
+    folder = shutil.copytree(drafter, tmp_path / "trained")
+    record = {"chat_template": TEMPLATE, "chat_template_kwargs": {"enable_thinking": False}}
+    (folder / "training.json").write_text(json.dumps(record))
+    return folder
+
+
+def test_the_server_writes_chats_as_the_training_did(trained_drafter, drafter, tmp_path, caplog, capsys):
+    caplog.set_level("INFO", logger="peagle_hf")
+    command = drafting_command(ServeArguments(str(trained_drafter)), on_cpu=False)
+    assert option(command, "--default-chat-template-kwargs") == {"enable_thinking": False}
+    assert Path(command[command.index("--chat-template") + 1]).read_text() == TEMPLATE
+    (said,) = [record.message for record in caplog.records]
+    assert 'the chat template and the chat template\'s variables {"enable_thinking": false}' in said
+
+    caplog.clear()
+    own = tmp_path / "own template.jinja"
+    own.write_text("{{ messages }}")
+    flags = ["--chat-template", str(own), "--chat-template-kwargs", '{"a": "ä"}', "--dry-run"]
+    cli.main(["serve", str(trained_drafter), *flags])
+    words = shlex.split(capsys.readouterr().out)
+    assert words[words.index("--chat-template") + 1] == str(own)
+    assert option(words, "--default-chat-template-kwargs") == {"a": "ä"}
+    assert "From the training" not in caplog.text
+
+    for folder, changes in ((drafter, {}), (trained_drafter, {"chat_template": str(own), "chat_template_kwargs": {}})):
+        command = drafting_command(ServeArguments(str(folder), **changes), on_cpu=False)
+        assert "--default-chat-template-kwargs" not in command
+        assert ("--chat-template" in command) == bool(changes)
+    by_name = drafting_command(ServeArguments(str(trained_drafter), chat_template="default"), on_cpu=False)
+    assert "{{ message['content'] }}" in Path(by_name[by_name.index("--chat-template") + 1]).read_text()
+    with pytest.raises(PeagleError, match=r"--chat-template nowhere is neither a template of .* \(it has default\)"):
+        drafting_command(ServeArguments(str(drafter), chat_template="nowhere"), on_cpu=False)
+
+
 # Measuring
+
+
+def test_servers_are_asked_with_the_template_variables_of_the_training(
+    arguments, server, trained_drafter, prompts, tmp_path, caplog
+):
+    tools = [{"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}}]
+    question = {"messages": [{"role": "user", "content": "a b"}], "tools": tools}
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS, question]))
+    own = tmp_path / "own.jinja"
+    own.write_text("{{ messages }}")
+    journals = []
+    output = Path(arguments().output)
+    server.chat_fault = lambda message: journals.extend(path.read_text() for path in output.glob("*.journal"))
+    for changes, kwargs, template in (
+        ({}, {"enable_thinking": False}, None),
+        ({"chat_template_kwargs": '{"a": 1}'}, {"a": 1}, None),
+        ({"chat_template_kwargs": {}, "chat_template": str(own)}, None, own.read_text()),
+    ):
+        server.requests.clear()
+        caplog.clear()
+        report = evaluate(arguments(model=str(trained_drafter), **changes))
+        assert [request.get("chat_template_kwargs") for request in server.requests] == [kwargs] * 7
+        assert [request.get("chat_template") for request in server.requests] == [template] * 7
+        offered = [(request["tools"], request["tool_choice"]) for request in server.requests if "tools" in request]
+        assert offered == [(tools, "none")]
+        assert report["chat_template_kwargs"] == kwargs
+        assert report["chat_template"].startswith("sha256 ")
+        assert json.loads(journals[-1].splitlines()[0])["settings"]["chat_template_kwargs"] == kwargs
+        assert ("was trained with other chat options" in caplog.text) == bool(changes)
+        assert ("must have been started with the chat template" in caplog.text) == (template is None)
+    assert "--chat-template-kwargs '{}'" in report["command"]
+    evaluate(arguments(model=arguments().model))
+    assert "chat_template_kwargs" not in server.requests[-1]
+    with pytest.raises(PeagleError, match="is not valid JSON"):
+        arguments(chat_template_kwargs="{enable")
+
+
+def test_vllm_in_this_machine_is_given_the_template_and_the_tools(chain):
+    tokenizer = AutoTokenizer.from_pretrained(chain)
+    llm = SimpleNamespace(llm_engine=None, renderer=None, get_tokenizer=lambda: tokenizer)
+    prompts = [Prompt("1", "chat", [], ["w5"], tools=[{"name": "w20"}])]
+    template = "{{ tools[0].name }} {{ messages[0].content }} {{ word }}"
+    job = Job(prompts, [1], 8, 0.0, ChatOptions(template, {"word": "w7"}))
+    assert _Conversations(llm, job, 99, None).inputs(0) == {"prompt_token_ids": [20, 5, 7]}
+    refusing = replace(job, options=ChatOptions("{{ raise_exception('no tools here') }}"))
+    with pytest.raises(PeagleError, match="refuses turn 0 of prompt 1: no tools here"):
+        _Conversations(llm, refusing, 99, None).inputs(0)
 
 
 def test_servers_give_the_report_that_vllm_in_process_gives(arguments, server, baseline, drafter, caplog):
@@ -309,6 +402,7 @@ def chat(monkeypatch, said: str, *flags: str) -> None:
 
 def test_a_chat_shows_what_each_answer_accepted(server, monkeypatch, capsys):
     flags = ["--endpoint", server.url, "--system", "be kind", "--max-tokens", "9", "--temperature", "0"]
+    flags += ["--chat-template-kwargs", '{"enable_thinking": false}']
     chat(monkeypatch, "a b c\n\na b c d e f g\n", *flags)
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == "w0 w1 w2 w3 "
@@ -317,6 +411,7 @@ def test_a_chat_shows_what_each_answer_accepted(server, monkeypatch, capsys):
     assert [message["role"] for message in server.requests[1]["messages"]] == ["system", "user", "assistant", "user"]
     assert server.requests[1]["messages"][2]["content"] == "w0 w1 w2 w3 "
     assert (server.requests[0]["max_tokens"], server.requests[0]["temperature"]) == (9, 0)
+    assert [request["chat_template_kwargs"] for request in server.requests] == [{"enable_thinking": False}] * 2
 
 
 def test_a_chat_without_a_drafter_or_beside_others_says_so(server, baseline, monkeypatch, capsys):

@@ -56,7 +56,8 @@ class Manifest:
         hidden_size: H.
         aux_layer_ids: the layers of slots 0 .. A-1, by number of layers passed.
         dtype: of the states as they are read.
-        tokenizer_fingerprint: of the tokenizer that the rows were prepared with.
+        tokenizer_fingerprint: of the tokenizer that the rows were prepared with, its chat template included.
+        chat_template_kwargs: the chat template's variables that the rows were prepared with.
         storage: the kind of its files; folders of format version 1 are plain.
         format_version: of the folder.
     """
@@ -71,6 +72,7 @@ class Manifest:
     tokenizer_fingerprint: str | None = None
     storage: Storage | None = "plain"
     format_version: int = FORMAT_VERSION
+    chat_template_kwargs: dict[str, Any] | None = None
 
     @classmethod
     def of(
@@ -82,6 +84,7 @@ class Manifest:
         dtype: str | None = None,
         tokenizer_fingerprint: str | None = None,
         storage: Storage | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> "Manifest":
         """Describe what a verifier with this (text) configuration gives."""
         return cls(
@@ -94,6 +97,7 @@ class Manifest:
             dtype=dtype,
             tokenizer_fingerprint=tokenizer_fingerprint,
             storage=storage,
+            chat_template_kwargs=chat_template_kwargs,
         )
 
     @classmethod

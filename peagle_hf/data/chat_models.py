@@ -14,7 +14,6 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import (
     AutoConfig,
-    AutoTokenizer,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -29,6 +28,7 @@ from ..products import pack_linear_layers
 from ..target import load_verifier
 from .chats import Unlearnable
 from .endpoint import EndpointError, RefusedEndpointError, ask_any, concurrently, endpoint_urls, served_model
+from .tokenizer import ChatOptions, load_tokenizer
 
 _PLACEHOLDER = "PLACEHOLDER"
 
@@ -59,6 +59,7 @@ class ChatModel(ABC):
         name: a folder or a hub name.
         max_new_tokens: of an answer.
         trust_remote_code: run code that comes with it.
+        options: a chat template in place of its own, and the template's variables.
 
     Raises:
         PeagleError: it can't be loaded, or is no chat model.
@@ -67,10 +68,12 @@ class ChatModel(ABC):
     batch_size: int
     """Chats that are answered together."""
 
-    def __init__(self, name: str, max_new_tokens: int, trust_remote_code: bool):
-        self.name, self.max_new_tokens = name, max_new_tokens
+    def __init__(self, name: str, max_new_tokens: int, trust_remote_code: bool, options: ChatOptions | None = None):
+        self.name, self.max_new_tokens, self.options = name, max_new_tokens, options or ChatOptions()
+        self.tokenizer = load_tokenizer(name, trust_remote_code)
+        if self.options.template is not None:
+            self.tokenizer.chat_template = self.options.template
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
             config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
             ends = _generation_config(name, config).eos_token_id
         except (OSError, ValueError) as error:
@@ -79,6 +82,11 @@ class ChatModel(ABC):
             raise PeagleError(
                 f"The tokenizer of {name} has no chat template, so it is unknown how a chat is written for this model. "
                 "Name a chat model, or add a chat_template.jinja to its folder."
+            )
+        if isinstance(self.tokenizer.chat_template, dict) and "default" not in self.tokenizer.chat_template:
+            raise PeagleError(
+                f"The tokenizer of {name} has several chat templates and none of them is the default: "
+                f"{', '.join(self.tokenizer.chat_template)}. Name one with --chat-template."
             )
         self.end_ids = {self.tokenizer.eos_token_id} if ends is None else {ends} if isinstance(ends, int) else set(ends)
         self.max_length: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -116,7 +124,11 @@ class ChatModel(ABC):
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+                    messages,
+                    tools=tools,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    **self.options.kwargs,
                 )
             )
         except (TemplateError, TypeError) as error:
@@ -160,8 +172,9 @@ class LocalChatModel(ChatModel):
         trust_remote_code: bool,
         batch_size: int,
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        options: ChatOptions | None = None,
     ):
-        super().__init__(name, max_new_tokens, trust_remote_code)
+        super().__init__(name, max_new_tokens, trust_remote_code, options)
         self.batch_size = batch_size
         device = "cuda" if torch.cuda.is_available() else "cpu"
         own = "float32" if dtype == "auto" and device == "cpu" else dtype
@@ -242,10 +255,11 @@ class ServedChatModel(ChatModel):
         concurrency: int,
         request_timeout: float,
         max_retries: int,
+        options: ChatOptions | None = None,
     ):
         self.urls = endpoint_urls(endpoint)
         served_model(self.urls, name, request_timeout, f"vllm serve {name}")
-        super().__init__(name, max_new_tokens, trust_remote_code)
+        super().__init__(name, max_new_tokens, trust_remote_code, options)
         self.concurrency, self.request_timeout, self.max_retries = concurrency, request_timeout, max_retries
         limits = [
             ask_any([url], request_timeout, max_retries, lambda server: server.max_model_len) for url in self.urls

@@ -237,7 +237,8 @@ def extract(arguments: ExtractArguments) -> ExtractReport:
     output = cache_folder(arguments.preprocessed_data, arguments.output)
     urls = endpoint_urls(arguments.endpoint) if arguments.endpoint else ()
     model = served_model(urls, arguments.model, arguments.request_timeout) if urls else arguments.model
-    model = model or read_prepare_record(arguments.preprocessed_data).get("model")
+    record = read_prepare_record(arguments.preprocessed_data)
+    model = model or record.get("model")
     if model is None:
         raise PeagleError("No verifier is named. Pass --model with a hub name or a folder, or an --endpoint.")
     arguments = replace(arguments, model=model)
@@ -252,8 +253,9 @@ def extract(arguments: ExtractArguments) -> ExtractReport:
         check_layer_ids(wanted, config),
         revision=arguments.revision,
         dtype=arguments.dtype,
-        tokenizer_fingerprint=read_prepare_record(arguments.preprocessed_data).get("tokenizer_fingerprint"),
+        tokenizer_fingerprint=record.get("tokenizer_fingerprint"),
         storage=arguments.storage,
+        chat_template_kwargs=record.get("chat_template_kwargs"),
     )
     data = load_prepared(arguments.preprocessed_data).with_format(None)
     rows = enumerate(data["seq_len"][: arguments.max_samples])

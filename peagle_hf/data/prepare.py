@@ -46,6 +46,7 @@ from .prepared import (
 from .tokenizer import (
     CHAT_TEMPLATE_HELP,
     CHAT_TEMPLATE_KWARGS_HELP,
+    ChatOptions,
     load_tokenizer,
     read_template_kwargs,
     tokenizer_fingerprint,
@@ -264,6 +265,7 @@ class _RowMaker:
     sources: list[Source]
     num_ids: int
     vocabulary: str
+    chat_options: ChatOptions
     seq_length: int
     min_learnt_tokens: int
     preference: str | None
@@ -290,7 +292,7 @@ class _RowMaker:
         """The place of a row, and its content or the columns that say why it is left out."""
         place, content = _read(self.sources, number)
         if "input_ids" in content and "loss_mask" in content:
-            return place, _read_tokens(content, place, self.num_ids, self.vocabulary)
+            return place, _read_tokens(content, place, self.num_ids, self.vocabulary, self.chat_options)
         try:
             return place, read_chat(content, place, self.preference)
         except Unlearnable as error:
@@ -372,18 +374,28 @@ def _conversation_values(source: Source) -> Iterator[Any]:
             yield None if is_messages else value
 
 
-def _read_tokens(row: dict[str, Any], place: str, num_ids: int, vocabulary: str) -> MaskedRow:
+def _read_tokens(
+    row: dict[str, Any], place: str, num_ids: int, vocabulary: str, chat_options: ChatOptions
+) -> MaskedRow:
     """Check a row that is tokenized already; each run of 1 in its loss mask is an answer.
 
     Args:
         num_ids: one more than the largest id of the vocabulary.
         vocabulary: its fingerprint, which `regenerate` writes into each row as `tokenizer`.
+        chat_options: those of `prepare`; `regenerate` writes its own into each row.
     """
     if row.get("tokenizer") not in (None, vocabulary):
         raise PeagleError(
             f"{place}: the input_ids are of another tokenizer, that of {row.get('model') or 'an unknown model'}. Name "
             "that model with --model, make the rows anew with peagle-hf regenerate, or take `input_ids` out of the "
             "rows so that their `messages` are tokenized."
+        )
+    if row.get("chat_options") not in (None, chat_options.fingerprint()):
+        raise PeagleError(
+            f"{place}: the input_ids were written with other chat options ({row['chat_options']}) than those here "
+            f"({chat_options.fingerprint()}), which the drafter would be measured and served with. Give peagle-hf "
+            "prepare the --chat-template and --chat-template-kwargs that peagle-hf regenerate had, or make the rows "
+            "anew."
         )
     for name, limit in (("input_ids", num_ids), ("loss_mask", 2)):
         values = row[name]
@@ -440,6 +452,9 @@ def _make(
         sources,
         num_ids,
         vocabulary_fingerprint(tokenizer),
+        ChatOptions(
+            None if arguments.chat_template is None else str(tokenizer.chat_template), origin["chat_template_kwargs"]
+        ),
         arguments.seq_length,
         arguments.min_learnt_tokens,
         arguments.preference,

@@ -6,13 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import PeagleError
 from ..files import read_json
+from .tokenizer import ChatOptions
 
 if TYPE_CHECKING:
     import datasets
 
 PREPARE_RECORD = "prepare.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
-"""The chat template that `prepare --chat-template` chose, beside the prepared dataset."""
+"""The chat template that `prepare --chat-template` chose, beside the prepared dataset, and on the hub beside a drafter
+that was trained with it."""
+CHAT_TEMPLATE_KWARGS_FILE = "chat_template_kwargs.json"
+"""On the hub, beside a drafter that was trained with variables for the chat template: these."""
 DATASET_INFO, DATASET_STATE = "dataset_info.json", "state.json"
 REMEDY = "Run the same peagle-hf prepare command again: it makes a damaged dataset anew and keeps its hidden states."
 
@@ -76,6 +80,19 @@ def chat_options(data_path: str | os.PathLike[str]) -> tuple[str | None, dict[st
     template = Path(data_path) / CHAT_TEMPLATE_FILE
     kwargs = read_prepare_record(data_path).get("chat_template_kwargs") or {}
     return str(template) if template.exists() else None, kwargs
+
+
+def read_chat_options(data_path: str | os.PathLike[str]) -> ChatOptions:
+    """The same with the text of the template.
+
+    Raises:
+        PeagleError: the record is damaged, or the template can't be read.
+    """
+    file, kwargs = chat_options(data_path)
+    try:
+        return ChatOptions(None if file is None else Path(file).read_text(encoding="utf-8"), kwargs)
+    except (OSError, ValueError) as error:
+        raise PeagleError(f"{file} can't be read ({error}). {REMEDY}") from error
 
 
 def column(data: "datasets.Dataset", name: str) -> list[Any]:

@@ -29,7 +29,7 @@ from .chats import Unlearnable
 from .endpoint import MAX_RETRIES, EndpointError, RefusedEndpointError
 from .journal import Journal
 from .prompts import Prompt, distinct, grams, read_prompts, words
-from .tokenizer import vocabulary_fingerprint
+from .tokenizer import CHAT_TEMPLATE_HELP, CHAT_TEMPLATE_KWARGS_HELP, ChatOptions, vocabulary_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -123,9 +123,12 @@ class RegenerateArguments(Arguments):
     )
     seed: int = field(default=0, metadata={"help": "Seed of all sampling."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the target."})
+    chat_template: str | None = field(default=None, metadata={"help": CHAT_TEMPLATE_HELP})
+    chat_template_kwargs: dict | str | None = field(default=None, metadata={"help": CHAT_TEMPLATE_KWARGS_HELP})
 
     GROUPS: ClassVar = {
         "Input and output": ("model", "prompts", "invent", "output", "exclude", "max_samples"),
+        "Chat template": ("chat_template", "chat_template_kwargs"),
         "Sampling": ("max_new_tokens", "temperature", "invent_temperature", "top_p", "top_k", "min_p", "seed"),
         "Which answers are kept": ("min_answer_tokens", "drop_cut_answers", "max_repetition"),
         "vLLM servers": ("endpoint", "concurrency", "request_timeout", "max_retries"),
@@ -157,9 +160,10 @@ def regenerate(arguments: RegenerateArguments) -> Path:
 
     A row has `id`, `category`, `conversation` (the same text in all rows of one chat and in no other), `messages`,
     `tools` if the chat offers some, `input_ids`, `loss_mask` (1 on every token that the target made, its end-of-turn
-    token included), `finish_reason` of the last answer ("stop" or "length"), `model` and `tokenizer` (a fingerprint of
-    the vocabulary of `input_ids`). A chat is one row, unless the chat template renders earlier turns differently later:
-    then each such turn starts a row of its own.
+    token included), `finish_reason` of the last answer ("stop" or "length"), `model`, `tokenizer` (a fingerprint of the
+    vocabulary of `input_ids`) and `chat_options` (the chosen chat template, by a fingerprint, and its variables). A
+    chat is one row, unless the chat template renders earlier turns differently later: then each such turn starts a row
+    of its own.
 
     The report lists what is dropped and why: near-duplicate, excluded and unusable prompts before they are answered,
     prompts that a server refuses, and chats with an answer that is empty, too short, cut off or looping. Answers are
@@ -182,7 +186,10 @@ def _regenerate(arguments: RegenerateArguments, output: Path, report_path: Path)
     dropped: list[dict[str, str]] = []
     prompts = read_prompts(arguments.prompts, dropped)[: arguments.max_samples] if arguments.prompts else []
     excluded = [prompt for path in arguments.exclude for prompt in read_prompts(path, dropped, to_answer=False)]
-    settings = _settings(arguments, prompts, excluded)
+    options = ChatOptions.chosen(
+        arguments.model, arguments.trust_remote_code, arguments.chat_template, arguments.chat_template_kwargs
+    )
+    settings = _settings(arguments, prompts, excluded) | options.description()
     journal_path = output.with_suffix(".journal")
     if output.exists():
         _require_same_settings(settings, _settings_of(output, report_path), output, journal_path)
@@ -190,8 +197,8 @@ def _regenerate(arguments: RegenerateArguments, output: Path, report_path: Path)
         return output
 
     with Journal(journal_path) as journal:
-        target = _load(arguments)
-        basis = _basis(arguments)
+        target = _load(arguments, options)
+        basis = _basis(arguments) | options.description()
         _log_changes(journal, basis)
         journal.begin(basis)
         prompts += _invent(target, journal, basis, arguments, dropped)
@@ -250,7 +257,7 @@ def _write(
     logger.info("%s: %s", output, json.dumps(counts, ensure_ascii=False))
 
 
-def _load(arguments: RegenerateArguments) -> ChatModel:
+def _load(arguments: RegenerateArguments, options: ChatOptions) -> ChatModel:
     if arguments.endpoint is None:
         return LocalChatModel(
             arguments.model,
@@ -258,6 +265,7 @@ def _load(arguments: RegenerateArguments) -> ChatModel:
             arguments.trust_remote_code,
             arguments.batch_size,
             arguments.dtype,
+            options,
         )
     return ServedChatModel(
         arguments.model,
@@ -267,6 +275,7 @@ def _load(arguments: RegenerateArguments) -> ChatModel:
         arguments.concurrency,
         arguments.request_timeout,
         arguments.max_retries,
+        options,
     )
 
 
@@ -571,6 +580,7 @@ def _chats(
     origin = {
         "model": Path(arguments.model).resolve().name if Path(arguments.model).is_dir() else arguments.model,
         "tokenizer": vocabulary_fingerprint(answers.target.tokenizer),
+        "chat_options": answers.target.options.fingerprint(),
     }
     for index, prompt in enumerate(progress_bar(prompts, desc="Writing", unit="chat")):
         if index in unanswerable:

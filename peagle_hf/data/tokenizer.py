@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,61 @@ CHAT_TEMPLATE_KWARGS_HELP = (
     "Variables for the chat template, as a JSON object, for example '{\"enable_thinking\": false}'. Use the same ones "
     "in every command, and in serving."
 )
+CHAT_TEMPLATE_OF_DRAFTER_HELP = (
+    "Chat template: a name among the verifier's own, or a Jinja file. Default: the one that the drafter was trained "
+    "with."
+)
+CHAT_KWARGS_OF_DRAFTER_HELP = (
+    "Variables for the chat template, as a JSON object, for example '{\"enable_thinking\": false}'. Default: those "
+    "that the drafter was trained with; '{}' is none."
+)
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """How chats become text: the same in preparing data, training, measuring and serving.
+
+    Args:
+        template: text of the chat template that was chosen; None is the tokenizer's own.
+        kwargs: the template's variables.
+    """
+
+    template: str | None = None
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def chosen(
+        cls,
+        model: str,
+        trust_remote_code: bool,
+        chat_template: str | None,
+        chat_template_kwargs: dict[str, Any] | str | None,
+        default: "ChatOptions | None" = None,
+    ) -> "ChatOptions":
+        """The options that `--chat-template` and `--chat-template-kwargs` name; one that isn't given is the default's.
+
+        Args:
+            model: among whose named templates the template may be.
+
+        Raises:
+            PeagleError: there is no such template, or the variables are no JSON object.
+        """
+        default = default or cls()
+        template, kwargs = default.template, default.kwargs
+        if chat_template is not None:
+            template = load_tokenizer(model, trust_remote_code, chat_template).chat_template
+        if chat_template_kwargs is not None:
+            kwargs = read_template_kwargs(chat_template_kwargs)
+        return cls(template, kwargs)
+
+    def description(self) -> dict[str, Any]:
+        """The options for a report, the template by a fingerprint; what isn't chosen is None."""
+        template = None if self.template is None else hashlib.sha256(self.template.encode()).hexdigest()[:16]
+        return {"chat_template": template and f"sha256 {template}", "chat_template_kwargs": self.kwargs or None}
+
+    def fingerprint(self) -> str:
+        """The description as one line of JSON, for each row that `regenerate` writes."""
+        return json.dumps(self.description(), sort_keys=True)
 
 
 def load_tokenizer(model: str, trust_remote_code: bool, chat_template: str | None = None) -> PreTrainedTokenizerBase:
