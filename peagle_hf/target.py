@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -127,18 +127,27 @@ def load_verifier(
         dtype: or its name; "auto" is the checkpoint's own.
 
     Raises:
-        PeagleError: it can't be read, or has no safetensors.
+        PeagleError: it can't be read, has no safetensors, or lacks weights.
     """
     config = _load_config(name_or_path, revision, trust_remote_code)
     with _readable(name_or_path):
-        return _auto_class(config).from_pretrained(
+        loaded: Any = _auto_class(config).from_pretrained(
             name_or_path,
             dtype=dtype,
             device_map=device,
             revision=revision,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
+            output_loading_info=True,
         )
+    model, found = loaded
+    if missing := sorted(found["missing_keys"]):
+        raise PeagleError(
+            f"The checkpoint {name_or_path} lacks {len(missing)} of the weights that its configuration needs: "
+            f"{', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}. With random numbers in their place its "
+            "hidden states would be worthless. Download or save it again."
+        )
+    return cast(PreTrainedModel, model)
 
 
 @dataclass(frozen=True)

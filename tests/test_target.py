@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -225,3 +226,13 @@ def test_token_counts_are_read_without_running_code(tmp_path: Path) -> None:
     for bad in (path, tmp_path / "nowhere"):
         with pytest.raises(PeagleError, match=f"{bad.name} is no file of token counts"):
             load_token_freq(bad)
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(llama, tmp_path):
+    folder = tmp_path / "incomplete"
+    shutil.copytree(llama[0], folder)
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("model.layers.1.mlp")}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PeagleError, match=r"incomplete lacks 3 of the weights .*model\.layers\.1\.mlp\.down_proj"):
+        load_verifier(folder, torch.float32, "cpu")

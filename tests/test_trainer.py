@@ -28,7 +28,9 @@ from peagle_hf import (
 from peagle_hf.arguments import flags
 from peagle_hf.callbacks import checkpoints_by_step, epoch_folders
 from peagle_hf.cli import main
+from peagle_hf.data.extract import ExtractArguments, extract
 from peagle_hf.data.partition import partition_every_row
+from peagle_hf.data.prepare import PrepareArguments, prepare
 from peagle_hf.metrics import summarize
 from peagle_hf.offline import count
 from peagle_hf.target import load_embedding
@@ -616,3 +618,14 @@ def test_cli_prints_one_paragraph_and_fails(train_flags, capsys, caplog):
     assert not any(line.startswith("peagle-hf") for line in log_lines)
     assert error.startswith("peagle-hf train: ")
     assert "Traceback" not in error
+
+
+def test_data_in_which_nothing_can_be_learnt_are_refused(train_flags, tiny_verifier, tmp_path):
+    """The only assistant token of each row is the first of its answer."""
+    rows = [{"input_ids": [3, 5, 6, 7 + index], "loss_mask": [0, 0, 0, 1]} for index in range(10)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = str(tmp_path / "data")
+    prepare(PrepareArguments(model=str(tiny_verifier), data=[str(tmp_path / "rows.jsonl")], output=data))
+    extract(ExtractArguments(model=str(tiny_verifier), preprocessed_data=data))
+    with pytest.raises(PeagleError, match="has nothing to learn in any of its"):
+        train(PeagleTrainingArguments(**{**train_flags, "data_path": data}))

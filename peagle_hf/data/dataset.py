@@ -92,6 +92,11 @@ class HiddenStatesDataset(Dataset):
                 f"{data_path} has no row of at least {MIN_TOKENS} tokens, with something to learn in its first "
                 f"{total_seq_len}, to train on. Prepare more data, or raise --total-seq-len."
             )
+        if not any(self._targets(row).any() for row in wanted):
+            raise PeagleError(
+                f"{data_path} has nothing to learn in any of its {len(wanted)} samples: an answer's first token is the "
+                "verifier's own in any case, and there is none after it. Prepare data with longer answers."
+            )
         if len(long_enough) < len(rows):
             logger.warning(
                 "%d rows of %s are shorter than %d tokens.", len(rows) - len(long_enough), data_path, MIN_TOKENS
