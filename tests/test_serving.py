@@ -274,7 +274,7 @@ def test_a_password_in_an_endpoint_reaches_no_file_and_no_message(arguments, ser
     assert f"--endpoint {server.url} --baseline-endpoint {baseline.url}" in report["command"]
     assert "http://127.0.0.1" in journals[-1]
     written = [path.read_bytes() for path in output.iterdir()]
-    assert len(written) == 3
+    assert len(written) == 4
     assert not any(b"sesame" in content for content in written)
     assert "sesame" not in "".join(journals) + caplog.text
 
@@ -297,7 +297,7 @@ def test_a_picture_that_cannot_be_drawn_loses_nothing(arguments, server, caplog,
     page = (output / "evaluation.html").read_text()
     assert "could not be drawn: no &lt;fonts&gt;" in page
     assert f"{report['acceptance_length']:.3f}" in page
-    assert sorted(path.name for path in output.iterdir()) == ["evaluation.html", "evaluation.json"]
+    assert sorted(path.name for path in output.iterdir()) == ["evaluation.html", "evaluation.json", "evaluation.yaml"]
 
 
 def test_a_drafter_that_is_missing_or_named_twice_is_refused(arguments, drafter, tmp_path):
