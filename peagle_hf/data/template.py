@@ -44,7 +44,7 @@ def _result(number: int, content: str) -> dict[str, Any]:
     return {"role": "tool", "tool_call_id": f"call0000{number}", "name": "get_weather", "content": content}
 
 
-_TOOLS = [
+TOOLS = [
     {
         "type": "function",
         "function": {
@@ -165,7 +165,7 @@ def check_template(
         PeagleError: the tokenizer has no chat template, or one that is no valid Jinja.
     """
     chats = [
-        read_chat({"messages": messages, "tools": _TOOLS if has_tools else None}, kind)
+        read_chat({"messages": messages, "tools": TOOLS if has_tools else None}, kind)
         for kind, (messages, has_tools) in KINDS.items()
     ]
     results = []
