@@ -84,7 +84,8 @@ def assert_right(folder: Path, tokens: list[list[int]], rows: list[int], *faults
         assert tensors["token_ids"].tolist() == tokens[row]
         torch.testing.assert_close(tensors["hidden_states"], states_of(tokens[row], SLOTS, HIDDEN))
     others = {path.name for path in folder.iterdir()} - {row_path(folder, row).name for row in rows}
-    assert {name for name in others if not name.startswith("cmpl-")} <= RECORDS
+    # A request that is still under way when its run ends keeps its marker until it is answered.
+    assert {name for name in others if not name.startswith(("cmpl-", ".peagle-"))} <= RECORDS
     assert ("locked" in faults) or not any(name.startswith("cmpl-") for name in others)
 
 
