@@ -23,6 +23,7 @@ from peagle_hf.arguments import (
     CommandParser,
     check_ranges,
     config_text,
+    flags,
     parse_arguments,
     read_yaml,
     write_config,
@@ -432,3 +433,52 @@ def test_a_closed_pipe_ends_a_command_quietly():
 
 def test_general_flags_are_said_once():
     assert GENERAL not in {title for name in COMMANDS for title in getattr(COMMANDS[name].load()[1], "GROUPS", {})}
+
+
+def test_dry_runs_say_what_would_happen_and_write_nothing(tiny_verifier, train_flags, tmp_path, capsys):
+    chats = tmp_path / "chats.jsonl"
+    rows = [{"input_ids": [4 + row, *range(5, 24)], "loss_mask": [0] * 6 + [1] * 14} for row in range(12)]
+    chats.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data, model = str(tmp_path / "data"), str(tiny_verifier)
+    prepare = ["prepare", "--model", model, "--data", str(chats), "--output", data]
+    text = printed(capsys, *prepare, "--dry-run")
+    assert f"would read 12 conversations of {chats}" in text
+    assert f"would write {data}" in text
+    assert not Path(data).exists()
+    main(prepare)
+    assert "would be kept as it is" in printed(capsys, *prepare, "--dry-run")
+
+    text = printed(capsys, "extract", "--data-path", data, "--dry-run")  # the verifier is that of prepare.json
+    assert f"would run {model}" in text
+    assert "would make 12 of 12 samples, 240 tokens" in text
+    assert not (Path(data) / "hidden_states").exists()
+    main(["extract", "--data-path", data, "--quiet"])
+    assert "would make 0 of 12 samples" in printed(capsys, "extract", "--data-path", data, "--dry-run")
+
+    training = {**train_flags, "data_path": data, "verifier_name_or_path": None, "total_seq_len": 40}
+    text = printed(capsys, "train", *flags(training), "--dry-run")
+    assert "would train on 9 samples in 5 packed sequences of 40 positions and validate on 3 in 2" in text
+    assert "would take 10 steps, 5 an epoch" in text
+    assert not Path(train_flags["output_dir"]).exists()
+    main(["train", *flags(training)])
+    state = json.loads((Path(train_flags["output_dir"]) / "1/trainer_state/trainer_state.json").read_text())
+    assert state["global_step"] == 10
+    assert "would go on from" in printed(capsys, "train", *flags(training), "--dry-run")
+
+
+def test_the_example_says_errors_in_one_paragraph(train_flags):
+    example = str(Path(__file__).parents[1] / "examples" / "train.py")
+    argv = [sys.executable, example, *flags({**train_flags, "data_path": "nowhere"})]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("train.py: nowhere")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '"words"'])
+def test_a_damaged_record_of_a_pipeline_is_named(tmp_path, content, capsys):
+    (tmp_path / "pipeline.json").write_text(content)
+    (tmp_path / "pipeline.yaml").write_text(f"output: {tmp_path}\nextract: {{model: m}}\n")
+    text = printed(capsys, "run", str(tmp_path / "pipeline.yaml"), code=1)
+    assert f"{tmp_path}/pipeline.json is damaged" in text
+    assert "Remove it" in text
