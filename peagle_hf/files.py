@@ -26,10 +26,11 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary path beside `path`, a file or a folder, that takes its place when the block ends well.
 
     The temporary name starts with a dot and ends at random, so that two writers do not meet, on whichever machines, and
-    is removed when the block fails. An older folder of the same name is moved out of the way first, and removed last.
+    is removed when the block fails. A folder takes the place of an older folder of the same name, which is moved out of
+    the way first and removed last; a file never takes the place of a folder.
 
     Raises:
-        PeagleError: no space is left, or the folder cannot be written to.
+        PeagleError: no space is left, the folder cannot be written to, or a file is to be written where a folder is.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -39,6 +40,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             if path.is_dir() and not path.is_symlink():
+                if temporary.is_file():
+                    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
                 replaced = _set_aside(path)
             os.replace(temporary, path)
         except BaseException:

@@ -91,6 +91,8 @@ class AcceptanceArguments(Arguments):
                 f"--train-data-ratio is {self.train_data_ratio} but must be above 0 and below 1: with 1 nothing was "
                 "kept back. Leave it out to measure on all rows."
             )
+        if Path(self.output).is_dir():
+            raise PeagleError(f"--output {self.output} is a folder. Name a JSON file for the report.")
         if self.dtype not in DTYPES:
             raise PeagleError(f"--dtype is {self.dtype!r} but must be {', '.join(DTYPES)}.")
 

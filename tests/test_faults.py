@@ -17,7 +17,7 @@ from transformers.modeling_utils import safe_save_file
 from peagle_hf import PeagleError, PeagleTrainingArguments
 from peagle_hf.arguments import flags
 from peagle_hf.callbacks import checkpoints_by_step
-from peagle_hf.files import atomic_path, check_writable
+from peagle_hf.files import atomic_path, check_writable, write_json
 from peagle_hf.serving import check_checkpoint
 from peagle_hf.training import train
 
@@ -167,3 +167,12 @@ def test_a_folder_takes_an_older_ones_place(tmp_path):
         pass
     assert os.listdir(tmp_path) == ["folder"]
     assert os.listdir(tmp_path / "folder") == ["second"]
+
+
+def test_a_file_does_not_take_a_folders_place(tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("mine")
+    with pytest.raises(PeagleError, match=r"notes can't be written: Is a directory"):
+        write_json(tmp_path / "notes", {})
+    assert (tmp_path / "notes" / "mine.txt").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["notes"]
