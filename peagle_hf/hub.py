@@ -137,7 +137,8 @@ def open_repo(repo_id: str, verifier: str, private: bool | None = None, token: s
         PeagleError: no token, one that is refused or may only read, no such verifier, or no hub to be reached.
     """
     with _refusals(
-        "Log in with `hf auth login`, or set HF_TOKEN to a token that may write to it, and run the same command again."
+        token_remedy="Log in with `hf auth login`, or set HF_TOKEN to a token that may write to it, and run the same "
+        "command again."
     ):
         api = _api()
         access = api.whoami(token=token).get("auth", {}).get("accessToken", {})
@@ -237,12 +238,22 @@ def _api() -> HfApi:
 
 
 @contextmanager
-def _refusals(remedy: str) -> Iterator[None]:
-    """Turn whatever goes wrong with the hub, the network or the token into a `PeagleError` that ends with `remedy`."""
+def _refusals(remedy: str = "", token_remedy: str = "") -> Iterator[None]:
+    """Turn whatever goes wrong with the hub, the network or the token into a `PeagleError` that says what to do.
+
+    Args:
+        remedy: the end of the message, whatever is wrong.
+        token_remedy: the end of the message where the hub has answered, so that the token may be what is wrong.
+    """
     try:
         yield
     except PeagleError as error:
         raise PeagleError(f"{error} {remedy}") from error
     except Exception as error:
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise PeagleError(f"The hub doesn't take it: {said.rstrip('.')}. {remedy}") from error
+        said = (" ".join(str(error).split()) or type(error).__name__).rstrip(".")
+        what, then = f"The upload to the hub failed: {said}.", token_remedy
+        # By name, as huggingface_hub 1 raises the TransportError of httpx and huggingface_hub 2 that of httpx2.
+        if not {"TransportError", "ConnectionError"}.isdisjoint(kind.__name__ for kind in type(error).__mro__):
+            what = f"The hub can't be reached: {said}."
+            then = "Check the network, and the address in HF_ENDPOINT if that is set, and run the same command again."
+        raise PeagleError(" ".join(filter(None, (what, then, remedy)))) from error

@@ -356,7 +356,7 @@ def test_a_refused_upload_loses_nothing_and_says_what_to_do(hub, hub_flags, capl
     assert trainer.state.global_step == 10
     best = Path(hub_flags["output_dir"]) / "checkpoint_best"
     check_checkpoint(best)
-    messages = [record.getMessage() for record in caplog.records if "doesn't take it" in record.getMessage()]
+    messages = [record.getMessage() for record in caplog.records if "upload to the hub failed" in record.getMessage()]
     assert len(messages) == refusals
     [message] = {message for message in messages if "peagle-hf push" in message}
     command = message.split("upload it later with: ")[1].split()
@@ -370,8 +370,11 @@ def test_a_refused_upload_loses_nothing_and_says_what_to_do(hub, hub_flags, capl
 
 def test_a_hub_that_is_gone_is_no_traceback(hub, trained, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(PeagleError, match="upload it later with: peagle-hf push --model"):
+    with pytest.raises(PeagleError, match="upload it later with: peagle-hf push --model") as gone:
         push(PushArguments(str(trained), "my-lab/d", verifier_name=VERIFIER))
+    assert "The hub can't be reached: " in str(gone.value)
+    assert "HF_ENDPOINT" in str(gone.value)
+    assert "hf auth login" not in str(gone.value)
 
 
 def test_what_vllm_would_not_serve_is_not_pushed(hub, trained, evaluation, tmp_path):
