@@ -255,7 +255,8 @@ class CommandParser(HfArgumentParser):
         return parsed
 
     def _check_json(self, name: str, flag: str, value: str) -> None:
-        if value.startswith("{") and name not in getattr(self._arguments, "TEXTS", ()):
+        is_template = value.startswith(("{%", "{{", "{#"))  # Jinja, which whoever reads it names better
+        if value.startswith("{") and not is_template and name not in getattr(self._arguments, "TEXTS", ()):
             try:
                 json.loads(value)
             except json.JSONDecodeError as error:
@@ -305,6 +306,8 @@ class CommandParser(HfArgumentParser):
         taken: list[str] = []
         while rest and not rest[0].startswith("--") and (action.type is str or _is(action.type, rest[0])):
             taken.append(rest.pop(0))
+        if not taken and rest and not rest[0].startswith("--"):
+            taken.append(rest.pop(0))  # the first word is the flag's in any case, so that it is what an error names
         return taken
 
     def _suggestion(self, flag: str, prefix: str = "--") -> str:
@@ -319,6 +322,7 @@ class CommandParser(HfArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         message = re.sub(r"^argument (?:\S+/)?(--[\w-]+):", r"\1:", message)  # one spelling of the flag is enough
+        message = re.sub(r"--\w+_\w+/(?=--)", "", message)
         print(f"{self.prog}: {message}", file=sys.stderr)
         raise SystemExit(MISUSED)
 

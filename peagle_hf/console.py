@@ -179,7 +179,11 @@ def _end_at_sigterm(prog: str) -> None:
 
 def _unexpected(error: Exception, prog: str, argv: Sequence[str]) -> str:
     """One paragraph about an error that nobody foresaw, whose traceback goes to a file."""
-    what = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+    what = " ".join(f"unexpected error: {type(error).__name__}: {error}".split())[:500]
+    whose = "This is a defect of peagle_hf or of a library that it uses."
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        what = f"{error.filename2 or error.filename} can't be read or written: {error.strerror}."
+        whose = "Check that path, its permissions and the disk; if they are right, it is a defect of peagle_hf."
     content = f"{versions()}\n{prog} {shlex.join(public_command(argv))}\n\n{''.join(traceback.format_exception(error))}"
     try:
         with tempfile.NamedTemporaryFile(
@@ -187,8 +191,8 @@ def _unexpected(error: Exception, prog: str, argv: Sequence[str]) -> str:
         ) as log:
             log.write(content)
     except OSError:
-        return f"unexpected error: {what}\n{content}"
+        return f"{what} {whose}\n{content}"
     return (
-        f"unexpected error: {what} This is a defect of peagle_hf or of a library that it uses. The traceback is in "
-        f"{log.name}; please send it with a report. What was finished before is kept."
+        f"{what} {whose} The traceback is in {log.name}; please send it with a report. What was finished before is "
+        "kept."
     )

@@ -245,6 +245,13 @@ class PeagleTrainer(Trainer):
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
         state, scores = self.state, scores_by_step(self.args, self.state)
+        if state.global_step >= max_steps and self.is_world_process_zero():
+            logger.info(
+                "Nothing is left to train: the checkpoint is of step %d, and these arguments end at step %d. Training "
+                "goes on with more --epochs, or a higher --max-steps.",
+                state.global_step,
+                max_steps,
+            )
         if state.best_metric is not None and state.best_metric != scores.get(state.best_global_step or 0):
             folders = checkpoints_by_step(self._get_output_dir(trial))
             self.accelerator.wait_for_everyone()

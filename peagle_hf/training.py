@@ -23,7 +23,7 @@ from .data.cache import Manifest, cache_folder, cached_rows, check_cache
 from .data.dataset import GENERATED_DTYPE, HiddenStatesDataset, split_rows
 from .data.endpoint import Endpoint, endpoint_urls, served_model
 from .data.extract import check_folder
-from .data.prepared import read_prepare_record
+from .data.prepared import load_prepared, read_prepare_record
 from .data.server_folder import check_layers, remove_unfetched, require_layers, served_layers
 from .errors import PeagleError
 from .files import check_writable
@@ -284,6 +284,7 @@ def _verifier(args: PeagleTrainingArguments) -> str:
     manifest = Manifest.read(_cache_folder(args))
     model = manifest.verifier if manifest else read_prepare_record(args.data_path).get("model")
     if model is None:
+        load_prepared(args.data_path)  # names the folder, if that isn't a prepared dataset
         raise PeagleError("No verifier is named. Pass --verifier-name-or-path with the model to draft for.")
     return str(model)
 

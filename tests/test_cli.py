@@ -482,3 +482,37 @@ def test_a_damaged_record_of_a_pipeline_is_named(tmp_path, content, capsys):
     text = printed(capsys, "run", str(tmp_path / "pipeline.yaml"), code=1)
     assert f"{tmp_path}/pipeline.json is damaged" in text
     assert "Remove it" in text
+
+
+def test_wrong_paths_and_devices_are_named_with_what_to_do(tmp_path, tiny_verifier, tiny_data, monkeypatch, capsys):
+    (file := tmp_path / "notes.txt").write_text("mine")
+    extract = ["extract", "--model", str(tiny_verifier), "--preprocessed-data", str(tiny_data)]
+    for argv, message in [
+        (["extract", "--preprocessed-data", "nowhere"], "nowhere is not a prepared dataset"),
+        (["train", "--data-path", "nowhere", "--save-path", str(tmp_path)], "nowhere is not a prepared dataset"),
+        ([*extract, "--output", str(file)], "notes.txt is a file, and hidden states are kept in a folder"),
+        ([*extract, "--device", "nothing"], "--device nothing can't be used"),
+        (["cache", "verify", str(tiny_data.parent)], "holds no hidden states"),
+        (["acceptance", "--model", "m", "--data-path", "d", "--output", str(tmp_path)], "is a folder. Name a JSON"),
+        (["data", "template", str(tiny_data), "--model", str(tiny_verifier)], "leave out"),
+    ]:
+        assert message in printed(capsys, *argv, code=1)
+    assert file.read_text() == "mine"
+    message = printed(
+        capsys, "cache", "convert", str(tiny_data / "hidden_states"), str(file), "--storage", "fp8", code=1
+    )
+    assert "notes.txt is a file" in message
+
+    missing = FileNotFoundError(2, "No such file or directory", "/gone/x")
+    code, (line,) = ended(raising(missing), monkeypatch, capsys)
+    assert code == 1
+    assert "prepare: /gone/x can't be read or written: No such file or directory. Check that path" in line
+    Path(next(word.rstrip(";") for word in line.split() if word.rstrip(";").endswith(".log"))).unlink()
+
+
+def test_messages_about_flags_name_them_once_and_the_wrong_value(capsys):
+    assert "--target-layer-ids: invalid int value: 'a'" in printed(capsys, "extract", "--target-layer-ids", "a", code=2)
+    assert "--model/--drafter, --repo-id\n" in printed(capsys, "push", code=2)
+    argv = ["--model", "m", "--data", "d", "--chat-template", "{% if x %}", "--output", "out"]
+    assert parse_arguments(PrepareArguments, argv).chat_template == "{% if x %}"
+    assert "no valid JSON" in printed(capsys, "prepare", *argv, "--chat-template-kwargs", "{a}", code=2)

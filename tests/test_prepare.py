@@ -580,6 +580,7 @@ def test_max_samples_counts_rows(arguments, model, tmp_path, caplog, monkeypatch
     assert counts["skipped"][beyond] == 1
     assert counts["conversations_read"] - sum(counts["skipped"].values()) == 2
     assert f"{beyond}: 1 ({arguments.data[0]}, line " in caplog.text
+    assert "answers 5 are learnt whole, 0 cut, 1 beyond --max-samples and 0 left out." in caplog.text
     with pytest.raises(PeagleError, match="max_samples was 5, is 6"):
         prepare(changed(five, max_samples=6))
 

@@ -212,7 +212,7 @@ def test_the_best_has_the_longest_acceptance_unless_told_otherwise(train_flags, 
 
 
 @pytest.mark.parametrize("limit", [None, 1])
-def test_resuming_by_another_metric_compares_no_numbers_of_two_kinds(train_flags, limit):
+def test_resuming_by_another_metric_compares_no_numbers_of_two_kinds(train_flags, limit, caplog):
     """The loss of the earlier run is no acceptance length; where the best is removed it's the best of the others."""
     changes = {**SPOILING, "load_best_model_at_end": True, "save_total_limit": limit}
     run(train_flags, num_train_epochs=3, metric_for_best_model="loss", **changes)
@@ -225,6 +225,9 @@ def test_resuming_by_another_metric_compares_no_numbers_of_two_kinds(train_flags
     assert os.readlink(link) == str(best)
     loaded = load_file(link / "trainer_state" / "model.safetensors")
     assert all(torch.equal(weights(trainer)[name], tensor) for name, tensor in loaded.items())
+    caplog.set_level("INFO")
+    run(train_flags, resume=True, num_train_epochs=4, **changes)
+    assert "Nothing is left to train: the checkpoint is of step 20, and these arguments end at step 20." in caplog.text
 
 
 def test_schedules_that_follow_the_metric_know_which_way_is_better(train_flags):

@@ -322,11 +322,17 @@ def row_path(folder: str | os.PathLike[str], row: int) -> Path:
 
 
 def cached_rows(folder: str | os.PathLike[str]) -> set[int]:
-    """The rows that have a file, by one listing of the folder; none if there is no such folder."""
+    """The rows that have a file, by one listing of the folder; none if there is no such folder.
+
+    Raises:
+        PeagleError: there is a file of that name.
+    """
     try:
         names = os.listdir(folder)
     except FileNotFoundError:
         return set()
+    except NotADirectoryError as error:
+        raise PeagleError(f"{folder} is a file, and hidden states are kept in a folder. Name another one.") from error
     return {int(match[1]) for match in map(ROW_FILE.fullmatch, names) if match}
 
 

@@ -113,6 +113,12 @@ def cache(arguments: CacheArguments) -> CacheReport | None:
     if arguments.destination is not None and arguments.storage is not None:
         convert(arguments.folder, arguments.destination, arguments.storage, arguments.preprocessed_data)
         return None
+    if not cached_rows(arguments.folder) and Manifest.read(arguments.folder) is None:
+        inside = Path(arguments.folder) / "hidden_states"
+        raise PeagleError(
+            f"{arguments.folder} holds no hidden states. Name a folder that peagle-hf extract has written"
+            f"{f', such as {inside}' if inside.is_dir() else ''}."
+        )
     report = inspect(arguments.folder, arguments.preprocessed_data, read_values=arguments.action == "verify")
     print(table(report))
     if arguments.action == "verify" and (report.missing or report.unusable):
@@ -229,6 +235,8 @@ def convert(
     data = _prepared(folder, preprocessed_data) if storage in LEARNT_STORAGES else None
     if not rows:
         raise PeagleError(f"{folder} holds no hidden states. Name a folder that peagle-hf extract has written.")
+    if destination.exists() and not destination.is_dir():
+        raise PeagleError(f"{destination} is a file. Name a new folder to convert to.")
     if destination.is_dir() and any(destination.iterdir()):
         raise PeagleError(f"{destination} is not empty. Name a new folder to convert to, or remove this one.")
     working = destination.absolute().with_name(f".{destination.name}.converting")

@@ -438,10 +438,8 @@ def _decoded(value: Any, place: str, field: str) -> Any:
 
 
 def _wrong(place: str, field: str, wanted: str, found: Any) -> PeagleError:
-    return PeagleError(
-        f"{place}: {field} must be {wanted}, but is {type(found).__name__} {str(found)[:60]!r}. "
-        "Correct it or take the row out."
-    )
+    is_ = "null" if found is None else f"{type(found).__name__} {str(found)[:60]!r}"
+    return PeagleError(f"{place}: {field} must be {wanted}, but is {is_}. Correct it or take the row out.")
 
 
 def _open_local(data: str, folder: Path) -> Source:

@@ -240,6 +240,7 @@ def extract(arguments: ExtractArguments) -> ExtractReport:
     record = read_prepare_record(arguments.preprocessed_data)
     model = model or record.get("model")
     if model is None:
+        load_prepared(arguments.preprocessed_data)  # names the folder, if that isn't a prepared dataset
         raise PeagleError("No verifier is named. Pass --model with a hub name or a folder, or an --endpoint.")
     arguments = replace(arguments, model=model)
     config = load_verifier_config(model, arguments.revision, arguments.trust_remote_code)
@@ -548,6 +549,14 @@ def _check_arguments(arguments: ExtractArguments) -> None:
             f"--storage {arguments.storage} is read as bfloat16; leave out --dtype {arguments.dtype}, or store plain "
             "or learnt."
         )
+    if arguments.device is not None:
+        try:
+            torch.empty(0, device=arguments.device)
+        except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+            raise PeagleError(
+                f"--device {arguments.device} can't be used: {str(error).splitlines()[0].rstrip('.')}. Name a device "
+                "that PyTorch has here, such as cpu or cuda:0, or leave the flag out."
+            ) from error
     if arguments.endpoint and (arguments.device or arguments.max_batch_tokens or arguments.verifier_dtype != "auto"):
         raise PeagleError(
             "--device, --verifier-dtype and --max-batch-tokens are for a verifier in this process. With --endpoint "

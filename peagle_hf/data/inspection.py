@@ -149,6 +149,11 @@ def data_command(arguments: DataArguments) -> None:
         return
     if arguments.model is None:
         raise PeagleError("`peagle-hf data template` needs --model, whose chat template is tried.")
+    if arguments.folder is not None:
+        raise PeagleError(
+            f"`peagle-hf data template` tries a chat template on its own chats and reads no folder: leave out "
+            f"{arguments.folder}. `peagle-hf data inspect {arguments.folder}` shows a prepared dataset."
+        )
     show_template(
         arguments.model,
         arguments.trust_remote_code,

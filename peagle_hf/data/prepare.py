@@ -498,7 +498,10 @@ def _make(
     write_json(folder / PREPARE_RECORD, origin | {"counts": counts, "answers": answers})
     shutil.rmtree(scratch)
     _report(counts, arguments)
-    logger.info("Of %(all)d answers %(learnt)d are learnt whole, %(cut)d cut and %(left_out)d left out.", answers)
+    beyond = ", %(beyond_max_samples)d beyond --max-samples" if answers["beyond_max_samples"] else ""
+    logger.info(
+        f"Of %(all)d answers %(learnt)d are learnt whole, %(cut)d cut{beyond} and %(left_out)d left out.", answers
+    )
     if skipped:
         logger.warning(
             "%d rows, or answers within rows, were left out; skipped.json lists them. %s",
