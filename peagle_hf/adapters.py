@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import cast
 
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from .configuration_peagle import PeagleConfig
 from .errors import PeagleError
-from .files import atomic_path
+from .files import atomic_path, save_file
 from .modeling_peagle import PeagleForSpeculation
 
 WEIGHTS = "adapter_model.safetensors"

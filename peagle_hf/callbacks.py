@@ -9,14 +9,14 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import SaveStrategy
 
 from .arguments import write_config
 from .errors import PeagleError
-from .files import atomic_path, remove_folder, remove_leftovers, write_json
+from .files import allow_as_umask, atomic_path, remove_folder, remove_leftovers, save_file, write_json
 from .metrics import draw
 from .serving import check_checkpoint
 
@@ -163,6 +163,7 @@ def export_drafter(saved: Path, folder: Path, dtype: torch.dtype) -> None:
             f"{saved} holds no model.safetensors, so it can't be exported for vLLM. Save whole weights: with FSDP "
             "set fsdp_state_dict_type to FULL_STATE_DICT, with ZeRO-3 stage3_gather_16bit_weights_on_model_save."
         )
+    allow_as_umask(weights)  # of the Trainer's own checkpoint, which is served and resumed from as well
     tensors = {
         name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in load_file(weights).items()
     }

@@ -10,9 +10,15 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import PeagleError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_UMASK = os.umask(0)  # It can only be read by setting it, which here no other thread sees.
+os.umask(_UMASK)
 
 _UNWRITABLE = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
@@ -98,6 +104,24 @@ def remove_leftovers(folder: str | os.PathLike[str], names: str) -> None:
     for path in Path(folder).glob(".*"):
         if re.fullmatch(rf"\.({names})\.[0-9a-f]+\.(tmp|old)", path.name):
             _remove(path)
+
+
+def save_file(
+    tensors: "dict[str, Tensor]", path: str | os.PathLike[str], metadata: dict[str, str] | None = None
+) -> None:
+    """`safetensors.torch.save_file`, with the permissions that other new files have (see `allow_as_umask`)."""
+    from safetensors.torch import save_file
+
+    save_file(tensors, path, metadata)
+    allow_as_umask(path)
+
+
+def allow_as_umask(path: str | os.PathLike[str]) -> None:
+    """Give a file the permissions of a new one: safetensors 0.8 lets nobody but the owner read what it writes.
+
+    A server or a colleague under another account is to read checkpoints and hidden states, where the umask allows it.
+    """
+    os.chmod(path, 0o666 & ~_UMASK)
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:

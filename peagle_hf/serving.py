@@ -221,8 +221,10 @@ def _check_tensors(path: Path, config: PeagleConfig) -> None:
         with safe_open(path, framework="pt") as file:
             found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
             d2t = file.get_tensor("d2t") if "d2t" in found else None
-    except SafetensorError as error:
-        raise PeagleError(f"{path} can't be read: {error}. Export the checkpoint again.") from error
+    except (SafetensorError, OSError) as error:  # safetensors finds no file where it may not read it
+        raise PeagleError(
+            f"{path} can't be read: {error}. Check its permissions, or export the checkpoint again."
+        ) from error
 
     problems = [f"{name} is missing" for name in expected if name not in found and name not in OPTIONAL_TENSORS]
     problems += [f"{name} is superfluous" for name in found if name not in expected]

@@ -126,7 +126,9 @@ def test_files_are_bfloat16_and_trainable_by_others(arguments: ExtractArguments)
         "hidden_states": (torch.bfloat16, (30, 4, HIDDEN)),
         "token_ids": (torch.int64, (30,)),
     }
-    assert json.loads((report.output / "manifest.json").read_text()) == {
+    manifest = report.output / "manifest.json"
+    assert row_path(report.output, 1).stat().st_mode == manifest.stat().st_mode  # another account may read them, too
+    assert json.loads(manifest.read_text()) == {
         "verifier": arguments.model,
         "revision": weights_of(arguments.model),
         "architecture": "LlamaForCausalLM",

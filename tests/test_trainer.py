@@ -170,6 +170,8 @@ def test_folders_hold_what_vllm_and_a_resume_need(train_flags):
             "trainer_state",
         }
         assert {path.name for path in folder.iterdir()} == wanted
+        for place in (folder, folder / "trainer_state"):  # whoever may read one file may read the other
+            assert (place / "model.safetensors").stat().st_mode == (place / "config.json").stat().st_mode
         assert load_file(folder / "model.safetensors")["fc.weight"].dtype == torch.bfloat16
         assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
         assert (folder / "optimizer_state_dict.pt").samefile(folder / "trainer_state" / "optimizer.pt")

@@ -17,12 +17,11 @@ from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ..errors import PeagleError
-from ..files import atomic_path, read_json, write_json
+from ..files import atomic_path, read_json, save_file, write_json
 from ..target import weights_of
 
 MANIFEST = "manifest.json"
