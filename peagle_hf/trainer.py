@@ -285,8 +285,10 @@ class PeagleTrainer(Trainer):
         if resume_from_checkpoint:
             folder = resumable_folder(resume_from_checkpoint)
             check_same_configuration(folder, self.config)
-            self._seconds_before = (read_record(folder) or {}).get("seconds", 0.0)
+            before = read_record(folder) or {}
+            self._seconds_before = before.get("seconds", 0.0)
             resume_from_checkpoint = str(folder)
+            self._warn_of_changes(before)
         self._started = time.monotonic()
         self._check_there_is_a_step()
         try:
@@ -563,6 +565,26 @@ class PeagleTrainer(Trainer):
             save_adapter(self.model, folder)
             merge_adapter(self.model).save_pretrained(Path(folder) / MERGED)
         write_json(Path(output_dir or self.args.output_dir) / RECORD, self.record())
+
+    def _warn_of_changes(self, before: dict[str, Any]) -> None:
+        """Name what differs from the training that is resumed, whose record is `before`; it may be on purpose."""
+        now = self.record()
+        fields = ("seed", "total_seq_len", "rows_per_step", "loss", "depth_loss_decay", "optimizer", "precision")
+        changes = [
+            f"{name} was {before[name]}, is {now[name]}" for name in fields if before.get(name, now[name]) != now[name]
+        ]
+        if before.get("data") and now["data"] and before["data"] != now["data"]:
+            changes.append("the data are others")
+        if changes and self.is_world_process_zero():
+            logger.warning(
+                "The training that is resumed had other arguments: %s. The optimizer goes on as it was saved, with its "
+                "learning rate; the rest holds from here on. To train with the new ones from the beginning pass "
+                "--no-resume or another --save-path.%s",
+                "; ".join(changes),
+                " With another seed or other data, rows that were trained on may be among those it validates on."
+                if {"seed", "data"} & {name for change in changes for name in change.split()}
+                else "",
+            )
 
     def record(self) -> dict[str, Any]:
         """How the drafter was trained so far, for its card; each checkpoint holds it as `training.json`.

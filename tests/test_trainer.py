@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -230,6 +231,9 @@ def test_resuming_by_another_metric_compares_no_numbers_of_two_kinds(train_flags
     caplog.set_level("INFO")
     run(train_flags, resume=True, num_train_epochs=4, **changes)
     assert "Nothing is left to train: the checkpoint is of step 20, and these arguments end at step 20." in caplog.text
+    assert "had other arguments" not in caplog.text
+    run(train_flags, resume=True, num_train_epochs=4, seed=7, **changes)
+    assert re.search(r"had other arguments: seed was \d+, is 7\. The optimizer", caplog.text)
 
 
 def test_schedules_that_follow_the_metric_know_which_way_is_better(train_flags):
