@@ -286,7 +286,8 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
         **measured_on,
     }
     write_json(output / "evaluation.json", report)
-    logger.info("%s\n\nWritten to %s.", text(report), output / "evaluation.json")
+    print(text(report), flush=True)
+    logger.info("\nWritten to %s.", output / "evaluation.json")
     _illustrate(report, output)
     finished.remove()
     return report

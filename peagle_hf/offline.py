@@ -145,7 +145,8 @@ def acceptance(arguments: AcceptanceArguments) -> dict[str, Any]:
         | {"accuracy": [right / max(rows, 1) for right, rows in zip(correct, learnt, strict=True)]},
     }
     write_json(arguments.output, report)
-    logger.info("%s\n\nWritten to %s.", table(report), arguments.output)
+    print(table(report))
+    logger.info("\nWritten to %s.", arguments.output)
     return report
 
 

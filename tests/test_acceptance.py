@@ -120,7 +120,9 @@ def test_a_cache_of_other_layers_is_refused(trained, tmp_path):
         acceptance(AcceptanceArguments(str(checkpoint), str(folder), str(tmp_path / "a.json"), str(states)))
 
 
-def test_generation_drafts_and_accepts_what_the_cached_states_say(trained, tiny_verifier, tmp_path, monkeypatch):
+def test_generation_drafts_and_accepts_what_the_cached_states_say(
+    trained, tiny_verifier, tmp_path, monkeypatch, capsys
+):
     """The answers' cached states give the very counts of generating them, up to the last draft of each."""
     monkeypatch.setattr("peagle_hf.data.partition.ROWS_A_POSITION", 1)
     checkpoint, folder = trained
@@ -139,6 +141,7 @@ def test_generation_drafts_and_accepts_what_the_cached_states_say(trained, tiny_
         return_dict_in_generate=True,
     )
     report = acceptance(AcceptanceArguments(str(checkpoint), str(folder), str(tmp_path / "acceptance.json")))
+    assert "Acceptance length" in capsys.readouterr().out  # also with --quiet, as it is what was asked for
     copies = report["num_rows"] // ANSWERS
     assert report["num_drafts"] == copies * generated.num_drafts
     cut = [

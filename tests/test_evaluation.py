@@ -5,7 +5,6 @@ worked out by hand.
 """
 
 import json
-import logging
 import re
 import shlex
 import shutil
@@ -411,14 +410,13 @@ def test_bad_prompts_are_refused(drafter, tmp_path, rows, words):
 
 
 @pytest.mark.vllm
-def test_vllm_counts_what_the_chain_and_the_drafter_must_give(drafter, tmp_path, caplog):
+def test_vllm_counts_what_the_chain_and_the_drafter_must_give(drafter, tmp_path, capsys):
     """w5 is drafted: right once in two forward passes for the cycle w5 w6 w7, never for the chain that ends.
 
     After w7 comes w5 (accepted) and then w6, the verifier's own; after w6 it's w7 (nothing accepted). Of 60 tokens the
     prompt's pass gives the first and a rejection the second; 19 times a rejection and an acceptance give three more,
     and the last comes from a rejection: 19 of 40 drafts.
     """
-    caplog.set_level(logging.INFO, logger="peagle_hf")
     rows = [
         {"question_id": 1, "category": "cycle", "turns": ["w9 w7"]},
         {"question_id": 2, "category": "ends", "turns": ["w20"]},
@@ -446,7 +444,7 @@ def test_vllm_counts_what_the_chain_and_the_drafter_must_give(drafter, tmp_path,
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == report
     assert (tmp_path / "out" / "evaluation.png").stat().st_size > 1000
     assert "data:image/png" in (tmp_path / "out" / "evaluation.html").read_text()
-    assert "Acceptance length" in caplog.text
+    assert "Acceptance length" in capsys.readouterr().out
 
 
 @pytest.mark.vllm
