@@ -58,6 +58,7 @@ def command_line(prog: str, argv: Sequence[str] = ()) -> Iterator[None]:
         SystemExit: with the exit code, unless the block ends well.
     """
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    verbosity, bars = _verbosity, os.environ.get("TQDM_DISABLE")
     set_verbosity(_verbosity)
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # for bars of other libraries, whose tqdm isn't imported yet
@@ -77,6 +78,10 @@ def command_line(prog: str, argv: Sequence[str] = ()) -> Iterator[None]:
         if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
             _end(FAILED, f"{prog}: {_OUT_OF_MEMORY.format(error=' '.join(str(error).split()))}")
         _end(FAILED, f"{prog}: {_unexpected(error, prog, argv)}")
+    finally:  # a process that runs several commands, such as a notebook, doesn't keep one's --quiet
+        set_verbosity(verbosity)
+        if bars is None:
+            os.environ.pop("TQDM_DISABLE", None)
 
 
 def set_verbosity(level: int) -> None:

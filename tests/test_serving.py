@@ -184,8 +184,7 @@ def test_vllm_in_this_machine_is_given_the_template_and_the_tools(chain):
         _Conversations(llm, refusing, 99, None).inputs(0)
 
 
-def test_servers_give_the_report_that_vllm_in_process_gives(arguments, server, baseline, drafter, caplog):
-    caplog.set_level("INFO", logger="peagle_hf")
+def test_servers_give_the_report_that_vllm_in_process_gives(arguments, server, baseline, drafter, capsys):
     report = evaluate(arguments(baseline_endpoint=baseline.url, concurrency=[1, 3], rounds=2))
     categories = report["by_category"]
     assert [(name, row["num_prompts"]) for name, row in categories.items()] == [("long", 1), ("short", 2)]
@@ -211,8 +210,9 @@ def test_servers_give_the_report_that_vllm_in_process_gives(arguments, server, b
     output = Path(arguments().output)
     assert json.loads((output / "evaluation.json").read_text()) == report
     assert (output / "evaluation.png").read_bytes().startswith(b"\x89PNG")
-    assert "without" in caplog.text
-    assert "To first token, s" in caplog.text
+    table = capsys.readouterr().out
+    assert "without" in table
+    assert "To first token, s" in table
     assert report["others"] == []
     assert len(server.requests) == 1 + 2 * 2 * (1 + 4)  # and a request to warm up each time
     card = model_card(
@@ -235,12 +235,11 @@ def test_what_is_asked_is_what_vllm_in_process_is_given(arguments, server, basel
     assert [place["token"] for place in report["differences"]] == [0, 0, 0]
 
 
-def test_without_a_baseline_nothing_is_compared(arguments, drafter, caplog):
-    caplog.set_level("INFO", logger="peagle_hf")
+def test_without_a_baseline_nothing_is_compared(arguments, drafter, capsys):
     report = evaluate(arguments())
     assert report["tokens_per_second_without"] is report["text_identical"] is None
     assert report["by_concurrency"][0]["latency_seconds_without"] is None
-    assert "without it wasn't measured" in caplog.text
+    assert "without it wasn't measured" in capsys.readouterr().out
     path = Path(arguments().output) / "evaluation.json"
     card = model_card(check_checkpoint(drafter), "my-lab/d", None, None, read_evaluation(path, drafter)).text
     assert "a second without" not in card
@@ -279,13 +278,15 @@ def test_a_password_in_an_endpoint_reaches_no_file_and_no_message(arguments, ser
     assert "sesame" not in "".join(journals) + caplog.text
 
 
-def test_a_picture_that_cannot_be_drawn_loses_nothing(arguments, server, caplog, monkeypatch):
+def test_a_picture_that_cannot_be_drawn_loses_nothing(arguments, server, caplog, capsys, monkeypatch):
     """The table is printed and evaluation.json is there before anything is drawn."""
     caplog.set_level("INFO", logger="peagle_hf")
-    output, seen = Path(arguments().output), []
+    output, seen, printed = Path(arguments().output), [], []
 
     def fail(axes, report):
-        seen.append("Acceptance rate" in caplog.text and json.loads((output / "evaluation.json").read_text()) == report)
+        printed.append(capsys.readouterr().out)
+        kept = json.loads((output / "evaluation.json").read_text())
+        seen.append("Acceptance rate" in "".join(printed) and kept == report)
         raise RuntimeError("no <fonts>")
 
     output.mkdir()
