@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from test_docs import ROOT, first_lines, run
 from test_trainer import run as train_tiny
 
 from peagle_hf import PeagleTrainingArguments, cli, train
-from peagle_hf.data.server_folder import write_server_record
+from peagle_hf.data.server_folder import SERVER_RECORD, write_server_record
 from peagle_hf.target import default_aux_layer_ids
 
 NAME = "output/peagle_qwen3_8b_sharegpt"
@@ -192,6 +193,8 @@ def test_every_command_with_smollm2_and_real_vllm(place, smollm2):
     launch = launch[: launch.index("--") + 1]
     flags = ["--dtype", "float32", "--max-model-len", "300"]
     with VllmServer(["peagle_hf", *launch], flags, folder / "launch.log") as server:
+        while not (folder / NAME / "hidden_states" / SERVER_RECORD).exists():  # launch-vllm sees within a second
+            time.sleep(0.1)
         peagle_hf(EXTRACT, small | {"http://localhost:8000/v1": server.url})
         peagle_hf(EXTRACT_AGAIN, small | {"http://localhost:8000/v1": server.url})
     assert len(list((folder / NAME / "hidden_states").glob("hs_*.safetensors"))) == 6
