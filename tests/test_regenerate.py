@@ -1006,7 +1006,7 @@ def test_a_server_that_refuses_all_prompts_is_not_asked_for_ever(target, prompts
     server.requests.clear()
     with pytest.raises(PeagleError, match=r"refused the first 3 prompts, the latest with: .*too long"):
         run(target, tmp_path / "chats.jsonl", **arguments)
-    assert len(server.requests) == 3
+    assert 3 <= len(server.requests) <= 4  # a fourth may be under way before the third has failed
 
 
 def test_a_server_that_dies_ends_the_run_and_another_takes_over(target, prompts, tmp_path, server):
