@@ -13,7 +13,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
-from .arguments import Arguments
+from .arguments import Arguments, flag_of
 from .callbacks import BEST
 from .configuration_peagle import PeagleConfig
 from .errors import PeagleError
@@ -62,9 +62,7 @@ class PushArguments(Arguments):
     def command(self) -> str:
         """The command line that says the same."""
         flags = {name: value for name, value in asdict(self).items() if value}
-        return " ".join(
-            ["peagle-hf push", *(f"--{name.replace('_', '-')} {shlex.quote(str(flags[name]))}" for name in flags)]
-        )
+        return " ".join(["peagle-hf push", *(f"{flag_of(name)} {shlex.quote(str(flags[name]))}" for name in flags)])
 
 
 def push(

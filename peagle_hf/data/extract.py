@@ -4,6 +4,7 @@ Shape letters: B rows of a batch, T tokens, A auxiliary layers, H the verifier's
 """
 
 import logging
+import math
 import shutil
 import threading
 import time
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..arguments import Arguments, write_config
+from ..arguments import Arguments, check_ranges, write_config
 from ..cod import target_tokens
 from ..console import progress_bar
 from ..errors import PeagleError
@@ -537,10 +538,8 @@ def _plan(output: Path, manifest: Manifest, data: "datasets.Dataset", missing: d
 
 
 def _check_arguments(arguments: ExtractArguments) -> None:
-    for name in ("max_samples", "max_batch_tokens", "concurrency", "max_consecutive_errors", "world_size"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise PeagleError(f"--{name.replace('_', '-')} is {value} but must be at least 1.")
+    at_least_1 = ("max_samples", "max_batch_tokens", "concurrency", "max_consecutive_errors", "world_size")
+    check_ranges(arguments, dict.fromkeys(at_least_1, (1, math.inf)))
     check_requests(arguments.request_timeout, arguments.max_retries)
     if not 0 <= arguments.rank < arguments.world_size:
         raise PeagleError(f"--rank is {arguments.rank} but must be in 0 .. {arguments.world_size - 1} (--world-size).")
