@@ -1,6 +1,8 @@
-"""Pages that mkdocs makes with the site: the command line, from its parsers, and the code blocks that CI skips."""
+"""Pages that mkdocs makes with the site: the command line from its parsers, the code blocks that CI skips, and the
+faults that the tests inject."""
 
 import argparse
+import ast
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -44,6 +46,15 @@ place of Qwen3-8B and a dozen chats in place of ShareGPT. All but these:
 | page | begins | not run because |
 |---|---|---|
 """
+FAULTS_INTRODUCTION = """# Faults that are tried
+
+Each row is a test that injects the fault and checks what happens. This page is made from the tests' marks when the site
+is built.
+"""
+FAULTS_HEADER = """
+| how the fault is injected | what happens | test |
+|---|---|---|
+"""
 
 
 @dataclass(frozen=True)
@@ -64,7 +75,36 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages (mkdocs calls this)."""
     files.append(File.generated(config, "cli.md", content=command_line()))
     files.append(File.generated(config, "not-run.md", content=not_run()))
+    files.append(File.generated(config, "faults.md", content=faults_page()))
     return files
+
+
+def faults_page() -> str:
+    """The page of all faults that tests inject, a table for each file of tests, under that file's first line."""
+    page = FAULTS_INTRODUCTION
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        rows = [" | ".join(cell.replace("|", "\\|") for cell in fault) for fault in faults(path)]
+        if rows:
+            title = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or path.stem).splitlines()[0]
+            page += f"\n## {title.partition(':')[0].rstrip('.')}\n{FAULTS_HEADER}"
+            page += "".join(f"| {row} |\n" for row in rows)
+    return page
+
+
+def faults(path: Path) -> list[tuple[str, str, str]]:
+    """The faults of a file of tests: of each `pytest.mark.fault(injected, outcome)` both texts and the test's name.
+
+    Raises:
+        ValueError: a mark's arguments aren't two literal strings.
+    """
+    found = []
+    for part in ast.parse(path.read_text(encoding="utf-8")).body:
+        name = part.name if isinstance(part, ast.FunctionDef) else path.stem
+        for node in ast.walk(part):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.fault":
+                injected, outcome = map(ast.literal_eval, node.args)
+                found.append((injected, outcome, f"`{name}`"))
+    return found
 
 
 def not_run() -> str:

@@ -257,6 +257,7 @@ def test_a_yaml_file_says_what_flags_say(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("~*"))
 
 
+@pytest.mark.fault("A YAML file of arguments is damaged", "An error names the file and the line.")
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -281,6 +282,7 @@ def test_a_yaml_file_that_can_not_be_read_is_named(tmp_path, content, words):
     assert str(path) in str(refused.value)
 
 
+@pytest.mark.fault("A YAML file holds a value of the wrong kind", "An error names the file, the field and the value.")
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -398,6 +400,9 @@ def test_what_ends_a_command_is_one_paragraph_and_an_exit_code(monkeypatch, caps
     log.unlink()
 
 
+@pytest.mark.fault(
+    "SIGINT, SIGTERM or SIGHUP to a command", "It ends with exit code 130, 143 or 129 and leaves nothing half written."
+)
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_signals_end_a_process_with_their_codes(tmp_path):
     """A real process that waits, as each command does; no traceback, and what it would clean up is cleaned up."""
@@ -424,6 +429,7 @@ def test_signals_end_a_process_with_their_codes(tmp_path):
         assert len(error.strip().splitlines()) == 1
 
 
+@pytest.mark.fault("The program that reads the output ends", "The command ends quietly with exit code 141.")
 def test_a_closed_pipe_ends_a_command_quietly():
     command = f"{PROGRAM[0]} train --help-all | head -n 1"
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, timeout=300)
@@ -475,6 +481,7 @@ def test_the_example_says_errors_in_one_paragraph(train_flags):
     assert done.stderr.splitlines()[-1].startswith("train.py: nowhere")
 
 
+@pytest.mark.fault("The record of a pipeline is damaged", "An error names the file and what to do.")
 @pytest.mark.parametrize("content", ["{", "[]", '"words"'])
 def test_a_damaged_record_of_a_pipeline_is_named(tmp_path, content, capsys):
     (tmp_path / "pipeline.json").write_text(content)

@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from site_hooks import EXECUTED, blocks, command_line, not_run
+from site_hooks import EXECUTED, blocks, command_line, faults, faults_page, not_run
 
 from peagle_hf.arguments import CommandParser
 from peagle_hf.cli import COMMANDS
@@ -96,6 +96,14 @@ def test_command_line_page_has_every_flag():
         assert sorted(CommandParser(arguments).field_of(flag) for flag in documented) == sorted(expected)
     assert "--num-train-epochs, --epochs NUM" in sections["train"]
     assert "--deepspeed" not in sections["train"]
+
+
+def test_the_page_of_faults_has_every_mark():
+    marked = [fault for path in sorted(ROOT.glob("tests/test_*.py")) for fault in faults(path)]
+    rows = [line for line in faults_page().splitlines() if line.startswith("| ") and "what happens" not in line]
+    assert len(rows) == len(marked)
+    assert len({injected for injected, _, _ in marked}) == len(marked), "two faults that are described alike"
+    assert all(injected and outcome for injected, outcome, _ in marked)
 
 
 @pytest.mark.slow

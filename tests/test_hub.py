@@ -325,6 +325,10 @@ def test_minutes_count_over_a_resumed_run(train_flags):
     assert (whole["steps"], whole["epochs"]) == (10, 2.0)
 
 
+@pytest.mark.fault(
+    "The hub refuses the token, or the name of the repository is wrong",
+    "Training does not start, and the message says why.",
+)
 @pytest.mark.parametrize(
     ("change", "token", "words"),
     [
@@ -349,6 +353,9 @@ def test_a_hub_that_can_not_be_used_is_found_before_training(hub, hub_flags, mon
     assert not list(Path(hub_flags["output_dir"]).glob("checkpoint*"))
 
 
+@pytest.mark.fault(
+    "The hub refuses an upload in the middle of training", "Training goes on, and the log says how to upload later."
+)
 @pytest.mark.parametrize(("strategy", "refusals"), [("end", 1), ("checkpoint", 5)])
 def test_a_refused_upload_loses_nothing_and_says_what_to_do(hub, hub_flags, caplog, strategy, refusals):
     hub.refuse_commits = True
@@ -368,6 +375,7 @@ def test_a_refused_upload_loses_nothing_and_says_what_to_do(hub, hub_flags, capl
     assert hub.files("my-lab/drafter").keys() == SERVED
 
 
+@pytest.mark.fault("The hub can not be reached when a drafter is pushed", "One paragraph says so.")
 def test_a_hub_that_is_gone_is_no_traceback(hub, trained, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(PeagleError, match="upload it later with: peagle-hf push --model") as gone:
@@ -377,6 +385,7 @@ def test_a_hub_that_is_gone_is_no_traceback(hub, trained, monkeypatch):
     assert "hf auth login" not in str(gone.value)
 
 
+@pytest.mark.fault("A checkpoint that vLLM could not serve is pushed", "It is refused before anything is uploaded.")
 def test_what_vllm_would_not_serve_is_not_pushed(hub, trained, evaluation, tmp_path):
     with pytest.raises(PeagleError, match="--verifier-name"):
         push(PushArguments(str(trained), "my-lab/d"))

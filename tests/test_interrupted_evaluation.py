@@ -59,6 +59,10 @@ def without_times(report):
     return [without_times(value) for value in report] if isinstance(report, list) else report
 
 
+@pytest.mark.fault(
+    "An evaluation is killed between two of its runs",
+    "The rerun asks only for what is missing and gives the same report.",
+)
 def test_a_killed_evaluation_asks_only_what_is_missing_and_gives_the_same_report(
     arguments, server, baseline, tmp_path, caplog
 ):
@@ -104,6 +108,9 @@ def interrupt(arguments, server, requests: int = 2 * REQUESTS + 3) -> None:
     server.requests.clear()
 
 
+@pytest.mark.fault(
+    "An evaluation is rerun with other settings", "The log names each change, and everything is measured again."
+)
 def test_what_changed_is_named_and_all_is_measured_anew(arguments, server, suite, caplog, monkeypatch):
     monkeypatch.setattr("peagle_hf.evaluation._illustrate", lambda report, output: None)  # takes long
     interrupt(arguments(), server)
@@ -124,6 +131,9 @@ def test_what_changed_is_named_and_all_is_measured_anew(arguments, server, suite
     assert "prompts is 6, sha256" in caplog.text
 
 
+@pytest.mark.fault(
+    "The drafter's weights change between an evaluation and its rerun", "Nothing of the old measurement is used."
+)
 def test_other_weights_are_measured_anew(arguments, server, drafter, tmp_path, caplog):
     """`checkpoint_best` led elsewhere when the evaluation was started again."""
     best = tmp_path / "checkpoint_best"
@@ -151,6 +161,7 @@ def test_other_weights_are_measured_anew(arguments, server, drafter, tmp_path, c
     assert f"{tmp_path / '2'}, which {best} linked to when this began" in page
 
 
+@pytest.mark.fault("The journal of an evaluation is damaged", "An error names the file and says to remove it.")
 @pytest.mark.parametrize("damage", ["{", "[]", '{"settings": 1}', '{"settings": {}}\n{"name": "x"}', b"\xff\xfe"])
 def test_a_damaged_journal_is_named_with_the_remedy(arguments, tmp_path, damage):
     path = tmp_path / "out" / FINISHED_RUNS

@@ -117,6 +117,7 @@ def test_a_dry_run_needs_neither_vllm_nor_with_all_layers_named_the_verifier(tin
     assert not (tmp_path / "states").exists()
 
 
+@pytest.mark.fault("vLLM is not installed", "The command says how to install it, and that --dry-run works without it.")
 def test_a_python_without_vllm_is_refused(tiny_verifier, tmp_path):
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\necho "no module named torch" >&2\nexit 1\n')
@@ -271,6 +272,10 @@ def test_the_record_is_there_from_when_the_server_answers_until_it_ends(stand_in
     assert ended([int(number) for number in stand_in.read_text().split()])
 
 
+@pytest.mark.fault(
+    "A second server is launched at the port of one that runs",
+    "The launch fails, and the record of the first server stays.",
+)
 def test_a_launch_that_fails_leaves_the_record_of_the_server_that_runs(stand_in, tiny_verifier, output, server):
     arguments = launch_arguments(tiny_verifier, output, target_layer_ids=[1, 2, 3])
     name = f"127.0.0.1:{server.port}"
@@ -290,6 +295,7 @@ def test_a_launch_that_fails_leaves_the_record_of_the_server_that_runs(stand_in,
     assert not stand_in.exists()
 
 
+@pytest.mark.fault("Another program answers at the port while vLLM loads", "It does not count as the server.")
 def test_an_answer_from_another_program_at_the_port_is_no_sign_of_the_server(stand_in, server):
     address = Address("127.0.0.1", server.port)
     assert address.is_answered_by(os.getsid(0))
@@ -297,6 +303,7 @@ def test_an_answer_from_another_program_at_the_port_is_no_sign_of_the_server(sta
     assert not Address("127.0.0.1", free_port()).is_answered_by(os.getsid(0))
 
 
+@pytest.mark.fault("SIGTERM to `serve` or `evaluate`", "No process of vLLM is left.")
 @pytest.mark.parametrize("command", ["serve", "evaluate"])
 def test_a_signal_to_serve_or_evaluate_leaves_no_process_of_vllm(stand_in, drafter, tmp_path, command):
     if command == "serve":
@@ -334,6 +341,9 @@ with supervisor.supervised([sys.executable, "-c", "from vllm import LLM; LLM()"]
 """
 
 
+@pytest.mark.fault(
+    "The command that started vLLM is killed with SIGKILL, and its guard process too", "vLLM ends with it."
+)
 @pytest.mark.parametrize(
     "cause",
     [

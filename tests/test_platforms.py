@@ -6,11 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import write_cache, write_prepared
 
 WORKER = Path(__file__).parent / "workers" / "other_platform.py"
 
 
+@pytest.mark.fault(
+    "The system has no fork, no flock and no symbolic links", "Preparing, training and pushing work all the same."
+)
 def test_prepare_train_and_push_need_nothing_that_only_linux_has(servable_verifier, tiny_verifier, tmp_path):
     data = write_cache(write_prepared(tmp_path / "data", [12 + index for index in range(10)]), tiny_verifier)
     chats = tmp_path / "chats.jsonl"

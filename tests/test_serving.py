@@ -85,6 +85,9 @@ def test_the_drafter_is_served_beside_the_verifier_that_it_names(drafter, chain)
     assert option(on_cpu, "--speculative-config")["num_speculative_tokens"] == 3
 
 
+@pytest.mark.fault(
+    "A checkpoint lacks a tensor, or another verifier is named for it", "`serve` refuses it before vLLM starts."
+)
 def test_a_bad_checkpoint_or_another_verifier_is_found_before_vllm_starts(drafter, servable_verifier, tmp_path, capsys):
     pytest.importorskip("vllm")
     for words, flags in (
@@ -278,6 +281,7 @@ def test_a_password_in_an_endpoint_reaches_no_file_and_no_message(arguments, ser
     assert "sesame" not in "".join(journals) + caplog.text
 
 
+@pytest.mark.fault("The picture of an evaluation can not be drawn", "The report is written all the same.")
 def test_a_picture_that_cannot_be_drawn_loses_nothing(arguments, server, caplog, capsys, monkeypatch):
     """The table is printed and evaluation.json is there before anything is drawn."""
     caplog.set_level("INFO", logger="peagle_hf")
@@ -328,6 +332,10 @@ def test_as_many_requests_as_are_wanted_are_in_flight(arguments, server):
     assert max(most) == 2
 
 
+@pytest.mark.fault(
+    "A server fails, cuts an answer, or counts the drafts of other users during an evaluation",
+    "An error says so, and no figure is reported.",
+)
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
@@ -351,6 +359,10 @@ def test_a_server_that_fails_or_counts_others_is_no_measure(arguments, server, p
     assert not Path(arguments().output, "evaluation.json").exists()
 
 
+@pytest.mark.fault(
+    "A server of an evaluation is dead or serves another model",
+    "An error names the server before anything is measured.",
+)
 def test_servers_that_are_dead_or_others_are_refused(arguments, server, baseline, drafter, servable_verifier):
     with pytest.raises(PeagleError, match=r"127\.0\.0\.1:9/v1 can't be asked for its model.*peagle-hf serve"):
         evaluate(arguments(endpoint="http://127.0.0.1:9"))
@@ -427,6 +439,7 @@ def test_a_chat_without_a_drafter_or_beside_others_says_so(server, baseline, mon
     assert "can't be asked for its model" in capsys.readouterr().err
 
 
+@pytest.mark.fault("An answer of a chat fails or is stopped with Ctrl-C", "The chat goes on without that answer.")
 def test_an_answer_that_fails_or_is_stopped_ends_neither_the_chat_nor_stays_in_it(server, monkeypatch, capsys):
     def fault(message: str) -> str | None:
         if message == "stop":
@@ -467,6 +480,7 @@ def test_a_key_at_the_prompt_ends_the_chat_with_a_line(server, monkeypatch, caps
     assert capsys.readouterr().out.splitlines()[-1] == "The chat has ended."
 
 
+@pytest.mark.fault("A chat server is gone for a moment", "The chat goes on.")
 def test_a_chat_goes_on_when_the_server_counts_nothing_or_is_gone_for_a_moment(server, monkeypatch, capsys):
     monkeypatch.setattr(server, "_metrics", lambda: "nothing")
     server.chat_fault = lambda message: setattr(server, "is_down", message == "go") or None
