@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from .callbacks import whole_drafter
+from .checkpoints import whole_drafter
 from .configuration_peagle import PeagleConfig
 from .errors import PeagleError
 from .modeling_peagle import PeagleForSpeculation

@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import HubStrategy
 
 from .arguments import Arguments, flag_of
-from .callbacks import BEST
+from .checkpoints import BEST
 from .configuration_peagle import PeagleConfig
 from .errors import PeagleError
 from .model_card import chat_option_files, model_card, read_evaluation, read_record, recorded_chat_options

@@ -98,7 +98,7 @@ def run(arguments: RunArguments) -> None:
 
 def _require_fresh(arguments: Any, before: dict[str, Any] | None, section: dict[str, Any]) -> None:
     """Refuse to train on from checkpoints of a training that finished with other arguments, None being other data."""
-    from .callbacks import newest_checkpoint
+    from .checkpoints import newest_checkpoint
 
     now, then = (field_names(type(arguments), one or {}) for one in (section, before))
     changed = [name for name in sorted({*now, *then} - LENGTHS) if now.get(name) != then.get(name)]

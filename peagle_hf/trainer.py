@@ -33,11 +33,11 @@ from transformers.training_args import OptimizerNames
 
 from . import __version__
 from .adapters import merge_adapter, save_adapter
-from .callbacks import (
+from .callbacks import VllmExportCallback
+from .checkpoints import (
     BEST,
     EXPORTED,
     MERGED,
-    VllmExportCallback,
     checkpoints_by_step,
     export_drafter,
     is_whole,

@@ -9,8 +9,8 @@ from peft import LoraConfig, PeftModel
 from transformers import set_seed
 
 from .adapters import add_adapter
-from .callbacks import (
-    VllmExportCallback,
+from .callbacks import VllmExportCallback
+from .checkpoints import (
     checkpoints_by_step,
     newest_checkpoint,
     remove_checkpoints,

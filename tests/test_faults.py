@@ -16,7 +16,7 @@ from transformers.modeling_utils import safe_save_file
 
 from peagle_hf import PeagleError, PeagleTrainingArguments
 from peagle_hf.arguments import flags
-from peagle_hf.callbacks import checkpoints_by_step
+from peagle_hf.checkpoints import checkpoints_by_step
 from peagle_hf.files import atomic_path, check_writable, write_json
 from peagle_hf.serving import check_checkpoint
 from peagle_hf.training import train

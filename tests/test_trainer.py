@@ -27,7 +27,7 @@ from peagle_hf import (
     start_linearly,
 )
 from peagle_hf.arguments import flags
-from peagle_hf.callbacks import checkpoints_by_step, epoch_folders
+from peagle_hf.checkpoints import checkpoints_by_step, epoch_folders
 from peagle_hf.cli import main
 from peagle_hf.data.extract import ExtractArguments, extract
 from peagle_hf.data.partition import partition_every_row

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerState
 
-from peagle_hf import PeagleTrainer, callbacks
+from peagle_hf import PeagleTrainer, checkpoints
 from peagle_hf.cli import main
 
 point, signal_name, step = sys.argv[1], sys.argv[2], int(sys.argv[3])
@@ -59,7 +59,7 @@ if __name__ == "__main__":
     elif point == "state":
         TrainerState.save_to_json = half(TrainerState.save_to_json, lambda state, path: path)
     elif point == "epoch folder":
-        callbacks.save_file = half(callbacks.save_file, lambda tensors, path: path)
+        checkpoints.save_file = half(checkpoints.save_file, lambda tensors, path: path)
     elif point == "removing a checkpoint":
         shutil.rmtree = half_removed(shutil.rmtree, lambda name: name.startswith("checkpoint-"))
     elif point == "removing an epoch folder":
