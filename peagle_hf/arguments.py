@@ -21,7 +21,6 @@ from .errors import PeagleError
 from .files import atomic_path
 from .redaction import is_secret, public_settings
 
-CONFIG = "config.yaml"
 Parsed = TypeVar("Parsed")
 GENERAL = "General"
 SECTION = "MAPPING"
@@ -405,13 +404,12 @@ def config_text(arguments: Any) -> str:
     return yaml.safe_dump(public_settings(content), sort_keys=False, allow_unicode=True)
 
 
-def write_config(arguments: Any, folder: str | Path, name: str = CONFIG) -> None:
-    """Write `config.yaml` into a run's folder: the first argument with which the same command runs again.
+def write_config(arguments: Any, folder: str | Path, command: str) -> None:
+    """Write `<command>.yaml` into a run's folder: the first argument with which the same command runs again.
 
-    Args:
-        name: another name for it, where the folder may be that of another command too.
+    The name is the command's own, so that commands that share an output folder keep a file each.
     """
-    with atomic_path(Path(folder) / name) as temporary:
+    with atomic_path(Path(folder) / f"{command}.yaml") as temporary:
         temporary.write_text(config_text(arguments), encoding="utf-8")
 
 

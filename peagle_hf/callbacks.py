@@ -59,7 +59,7 @@ class VllmExportCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         remove_leftovers(self._folder(args), rf"\d+|checkpoint-\d+|{BEST}")
-        write_config(args, self._folder(args))
+        write_config(args, self._folder(args), "train")
         if state.global_step == 0:
             return
         for checkpoint in trainer_checkpoints(self._folder(args)):

@@ -242,7 +242,7 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
     prompts = _load_prompts(arguments, dropped)
     output = Path(arguments.output)
     check_writable(output)
-    write_config(arguments, output, "evaluation.yaml")
+    write_config(arguments, output, "evaluate")
     options = chosen_chat_options(
         drafters[0].folder,
         verifier,

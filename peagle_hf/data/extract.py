@@ -509,7 +509,7 @@ def _begin(
     """Make sure that the rows fit on the disk, and say in the folder what they are."""
     _check_disk(output, sum(lengths.values()), _bytes_needed(manifest, data, lengths))
     if arguments.rank == 0:
-        write_config(arguments, output)
+        write_config(arguments, output, "extract")
     if Manifest.read(output) is None:
         manifest.write(output)
 
