@@ -29,9 +29,9 @@ CLI_INTRODUCTION = """# Command line
   command takes `--quiet`, `--verbose` and `--print-config`.
 - **A YAML file** as the first argument holds flag names without the dashes (`no_linear_start: true` works too), and
   flags win over it. Numbers are those of YAML 1.2: `lr: 2e-3` is a number. `~/` is the home folder.
-- **`<command>.yaml`** in the output folder of prepare, extract, train, evaluate and run holds the arguments of that
-  command, without passwords and tokens. It can be given back: `peagle-hf train checkpoints/train.yaml`. Commands that
-  share an output folder keep a file each.
+- **`config.yaml`** in the output folder of prepare, extract, train and evaluate holds the arguments that made it,
+  without passwords and tokens. It can be given back to the same command: `peagle-hf train checkpoints/config.yaml`.
+  Where another command's `config.yaml` is in the folder already, the file is `<command>.yaml`, such as `train.yaml`.
 - **`--dry-run`** of prepare, extract, train, launch-vllm and serve says what would be read, run and written.
 - **Exit codes**: 0 done; 1 an error, named in one paragraph; 2 a wrong command line; 130 interrupted with Ctrl-C; 141
   the program that read the output has ended; 143 (129) ended by SIGTERM (SIGHUP). An error that nobody foresaw names a

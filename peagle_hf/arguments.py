@@ -21,6 +21,7 @@ from .errors import PeagleError
 from .files import atomic_path
 from .redaction import is_secret, public_settings
 
+CONFIG = "config.yaml"
 Parsed = TypeVar("Parsed")
 GENERAL = "General"
 SECTION = "MAPPING"
@@ -404,13 +405,24 @@ def config_text(arguments: Any) -> str:
     return yaml.safe_dump(public_settings(content), sort_keys=False, allow_unicode=True)
 
 
-def write_config(arguments: Any, folder: str | Path, command: str) -> None:
-    """Write `<command>.yaml` into a run's folder: the first argument with which the same command runs again.
+def config_path(folder: str | Path, command: str) -> Path:
+    """Where a command keeps its arguments in an output folder.
 
-    The name is the command's own, so that commands that share an output folder keep a file each.
+    `config.yaml`, or `<command>.yaml` where another command that shares the folder has its own `config.yaml`.
     """
-    with atomic_path(Path(folder) / f"{command}.yaml") as temporary:
-        temporary.write_text(config_text(arguments), encoding="utf-8")
+    path = Path(folder) / CONFIG
+    is_another = path.exists() and not path.read_bytes().startswith(_config_header(command).encode())
+    return path.with_name(f"{command}.yaml") if is_another else path
+
+
+def write_config(arguments: Any, path: Path, command: str) -> None:
+    """Write the YAML file (see `config_path`) that, as the first argument, runs the same command again."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(_config_header(command) + config_text(arguments), encoding="utf-8")
+
+
+def _config_header(command: str) -> str:
+    return f"# Arguments of peagle-hf {command}.\n"
 
 
 def plain(value: Any) -> Any:

@@ -8,7 +8,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from .arguments import write_config
+from .arguments import config_path, write_config
 from .checkpoints import (
     BEST,
     CURVES,
@@ -59,7 +59,7 @@ class VllmExportCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         remove_leftovers(self._folder(args), rf"\d+|checkpoint-\d+|{BEST}")
-        write_config(args, self._folder(args), "train")
+        write_config(args, config_path(self._folder(args), "train"), "train")
         if state.global_step == 0:
             return
         for checkpoint in trainer_checkpoints(self._folder(args)):

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from . import __version__
-from .arguments import Arguments, check_ranges, flag_of, plain, write_config
+from .arguments import Arguments, check_ranges, config_path, flag_of, plain, write_config
 from .client import DRAFT_COUNTERS, Client, Run, measure
 from .console import progress_bar
 from .data.cache import place
@@ -242,7 +242,7 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
     prompts = _load_prompts(arguments, dropped)
     output = Path(arguments.output)
     check_writable(output)
-    write_config(arguments, output, "evaluate")
+    write_config(arguments, config_path(output, "evaluate"), "evaluate")
     options = chosen_chat_options(
         drafters[0].folder,
         verifier,

@@ -21,6 +21,7 @@ from peagle_hf.arguments import (
     Arguments,
     CommandParser,
     check_ranges,
+    config_path,
     config_text,
     flags,
     parse_arguments,
@@ -340,15 +341,19 @@ def test_a_section_of_a_pipeline_that_is_no_mapping_is_named(tmp_path, section, 
 )
 def test_config_yaml_is_read_back(arguments, argv, tmp_path, capsys):
     parsed = parse_arguments(arguments, argv)
-    write_config(parsed, tmp_path, "some")
-    again = parse_arguments(arguments, [str(tmp_path / "some.yaml")])
+    path = config_path(tmp_path, "some")
+    write_config(parsed, path, "some")
+    again = parse_arguments(arguments, [str(path)])
     assert config_text(again) == config_text(parsed)
     for one in fields(arguments):
         if one.init and one.name not in ("logging_dir", "accelerator_config"):
             assert getattr(again, one.name) == getattr(parsed, one.name), one.name
     with pytest.raises(SystemExit):
         parse_arguments(arguments, [*argv, "--print-config"])
-    assert yaml.safe_load(capsys.readouterr().out) == yaml.safe_load((tmp_path / "some.yaml").read_text())
+    assert yaml.safe_load(capsys.readouterr().out) == yaml.safe_load(path.read_text())
+    assert path.name == "config.yaml"
+    assert config_path(tmp_path, "some") == path
+    assert config_path(tmp_path, "other").name == "other.yaml"
 
 
 def test_numbers_out_of_range_are_refused_by_flag():

@@ -37,7 +37,7 @@ from peagle_hf.data.server_folder import OwnRequests, remove_unwanted, write_ser
 
 LENGTHS = [9, 30, 20, 29, 12, 19]
 SLOTS = [*AUX, LAYERS]
-RECORDS = {"manifest.json", "failed.json", "server.json", "extract.yaml"}
+RECORDS = {"manifest.json", "failed.json", "server.json", "config.yaml"}
 
 
 @pytest.fixture

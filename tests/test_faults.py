@@ -132,7 +132,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(train_flags, tmp_path, monkeypa
         "0",
         "checkpoint-5",
         "checkpoint_best",
-        "train.yaml",
+        "config.yaml",
         "training.png",
     ]
     assert losses(train(PeagleTrainingArguments(**cut))) == losses(whole)

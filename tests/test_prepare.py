@@ -459,7 +459,7 @@ def test_a_dataset_in_memory_is_prepared_as_a_file_is(arguments, tmp_path):
     assert prepared(prepare(in_memory)) == from_file  # kept
     with pytest.raises(PeagleError, match="overwrite"):
         prepare(replace(in_memory, data=[Dataset.from_list(rows[1:])]))
-    assert "Dataset in memory" in (tmp_path / "memory" / "prepare.yaml").read_text()
+    assert "Dataset in memory" in (tmp_path / "memory" / "config.yaml").read_text()
     turns = [prompt.turns for prompt in read_prompts(in_memory.data[0], [])]
     assert turns == [prompt.turns for prompt in read_prompts(arguments.data[0], [])]
 
@@ -469,10 +469,10 @@ def test_the_folder_that_prepare_writes(arguments, caplog):
     folder = prepare(arguments)
     assert sorted(contents(folder)) == [
         *(
+            "config.yaml",
             "data-00000-of-00001.arrow",
             "dataset_info.json",
             "prepare.json",
-            "prepare.yaml",
             "skipped.json",
             "state.json",
         ),

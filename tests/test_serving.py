@@ -302,7 +302,7 @@ def test_a_picture_that_cannot_be_drawn_loses_nothing(arguments, server, caplog,
     page = (output / "evaluation.html").read_text()
     assert "could not be drawn: no &lt;fonts&gt;" in page
     assert f"{report['acceptance_length']:.3f}" in page
-    assert sorted(path.name for path in output.iterdir()) == ["evaluate.yaml", "evaluation.html", "evaluation.json"]
+    assert sorted(path.name for path in output.iterdir()) == ["config.yaml", "evaluation.html", "evaluation.json"]
 
 
 def test_a_drafter_that_is_missing_or_named_twice_is_refused(arguments, drafter, tmp_path):

@@ -383,7 +383,7 @@ def test_no_resume_removes_old_checkpoints_and_starts_afresh(train_flags):
     train(args)
     assert checkpoint_to_resume(args) is not None
     assert checkpoint_to_resume(PeagleTrainingArguments(**train_flags, resume=False)) is None
-    assert os.listdir(train_flags["output_dir"]) == ["train.yaml"]
+    assert os.listdir(train_flags["output_dir"]) == ["config.yaml"]
 
 
 def test_later_checkpoints_do_not_pass_for_those_of_a_run_that_goes_on_earlier(train_flags, tmp_path):

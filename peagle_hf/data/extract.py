@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..arguments import Arguments, check_ranges, write_config
+from ..arguments import Arguments, check_ranges, config_path, write_config
 from ..cod import target_tokens
 from ..console import progress_bar
 from ..errors import PeagleError
@@ -509,7 +509,7 @@ def _begin(
     """Make sure that the rows fit on the disk, and say in the folder what they are."""
     _check_disk(output, sum(lengths.values()), _bytes_needed(manifest, data, lengths))
     if arguments.rank == 0:
-        write_config(arguments, output, "extract")
+        write_config(arguments, config_path(output, "extract"), "extract")
     if Manifest.read(output) is None:
         manifest.write(output)
 

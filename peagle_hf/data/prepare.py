@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..arguments import Arguments, check_ranges, write_config
+from ..arguments import Arguments, check_ranges, config_path, write_config
 from ..errors import PeagleError
 from ..files import atomic_path, remove_leftovers, write_json
 from ..target import load_token_freq
@@ -69,7 +69,7 @@ COUNTS = (
 # The record goes first when files are removed and comes last when they are put in place: it says that all is complete.
 _OWN_FILES = (
     *(PREPARE_RECORD, "data-*.arrow", DATASET_INFO, DATASET_STATE, "skipped.json", "token_freq.pt"),
-    *(f"{INSPECTION}.html", f"{INSPECTION}.json", "prepare.yaml", CHAT_TEMPLATE_FILE),
+    *(f"{INSPECTION}.html", f"{INSPECTION}.json", CHAT_TEMPLATE_FILE),
 )
 
 CONVERSATION = "conversation"
@@ -214,7 +214,7 @@ def prepare(arguments: PrepareArguments) -> Path:
         with atomic_path(output / ".prepared") as folder:
             folder.mkdir()
             _make(folder, tokenizer, arguments, origin)
-            write_config(arguments, folder, "prepare")
+            write_config(arguments, folder / config_path(output, "prepare").name, "prepare")
             if arguments.chat_template is not None:
                 (folder / CHAT_TEMPLATE_FILE).write_text(str(tokenizer.chat_template), encoding="utf-8")
         _move_files(output / ".prepared", output)
@@ -733,6 +733,7 @@ def _is_made(output: Path, origin: dict[str, Any], overwrite: bool) -> bool:
 def _own_files(folder: Path) -> Iterator[Path]:
     for pattern in _OWN_FILES:
         yield from folder.glob(pattern)
+    yield from filter(Path.exists, {config_path(folder, "prepare"), folder / "prepare.yaml"})
 
 
 def _move_files(source: Path, target: Path) -> None:
