@@ -83,13 +83,18 @@ def load_drafter(name_or_path: str, config: PeagleConfig) -> PeagleForSpeculatio
     return drafter
 
 
-def check_same_configuration(folder: Path, config: PeagleConfig) -> None:
+def check_same_configuration(folder: Path, config: PeagleConfig, is_verifier_known: bool = False) -> None:
     """Refuse to resume a checkpoint of another drafter or of other sampling.
+
+    Args:
+        is_verifier_known: the verifiers are compared by their weights, so that their names and paths may differ.
 
     Raises:
         PeagleError: names the fields that differ.
     """
     differences = config.differences(PeagleConfig.from_pretrained(whole_drafter(folder)))
+    if is_verifier_known:
+        differences.pop("speculators_config.verifier.name_or_path", None)
     if differences:
         listed = ", ".join(f"{name} (there {theirs!r}, here {ours!r})" for name, (ours, theirs) in differences.items())
         raise PeagleError(

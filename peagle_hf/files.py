@@ -6,11 +6,14 @@ import os
 import re
 import secrets
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import filelock
 
 from .errors import PeagleError
 
@@ -25,6 +28,9 @@ _UNWRITABLE = (
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL),
 )
 """Errors of the operating system that say that the place itself is wrong."""
+
+_HELD: set[str] = set()
+"""The locks that this process holds (see `locked_file`)."""
 
 
 @contextmanager
@@ -92,6 +98,84 @@ def check_writable(folder: str | os.PathLike[str]) -> None:
     with writing(folder):
         os.makedirs(folder, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
+
+
+@contextmanager
+def locked_folder(folder: str | os.PathLike[str], remedy: str, share: str = "") -> Iterator[None]:
+    """Make `folder` and keep other processes from writing into it while the block runs; see `locked_file`.
+
+    Args:
+        share: names a part of the folder's content that this process writes alone, while others write the rest.
+    """
+    with writing(folder):
+        os.makedirs(folder, exist_ok=True)
+    with _locked(Path(folder) / f".{share}.lock".replace("..", "."), folder, remedy):
+        yield
+
+
+@contextmanager
+def locked_file(path: str | os.PathLike[str], remedy: str) -> Iterator[None]:
+    """Keep other processes from writing `path` while the block runs, on all machines that see its disk.
+
+    The operating system frees the lock when its process ends, however it ends. On a disk without such locks a file with
+    host and process id stands for it, which is taken over when that process of the same host has ended. A process may
+    take a lock again that it holds.
+
+    Args:
+        remedy: what to do about another writer, as a sentence.
+
+    Raises:
+        PeagleError: another process holds the lock; names its host and process id.
+    """
+    path = Path(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path.with_name(f".{path.name}.lock"), path, remedy):
+        yield
+
+
+@contextmanager
+def _locked(lock_path: Path, written: str | os.PathLike[str], remedy: str) -> Iterator[None]:
+    key = os.path.realpath(lock_path)
+    if key in _HELD:
+        yield
+        return
+    holder = lock_path.with_name(f"{lock_path.name}.holder")
+    with writing(lock_path):
+        try:
+            lock = _acquired(lock_path)
+        except filelock.Timeout as error:
+            raise PeagleError(f"{written} is being written by another process{_described(holder)}. {remedy}") from error
+        write_json(holder, {"host": socket.gethostname(), "process": os.getpid()})
+    _HELD.add(key)
+    try:
+        yield
+    finally:
+        _HELD.discard(key)
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def _acquired(lock_path: Path) -> filelock.BaseFileLock:
+    try:
+        lock: filelock.BaseFileLock = filelock.FileLock(lock_path)
+        lock.acquire(timeout=0)
+    except (NotImplementedError, OSError) as error:
+        if getattr(error, "errno", None) not in (None, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise
+        if isinstance(error, filelock.Timeout):
+            raise
+        lock = filelock.SoftFileLock(lock_path.with_name(f"{lock_path.name}.soft"))
+        lock.acquire(timeout=0)
+    return lock
+
+
+def _described(holder: Path) -> str:
+    try:
+        content = json.loads(holder.read_text(encoding="utf-8"))
+        return f" (process {content['process']} on {content['host']})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def remove_folder(folder: Path) -> None:

@@ -1,10 +1,13 @@
-"""Muon for a drafter's matrices and AdamW for the rest, as one optimizer."""
+"""Muon for a drafter's matrices and AdamW for the rest, as one optimizer; new settings for a resumed optimizer."""
 
-from collections.abc import Callable, Iterable
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 MUON = "muon"
 """The name that `--optim` knows it by."""
@@ -51,7 +54,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
                 if parameters
             ),
         ]
-        super().__init__([group for part in self._parts for group in part.param_groups], {})
+        super().__init__([group for part in self._parts for group in part.param_groups], {"lr": lr})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Tensor | None:  # type: ignore[override]
@@ -61,3 +64,81 @@ class MuonWithAdamW(torch.optim.Optimizer):
             part.param_groups, part.state = [group], self.state  # anew, as loading a state dict replaces both
             part.step()
         return None
+
+
+def settings_of(optimizer: Any) -> list[dict[str, Any]]:
+    """The settings of each parameter group as JSON values, "lr" being the peak that the schedule scales."""
+    groups = []
+    for group in optimizer.param_groups:
+        settings = {name: value for name, value in group.items() if name not in ("params", "initial_lr")}
+        settings["lr"] = group.get("initial_lr", group["lr"])
+        groups.append({name: value for name, value in _as_json(settings).items() if value is not None})
+    return groups
+
+
+def settings_of_schedule(schedule: Any) -> dict[str, Any]:
+    """The class and the settings of a learning-rate schedule that hasn't begun, as JSON values."""
+    state = _as_json({name: value for name, value in schedule.state_dict().items() if name not in _PLACES})
+    return {"class": type(schedule).__name__, **{name: value for name, value in state.items() if value is not None}}
+
+
+_PLACES = {"base_lrs", "_last_lr", "last_epoch", "_step_count", "lr_lambdas", "best", "num_bad_epochs"}
+"""What a schedule's state holds of its place and rates, beside its settings."""
+
+
+def set_settings(optimizer: Any, before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> None:
+    """Give a loaded optimizer those settings that differ between two `settings_of`, but for the rates.
+
+    All others stay as loaded, since some optimizers keep counters beside their settings.
+    """
+    for group, old, new in zip(optimizer.param_groups, before, now, strict=True):
+        for name in new.keys() & group.keys() - {"lr"}:
+            if new[name] != old.get(name):
+                group[name] = tuple(new[name]) if isinstance(new[name], list) else new[name]
+
+
+def set_rates(
+    optimizer: Any, schedule: Any, rates: Sequence[float], state: Mapping[str, Any], is_other: bool, step: int
+) -> None:
+    """Put a schedule at the place that was saved and give the optimizer the rates that it says there.
+
+    A `LambdaLR`, which all schedules of transformers but reduce_lr_on_plateau and greedy are, goes by the number of its
+    step alone, so that another kind, length or peak of the schedule holds from there on. Any other begins at `rates`.
+
+    Args:
+        schedule: new, with the settings that are wanted.
+        rates: the peak of each parameter group.
+        state: of the schedule that was saved.
+        is_other: whether that schedule had other settings or rates.
+        step: the number of optimizer steps so far.
+    """
+    if isinstance(schedule, LambdaLR):
+        if not is_other:
+            schedule.load_state_dict(dict(state))
+        schedule.last_epoch = state["last_epoch"] if "lr_lambdas" in state else step
+        schedule._step_count = schedule.last_epoch + 1
+        schedule.base_lrs = list(rates)
+        current = [rate * scale(schedule.last_epoch) for rate, scale in zip(rates, schedule.lr_lambdas, strict=True)]
+        schedule._last_lr = list(current)
+    elif is_other:
+        current = list(rates)
+    else:
+        schedule.load_state_dict(dict(state))
+        return
+    for group, rate, now in zip(optimizer.param_groups, rates, current, strict=True):
+        group["initial_lr"], group["lr"] = rate, now
+
+
+def _as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers, strings and lists of them; None for anything else."""
+
+    def value_of(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.numel() == 1:
+            value = value.item()
+        if isinstance(value, list | tuple):
+            return [value_of(one) for one in value]
+        if isinstance(value, float) and not math.isfinite(value):
+            return str(value)
+        return value if isinstance(value, str | bool | int | float) else None
+
+    return dict(json.loads(json.dumps({name: value_of(value) for name, value in settings.items()})))

@@ -5,7 +5,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sized
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import islice
@@ -28,6 +28,7 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import BestRun, EvalLoopOutput, HPSearchBackend
 from transformers.training_args import OptimizerNames
 
@@ -47,6 +48,7 @@ from .checkpoints import (
     resumable_folder,
     scores_by_step,
     step_of_best,
+    trainer_state,
 )
 from .configuration_peagle import PeagleConfig
 from .console import is_quiet
@@ -65,9 +67,20 @@ from .memory import keep_freed_memory, report, rows_that_fit
 from .metrics import COUNTERS, count_drafts, metric_names, summarize
 from .model_card import RECORD, model_card, read_record
 from .modeling_peagle import PeagleForSpeculation, PeagleLayer
-from .optimizer import MUON, MuonWithAdamW
+from .optimizer import MUON, MuonWithAdamW, set_rates, set_settings, settings_of, settings_of_schedule
 from .pace import Pace
+from .processes import lost_process_explained, on_first, require_same, together
 from .products import fast_products
+from .run_record import (
+    RunRecord,
+    check_resume,
+    describe_run,
+    note_settings,
+    only_training,
+    packing_of,
+    record_of_earlier_version,
+)
+from .sharding import gather_optimizer_state, scatter_optimizer_state, scatter_weights, sharding_of
 from .target import hub_verifier
 from .training_args import PeagleTrainingArguments
 
@@ -156,6 +169,9 @@ class PeagleTrainer(Trainer):
         if optimizer_cls_and_kwargs is not None:
             self._own_optimizer = optimizer_cls_and_kwargs[0].__name__
         self._seconds_before, self._started = 0.0, time.monotonic()
+        self._resumed_from: Path | None = None
+        self._run: RunRecord | None = None
+        self._run_before: RunRecord | None = None
         if args.push_to_hub:
             if not self._exports:
                 self.add_callback(VllmExportCallback(args.export_dtype))
@@ -225,7 +241,7 @@ class PeagleTrainer(Trainer):
     def _hp_search_setup(self, trial: Any) -> None:
         """Called at each start of training, after `model_init` and with a trial's arguments set."""
         super()._hp_search_setup(trial)
-        earlier = {} if self._resumes else checkpoints_by_step(self._get_output_dir(trial))
+        earlier = {} if self._resumed_from else checkpoints_by_step(self._get_output_dir(trial))
         if earlier:
             raise PeagleError(
                 f"Training begins anew, but {earlier[max(earlier)]} is of an earlier run, with which its checkpoints "
@@ -233,9 +249,114 @@ class PeagleTrainer(Trainer):
                 "or remove the folder."
             )
         self._take_up_model()
+        self._take_up_run()
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, VllmExportCallback):
                 callback.run_folder = Path(self._get_output_dir(trial))
+
+    def _take_up_run(self) -> None:
+        """Describe the run (see `run_record`) and compare it with that of the checkpoint that it goes on from.
+
+        Raises:
+            PeagleError: it is another run; on all processes.
+        """
+        folder = self._resumed_from
+        remedy = "Give each machine the same prepared data and cache, and the same arguments."
+        require_same(packing_of(self.train_dataset), "The packed sequences to train on are", remedy)
+
+        def compare() -> tuple[RunRecord | None, RunRecord]:
+            now = describe_run(
+                self.args,
+                self.config,
+                self.accelerator.unwrap_model(self.model),
+                self.train_dataset,
+                self.eval_dataset,
+                self._own_optimizer or str(OptimizerNames(self.args.optim).value if self.args.optim != MUON else MUON),
+                sharding_of(self.accelerator.state, self.args.world_size),
+                self._device_name(),
+            )
+            if folder is None:
+                return None, now
+            before = RunRecord.read(folder) or record_of_earlier_version(read_record(folder) or {})
+            check_same_configuration(folder, self.config, is_verifier_known=bool(before.verifier and now.verifier))
+            return before, check_resume(folder, before, now, trainer_state(folder)["global_step"])
+
+        self._run_before, self._run = on_first(compare)
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """As the Trainer's; then the record of the run is complete, and is written before the first step."""
+        schedule = super().create_scheduler(num_training_steps, optimizer)
+        if self._run is not None and self.optimizer is not None:
+            settings = settings_of(self.optimizer), settings_of_schedule(schedule)
+            self._run = note_settings(self._run, self._run_before, *settings)
+            if self.args.should_save:
+                self._run.write(self.args.output_dir)
+        return schedule
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """As the Trainer's, and under FSDP2 from the whole weights that every checkpoint has."""
+        if not self._is_fsdp2:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        return scatter_weights(self.model, Path(resume_from_checkpoint) / "model.safetensors")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As the Trainer's, also from another sharding; settings that are others than before take effect."""
+        if checkpoint is None:
+            return
+        schedule: Any = self.lr_scheduler
+        if self.is_deepspeed_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            schedule = getattr(schedule, "scheduler", schedule)
+            saved = schedule.state_dict()
+        else:
+            self._load_optimizer(Path(checkpoint))
+            saved = torch.load(Path(checkpoint) / SCHEDULER_NAME, map_location="cpu", weights_only=True)
+        before, now = self._run_before, self._run
+        if before is None or now is None or now.optimizer_settings is None:
+            return
+        if before.optimizer_settings is not None:
+            set_settings(self.optimizer, before.optimizer_settings, now.optimizer_settings)
+        rates = [group["lr"] for group in now.optimizer_settings]
+        was = [group["lr"] for group in before.optimizer_settings or now.optimizer_settings]
+        is_other = before.schedule not in (None, now.schedule) or rates != was
+        set_rates(self.optimizer, schedule, rates, saved, is_other, self.state.global_step)
+
+    def _load_optimizer(self, checkpoint: Path) -> None:
+        path, optimizer = checkpoint / OPTIMIZER_NAME, self._bare_optimizer()
+        try:
+            if not self._is_fsdp2:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+                optimizer.load_state_dict(state)
+            else:
+                state = torch.load(path, map_location="cpu", weights_only=True) if self.args.process_index == 0 else {}
+                scatter_optimizer_state(self.model, optimizer, state)
+        except (ValueError, KeyError, IndexError) as error:
+            raise PeagleError(
+                f"The optimizer's states in {path} are those of other parameters or of another optimizer than this "
+                f"run has ({' '.join(str(error).split())[:200]}). Resume with the arguments of that run, or train anew "
+                "with --no-resume or another --save-path."
+            ) from error
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As the Trainer's; under FSDP2 in the same files as those of one process, from which any number goes on."""
+        if not self._is_fsdp2:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        state = gather_optimizer_state(self.model, self._bare_optimizer())
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            schedule: Any = self.lr_scheduler
+            torch.save(schedule.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+        return None
+
+    def _bare_optimizer(self) -> Any:
+        """The optimizer without what accelerate puts around it."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    @property
+    def _is_fsdp2(self) -> bool:
+        return self.is_fsdp_enabled and sharding_of(self.accelerator.state, self.args.world_size) == "FSDP2"
 
     def _init_training_state(  # type: ignore[no-untyped-def]
         self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
@@ -276,23 +397,42 @@ class PeagleTrainer(Trainer):
                 device's memory is too small, or the vLLM server that rows are asked of is gone, in which case there is
                 a checkpoint to go on from; says what would help.
         """
+        with self._as_only_writer():
+            folder = on_first(lambda: self._resumable(resume_from_checkpoint, trial))
+            with together():
+                if folder is not None and not is_whole(folder):
+                    raise PeagleError(
+                        f"The first process goes on from {folder}, which isn't there for this one. All processes need "
+                        "the same output folder: name one on a disk that all machines share, or copy it to each."
+                    )
+                self._check_there_is_a_step()
+            self._resumed_from = folder
+            self._seconds_before = (read_record(folder) or {}).get("seconds", 0.0) if folder else 0.0
+            self._started = time.monotonic()
+            with lost_process_explained():
+                return self._train(None if folder is None else str(folder), trial, ignore_keys_for_eval)
+
+    def _resumable(self, resume_from_checkpoint: str | bool | None, trial: Any) -> Path | None:
+        """The checkpoint that training goes on from, if it does."""
         if resume_from_checkpoint is True:
             newest = newest_checkpoint(self._get_output_dir(trial))
             if newest is None:
                 raise PeagleError(f"{self.args.output_dir} has no checkpoint to resume from. Leave out the resuming.")
-            resume_from_checkpoint = str(newest)
-        self._resumes = bool(resume_from_checkpoint)
-        if resume_from_checkpoint:
-            folder = resumable_folder(resume_from_checkpoint)
-            check_same_configuration(folder, self.config)
-            before = read_record(folder) or {}
-            self._seconds_before = before.get("seconds", 0.0)
-            resume_from_checkpoint = str(folder)
-            self._warn_of_changes(before)
-        self._started = time.monotonic()
-        self._check_there_is_a_step()
+            return resumable_folder(newest)
+        return resumable_folder(resume_from_checkpoint) if resume_from_checkpoint else None
+
+    @contextmanager
+    def _as_only_writer(self) -> Iterator[None]:
+        """Refuse on all processes to train into a folder that another training writes to."""
+        with ExitStack() as stack:
+            with together():
+                if self.args.should_save:
+                    stack.enter_context(only_training(self.args.output_dir))
+            yield
+
+    def _train(self, resume_from_checkpoint: str | None, trial: Any, ignore_keys_for_eval: list[str] | None) -> Any:
         try:
-            return super().train(resume_from_checkpoint or None, trial, ignore_keys_for_eval)
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         except torch.OutOfMemoryError as error:
             raise PeagleError(
                 f"The memory of {self.args.device} is too small: {str(error).splitlines()[0]}\n"
@@ -565,26 +705,8 @@ class PeagleTrainer(Trainer):
             save_adapter(self.model, folder)
             merge_adapter(self.model).save_pretrained(Path(folder) / MERGED)
         write_json(Path(output_dir or self.args.output_dir) / RECORD, self.record())
-
-    def _warn_of_changes(self, before: dict[str, Any]) -> None:
-        """Name what differs from the training that is resumed, whose record is `before`; it may be on purpose."""
-        now = self.record()
-        fields = ("seed", "total_seq_len", "rows_per_step", "loss", "depth_loss_decay", "optimizer", "precision")
-        changes = [
-            f"{name} was {before[name]}, is {now[name]}" for name in fields if before.get(name, now[name]) != now[name]
-        ]
-        if before.get("data") and now["data"] and before["data"] != now["data"]:
-            changes.append("the data are others")
-        if changes and self.is_world_process_zero():
-            logger.warning(
-                "The training that is resumed had other arguments: %s. The optimizer goes on as it was saved, with its "
-                "learning rate; the rest holds from here on. To train with the new ones from the beginning pass "
-                "--no-resume or another --save-path.%s",
-                "; ".join(changes),
-                " With another seed or other data, rows that were trained on may be among those it validates on."
-                if {"seed", "data"} & {name for change in changes for name in change.split()}
-                else "",
-            )
+        if self._run is not None:
+            self._run.write(output_dir or self.args.output_dir)
 
     def record(self) -> dict[str, Any]:
         """How the drafter was trained so far, for its card; each checkpoint holds it as `training.json`.
@@ -602,7 +724,6 @@ class PeagleTrainer(Trainer):
         schedule = f"{SchedulerType(args.lr_scheduler_type).value} from {args.learning_rate:g}"
         name = "Muon and AdamW" if args.optim == MUON else OptimizerNames(args.optim).value
         optimizer = f"{name}, {schedule}"
-        on_gpu = args.device.type == "cuda"
         return {
             "data": {name: origin[name] for name in ("data", "counts") if name in origin} or None,
             "chat_template": options and options.template,
@@ -616,7 +737,7 @@ class PeagleTrainer(Trainer):
             "optimizer": f"{self._own_optimizer}, given to the trainer" if self._own_optimizer else optimizer,
             "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
             "seed": args.seed,
-            "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+            "device": self._device_name(),
             "processes": args.world_size,
             "seconds": self._seconds_before + time.monotonic() - self._started,
             "validation": {
@@ -632,6 +753,10 @@ class PeagleTrainer(Trainer):
                 "torch": torch.__version__,
             },
         }
+
+    def _device_name(self) -> str:
+        on_gpu = self.args.device.type == "cuda"
+        return torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
 
     @property
     def _exports(self) -> bool:

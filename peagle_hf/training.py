@@ -2,6 +2,7 @@
 
 import logging
 import math
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -30,6 +31,8 @@ from .files import check_writable
 from .linear_start import start_linearly
 from .memory import report
 from .modeling_peagle import PeagleForSpeculation
+from .processes import on_first, together
+from .run_record import only_training
 from .target import draft_vocabulary, load_token_freq, load_verifier_config
 from .trainer import PeagleTrainer
 from .training_args import PeagleTrainingArguments
@@ -48,13 +51,23 @@ def train(args: PeagleTrainingArguments) -> PeagleTrainer | None:
     if args.dry_run:
         print(plan(args))
         return None
-    drafter = build_drafter(args)
-    train_dataset, eval_dataset = build_datasets(args)
+    with ExitStack() as stack:
+        with together():
+            if args.should_save:
+                stack.enter_context(only_training(args.output_dir))
+        return _train(args)
+
+
+def _train(args: PeagleTrainingArguments) -> PeagleTrainer:
+    with together():
+        drafter = build_drafter(args)
+        train_dataset, eval_dataset = build_datasets(args)
     resumed = checkpoint_to_resume(args)
     if args.linear_start and not (args.from_pretrained or resumed):
         assert isinstance(drafter, PeagleForSpeculation)  # an adapter is of a trained one
-        drafter.to(args.device)  # type: ignore[arg-type]
-        start_linearly(drafter, train_dataset)
+        with together():
+            drafter.to(args.device)  # type: ignore[arg-type]
+            start_linearly(drafter, train_dataset)
     trainer = PeagleTrainer(
         model=drafter,
         args=args,
@@ -103,8 +116,13 @@ def checkpoint_to_resume(args: PeagleTrainingArguments) -> str | None:
         PeagleError: the named one can't be resumed from, the output folder holds later ones, or also the drafter that
             `from_pretrained` names.
     """
-    if args.should_save:
-        check_writable(args.output_dir)
+    with together():
+        if args.should_save:
+            check_writable(args.output_dir)
+    return on_first(lambda: _checkpoint_to_resume(args))  # else each of several machines would choose its own
+
+
+def _checkpoint_to_resume(args: PeagleTrainingArguments) -> str | None:
     if args.from_pretrained and Path(args.output_dir).resolve() in Path(args.from_pretrained).resolve().parents:
         raise PeagleError(
             f"The drafter {args.from_pretrained} lies in {args.output_dir}, where the new run's checkpoints would take "
@@ -122,8 +140,7 @@ def checkpoint_to_resume(args: PeagleTrainingArguments) -> str | None:
             )
         return str(folder)
     if not args.resume:
-        if args.should_save:
-            remove_checkpoints(args.output_dir)
+        remove_checkpoints(args.output_dir)
         return None
     newest = newest_checkpoint(args.output_dir)
     if newest is None:

@@ -66,7 +66,7 @@ def test_killed_in_the_middle_of_a_save(train_flags, tmp_path, point, killer, ne
     assert resumed.state.global_step == 20
     assert losses(resumed) == losses(whole)
     assert all(torch.equal(weights(whole)[name], tensor) for name, tensor in weights(resumed).items())
-    assert not [name for name in os.listdir(folder) if name.startswith(".")]
+    assert [name for name in os.listdir(folder) if name.startswith(".")] == [".lock"]
     assert set(os.listdir(folder)) >= {"3", "checkpoint-20", "checkpoint_best"}
 
 
@@ -128,13 +128,8 @@ def test_a_full_disk_keeps_the_checkpoint_before(train_flags, tmp_path, monkeypa
         patch.setattr(TrainerState, "save_to_json", full(TrainerState.save_to_json, lambda state, path: path))
         with pytest.raises(PeagleError, match=r"No space is left on the disk of .*checkpoint-10; .*earlier is whole"):
             run(cut)
-    assert sorted(os.listdir(tmp_path / "full")) == [
-        "0",
-        "checkpoint-5",
-        "checkpoint_best",
-        "config.yaml",
-        "training.png",
-    ]
+    assert {"0", "checkpoint-5", "checkpoint_best"} <= set(os.listdir(tmp_path / "full"))
+    assert not {"1", "checkpoint-10"} & set(os.listdir(tmp_path / "full"))
     assert losses(train(PeagleTrainingArguments(**cut))) == losses(whole)
 
 

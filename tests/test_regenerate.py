@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import filelock
 import pytest
 import torch
 from conftest import VllmServer
@@ -786,8 +787,8 @@ def test_what_is_kept_when_an_argument_changes(target, prompts, tmp_path, asked,
 def test_two_processes_never_write_one_output(target, prompts, tmp_path):
     output = tmp_path / "chats.jsonl"
     with (
-        module._locked(output),
-        pytest.raises(PeagleError, match=r"Another process is writing .*chats\.jsonl"),
+        filelock.FileLock(tmp_path / ".chats.jsonl.lock"),
+        pytest.raises(PeagleError, match=r"chats\.jsonl is being written by another process\. Wait"),
     ):
         run(target, output, prompts=str(prompts))
     run(target, output, prompts=str(prompts))

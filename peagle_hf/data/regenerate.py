@@ -10,19 +10,16 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import filelock
-
 from ..arguments import Arguments, check_ranges, flag_of
 from ..console import progress_bar
 from ..errors import PeagleError
-from ..files import atomic_path, write_json, writing
+from ..files import atomic_path, locked_file, write_json
 from ..target import weights_of
 from .chat_models import Batch, ChatModel, LocalChatModel, Sampling, ServedChatModel
 from .chats import Unlearnable
@@ -178,7 +175,7 @@ def regenerate(arguments: RegenerateArguments) -> Path:
             other arguments, another process writes it, or the servers failed a request.
     """
     output = Path(arguments.output)
-    with _locked(output):
+    with locked_file(output, "Wait until it has ended, or name another --output."):
         return _regenerate(arguments, output, output.with_suffix(".report.json"))
 
 
@@ -209,25 +206,6 @@ def _regenerate(arguments: RegenerateArguments, output: Path, report_path: Path)
         chats = _chats(answers, prompts, unanswerable, arguments, dropped)
         _write(output, report_path, chats, settings, dropped)
     return output
-
-
-@contextmanager
-def _locked(output: Path) -> Iterator[None]:
-    """Keep other processes from writing the same output; the operating system frees the lock of a process that dies."""
-    path = output.with_name(f".{output.name}.lock")
-    with writing(output):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(path)
-        try:
-            lock.acquire(blocking=False)
-        except filelock.Timeout as error:
-            raise PeagleError(
-                f"Another process is writing {output}. Wait until it has ended, or name another --output."
-            ) from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _write(

@@ -1,0 +1,122 @@
+"""What the processes of one training agree on, so that none of them waits for another that has failed."""
+
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from torch import distributed
+
+from .errors import PeagleError
+
+Result = TypeVar("Result")
+
+_SIGNS_OF_A_LOST_PROCESS = ("gloo", "nccl", "connection closed", "connection reset", "timed out", "store")
+
+
+def are_several() -> bool:
+    """Whether this process is one of several of a training, which are connected."""
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def on_first(work: Callable[[], Result]) -> Result:
+    """Run `work` on the first process only and give its result, or its failure, to all of them.
+
+    Raises:
+        PeagleError: it failed, or a process has ended; on all processes.
+    """
+    if not are_several():
+        return work()
+    result: Any = None
+    failure: BaseException | None = None
+    if distributed.get_rank() == 0:
+        try:
+            result = work()
+        except Exception as error:
+            failure = error
+    answer = [(result, None if failure is None else _reason(failure))]
+    with lost_process_explained():
+        distributed.broadcast_object_list(answer, src=0)
+    if failure is not None:
+        raise failure
+    result, reason = answer[0]
+    if reason is not None:
+        raise PeagleError(reason)
+    return result
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Run the block on all processes; if it fails on one of them, all end with its reason instead of waiting for it.
+
+    Raises:
+        PeagleError: it failed on another process, which the message names.
+    """
+    if not are_several():
+        yield
+        return
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    reasons = gather(None if failure is None else _reason(failure))
+    if failure is not None:
+        raise failure
+    for rank, (host, reason) in enumerate(reasons):
+        if reason is not None:
+            raise PeagleError(f"Process {rank} on {host} has failed, so that all processes end: {reason}")
+
+
+def require_same(value: Any, what: str, remedy: str) -> None:
+    """Make sure that a value is the same on all processes.
+
+    Args:
+        what: the value's name, as the beginning of a sentence.
+        remedy: what to do if they differ, as a sentence.
+
+    Raises:
+        PeagleError: it isn't; on all processes.
+    """
+    if not are_several():
+        return
+    found = gather(value)
+    for rank, (host, other) in enumerate(found):
+        if other != found[0][1]:
+            raise PeagleError(
+                f"{what} {other!r} on {host} (process {rank}) and {found[0][1]!r} on {found[0][0]} (process 0), but "
+                f"must be the same on all processes. {remedy}"
+            )
+
+
+def gather(value: Any) -> list[tuple[str, Any]]:
+    """Host and value of each process, in the order of their ranks."""
+    found: list[Any] = [None] * distributed.get_world_size()
+    with lost_process_explained():
+        distributed.all_gather_object(found, (socket.gethostname(), value))
+    return found
+
+
+@contextmanager
+def lost_process_explained() -> Iterator[None]:
+    """Say in plain words that the block failed because another process has ended or doesn't answer.
+
+    Raises:
+        PeagleError: it did.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error).lower()
+        if not are_several() or not any(sign in text for sign in _SIGNS_OF_A_LOST_PROCESS):
+            raise
+        raise PeagleError(
+            "Another process of this training has ended, or didn't answer within the time that --ddp-timeout allows "
+            "(in seconds). What it said is above, or in the output of its machine; run the same command again, which "
+            f"goes on from the newest checkpoint. ({' '.join(str(error).split())[:200]})"
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, PeagleError) else f"{type(error).__name__}: {text}"

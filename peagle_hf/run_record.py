@@ -1,0 +1,516 @@
+"""What a training run is made from: recorded in `run.json` before its first step, and compared when it is resumed.
+
+The output folder has the record, and so has each checkpoint, which knows by it what it is from wherever it is copied.
+Nothing is compared by a path: data, verifier, cache and drafter are compared by their content.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from peft import PeftModel
+from torch import nn
+
+from . import __version__
+from .arguments import flag_of, plain
+from .configuration_peagle import PeagleConfig
+from .data.cache import Manifest
+from .data.dataset import HiddenStatesDataset
+from .errors import PeagleError
+from .files import locked_folder, read_json, write_json
+from .redaction import public_settings
+from .target import weights_of
+from .training_args import PeagleTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+RUN_RECORD = "run.json"
+FORMAT_VERSION = 1
+
+FREE, REFUSED, EQUIVALENT = "free", "refused", "equivalent"
+BY_CONTENT = "refused by content"
+"""Refused as well, but not because the argument differs: the record compares what the argument leads to."""
+
+
+def _names(rule: str, names: str) -> dict[str, str]:
+    return dict.fromkeys(names.split(), rule)
+
+
+ON_RESUME: dict[str, str] = {
+    # The schedule and the settings of the optimizer, which take effect from the resumed step on.
+    **_names(FREE, "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio max_grad_norm"),
+    **_names(FREE, "weight_decay adam_beta1 adam_beta2 adam_epsilon num_train_epochs max_steps"),
+    # What is validated, saved, logged and uploaded, and when.
+    **_names(FREE, "do_eval eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size"),
+    **_names(FREE, "eval_accumulation_steps eval_do_concat_batches eval_use_gather_object prediction_loss_only"),
+    **_names(FREE, "bf16_full_eval fp16_full_eval batch_eval_metrics include_for_metrics do_predict"),
+    **_names(FREE, "metric_for_best_model greater_is_better load_best_model_at_end"),
+    **_names(FREE, "save_strategy save_steps save_total_limit save_only_model save_on_each_node export_dtype"),
+    **_names(FREE, "save_safetensors enable_jit_checkpoint output_dir overwrite_output_dir logging_dir"),
+    **_names(FREE, "logging_strategy logging_steps logging_first_step logging_nan_inf_filter log_on_each_node"),
+    **_names(FREE, "log_level log_level_replica disable_tqdm include_num_input_tokens_seen include_tokens_per_second"),
+    **_names(FREE, "report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id"),
+    **_names(FREE, "skip_memory_metrics push_to_hub hub_token hub_private_repo hub_model_id hub_strategy"),
+    **_names(FREE, "hub_always_push hub_revision verifier_name push_to_hub_token push_to_hub_model_id"),
+    # How it is computed, with the same result up to rounding.
+    **_names(FREE, "use_cpu no_cuda use_mps_device tf32 torch_compile torch_compile_backend torch_compile_mode"),
+    **_names(FREE, "gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing"),
+    **_names(FREE, "activation_checkpointing_kwargs keep_attention sequence_partitions memory_budget"),
+    **_names(FREE, "torch_empty_cache_steps use_cache full_determinism debug jit_mode_eval"),
+    **_names(FREE, "dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers"),
+    **_names(FREE, "dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order"),
+    **_names(FREE, "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend"),
+    **_names(FREE, "ddp_timeout local_rank fsdp fsdp_config deepspeed parallelism_config"),
+    # Where the rows come from, which are compared themselves, and how servers are asked.
+    **_names(FREE, "on_missing vllm_endpoint on_generate server_hidden_states_path request_timeout max_retries"),
+    # What concerns one start of a run only.
+    **_names(FREE, "resume resume_from_checkpoint ignore_data_skip restore_callback_states_from_checkpoint do_train"),
+    **_names(FREE, "memory_report dry_run linear_start trust_remote_code"),
+    # The samples of a step.
+    **_names(EQUIVALENT, "per_device_train_batch_size gradient_accumulation_steps"),
+    **_names(REFUSED, "seed data_seed train_data_ratio total_seq_len dataloader_drop_last auto_find_batch_size"),
+    **_names(REFUSED, "train_sampling_strategy group_by_length length_column_name accelerator_config"),
+    **_names(REFUSED, "remove_unused_columns label_names average_tokens_across_devices"),
+    # The loss, the optimizer's kind and the precision.
+    **_names(
+        REFUSED, "loss_fn depth_loss_decay optim optim_args optim_target_modules bf16 fp16 label_smoothing_factor"
+    ),
+    **_names(REFUSED, "neftune_noise_alpha use_liger_kernel liger_kernel_config"),
+    # What is trained.
+    **_names(REFUSED, "speculator_type train_head lora_r lora_alpha lora_dropout lora_modules_to_save"),
+    **_names(BY_CONTENT, "data_path hidden_states_path verifier_name_or_path verifier_revision from_pretrained"),
+    **_names(BY_CONTENT, "token_freq_path num_layers draft_arch draft_vocab_size mask_token_id target_layer_ids"),
+    **_names(BY_CONTENT, "norm_before_residual norm_before_fc sliding_window embed_requires_grad"),
+    **_names(BY_CONTENT, "num_depths down_sample_ratio down_sample_ratio_min max_anchors"),
+}
+"""What becomes of another value of an argument when a run is resumed.
+
+`FREE`: it takes effect from the resumed step on, and the log says so. `REFUSED`: the run isn't resumed. `EQUIVALENT`:
+it is taken if each step still has the same samples: 1 process with 2 accumulation steps and 2 processes with 1 have.
+"""
+
+_UNMENTIONED = {
+    *(
+        "output_dir",
+        "overwrite_output_dir",
+        "logging_dir",
+        "run_name",
+        "resume",
+        "resume_from_checkpoint",
+        "local_rank",
+    ),
+    *("disable_tqdm", "hub_token", "push_to_hub_token", "dry_run", "memory_report", "project"),
+}
+"""Free arguments that the log doesn't mention when they change."""
+
+_PATHS = ("data_path", "hidden_states_path", "output_dir", "from_pretrained", "token_freq_path", "logging_dir")
+_REMEDY = (
+    "Give the earlier values again to go on with that run. To train with the new ones start another run: in the same "
+    "folder with --no-resume, with another --save-path, or from this checkpoint's weights with --from-pretrained."
+)
+
+
+def only_training(folder: str | os.PathLike[str]) -> AbstractContextManager[None]:
+    """Keep other trainings out of an output folder while the block runs.
+
+    Raises:
+        PeagleError: one is under way there.
+    """
+    return locked_folder(folder, "Wait until that training has ended, or train into another --save-path.")
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run is made from, as JSON values; a field that is None isn't known and isn't compared.
+
+    Attributes:
+        arguments: all of `PeagleTrainingArguments` but secrets; paths as seen from the output folder.
+        samples: number and digest of the prepared samples that are trained on, in their order.
+        validation_samples: the same of those that it validates on, by the name of the data set.
+        packing: number and digest of the packed sequences.
+        verifier: its fingerprint or commit (see `target.weights_of`).
+        hidden_states: what the cache's manifest says of its states.
+        start: fingerprint of the drafter that `from_pretrained` names, "new" without it.
+        draft_vocabulary: digest of its tokens.
+        trained: number and digest of the names and shapes of the parameters that are trained.
+        adapter: PEFT's settings of a LoRA adapter, "none" without one.
+        optimizer: the class of an optimizer that was given to the trainer, else the name of `optim`.
+        optimizer_settings: of each parameter group as the optimizer was made, without its parameters.
+        schedule: class and settings of the learning-rate schedule as it was made.
+        rows_per_step: packed sequences in an optimizer step: processes x batch size x accumulation steps.
+        processes: their number.
+        sharding: how weights and optimizer are divided among processes: "none", "FSDP2", "ZeRO-2 of 4 processes" …
+        precision: of the computation.
+        device: its name.
+        versions: of the libraries.
+        changes: what became another at resumed steps: {"step": …, "<field>": [before, after]}.
+    """
+
+    arguments: dict[str, Any]
+    samples: str | None = None
+    validation_samples: str | dict[str, str] | None = None
+    packing: str | None = None
+    verifier: str | None = None
+    hidden_states: dict[str, Any] | None = None
+    start: str | None = None
+    draft_vocabulary: str | None = None
+    trained: str | None = None
+    adapter: dict[str, Any] | str | None = None
+    optimizer: str | None = None
+    optimizer_settings: list[dict[str, Any]] | None = None
+    schedule: dict[str, Any] | None = None
+    rows_per_step: int | None = None
+    processes: int | None = None
+    sharding: str | None = None
+    precision: str | None = None
+    device: str | None = None
+    versions: dict[str, str] | None = None
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    format_version: int = FORMAT_VERSION
+
+    @classmethod
+    def read(cls, folder: str | os.PathLike[str]) -> "RunRecord | None":
+        """The record in a checkpoint or an output folder; None where there is none.
+
+        Raises:
+            PeagleError: it is damaged, or of a later version.
+        """
+        path = Path(folder) / RUN_RECORD
+        if not path.exists():
+            return None
+        remedy = "Copy it from another checkpoint of the same run, or start anew with --no-resume."
+        content = read_json(path, remedy)
+        if content.get("format_version", 0) > FORMAT_VERSION:
+            raise PeagleError(
+                f"{path} was written by a later version of peagle_hf. Update peagle_hf to resume this run."
+            )
+        known = {one.name for one in fields(cls)}
+        if not isinstance(content.get("arguments"), dict):
+            raise PeagleError(f"{path} is damaged: it has no arguments. {remedy}")
+        return cls(**{name: value for name, value in content.items() if name in known})
+
+    def write(self, folder: str | os.PathLike[str]) -> None:
+        """Write it into a folder, atomically."""
+        write_json(Path(folder) / RUN_RECORD, asdict(self))
+
+
+def arguments_of(args: PeagleTrainingArguments) -> dict[str, Any]:
+    """All arguments as JSON values, without secrets, with paths as they are seen from the output folder."""
+    values: dict[str, Any] = public_settings({name: plain(value) for name, value in args.to_dict().items()})
+    for name in _PATHS:
+        value = values.get(name)
+        if value is not None and os.path.exists(value):
+            values[name] = _relative(value, args.output_dir or ".")
+    return dict(json.loads(json.dumps(values, default=str)))
+
+
+def describe_run(
+    args: PeagleTrainingArguments,
+    config: PeagleConfig,
+    model: nn.Module,
+    train_dataset: Any,
+    eval_dataset: Any,
+    optimizer: str,
+    sharding: str,
+    device: str,
+) -> RunRecord:
+    """The record of a run that is about to start or to go on; reads the prepared samples once.
+
+    Args:
+        optimizer: the class of one that is the user's, else the name in `optim`.
+    """
+    evaluated = eval_dataset
+    if isinstance(eval_dataset, Mapping):
+        evaluated = {str(name): samples_digest(one) for name, one in eval_dataset.items()}
+    elif eval_dataset is not None:
+        evaluated = samples_digest(eval_dataset)
+    manifest: Any = None
+    if isinstance(train_dataset, HiddenStatesDataset):
+        manifest = Manifest.read(train_dataset.hidden_states_path)
+    states = manifest and {"weights": manifest.revision, "dtype": manifest.dtype, "storage": manifest.storage}
+    start = args.from_pretrained
+    return RunRecord(
+        arguments=arguments_of(args),
+        samples=samples_digest(train_dataset),
+        validation_samples=evaluated,
+        packing=packing_of(train_dataset),
+        verifier=_weights(config.verifier_name_or_path, args.verifier_revision),
+        hidden_states=states,
+        start="new" if start is None else _weights(start, None) or start,
+        draft_vocabulary=_draft_vocabulary(model),
+        trained=_trained(model),
+        adapter=_adapter(model),
+        optimizer=optimizer,
+        rows_per_step=args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps,
+        processes=args.world_size,
+        sharding=sharding,
+        precision="bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
+        device=device,
+        versions={
+            "peagle_hf": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    )
+
+
+def changes_between(before: RunRecord, now: RunRecord) -> tuple[dict[str, list[Any]], list[str]]:
+    """What is another than before and may be, as [before, now] by name, and what may not, as phrases."""
+    taken: dict[str, list[Any]] = {}
+    refused: list[str] = []
+    for name in sorted(before.arguments.keys() & now.arguments.keys()):
+        old, new = before.arguments[name], now.arguments[name]
+        rule = ON_RESUME.get(name, REFUSED)
+        if isinstance(old, dict) and isinstance(new, dict):  # another version of a library may know more keys
+            common = old.keys() & new.keys()
+            old, new = ({key: one[key] for key in sorted(common)} for one in (old, new))
+        if old == new or rule == BY_CONTENT:
+            continue
+        if rule == REFUSED:
+            refused.append(f"{flag_of(name)} was {_shown(old)}, is {_shown(new)}")
+        elif name not in _UNMENTIONED:
+            taken[name] = [old, new]
+    named = {name for name in before.arguments if any(phrase.startswith(f"{flag_of(name)} ") for phrase in refused)}
+    for name, words in _WORDS.items():
+        old, new = getattr(before, name), getattr(now, name)
+        if old is not None and new is not None and old != new and not named & _EXPLAINED_BY.get(name, set()):
+            refused.append(f"{words} {_shown(old)}, {_shown(new)} now")
+            named.add(name)
+    if before.hidden_states and now.hidden_states and not refused:
+        refused += [
+            f"the {name} of the hidden states was {_shown(old)}, is {_shown(new)}"
+            for name, old in before.hidden_states.items()
+            if old is not None and (new := now.hidden_states.get(name)) is not None and new != old
+        ]
+    refused += _other_steps(before, now, taken)
+    refused += _other_sharding(before, now)
+    for name in ("device", "processes", "sharding", "versions"):
+        old, new = getattr(before, name), getattr(now, name)
+        if old is not None and old != new:
+            taken[name] = [old, new]
+    return taken, refused
+
+
+_WORDS = {
+    "samples": "the training samples were",
+    "validation_samples": "the validation samples were",
+    "packing": "the packed sequences were",
+    "verifier": "the verifier's weights were",
+    "start": "the drafter of --from-pretrained was",
+    "draft_vocabulary": "the draft vocabulary was",
+    "adapter": "the adapter was",
+    "trained": "the trained parameters were",
+    "optimizer": "the optimizer was",
+    "precision": "the precision was",
+}
+"""Fields of the record that must stay, with the words that name them in a message."""
+
+_ROWS = {"seed", "train_data_ratio", "total_seq_len"}
+_ADAPTER = {"lora_r", "lora_alpha", "lora_dropout", "lora_modules_to_save"}
+_EXPLAINED_BY = {
+    "samples": _ROWS,
+    "validation_samples": {*_ROWS, "samples"},
+    "packing": {*_ROWS, "samples"},
+    "draft_vocabulary": {"samples"},
+    "adapter": _ADAPTER,
+    "trained": {*_ADAPTER, "train_head", "adapter"},
+    "optimizer": {"optim"},
+    "precision": {"bf16", "fp16"},
+}
+"""Arguments and fields whose difference explains that of a field, of which no more need be said then."""
+
+
+def _other_steps(before: RunRecord, now: RunRecord, taken: dict[str, list[Any]]) -> list[str]:
+    """Refuse steps of other samples; `taken` says what of batch size and accumulation changed."""
+    if before.rows_per_step is None or now.rows_per_step is None:
+        return []
+    described = [
+        f"{one.rows_per_step} packed sequences a step ({one.processes or '?'} processes x "
+        f"--per-device-train-batch-size {one.arguments.get('per_device_train_batch_size', '?')} x "
+        f"--gradient-accumulation-steps {one.arguments.get('gradient_accumulation_steps', '?')})"
+        for one in (before, now)
+    ]
+    if before.rows_per_step != now.rows_per_step:
+        per_device = now.rows_per_step // now.arguments["gradient_accumulation_steps"]
+        steps, rest = divmod(before.rows_per_step, per_device)
+        advice = "" if rest else f": with --gradient-accumulation-steps {steps} each step has the same ones"
+        return [f"there were {described[0]}, there are {described[1]} now{advice}"]
+    divided = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    is_other = before.processes != now.processes or any(name in taken for name in divided)
+    if is_other and (now.arguments.get("lora_dropout") or now.arguments.get("dataloader_drop_last")):
+        reason = "--lora-dropout draws" if now.arguments.get("lora_dropout") else "--dataloader-drop-last leaves out"
+        return [f"there were {described[0]}, there are {described[1]} now, for which {reason} others"]
+    return []
+
+
+def _other_sharding(before: RunRecord, now: RunRecord) -> list[str]:
+    """Refuse optimizer states that can't be divided anew: those of ZeRO and of FSDP1 are in shards."""
+    old, new = before.sharding, now.sharding
+    if old is None or new is None or old == new or not any("ZeRO" in one or one == "FSDP1" for one in (old, new)):
+        return []
+    return [f"the optimizer's states were divided by {old}, by {new} now, and can't be divided anew"]
+
+
+def check_resume(folder: Path, before: RunRecord, now: RunRecord, step: int) -> RunRecord:
+    """Compare a run with the one that it goes on from, log what changed, and give its record from here on.
+
+    Args:
+        folder: the checkpoint.
+        before: its record.
+        step: its optimizer steps.
+
+    Raises:
+        PeagleError: names all that differs and must not, and what to do.
+    """
+    taken, refused = changes_between(before, now)
+    if refused:
+        raise PeagleError(f"{folder} can't be resumed, as it is of another run: {'; '.join(refused)}. {_REMEDY}")
+    if taken:
+        _log_changes(taken)
+    if before.format_version == 0:
+        unknown = [words.rpartition(" ")[0] for name, words in _WORDS.items() if getattr(before, name) is None]
+        logger.warning(
+            "%s was written by a version of peagle_hf that recorded less. Not compared, so make sure that they are the "
+            "same: %s.",
+            folder,
+            ", ".join(unknown),
+        )
+    changes = [*before.changes, *([{"step": step, **taken}] if taken else [])]
+    return replace(now, changes=changes)
+
+
+def note_settings(
+    now: RunRecord, before: RunRecord | None, optimizer: list[dict[str, Any]], schedule: dict[str, Any]
+) -> RunRecord:
+    """Add what the optimizer and the schedule are set to, which is known once they are made; log what changed of it."""
+    taken: dict[str, list[Any]] = {}
+    if before is not None and before.optimizer_settings is not None and before.schedule is not None:
+        if len(before.optimizer_settings) != len(optimizer):
+            raise PeagleError(
+                f"The optimizer had {len(before.optimizer_settings)} groups of parameters and has {len(optimizer)} "
+                f"now, so that its states can't be loaded. {_REMEDY}"
+            )
+        known = set(now.changes[-1]) if now.changes else set()
+        for old, new in zip([*before.optimizer_settings, before.schedule], [*optimizer, schedule], strict=True):
+            for name in sorted(old.keys() | new.keys()):
+                if old.get(name) != new.get(name) and not _ALSO_CALLED.get(name, {name}) & known:
+                    taken[name] = [old.get(name), new.get(name)]
+    if taken:
+        _log_changes(taken)
+    changes = [*now.changes, *([taken] if taken else [])]
+    return replace(now, optimizer_settings=optimizer, schedule=schedule, changes=changes)
+
+
+_ALSO_CALLED = {
+    "lr": {"learning_rate"},
+    "betas": {"adam_beta1", "adam_beta2"},
+    "eps": {"adam_epsilon"},
+    "class": {"lr_scheduler_type"},
+}
+"""Settings of an optimizer or schedule that arguments give, whose change is logged already."""
+
+
+def _log_changes(taken: Mapping[str, list[Any]]) -> None:
+    listed = ", ".join(f"{name} {_shown(old)} -> {_shown(new)}" for name, (old, new) in taken.items())
+    logger.info("Changed since the run began, and in effect from here on: %s.", listed)
+
+
+def record_of_earlier_version(training: Mapping[str, Any]) -> RunRecord:
+    """What the `training.json` of a checkpoint without `run.json` says of its run."""
+    names = {
+        "seed": "seed",
+        "total_seq_len": "total_seq_len",
+        "loss": "loss_fn",
+        "depth_loss_decay": "depth_loss_decay",
+    }
+    arguments = {argument: training[name] for name, argument in names.items() if training.get(name) is not None}
+    optimizer = str(training.get("optimizer") or "").partition(",")[0]
+    return RunRecord(
+        arguments=arguments,
+        rows_per_step=training.get("rows_per_step"),
+        processes=training.get("processes"),
+        precision=training.get("precision"),
+        optimizer="muon" if optimizer == "Muon and AdamW" else optimizer or None,
+        format_version=0,
+        versions=training.get("versions"),
+    )
+
+
+def samples_digest(dataset: Any) -> str | None:
+    """Number and digest of the prepared samples of a dataset, by their tokens and masks; None of other datasets."""
+    if not isinstance(dataset, HiddenStatesDataset):
+        return f"{len(dataset)} items" if hasattr(dataset, "__len__") else None
+    rows = sorted(row for packed in dataset.plan for row in packed)
+    digest = hashlib.sha256()
+    data = dataset.data.select_columns(["input_ids", "loss_mask"]).select(rows).with_format("arrow")
+    for table in data.iter(batch_size=4096):
+        for name in ("input_ids", "loss_mask"):
+            lists = table[name].combine_chunks()
+            lengths = np.asarray(lists.value_lengths(), dtype=np.int64)
+            digest.update(lengths.tobytes())
+            digest.update(np.asarray(lists.flatten(), dtype=np.int32).tobytes())
+    return f"{len(rows)} ({digest.hexdigest()[:16]})"
+
+
+def packing_of(dataset: Any) -> str | None:
+    """Number and digest of the packed sequences of a dataset; None of other datasets."""
+    if not isinstance(dataset, HiddenStatesDataset):
+        return None
+    return f"{len(dataset.plan)} ({_digest(dataset.plan)})"
+
+
+def _weights(name_or_path: str | None, revision: str | None) -> str | None:
+    if not name_or_path:
+        return None
+    try:
+        return weights_of(name_or_path, revision)
+    except ValueError:  # neither a folder that is there nor a name that the hub could have
+        return None
+
+
+def _draft_vocabulary(model: nn.Module) -> str | None:
+    d2t = next((buffer for name, buffer in model.named_buffers() if name.split(".")[-1] == "d2t"), None)
+    return "all tokens" if d2t is None else f"{d2t.numel()} tokens ({_digest(d2t.tolist())})"
+
+
+def _trained(model: nn.Module) -> str:
+    shapes = sorted((name, list(one.shape)) for name, one in model.named_parameters() if one.requires_grad)
+    return f"{len(shapes)} ({_digest(shapes)})"
+
+
+def _adapter(model: nn.Module) -> dict[str, Any] | str:
+    if not isinstance(model, PeftModel):
+        return "none"
+    config: Any = model.peft_config[model.active_adapter]
+    modules = config.target_modules
+    return {
+        "r": config.r,
+        "alpha": config.lora_alpha,
+        "dropout": config.lora_dropout,
+        "modules": sorted(modules) if isinstance(modules, set | list) else modules,
+        "modules_to_save": sorted(config.modules_to_save or []),
+    }
+
+
+def _relative(path: str, folder: str) -> str:
+    try:
+        return os.path.relpath(os.path.realpath(path), os.path.realpath(folder))
+    except ValueError:  # on another drive of Windows
+        return path
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
