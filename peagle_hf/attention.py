@@ -31,6 +31,7 @@ KEY_UNIT = 512
 """The keys of a rectangle are a multiple of this, so that the kernel meets few shapes."""
 
 
+@torch.compiler.disable  # How it cuts depends on the documents, for which the compiler would stop with a warning.
 def document_attention(spans: Spans, query_documents: Tensor, key_documents: Tensor, max_length: int) -> Attend:
     """Attention as two dense SDPAs a document, so that the cost grows with a document's rows, not with the batch's.
 

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .errors import PeagleError
 from .fusion import fuse_on_gpu
+from .products import linear
 
 CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 2048 * 151936}
 """At most so many logits (rows x vocabulary) of the drafter are alive at once, by device type.
@@ -166,7 +166,7 @@ class _DistillationLoss(torch.autograd.Function):
         head_grad = torch.zeros_like(head_VH, dtype=precision) if head_needed else None
         head = head_VH.to(student_NH.dtype)
         for targets, rows in chunks(target_N, teacher_UH.shape[0], head.shape[0]):
-            teacher_uV, student_nV = teacher_logits(teacher_UH[targets]), F.linear(student_NH[rows], head)
+            teacher_uV, student_nV = teacher_logits(teacher_UH[targets]), linear(student_NH[rows], head)
             teacher_norm_u, teacher_top_U[targets] = _normalizers(teacher_uV)
             student_norm_n, student_top_N[rows] = _normalizers(student_nV)
             chunk_loss, logits_grad_nV = _divergence(
@@ -180,9 +180,9 @@ class _DistillationLoss(torch.autograd.Function):
             )
             loss += chunk_loss
             if student_grad is not None:
-                student_grad[rows] = logits_grad_nV @ head
+                student_grad[rows] = linear(logits_grad_nV, head.T)
             if head_grad is not None:
-                head_grad += (logits_grad_nV.T @ student_NH[rows]).to(precision)
+                head_grad += linear(logits_grad_nV.T, student_NH[rows].T).to(precision)
         ctx.save_for_backward(student_grad, None if head_grad is None else head_grad.to(head_VH.dtype))
         ctx.mark_non_differentiable(student_top_N, teacher_top_U)
         return loss, student_top_N, teacher_top_U

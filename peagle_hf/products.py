@@ -1,38 +1,61 @@
-"""Matrix products of float32 tensors on a CPU, by oneDNN instead of MKL."""
+"""Matrix products of float32 tensors on a CPU, by oneDNN instead of MKL.
 
-from contextlib import AbstractContextManager, nullcontext
+They take half of MKL's time on AMD's processors, forward and backward. Both libraries round alike, but sum in another
+order. On other devices, in other dtypes, and in a PyTorch without oneDNN's operators, everything here is PyTorch's own.
+"""
+
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.nn import functional as F
 
-_MM, _ADDMM, _LINEAR = (getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "linear"))
+_HAS_LINEAR = hasattr(torch.ops.mkldnn, "_linear_pointwise")
+_HAS_PACKING = _HAS_LINEAR and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 
 
-def fast_products(device: torch.device) -> AbstractContextManager[Any]:
-    """Within it, float32 products on a CPU take half of MKL's time on AMD's processors, forward and backward.
+def linear(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear`: states [..., K], weight [N, K] and bias [N] give [..., N]."""
+    if _is_suited(states, weight, bias) and not torch.is_autocast_enabled("cpu"):
+        result: Tensor = _Linear.apply(states, weight, bias)
+        return result
+    return F.linear(states, weight, bias)
 
-    The operator is the one that PyTorch's compiler takes; both libraries round alike, but sum in another order. On
-    other devices, and in a PyTorch without the operator, nothing changes.
+
+def use_onednn(module: nn.Module) -> None:
+    """Let a module's linear layers call `linear`; their parameters stay the same objects under the same names.
+
+    Args:
+        module: its descendants that are exactly `nn.Linear` are replaced, those of an adapter included.
     """
-    is_of_use = device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return _OneDnnProducts() if is_of_use else nullcontext()
+    for parent in list(module.modules()):
+        for name, layer in parent.named_children():
+            if type(layer) is nn.Linear and _HAS_LINEAR:
+                setattr(parent, name, OneDnnLinear(layer))
 
 
 def pack_linear_layers(module: nn.Module) -> None:
     """Make a module's float32 linear layers on a CPU fast for good, where their weights don't change any more.
 
-    They are put into the order in which oneDNN reads them, which `fast_products` does at each product, at the price of
-    looking at each operator. A layer's usual weight is given up, so no memory is needed; who asks for `weight` gets a
-    copy in the usual order. In a PyTorch without the operators, nothing changes.
+    They are put into the order in which oneDNN reads them, which `linear` does at each product. A layer's usual weight
+    is given up, so no memory is needed; who asks for `weight` gets a copy in the usual order.
     """
-    if not all(hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight")):
-        return
     for parent in list(module.modules()):
         for name, layer in parent.named_children():
-            if type(layer) is nn.Linear and _is_suited(layer.weight, layer.bias):
+            if type(layer) is nn.Linear and _HAS_PACKING and _is_suited(layer.weight, layer.bias):
                 setattr(parent, name, _PackedLinear(layer))
+
+
+class OneDnnLinear(nn.Linear):
+    """A linear layer that calls `linear`, with the parameters of another layer."""
+
+    def __init__(self, layer: nn.Linear):
+        super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        self.weight, self.bias = layer.weight, layer.bias
+        self.train(layer.training)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return linear(states, self.weight, self.bias)
 
 
 class _PackedLinear(nn.Module):
@@ -47,27 +70,41 @@ class _PackedLinear(nn.Module):
         return self._packed.to_dense()  # type: ignore[operator]
 
     def forward(self, states: Tensor) -> Tensor:
-        return _linear(states, self._packed, self.bias)  # type: ignore[arg-type]
+        return _product(states, self._packed, self.bias)
 
 
-class _OneDnnProducts(TorchDispatchMode):
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        if not types and not kwargs:
-            if func is _MM and _is_suited(*args):
-                return _linear(args[0], args[1].T)
-            if func is _ADDMM and args[0].dim() == 1 and _is_suited(*args):
-                return _linear(args[1], args[2].T, args[0])
-            if func is _LINEAR and _is_suited(*args):  # whole in inference mode
-                return _linear(*args)
-        return func(*args, **(kwargs or {}))
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, states, weight, bias):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(states, weight)
+        return _product(states, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        states, weight = ctx.saved_tensors
+        states_needed, weight_needed, bias_needed = ctx.needs_input_grad
+        grad_RN, states_RK = grad.reshape(-1, grad.shape[-1]), states.reshape(-1, states.shape[-1])
+        return (
+            _product(grad_RN, weight.T).view(states.shape) if states_needed else None,
+            _product(grad_RN.T, states_RK.T) if weight_needed else None,
+            grad_RN.sum(0) if bias_needed else None,
+        )
 
 
 def _is_suited(*tensors: Tensor | None) -> bool:
-    return all(
+    return _HAS_LINEAR and all(
         tensor is None or (tensor.dtype == torch.float32 and tensor.is_cpu and tensor.numel()) for tensor in tensors
     )
 
 
-def _linear(states: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(states, weight_NK, bias_N, "none", [], "")
+# An operator of its own: PyTorch's compiler takes oneDNN's with constant weights only, but calls this one as it is.
+@torch.library.custom_op("peagle_hf::onednn_product", mutates_args=())
+def _product(states: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    operator: Any = torch.ops.mkldnn._linear_pointwise
+    product: Tensor = operator(states, weight_NK, bias_N, "none", [], "")
     return product
+
+
+@_product.register_fake
+def _(states: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    return states.new_empty((*states.shape[:-1], weight_NK.shape[0]))

@@ -21,7 +21,6 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -35,6 +34,7 @@ from transformers.modeling_utils import set_zero3_state
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from .errors import PeagleError
+from .products import linear
 
 END_BYTES = 1 << 20
 FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm")
@@ -348,7 +348,7 @@ class VerifierHead(nn.Module):
 
     def logits(self, normed: Tensor) -> Tensor:
         """Logits [..., V] of normed states [..., H], as the verifier itself gives them."""
-        logits = F.linear(normed, self.weight, self.bias)
+        logits = linear(normed, self.weight, self.bias)
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap

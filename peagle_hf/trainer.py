@@ -70,7 +70,7 @@ from .modeling_peagle import PeagleForSpeculation, PeagleLayer
 from .optimizer import MUON, MuonWithAdamW, set_rates, set_settings, settings_of, settings_of_schedule
 from .pace import Pace
 from .processes import lost_process_explained, on_first, require_same, together
-from .products import fast_products
+from .products import use_onednn
 from .run_record import (
     RunRecord,
     check_resume,
@@ -197,6 +197,8 @@ class PeagleTrainer(Trainer):
         self.eval_collator = self.data_collator
         if isinstance(self.data_collator, CODDataCollator):
             self.eval_collator = replace(self.data_collator, every_row=True)
+        if self.args.device.type == "cpu":
+            use_onednn(self.model)
         if is_deepspeed_zero3_enabled():
             from deepspeed.utils import set_z3_leaf_modules
 
@@ -510,11 +512,10 @@ class PeagleTrainer(Trainer):
         self._pace.positions += inputs["input_ids"].numel()
         *others, last = self._parts(inputs)
         loss = torch.zeros((), device=self.args.device)
-        with fast_products(self.args.device):
-            for part in others:
-                with self._without_reduction(model):
-                    loss = loss + super().training_step(model, part, num_items_in_batch)
-            return loss + super().training_step(model, last, num_items_in_batch)
+        for part in others:
+            with self._without_reduction(model):
+                loss = loss + super().training_step(model, part, num_items_in_batch)
+        return loss + super().training_step(model, last, num_items_in_batch)
 
     def _parts(self, inputs: dict[str, Any], is_training: bool = True) -> list[dict[str, Any]]:
         if self.args.sequence_partitions == "auto":
@@ -582,7 +583,7 @@ class PeagleTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         sums, outcomes = torch.zeros_like(self._eval_loss), []
         for part in self._parts(inputs, is_training=False):
-            with torch.no_grad(), fast_products(self.args.device), self.compute_loss_context_manager():
+            with torch.no_grad(), self.compute_loss_context_manager():
                 outputs = model(**part)
             learnt = outputs.counters[COUNTERS.index("learnt")].sum()
             self._eval_counters += outputs.counters

@@ -1,60 +1,80 @@
 """Products by oneDNN are those of PyTorch's own library, forward and backward."""
 
 import weakref
+from collections import Counter
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peagle_hf.products import fast_products, pack_linear_layers
-
-CPU = torch.device("cpu")
+from peagle_hf.products import linear, pack_linear_layers, use_onednn
 
 
-def outputs(rows: int, dtype: torch.dtype) -> list[Tensor]:
+def outputs(rows: int, dtype: torch.dtype, fast: bool) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(2, rows, 24, generator=generator).to(dtype).requires_grad_()
-    layers = [nn.Linear(24, 40, bias=bias, dtype=dtype) for bias in (True, False)]
-    for layer in layers:
-        for parameter in layer.parameters():
-            nn.init.normal_(parameter, generator=generator)
+    layers = nn.ModuleList(nn.Linear(24, 40, bias=bias, dtype=dtype) for bias in (True, False))
+    for parameter in layers.parameters():
+        nn.init.normal_(parameter, generator=generator)
+    wanted = [states, *layers.parameters()]
+    if fast:
+        use_onednn(layers)
     results = [layer(states) for layer in layers]
-    wanted = [states, *(parameter for layer in layers for parameter in layer.parameters())]
     return [*results, *torch.autograd.grad(sum(result.square().sum() for result in results), wanted)]
 
 
 @pytest.mark.parametrize("rows", [0, 1, 70])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_linear_layers_and_their_gradients_are_the_same(rows: int, dtype: torch.dtype) -> None:
-    plain = outputs(rows, dtype)
-    with fast_products(CPU):
-        fast = outputs(rows, dtype)
+    plain, fast = outputs(rows, dtype, fast=False), outputs(rows, dtype, fast=True)
     if dtype == torch.float32:
         torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-4)
     else:
         assert all(map(torch.equal, fast, plain))
 
 
-def test_the_forward_and_the_backward_pass_both_use_the_operator() -> None:
-    calls = []
+class Spy(TorchDispatchMode):
+    """Counts the operators that are called."""
 
-    class Spy(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            calls.append(func)
-            return func(*args, **(kwargs or {}))
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter = Counter()
 
-    with Spy(), fast_products(CPU):
-        states, weight = torch.randn(8, 16, requires_grad=True), torch.randn(4, 16, requires_grad=True)
-        F.linear(states, weight).sum().backward()
-    assert calls.count(torch.ops.mkldnn._linear_pointwise.default) == 3
-    assert torch.ops.aten.mm.default not in calls
-    calls.clear()
-    with torch.inference_mode(), Spy(), fast_products(CPU):
-        nn.Linear(16, 4)(torch.randn(2, 8, 16))
-    assert torch.ops.mkldnn._linear_pointwise.default in calls
-    assert torch.ops.aten.linear.default not in calls
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.calls[func] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_layers_keep_their_parameters_and_use_the_operator_in_both_passes() -> None:
+    layers = nn.Sequential(nn.Linear(16, 4), nn.Sequential(nn.Linear(4, 4, bias=False)), nn.LayerNorm(4)).eval()
+    before = dict(layers.named_parameters())
+    use_onednn(layers)
+    after = dict(layers.named_parameters())
+    assert list(after) == list(before)
+    assert all(after[name] is parameter for name, parameter in before.items())
+    assert not any(module.training for module in layers.modules())
+    with Spy() as spy:
+        layers(torch.randn(2, 8, 16, requires_grad=True)).sum().backward()
+    assert spy.calls[torch.ops.peagle_hf.onednn_product.default] == 6
+    assert not spy.calls[torch.ops.aten.mm.default] + spy.calls[torch.ops.aten.addmm.default]
+
+
+@pytest.mark.slow
+def test_the_compiler_takes_the_layers_whole() -> None:
+    layers = nn.Sequential(nn.Linear(16, 4), nn.GELU(), nn.Linear(4, 4, bias=False))
+    use_onednn(layers)
+    states = torch.randn(8, 16)
+    layers(states).sum().backward()
+    expected = [parameter.grad.clone() for parameter in layers.parameters()]
+    layers.zero_grad()
+    torch.compile(layers, fullgraph=True)(states).sum().backward()
+    torch.testing.assert_close([parameter.grad for parameter in layers.parameters()], expected)
+
+
+def test_autocast_decides_the_precision_where_it_is_on() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert linear(torch.randn(2, 8), torch.randn(4, 8)).dtype == torch.bfloat16
 
 
 @torch.inference_mode()

@@ -114,7 +114,7 @@ def make_ours(sizes: Sizes, case: Case, device: str):
 
     from peagle_hf import CODDataCollator, PeagleConfig, PeagleForSpeculation
     from peagle_hf.data.partition import partition
-    from peagle_hf.products import fast_products
+    from peagle_hf.products import use_onednn
     from peagle_hf.target import VerifierHead
 
     if device == "cpu":
@@ -147,6 +147,8 @@ def make_ours(sizes: Sizes, case: Case, device: str):
         del head
     if device == "cuda":
         drafter.set_attn_implementation("flex_attention")
+    else:
+        use_onednn(drafter)
     drafter.train()
 
     def make_step(case: Case):
@@ -181,10 +183,9 @@ def make_ours(sizes: Sizes, case: Case, device: str):
         def forward_and_backward() -> float:
             loss = torch.zeros((), device=device)
             for part in parts:
-                with fast_products(torch.device(device)):
-                    with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
-                        part_loss = drafter(**part, num_items_in_batch=learnt).loss
-                    part_loss.backward()
+                with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+                    part_loss = drafter(**part, num_items_in_batch=learnt).loss
+                part_loss.backward()
                 loss += part_loss.detach()
             return loss
 
