@@ -26,8 +26,8 @@ from .arguments import Arguments, check_ranges, config_path, flag_of, plain, wri
 from .client import DRAFT_COUNTERS, Client, Run, measure
 from .console import progress_bar
 from .data.cache import place
-from .data.chats import is_local_file, source_name
 from .data.prompts import Prompt, read_prompts
+from .data.sources import is_local_file, source_name
 from .data.tokenizer import (
     CHAT_KWARGS_OF_DRAFTER_HELP,
     CHAT_TEMPLATE_OF_DRAFTER_HELP,

@@ -11,8 +11,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .configuration_peagle import PeagleConfig
-from .data.chats import BUILT_IN_DATASETS, is_local_file
 from .data.prepared import CHAT_TEMPLATE_FILE, CHAT_TEMPLATE_KWARGS_FILE
+from .data.sources import BUILT_IN_DATASETS, is_local_file
 from .data.tokenizer import ChatOptions
 from .errors import PeagleError
 from .files import read_json
