@@ -12,10 +12,10 @@ except PackageNotFoundError:
     __version__ = "0.0.0"
 
 _MODULE_OF = {
-    "AcceptanceArguments": "offline",
+    "AcceptanceArguments": "evaluation.acceptance",
     "CODDataCollator": "data.collator",
     "Endpoint": "data.endpoint",
-    "EvaluateArguments": "evaluation",
+    "EvaluateArguments": "evaluation.benchmark",
     "ExtractArguments": "data.extract",
     "HiddenStatesDataset": "data.dataset",
     "PeagleConfig": "configuration_peagle",
@@ -30,7 +30,7 @@ _MODULE_OF = {
     "VerifierHead": "target",
     "VerifierParts": "target",
     "VllmExportCallback": "callbacks",
-    "acceptance": "offline",
+    "acceptance": "evaluation.acceptance",
     "add_adapter": "adapters",
     "build_datasets": "training",
     "build_drafter": "training",
@@ -38,7 +38,7 @@ _MODULE_OF = {
     "draft_and_verify": "generation",
     "command_line": "console",
     "end_processes": "console",
-    "evaluate": "evaluation",
+    "evaluate": "evaluation.benchmark",
     "extract": "data.extract",
     "load_adapter": "adapters",
     "merge_adapter": "adapters",
@@ -73,12 +73,12 @@ if TYPE_CHECKING:
     from .data.prepare import PrepareArguments, prepare
     from .data.regenerate import RegenerateArguments, regenerate
     from .errors import PeagleError
-    from .evaluation import EvaluateArguments, evaluate
+    from .evaluation.acceptance import AcceptanceArguments, acceptance
+    from .evaluation.benchmark import EvaluateArguments, evaluate
     from .generation import draft_and_verify
     from .hub import PushArguments, PushToHubCallback, push
     from .linear_start import start_linearly
     from .modeling_peagle import PeagleForSpeculation
-    from .offline import AcceptanceArguments, acceptance
     from .target import VerifierHead, VerifierParts, register_verifier
     from .trainer import PeagleTrainer
     from .training import build_datasets, build_drafter, checkpoint_to_resume, train

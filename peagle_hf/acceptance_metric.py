@@ -6,7 +6,7 @@ import datasets
 import evaluate
 
 from peagle_hf.errors import PeagleError
-from peagle_hf.figures import summarize
+from peagle_hf.serving.client import summarize
 
 _DESCRIPTION = "Acceptance of speculative decoding, from how many tokens of each draft the verifier accepted."
 
@@ -15,8 +15,9 @@ Args:
     predictions: accepted tokens of each draft, the verifier's own token not among them.
     references: tokens that were drafted each time.
 Returns:
-    what `peagle_hf.figures.summarize` gives: `acceptance_length` (1 + accepted tokens / drafts), `acceptance_rate`
-    (accepted / drafted tokens), `per_position_acceptance` (drafts accepted up to there / all drafts), and the counts.
+    what `peagle_hf.serving.client.summarize` gives: `acceptance_length` (1 + accepted tokens / drafts),
+    `acceptance_rate` (accepted / drafted tokens), `per_position_acceptance` (drafts accepted up to there / all drafts),
+    and the counts.
 Examples:
     >>> acceptance = evaluate.load(peagle_hf.metrics.MODULE_PATH)
     >>> acceptance.compute(predictions=[2, 0, 1], references=[2, 2, 2])["acceptance_length"]

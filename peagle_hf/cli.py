@@ -69,7 +69,7 @@ COMMANDS = {
         ),
     ),
     "launch-vllm": Command(
-        "launch",
+        "serving.launch",
         "launch",
         "LaunchArguments",
         "run vLLM as a server of hidden states",
@@ -109,7 +109,7 @@ COMMANDS = {
         ),
     ),
     "serve": Command(
-        "launch",
+        "serving.launch",
         "serve",
         "ServeArguments",
         "run vLLM with a drafter",
@@ -121,14 +121,14 @@ COMMANDS = {
         rest="vllm_args",
     ),
     "chat": Command(
-        "chat",
+        "serving.chat",
         "chat",
         "ChatArguments",
         "chat with a server, and see how much it accepts",
         ("chat", "chat --endpoint http://localhost:8001/v1 --temperature 0"),
     ),
     "acceptance": Command(
-        "offline",
+        "evaluation.acceptance",
         "acceptance",
         "AcceptanceArguments",
         "measure acceptance on cached states",
@@ -138,7 +138,7 @@ COMMANDS = {
         ),
     ),
     "evaluate": Command(
-        "evaluation",
+        "evaluation.benchmark",
         "evaluate",
         "EvaluateArguments",
         "measure acceptance and speed in vLLM",

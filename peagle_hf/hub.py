@@ -18,7 +18,7 @@ from .checkpoints import BEST
 from .configuration_peagle import PeagleConfig
 from .errors import PeagleError
 from .model_card import chat_option_files, model_card, read_evaluation, read_record, recorded_chat_options
-from .serving import check_checkpoint
+from .serving.server import check_checkpoint
 from .target import hub_verifier
 
 logger = logging.getLogger(__name__)

@@ -11,14 +11,14 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .configuration_peagle import PeagleConfig
-from .data.chats import BUILT_IN_DATASETS, is_local_file
 from .data.prepared import CHAT_TEMPLATE_FILE, CHAT_TEMPLATE_KWARGS_FILE
+from .data.sources import BUILT_IN_DATASETS, is_local_file
 from .data.tokenizer import ChatOptions
 from .errors import PeagleError
+from .evaluation.report import estimate
 from .files import read_json
 from .modeling_peagle import HUB_TAGS
-from .report import estimate
-from .serving import speculative_config
+from .serving.server import speculative_config
 from .target import weights_of
 
 logger = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ MODULES = ["vllm.entrypoints.cli.main", "vllm.entrypoints.openai.api_server"]
 """Modules that are run."""
 
 MEMBERS = {
-    # peagle_hf.evaluation and peagle_hf.vllm_process
+    # peagle_hf.evaluation.benchmark and peagle_hf.evaluation.vllm_process
     "LLM": "generate get_metrics get_tokenizer llm_engine renderer",
     "SamplingParams": "max_tokens output_kind temperature",
     "RequestOutputKind": "FINAL_ONLY",
@@ -37,18 +37,18 @@ MEMBERS = {
     "Metric": "name",
     "Counter": "value",
     "Vector": "values",
-    # peagle_hf.launch, peagle_hf.serving, and the flags that the documentation names
+    # peagle_hf.serving.launch, peagle_hf.serving.server, and the flags that the documentation names
     "EngineArgs": "data_parallel_size disable_log_stats dtype enable_prefix_caching enforce_eager kv_transfer_config "
     "max_model_len max_num_batched_tokens max_num_seqs model per_request_spec_decode_metrics seed served_model_name "
     "speculative_config tensor_parallel_size trust_remote_code",
     "FrontendArgs": "api_key host port",
     "SpeculativeConfig": "draft_model_config method model num_speculative_tokens parallel_drafting",
     "KVTransferConfig": "kv_connector kv_connector_extra_config kv_connector_module_path kv_role",
-    # peagle_hf.vllm_plugin
+    # peagle_hf.serving.vllm_plugin
     "ExampleHiddenStatesConnector": "_block_size _executor _is_tp_rank_zero _kv_cache _lock_fds _on_write_done "
     "_req_copy_events _req_futures _submit_async_write _write_tensors",
     "PendingSave": "block_ids filename req_id token_ids",
-    # peagle_hf.data.endpoint and peagle_hf.client
+    # peagle_hf.data.endpoint and peagle_hf.serving.client
     "ModelCard": "id max_model_len root",
     "CompletionRequest": "ignore_eos max_tokens min_p model prompt repetition_penalty return_token_ids seed "
     "stop_token_ids temperature top_k top_p",

@@ -10,8 +10,9 @@ import pyarrow
 import pytest
 from datasets import Dataset, DatasetDict
 
-from peagle_hf.data import chats
-from peagle_hf.data.chats import Unlearnable, count_answers, data_sha256, is_local_file, open_source, read_chat
+from peagle_hf.data import sources
+from peagle_hf.data.chats import Unlearnable, count_answers, read_chat
+from peagle_hf.data.sources import data_sha256, is_local_file, open_source
 from peagle_hf.errors import PeagleError
 
 HELLO, WELL = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Well"}
@@ -174,10 +175,10 @@ def test_a_damaged_file_is_named(read, tmp_path, name, content, problem):
 
 
 def test_a_broken_array_is_reported_before_it_is_read_whole(tmp_path, monkeypatch, read):
-    monkeypatch.setattr(chats, "_CHUNK_CHARACTERS", 1 << 10)
-    monkeypatch.setattr(chats, "_MOST_CHARACTERS", 1 << 14)
+    monkeypatch.setattr(sources, "_CHUNK_CHARACTERS", 1 << 10)
+    monkeypatch.setattr(sources, "_MOST_CHARACTERS", 1 << 14)
     read_characters = 0
-    streamed = chats._streamed_items
+    streamed = sources._streamed_items
 
     class Counting:
         def __init__(self, file):
@@ -188,7 +189,7 @@ def test_a_broken_array_is_reported_before_it_is_read_whole(tmp_path, monkeypatc
             read_characters += size
             return self.file.read(size)
 
-    monkeypatch.setattr(chats, "_streamed_items", lambda path, file, *rest: streamed(path, Counting(file), *rest))
+    monkeypatch.setattr(sources, "_streamed_items", lambda path, file, *rest: streamed(path, Counting(file), *rest))
     for broken in ('{"a": ', '{"a": "', '{"a": ['):
         read_characters = 0
         (tmp_path / "a.json").write_text('[{"a": 1}, ' + broken + '{"b": "c"}, ' * 100_000)

@@ -31,8 +31,8 @@ from peagle_hf.arguments import (
 from peagle_hf.cli import COMMANDS, main
 from peagle_hf.data.extract import ExtractArguments
 from peagle_hf.data.prepare import PrepareArguments
-from peagle_hf.evaluation import EvaluateArguments
-from peagle_hf.launch import LaunchArguments
+from peagle_hf.evaluation.arguments import EvaluateArguments
+from peagle_hf.serving.launch import LaunchArguments
 
 PROGRAM = [str(Path(sys.executable).with_name("peagle-hf"))]
 VALUES = {int: "3", float: "0.5", str: "word"}

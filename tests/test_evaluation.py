@@ -18,12 +18,13 @@ from safetensors.torch import load_file, save_file
 
 from peagle_hf import EvaluateArguments, PeagleError, evaluate
 from peagle_hf.arguments import parse_arguments
-from peagle_hf.client import Answer, Run
 from peagle_hf.data.prompts import Prompt
-from peagle_hf.evaluation import _load_prompts
-from peagle_hf.figures import Trial, compare, difference, figures, summarize
-from peagle_hf.report import draw, html, text
-from peagle_hf.serving import check_checkpoint, speculative_config, vllm_environment
+from peagle_hf.evaluation.figures import Trial, compare, difference, figures
+from peagle_hf.evaluation.report import draw, html, text
+from peagle_hf.evaluation.runs import Run
+from peagle_hf.evaluation.suites import load_prompts
+from peagle_hf.serving.client import Answer, summarize
+from peagle_hf.serving.server import check_checkpoint, speculative_config, vllm_environment
 
 
 @pytest.fixture
@@ -333,14 +334,14 @@ def test_suites_are_run_together_evenly_by_category(tmp_path, caplog):
         for suite, categories in (("one", "aaab"), ("two", "a"))
     )
     arguments = EvaluateArguments("m", [one, two], "out", max_prompts=4)
-    assert [prompt.category for prompt in _load_prompts(arguments, [])] == ["one/a", "one/b", "two/a", "one/a"]
-    assert [prompt.id for prompt in _load_prompts(arguments, [])] == ["one/7", "one/7", "two/7", "one/7"]
+    assert [prompt.category for prompt in load_prompts(arguments, [])] == ["one/a", "one/b", "two/a", "one/a"]
+    assert [prompt.id for prompt in load_prompts(arguments, [])] == ["one/7", "one/7", "two/7", "one/7"]
     assert "2 prompts occur more than once in their suite" in caplog.text
     arguments.suite = [one]
-    assert [prompt.category for prompt in _load_prompts(arguments, [])] == ["a", "b", "a", "a"]
+    assert [prompt.category for prompt in load_prompts(arguments, [])] == ["a", "b", "a", "a"]
     arguments.suite = [one, str(tmp_path / "x" / ".." / "one.jsonl")]
     with pytest.raises(PeagleError, match="names a suite twice"):
-        _load_prompts(arguments, [])
+        load_prompts(arguments, [])
 
 
 def test_suites_of_one_name_or_with_the_same_prompts_are_told_apart(tmp_path, caplog):
@@ -351,7 +352,7 @@ def test_suites_of_one_name_or_with_the_same_prompts_are_told_apart(tmp_path, ca
         write_suite(tmp_path / "y" / "prompts.jsonl", same | {"category": "b"}, more),
     ]
     dropped = []
-    prompts = _load_prompts(EvaluateArguments("m", suites, "out"), dropped)
+    prompts = load_prompts(EvaluateArguments("m", suites, "out"), dropped)
     assert [(prompt.category, prompt.turns) for prompt in prompts] == [
         ("x/prompts/a", ["both"]),
         ("y/prompts/a", ["only here"]),
@@ -360,7 +361,7 @@ def test_suites_of_one_name_or_with_the_same_prompts_are_told_apart(tmp_path, ca
     assert f"1 prompts of {suites[1]} are left out: they are in x/prompts too" in caplog.text
     copy = write_suite(tmp_path / "z" / "copy.jsonl", same)
     with pytest.raises(PeagleError, match=r"All prompts of .*copy\.jsonl are in the suites before it"):
-        _load_prompts(EvaluateArguments("m", [suites[0], copy], "out"), [])
+        load_prompts(EvaluateArguments("m", [suites[0], copy], "out"), [])
 
 
 def test_a_row_whose_text_no_tokenizer_takes_is_left_out_and_named(tmp_path, caplog):
@@ -371,7 +372,7 @@ def test_a_row_whose_text_no_tokenizer_takes_is_left_out_and_named(tmp_path, cap
         {"turns": ["named"], "category": "cut \ud83d"},
     ]
     suite, dropped = write_suite(tmp_path / "prompts.jsonl", *rows), []
-    prompts = _load_prompts(EvaluateArguments("m", [suite], "out"), dropped)
+    prompts = load_prompts(EvaluateArguments("m", [suite], "out"), dropped)
     assert [(prompt.id, prompt.category) for prompt in prompts] == [("0", "chat"), ("2", r"cut \ud83d")]
     (drop,) = dropped
     assert (drop["place"], "surrogate" in drop["reason"]) == ("prompts.jsonl, line 2", True)

@@ -14,8 +14,8 @@ import pytest
 from fake_vllm import FakeDraftingVllm
 
 from peagle_hf import EvaluateArguments, PeagleError, evaluate
-from peagle_hf.client import Run
-from peagle_hf.evaluation import FINISHED_RUNS
+from peagle_hf.evaluation.runs import Run
+from peagle_hf.evaluation.task import FINISHED_RUNS
 
 ROWS = [{"question_id": number, "turns": [f"a b c {'d ' * number}", "e f"]} for number in range(6)]
 REQUESTS = 1 + 2 * len(ROWS)
@@ -112,7 +112,7 @@ def interrupt(arguments, server, requests: int = 2 * REQUESTS + 3) -> None:
     "An evaluation is rerun with other settings", "The log names each change, and everything is measured again."
 )
 def test_what_changed_is_named_and_all_is_measured_anew(arguments, server, suite, caplog, monkeypatch):
-    monkeypatch.setattr("peagle_hf.evaluation._illustrate", lambda report, output: None)  # takes long
+    monkeypatch.setattr("peagle_hf.evaluation.benchmark._illustrate", lambda report, output: None)  # takes long
     interrupt(arguments(), server)
     evaluate(arguments(rounds=1))  # fewer rounds are no other setting: all of the first is there
     assert len(server.requests) == 1
@@ -199,7 +199,7 @@ def test_vllm_in_process_does_only_what_is_missing(arguments, chain, drafter, tm
                 chats = [[fields] * len(prompt.turns) for prompt in job.prompts]
                 keep(Run.of({"concurrency": concurrency, "chats": chats, "seconds": 2.0}), MEASURED_ON)
 
-    monkeypatch.setattr("peagle_hf.evaluation.VllmProcess", FakeProcess)
+    monkeypatch.setattr("peagle_hf.evaluation.in_processes.VllmProcess", FakeProcess)
     here = {"endpoint": None, "baseline_endpoint": None, "seed": 7, "temperature": 0.7, "num_speculative_tokens": [1]}
     with pytest.raises(PeagleError, match="vLLM failed"):
         evaluate(arguments(**here))

@@ -10,7 +10,7 @@ import pytest
 sys.path.append(str(Path(__file__).parent / "benchmarks"))
 from interval_coverage import FIGURES, coverage
 
-from peagle_hf.intervals import (
+from peagle_hf.evaluation.intervals import (
     all_and_leave_one_out,
     degrees_of_freedom,
     difference_interval,

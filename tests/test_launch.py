@@ -18,10 +18,11 @@ import pytest
 from conftest import AUX, HIDDEN, LAYERS, ended
 from fake_vllm import FakeVllm
 
-from peagle_hf import EvaluateArguments, PeagleError, cli, evaluate, supervisor
+from peagle_hf import EvaluateArguments, PeagleError, cli, evaluate
 from peagle_hf.address import Address
 from peagle_hf.data.server_folder import write_server_record
-from peagle_hf.launch import LaunchArguments, ServeArguments, launch, serve, server_command
+from peagle_hf.serving import supervisor
+from peagle_hf.serving.launch import LaunchArguments, ServeArguments, launch, serve, server_command
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -179,7 +180,7 @@ def stand_in(tmp_path, monkeypatch) -> Path:
     monkeypatch.syspath_prepend(str(root))
     monkeypatch.setenv("TREE", str(tmp_path / "tree"))
     monkeypatch.setattr(supervisor, "GRACE_SECONDS", 0.3)
-    monkeypatch.setattr("peagle_hf.launch.POLL_SECONDS", 0.05)
+    monkeypatch.setattr("peagle_hf.serving.launch.POLL_SECONDS", 0.05)
     return tmp_path / "tree"
 
 
@@ -327,7 +328,7 @@ def test_a_signal_to_serve_or_evaluate_leaves_no_process_of_vllm(stand_in, draft
 
 PARENT = """
 import os, signal, sys, time
-from peagle_hf import supervisor
+from peagle_hf.serving import supervisor
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 supervisor.GRACE_SECONDS = 0.3

@@ -22,8 +22,8 @@ from peagle_hf import PeagleError, PeagleTrainingArguments, metrics
 from peagle_hf.arguments import flags
 from peagle_hf.cli import main
 from peagle_hf.data.dataset import HiddenStatesDataset
-from peagle_hf.figures import summarize
 from peagle_hf.pace import Pace
+from peagle_hf.serving.client import summarize
 
 DEPTHS = range(3)
 STEPS = 10

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerFast
 
-from peagle_hf.data import chats
+from peagle_hf.data import sources
 from peagle_hf.data.chats import Chat, Unlearnable, read_chat
 from peagle_hf.data.inspection import DataArguments, inspect_data
 from peagle_hf.data.masking import ChatTokenizer
@@ -927,12 +927,12 @@ def test_chats_need_a_chat_template(arguments, tmp_path):
 
 
 def test_an_array_is_read_item_by_item(tmp_path, monkeypatch):
-    monkeypatch.setattr(chats, "_CHUNK_CHARACTERS", 7)
+    monkeypatch.setattr(sources, "_CHUNK_CHARACTERS", 7)
     rows = [{"messages": [{"role": "user", "content": "é" * i + "]"}]} for i in range(9)]
     path = tmp_path / "array.json"
     path.write_text("\ufeff" + json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
     (tmp_path / "copy").mkdir()
-    source = chats.open_source(str(path), tmp_path / "copy")
+    source = sources.open_source(str(path), tmp_path / "copy")
     assert [source.read(index) for index in range(len(source))] == [
         (f"{path}, item {number}", row) for number, row in enumerate(rows, 1)
     ]

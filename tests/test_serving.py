@@ -18,13 +18,13 @@ from fake_vllm import FakeDraftingVllm
 from transformers import AutoTokenizer
 
 from peagle_hf import EvaluateArguments, PeagleError, cli, evaluate
-from peagle_hf.chat import ChatArguments
 from peagle_hf.data.prompts import Prompt
 from peagle_hf.data.tokenizer import ChatOptions
-from peagle_hf.launch import ServeArguments, drafting_command
+from peagle_hf.evaluation.vllm_process import Job, _Conversations
 from peagle_hf.model_card import model_card, read_evaluation
-from peagle_hf.serving import check_checkpoint
-from peagle_hf.vllm_process import Job, _Conversations
+from peagle_hf.serving.chat import ChatArguments
+from peagle_hf.serving.launch import ServeArguments, drafting_command
+from peagle_hf.serving.server import check_checkpoint
 
 TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}{{ 'w9' if enable_thinking else 'w8' }}"
 ROWS = [
@@ -295,7 +295,7 @@ def test_a_picture_that_cannot_be_drawn_loses_nothing(arguments, server, caplog,
 
     output.mkdir()
     (output / "evaluation.png").write_bytes(b"of an earlier evaluation")
-    monkeypatch.setattr("peagle_hf.report._PICTURES", [("Speed", fail)])
+    monkeypatch.setattr("peagle_hf.evaluation.report._PICTURES", [("Speed", fail)])
     report = evaluate(arguments())
     assert seen == [True, True]
     assert "evaluation.png could not be drawn (RuntimeError: no <fonts>). All figures are in" in caplog.text
@@ -352,7 +352,7 @@ def test_as_many_requests_as_are_wanted_are_in_flight(arguments, server):
     ],
 )
 def test_a_server_that_fails_or_counts_others_is_no_measure(arguments, server, prompts, fault, words, monkeypatch):
-    monkeypatch.setattr("peagle_hf.client.SETTLE_SECONDS", 0.2)
+    monkeypatch.setattr("peagle_hf.serving.client.SETTLE_SECONDS", 0.2)
     server.chat_fault = lambda message: fault if message == "a b c" else None
     with pytest.raises(PeagleError, match=words):
         evaluate(arguments(concurrency=[1]))

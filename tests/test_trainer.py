@@ -31,8 +31,8 @@ from peagle_hf.cli import main
 from peagle_hf.data.extract import ExtractArguments, extract
 from peagle_hf.data.partition import partition_every_row
 from peagle_hf.data.prepare import PrepareArguments, prepare
+from peagle_hf.evaluation.acceptance import count
 from peagle_hf.metrics import summarize
-from peagle_hf.offline import count
 from peagle_hf.target import load_embedding
 from peagle_hf.training import build_datasets, build_drafter, checkpoint_to_resume, train
 

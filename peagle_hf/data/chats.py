@@ -1,29 +1,14 @@
-"""Reading conversations: files and hub datasets in the shapes that people have, brought into one shape."""
+"""Reading conversations: rows in the shapes that people have, brought into one shape."""
 
-import bz2
-import codecs
-import csv
-import gzip
-import hashlib
-import io
 import json
-import lzma
-import re
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from ..errors import PeagleError
 
 if TYPE_CHECKING:
-    import datasets
+    pass
 
-BUILT_IN_DATASETS = {
-    "sharegpt": "Aeala/ShareGPT_Vicuna_unfiltered:train",
-    "ultrachat": "HuggingFaceH4/ultrachat_200k:train_sft",
-}
 
 ROLES = {
     "system": "system",
@@ -45,8 +30,6 @@ ROLES = {
 }
 """What a row may call a role, and the role that the chat template sees."""
 
-FILE_KINDS = (".jsonl", ".json", ".ndjson", ".parquet", ".csv", ".tsv")
-COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 PREFERENCES = ("chosen", "rejected")
 
 _CONVERSATION_FIELDS = ("messages", "conversations", "conversation")
@@ -56,16 +39,6 @@ _PAIR_FIELDS = (("human", "assistant"), ("user", "assistant"), ("input", "output
 _MEDIA_FIELDS = ("images", "image", "audios", "audio", "videos", "video")
 _TRAIN_FIELDS = ("weight", "train", "loss")
 _REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
-_SPLIT_WORDS = {
-    "train": "train training",
-    "test": "test testing eval evaluation",
-    "validation": "validation valid dev val",
-}
-_CHUNK_CHARACTERS = 1 << 20
-_MOST_CHARACTERS = 100 << 20
-"""No object of a JSON file is longer: what has no end within so many characters is broken."""
-_BETWEEN_ITEMS = re.compile(r"[\s,]*")
-_NO_SPACE = re.compile(r"\S")
 
 
 class Unlearnable(Exception):
@@ -102,92 +75,6 @@ class Chat:
         return self.fields[index] if index < len(self.fields) else f"messages[{index}]"
 
 
-@dataclass(frozen=True)
-class Source:
-    """The rows of files or of a hub dataset, in their own order and read from disk one at a time.
-
-    Args:
-        name: as the user gave it.
-        rows: a hub dataset, or the rows of files as JSON text with the number of their file and their number in it.
-        files: path and unit ("line", "item" or "row") of each file; None for a hub dataset.
-    """
-
-    name: str
-    rows: "datasets.Dataset"
-    files: list[tuple[str, str]] | None = None
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def read(self, index: int) -> tuple[str, dict[str, Any]]:
-        """Give where the row of this index was found, for messages, and the row."""
-        row = self.rows[index]
-        if self.files is None:
-            return f"{self.name}, row {index}", _without_filler(row)
-        path, unit = self.files[row["file"]]
-        return f"{path}, {unit} {row['number']}", json.loads(row["json"])
-
-
-def source_name(data: "str | datasets.Dataset") -> str:
-    """What a source is called in messages and records: its name, or for a Dataset in memory its fingerprint."""
-    return data if isinstance(data, str) else f"datasets.Dataset {data._fingerprint}"
-
-
-def open_source(data: "str | datasets.Dataset", folder: Path) -> Source:
-    """Open a source of rows: a built-in name, a file, a folder, a hub dataset, or a `datasets.Dataset` in memory.
-
-    A file holds rows as JSON (an object a line, objects over several lines, or one array of objects), as Parquet or as
-    CSV, and may be compressed; its ending says which (`FILE_KINDS`, `COMPRESSIONS`, in any case). A folder holds such
-    files, or what `datasets` saved. What exists on this machine is never looked for on the hub. A hub dataset is
-    `org/name`, `org/name:split` or `org/name:configuration:split`, and a folder may have a split too; the split is
-    `train` if none is named.
-
-    Files are checked from end to end and copied into `folder`, where their rows are read from without holding them in
-    memory.
-
-    Raises:
-        PeagleError: the file or the dataset can't be read, a row is not an object, or there is no row.
-    """
-    if not isinstance(data, str):
-        source = Source(source_name(data), data.with_format(None))
-    elif is_local_file(data):
-        source = _open_local(data, folder)
-    elif "/" in (name := BUILT_IN_DATASETS.get(data, data)):
-        source = _open_hub_dataset(name)
-    else:
-        raise PeagleError(
-            f"{data} is neither a built-in dataset ({', '.join(BUILT_IN_DATASETS)}), nor a file or folder of this "
-            "machine, nor a hub dataset written org/name. Name one of these."
-        )
-    if not len(source):
-        raise PeagleError(f"{source_name(data)} is empty: it holds no conversation. Name a dataset that has some.")
-    return source
-
-
-def is_local_file(data: "str | datasets.Dataset") -> bool:
-    """Whether a source is a file or folder of this machine, or is written like one, rather than a dataset."""
-    if not isinstance(data, str):
-        return False
-    path, _ = _split_of(data)
-    return path.exists() or _kind(path) is not None or data.startswith(("/", "./", "../", "~"))
-
-
-def data_sha256(data: "str | datasets.Dataset") -> str | None:
-    """SHA-256 of a file's or folder's content and names; None for a dataset that is no local file.
-
-    Raises:
-        PeagleError: it can't be read.
-    """
-    if not isinstance(data, str) or not is_local_file(data):
-        return None
-    path, _ = _split_of(data)
-    if path.is_file():
-        return _file_sha256(path)
-    _check_exists(data, path)
-    names = [(str(file.relative_to(path)), _file_sha256(file)) for file in _files_in(path)]
-    return hashlib.sha256(json.dumps(names).encode()).hexdigest()
-
-
 def read_chat(row: dict[str, Any], place: str, preference: str | None = None) -> Chat:
     """Bring a row into one shape, whichever of these it has.
 
@@ -216,7 +103,7 @@ def read_chat(row: dict[str, Any], place: str, preference: str | None = None) ->
         messages.append({name: value for name, value in read.items() if name not in _TRAIN_FIELDS})
     tools = _decoded(row.get("tools") or None, place, "tools")
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise _wrong(place, "tools", "a list of JSON objects", tools)
+        raise wrong_value(place, "tools", "a list of JSON objects", tools)
     if reason := _exclusion(row):
         excluded = {index: reason for index, message in enumerate(messages) if message["role"] == "assistant"}
     return Chat(messages, tools or None, excluded, tuple(fields))
@@ -257,7 +144,7 @@ def _raw_messages(row: dict[str, Any], place: str, preference: str | None) -> tu
         )
     system = row.get("system") or row.get("system_prompt")
     if system is not None and not isinstance(system, str):
-        raise _wrong(place, "system", "text", system)
+        raise wrong_value(place, "system", "text", system)
     if system and system.strip():
         first = messages[0] if messages and isinstance(messages[0], dict) else {}
         if first.get("role", first.get("from")) != "system":
@@ -270,7 +157,7 @@ def _raw_messages(row: dict[str, Any], place: str, preference: str | None) -> tu
 def _list_of_messages(value: Any, place: str, name: str) -> tuple[list[Any], list[str]]:
     value = _decoded(value, place, name) if isinstance(value, str) and value.lstrip().startswith("[") else value
     if not isinstance(value, list):
-        raise _wrong(place, name, "a list of messages", value)
+        raise wrong_value(place, name, "a list of messages", value)
     messages: list[Any] = []
     fields = []
     for index, message in enumerate(value):
@@ -297,7 +184,7 @@ def _with_question(row: dict[str, Any], place: str, question: str | None, answer
     fields: list[str] = []
     for index, pair in enumerate(row.get("history") or []):
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
-            raise _wrong(place, f"history[{index}]", "a pair of texts, a question and its answer", pair)
+            raise wrong_value(place, f"history[{index}]", "a pair of texts, a question and its answer", pair)
         messages += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair, strict=True)]
         fields += [f"history[{index}]"] * 2
     for role, name in (("user", question), ("assistant", answer)):
@@ -317,7 +204,7 @@ def _with_question(row: dict[str, Any], place: str, question: str | None, answer
             messages.append(value)
             fields.append(name)
         else:
-            raise _wrong(place, name, "text or a list of messages", value)
+            raise wrong_value(place, name, "text or a list of messages", value)
     if messages and isinstance(messages[0], dict) and messages[0].get("role") == "assistant" and question is None:
         raise PeagleError(
             f"{place}: {answer} holds an answer without the question; the fields are {', '.join(row)}. Put the "
@@ -340,7 +227,7 @@ def _exclusion(fields: dict[str, Any]) -> str | None:
 
 def _read_message(message: Any, place: str, field: str) -> dict[str, Any]:
     if not isinstance(message, dict):
-        raise _wrong(place, field, "an object with a role and a content", message)
+        raise wrong_value(place, field, "an object with a role and a content", message)
     if not message.keys() & {"content", "value", "tool_calls", "function_call", "refusal"}:
         raise PeagleError(f"{place}: {field} has no content. Add one or take the row out.")
     message = {name: value for name, value in message.items() if value is not None}
@@ -360,7 +247,7 @@ def _read_message(message: Any, place: str, field: str) -> dict[str, Any]:
     message["content"] = _text(content, message, place, f"{field}.content")
     for name in _REASONING_FIELDS:
         if not isinstance(message.get(name, ""), str):
-            raise _wrong(place, f"{field}.{name}", "text", message[name])
+            raise wrong_value(place, f"{field}.{name}", "text", message[name])
     if reasoning := next((message[name] for name in _REASONING_FIELDS if message.get(name)), None):
         message |= dict.fromkeys(_REASONING_FIELDS, reasoning)
     if calls:
@@ -377,7 +264,7 @@ def _text(content: Any, message: dict[str, Any], place: str, field: str) -> str:
     if isinstance(content, str):
         return content
     if not (isinstance(content, list) and all(isinstance(part, dict) for part in content)):
-        raise _wrong(place, field, "text or a list of parts", content)
+        raise wrong_value(place, field, "text or a list of parts", content)
     texts, thoughts = [], []
     for index, part in enumerate(content):
         kind = part.get("type") or "text"
@@ -409,12 +296,12 @@ def _read_tool_calls(calls: Any, place: str, field: str) -> list[dict[str, Any]]
     if isinstance(calls, str) and calls.lstrip().startswith("["):
         calls = _decoded(calls, place, field)
     if not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
-        raise _wrong(place, field, "a list of JSON objects", calls)
+        raise wrong_value(place, field, "a list of JSON objects", calls)
     read = []
     for index, call in enumerate(calls):
         function = call.get("function", call)
         if not (isinstance(function, dict) and isinstance(function.get("name"), str)):
-            raise _wrong(place, f"{field}[{index}].function", "an object with a name", function)
+            raise wrong_value(place, f"{field}[{index}].function", "an object with a name", function)
         arguments = function.get("arguments")
         if isinstance(arguments, str):
             try:
@@ -437,322 +324,7 @@ def _decoded(value: Any, place: str, field: str) -> Any:
         raise PeagleError(f"{place}: {field} is not valid JSON ({error}). Correct it or take the row out.") from error
 
 
-def _wrong(place: str, field: str, wanted: str, found: Any) -> PeagleError:
+def wrong_value(place: str, field: str, wanted: str, found: Any) -> PeagleError:
+    """The error for a field of a row that holds a value of the wrong kind."""
     is_ = "null" if found is None else f"{type(found).__name__} {str(found)[:60]!r}"
     return PeagleError(f"{place}: {field} must be {wanted}, but is {is_}. Correct it or take the row out.")
-
-
-def _open_local(data: str, folder: Path) -> Source:
-    from datasets import Dataset, DatasetDict, Features, Value, load_from_disk
-    from datasets.arrow_writer import ArrowWriter
-
-    path, split = _split_of(data)
-    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-        saved = load_from_disk(str(path))
-        if isinstance(saved, DatasetDict):
-            if (split or "train") not in saved:
-                raise PeagleError(
-                    f"{path} has no split {split or 'train'}, only {', '.join(saved)}. Name {path}:SPLIT."
-                )
-            saved = saved[split or "train"]
-        return Source(data, saved)
-    _check_exists(data, path)
-    files = [path] if path.is_file() else _files_of_split(path, split)
-
-    # Rows travel as text: Arrow would want the same fields and types in every row, which tool calls do not have.
-    copy = folder / f"{len(list(folder.iterdir()))}.arrow"
-    features = Features({"file": Value("int32"), "number": Value("int64"), "json": Value("large_string")})
-    units = []
-    with ArrowWriter(path=str(copy), features=features) as writer:
-        for index, file in enumerate(files):
-            unit, items = _items(file)
-            units.append((str(file), unit))
-            for number, item in items:
-                if not isinstance(item, dict):
-                    raise _wrong(f"{file}, {unit} {number}", "the row", "a JSON object", item)
-                writer.write({"file": index, "number": number, "json": json.dumps(item, default=_described)})
-        writer.finalize()
-    return Source(data, Dataset.from_file(str(copy)), units)
-
-
-def _check_exists(data: str, path: Path) -> None:
-    if not path.exists():
-        raise PeagleError(f"{data} can't be read: there is no such file or folder. Check the path, or name a dataset.")
-
-
-def _split_of(data: str) -> tuple[Path, str | None]:
-    """The path of a local source, and the split that is named behind it."""
-    path = Path(data).expanduser()
-    before, colon, split = data.rpartition(":")
-    if colon and not path.exists() and Path(before).expanduser().is_dir():
-        return Path(before).expanduser(), split
-    return path, None
-
-
-def _kind(path: Path) -> str | None:
-    """The ending that says what a file holds, or None."""
-    name = path.name.lower()
-    for compression in COMPRESSIONS:
-        name = name.removesuffix(compression)
-    return next((kind for kind in FILE_KINDS if name.endswith(kind)), None)
-
-
-def _files_in(folder: Path) -> list[Path]:
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
-
-
-def _files_of_split(folder: Path, split: str | None) -> list[Path]:
-    """The data files of a folder that are of a split: those named after it, or after none if it is `train`."""
-    by_split: dict[str, list[Path]] = {}
-    for file in _files_in(folder):
-        if _kind(file) is not None:
-            words = set(re.split(r"[^a-z]+", str(file.relative_to(folder)).lower()))
-            named = next((name for name, those in _SPLIT_WORDS.items() if words & set(those.split())), "train")
-            by_split.setdefault(named, []).append(file)
-    if not by_split:
-        raise PeagleError(
-            f"The folder {folder} holds no data file, which would end in {', '.join(FILE_KINDS)}, perhaps with "
-            f"{', '.join(COMPRESSIONS)}. Name another folder, or the file itself."
-        )
-    if (wanted := split or "train") not in by_split:
-        raise PeagleError(
-            f"{folder} has no files of the split {wanted}, only of {', '.join(by_split)}. Name {folder}:SPLIT."
-        )
-    return by_split[wanted]
-
-
-def _items(path: Path) -> tuple[str, Iterator[tuple[int, Any]]]:
-    """What a file's rows are called, and the rows with their numbers."""
-    kind = _kind(path)
-    if kind == ".parquet":
-        return "row", _parquet_items(path)
-    if kind in (".csv", ".tsv"):
-        return "line", _csv_items(path, "\t" if kind == ".tsv" else ",")
-    with _reading(path), _opened(path) as file:
-        start = file.read(_CHUNK_CHARACTERS)
-    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or start[:4].count(0) >= 2:
-        raise PeagleError(f"{path} is text in UTF-16, and JSON files must be in UTF-8. Save it as UTF-8.")
-    if kind is None and start.startswith(b"PAR1"):
-        return "row", _parquet_items(path)
-    is_array = start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
-    return ("item", _array_items(path)) if is_array else ("line", _line_items(path))
-
-
-def _opened(path: Path) -> IO[bytes]:
-    """Open a file to read what it holds when it is decompressed."""
-    ending = path.suffix.lower()
-    if ending == ".gz":
-        return cast(IO[bytes], gzip.open(path))
-    if ending == ".bz2":
-        return bz2.open(path)
-    if ending == ".xz":
-        return lzma.open(path)
-    if ending == ".zst":
-        import pyarrow
-
-        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
-    return open(path, "rb")
-
-
-class _reading:
-    """Say which file is damaged when reading it fails."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, EOFError | OSError | lzma.LZMAError) and not isinstance(error, FileNotFoundError):
-            raise PeagleError(
-                f"{self.path} can't be read to its end ({error}). It is damaged, not complete or not what its ending "
-                "says: make or fetch it again."
-            ) from error
-
-
-def _line_items(path: Path) -> Iterator[tuple[int, Any]]:
-    """Decode an object a line, or over several lines; its number is that of its first line."""
-    with _reading(path), _opened(path) as file:
-        for number, line in enumerate(file, 1):
-            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-            if not line.strip():
-                continue
-            try:
-                item = json.loads(line)
-            except ValueError as error:
-                if not (isinstance(error, json.JSONDecodeError) and _is_incomplete(error)):
-                    raise _malformed(f"{path}, line {number}", error) from error
-                rest = io.TextIOWrapper(file, encoding="utf-8", newline="")
-                yield from _streamed_items(path, rest, line.decode(), number)
-                return
-            yield number, item
-
-
-def _array_items(path: Path) -> Iterator[tuple[int, Any]]:
-    """Decode the items of a JSON array, which is never held whole; they are numbered from 1."""
-    with _reading(path), _opened(path) as file:
-        text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-        try:
-            while not (start := text.read(_CHUNK_CHARACTERS)).strip():
-                pass
-        except ValueError as error:
-            raise _malformed(f"{path}, item 1", error) from error
-        yield from _streamed_items(path, text, start.lstrip()[1:], None)
-
-
-def _streamed_items(path: Path, file: IO[str], text: str, line: int | None) -> Iterator[tuple[int, Any]]:
-    """Decode one value after the other from a text and what follows it in a file.
-
-    Args:
-        line: the number of the line where the text begins; None for the items of an array, whose bracket is read.
-    """
-    decoder = json.JSONDecoder()
-    number, start = line or 1, 0
-    try:
-        while True:
-            begin = start
-            start = _BETWEEN_ITEMS.match(text, begin).end()  # type: ignore[union-attr]
-            number += text.count("\n", begin, start) if line else 0
-            if start == len(text):
-                text, start = file.read(_CHUNK_CHARACTERS), 0
-                if text:
-                    continue
-                if line:
-                    return
-                raise _malformed(f"{path}, item {number}", "the array has no end")
-            if not line and text[start] == "]":
-                _check_nothing_follows(path, text[start + 1 :], file)
-                return
-            try:
-                item, end = decoder.raw_decode(text, start)
-            except json.JSONDecodeError as error:
-                more = ""
-                if _is_incomplete(error) and len(text) - start < _MOST_CHARACTERS:
-                    more = file.read(max(_CHUNK_CHARACTERS, len(text) - start))
-                if not more:
-                    found = text[max(start, error.pos - 30) : error.pos + 10]
-                    place = f"{path}, {'line' if line else 'item'} {number}"
-                    raise _malformed(place, f"{error.msg} at {found!r}") from error
-                text, start = text[start:] + more, 0
-                continue
-            yield number, item
-            number += text.count("\n", start, end) if line else 1
-            start = end
-    except UnicodeDecodeError as error:
-        raise _malformed(f"{path}, {'line' if line else 'item'} {number}", error) from error
-
-
-def _check_nothing_follows(path: Path, text: str, file: IO[str]) -> None:
-    while True:
-        if found := _NO_SPACE.search(text):
-            raise PeagleError(
-                f"{path}: the array ends, but something follows it: {text[found.start() : found.start() + 40]!r}. Put "
-                "all rows into one array, or write one object a line."
-            )
-        if not (text := file.read(_CHUNK_CHARACTERS)):
-            return
-
-
-def _is_incomplete(error: json.JSONDecodeError) -> bool:
-    """Whether more text may make valid JSON of a text that isn't."""
-    return "Unterminated" in error.msg or error.pos >= len(error.doc.rstrip()) - 10
-
-
-def _malformed(place: str, error: ValueError | str) -> PeagleError:
-    return PeagleError(f"{place}: this is not valid JSON ({error}). Correct it or take it out, and run again.")
-
-
-def _parquet_items(path: Path) -> Iterator[tuple[int, Any]]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        with _opened(path) as file, parquet.ParquetFile(file) as content:
-            rows = (row for batch in content.iter_batches(batch_size=256) for row in batch.to_pylist())
-            yield from ((number, _without_filler(row)) for number, row in enumerate(rows))
-    except (pyarrow.ArrowException, OSError, EOFError) as error:
-        raise PeagleError(
-            f"{path} can't be read as a Parquet file ({error}). It is damaged or not complete: make or fetch it again."
-        ) from error
-
-
-def _csv_items(path: Path, delimiter: str) -> Iterator[tuple[int, Any]]:
-    """Rows of a CSV file with a header; empty cells are absent. A row's number is that of its last line."""
-    csv.field_size_limit(sys.maxsize)
-    with _reading(path), _opened(path) as file:
-        reader = csv.DictReader(
-            io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), delimiter=delimiter, strict=True
-        )
-        try:
-            for row in reader:
-                if None in row or None in row.values():
-                    raise PeagleError(
-                        f"{path}, line {reader.line_num}: this row has {'more' if None in row else 'fewer'} cells than "
-                        f"the header, which has {len(reader.fieldnames or ())}. Correct it or take it out."
-                    )
-                yield reader.line_num, {name: value for name, value in row.items() if value}
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise PeagleError(
-                f"{path}, line {reader.line_num + 1}: this is no valid CSV in UTF-8 ({error})."
-            ) from error
-
-
-def _without_filler(row: dict[str, Any]) -> dict[str, Any]:
-    """Take out the nulls that Arrow puts into a tool call or schema for the fields that other rows have."""
-    row = dict(row)
-    if isinstance(row.get("tools"), list):
-        row["tools"] = _without_nulls(row["tools"])
-    for name, value in row.items():
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            row[name] = [
-                {
-                    key: _without_nulls(item) if key in ("tool_calls", "function_call") else item
-                    for key, item in m.items()
-                }
-                if isinstance(m, dict)
-                else m
-                for m in value
-            ]
-    return row
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
-
-
-def _described(value: Any) -> str:
-    """Stand in for a value of Parquet that JSON doesn't have, such as an image's bytes or a time."""
-    return f"{len(value)} bytes" if isinstance(value, bytes) else str(value)
-
-
-def _file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    except OSError as error:
-        raise PeagleError(f"{path} can't be read: {error.strerror}. Name an existing file or folder.") from error
-    return digest.hexdigest()
-
-
-def _open_hub_dataset(name: str) -> Source:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-
-    path, *rest = name.split(":")
-    if len(rest) > 2:
-        raise PeagleError(f"{name}: write org/name, org/name:split or org/name:configuration:split.")
-    split = rest.pop() if rest else "train"
-    try:
-        rows = load_dataset(path, *rest, split=split)
-    except (OSError, ValueError, DatasetsError) as error:
-        raise PeagleError(
-            f"The dataset {path} (split {split}) can't be loaded: {error} Check its name and split and the network, "
-            "or name a local file."
-        ) from error
-    return Source(name, rows)

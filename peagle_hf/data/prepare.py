@@ -22,17 +22,7 @@ from ..errors import PeagleError
 from ..files import atomic_path, remove_leftovers, write_json
 from ..target import load_token_freq
 from .cache import cache_folder
-from .chats import (
-    Chat,
-    Source,
-    Unlearnable,
-    count_answers,
-    data_sha256,
-    is_local_file,
-    open_source,
-    read_chat,
-    source_name,
-)
+from .chats import Chat, Unlearnable, count_answers, read_chat
 from .masking import ChatTokenizer, MaskedRow
 from .prepared import (
     CHAT_TEMPLATE_FILE,
@@ -43,6 +33,7 @@ from .prepared import (
     load_prepared,
     read_prepare_record,
 )
+from .sources import Source, data_sha256, is_local_file, open_source, source_name
 from .tokenizer import (
     CHAT_TEMPLATE_HELP,
     CHAT_TEMPLATE_KWARGS_HELP,

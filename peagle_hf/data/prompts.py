@@ -16,7 +16,8 @@ import numpy as np
 
 from ..console import progress_bar
 from ..errors import PeagleError
-from .chats import Unlearnable, open_source, read_chat, source_name
+from .chats import Unlearnable, read_chat
+from .sources import open_source, source_name
 
 if TYPE_CHECKING:
     import datasets

@@ -283,8 +283,8 @@ def warmup_steps(steps: int) -> int:
 
 def evaluate(options: argparse.Namespace) -> None:
     """Serve in vLLM all drafters of the output folder, beside one run without any; each folder gets its figures."""
-    from peagle_hf.evaluation import EvaluateArguments
-    from peagle_hf.evaluation import evaluate as evaluate_drafters
+    from peagle_hf.evaluation.benchmark import EvaluateArguments
+    from peagle_hf.evaluation.benchmark import evaluate as evaluate_drafters
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     folders = trained_folders(options.output)

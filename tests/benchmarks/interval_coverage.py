@@ -24,9 +24,10 @@ from statistics import NormalDist
 
 import numpy as np
 
-from peagle_hf.client import Answer, Run
 from peagle_hf.data.prompts import Prompt
-from peagle_hf.figures import Trial, difference, figures
+from peagle_hf.evaluation.figures import Trial, difference, figures
+from peagle_hf.evaluation.runs import Run
+from peagle_hf.serving.client import Answer
 
 METHODS = ("jackknife", "percentile", "BCa", "bootstrap-t")
 RESAMPLES = 1_000

@@ -1,6 +1,6 @@
 """vLLM's hidden-state connector for a CPU, where the stock one asks for CUDA streams and pinned memory and dies.
 
-vLLM imports it as a top-level module: the folder is on the server's PYTHONPATH (see `peagle_hf.launch`).
+vLLM imports it as a top-level module: the folder is on the server's PYTHONPATH (see `peagle_hf.serving.launch`).
 """
 
 import torch

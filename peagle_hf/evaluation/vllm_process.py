@@ -1,8 +1,8 @@
 """vLLM in a process of its own, which answers prompts and counts drafts.
 
-Memory is given back with the process, and a crash in there is a message here. `python -m peagle_hf.vllm_process` is
-that process: it reads the engine's arguments and then its job as lines of JSON from standard input, and answers in such
-lines.
+Memory is given back with the process, and a crash in there is a message here. `python -m
+peagle_hf.evaluation.vllm_process` is that process: it reads the engine's arguments and then its job as lines of JSON
+from standard input, and answers in such lines.
 """
 
 import json
@@ -21,13 +21,14 @@ from typing import IO, Any
 import torch
 from jinja2 import TemplateError
 
-from . import __version__
-from .client import DRAFT_COUNTERS, POSITION_COUNTER, Answer, Run, check_counts, drafting_counts
-from .console import progress_bar
-from .data.prompts import Prompt
-from .data.tokenizer import ChatOptions
-from .errors import PeagleError
-from .supervisor import supervised
+from .. import __version__
+from ..console import progress_bar
+from ..data.prompts import Prompt
+from ..data.tokenizer import ChatOptions
+from ..errors import PeagleError
+from ..serving.client import DRAFT_COUNTERS, POSITION_COUNTER, Answer, drafting_counts
+from ..serving.supervisor import supervised
+from .runs import Run, check_counts
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .client import Run
-from .data.prompts import Prompt
+from ..data.prompts import Prompt
+from ..serving.client import acceptance_rates, summarize
 from .intervals import (
     MIN_PROMPTS,
     all_and_leave_one_out,
@@ -22,6 +22,7 @@ from .intervals import (
     ratio_interval,
     share_interval,
 )
+from .runs import Run
 
 SPEEDS = ("tokens_per_second", "tokens_per_second_without", "speed_up")
 
@@ -37,19 +38,6 @@ class Trial:
     drafter: str
     num_speculative_tokens: int
     runs: list[list[Run]]
-
-
-def summarize(counters: Sequence[list[int]]) -> dict[str, Any]:
-    """Turn vLLM's counters, summed over the runs, into acceptance.
-
-    Args:
-        counters: of each run, drafts, draft tokens, accepted tokens, then accepted tokens by position.
-    """
-    counts = np.sum(list(counters), axis=0)
-    return {
-        **{name: values.tolist() for name, values in _rates(counts).items()},
-        **dict(zip(("num_drafts", "num_draft_tokens", "num_accepted_tokens"), counts[:3].tolist(), strict=True)),
-    }
 
 
 def entry(trial: Trial, without: list[list[Run]] | None, prompts: Sequence[Prompt], is_greedy: bool) -> dict[str, Any]:
@@ -133,7 +121,10 @@ def difference(trial: Trial, other: Trial, prompts: Sequence[Prompt], is_greedy:
         weights_WP = all_and_leave_one_out(len(indices))
         both = [_counts(each.runs[-1][:1] if is_greedy else each.runs[-1], indices) for each in (trial, other)]
         one, reference = (counts for counts in both if counts is not None)
-        values_W = _rates(weights_WP @ one)["acceptance_length"] - _rates(weights_WP @ reference)["acceptance_length"]
+        values_W = (
+            acceptance_rates(weights_WP @ one)["acceptance_length"]
+            - acceptance_rates(weights_WP @ reference)["acceptance_length"]
+        )
         degrees = degrees_of_freedom([one[:, 0], reference[:, 0]])
         spread = difference_interval(values_W, degrees) if len(indices) >= MIN_PROMPTS else None
         return {"value": float(values_W[0]), "interval": spread, "is_difference": is_difference(spread, 0)}
@@ -198,19 +189,12 @@ def _counts(runs: list[Run], indices: list[int]) -> NDArray[np.int64] | None:
     return np.sum([np.array(count, np.int64)[indices] for count in counts], axis=0)
 
 
-def _rates(counts: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
-    """Acceptance by counts [..., 3 + K]."""
-    drafts, drafted, accepted = np.moveaxis(counts[..., :3], -1, 0)
-    return {
-        "acceptance_length": 1 + accepted / np.maximum(drafts, 1),
-        "acceptance_rate": accepted / np.maximum(drafted, 1),
-        "per_position_acceptance": counts[..., 3:] / np.maximum(drafts, 1)[..., None],
-    }
-
-
 def _acceptance_intervals(counts_PC: NDArray[np.int64], weights_WP: NDArray[np.int64]) -> dict[str, Any]:
-    """Of all that `_rates` gives. The length is 1 + K times the share of accepted tokens among K for each draft."""
-    rates, degrees = _rates(weights_WP @ counts_PC), degrees_of_freedom([counts_PC[:, 0]])
+    """The intervals of all that `acceptance_rates` gives.
+
+    The length is 1 + K times the share of accepted tokens among K for each draft.
+    """
+    rates, degrees = acceptance_rates(weights_WP @ counts_PC), degrees_of_freedom([counts_PC[:, 0]])
     drafts, drafted = counts_PC[:, :2].sum(0).tolist()
     most = counts_PC.shape[1] - 3
     low, high = share_interval((rates["acceptance_length"] - 1) / most, degrees, most * drafts)

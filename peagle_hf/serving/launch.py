@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from .address import Address
-from .arguments import Arguments, check_ranges
-from .data.extract import check_layer_ids
-from .data.server_folder import (
+from ..address import Address
+from ..arguments import Arguments, check_ranges
+from ..data.extract import check_layer_ids
+from ..data.server_folder import (
     SERVER_RECORD,
     SWEEP_SECONDS,
     check_other_servers,
@@ -28,14 +28,14 @@ from .data.server_folder import (
     server_name,
     write_server_record,
 )
-from .data.tokenizer import CHAT_KWARGS_OF_DRAFTER_HELP, CHAT_TEMPLATE_OF_DRAFTER_HELP
-from .errors import PeagleError
-from .files import atomic_path, check_writable
-from .model_card import chosen_chat_options
-from .redaction import public_command
-from .serving import check_checkpoint, drafter_folder, speculative_config, vllm_environment
+from ..data.tokenizer import CHAT_KWARGS_OF_DRAFTER_HELP, CHAT_TEMPLATE_OF_DRAFTER_HELP
+from ..errors import PeagleError
+from ..files import atomic_path, check_writable
+from ..model_card import chosen_chat_options
+from ..redaction import public_command
+from ..target import load_verifier_config
+from .server import check_checkpoint, drafter_folder, speculative_config, vllm_environment
 from .supervisor import supervised
-from .target import load_verifier_config
 
 logger = logging.getLogger(__name__)
 

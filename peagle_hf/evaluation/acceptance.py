@@ -11,19 +11,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .arguments import Arguments, check_ranges
-from .console import progress_bar
-from .data.cache import cache_folder, check_cache
-from .data.collator import CODDataCollator
-from .data.dataset import HiddenStatesDataset, split_rows
-from .data.partition import partition_every_row
-from .errors import PeagleError
-from .files import write_json
-from .metrics import count_drafts
-from .model_card import read_record
-from .modeling_peagle import PeagleForSpeculation
-from .serving import check_checkpoint, drafter_folder, drafter_name
-from .target import load_verifier_config
+from ..arguments import Arguments, check_ranges
+from ..console import progress_bar
+from ..data.cache import cache_folder, check_cache
+from ..data.collator import CODDataCollator
+from ..data.dataset import HiddenStatesDataset, split_rows
+from ..data.partition import partition_every_row
+from ..errors import PeagleError
+from ..files import write_json
+from ..metrics import count_drafts
+from ..model_card import read_record
+from ..modeling_peagle import PeagleForSpeculation
+from ..serving.server import check_checkpoint, drafter_folder, drafter_name
+from ..target import load_verifier_config
 
 logger = logging.getLogger(__name__)
 

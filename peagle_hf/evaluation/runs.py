@@ -1,17 +1,83 @@
-"""Finished runs of an evaluation on disk, so that a killed evaluation goes on where it stopped."""
+"""Runs of an evaluation: the answers to all prompts at one number of chats at a time, and the file that keeps them."""
 
 import json
 import logging
 import os
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .client import Run
-from .errors import PeagleError
-from .files import atomic_path, writing
+import numpy as np
+
+from ..errors import PeagleError
+from ..files import atomic_path, writing
+from ..serving.client import Answer
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """The answers to all prompts, so many chats at a time.
+
+    Args:
+        chats: of each prompt its answers by turn.
+        seconds: of the whole.
+        counters: what the server as a whole counted (see `Counters.drafting`) by category of prompts, where answers
+            have no counts of their own.
+    """
+
+    concurrency: int
+    chats: list[list[Answer]]
+    seconds: float
+    counters: dict[str, list[int]] | None = None
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> "Run":
+        """The run of which `dataclasses.asdict` gave these fields."""
+        chats = [[Answer(**answer) for answer in chat] for chat in fields["chats"]]
+        return cls(**{**fields, "chats": chats})
+
+    @property
+    def texts(self) -> list[list[str]]:
+        return [[answer.text for answer in chat] for chat in self.chats]
+
+    @property
+    def drafting(self) -> list[list[int]] | None:
+        """What was drafted for each prompt, all turns together; None where vLLM doesn't count by request."""
+        counts = [[answer.drafting for answer in chat if answer.drafting is not None] for chat in self.chats]
+        if any(len(chat) < len(answers) for chat, answers in zip(counts, self.chats, strict=True)):
+            return None
+        return [np.sum(chat, axis=0).tolist() for chat in counts]
+
+    def latency(self) -> dict[str, dict[str, float] | None]:
+        """Mean, median and p99 in seconds of `request`, `first_token` and, after it, `output_token`."""
+        answers = [answer for chat in self.chats for answer in chat]
+        values = {
+            "request": [answer.seconds for answer in answers],
+            "first_token": [answer.first_token_seconds for answer in answers],
+            "output_token": [
+                (answer.seconds - answer.first_token_seconds) / (len(answer.token_ids) - 1)
+                for answer in answers
+                if len(answer.token_ids) > 1
+            ],
+        }
+        return {name: _distribution(seconds) if seconds else None for name, seconds in values.items()}
+
+
+def check_counts(answers: Sequence[Answer], counted: Sequence[int]) -> None:
+    """Make sure that what vLLM counts of each request adds up to what it counts of all.
+
+    Raises:
+        PeagleError: it doesn't.
+    """
+    added = np.sum([answer.drafting for answer in answers if answer.drafting is not None], axis=0).tolist()
+    if added != list(counted):
+        raise PeagleError(
+            f"vLLM's counts of single requests add up to {added} (drafts, draft tokens, accepted tokens, and these by "
+            f"position), but its counters say {list(counted)}. This vLLM counts otherwise than 0.32; use that one."
+        )
 
 
 class FinishedRuns:
@@ -91,3 +157,11 @@ def _changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
         for name in sorted({*then, *now})
         if then.get(name) != now.get(name)
     ]
+
+
+def _distribution(values: list[float]) -> dict[str, float]:
+    return {
+        "mean": float(np.mean(values)),
+        "median": float(np.median(values)),
+        "p99": float(np.percentile(values, 99)),
+    }

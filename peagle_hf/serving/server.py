@@ -13,11 +13,11 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
-from .configuration_peagle import VLLM_AUX_HIDDEN_STATES, PeagleConfig
-from .data.prepared import CHAT_TEMPLATE_FILE, CHAT_TEMPLATE_KWARGS_FILE
-from .errors import PeagleError
-from .modeling_peagle import PeagleForSpeculation
-from .target import load_verifier_config
+from ..configuration_peagle import VLLM_AUX_HIDDEN_STATES, PeagleConfig
+from ..data.prepared import CHAT_TEMPLATE_FILE, CHAT_TEMPLATE_KWARGS_FILE
+from ..errors import PeagleError
+from ..modeling_peagle import PeagleForSpeculation
+from ..target import load_verifier_config
 
 CHECKPOINT_FILES = ("config.json", "model.safetensors")
 OPTIONAL_TENSORS = {"embed_tokens.weight"}

@@ -6,12 +6,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from .arguments import Arguments, check_ranges
-from .client import Answer, Client, Counters
-from .data.endpoint import DEFAULT_URL, endpoint_urls
-from .data.tokenizer import read_template_kwargs
-from .errors import PeagleError
-from .figures import summarize
+from ..arguments import Arguments, check_ranges
+from ..data.endpoint import DEFAULT_URL, endpoint_urls
+from ..data.tokenizer import read_template_kwargs
+from ..errors import PeagleError
+from .client import Answer, Client, Counters, summarize
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """Runs a program and ends it, with all that it has started, when it is told to or when who started it has died.
 
-`python peagle_guard.py DESCRIPTOR GRACE_SECONDS COMMAND...` leads a session of its own (see `peagle_hf.supervisor`).
+`python peagle_guard.py DESCRIPTOR GRACE_SECONDS COMMAND...` leads a session of its own (see
+`peagle_hf.serving.supervisor`).
 DESCRIPTOR is the reading end of a pipe, whose other end only the supervisor has: it closes when the supervisor wants
 the program to end or has died, also by SIGKILL. SIGINT, SIGTERM and SIGHUP are passed on to the program. It then has
 GRACE_SECONDS to end; what is left of the session is killed. The exit status is the program's, 128 + n for signal n.

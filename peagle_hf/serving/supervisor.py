@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from .errors import PeagleError
+from ..errors import PeagleError
 from .vllm_plugin.peagle_guard import KILL_SECONDS, end_session
 
 GUARD = Path(__file__).parent / "vllm_plugin" / "peagle_guard.py"

@@ -1,18 +1,16 @@
 """A vLLM server from outside: answers that come in a stream, what its counters say of them, and how fast they came."""
 
 import re
-import secrets
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from .data.endpoint import PLAIN_SAMPLING, EndpointError, Server, concurrently, endpoint_urls
-from .data.prompts import Prompt
-from .errors import PeagleError
+from ..data.endpoint import EndpointError, Server, endpoint_urls
+from ..errors import PeagleError
 
 DRAFT_COUNTERS = ("spec_decode_num_drafts", "spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens")
 POSITION_COUNTER = "spec_decode_num_accepted_tokens_per_pos"
@@ -52,55 +50,6 @@ class Answer:
     first_token_seconds: float = 0.0
     seconds: float = 0.0
     drafting: list[int] | None = None
-
-
-@dataclass(frozen=True)
-class Run:
-    """The answers to all prompts, so many chats at a time.
-
-    Args:
-        chats: of each prompt its answers by turn.
-        seconds: of the whole.
-        counters: what the server as a whole counted (see `Counters.drafting`) by category of prompts, where answers
-            have no counts of their own.
-    """
-
-    concurrency: int
-    chats: list[list[Answer]]
-    seconds: float
-    counters: dict[str, list[int]] | None = None
-
-    @classmethod
-    def of(cls, fields: dict[str, Any]) -> "Run":
-        """The run of which `dataclasses.asdict` gave these fields."""
-        chats = [[Answer(**answer) for answer in chat] for chat in fields["chats"]]
-        return cls(**{**fields, "chats": chats})
-
-    @property
-    def texts(self) -> list[list[str]]:
-        return [[answer.text for answer in chat] for chat in self.chats]
-
-    @property
-    def drafting(self) -> list[list[int]] | None:
-        """What was drafted for each prompt, all turns together; None where vLLM doesn't count by request."""
-        counts = [[answer.drafting for answer in chat if answer.drafting is not None] for chat in self.chats]
-        if any(len(chat) < len(answers) for chat, answers in zip(counts, self.chats, strict=True)):
-            return None
-        return [np.sum(chat, axis=0).tolist() for chat in counts]
-
-    def latency(self) -> dict[str, dict[str, float] | None]:
-        """Mean, median and p99 in seconds of `request`, `first_token` and, after it, `output_token`."""
-        answers = [answer for chat in self.chats for answer in chat]
-        values = {
-            "request": [answer.seconds for answer in answers],
-            "first_token": [answer.first_token_seconds for answer in answers],
-            "output_token": [
-                (answer.seconds - answer.first_token_seconds) / (len(answer.token_ids) - 1)
-                for answer in answers
-                if len(answer.token_ids) > 1
-            ],
-        }
-        return {name: _distribution(seconds) if seconds else None for name, seconds in values.items()}
 
 
 class Client:
@@ -232,81 +181,6 @@ class Client:
             raise PeagleError(f"The vLLM server {self.url} can't be asked for its {page}: {error}.") from error
 
 
-def measure(
-    client: Client,
-    prompts: Sequence[Prompt],
-    answers: Sequence[Sequence[str]] | None,
-    max_tokens: int,
-    temperature: float,
-    concurrency: int,
-    report_progress: Callable[[int], object],
-    by_category: bool = False,
-    extra: dict[str, Any] | None = None,
-) -> Run:
-    """Ask all prompts, so many chats at a time; nothing comes from the server's prefix cache.
-
-    Args:
-        answers: of each prompt by turn, for later turns to follow; default: the server's own.
-        by_category: end the chats of a category before the next begins, and read the server's counters in between.
-        extra: more fields of each request.
-
-    Raises:
-        PeagleError: the server fails, or generates more than it was asked for here: then others use it too.
-    """
-
-    def converse(index: int) -> list[Answer]:
-        prompt, given = prompts[index], [] if answers is None else answers[index]
-        messages, said = list(prompt.system), []
-        for turn, question in enumerate(prompt.turns):
-            messages.append({"role": "user", "content": question})
-            fields = {**PLAIN_SAMPLING, "cache_salt": secrets.token_hex(8), **(extra or {})}
-            if prompt.tools:  # which the model is told of; what it calls stays the text of its answer
-                fields |= {"tools": prompt.tools, "tool_choice": "none"}
-            try:
-                answer = client.ask(messages, max_tokens, temperature, fields)
-            except PeagleError as error:
-                raise PeagleError(f"Turn {turn} of prompt {prompt.id} got no answer. {error}") from error
-            if answer.finish_reason == "length" and len(answer.token_ids) < max_tokens:
-                raise PeagleError(
-                    f"{client.url} cut the answer to turn {turn} of prompt {prompt.id} after {len(answer.token_ids)} "
-                    f"of {max_tokens} tokens: prompt and answer are longer than its --max-model-len. Start it with "
-                    "more, ask for fewer with --max-tokens, or take the prompt out."
-                )
-            said.append(answer)
-            messages.append({"role": "assistant", "content": answer.text if answers is None else given[turn]})
-        return said
-
-    before = client.counters()
-    warmed_up = client.ask([{"role": "user", "content": prompts[0].turns[0]}], 8, temperature, extra)
-    client.since(before, len(warmed_up.token_ids))
-    chats: list[list[Answer]] = [[] for _ in prompts]
-    counters, seconds = {}, 0.0
-    groups: dict[str, list[int]] = defaultdict(list)
-    for index, prompt in enumerate(prompts):
-        groups[prompt.category if by_category else ""].append(index)
-    for category, indices in groups.items():
-        before, started = client.counters(), time.perf_counter()
-        for index, result in concurrently(converse, indices, min(concurrency, len(indices))):
-            if isinstance(result, BaseException):
-                raise result
-            chats[index] = result
-            report_progress(1)
-        seconds += time.perf_counter() - started
-        answered = [answer for index in indices for answer in chats[index]]
-        asked = sum(len(answer.token_ids) for answer in answered)
-        counted = client.since(before, asked)
-        if counted.generated > asked:
-            raise PeagleError(
-                f"{client.url} generated {counted.generated} tokens while {asked} were asked for here: others use it "
-                "too, and its counters don't tell whose tokens they count. Measure when nobody else does."
-            )
-        if by_category:
-            counters[category] = counted.drafting
-        elif counted.drafting:  # it drafts
-            check_counts(answered, counted.drafting)
-    return Run(concurrency, chats, seconds, counters if by_category else None)
-
-
 def drafting_counts(histogram: Sequence[int], num_draft_tokens: int) -> list[int]:
     """The counts of `Counters.drafting` from those that vLLM keeps of a request.
 
@@ -318,28 +192,29 @@ def drafting_counts(histogram: Sequence[int], num_draft_tokens: int) -> list[int
     return [sum(histogram), num_draft_tokens, accepted, *by_position]
 
 
-def check_counts(answers: Sequence[Answer], counted: Sequence[int]) -> None:
-    """Make sure that what vLLM counts of each request adds up to what it counts of all.
-
-    Raises:
-        PeagleError: it doesn't.
-    """
-    added = np.sum([answer.drafting for answer in answers if answer.drafting is not None], axis=0).tolist()
-    if added != list(counted):
-        raise PeagleError(
-            f"vLLM's counts of single requests add up to {added} (drafts, draft tokens, accepted tokens, and these by "
-            f"position), but its counters say {list(counted)}. This vLLM counts otherwise than 0.32; use that one."
-        )
-
-
 def _drafting(metrics: dict[str, Any] | None) -> list[int] | None:
     counts = (metrics or {}).get("speculative_decoding")
     return counts and drafting_counts(counts["acceptance_histogram"], counts["num_draft_tokens"])
 
 
-def _distribution(values: list[float]) -> dict[str, float]:
+def acceptance_rates(counts: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
+    """Acceptance by counts [..., 3 + K]."""
+    drafts, drafted, accepted = np.moveaxis(counts[..., :3], -1, 0)
     return {
-        "mean": float(np.mean(values)),
-        "median": float(np.median(values)),
-        "p99": float(np.percentile(values, 99)),
+        "acceptance_length": 1 + accepted / np.maximum(drafts, 1),
+        "acceptance_rate": accepted / np.maximum(drafted, 1),
+        "per_position_acceptance": counts[..., 3:] / np.maximum(drafts, 1)[..., None],
+    }
+
+
+def summarize(counters: Sequence[list[int]]) -> dict[str, Any]:
+    """Turn vLLM's counters, summed over the runs, into acceptance.
+
+    Args:
+        counters: of each run, drafts, draft tokens, accepted tokens, then accepted tokens by position.
+    """
+    counts = np.sum(list(counters), axis=0)
+    return {
+        **{name: values.tolist() for name, values in acceptance_rates(counts).items()},
+        **dict(zip(("num_drafts", "num_draft_tokens", "num_accepted_tokens"), counts[:3].tolist(), strict=True)),
     }

@@ -1,0 +1,1 @@
+"""Measuring drafters: in real vLLM, on running servers, and from cached hidden states."""

@@ -1,0 +1,158 @@
+"""`EvaluateArguments`: what `peagle-hf evaluate` is asked to measure."""
+
+import json
+import math
+import shlex
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, ClassVar, Literal
+
+from ..arguments import Arguments, check_ranges, flag_of, plain
+from ..data.tokenizer import CHAT_KWARGS_OF_DRAFTER_HELP, CHAT_TEMPLATE_OF_DRAFTER_HELP, read_template_kwargs
+from ..errors import PeagleError
+from ..redaction import public_command
+
+MAX_MODEL_LEN = 4096
+"""Longest prompt and answer together, in tokens, unless the verifier is shorter or the user says otherwise."""
+MAX_SEED = 2**32 - 1
+
+
+@dataclass
+class EvaluateArguments(Arguments):
+    """Arguments of `peagle-hf evaluate`."""
+
+    model: str = field(
+        metadata={
+            "aliases": ["--drafter"],
+            "help": "The drafter: a checkpoint folder, such as checkpoints/checkpoint_best, or a hub name.",
+        }
+    )
+    suite: list[str] = field(
+        metadata={
+            "help": "One or more suites of prompts that the drafter has not seen: .jsonl or .json files or hub "
+            "datasets with `turns` (Spec-Bench's shape), `messages` or `conversations`; `category` groups them in "
+            "the tables.",
+            "aliases": ["--prompts"],
+        }
+    )
+    output: str = field(
+        metadata={"help": "Folder for evaluation.json, evaluation.html, evaluation.png and vLLM's logs."}
+    )
+    compare: list[str] = field(
+        default_factory=list,
+        metadata={"help": "More drafters for the same verifier, run on the same prompts and compared with --model."},
+    )
+    verifier: str | None = field(
+        default=None, metadata={"help": "Folder or hub name of the target; default: the one in the checkpoint."}
+    )
+    max_prompts: int | None = field(
+        default=None, metadata={"help": "Take at most this many of the prompts, evenly from their categories."}
+    )
+    max_tokens: int = field(default=256, metadata={"help": "Longest answer, in tokens; answers end at EOS."})
+    num_speculative_tokens: list[int] = field(
+        default_factory=list,
+        metadata={
+            "help": "Tokens to draft at a time, or several such numbers, ascending, each measured; the report's own "
+            "figures are those of the last. Default: as many as each drafter was trained for."
+        },
+    )
+    temperature: float = field(default=0.0, metadata={"help": "0 is greedy; only then are texts compared."})
+    seed: int = field(default=0, metadata={"help": "Seed of vLLM in the first round; later rounds have the next ones."})
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto",
+        metadata={
+            "help": "Of both models; auto is float32 on CPU, the verifier's own on GPU. With --endpoint it only tells "
+            "the report what the servers run in."
+        },
+    )
+    max_model_len: int | None = field(
+        default=None,
+        metadata={"help": f"Longest prompt and answer, in tokens; default: {MAX_MODEL_LEN} or the verifier's limit."},
+    )
+    concurrency: list[int] = field(
+        default_factory=lambda: [16],
+        metadata={
+            "help": "Chats at the same time (default: 16), or several such numbers, ascending, each measured in turn; "
+            "the report's own figures are those of the last."
+        },
+    )
+    rounds: int = field(
+        default=1,
+        metadata={
+            "help": "How often all is run, in processes of its own each time, without and with the drafters by turns. "
+            "Only from 2 rounds on can speeds be called different: the machine's load varies too."
+        },
+    )
+    endpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "A server with the drafter, such as peagle-hf serve starts, to measure instead of vLLM in "
+            "processes of its own. Nobody else may use it meanwhile."
+        },
+    )
+    baseline_endpoint: str | None = field(
+        default=None,
+        metadata={"help": "With --endpoint, a server of the verifier alone to compare with. Default: no comparison."},
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the verifier."})
+    chat_template: str | None = field(default=None, metadata={"help": CHAT_TEMPLATE_OF_DRAFTER_HELP})
+    chat_template_kwargs: dict | str | None = field(default=None, metadata={"help": CHAT_KWARGS_OF_DRAFTER_HELP})
+
+    GROUPS: ClassVar = {
+        "Input and output": ("model", "compare", "suite", "output", "verifier", "trust_remote_code"),
+        "What is measured": (
+            "max_prompts",
+            "max_tokens",
+            "num_speculative_tokens",
+            "temperature",
+            "concurrency",
+            "rounds",
+            "seed",
+        ),
+        "Chat template": ("chat_template", "chat_template_kwargs"),
+        "vLLM": ("dtype", "max_model_len", "endpoint", "baseline_endpoint"),
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.chat_template_kwargs is not None:
+            self.chat_template_kwargs = read_template_kwargs(self.chat_template_kwargs)
+        if not self.suite:
+            raise PeagleError("--suite names no prompts. Name a .jsonl file or a hub dataset.")
+        for name in ("concurrency", "num_speculative_tokens"):
+            numbers = getattr(self, name)
+            if min(numbers, default=1) < 1 or numbers != sorted(set(numbers)) or (name, numbers) == ("concurrency", []):
+                raise PeagleError(
+                    f"{flag_of(name)} is {' '.join(map(str, numbers)) or 'empty'} but needs positive, distinct and "
+                    "ascending numbers, for example 1 4 16."
+                )
+        at_least_1 = ("rounds", "max_tokens", "max_prompts", "max_model_len")
+        check_ranges(self, dict.fromkeys(at_least_1, (1, math.inf)))
+        if not 0 <= self.temperature < math.inf:
+            raise PeagleError(f"--temperature is {self.temperature} but must be at least 0; 0 is greedy.")
+        if not 0 <= self.seed <= MAX_SEED - self.rounds + 1:
+            raise PeagleError(f"--seed is {self.seed} but must be from 0 to {MAX_SEED}, less one for each later round.")
+        if len({self.model, *self.compare}) <= len(self.compare):
+            raise PeagleError("--model and --compare name a drafter twice. Name each once.")
+        if self.endpoint is None and self.baseline_endpoint:
+            raise PeagleError("--baseline-endpoint is for servers. Name the one with the drafter with --endpoint.")
+        if self.endpoint and (self.num_speculative_tokens or self.max_model_len or self.compare):
+            raise PeagleError(
+                "A server has one drafter, and --num-speculative-tokens and --max-model-len of its own: leave these "
+                "and --compare out beside --endpoint, or let peagle-hf evaluate run vLLM itself."
+            )
+
+    def command(self) -> str:
+        """The command line that says the same, without passwords."""
+        words = ["peagle-hf", "evaluate"]
+        for argument in fields(self):
+            value, default = getattr(self, argument.name), argument.default
+            if argument.default_factory is not MISSING:
+                default = argument.default_factory()
+            if value != default:
+                words.append(flag_of(argument.name))
+                words += map(str, plain(value)) if isinstance(value, list) else [_word(value)]
+        return shlex.join(public_command(words))
+
+
+def _word(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, dict) else str(value)

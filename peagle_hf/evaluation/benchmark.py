@@ -1,0 +1,158 @@
+"""Acceptance and speed of drafters in real vLLM, and whether the text stays the same with them.
+
+The prompts are given to servers that run already, or vLLM is run on them in child processes, once without a drafter and
+once for each drafter and number of tokens to draft.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..arguments import config_path, write_config
+from ..data.sources import source_name
+from ..data.tokenizer import ChatOptions
+from ..files import atomic_path, check_writable, write_json
+from ..model_card import chosen_chat_options, recorded_chat_options
+from ..serving.server import check_checkpoint
+from .arguments import EvaluateArguments
+from .figures import difference, entry
+from .in_processes import measure_processes
+from .intervals import CONFIDENCE, METHOD
+from .on_servers import measure_servers
+from .report import draw, html, text
+from .suites import load_prompts
+from .task import Drafter, Measured, Task, drafting_of, follow_links
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
+    """Run the prompts in vLLM without and with the drafters; write, log and return the report.
+
+    Of a prompt with several turns, each turn follows the answers of the run without a drafter, so that all runs read
+    the same text. `evaluation.json` holds the report:
+
+    - `acceptance_length`: tokens per forward pass of the verifier, 1 + accepted tokens / drafts; `acceptance_rate`:
+      accepted / drafted tokens; `per_position_acceptance`: accepted at position k / drafts; and the counts behind them,
+      with a temperature those of all rounds together (greedy rounds draft the same).
+    - `tokens_per_second`, `tokens_per_second_without`, `speed_up`: generated tokens over wall time, warmed up, the
+      median of the rounds. `is_speed_up_or_down`: whether that is a difference; null after one round.
+    - `intervals` of all these, [low, high]: see `intervals`. Those of speeds hold the intervals of all rounds. Fewer
+      than six prompts have none, and acceptance has none where a server doesn't count by request.
+    - `by_category`: the same for each kind of prompt; a prompt's share in the wall time is that in the time that all
+      prompts together were being answered.
+    - `by_concurrency`: acceptance and speed at each number of chats at a time, and `latency_seconds`,
+      `latency_seconds_without`: mean, median and p99 from a request to its last token (`request`), to its first
+      (`first_token`), and between two later ones on average (`output_token`), over all rounds.
+    - `text_identical`, `num_identical`, `differences` (prompt, turn, first token that differs); null if sampled.
+    - `drafter`: the folder, `drafter_link`: the name that was given if that is a link (such as `checkpoint_best`, which
+      is followed once, at the start), `drafter_weights`: what tells its weights from others.
+    - `others`: all this for each other number of tokens at a time and drafter of `--compare`, with `difference` from
+      the report's own figures, or for another drafter from those of `--model` with as many tokens: its `value`,
+      `interval` and whether it `is_difference`, which it isn't if the interval holds 0 (for the ratio of speeds: 1).
+    - `dropped_prompts`: what was left out of the suites, and why.
+    - how it was measured: `command`, `num_prompts`, `max_tokens`, `seed`, `dtype`, `device`, `versions` and so on.
+
+    Without a server of the verifier alone all that is compared with it is null.
+
+    Each finished run is kept in `evaluation.journal` in the output folder until the report is written. An evaluation
+    that was interrupted and is started again measures only the runs that are missing; with other settings, prompts or
+    weights it measures all and logs why. More rounds than before are no other setting.
+
+    Raises:
+        PeagleError: vLLM isn't installed or fails, it would load a checkpoint wrongly, the prompts are malformed, or
+            the journal is damaged; a server is dead, serves another model or no drafter, was started anew, or is used
+            by others too.
+    """
+    drafters = follow_links(arguments)
+    verifier = arguments.verifier or str(check_checkpoint(drafters[0].folder).verifier_name_or_path)
+    drafting = drafting_of(arguments, drafters, verifier)
+    dropped: list[dict[str, str]] = []
+    prompts = load_prompts(arguments, dropped)
+    output = Path(arguments.output)
+    check_writable(output)
+    write_config(arguments, config_path(output, "evaluate"), "evaluate")
+    options = chosen_chat_options(
+        drafters[0].folder,
+        verifier,
+        arguments.trust_remote_code,
+        arguments.chat_template,
+        arguments.chat_template_kwargs,
+    )
+    _warn_of_other_options(drafters, options)
+    task = Task(arguments, verifier, drafting, prompts, options)
+    measured = measure_processes(task) if arguments.endpoint is None else measure_servers(task)
+    report = _report(task, measured, len(drafters)) | {"dropped_prompts": dropped}
+    write_json(output / "evaluation.json", report)
+    print(text(report), flush=True)
+    logger.info("\nWritten to %s.", output / "evaluation.json")
+    _illustrate(report, output)
+    measured.finished.remove()
+    return report
+
+
+def _report(task: Task, measured: Measured, num_drafters: int) -> dict[str, Any]:
+    """The report (see `evaluate`) but the prompts that were left out."""
+    arguments, trials = task.arguments, measured.trials
+    is_greedy = arguments.temperature == 0
+    entries = [
+        {**tried.drafter.description(), **entry(trial, measured.without, task.prompts, is_greedy)}
+        for tried, trial in zip(task.drafting, trials, strict=True)
+    ]
+    per_drafter = len(trials) // num_drafters
+    own = per_drafter - 1
+    for number, trial in enumerate(trials):
+        other = own if number < per_drafter else number % per_drafter
+        if number != own:
+            reference = {name: entries[other][name] for name in ("drafter", "num_speculative_tokens")}
+            entries[number]["difference"] = {
+                "from": reference,
+                **difference(trial, trials[other], task.prompts, is_greedy),
+            }
+    return {
+        "verifier": task.verifier,
+        "prompts": ", ".join(map(source_name, arguments.suite)),
+        **entries.pop(own),
+        "others": entries,
+        "max_tokens": arguments.max_tokens,
+        "temperature": arguments.temperature,
+        **task.options.description(),
+        "seed": arguments.seed if arguments.endpoint is None else None,
+        "rounds": arguments.rounds,
+        "interval_method": {"confidence": CONFIDENCE, "name": METHOD},
+        "concurrency": arguments.concurrency[-1],
+        "command": arguments.command(),
+        **measured.measured_on,
+    }
+
+
+def _illustrate(report: dict[str, Any], output: Path) -> None:
+    """Write evaluation.html and evaluation.png; what can't be drawn is said, and the figures are in the JSON file."""
+    with atomic_path(output / "evaluation.html") as temporary:
+        temporary.write_text(html(report), encoding="utf-8")
+    picture = output / "evaluation.png"
+    try:
+        with atomic_path(picture) as temporary:
+            draw(report, temporary)
+    except Exception as error:
+        picture.unlink(missing_ok=True)  # that of an earlier evaluation
+        logger.warning(
+            "%s could not be drawn (%s: %s). All figures are in evaluation.json and evaluation.html beside it.",
+            picture,
+            type(error).__name__,
+            error,
+        )
+
+
+def _warn_of_other_options(drafters: Sequence[Drafter], options: ChatOptions) -> None:
+    """Say which drafters were trained on chats that became text otherwise than here."""
+    for drafter in drafters:
+        trained = recorded_chat_options(drafter.folder)
+        if trained not in (None, options):
+            logger.warning(
+                "%s was trained with other chat options (%s) than it is measured with (%s), so on other text.",
+                drafter.name,
+                trained and trained.fingerprint(),
+                options.fingerprint(),
+            )

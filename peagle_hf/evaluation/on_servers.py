@@ -1,0 +1,216 @@
+"""Measuring servers of vLLM that run already."""
+
+import logging
+import secrets
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .. import __version__
+from ..console import progress_bar
+from ..data.cache import place
+from ..data.endpoint import PLAIN_SAMPLING, concurrently
+from ..data.prompts import Prompt
+from ..data.tokenizer import ChatOptions
+from ..errors import PeagleError
+from ..serving.client import DRAFT_COUNTERS, Answer, Client
+from .arguments import EvaluateArguments
+from .figures import Trial
+from .runs import Run, check_counts
+from .task import Measured, Task, name_of_run
+
+logger = logging.getLogger(__name__)
+
+
+def measure_servers(task: Task) -> Measured:
+    """Measure the servers of `--endpoint`, at each number of chats at a time first that without the drafter.
+
+    Raises:
+        PeagleError: a server is dead, serves another model or no drafter, was started anew, or is used by others too.
+    """
+    arguments, prompts = task.arguments, task.prompts
+    (tried,) = task.drafting
+    client, baseline, number = _open_servers(task)
+    measured_on = {
+        "dtype": "a dtype not known" if arguments.dtype == "auto" else arguments.dtype,
+        "device": "a vLLM server",
+        "versions": {"peagle_hf": __version__, "vllm": client.version()},
+    }
+    fields = _request_fields(arguments, task.options)
+    first = [{"role": "user", "content": prompts[0].turns[0]}]
+    by_category = client.ask(first, max_tokens=2, extra=fields).drafting is None
+    if by_category:
+        logger.warning(
+            "%s doesn't count by request, so acceptance gets no intervals, and the categories are run one by one. "
+            "Start it with peagle-hf serve, or with --per-request-spec-decode-metrics summary.",
+            client.url,
+        )
+    finished = task.finished_runs(
+        {"num_speculative_tokens": number, "counts_by_request": not by_category, **measured_on}
+    )
+    drafted: list[list[Run]] = [[] for _ in arguments.concurrency]
+    without: list[list[Run]] = [[] for _ in arguments.concurrency]
+    total = arguments.rounds * len(arguments.concurrency) * len(prompts) * (2 if baseline else 1)
+    with progress_bar(total=total, unit="prompt") as progress:
+
+        def run(server: Client, name: str, given: list[list[str]] | None, concurrency: int) -> Run:
+            if name in finished:
+                progress.update(len(prompts))
+                return finished[name][0]
+            measured = measure(
+                server,
+                prompts,
+                given,
+                arguments.max_tokens,
+                arguments.temperature,
+                concurrency,
+                progress.update,
+                by_category,
+                fields,
+            )
+            finished.add(name, measured, measured_on)
+            return measured
+
+        for number_of_round in range(1, arguments.rounds + 1):
+            for index, concurrency in enumerate(arguments.concurrency):
+                given = None
+                if baseline:
+                    name = name_of_run(number_of_round, concurrency, 0)
+                    without[index].append(run(baseline, name, None, concurrency))
+                    given = without[index][-1].texts
+                name = name_of_run(number_of_round, concurrency, 1)
+                drafted[index].append(run(client, name, given, concurrency))
+    trial = Trial(tried.drafter.name, number, drafted)
+    return Measured(without if baseline else None, [trial], measured_on, finished)
+
+
+def _open_servers(task: Task) -> tuple[Client, Client | None, int]:
+    """The server with the drafter, the one without if it is named, and how many tokens are drafted at a time."""
+    arguments = task.arguments
+    assert arguments.endpoint is not None
+    client = Client(arguments.endpoint)
+    baseline = Client(arguments.baseline_endpoint) if arguments.baseline_endpoint else None
+    # vLLM that is started with a drafter alone goes by the drafter's name.
+    folder = str(task.drafting[0].drafter.folder)
+    names = {place(name) for name in (task.verifier, arguments.model, folder)}
+    for server in filter(None, (client, baseline)):
+        if names.isdisjoint(place(name) for name in server.model.values()):
+            raise PeagleError(
+                f"The vLLM server {server.url} runs {server.model['root']}, wanted is {task.verifier}. Start it with "
+                "that model, or name the right endpoint."
+            )
+    counters = client.counters().drafting
+    if not counters:
+        raise PeagleError(f"{client.url} serves no drafter. Start it with peagle-hf serve {arguments.model}.")
+    if baseline and baseline.counters().drafting:
+        raise PeagleError(
+            f"{baseline.url} drafts too, so there is nothing to compare with. Start one for --baseline-endpoint with "
+            f"vllm serve {task.verifier}."
+        )
+    return client, baseline, len(counters) - len(DRAFT_COUNTERS)
+
+
+def measure(
+    client: Client,
+    prompts: Sequence[Prompt],
+    answers: Sequence[Sequence[str]] | None,
+    max_tokens: int,
+    temperature: float,
+    concurrency: int,
+    report_progress: Callable[[int], object],
+    by_category: bool = False,
+    extra: dict[str, Any] | None = None,
+) -> Run:
+    """Ask all prompts, so many chats at a time; nothing comes from the server's prefix cache.
+
+    Args:
+        answers: of each prompt by turn, for later turns to follow; default: the server's own.
+        by_category: end the chats of a category before the next begins, and read the server's counters in between.
+        extra: more fields of each request.
+
+    Raises:
+        PeagleError: the server fails, or generates more than it was asked for here: then others use it too.
+    """
+
+    def converse(index: int) -> list[Answer]:
+        given = None if answers is None else answers[index]
+        return _converse(client, prompts[index], given, max_tokens, temperature, extra)
+
+    before = client.counters()
+    warmed_up = client.ask([{"role": "user", "content": prompts[0].turns[0]}], 8, temperature, extra)
+    client.since(before, len(warmed_up.token_ids))
+    chats: list[list[Answer]] = [[] for _ in prompts]
+    counters, seconds = {}, 0.0
+    groups: dict[str, list[int]] = defaultdict(list)
+    for index, prompt in enumerate(prompts):
+        groups[prompt.category if by_category else ""].append(index)
+    for category, indices in groups.items():
+        before, started = client.counters(), time.perf_counter()
+        for index, result in concurrently(converse, indices, min(concurrency, len(indices))):
+            if isinstance(result, BaseException):
+                raise result
+            chats[index] = result
+            report_progress(1)
+        seconds += time.perf_counter() - started
+        answered = [answer for index in indices for answer in chats[index]]
+        asked = sum(len(answer.token_ids) for answer in answered)
+        counted = client.since(before, asked)
+        if counted.generated > asked:
+            raise PeagleError(
+                f"{client.url} generated {counted.generated} tokens while {asked} were asked for here: others use it "
+                "too, and its counters don't tell whose tokens they count. Measure when nobody else does."
+            )
+        if by_category:
+            counters[category] = counted.drafting
+        elif counted.drafting:  # it drafts
+            check_counts(answered, counted.drafting)
+    return Run(concurrency, chats, seconds, counters if by_category else None)
+
+
+def _converse(
+    client: Client,
+    prompt: Prompt,
+    given: Sequence[str] | None,
+    max_tokens: int,
+    temperature: float,
+    extra: dict[str, Any] | None,
+) -> list[Answer]:
+    """Ask a prompt turn by turn; later turns follow the given answers, or else the server's own."""
+    messages, said = list(prompt.system), []
+    for turn, question in enumerate(prompt.turns):
+        messages.append({"role": "user", "content": question})
+        fields = {**PLAIN_SAMPLING, "cache_salt": secrets.token_hex(8), **(extra or {})}
+        if prompt.tools:  # which the model is told of; what it calls stays the text of its answer
+            fields |= {"tools": prompt.tools, "tool_choice": "none"}
+        try:
+            answer = client.ask(messages, max_tokens, temperature, fields)
+        except PeagleError as error:
+            raise PeagleError(f"Turn {turn} of prompt {prompt.id} got no answer. {error}") from error
+        if answer.finish_reason == "length" and len(answer.token_ids) < max_tokens:
+            raise PeagleError(
+                f"{client.url} cut the answer to turn {turn} of prompt {prompt.id} after {len(answer.token_ids)} "
+                f"of {max_tokens} tokens: prompt and answer are longer than its --max-model-len. Start it with "
+                "more, ask for fewer with --max-tokens, or take the prompt out."
+            )
+        said.append(answer)
+        messages.append({"role": "assistant", "content": answer.text if given is None else given[turn]})
+    return said
+
+
+def _request_fields(arguments: EvaluateArguments, options: ChatOptions) -> dict[str, Any]:
+    """The fields of each request to a server that carry the chat options.
+
+    The template is one of them only where `--chat-template` names it: a server takes it from a request only if it was
+    started with --trust-request-chat-template. The one of the drafter's record is left to the server.
+    """
+    fields: dict[str, Any] = {"chat_template_kwargs": options.kwargs} if options.kwargs else {}
+    if arguments.chat_template is not None:
+        fields["chat_template"] = options.template
+    elif options.template is not None:
+        logger.warning(
+            "The servers must have been started with the chat template of the drafter's training, as peagle-hf serve "
+            "does (the one of --baseline-endpoint too, with vLLM's --chat-template). Servers started with "
+            "--trust-request-chat-template are sent the one that --chat-template names."
+        )
+    return fields

@@ -1,0 +1,77 @@
+"""The prompts of an evaluation: one or several suites, merged and put in turn."""
+
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain, zip_longest
+from pathlib import Path
+
+from ..data.prompts import Prompt, read_prompts
+from ..data.sources import is_local_file, source_name
+from ..errors import PeagleError
+from .arguments import EvaluateArguments
+
+logger = logging.getLogger(__name__)
+
+
+def load_prompts(arguments: EvaluateArguments, dropped: list[dict[str, str]]) -> list[Prompt]:
+    """The prompts of all suites, one of each category in turn, so that no category has a time of its own.
+
+    Where there are several suites, prompts and categories are named after theirs, and a prompt that an earlier suite
+    holds too is left out.
+
+    Args:
+        dropped: receives what is left out, and why.
+    """
+    names = _suite_names(arguments.suite)
+    by_category: dict[str, list[Prompt]] = defaultdict(list)
+    suite_of: dict[str, str] = {}
+    for suite, name in zip(arguments.suite, names, strict=True):
+        unusable: list[dict[str, str]] = []
+        prompts = read_prompts(suite, unusable)
+        dropped += unusable
+        for drop in unusable:
+            logger.warning("%s is left out: %s.", drop.get("place", drop["id"]), drop["reason"])
+        if not prompts:
+            raise PeagleError(f"{source_name(suite)} holds no prompt that can be run. Name a file with user turns.")
+        prefix, repeated = f"{name}/" if len(names) > 1 else "", Counter[str]()
+        for prompt in prompts:
+            first = suite_of.setdefault(prompt.digest, name)
+            if first != name:
+                repeated[first] += 1
+                dropped.append(prompt.dropped(f"it is in {first} too"))
+                continue
+            category = prefix + prompt.category
+            by_category[category].append(replace(prompt, id=prefix + prompt.id, category=category))
+        for first, count in repeated.items():
+            logger.warning("%d prompts of %s are left out: they are in %s too.", count, suite, first)
+        if repeated.total() == len(prompts):
+            raise PeagleError(f"All prompts of {source_name(suite)} are in the suites before it. Leave it out.")
+    if len(suite_of) < sum(map(len, by_category.values())):
+        logger.warning(
+            "%d prompts occur more than once in their suite. Intervals are too narrow for that: take them out.",
+            sum(map(len, by_category.values())) - len(suite_of),
+        )
+    in_turn = chain.from_iterable(zip_longest(*by_category.values()))
+    return [prompt for prompt in in_turn if prompt is not None][: arguments.max_prompts]
+
+
+def _suite_names(suites: Sequence[str]) -> list[str]:
+    """Short names for suites: of a file the name without its ending, with as many folders as it takes to differ.
+
+    Raises:
+        PeagleError: a suite is named twice.
+    """
+    suites = [source_name(suite) for suite in suites]
+    paths = [Path(suite).resolve().with_suffix("") if is_local_file(suite) else Path(suite) for suite in suites]
+    if len({(path, is_local_file(suite)) for path, suite in zip(paths, suites, strict=True)}) < len(suites):
+        raise PeagleError(f"--suite names a suite twice: {', '.join(suites)}. Name each once.")
+    for length in range(1, max(len(path.parts) for path in paths) + 1):
+        names = [
+            "/".join(path.parts[-length:]) if is_local_file(suite) else suite
+            for path, suite in zip(paths, suites, strict=True)
+        ]
+        if len(set(names)) == len(names):
+            return names
+    return list(suites)

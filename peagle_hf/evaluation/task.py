@@ -1,0 +1,144 @@
+"""What an evaluation measures, and what it gives: drafters, each with a number of tokens, on the same prompts."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..data.prompts import Prompt
+from ..data.tokenizer import ChatOptions
+from ..errors import PeagleError
+from ..redaction import public_url
+from ..serving.server import check_checkpoint, drafter_folder, drafter_name, speculative_config
+from ..target import weights_of
+from .arguments import EvaluateArguments
+from .figures import Trial
+from .runs import FinishedRuns, Run
+
+FINISHED_RUNS = "evaluation.journal"
+"""In the output folder while an evaluation runs, and after one that was interrupted."""
+
+
+@dataclass(frozen=True)
+class Drafter:
+    """A drafter to measure.
+
+    Args:
+        name: the folder as reports call it, or the name on the hub.
+        link: the name that was given, if that is a link to the folder.
+        folder: the real path.
+        weights: see `target.weights_of`.
+    """
+
+    name: str
+    link: str | None
+    folder: Path
+    weights: str | None
+
+    def description(self) -> dict[str, Any]:
+        return {"drafter": self.name, "drafter_link": self.link, "drafter_weights": self.weights}
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """A drafter with a number of tokens, and what vLLM must be told of it (see `serving.speculative_config`)."""
+
+    drafter: Drafter
+    config: dict[str, Any]
+
+    @property
+    def num_speculative_tokens(self) -> int:
+        return int(self.config["num_speculative_tokens"])
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is measured, on which prompts, and how these become text."""
+
+    arguments: EvaluateArguments
+    verifier: str
+    drafting: list[Drafting]
+    prompts: list[Prompt]
+    options: ChatOptions
+
+    def finished_runs(self, measured_on: dict[str, Any]) -> FinishedRuns:
+        """The runs that an interrupted evaluation of the same task has finished.
+
+        Args:
+            measured_on: what else decides the figures, such as device and versions, as JSON values.
+        """
+        return FinishedRuns(Path(self.arguments.output) / FINISHED_RUNS, self._settings() | measured_on)
+
+    def _settings(self) -> dict[str, Any]:
+        """All that decides what a run measures, beside its own name; without passwords."""
+        arguments, names = self.arguments, ("concurrency", "max_tokens", "temperature", "seed", "dtype")
+        content = json.dumps([[prompt.id, prompt.category, prompt.digest] for prompt in self.prompts])
+        return {
+            "verifier": weights_of(self.verifier) or self.verifier,
+            "drafters": [f"{tried.drafter.weights}, K {tried.num_speculative_tokens}" for tried in self.drafting],
+            "prompts": f"{len(self.prompts)}, sha256 {hashlib.sha256(content.encode()).hexdigest()[:16]}",
+            **self.options.description(),
+            **{name: getattr(arguments, name) for name in names},
+            **{
+                name: None if (url := getattr(arguments, name)) is None else public_url(url)
+                for name in ("endpoint", "baseline_endpoint")
+            },
+        }
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What an evaluation has measured.
+
+    Args:
+        without: the runs without a drafter, by number of chats at a time and round; None without such a server.
+        trials: one for each `Drafting`, in the same order.
+        measured_on: `dtype`, `device` and `versions`.
+        finished: the file of finished runs, to be removed when the report is written.
+    """
+
+    without: list[list[Run]] | None
+    trials: list[Trial]
+    measured_on: dict[str, Any]
+    finished: FinishedRuns
+
+
+def name_of_run(number_of_round: int, concurrency: int, number: int) -> str:
+    """Name a run in `FinishedRuns`; drafters are numbered from 1 on, and 0 is the run without one."""
+    return f"round {number_of_round}, {concurrency} at a time, {f'drafter {number}' if number else 'no drafter'}"
+
+
+def follow_links(arguments: EvaluateArguments) -> list[Drafter]:
+    """The drafters, `--model` first, each looked up once: `checkpoint_best` may move while it is measured.
+
+    Raises:
+        PeagleError: two names lead to the same folder.
+    """
+    drafters: list[Drafter] = []
+    for given in (arguments.model, *arguments.compare):
+        folder = drafter_folder(given)
+        name, link = drafter_name(given, folder)
+        earlier = next((drafter for drafter in drafters if drafter.folder == folder), None)
+        if earlier is not None:
+            raise PeagleError(
+                f"--model and --compare name a drafter twice: {earlier.link or earlier.name} and {given} are both "
+                f"{folder}. Name each once."
+            )
+        drafters.append(Drafter(name, link, folder, weights_of(folder)))
+    return drafters
+
+
+def drafting_of(arguments: EvaluateArguments, drafters: Sequence[Drafter], verifier: str) -> list[Drafting]:
+    """All that is to be tried, drafter by drafter; those of `--model` first.
+
+    Raises:
+        PeagleError: vLLM would load a checkpoint wrongly, or it is for another verifier.
+    """
+    drafting = []
+    for drafter in drafters:
+        config = check_checkpoint(drafter.folder, verifier, arguments.trust_remote_code)
+        for number in arguments.num_speculative_tokens or [config.num_depths]:
+            drafting.append(Drafting(drafter, speculative_config(drafter.folder, config, number)))
+    return drafting
