@@ -12,26 +12,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..errors import PeagleError
 from .chats import Chat, Unlearnable
+from .rendering import PROBE, TEMPLATE_ERROR, ChatRenderer, Refused, Span, TemplateKind, as_parts, joined
+from .shown import check_shown, hidden_message, pieces_of
 
-# A letter of the private use area: no answer and no chat template begins or ends with it.
-_PROBE = "\ue000"
-_ROLES = ("system", "user", "assistant", "tool")
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_GENERATION_MARK = re.compile(r"{%-?\s*generation\s*-?%}")
-_ERROR = "the chat template refuses it"
 _OPEN_TAG = re.compile(r"[<\[][^<>\[\]\s]*\Z")
 """A tag that text breaks off in: two tags that begin alike have no token in common."""
-_THINK_TAG = re.compile(r"</?think>")
-
-Span = tuple[int, int]
-"""Where a piece of text begins and ends, in characters."""
 
 
 @dataclass(frozen=True)
@@ -130,11 +121,7 @@ class _Plan:
     @property
     def badness(self) -> tuple[int, int]:
         """How many answers are left out, and how many because of an error in the template, which says less."""
-        return len(self.left_out), sum(entry.reason.startswith(_ERROR) for entry in self.left_out)
-
-
-class _Refused(Unlearnable):
-    """An answer that the chat template refuses or doesn't show whole; handed over in another form it may."""
+        return len(self.left_out), sum(entry.reason.startswith(TEMPLATE_ERROR) for entry in self.left_out)
 
 
 class ChatTokenizer:
@@ -156,14 +143,11 @@ class ChatTokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any] | None = None) -> None:
         added = tokenizer.added_tokens_decoder
-        special = {token.content for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
         self._tokenizer = tokenizer
-        self._kwargs: dict[str, Any] = {**tokenizer.special_tokens_map, **(template_kwargs or {})}
-        self._special_token = re.compile(_any_of(special))
+        self._renderer = ChatRenderer(tokenizer, template_kwargs)
         self._added_text = {id_: token.content for id_, token in added.items()}
         self._is_added = np.zeros(max([*added, *tokenizer.get_vocab().values(), 0]) + 1, dtype=bool)
         self._is_added[list(added)] = True
-        self._templates: dict[bool, _TemplateKind] = {}
 
     def mask(self, chats: Sequence[Chat]) -> list[MaskedChat]:
         """Tokenize chats, with the ids and the loss mask of one row or more for each.
@@ -231,7 +215,7 @@ class ChatTokenizer:
         """Find the rows of a chat, in the form of messages in which the template shows most of its answers."""
         if not any(message["role"] == "assistant" for message in chat.messages):
             return _Plan(left_out=[LeftOut(None, "no answer of the assistant")])
-        kind = self._kind(bool(chat.tools))
+        kind = self._renderer.kind(bool(chat.tools))
         has_calls = any(message.get("tool_calls") for message in chat.messages)
         best: _Plan | None = None
         for form in _FORMS if has_calls else _FORMS[:1]:
@@ -243,7 +227,7 @@ class ChatTokenizer:
         assert best is not None
         return best
 
-    def _plan_form(self, chat: Chat, excluded: dict[int, str], kind: "_TemplateKind") -> _Plan:
+    def _plan_form(self, chat: Chat, excluded: dict[int, str], kind: TemplateKind) -> _Plan:
         plan = _Plan()
         hidden: str | None = None
         seen = 0
@@ -257,27 +241,27 @@ class ChatTokenizer:
                     raise Unlearnable("the answer is empty")
                 if index == 0:
                     raise Unlearnable("no answer: the assistant speaks first, and nothing asks for it")
-                prompt = self._render(chat, index, add_generation_prompt=True)[0]
-                hidden = hidden or self._hidden(chat, seen, index, prompt)
+                prompt = self._renderer.render(chat, index, add_generation_prompt=True)[0]
+                hidden = hidden or hidden_message(self._renderer, chat, seen, index, prompt)
                 seen = index
                 if hidden:
-                    raise _Refused(hidden)
+                    raise Refused(hidden)
                 text, answer = self._find_answer(chat, index, prompt, kind)
             except Unlearnable as error:
-                plan.left_out.append(LeftOut(index, str(error), isinstance(error, _Refused)))
+                plan.left_out.append(LeftOut(index, str(error), isinstance(error, Refused)))
                 continue
             row = plan.rows[-1] if plan.rows else None
             if row is not None and text.startswith(row.text[: row.answers[-1].end]):
-                row.answers[-1] = kind.closed(row.answers[-1], text, chat.messages)
+                row.answers[-1] = _closed(row.answers[-1], text, chat.messages, kind)
                 row.text = text
                 row.answers.append(answer)
             else:
                 plan.rows.append(_Row(text, [answer]))
         return plan
 
-    def _find_answer(self, chat: Chat, index: int, prompt: str, kind: "_TemplateKind") -> tuple[str, _Answer]:
+    def _find_answer(self, chat: Chat, index: int, prompt: str, kind: TemplateKind) -> tuple[str, _Answer]:
         """Render a chat up to an answer; give the text of its row and where in it the answer is."""
-        text, marks = self._render(chat, index + 1)
+        text, marks = self._renderer.render(chat, index + 1)
         if text.startswith(prompt):
             start = self._end_of_header(chat, index, text, prompt, kind)
         else:
@@ -291,24 +275,24 @@ class ChatTokenizer:
             inside = [(max(begin, start), min(stop, end)) for begin, stop in marks or []]
             answer = replace(answer, marks=tuple(span for span in inside if span[0] < span[1]))
             if not answer.marks:
-                raise _Refused("no answer: the chat template's {% generation %} marks leave it out")
+                raise Refused("no answer: the chat template's {% generation %} marks leave it out")
         return text, answer
 
-    def _end_of_header(self, chat: Chat, index: int, text: str, prompt: str, kind: "_TemplateKind") -> int:
+    def _end_of_header(self, chat: Chat, index: int, text: str, prompt: str, kind: TemplateKind) -> int:
         """Where the answer begins in a text that begins with the prompt.
 
         That is the end of the prompt, unless the template gives a generation prompt elsewhere but none here (after a
         system message, or after another answer): then what it writes before any answer is the header.
         """
-        if prompt.endswith(kind.generation_prompt) or prompt != self._render(chat, index)[0]:
+        if prompt.endswith(kind.generation_prompt) or prompt != self._renderer.render(chat, index)[0]:
             return len(prompt)
         if text.startswith(kind.generation_prompt, len(prompt)):
             return len(prompt) + len(kind.generation_prompt)
-        others = [self._render_other(chat, index, answer) for answer in (_PROBE, _PROBE[::-1] + "x")]
+        others = [self._renderer.render_other(chat, index, answer) for answer in (PROBE, PROBE[::-1] + "x")]
         return max(len(prompt), _common_prefix(text, *others))
 
     def _start_without_prompt(
-        self, chat: Chat, index: int, text: str, prompt: str, kind: "_TemplateKind"
+        self, chat: Chat, index: int, text: str, prompt: str, kind: TemplateKind
     ) -> tuple[str, int, int]:
         """Where the answer begins in a text that doesn't begin with the prompt.
 
@@ -321,21 +305,21 @@ class ChatTokenizer:
         Returns:
             The text of the row, where the answer begins in it, and how far it has moved there.
         """
-        other = self._render_other(chat, index, _PROBE)
+        other = self._renderer.render_other(chat, index, PROBE)
         header = _common_prefix(text, other)
         start = len(_OPEN_TAG.sub("", text[: _common_prefix(text, prompt, other)]))
         rest = prompt[start:]
         end = self._end_of_changed_header(text, start, header, rest, prompt, kind)
         if end is None and len(rest) < len(kind.prompt_tail) and prompt.endswith(kind.prompt_tail):
             return text, start, 0
-        if end is None and start >= _common_prefix(self._render(chat, index)[0], prompt):
+        if end is None and start >= _common_prefix(self._renderer.render(chat, index)[0], prompt):
             return text, start, 0
         if end is None:
             end = self._end_of_rewritten_header(chat, index, text, header, prompt, kind)
         return prompt + text[end:], len(prompt), len(prompt) - end
 
     def _end_of_changed_header(
-        self, text: str, start: int, header: int, rest: str, prompt: str, kind: "_TemplateKind"
+        self, text: str, start: int, header: int, rest: str, prompt: str, kind: TemplateKind
     ) -> int | None:
         """Where the answer begins in a text that has one piece more or less before it than the prompt has.
 
@@ -354,7 +338,7 @@ class ChatTokenizer:
         return start if has_no_header and not text[start:header].strip() else None
 
     def _end_of_rewritten_header(
-        self, chat: Chat, index: int, text: str, header: int, prompt: str, kind: "_TemplateKind"
+        self, chat: Chat, index: int, text: str, header: int, prompt: str, kind: TemplateKind
     ) -> int:
         """Where the answer begins in a text before which several pieces of the prompt are left out.
 
@@ -366,11 +350,11 @@ class ChatTokenizer:
         end = at + len(tail)
         remaining = iter("".join(prompt.split()))
         is_of_prompt = at >= 0 and all(letter in remaining for letter in "".join(text[:end].split()))
-        if not is_of_prompt or any(piece in text[end:header] for _, piece in _pieces(chat.messages[index - 1])):
-            raise _Refused("the chat template changes the conversation once it is answered")
+        if not is_of_prompt or any(piece in text[end:header] for _, piece in pieces_of(chat.messages[index - 1])):
+            raise Refused("the chat template changes the conversation once it is answered")
         return end
 
-    def _end_of_answer(self, chat: Chat, index: int, text: str, start: int, kind: "_TemplateKind") -> tuple[int, bool]:
+    def _end_of_answer(self, chat: Chat, index: int, text: str, start: int, kind: TemplateKind) -> tuple[int, bool]:
         """Where generation stops, after the end-of-turn token; and whether that token may be what comes next.
 
         What the template writes after the content is seen on a plain answer. An answer that closes otherwise (Llama
@@ -380,256 +364,31 @@ class ChatTokenizer:
         closing = kind.closing
         if closing is not None and text.endswith(closing) and len(text) - len(closing) >= start:
             end = len(text) - len(closing)
-            self._check_shown(chat, index, text[start:end])
+            check_shown(self._renderer, chat, index, text[start:end])
             if kind.end_of_turn:
                 return end + kind.end_of_turn, False
-            ends_with_special = re.search(rf"({self._special_token.pattern})\s*\Z", text[start:end]) is not None
+            ends_with_special = re.search(rf"({kind.special_token.pattern})\s*\Z", text[start:end]) is not None
             return end, not ends_with_special
         trailer = (closing or "")[kind.end_of_turn :]
         last = len(text) - len(trailer) if trailer.strip() and text.endswith(trailer) else len(text)
-        shown = start + self._check_shown(chat, index, text[start:last])
+        shown = start + check_shown(self._renderer, chat, index, text[start:last])
         for known in kind.stop_tokens:
             if (at := text.find(known, shown, last)) >= 0:
                 return at + len(known), False
-        specials = list(self._special_token.finditer(text, shown, last))
+        specials = list(kind.special_token.finditer(text, shown, last))
         return (specials[-1].end(), False) if specials else (last, not kind.end_of_turn)
 
-    def _check_shown(self, chat: Chat, index: int, answer: str) -> int:
-        """Check that the template shows an answer whole; give where the last part of it ends in the answer's text.
 
-        Raises:
-            Unlearnable: a part of it is missing.
-        """
-        message = chat.messages[index]
-        calls = message.get("tool_calls") or []
-        place = 0
-        for reason, piece in _pieces(message):
-            found = _find(piece, answer, place)
-            if found is None:
-                raise _Refused(reason)
-            place = max(place, found)
-        if not calls:
-            return place
-        whole = self._render(chat, index + 1)[0]
-        for number in range(len(calls)):
-            fewer = [call for other, call in enumerate(calls) if other != number]
-            silent = {**message, "tool_calls": fewer} if fewer else _without(message, "tool_calls")
-            if self._render_instead(chat, index, silent) == whole:
-                which = "tool calls" if len(calls) == 1 else "all tool calls"
-                raise _Refused(f"the chat template does not show {which}")
-        for call in calls:
-            for value in _strings(call.get("function", call).get("arguments")):
-                found = _find(value, answer, 0)
-                if found is None:
-                    raise _Refused("the chat template does not show all arguments of a tool call")
-                place = max(place, found)
-        if message.get("content") is None and "None" in answer:
-            with_text = self._render_instead(chat, index, {**message, "content": ""})
-            if with_text is not None and whole.count("None") > with_text.count("None"):
-                raise _Refused("the chat template writes None for the missing content of a tool call")
-        return place
-
-    def _render_instead(self, chat: Chat, index: int, message: dict[str, Any]) -> str | None:
-        """Render a chat with another message in the place of an answer; None if the template refuses it."""
-        try:
-            return self._render(Chat([*chat.messages[:index], message], chat.tools), index + 1)[0]
-        except Unlearnable:
-            return None
-
-    def _hidden(self, chat: Chat, first: int, last: int, prompt: str) -> str | None:
-        """Say which of some messages the template doesn't show, if there is one."""
-        for index in range(first, last):
-            message = chat.messages[index]
-            content = _joined(message.get("content"))
-            if message["role"] == "assistant" or not content.strip() or content.strip() in prompt:
-                continue
-            other = {**message, "content": _PROBE if isinstance(message["content"], str) else _parts(_PROBE)}
-            messages = [*chat.messages[:index], other, *chat.messages[index + 1 : last]]
-            try:
-                is_hidden = self._render(Chat(messages, chat.tools), last, add_generation_prompt=True)[0] == prompt
-            except Unlearnable:
-                continue
-            if is_hidden:
-                return f"the chat template does not show a message of the role {message['role']} before it"
-        return None
-
-    def _render_other(self, chat: Chat, index: int, content: str) -> str:
-        """Render a chat with another text in the place of an answer."""
-        is_text = not isinstance(chat.messages[index].get("content"), list)
-        answer = {"role": "assistant", "content": content if is_text else _parts(content)}
-        return self._render(Chat([*chat.messages[:index], answer], chat.tools), index + 1)[0]
-
-    def _render(self, chat: Chat, count: int, add_generation_prompt: bool = False) -> tuple[str, list[Span] | None]:
-        """Render the first messages of a chat; give the text and the spans that the template marks, None if none.
-
-        This is `apply_chat_template` short of the tokens, whose mask loses marks that begin with a trimmed space.
-
-        Raises:
-            Unlearnable: the template refuses the messages.
-        """
-        template = self._template(bool(chat.tools))
-        is_marking = not add_generation_prompt and _GENERATION_MARK.search(template) is not None
-        try:
-            rendered: Any = render_jinja_template(
-                [chat.messages[:count]],
-                tools=chat.tools,
-                chat_template=template,
-                return_assistant_tokens_mask=is_marking,
-                add_generation_prompt=add_generation_prompt,
-                **self._kwargs,
-            )
-        except jinja2.TemplateSyntaxError as error:
-            raise PeagleError(
-                f"The chat template of {self._tokenizer.name_or_path} is no valid Jinja: {error.message} (line "
-                f"{error.lineno}). Name another one with --chat-template."
-            ) from error
-        except Exception as error:  # a template may do anything to a value, so any error may come out of it
-            raise _Refused(f"{_ERROR} ({error})") from error
-        (text,), marks = rendered
-        return text, marks[0] if is_marking else None
-
-    def _template(self, has_tools: bool) -> str:
-        try:
-            return self._tokenizer.get_chat_template(tools=[{}] if has_tools else None)
-        except ValueError as error:
-            raise PeagleError(
-                f"The tokenizer of {self._tokenizer.name_or_path} has several chat templates and none of them is the "
-                f"default: {', '.join(self._tokenizer.chat_template)}. Name one with --chat-template."
-            ) from error
-
-    def _kind(self, has_tools: bool) -> "_TemplateKind":
-        """What a template does with the simplest chats, found out once."""
-        if has_tools not in self._templates:
-            self._templates[has_tools] = self._probe(has_tools)
-        return self._templates[has_tools]
-
-    def _probe(self, has_tools: bool) -> "_TemplateKind":
-        tools = [_PROBE_TOOL] if has_tools else None
-
-        def text_of(*messages: dict[str, Any], prompted: bool = False) -> str | None:
-            try:
-                return self._render(Chat(list(messages), tools), len(messages), prompted)[0]
-            except Unlearnable:
-                return None
-
-        roles_of_parts: set[str] = set()
-        for role in _ROLES:
-            before = [] if role in ("system", "user") else [_message("user", _PROBE, roles_of_parts)]
-            number = len(before)
-            as_text = text_of(*before, {"role": role, "content": _PROBE})
-            if as_text is None or as_text.count(_PROBE) <= number:
-                as_parts = text_of(*before, {"role": role, "content": _parts(_PROBE)})
-                if as_parts is not None and as_parts.count(_PROBE) > number and "'text'" not in as_parts:
-                    roles_of_parts.add(role)
-        question, answer = (_message(role, _PROBE, roles_of_parts) for role in ("user", "assistant"))
-        asked, prompt = text_of(question), text_of(question, prompted=True)
-        generation_prompt = prompt[len(asked) :] if asked and prompt and prompt.startswith(asked) else ""
-        plain, more = text_of(question, answer), text_of(question, answer, question)
-        prompt_tail = prompt.rpartition(_PROBE)[2] if prompt and _PROBE in prompt else ""
-        closing = None if plain is None or plain.count(_PROBE) < 2 else plain.rpartition(_PROBE)[2]
-        following = more.rpartition(_PROBE)[0].rpartition(_PROBE)[2] if more and more.count(_PROBE) > 2 else ""
-        end_of_turn = self._end_of_turn(closing or "", following)
-        ends = [found.group() for found in self._special_token.finditer((closing or "")[:end_of_turn])]
-        eos = self._tokenizer.eos_token
-        next_token = re.match(rf"\s*({self._special_token.pattern})", following)
-        return _TemplateKind(
-            is_marking=_GENERATION_MARK.search(self._template(has_tools)) is not None,
-            roles_of_parts=frozenset(roles_of_parts),
-            generation_prompt=generation_prompt,
-            prompt_tail=prompt_tail,
-            closing=closing,
-            end_of_turn=end_of_turn,
-            stop_tokens=[*ends[-1:], *([eos] if eos else [])],
-            next_token=next_token.group() if next_token else "",
-            special_token=self._special_token,
-        )
-
-    def _end_of_turn(self, closing: str, following: str) -> int:
-        """Length of what the verifier generates of a closing: through its first special token, 0 if it has none.
-
-        The token that ends all text may come right after another one that only closes the content; it counts if the
-        template writes both in the middle of a chat too.
-        """
-        found = self._special_token.search(closing)
-        if found is None:
-            return 0
-        end, eos = found.end(), self._tokenizer.eos_token
-        while eos and found.group() != eos:
-            found = self._special_token.match(closing, found.end())
-            if found is None or not following.startswith(closing[: found.end()]):
-                return end
-        return found.end()
-
-
-@dataclass(frozen=True)
-class _TemplateKind:
-    """What a chat template does with the simplest chats.
-
-    Args:
-        is_marking: whether it has {% generation %} marks.
-        roles_of_parts: the roles whose content it wants as a list of parts.
-        generation_prompt: what it writes after a question to have it answered; empty if it writes nothing.
-        prompt_tail: all that it writes after the question to have it answered: its closing, and the generation prompt.
-        closing: what it writes after a plain answer; None if it refuses the probe.
-        end_of_turn: how many characters of the closing the verifier generates.
-        stop_tokens: the tokens that end a plain turn, the likeliest first.
-        next_token: the first special token after an answer in the middle of a chat, with the space before it; or empty.
-        special_token: finds any special token.
-    """
-
-    is_marking: bool
-    roles_of_parts: frozenset[str]
-    generation_prompt: str
-    prompt_tail: str
-    closing: str | None
-    end_of_turn: int
-    stop_tokens: list[str]
-    next_token: str
-    special_token: re.Pattern[str]
-
-    def closed(self, answer: _Answer, text: str, messages: list[dict[str, Any]]) -> _Answer:
-        """Add to an answer the end-of-turn token that the template writes as the next turn's first token."""
-        follower = messages[answer.message + 1 : answer.message + 2]
-        if not answer.is_open or not follower:
-            return answer
-        found = re.compile(rf"\s*({self.special_token.pattern})").match(text, answer.end)
-        # Before another answer it may also be the header of that one.
-        if found is None or (follower[0]["role"] == "assistant" and found.group() != self.next_token):
-            return answer
-        return replace(answer, end=found.end(), is_open=False)
-
-
-_PROBE_TOOL = {
-    "type": "function",
-    "function": {
-        "name": "probe",
-        "description": "Probe.",
-        "parameters": {
-            "type": "object",
-            "properties": {"value": {"type": "string", "description": "A value."}},
-            "required": ["value"],
-        },
-    },
-}
-
-
-def _any_of(texts: set[str]) -> str:
-    """A regular expression for any of these texts, the longest first."""
-    return "|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)"
-
-
-def _message(role: str, content: str, roles_of_parts: set[str] | frozenset[str]) -> dict[str, Any]:
-    return {"role": role, "content": _parts(content) if role in roles_of_parts else content}
-
-
-def _parts(content: str) -> list[dict[str, str]]:
-    return [{"type": "text", "text": content}]
-
-
-def _joined(content: Any) -> str:
-    if isinstance(content, list):
-        return "".join(part["text"] for part in content)
-    return content or ""
+def _closed(answer: _Answer, text: str, messages: list[dict[str, Any]], kind: TemplateKind) -> _Answer:
+    """Add to an answer the end-of-turn token that the template writes as the next turn's first token."""
+    follower = messages[answer.message + 1 : answer.message + 2]
+    if not answer.is_open or not follower:
+        return answer
+    found = re.compile(rf"\s*({kind.special_token.pattern})").match(text, answer.end)
+    # Before another answer it may also be the header of that one.
+    if found is None or (follower[0]["role"] == "assistant" and found.group() != kind.next_token):
+        return answer
+    return replace(answer, end=found.end(), is_open=False)
 
 
 def _formed(chat: Chat, form: _Form, roles_of_parts: frozenset[str]) -> Chat:
@@ -641,7 +400,7 @@ def _formed(chat: Chat, form: _Form, roles_of_parts: frozenset[str]) -> Chat:
             if form.arguments_are_text:
                 message = {**message, "tool_calls": [_with_text_arguments(call) for call in calls]}
         if message["role"] in roles_of_parts and isinstance(message.get("content"), str):
-            message = {**message, "content": _parts(message["content"])}
+            message = {**message, "content": as_parts(message["content"])}
         messages.append(message)
     return Chat(messages, chat.tools)
 
@@ -656,55 +415,10 @@ def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
 
 def _is_answer(message: dict[str, Any]) -> bool:
     return bool(
-        _joined(message.get("content")).strip()
+        joined(message.get("content")).strip()
         or message.get("tool_calls")
         or (message.get("reasoning_content") or "").strip()
     )
-
-
-def _pieces(message: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """The parts of an answer's text that the template must show, each after the reason if it doesn't."""
-    if reasoning := (message.get("reasoning_content") or "").strip():
-        yield "the chat template does not show reasoning", reasoning
-    content = _joined(message.get("content"))
-    pieces = [piece.strip() for piece in _THINK_TAG.split(content)]
-    reason = "the chat template does not show all of the answer's text"
-    if len(pieces) > 1:
-        reason = "the chat template takes the reasoning out of the answer's text"
-    elif message.get("tool_calls"):
-        reason = "the chat template does not show the text beside a tool call"
-    for piece in pieces:
-        if piece:
-            yield reason, piece
-
-
-def _find(piece: str, text: str, start: int) -> int | None:
-    """Where a piece of text ends, as it is or as JSON writes it; from `start` on if it is there."""
-    for written in (piece, json.dumps(piece, ensure_ascii=False)[1:-1], json.dumps(piece)[1:-1]):
-        for begin in (start, 0):
-            if (at := text.find(written, begin)) >= 0:
-                return at + len(written)
-    return None
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """All texts in a tool call's arguments, which may be JSON text themselves."""
-    if isinstance(value, str):
-        try:
-            decoded = json.loads(value)
-        except ValueError:
-            decoded = value
-        if isinstance(decoded, dict | list):
-            yield from _strings(decoded)
-        elif value.strip():
-            yield value.strip()
-    elif isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _strings(item)
-
-
-def _without(message: dict[str, Any], name: str) -> dict[str, Any]:
-    return {other: value for other, value in message.items() if other != name}
 
 
 def _is_covered(text: str, answer: _Answer) -> bool:

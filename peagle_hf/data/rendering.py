@@ -1,0 +1,216 @@
+"""What a chat template makes of chats: their text, and what it writes around an answer."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from ..errors import PeagleError
+from .chats import Chat, Unlearnable
+
+# A letter of the private use area: no answer and no chat template begins or ends with it.
+PROBE = "\ue000"
+TEMPLATE_ERROR = "the chat template refuses it"
+_ROLES = ("system", "user", "assistant", "tool")
+_GENERATION_MARK = re.compile(r"{%-?\s*generation\s*-?%}")
+
+Span = tuple[int, int]
+"""Where a piece of text begins and ends, in characters."""
+
+
+class Refused(Unlearnable):
+    """An answer that the chat template refuses or doesn't show whole; handed over in another form it may."""
+
+
+@dataclass(frozen=True)
+class TemplateKind:
+    """What a chat template does with the simplest chats.
+
+    Args:
+        is_marking: whether it has {% generation %} marks.
+        roles_of_parts: the roles whose content it wants as a list of parts.
+        generation_prompt: what it writes after a question to have it answered; empty if it writes nothing.
+        prompt_tail: all that it writes after the question to have it answered: its closing, and the generation prompt.
+        closing: what it writes after a plain answer; None if it refuses the probe.
+        end_of_turn: how many characters of the closing the verifier generates.
+        stop_tokens: the tokens that end a plain turn, the likeliest first.
+        next_token: the first special token after an answer in the middle of a chat, with the space before it; or empty.
+        special_token: finds any special token.
+    """
+
+    is_marking: bool
+    roles_of_parts: frozenset[str]
+    generation_prompt: str
+    prompt_tail: str
+    closing: str | None
+    end_of_turn: int
+    stop_tokens: list[str]
+    next_token: str
+    special_token: re.Pattern[str]
+
+
+_PROBE_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "probe",
+        "description": "Probe.",
+        "parameters": {
+            "type": "object",
+            "properties": {"value": {"type": "string", "description": "A value."}},
+            "required": ["value"],
+        },
+    },
+}
+
+
+class ChatRenderer:
+    """Renders chats with a tokenizer's chat template.
+
+    Args:
+        tokenizer: a tokenizer with a chat template.
+        template_kwargs: variables for the chat template, such as `enable_thinking`.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any] | None = None) -> None:
+        added = tokenizer.added_tokens_decoder
+        special = {token.content for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
+        self._tokenizer = tokenizer
+        self._kwargs: dict[str, Any] = {**tokenizer.special_tokens_map, **(template_kwargs or {})}
+        self._special_token = re.compile(_any_of(special))
+        self._kinds: dict[bool, TemplateKind] = {}
+
+    def render_other(self, chat: Chat, index: int, content: str) -> str:
+        """Render a chat with another text in the place of an answer."""
+        is_text = not isinstance(chat.messages[index].get("content"), list)
+        answer = {"role": "assistant", "content": content if is_text else as_parts(content)}
+        return self.render(Chat([*chat.messages[:index], answer], chat.tools), index + 1)[0]
+
+    def render(self, chat: Chat, count: int, add_generation_prompt: bool = False) -> tuple[str, list[Span] | None]:
+        """Render the first messages of a chat; give the text and the spans that the template marks, None if none.
+
+        This is `apply_chat_template` short of the tokens, whose mask loses marks that begin with a trimmed space.
+
+        Raises:
+            Unlearnable: the template refuses the messages.
+        """
+        template = self._template(bool(chat.tools))
+        is_marking = not add_generation_prompt and _GENERATION_MARK.search(template) is not None
+        try:
+            rendered: Any = render_jinja_template(
+                [chat.messages[:count]],
+                tools=chat.tools,
+                chat_template=template,
+                return_assistant_tokens_mask=is_marking,
+                add_generation_prompt=add_generation_prompt,
+                **self._kwargs,
+            )
+        except jinja2.TemplateSyntaxError as error:
+            raise PeagleError(
+                f"The chat template of {self._tokenizer.name_or_path} is no valid Jinja: {error.message} (line "
+                f"{error.lineno}). Name another one with --chat-template."
+            ) from error
+        except Exception as error:  # a template may do anything to a value, so any error may come out of it
+            raise Refused(f"{TEMPLATE_ERROR} ({error})") from error
+        (text,), marks = rendered
+        return text, marks[0] if is_marking else None
+
+    def _template(self, has_tools: bool) -> str:
+        try:
+            return self._tokenizer.get_chat_template(tools=[{}] if has_tools else None)
+        except ValueError as error:
+            raise PeagleError(
+                f"The tokenizer of {self._tokenizer.name_or_path} has several chat templates and none of them is the "
+                f"default: {', '.join(self._tokenizer.chat_template)}. Name one with --chat-template."
+            ) from error
+
+    def kind(self, has_tools: bool) -> TemplateKind:
+        """What a template does with the simplest chats, found out once."""
+        if has_tools not in self._kinds:
+            self._kinds[has_tools] = self._probe(has_tools)
+        return self._kinds[has_tools]
+
+    def _probe(self, has_tools: bool) -> TemplateKind:
+        tools = [_PROBE_TOOL] if has_tools else None
+
+        def text_of(*messages: dict[str, Any], prompted: bool = False) -> str | None:
+            try:
+                return self.render(Chat(list(messages), tools), len(messages), prompted)[0]
+            except Unlearnable:
+                return None
+
+        roles_of_parts: set[str] = set()
+        for role in _ROLES:
+            before = [] if role in ("system", "user") else [_message("user", PROBE, roles_of_parts)]
+            number = len(before)
+            as_text = text_of(*before, {"role": role, "content": PROBE})
+            if as_text is None or as_text.count(PROBE) <= number:
+                in_parts = text_of(*before, {"role": role, "content": as_parts(PROBE)})
+                if in_parts is not None and in_parts.count(PROBE) > number and "'text'" not in in_parts:
+                    roles_of_parts.add(role)
+        question, answer = (_message(role, PROBE, roles_of_parts) for role in ("user", "assistant"))
+        asked, prompt = text_of(question), text_of(question, prompted=True)
+        generation_prompt = prompt[len(asked) :] if asked and prompt and prompt.startswith(asked) else ""
+        plain, more = text_of(question, answer), text_of(question, answer, question)
+        prompt_tail = prompt.rpartition(PROBE)[2] if prompt and PROBE in prompt else ""
+        closing = None if plain is None or plain.count(PROBE) < 2 else plain.rpartition(PROBE)[2]
+        following = more.rpartition(PROBE)[0].rpartition(PROBE)[2] if more and more.count(PROBE) > 2 else ""
+        end_of_turn = self._end_of_turn(closing or "", following)
+        ends = [found.group() for found in self._special_token.finditer((closing or "")[:end_of_turn])]
+        eos = self._tokenizer.eos_token
+        next_token = re.match(rf"\s*({self._special_token.pattern})", following)
+        return TemplateKind(
+            is_marking=_GENERATION_MARK.search(self._template(has_tools)) is not None,
+            roles_of_parts=frozenset(roles_of_parts),
+            generation_prompt=generation_prompt,
+            prompt_tail=prompt_tail,
+            closing=closing,
+            end_of_turn=end_of_turn,
+            stop_tokens=[*ends[-1:], *([eos] if eos else [])],
+            next_token=next_token.group() if next_token else "",
+            special_token=self._special_token,
+        )
+
+    def _end_of_turn(self, closing: str, following: str) -> int:
+        """Length of what the verifier generates of a closing: through its first special token, 0 if it has none.
+
+        The token that ends all text may come right after another one that only closes the content; it counts if the
+        template writes both in the middle of a chat too.
+        """
+        found = self._special_token.search(closing)
+        if found is None:
+            return 0
+        end, eos = found.end(), self._tokenizer.eos_token
+        while eos and found.group() != eos:
+            found = self._special_token.match(closing, found.end())
+            if found is None or not following.startswith(closing[: found.end()]):
+                return end
+        return found.end()
+
+    def render_instead(self, chat: Chat, index: int, message: dict[str, Any]) -> str | None:
+        """Render a chat with another message in the place of an answer; None if the template refuses it."""
+        try:
+            return self.render(Chat([*chat.messages[:index], message], chat.tools), index + 1)[0]
+        except Unlearnable:
+            return None
+
+
+def _any_of(texts: set[str]) -> str:
+    """A regular expression for any of these texts, the longest first."""
+    return "|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)"
+
+
+def _message(role: str, content: str, roles_of_parts: set[str] | frozenset[str]) -> dict[str, Any]:
+    return {"role": role, "content": as_parts(content) if role in roles_of_parts else content}
+
+
+def as_parts(content: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": content}]
+
+
+def joined(content: Any) -> str:
+    if isinstance(content, list):
+        return "".join(part["text"] for part in content)
+    return content or ""
