@@ -1,8 +1,10 @@
 """What the processes of one training agree on, so that none of them waits for another that has failed."""
 
+import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 from torch import distributed
@@ -12,6 +14,21 @@ from .errors import PeagleError
 Result = TypeVar("Result")
 
 _SIGNS_OF_A_LOST_PROCESS = ("gloo", "nccl", "connection closed", "connection reset", "timed out", "store")
+
+
+def is_launched() -> bool:
+    """Whether torchrun or accelerate has started this process, maybe beside others."""
+    return "LOCAL_RANK" in os.environ and "RANK" in os.environ
+
+
+def connect_on_cpu(timeout: float) -> None:
+    """Connect the processes of a training on CPUs, which transformers would do with a time-out of its own.
+
+    Args:
+        timeout: seconds that a process waits for the others.
+    """
+    if distributed.is_available() and not distributed.is_initialized():
+        distributed.init_process_group("gloo", timeout=timedelta(seconds=timeout))
 
 
 def are_several() -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import DistributedType, parse_flag_from_env
 from transformers import SchedulerType, TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
@@ -24,6 +24,7 @@ from .errors import PeagleError
 from .losses import parse_loss
 from .memory import GIB, MemoryPlan, cut_to_fit, device_memory
 from .optimizer import MUON
+from .processes import connect_on_cpu, is_launched
 from .target import hub_verifier
 
 _RANGES = {
@@ -424,6 +425,10 @@ class PeagleTrainingArguments(TrainingArguments):
             self.eval_strategy = "no"
         # Without an accelerator the Trainer would leave the processes of torchrun unconnected, each training alone.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if is_launched() and os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16":
+            self.bf16 = not self.fp16  # accelerate's configuration says so, and DeepSpeed's must agree with it
+        if is_launched() and self.use_cpu:
+            connect_on_cpu(self.ddp_timeout)
         # Every process builds the same drafter: accelerate's loading from the first one knows no buffers, such as d2t.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         for name in ("checkpointing", "checkpointing_kwargs"):
@@ -433,6 +438,13 @@ class PeagleTrainingArguments(TrainingArguments):
             setattr(self, old, getattr(self, new))
         self._post_init_with_muon()
         self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs  # before 5.23 only this one is parsed
+        if self.distributed_state.distributed_type == DistributedType.MULTI_CPU and (
+            self.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")
+        ):
+            raise PeagleError(
+                "FSDP divides a drafter among GPUs; on CPUs each process would hold all of it, as under DDP. On CPUs "
+                "launch with examples/accelerate/ddp.yaml or torchrun, or with zero2.yaml, which needs DeepSpeed."
+            )
         if self.device.type not in ("cpu", "cuda"):
             raise PeagleError(f"Training runs on a CPU or CUDA GPUs, not on {self.device.type}: pass --use-cpu.")
         if self.n_gpu > 1 and not self.memory_report:

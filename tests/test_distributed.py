@@ -13,9 +13,12 @@ import yaml
 from safetensors.torch import load_file
 from test_trainer import ROOT, losses, run
 
+from peagle_hf import PeagleTrainingArguments
 from peagle_hf.arguments import flags
+from peagle_hf.checkpoints import newest_checkpoint
 from peagle_hf.cli import COMMANDS, main
 from peagle_hf.data.dataset import HiddenStatesDataset
+from peagle_hf.training import train
 
 WORKERS = Path(__file__).parent / "workers"
 EXAMPLES = ROOT / "examples" / "accelerate"
@@ -64,7 +67,8 @@ def launch(kind, train_flags, **changes):
 
 
 def history(folder, metric):
-    log = json.loads((Path(folder) / "trainer_state" / "trainer_state.json").read_text())["log_history"]
+    files = [*Path(folder).glob("trainer_state/trainer_state.json"), *Path(folder).glob("trainer_state.json")]
+    log = json.loads(files[0].read_text())["log_history"]
     return [entry[metric] for entry in log if metric in entry]
 
 
@@ -123,6 +127,34 @@ def test_two_processes_resume_in_the_middle_of_a_later_epoch(train_flags, tmp_pa
         shutil.rmtree(folder / f"checkpoint-{step}")
     launch("ddp", train_flags, **steps)
     assert history(folder / "1", "loss") == history(kept, "loss")
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_under_another_sharding_and_on_another_number_of_processes(train_flags, tmp_path):
+    """FSDP2, DDP and one process go on from each other's checkpoints, in the middle of an epoch too, with AdamW."""
+    common = {**train_flags, "optim": "adamw_torch_fused", "save_strategy": "steps", "save_steps": 2}
+    common["lr_scheduler_type"] = "constant"  # as the run's length changes
+    whole = run(common, gradient_accumulation_steps=2)
+    expected = losses(whole)
+
+    def goes_on(name, earlier, kind):
+        folder = tmp_path / name
+        shutil.copytree(earlier, folder, symlinks=True)
+        if kind == "one":
+            return losses(train(replace_flags(common, output_dir=str(folder), gradient_accumulation_steps=2)))
+        launch(kind, common, output_dir=str(folder))
+        return history(newest_checkpoint(folder), "loss")
+
+    begun = {kind: tmp_path / f"begun {kind}" for kind in ("fsdp2", "ddp")}
+    for kind, folder in begun.items():
+        launch(kind, common, output_dir=str(folder), max_steps=4)
+    for kind, others in {"fsdp2": ("one", "ddp"), "ddp": ("one", "fsdp2")}.items():
+        for other in others:
+            assert goes_on(f"{kind} to {other}", begun[kind], other) == pytest.approx(expected, rel=1e-5)
+
+
+def replace_flags(train_flags, **changes):
+    return PeagleTrainingArguments(**{**train_flags, **changes})
 
 
 @pytest.mark.slow
