@@ -9,7 +9,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     The temporary name starts with a dot and ends at random, so that two writers do not meet, on whichever machines, and
     is removed when the block fails. A folder takes the place of an older folder of the same name, which is moved out of
-    the way first and removed last; a file never takes the place of a folder.
+    the way first and removed last; a file never takes the place of a folder. Parent folders are made, and removed again
+    when the block fails.
 
     Raises:
         PeagleError: no space is left, the folder cannot be written to, or a file is to be written where a folder is.
@@ -47,9 +48,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     replaced = None
-    with writing(path):
+    with writing(path), _folders_made(path.parent):
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             if path.is_dir() and not path.is_symlink():
                 if temporary.is_file():
@@ -90,14 +90,32 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def check_writable(folder: str | os.PathLike[str]) -> None:
-    """Make `folder` and try to write into it.
+    """Make sure that `folder` can be made, if it isn't there, and written into; it is left as it was.
 
     Raises:
         PeagleError: that is not possible.
     """
-    with writing(folder):
-        os.makedirs(folder, exist_ok=True)
+    with suppress(_Tried), writing(folder), _folders_made(Path(folder)):
         tempfile.TemporaryFile(dir=folder).close()
+        raise _Tried
+
+
+class _Tried(Exception):
+    """Ends `check_writable` so that the folders that it made are removed."""
+
+
+@contextmanager
+def _folders_made(folder: Path) -> Iterator[None]:
+    """Make a folder and its parents; those of them that were made here and are empty are removed if the block fails."""
+    made = [one for one in (folder, *folder.parents) if not one.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # something is in it
+            for one in made:
+                one.rmdir()
+        raise
 
 
 @contextmanager
@@ -232,6 +250,28 @@ def read_json(path: str | os.PathLike[str], remedy: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise PeagleError(f"{path} is damaged: it holds no JSON object. {remedy}")
     return content
+
+
+def with_places(record: dict[str, Any], name: str, folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """A record whose field `name` is a folder, if it is one, as it is found after a move: see `found_place`."""
+    value = record.get(name)
+    if not isinstance(value, str) or not os.path.isdir(value):
+        return record
+    place = os.path.realpath(value)
+    return record | {name: place, f"{name}_from_here": os.path.relpath(place, os.path.realpath(folder))}
+
+
+def found_place(record: dict[str, Any], name: str, folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The record without what `with_places` has added, the field `name` as the folder is found now.
+
+    If the folder of the record and that which it names were moved together, it is found from the record's own folder,
+    else where it was.
+    """
+    record = dict(record)
+    from_here = record.pop(f"{name}_from_here", None)
+    if isinstance(from_here, str) and os.path.isdir(place := os.path.join(os.path.realpath(folder), from_here)):
+        record[name] = os.path.realpath(place)
+    return record
 
 
 def _set_aside(folder: Path) -> Path:

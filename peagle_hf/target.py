@@ -3,7 +3,6 @@
 Shape letters: H hidden size, V verifier vocabulary, Vd draft vocabulary.
 """
 
-import hashlib
 import json
 import os
 import pickle
@@ -12,11 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
@@ -34,9 +31,9 @@ from transformers.modeling_utils import set_zero3_state
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from .errors import PeagleError
+from .fingerprint import has_weights, weights_of  # noqa: F401 (they are imported from here too)
 from .products import linear
 
-END_BYTES = 1 << 20
 FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm")
 WRAPPERS = {"model", "language_model", "text_model"}
 """Parts of a parameter's name that a checkpoint may order otherwise, leave out or add."""
@@ -58,27 +55,6 @@ def load_verifier_config(
             "isn't a decoder-only language model's. Name the chat model that the drafter is to speed up."
         )
     return config
-
-
-def weights_of(name_or_path: str | os.PathLike[str], revision: str | None = None) -> str | None:
-    """What tells a model's weights from others: of a folder a fingerprint, of one on the hub the commit.
-
-    A fingerprint is of the configuration and of the sizes and both ends of the weights: the middle would take long to
-    read. None where the model isn't in the hub's cache.
-    """
-    folder = Path(name_or_path)
-    if not folder.is_dir():
-        cached = try_to_load_from_cache(str(name_or_path), "config.json", revision=revision)
-        return Path(cached).parent.name if isinstance(cached, str) else None
-    digest = hashlib.sha256()
-    for path in sorted([*folder.glob("config.json"), *folder.glob("*.safetensors")]):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size} ".encode())
-        with open(path, "rb") as file:
-            digest.update(file.read(END_BYTES))
-            file.seek(max(0, size - END_BYTES))
-            digest.update(file.read())
-    return f"sha256 {digest.hexdigest()[:16]}"
 
 
 def hub_verifier(name_or_path: str | None, hub_name: str | None = None) -> str:

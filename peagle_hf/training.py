@@ -271,9 +271,8 @@ def build_endpoint(args: PeagleTrainingArguments) -> Endpoint:
             layer_ids,
             args.verifier_revision,
             dtype,
-            record.get("tokenizer_fingerprint"),
             storage,
-            record.get("chat_template_kwargs"),
+            record,
         )
         check_folder(cache, wanted, cached_rows(cache))
         if existing is None:

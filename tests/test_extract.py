@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from peagle_hf.data import cache, extract
 from peagle_hf.data.cache import Manifest, cached_rows, check_row, read_row, row_path, write_row
 from peagle_hf.data.extract import ExtractArguments, plan_batches, residual_streams
+from peagle_hf.data.prepared import rows_fingerprint
 from peagle_hf.errors import PeagleError
 from peagle_hf.target import weights_of
 
@@ -108,7 +109,7 @@ def test_a_verifier_with_new_weights_is_another_one(llama: Path, arguments: Extr
     arguments = replace(arguments, model=str(mine))
     extract.extract(replace(arguments, max_samples=1))
     save_verifier(mine, tiny("llama", rope_theta=5e5))
-    with pytest.raises(PeagleError, match=r"revision 'sha256 \w+' there, 'sha256 \w+' wanted.*--verifier-revision"):
+    with pytest.raises(PeagleError, match=r"revision 'config \w+ .*' there, 'config \w+ .*' wanted.*another config"):
         extract.extract(arguments)
 
 
@@ -138,8 +139,10 @@ def test_files_are_bfloat16_and_trainable_by_others(arguments: ExtractArguments)
         "dtype": "bfloat16",
         "tokenizer_fingerprint": "abc",
         "storage": "plain",
-        "format_version": 2,
+        "format_version": 3,
         "chat_template_kwargs": {"think": False},
+        "rows": rows_fingerprint(arguments.preprocessed_data),
+        "verifier_from_here": os.path.relpath(arguments.model, report.output),
     }
 
 
@@ -205,8 +208,9 @@ HEADER = {
     "length": "hidden_states is [29, 4, 16]",
     "integers": "dtype I16",
     "no states": "no hidden_states",
+    "tokens": "other tokens",
 }
-CONTENT = {"tokens": "other tokens", "nan": "not finite"}
+CONTENT = {"nan": "not finite"}
 
 
 @pytest.mark.parametrize("kind", HEADER | CONTENT)
@@ -330,7 +334,7 @@ def test_what_cannot_fit_on_the_disk_is_not_begun(
     monkeypatch.setattr(extract.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(PeagleError, match="GiB are free"):
         extract.extract(arguments)
-    assert os.listdir(Path(arguments.preprocessed_data) / "hidden_states") == []
+    assert not (Path(arguments.preprocessed_data) / "hidden_states").exists()
     assert f"{sum(LENGTHS)} tokens need" in caplog.text
 
 
@@ -339,7 +343,7 @@ def test_a_disk_that_fills_up_leaves_whole_files_and_a_rerun_goes_on(
 ) -> None:
     output = Path(arguments.preprocessed_data) / "hidden_states"
 
-    def save_until_full(tensors: dict[str, Tensor], path: Path) -> None:
+    def save_until_full(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None) -> None:
         save_file(tensors, path)
         if len(cached_rows(output)) == 2:
             path.write_bytes(path.read_bytes()[:100])
@@ -393,7 +397,7 @@ def test_fp8_folders_of_speculators_are_read(tmp_path: Path) -> None:
 
     tensors["hidden_states_scales"][2] = float("inf")
     save_file(tensors, tmp_path / "hs_3.safetensors")
-    assert "not finite" in str(check_row(row_path(tmp_path, 3), (10, 4, 6), torch.arange(10)))
+    assert "not finite" in str(check_row(row_path(tmp_path, 3), (10, 4, 6), torch.arange(10), read_values=True))
     del tensors["hidden_states_scales"]
     save_file(tensors, tmp_path / "hs_3.safetensors")
     assert "no hidden_states_scales" in str(check_row(row_path(tmp_path, 3), (10, 4, 6)))

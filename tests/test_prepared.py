@@ -65,6 +65,11 @@ def test_lost_rows_are_noticed(arguments):
     folder = prepare(arguments)
     load_prepared(folder).select(range(4)).save_to_disk(folder.with_name("four"))
     shutil.copy(folder.with_name("four") / ARROW, folder / ARROW)
+    with pytest.raises(PeagleError, match=rf"{ARROW} is damaged, .*: it has \d+ instead of \d+ bytes since"):
+        load_prepared(folder)
+    record = json.loads((folder / "prepare.json").read_text())
+    del record["files"]  # as earlier versions wrote it
+    (folder / "prepare.json").write_text(json.dumps(record))
     with pytest.raises(PeagleError, match=r"hold 4 rows, but prepare\.json counts 6"):
         load_prepared(folder)
 

@@ -6,11 +6,13 @@ A plain file holds `hidden_states` [T, A+1, H] and `token_ids` int64 [T]. Slots 
 each auxiliary layer, slot A the one after the last layer, before the final norm. A learnt file keeps the last layer's
 states of those tokens only that a learnt row is taught from (`cod.target_tokens`): `aux_hidden_states` [T, A, H],
 `last_hidden_states` [N, H] and `is_target` bool [T]. In either, states in float8_e4m3fn come with
-`hidden_states_scales` float32 [T, 1, 1], to be multiplied by. What a file is shows in its header.
+`hidden_states_scales` float32 [T, 1, 1], to be multiplied by. What a file is shows in its header, which also names the
+weights and layers that its states are of.
 """
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -21,11 +23,11 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from ..errors import PeagleError
-from ..files import atomic_path, read_json, save_file, write_json
-from ..target import weights_of
+from ..files import atomic_path, found_place, read_json, save_file, with_places, write_json
+from ..fingerprint import has_weights, weights_of
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 ROW_FILE = re.compile(r"hs_(\d+)\.safetensors")
 
 Storage = Literal["plain", "fp8", "learnt", "fp8-learnt"]
@@ -37,6 +39,8 @@ STATES, SCALES, TOKENS = "hidden_states", "hidden_states_scales", "token_ids"
 AUX_STATES, LAST_STATES, IS_TARGET = "aux_hidden_states", "last_hidden_states", "is_target"
 FP8, FP8_DTYPE = torch.float8_e4m3fn, "F8_E4M3"
 PLAIN_DTYPES = ("BF16", "F16", "F32")
+ORIGIN = "states_of"
+"""A file's metadata: see `origin_of`."""
 SMALLEST_SCALE = 1e-12
 """Of a token whose states are all zero; speculators takes the same."""
 TOKENS_AT_ONCE = 256
@@ -48,7 +52,7 @@ class Manifest:
     """What the states of a cache folder are; None where it isn't known.
 
     Args:
-        verifier: name or path.
+        verifier: name, or absolute path of a folder. In the file a folder is also named as it is found from there.
         revision: which of the verifier's weights: the commit on the hub, of a folder a fingerprint (see `weights_of`).
         architecture: the verifier's class, or its model type.
         num_layers: of the verifier.
@@ -57,6 +61,7 @@ class Manifest:
         dtype: of the states as they are read.
         tokenizer_fingerprint: of the tokenizer that the rows were prepared with, its chat template included.
         chat_template_kwargs: the chat template's variables that the rows were prepared with.
+        rows: a fingerprint of the prepared rows that all files of the folder are of (see `prepared.rows_fingerprint`).
         storage: the kind of its files; folders of format version 1 are plain.
         format_version: of the folder.
     """
@@ -72,6 +77,7 @@ class Manifest:
     storage: Storage | None = "plain"
     format_version: int = FORMAT_VERSION
     chat_template_kwargs: dict[str, Any] | None = None
+    rows: str | None = None
 
     @classmethod
     def of(
@@ -81,11 +87,15 @@ class Manifest:
         aux_layer_ids: list[int],
         revision: str | None = None,
         dtype: str | None = None,
-        tokenizer_fingerprint: str | None = None,
         storage: Storage | None = None,
-        chat_template_kwargs: dict[str, Any] | None = None,
+        prepared: Mapping[str, Any] | None = None,
     ) -> "Manifest":
-        """Describe what a verifier with this (text) configuration gives."""
+        """Describe what a verifier with this (text) configuration gives.
+
+        Args:
+            prepared: the record of the rows (see `prepared.read_prepare_record`).
+        """
+        prepared = prepared or {}
         return cls(
             verifier=verifier,
             revision=weights_of(verifier, revision) or revision,
@@ -94,9 +104,10 @@ class Manifest:
             hidden_size=config.hidden_size,
             aux_layer_ids=list(aux_layer_ids),
             dtype=dtype,
-            tokenizer_fingerprint=tokenizer_fingerprint,
+            tokenizer_fingerprint=prepared.get("tokenizer_fingerprint"),
             storage=storage,
-            chat_template_kwargs=chat_template_kwargs,
+            chat_template_kwargs=prepared.get("chat_template_kwargs"),
+            rows=prepared.get("rows_fingerprint"),
         )
 
     @classmethod
@@ -114,7 +125,7 @@ class Manifest:
             f"A manifest of hidden states needs the fields {names}. Put the right file back, or remove the folder and "
             "run peagle-hf extract again."
         )
-        content = read_json(path, remedy)
+        content = found_place(read_json(path, remedy), "verifier", folder)
         try:
             version = content.pop("format_version")
             if version > FORMAT_VERSION:
@@ -132,7 +143,7 @@ class Manifest:
 
     def write(self, folder: str | os.PathLike[str]) -> None:
         """Write it into the folder, atomically."""
-        write_json(Path(folder) / MANIFEST, asdict(self))
+        write_json(Path(folder) / MANIFEST, with_places(asdict(self), "verifier", folder))
 
     def bytes_of(self, num_tokens: int, num_last: int) -> int:
         """What the tensors of so many tokens take, the last layer's states of `num_last` of them kept."""
@@ -146,22 +157,42 @@ class Manifest:
     def check(self, wanted: "Manifest", folder: str | os.PathLike[str]) -> None:
         """Compare with what is wanted of the folder; a field that is None on either side is not compared.
 
+        A verifier is known by its weights. Its name or place counts only where these aren't known. Which rows the
+        states are of is for whoever reads them to compare, file by file.
+
         Raises:
             PeagleError: they differ; the message names both sides of every field that does.
         """
-        pairs = [(field.name, getattr(self, field.name), getattr(wanted, field.name)) for field in fields(self)]
+        same_weights = has_weights(self.revision, wanted.verifier, wanted.revision)
+        skipped = {"rows", "format_version", "revision", *({"verifier"} if same_weights is not None else ())}
+        pairs = [(one.name, getattr(self, one.name), getattr(wanted, one.name)) for one in fields(self)]
         differing = [
             f"{name} {here!r} there, {there!r} wanted"
             for name, here, there in pairs
-            if here is not None and there is not None and place(here) != place(there)
+            if name not in skipped and here is not None and there is not None and place(here) != place(there)
         ]
-        if differing:
-            raise PeagleError(
-                f"The hidden states in {folder} are of another kind: {'; '.join(differing)}. Name the folder that "
-                "belongs to what is wanted, or another one for peagle-hf extract to fill; to go back to a revision on "
-                "the hub pass --revision, in training --verifier-revision. (If the verifier has the same weights under "
-                f"another name or revision, write that into {Path(folder) / MANIFEST}.)"
+        if same_weights is False:
+            differing.insert(0, f"revision {self.revision!r} there, {wanted.revision!r} wanted")
+        if not differing:
+            return
+        changed = ""
+        if same_weights is False:
+            changed = (
+                f"They were made by {self.verifier}, and {wanted.verifier} has other weights or another configuration: "
+                "it was changed since (trained further, or saved anew in another dtype), or is another verifier. "
             )
+        raise PeagleError(
+            f"The hidden states in {folder} are of another kind: {'; '.join(differing)}. {changed}Name the folder that "
+            "belongs to what is wanted, or another one for peagle-hf extract to fill; to go back to a revision on the "
+            "hub pass --revision, in training --verifier-revision."
+        )
+
+
+def origin_of(manifest: Manifest | None) -> str | None:
+    """What each file of a folder says of its states, so that a file of another folder is noticed among them."""
+    if manifest is None or manifest.revision is None:
+        return None
+    return f"{manifest.revision} layers {' '.join(map(str, manifest.aux_layer_ids))}"
 
 
 def cache_folder(data_path: str | os.PathLike[str], hidden_states_path: str | os.PathLike[str] | None = None) -> Path:
@@ -196,6 +227,7 @@ class CachedRow:
         scales: float32 [T, 1, 1], of float8 states.
         last: [N, H], the last layer's states of the tokens of `is_target`; None where the slots have them all.
         is_target: bool [T].
+        origin: the weights and layers that they are of (see `origin_of`); None where the file doesn't say.
     """
 
     token_ids: Tensor
@@ -203,6 +235,7 @@ class CachedRow:
     scales: Tensor | None = None
     last: Tensor | None = None
     is_target: Tensor | None = None
+    origin: str | None = None
 
     @property
     def storage(self) -> Storage:
@@ -252,6 +285,7 @@ class CachedRow:
             None if self.scales is None else self.scales[:length],
             None if self.last is None or is_target is None else self.last[: int(is_target.sum())],
             is_target,
+            self.origin,
         )
 
     def stored_as(self, storage: Storage, is_target: Tensor | None = None) -> "CachedRow":
@@ -353,16 +387,19 @@ def write_row(
     token_ids: Tensor,
     storage: Storage = "plain",
     is_target: Tensor | None = None,
+    origin: str | None = None,
 ) -> None:
     """Write a row's states [T, A+1, H] and token ids [T], atomically.
 
     Args:
         is_target: bool [T], for the kinds that keep the last layer's states of these tokens only.
+        origin: that of the folder's manifest (see `origin_of`).
 
     Raises:
         PeagleError: no space is left, or the folder cannot be written to.
     """
-    save_row(row_path(folder, row), CachedRow(token_ids.to(torch.int64), hidden_states).stored_as(storage, is_target))
+    cached = CachedRow(token_ids.to(torch.int64), hidden_states).stored_as(storage, is_target)
+    save_row(row_path(folder, row), replace(cached, origin=origin))
 
 
 def save_row(path: str | os.PathLike[str], row: CachedRow) -> None:
@@ -374,7 +411,11 @@ def save_row(path: str | os.PathLike[str], row: CachedRow) -> None:
     states = {STATES: row.slots} if row.last is None else {AUX_STATES: row.slots, LAST_STATES: row.last}
     tensors = states | {TOKENS: row.token_ids, SCALES: row.scales, IS_TARGET: row.is_target}
     with atomic_path(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}, temporary)
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None},
+            temporary,
+            None if row.origin is None else {ORIGIN: row.origin},
+        )
 
 
 def read_row(folder: str | os.PathLike[str], row: int, length: int | None = None) -> CachedRow:
@@ -392,11 +433,12 @@ def read_row(folder: str | os.PathLike[str], row: int, length: int | None = None
             is_learnt = AUX_STATES in file.keys()  # noqa: SIM118 (it is no dict)
             slots = file.get_slice(AUX_STATES if is_learnt else STATES)[:length]
             scales = file.get_slice(SCALES)[:length] if slots.dtype == FP8 else None
+            origin = (file.metadata() or {}).get(ORIGIN)
             if not is_learnt:
-                return CachedRow(token_ids, slots, scales)
+                return CachedRow(token_ids, slots, scales, origin=origin)
             is_target = file.get_slice(IS_TARGET)[:length]
             last = file.get_slice(LAST_STATES)[: int(is_target.sum())]
-            return CachedRow(token_ids, slots, scales, last, is_target)
+            return CachedRow(token_ids, slots, scales, last, is_target, origin)
     except (OSError, SafetensorError) as error:
         raise PeagleError(
             f"The hidden states {path} can't be read: {error}. Remove the file and run peagle-hf extract again, which "
@@ -428,10 +470,12 @@ def check_row(
     shape: tuple[int | None, int | None, int | None],
     token_ids: Tensor | None = None,
     is_target: Tensor | None = None,
+    origin: str | None = None,
+    read_values: bool = False,
 ) -> str | None:
     """Say why a file can't be used, or None if it can; see `row_layout`."""
     try:
-        row_layout(path, shape, token_ids, is_target)
+        row_layout(path, shape, token_ids, is_target, origin, read_values)
         return None
     except UnusableRow as error:
         return str(error)
@@ -442,15 +486,17 @@ def row_layout(
     shape: tuple[int | None, int | None, int | None] = (None, None, None),
     token_ids: Tensor | None = None,
     is_target: Tensor | None = None,
+    origin: str | None = None,
     read_values: bool = False,
 ) -> RowLayout:
     """Look at a file's header, which also shows whether the file is as long as it should be.
 
     Args:
         shape: the wanted (T, A+1, H), None for what may be anything.
-        token_ids: int64 [T]; with them the tokens are compared and all values read.
+        token_ids: int64 [T], the tokens whose states they must be.
         is_target: bool [T], the tokens whose last layer's states must be there.
-        read_values: read all values even without `token_ids`.
+        origin: that of the folder's manifest; a file that names another one is of other weights or layers.
+        read_values: read all values, which must be finite.
 
     Raises:
         UnusableRow: it can't be opened, or holds something else.
@@ -461,13 +507,16 @@ def row_layout(
             if any(wanted not in (None, found) for wanted, found in zip(shape, layout.shape, strict=True)):
                 wanted = [found if size is None else size for size, found in zip(shape, layout.shape, strict=True)]
                 raise UnusableRow(f"hidden_states is {list(layout.shape)} instead of {wanted} (tokens, layers, size)")
+            found_origin = (file.metadata() or {}).get(ORIGIN)
+            if None not in (origin, found_origin) and found_origin != origin:
+                raise UnusableRow(f"it holds states of other weights or layers ({found_origin})")
             if token_ids is not None and not torch.equal(file.get_tensor(TOKENS).long(), token_ids):
                 raise UnusableRow("it holds the states of other tokens")
             if is_target is not None and layout.storage in LEARNT_STORAGES:
                 num_lacking = int((is_target & ~file.get_tensor(IS_TARGET)).sum())
                 if num_lacking:
                     raise UnusableRow(f"it lacks the last layer's states of {num_lacking} tokens that are learnt")
-            if token_ids is not None or read_values:
+            if read_values:
                 for name in {STATES, AUX_STATES, LAST_STATES, SCALES} & set(file.keys()):
                     if not all(part.float().isfinite().all() for part in file.get_tensor(name).split(TOKENS_AT_ONCE)):
                         raise UnusableRow("it has values that are not finite")

@@ -15,6 +15,7 @@ from ..cod import target_tokens
 from ..console import progress_bar
 from ..errors import PeagleError
 from ..files import read_json, write_json
+from ..fingerprint import has_weights
 from .cache import (
     FP8_STORAGES,
     LEARNT_STORAGES,
@@ -24,6 +25,7 @@ from .cache import (
     UnusableRow,
     cached_rows,
     failed_rows,
+    origin_of,
     read_row,
     row_layout,
     row_path,
@@ -83,6 +85,7 @@ class CacheReport:
         missing: prepared rows without a file; None if the prepared dataset isn't known.
         failed: those of them that a server failed, and why.
         unusable: rows whose file can't be used, and why.
+        verifier_changed: the verifier's folder has other weights now; False where that isn't known.
     """
 
     folder: str
@@ -95,6 +98,7 @@ class CacheReport:
     missing: list[int] | None
     failed: dict[int, str]
     unusable: dict[int, str]
+    verifier_changed: bool = False
 
 
 def cache(arguments: CacheArguments) -> CacheReport | None:
@@ -121,6 +125,13 @@ def cache(arguments: CacheArguments) -> CacheReport | None:
         )
     report = inspect(arguments.folder, arguments.preprocessed_data, read_values=arguments.action == "verify")
     print(table(report))
+    if arguments.action == "verify" and report.verifier_changed:
+        assert report.manifest is not None
+        raise PeagleError(
+            f"{arguments.folder} holds the states of other weights than those in {report.manifest.verifier} now: the "
+            "verifier was changed since (trained further, or saved anew in another dtype). Put its old weights back, "
+            "or extract into another folder."
+        )
     if arguments.action == "verify" and (report.missing or report.unusable):
         raise PeagleError(
             f"{len(report.unusable)} files of {arguments.folder} can't be used and {len(report.missing or ())} rows "
@@ -149,10 +160,11 @@ def inspect(folder: str, preprocessed_data: str | None = None, read_values: bool
         if lengths is not None and row >= len(lengths):
             unusable[row] = f"the prepared dataset has {len(lengths)} rows only"
             continue
-        token_ids, is_target = _content(data if read_values else None, row)
+        token_ids, is_target = _content(data, row)
         length = None if lengths is None else lengths[row]
         try:
-            layout = row_layout(row_path(folder, row), (length, num_slots, size), token_ids, is_target, read_values)
+            path, shape = row_path(folder, row), (length, num_slots, size)
+            layout = row_layout(path, shape, token_ids, is_target, origin_of(manifest), read_values)
         except UnusableRow as error:
             unusable[row] = str(error)
             continue
@@ -174,7 +186,17 @@ def inspect(folder: str, preprocessed_data: str | None = None, read_values: bool
         missing,
         failed,
         unusable,
+        manifest is not None and _is_changed(manifest),
     )
+
+
+def _is_changed(manifest: Manifest) -> bool:
+    """Whether a verifier that is a folder here has other weights than when the states were made."""
+    try:
+        return os.path.isdir(manifest.verifier) and has_weights(manifest.revision, manifest.verifier) is False
+    except PeagleError as error:
+        logger.warning("The weights of the verifier aren't compared: %s", error)
+        return False
 
 
 def table(report: CacheReport) -> str:
@@ -182,9 +204,10 @@ def table(report: CacheReport) -> str:
     manifest = report.manifest
     kinds = ", ".join(f"{name} ({count})" for name, count in report.storages.items())
     dtypes = ", ".join(report.dtypes)
+    now = ", which has other weights now" if report.verifier_changed else ""
     lines = {
         "Folder": report.folder,
-        "Verifier": f"{manifest.verifier} ({manifest.architecture})" if manifest else f"not known: no {MANIFEST}",
+        "Verifier": f"{manifest.verifier} ({manifest.architecture}){now}" if manifest else f"not known: no {MANIFEST}",
         "Layers": f"{manifest.aux_layer_ids} and the last, of {manifest.num_layers}" if manifest else "not known",
         "Storage": f"{kinds} in {dtypes}" if report.num_rows else "no file",
         "Rows": f"{report.num_rows}",
@@ -253,7 +276,8 @@ def convert(
     for row in progress_bar([row for row in rows if row not in done], desc="Converting", unit="row"):
         token_ids, is_target = _content(data, row)
         try:
-            layout = row_layout(row_path(folder, row), token_ids=token_ids, is_target=is_target, read_values=True)
+            path, any_shape = row_path(folder, row), (None, None, None)
+            layout = row_layout(path, any_shape, token_ids, is_target, origin_of(manifest), read_values=True)
         except UnusableRow as error:
             raise PeagleError(
                 f"{row_path(folder, row)} can't be converted: {error}. Run peagle-hf extract with --validate-outputs, "
@@ -268,7 +292,7 @@ def convert(
             converted = read_row(folder, row).stored_as(storage, is_target)
         except PeagleError as error:
             raise PeagleError(f"{row_path(folder, row)} can't be converted to {storage}. {error}") from error
-        save_row(row_path(working, row), converted)
+        save_row(row_path(working, row), replace(converted, origin=origin_of(manifest)))
     if manifest is not None:
         dtype = "bfloat16" if {storage, manifest.storage} & {*FP8_STORAGES} else manifest.dtype
         replace(manifest, storage=storage, dtype=dtype).write(working)

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -12,9 +13,20 @@ from torch.utils.data import Dataset, Sampler
 from ..cod import target_tokens
 from ..errors import PeagleError
 from ..target import load_token_freq
-from .cache import CachedRow, Manifest, cache_folder, cached_rows, failed_rows, read_row, row_path, save_row
+from .cache import (
+    CachedRow,
+    Manifest,
+    cache_folder,
+    cached_rows,
+    check_row,
+    failed_rows,
+    origin_of,
+    read_row,
+    row_path,
+    save_row,
+)
 from .endpoint import Endpoint, EndpointError, concurrently
-from .prepared import column, load_prepared
+from .prepared import column, load_prepared, rows_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +93,7 @@ class HiddenStatesDataset(Dataset):
         self.total_seq_len = total_seq_len
         rows = range(len(self.data)) if rows is None else rows
         rows = self._present(rows, on_missing)
+        self._origin = self._check_cache(rows)
         lengths = column(self.data, "seq_len")
         long_enough = [row for row in rows if lengths[row] >= MIN_TOKENS]
         cut = [row for row in long_enough if lengths[row] - 2 > total_seq_len]
@@ -132,6 +145,34 @@ class HiddenStatesDataset(Dataset):
                 f"the drafter reads {list(aux_layer_ids)}. Make it with target_layer_ids={manifest.aux_layer_ids}, or "
                 "extract the others into another folder."
             )
+
+    def _check_cache(self, rows: Sequence[int]) -> str | None:
+        """Refuse hidden states of other rows before any is read; gives what each file must say of its origin.
+
+        A manifest that names these rows is believed. Else the tokens of each file that is there are compared, and where
+        the manifest doesn't know its rows, each file is compared when it is read.
+        """
+        manifest = Manifest.read(self.hidden_states_path)
+        if manifest is None or manifest.rows in (None, rows_fingerprint(self.data_path)):
+            return origin_of(manifest)
+        logger.info("%s was made of another dataset. Its tokens are compared.", self.hidden_states_path)
+        present = cached_rows(self.hidden_states_path)
+        foreign = {}
+        for row in (row for row in rows if row in present):
+            sample, path = self.data[row], row_path(self.hidden_states_path, row)
+            tokens, mask = (torch.as_tensor(sample[name]).long() for name in ("input_ids", "loss_mask"))
+            reason = check_row(path, (None, None, None), tokens, target_tokens(mask.bool()))
+            if reason is not None:
+                foreign[row] = reason
+        if foreign:
+            row, reason = next(iter(foreign.items()))
+            raise PeagleError(
+                f"{len(foreign)} of the files in {self.hidden_states_path} are not those of the rows of "
+                f"{self.data_path}, such as hs_{row}.safetensors: {reason}. The hidden states are of another dataset, "
+                "or the dataset was prepared anew since. Name the folders that belong together, or run peagle-hf "
+                "extract again, which makes just these files anew."
+            )
+        return origin_of(manifest)
 
     def _present(self, rows: Sequence[int], on_missing: OnMissing) -> Sequence[int]:
         present = cached_rows(self.hidden_states_path)
@@ -213,7 +254,7 @@ class HiddenStatesDataset(Dataset):
             states = endpoint.fetch(tokens.tolist(), dtype)
             cached = CachedRow(tokens, states).stored_as(storage, target_tokens(mask.bool()))
             if self.keep_generated:
-                save_row(row_path(self.hidden_states_path, row), cached)
+                save_row(row_path(self.hidden_states_path, row), replace(cached, origin=origin_of(manifest)))
             return cached.first(self.total_seq_len + 2)
 
         generated = {}
@@ -233,7 +274,13 @@ class HiddenStatesDataset(Dataset):
         if not torch.equal(cached.token_ids, tokens):
             raise PeagleError(
                 f"{self.hidden_states_path}/hs_{row}.safetensors holds the states of other tokens than row {row} of "
-                "the prepared dataset. Run peagle-hf extract with --validate-outputs, which makes such files again."
+                "the prepared dataset. Run peagle-hf extract again, which makes such files anew."
+            )
+        if None not in (cached.origin, self._origin) and cached.origin != self._origin:
+            raise PeagleError(
+                f"{row_path(self.hidden_states_path, row)} holds states of other weights or layers ({cached.origin}) "
+                f"than the manifest of its folder says ({self._origin}). Run peagle-hf extract again, which makes such "
+                "files anew."
             )
         loss_mask = torch.as_tensor(sample["loss_mask"])[:length].bool()
         try:

@@ -44,6 +44,7 @@ from .cache import (
     cache_folder,
     cached_rows,
     check_row,
+    origin_of,
     row_path,
     write_row,
 )
@@ -59,7 +60,7 @@ from .endpoint import (
     endpoint_urls,
     served_model,
 )
-from .prepared import load_prepared, read_prepare_record
+from .prepared import load_prepared, read_prepare_record, rows_fingerprint
 from .server_folder import check_layers, remove_unfetched, require_layers
 
 if TYPE_CHECKING:
@@ -255,33 +256,32 @@ def extract(arguments: ExtractArguments) -> ExtractReport:
         check_layer_ids(wanted, config),
         revision=arguments.revision,
         dtype=arguments.dtype,
-        tokenizer_fingerprint=record.get("tokenizer_fingerprint"),
         storage=arguments.storage,
-        chat_template_kwargs=record.get("chat_template_kwargs"),
+        prepared=record | {"rows_fingerprint": rows_fingerprint(arguments.preprocessed_data)},
     )
     data = load_prepared(arguments.preprocessed_data).with_format(None)
     rows = enumerate(data["seq_len"][: arguments.max_samples])
     lengths = {row: length for row, length in rows if row % arguments.world_size == arguments.rank}
     if (beyond := len(data) - (arguments.max_samples or len(data))) > 0:
         logger.info("--max-samples %d leaves out the last %d of %d rows.", arguments.max_samples, beyond, len(data))
-    present = cached_rows(output) & lengths.keys()
-    check_folder(output, manifest, present)
+    all_present = cached_rows(output)
+    present = all_present & lengths.keys()
+    check_folder(output, manifest, all_present)
     if arguments.dry_run:
         print(_plan(output, manifest, data, {row: length for row, length in lengths.items() if row not in present}))
         return ExtractReport(output, manifest, len(lengths), len(present), {}, 0, 0.0)
     for folder in {output, server_folder}:
         remove_unfetched(folder, arguments.request_timeout)
 
-    made_again = {}
-    for row in progress_bar(sorted(present), desc="Checking", unit="row", disable=not present):
-        shape = lengths[row], len(manifest.aux_layer_ids) + 1, manifest.hidden_size
-        token_ids = is_target = None
-        if arguments.validate_outputs:
-            token_ids, is_target = torch.tensor(data[row]["input_ids"]), _targets(data, row, arguments.storage)
-        reason = check_row(row_path(output, row), shape, token_ids, is_target)
-        if reason is not None:
-            logger.warning("Row %d is made again: %s is unusable, %s.", row, row_path(output, row), reason)
-            made_again[row] = reason
+    if surplus := sorted(row for row in all_present if row >= len(data)):
+        logger.warning(
+            "%s has files of rows that %s doesn't have, such as hs_%d.safetensors: %d of them, which nothing reads.",
+            output,
+            arguments.preprocessed_data,
+            surplus[0],
+            len(surplus),
+        )
+    made_again = _unusable(arguments, output, manifest, data, present)
     missing = {row: length for row, length in lengths.items() if row not in present or row in made_again}
     num_kept = len(lengths) - len(missing)
     logger.info("%d of %d rows are there; %d are to be made.", num_kept, len(lengths), len(missing))
@@ -302,7 +302,32 @@ def extract(arguments: ExtractArguments) -> ExtractReport:
     elif missing:
         _check_context(config, max(missing.values()), model)
         seconds = _make(arguments, manifest, output, data, missing)
+    existing = Manifest.read(output)
+    if existing is not None and existing.rows != manifest.rows and all_present - set(surplus) <= lengths.keys():
+        replace(existing, rows=manifest.rows).write(output)  # all files were compared with these rows
     return ExtractReport(output, manifest, len(lengths), num_kept, made_again, sum(missing.values()), seconds)
+
+
+def _unusable(
+    arguments: ExtractArguments, output: Path, manifest: Manifest, data: "datasets.Dataset", present: set[int]
+) -> dict[int, str]:
+    """The rows whose file isn't that of the prepared row, of the verifier or complete, and why; all of it is logged."""
+    origin = origin_of(Manifest.read(output))
+    unusable = {}
+    for row in progress_bar(sorted(present), desc="Checking", unit="row", disable=not present):
+        sample = data[row]
+        reason = check_row(
+            row_path(output, row),
+            (len(sample["input_ids"]), len(manifest.aux_layer_ids) + 1, manifest.hidden_size),
+            torch.tensor(sample["input_ids"]),
+            _targets(data, row, arguments.storage),
+            origin,
+            read_values=arguments.validate_outputs,
+        )
+        if reason is not None:
+            logger.warning("Row %d is made again: %s is unusable, %s.", row, row_path(output, row), reason)
+            unusable[row] = reason
+    return unusable
 
 
 def plan_batches(lengths: dict[int, int], max_tokens: int) -> list[list[int]]:
@@ -399,9 +424,10 @@ def _make(
 ) -> float:
     """Run the verifier over the rows of `lengths` and write what it gives; returns the seconds that this took."""
     dtype, num_tokens = getattr(torch, arguments.dtype), sum(lengths.values())
-    _begin(arguments, output, manifest, data, lengths)
+    _check_disk(output, num_tokens, _bytes_needed(manifest, data, lengths))
     model = _load(arguments)
     check_logits(model)
+    origin = _begin(arguments, output, manifest)
     on_cpu = model.device.type == "cpu"
     batches = plan_batches(lengths, arguments.max_batch_tokens or (CPU_BATCH_TOKENS if on_cpu else GPU_BATCH_TOKENS))
     num_cores = torch.get_num_threads()
@@ -420,7 +446,8 @@ def _make(
                     "row was written, the rows before it are kept. Try --verifier-dtype float32 or --dtype bfloat16, "
                     "and look at the row's text."
                 )
-            write_row(output, row, states, token_ids, arguments.storage, _targets(data, row, arguments.storage))
+            is_target = _targets(data, row, arguments.storage)
+            write_row(output, row, states, token_ids, arguments.storage, is_target, origin)
         return sum(lengths[row] for row in rows)
 
     start = time.perf_counter()
@@ -452,7 +479,8 @@ def _make_by_server(
         PeagleError: a row failed; all that didn't are there.
     """
     dtype, num_tokens = getattr(torch, arguments.dtype), 0
-    _begin(arguments, output, manifest, data, lengths)
+    _check_disk(output, sum(lengths.values()), _bytes_needed(manifest, data, lengths))
+    origin = _begin(arguments, output, manifest)
     record = output / ("failed.json" if arguments.world_size == 1 else f"failed_{arguments.rank}.json")
     record.unlink(missing_ok=True)
     limit = 1 if arguments.fail_on_error else arguments.max_consecutive_errors or arguments.concurrency
@@ -462,9 +490,8 @@ def _make_by_server(
     def make(row: int) -> None:
         token_ids = data[row]["input_ids"]
         states = endpoint.fetch(token_ids, dtype)
-        write_row(
-            output, row, states, torch.tensor(token_ids), arguments.storage, _targets(data, row, arguments.storage)
-        )
+        is_target = _targets(data, row, arguments.storage)
+        write_row(output, row, states, torch.tensor(token_ids), arguments.storage, is_target, origin)
 
     start = time.perf_counter()
     longest_first = sorted(lengths, key=lambda row: (-lengths[row], row))
@@ -503,15 +530,14 @@ def _targets(data: "datasets.Dataset", row: int, storage: Storage | None) -> Ten
     return target_tokens(torch.tensor(data[row]["loss_mask"]).bool()) if storage in LEARNT_STORAGES else None
 
 
-def _begin(
-    arguments: ExtractArguments, output: Path, manifest: Manifest, data: "datasets.Dataset", lengths: dict[int, int]
-) -> None:
-    """Make sure that the rows fit on the disk, and say in the folder what they are."""
-    _check_disk(output, sum(lengths.values()), _bytes_needed(manifest, data, lengths))
+def _begin(arguments: ExtractArguments, output: Path, manifest: Manifest) -> str | None:
+    """Say in the folder what its files are; gives what each of them is to say of its origin."""
     if arguments.rank == 0:
         write_config(arguments, config_path(output, "extract"), "extract")
-    if Manifest.read(output) is None:
+    existing = Manifest.read(output)
+    if existing is None:
         manifest.write(output)
+    return origin_of(existing or manifest)
 
 
 def _bytes_needed(manifest: Manifest, data: "datasets.Dataset", lengths: dict[int, int]) -> int:
@@ -525,8 +551,7 @@ def _bytes_needed(manifest: Manifest, data: "datasets.Dataset", lengths: dict[in
 
 def _plan(output: Path, manifest: Manifest, data: "datasets.Dataset", missing: dict[int, int]) -> str:
     """What `extract` would do, for `--dry-run`."""
-    existing = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
-    free, needed = shutil.disk_usage(existing).free, _bytes_needed(manifest, data, missing)
+    free, needed = _free_bytes(output), _bytes_needed(manifest, data, missing)
     return "\n".join(
         [
             f"would run {manifest.verifier} ({manifest.architecture}, {manifest.num_layers} layers) and store layers "
@@ -604,7 +629,7 @@ def check_folder(output: Path, manifest: Manifest, present: set[int]) -> None:
 def _check_disk(output: Path, num_tokens: int, needed: int) -> None:
     """Say how many bytes the states need on the disk, and refuse to begin what can't fit."""
     check_writable(output)
-    free = shutil.disk_usage(output).free
+    free = _free_bytes(output)
     logger.info("%d tokens need %.2f GiB in %s; %.2f GiB are free.", num_tokens, needed / 2**30, output, free / 2**30)
     if needed > free:
         raise PeagleError(
@@ -612,6 +637,12 @@ def _check_disk(output: Path, num_tokens: int, needed: int) -> None:
             f"{free / 2**30:.2f} GiB are free. Free some space, name an --output on another disk, or take fewer rows "
             "with --max-samples."
         )
+
+
+def _free_bytes(folder: Path) -> int:
+    """What is free on the disk of a folder, which need not exist yet."""
+    existing = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    return shutil.disk_usage(existing).free
 
 
 def _load(arguments: ExtractArguments) -> PreTrainedModel:

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..arguments import Arguments, check_ranges, config_path, write_config
+from ..arguments import CONFIG, Arguments, check_ranges, config_path, write_config
 from ..errors import PeagleError
-from ..files import atomic_path, remove_leftovers, write_json
+from ..files import atomic_path, check_writable, remove_leftovers, with_places, write_json
+from ..fingerprint import file_fingerprint
 from ..target import load_token_freq
 from .cache import cache_folder
 from .chats import Chat, Unlearnable, count_answers, read_chat
@@ -29,9 +30,12 @@ from .prepared import (
     DATASET_INFO,
     DATASET_STATE,
     PREPARE_RECORD,
+    UNMOVED,
     column,
+    digest_of_rows,
     load_prepared,
     read_prepare_record,
+    row_digest,
 )
 from .sources import Source, data_sha256, is_local_file, open_source, source_name
 from .tokenizer import (
@@ -40,6 +44,7 @@ from .tokenizer import (
     ChatOptions,
     load_tokenizer,
     read_template_kwargs,
+    tokenization_fingerprint,
     tokenizer_fingerprint,
     vocabulary_fingerprint,
 )
@@ -57,11 +62,10 @@ COUNTS = (
     *("rows", "tokens", "learnt_tokens", "truncated_rows", "cut_tokens"),
 )
 """What `prepare.json` counts, of all sources and of each: conversations, rows, what is in the rows and what was cut."""
-# The record goes first when files are removed and comes last when they are put in place: it says that all is complete.
-_OWN_FILES = (
-    *(PREPARE_RECORD, "data-*.arrow", DATASET_INFO, DATASET_STATE, "skipped.json", "token_freq.pt"),
-    *(f"{INSPECTION}.html", f"{INSPECTION}.json", CHAT_TEMPLATE_FILE),
-)
+_CHECKED_FILES = ("data-*.arrow", DATASET_INFO, DATASET_STATE, "token_freq.pt", CHAT_TEMPLATE_FILE)
+"""The record has a fingerprint of these, so that whoever reads the dataset notices another file in their place."""
+_SKIPPED = "skipped.json"
+_OWN_FILES = (PREPARE_RECORD, *_CHECKED_FILES, _SKIPPED, f"{INSPECTION}.html", f"{INSPECTION}.json")
 
 CONVERSATION = "conversation"
 """A field of a row in the data: rows of one source with the same value, text or an integer, are one conversation."""
@@ -183,6 +187,7 @@ def prepare(arguments: PrepareArguments) -> Path:
     origin = {
         "model": arguments.model,
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+        "tokenization_fingerprint": tokenization_fingerprint(tokenizer),
         "data": [source_name(data) for data in arguments.data],
         "data_sha256": [data_sha256(data) for data in arguments.data],
         "weights": arguments.weights,
@@ -194,6 +199,8 @@ def prepare(arguments: PrepareArguments) -> Path:
         "chat_template_kwargs": read_template_kwargs(arguments.chat_template_kwargs),
         "preference": arguments.preference,
     }
+    if not arguments.dry_run:
+        _finish_move(output)
     is_made = _is_made(output, origin, arguments.overwrite)
     if arguments.dry_run:
         print(_plan(arguments, is_made))
@@ -202,13 +209,18 @@ def prepare(arguments: PrepareArguments) -> Path:
         logger.info("%s already holds this dataset; it is kept as it is.", output)
     else:
         remove_leftovers(output, r"\.prepared")
-        with atomic_path(output / ".prepared") as folder:
+        check_writable(output)
+        with atomic_path(output / UNMOVED) as folder:
             folder.mkdir()
-            _make(folder, tokenizer, arguments, origin)
+            made = _make(folder, tokenizer, arguments, origin)
             write_config(arguments, folder / config_path(output, "prepare").name, "prepare")
             if arguments.chat_template is not None:
                 (folder / CHAT_TEMPLATE_FILE).write_text(str(tokenizer.chat_template), encoding="utf-8")
-        _move_files(output / ".prepared", output)
+            checked = (path for pattern in _CHECKED_FILES for path in folder.glob(pattern))
+            files = {path.name: file_fingerprint(path) for path in checked}
+            record = origin | made | {"files": files}
+            write_json(folder / PREPARE_RECORD, with_places(record, "model", output))
+        _finish_move(output)
     if arguments.token_freq_path is not None:
         with atomic_path(arguments.token_freq_path) as temporary:
             shutil.copyfile(output / "token_freq.pt", temporary)
@@ -301,7 +313,7 @@ class _RowMaker:
             "loss_mask": mask,
             "seq_len": len(ids),
             "num_cut": len(row.input_ids) - len(ids),
-            "content": hashlib.sha256(ids.tobytes() + mask.tobytes()).hexdigest(),
+            "content": row_digest(ids, mask),
             "answers": len(row.ends) - num_cut,
             "cut_answers": num_cut,
             "marked_answers": len(row.marked),
@@ -427,8 +439,8 @@ def _working_features() -> "datasets.Features":
 
 def _make(
     folder: Path, tokenizer: PreTrainedTokenizerBase, arguments: PrepareArguments, origin: dict[str, Any]
-) -> None:
-    """Write all files of the prepared dataset into the empty `folder`."""
+) -> dict[str, Any]:
+    """Write rows, token counts and what was left out into the empty `folder`; gives what to record of them."""
     scratch = folder / "scratch"
     scratch.mkdir()
     sources = [open_source(data, scratch) for data in arguments.data]
@@ -474,6 +486,7 @@ def _make(
             f"peagle-hf data template --model {arguments.model} shows what it can do."
         )
     dataset = rows.select(kept)
+    rows_fingerprint = digest_of_rows(column(dataset, "content"))
     by_source, token_counts = _count(dataset, ends, sizes, np.searchsorted(last_ids, order))
     dataset = dataset.select_columns(["input_ids", "loss_mask", "seq_len"])
     dataset = dataset.add_column("conversation_id", shared_ids[: len(kept)])
@@ -485,8 +498,7 @@ def _make(
         "skipped": dict(Counter(entry["reason"] for entry in skipped)),
         "sources": [{"data": data, **counted} for data, counted in zip(origin["data"], by_source, strict=True)],
     }
-    write_json(folder / "skipped.json", skipped)
-    write_json(folder / PREPARE_RECORD, origin | {"counts": counts, "answers": answers})
+    write_json(folder / _SKIPPED, skipped)
     shutil.rmtree(scratch)
     _report(counts, arguments)
     beyond = ", %(beyond_max_samples)d beyond --max-samples" if answers["beyond_max_samples"] else ""
@@ -505,6 +517,7 @@ def _make(
             "verifier generates more of them. `peagle-hf data template` shows it; --chat-template takes another one.",
             answers["marked"],
         )
+    return {"rows_fingerprint": rows_fingerprint, "counts": counts, "answers": answers}
 
 
 def _count_answers(notes: dict[str, list[Any]], num_surplus: int) -> dict[str, int]:
@@ -690,28 +703,25 @@ def _is_made(output: Path, origin: dict[str, Any], overwrite: bool) -> bool:
         raise PeagleError(f"--output {output} is a file. Name a folder.")
     if not any(_own_files(output)):
         return False
-    if overwrite:
-        if any(cache_folder(output).glob("*")):
-            raise PeagleError(
-                f"{cache_folder(output)} holds hidden states of the dataset in {output}; they would not fit "
-                "another one. Remove that folder first, or name another --output."
-            )
-        return False
     record_path = output / PREPARE_RECORD
-    if not record_path.exists():
+    if not record_path.exists() and not overwrite:
         raise PeagleError(
             f"{output} holds a dataset without {PREPARE_RECORD}: it is not complete, or something else made it. "
             "Pass --overwrite to replace it, or name another --output."
         )
-    record = read_prepare_record(output)
-    changes = [
-        f"{name} was {record.get(name)}, is {value}" for name, value in origin.items() if record.get(name) != value
-    ]
-    if changes:
+    changes = _changes(read_prepare_record(output), origin) if record_path.exists() else ["it has no record"]
+    if changes and not overwrite:
         raise PeagleError(
             f"{output} holds a dataset that was made otherwise: {'; '.join(changes)}. "
             "Pass --overwrite to replace it, or name another --output."
         )
+    if changes:
+        if any(cache_folder(output).glob("*")):
+            raise PeagleError(
+                f"{cache_folder(output)} holds hidden states of the dataset in {output}; they would not fit "
+                f"another one ({'; '.join(changes)}). Remove that folder first, or name another --output."
+            )
+        return False
     try:
         load_prepared(output)
         load_token_freq(output / "token_freq.pt")
@@ -721,15 +731,49 @@ def _is_made(output: Path, origin: dict[str, Any], overwrite: bool) -> bool:
     return True
 
 
-def _own_files(folder: Path) -> Iterator[Path]:
-    for pattern in _OWN_FILES:
-        yield from folder.glob(pattern)
-    yield from filter(Path.exists, {config_path(folder, "prepare"), folder / "prepare.yaml"})
+def _changes(record: dict[str, Any], origin: dict[str, Any]) -> list[str]:
+    """How a dataset was made otherwise, by its record; what the record of an earlier version lacks isn't compared.
+
+    What has the same content may have another name now: the folder of the model, a file of data or of a template.
+    """
+    changes = [
+        f"{name} was {record[name]}, is {value}"
+        for name, value in origin.items()
+        if name in record and record[name] != value and name not in ("model", "data", "data_sha256", "chat_template")
+    ]
+    if (record.get("chat_template") is None) != (origin["chat_template"] is None):
+        changes.append(f"chat_template was {record.get('chat_template')}, is {origin['chat_template']}")
+    then, now = (
+        list(zip(one.get("data") or [], one.get("data_sha256") or [], strict=False)) for one in (record, origin)
+    )
+    if len(then) != len(now):
+        changes.append(f"data was {record.get('data')}, is {origin['data']}")
+    for (name_then, sha_then), (name, sha) in zip(then, now, strict=False):
+        if sha_then != sha and name_then == name:
+            changes.append(f"the content of {name} has changed (SHA-256 was {sha_then}, is {sha})")
+        elif sha_then != sha or (sha is None and name_then != name):
+            changes.append(f"data was {name_then}, is {name}")
+    return changes
 
 
-def _move_files(source: Path, target: Path) -> None:
-    for path in _own_files(target):
-        path.unlink()
-    for path in reversed(list(_own_files(source))):
-        os.replace(path, target / path.name)
+def _own_files(folder: Path) -> list[Path]:
+    arguments = {config_path(folder, "prepare"), folder / "prepare.yaml"}
+    return [*(path for pattern in _OWN_FILES for path in folder.glob(pattern)), *filter(Path.exists, arguments)]
+
+
+def _finish_move(output: Path) -> None:
+    """Put the files of a dataset that is complete into place; where this was cut off it goes on."""
+    source = output / UNMOVED
+    if not (source / PREPARE_RECORD).exists():
+        shutil.rmtree(source, ignore_errors=True)
+        return
+    files = read_prepare_record(source)["files"]
+    (output / PREPARE_RECORD).unlink(missing_ok=True)
+    for path in _own_files(output):
+        if path.name not in (*files, _SKIPPED, CONFIG, "prepare.yaml"):
+            path.unlink()
+    for path in _own_files(source):
+        if path.name != PREPARE_RECORD:
+            os.replace(path, output / path.name)
+    os.replace(source / PREPARE_RECORD, output / PREPARE_RECORD)
     source.rmdir()

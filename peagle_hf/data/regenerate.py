@@ -193,8 +193,8 @@ def _regenerate(arguments: RegenerateArguments, output: Path, report_path: Path)
         logger.info("%s is complete already.", output)
         return output
 
+    target = _load(arguments, options)
     with Journal(journal_path) as journal:
-        target = _load(arguments, options)
         basis = _basis(arguments) | options.description()
         _log_changes(journal, basis)
         journal.begin(basis)

@@ -27,6 +27,13 @@ CHAT_KWARGS_OF_DRAFTER_HELP = (
 )
 
 
+_PROBE = (
+    "It's 2,048 tokens\n\n\tdef area(r): return 3.14159 * r**2  # naïve, “quoted” \u2014 100%\r\n"
+    "Größe, señor, привет, 你好世界, こんにちは, مرحبا, 🙂👍🏽 <b>&amp;</b> snake_case CamelCase 1234567   end "
+)
+"""Text of many kinds, which shows how a tokenizer normalizes and cuts it."""
+
+
 @dataclass(frozen=True)
 class ChatOptions:
     """How chats become text: the same in preparing data, training, measuring and serving.
@@ -140,6 +147,18 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     special_tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     content = [sorted(tokenizer.get_vocab().items()), special_tokens, tokenizer.chat_template]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def tokenization_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """32 hex digits of SHA-256 of how text becomes tokens: the merges, and what becomes of a text with some of all.
+
+    Two tokenizers may have the same vocabulary and cut text differently.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    merges = json.loads(backend.to_str())["model"].get("merges", []) if backend is not None else []
+    merges = [" ".join(merge) if isinstance(merge, list) else merge for merge in merges]
+    content = [merges, tokenizer(_PROBE, add_special_tokens=True)["input_ids"]]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 
 def vocabulary_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
