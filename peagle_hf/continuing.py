@@ -83,24 +83,16 @@ def load_drafter(name_or_path: str, config: PeagleConfig) -> PeagleForSpeculatio
     return drafter
 
 
-def check_same_configuration(folder: Path, config: PeagleConfig, is_verifier_known: bool = False) -> None:
-    """Refuse to resume a checkpoint of another drafter or of other sampling.
+def configuration_changes(folder: Path, config: PeagleConfig, is_verifier_known: bool) -> list[str]:
+    """What of a drafter and its sampling is another than in a checkpoint, as phrases.
 
     Args:
         is_verifier_known: the verifiers are compared by their weights, so that their names and paths may differ.
-
-    Raises:
-        PeagleError: names the fields that differ.
     """
     differences = config.differences(PeagleConfig.from_pretrained(whole_drafter(folder)))
     if is_verifier_known:
         differences.pop("speculators_config.verifier.name_or_path", None)
-    if differences:
-        listed = ", ".join(f"{name} (there {theirs!r}, here {ours!r})" for name, (ours, theirs) in differences.items())
-        raise PeagleError(
-            f"{folder} is from a run with another configuration: {listed}. Resume with the same arguments, train into "
-            "another --output-dir, or start from its weights alone with --from-pretrained."
-        )
+    return [f"{name} (there {theirs!r}, here {ours!r})" for name, (ours, theirs) in differences.items()]
 
 
 def _saved_config(name_or_path: str) -> PeagleConfig:

@@ -23,6 +23,9 @@ On a GPU 2,048 rows of Qwen3's vocabulary: the product that gives the gradient t
 rounds over an H100's 132 multiprocessors.
 """
 
+SCALED_ROWS = 4096
+"""Rows of a 16-bit gradient that are scaled in float32 at a time."""
+
 Divergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(log p, log q), each [n, V] -> (the divergence of each row [n], its gradient to q's logits [n, V])."""
 
@@ -191,10 +194,20 @@ class _DistillationLoss(torch.autograd.Function):
     def backward(ctx, loss_grad, *_):  # type: ignore[no-untyped-def]
         student_grad, head_grad = ctx.saved_tensors
         return (
-            None if student_grad is None else student_grad * loss_grad.to(student_grad.dtype),
-            None if head_grad is None else head_grad * loss_grad.to(head_grad.dtype),
+            None if student_grad is None else _scaled(student_grad, loss_grad),
+            None if head_grad is None else _scaled(head_grad, loss_grad),
             *[None] * 5,
         )
+
+
+def _scaled(grad_NH: Tensor, scale: Tensor) -> Tensor:
+    """A gradient times a scalar that isn't rounded to the gradient's dtype: in bfloat16 1/N is off by up to 0.4 %."""
+    if grad_NH.dtype == scale.dtype:
+        return grad_NH * scale
+    scaled_NH = torch.empty_like(grad_NH)
+    for part, scaled in zip(grad_NH.split(SCALED_ROWS), scaled_NH.split(SCALED_ROWS), strict=True):
+        scaled.copy_(part.to(scale.dtype) * scale)
+    return scaled_NH
 
 
 def _normalizers(logits_nV: Tensor) -> tuple[Tensor, Tensor]:

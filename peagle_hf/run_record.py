@@ -8,13 +8,12 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Sized
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from peft import PeftModel
@@ -25,10 +24,11 @@ from .arguments import flag_of, plain
 from .configuration_peagle import PeagleConfig
 from .data.cache import Manifest
 from .data.dataset import HiddenStatesDataset
+from .data.prepared import rows_fingerprint
 from .errors import PeagleError
 from .files import locked_folder, read_json, write_json
+from .fingerprint import weights_of
 from .redaction import public_settings
-from .target import weights_of
 from .training_args import PeagleTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -134,10 +134,11 @@ class RunRecord:
 
     Attributes:
         arguments: all of `PeagleTrainingArguments` but secrets; paths as seen from the output folder.
-        samples: number and digest of the prepared samples that are trained on, in their order.
+        data: fingerprint of the prepared samples (see `data.prepared.rows_fingerprint`).
+        samples: number and digest of the rows among them that are trained on.
         validation_samples: the same of those that it validates on, by the name of the data set.
         packing: number and digest of the packed sequences.
-        verifier: its fingerprint or commit (see `target.weights_of`).
+        verifier: its fingerprint or commit (see `fingerprint.weights_of`).
         hidden_states: what the cache's manifest says of its states.
         start: fingerprint of the drafter that `from_pretrained` names, "new" without it.
         draft_vocabulary: digest of its tokens.
@@ -156,6 +157,7 @@ class RunRecord:
     """
 
     arguments: dict[str, Any]
+    data: str | None = None
     samples: str | None = None
     validation_samples: str | dict[str, str] | None = None
     packing: str | None = None
@@ -230,17 +232,18 @@ def describe_run(
     """
     evaluated = eval_dataset
     if isinstance(eval_dataset, Mapping):
-        evaluated = {str(name): samples_digest(one) for name, one in eval_dataset.items()}
+        evaluated = {str(name): _samples(one) for name, one in eval_dataset.items()}
     elif eval_dataset is not None:
-        evaluated = samples_digest(eval_dataset)
+        evaluated = _samples(eval_dataset)
     manifest: Any = None
     if isinstance(train_dataset, HiddenStatesDataset):
         manifest = Manifest.read(train_dataset.hidden_states_path)
-    states = manifest and {"weights": manifest.revision, "dtype": manifest.dtype, "storage": manifest.storage}
+    states = manifest and {"dtype": manifest.dtype, "storage": manifest.storage}
     start = args.from_pretrained
     return RunRecord(
         arguments=arguments_of(args),
-        samples=samples_digest(train_dataset),
+        data=rows_fingerprint(train_dataset.data_path) if isinstance(train_dataset, HiddenStatesDataset) else None,
+        samples=_samples(train_dataset),
         validation_samples=evaluated,
         packing=packing_of(train_dataset),
         verifier=_weights(config.verifier_name_or_path, args.verifier_revision),
@@ -301,8 +304,9 @@ def changes_between(before: RunRecord, now: RunRecord) -> tuple[dict[str, list[A
 
 
 _WORDS = {
-    "samples": "the training samples were",
-    "validation_samples": "the validation samples were",
+    "data": "the prepared samples were",
+    "samples": "the training samples among them were",
+    "validation_samples": "the validation samples among them were",
     "packing": "the packed sequences were",
     "verifier": "the verifier's weights were",
     "start": "the drafter of --from-pretrained was",
@@ -317,10 +321,10 @@ _WORDS = {
 _ROWS = {"seed", "train_data_ratio", "total_seq_len"}
 _ADAPTER = {"lora_r", "lora_alpha", "lora_dropout", "lora_modules_to_save"}
 _EXPLAINED_BY = {
-    "samples": _ROWS,
-    "validation_samples": {*_ROWS, "samples"},
-    "packing": {*_ROWS, "samples"},
-    "draft_vocabulary": {"samples"},
+    "samples": {*_ROWS, "data"},
+    "validation_samples": {*_ROWS, "data", "samples"},
+    "packing": {*_ROWS, "data", "samples"},
+    "draft_vocabulary": {"data"},
     "adapter": _ADAPTER,
     "trained": {*_ADAPTER, "train_head", "adapter"},
     "optimizer": {"optim"},
@@ -360,19 +364,20 @@ def _other_sharding(before: RunRecord, now: RunRecord) -> list[str]:
     return [f"the optimizer's states were divided by {old}, by {new} now, and can't be divided anew"]
 
 
-def check_resume(folder: Path, before: RunRecord, now: RunRecord, step: int) -> RunRecord:
+def check_resume(folder: Path, before: RunRecord, now: RunRecord, step: int, others: Sequence[str] = ()) -> RunRecord:
     """Compare a run with the one that it goes on from, log what changed, and give its record from here on.
 
     Args:
         folder: the checkpoint.
         before: its record.
         step: its optimizer steps.
+        others: more that differs and must not, as phrases.
 
     Raises:
         PeagleError: names all that differs and must not, and what to do.
     """
     taken, refused = changes_between(before, now)
-    if refused:
+    if refused := [*others, *refused]:
         raise PeagleError(f"{folder} can't be resumed, as it is of another run: {'; '.join(refused)}. {_REMEDY}")
     if taken:
         _log_changes(taken)
@@ -445,20 +450,11 @@ def record_of_earlier_version(training: Mapping[str, Any]) -> RunRecord:
     )
 
 
-def samples_digest(dataset: Any) -> str | None:
-    """Number and digest of the prepared samples of a dataset, by their tokens and masks; None of other datasets."""
-    if not isinstance(dataset, HiddenStatesDataset):
-        return f"{len(dataset)} items" if hasattr(dataset, "__len__") else None
-    rows = sorted(row for packed in dataset.plan for row in packed)
-    digest = hashlib.sha256()
-    data = dataset.data.select_columns(["input_ids", "loss_mask"]).select(rows).with_format("arrow")
-    for table in data.iter(batch_size=4096):
-        for name in ("input_ids", "loss_mask"):
-            lists = table[name].combine_chunks()
-            lengths = np.asarray(lists.value_lengths(), dtype=np.int64)
-            digest.update(lengths.tobytes())
-            digest.update(np.asarray(lists.flatten(), dtype=np.int32).tobytes())
-    return f"{len(rows)} ({digest.hexdigest()[:16]})"
+def _samples(dataset: Any) -> str | None:
+    if isinstance(dataset, HiddenStatesDataset):
+        rows = sorted(row for packed in dataset.plan for row in packed)
+        return f"{len(rows)} ({_digest(rows)})"
+    return f"{len(dataset)} items" if isinstance(dataset, Sized) else None
 
 
 def packing_of(dataset: Any) -> str | None:
@@ -469,12 +465,7 @@ def packing_of(dataset: Any) -> str | None:
 
 
 def _weights(name_or_path: str | None, revision: str | None) -> str | None:
-    if not name_or_path:
-        return None
-    try:
-        return weights_of(name_or_path, revision)
-    except ValueError:  # neither a folder that is there nor a name that the hub could have
-        return None
+    return weights_of(name_or_path, revision) if name_or_path else None
 
 
 def _draft_vocabulary(model: nn.Module) -> str | None:

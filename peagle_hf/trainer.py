@@ -52,7 +52,7 @@ from .checkpoints import (
 )
 from .configuration_peagle import PeagleConfig
 from .console import is_quiet
-from .continuing import check_same_configuration
+from .continuing import configuration_changes
 from .data.collator import CODDataCollator
 from .data.dataset import EpochSampler, HiddenStatesDataset
 from .data.endpoint import EndpointError
@@ -280,8 +280,8 @@ class PeagleTrainer(Trainer):
             if folder is None:
                 return None, now
             before = RunRecord.read(folder) or record_of_earlier_version(read_record(folder) or {})
-            check_same_configuration(folder, self.config, is_verifier_known=bool(before.verifier and now.verifier))
-            return before, check_resume(folder, before, now, trainer_state(folder)["global_step"])
+            others = configuration_changes(folder, self.config, bool(before.verifier and now.verifier))
+            return before, check_resume(folder, before, now, trainer_state(folder)["global_step"], others)
 
         self._run_before, self._run = on_first(compare)
 
@@ -402,7 +402,7 @@ class PeagleTrainer(Trainer):
         with self._as_only_writer():
             folder = on_first(lambda: self._resumable(resume_from_checkpoint, trial))
             with together():
-                if folder is not None and not is_whole(folder):
+                if folder is not None and not folder.is_dir():
                     raise PeagleError(
                         f"The first process goes on from {folder}, which isn't there for this one. All processes need "
                         "the same output folder: name one on a disk that all machines share, or copy it to each."

@@ -2,9 +2,12 @@
 
 import json
 import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,7 @@ from peagle_hf.arguments import flags
 from peagle_hf.checkpoints import newest_checkpoint
 from peagle_hf.cli import COMMANDS, main
 from peagle_hf.data.dataset import HiddenStatesDataset
+from peagle_hf.run_record import RunRecord
 from peagle_hf.training import train
 
 WORKERS = Path(__file__).parent / "workers"
@@ -209,3 +213,108 @@ def test_commands_that_are_one_process_refuse_to_be_several(command, monkeypatch
     printed = capsys.readouterr().err
     assert printed.startswith(f"peagle-hf {command}: torchrun or accelerate has started 2 processes")
     assert ("--rank and --world-size" in printed) == (command == "extract")
+
+
+CONFIGURATIONS = {
+    "ddp": None,
+    "fsdp2": "FSDP divides a drafter among GPUs; on CPUs each process would hold all of it",
+    "zero2": None,
+    "zero3": None,
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["ddp", "fsdp2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero2", "zero3"))]
+)
+def test_each_configuration_of_the_examples_trains_on_cpus_or_says_why_not(train_flags, name):
+    """Without --use-cpu, in two processes that know each other."""
+    command = ["-m", "accelerate.commands.launch", "--config_file", EXAMPLES / f"{name}.yaml", "--num_processes", "2"]
+    given = flags({**train_flags, "use_cpu": None, "bf16": None, "max_steps": 1, "optim": "adamw_torch"})
+    done = subprocess.run(
+        [sys.executable, *command, "-m", "peagle_hf", "train", *given],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    refused = CONFIGURATIONS[name]
+    if refused is None:
+        assert done.returncode == 0, done.stderr[-3000:]
+        record = RunRecord.read(train_flags["output_dir"])
+        assert record.processes == 2
+        assert record.sharding == ("none" if name == "ddp" else f"ZeRO-{name[-1]} of 2 processes")
+        assert record.precision == "bfloat16"
+    else:
+        assert done.returncode == 1
+        assert f"peagle-hf train: {refused}" in done.stderr
+        assert not Path(train_flags["output_dir"]).exists()
+
+
+FAILING = {
+    "data": "Process 1 on .* has failed, so that all processes end: the disk of this machine is gone",
+    "step": "the disk of this machine is gone",
+    "ends": "Another process of this training has ended",
+    "hangs": "didn't answer within the time that --ddp-timeout allows",
+}
+
+
+@pytest.mark.parametrize("fault", FAILING)
+@pytest.mark.fault("One of two processes fails, ends without a word, or hangs.", "The others end, and say why.")
+def test_a_process_that_fails_takes_the_others_down_with_a_reason(train_flags, fault):
+    """Seen without torchrun, which would end the others by itself on one machine, but not on another one."""
+    started = time.monotonic()
+    processes, port = [], free_port()
+    for rank in range(2):
+        environment = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": 2,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        processes.append(
+            subprocess.Popen(
+                [
+                    sys.executable,
+                    WORKERS / "one_rank_fails.py",
+                    fault,
+                    "train",
+                    *flags(train_flags),
+                    "--ddp-timeout",
+                    "20",
+                ],
+                env=os.environ
+                | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+                | {name: str(value) for name, value in environment.items()},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    printed = processes[0].communicate(timeout=120)[0]
+    assert processes[0].returncode == 1, printed[-3000:]
+    assert re.search(FAILING[fault] if fault != "step" else FAILING["ends"], printed), printed[-3000:]
+    assert "Traceback" not in printed
+    assert time.monotonic() - started < 100
+    processes[1].kill()
+    processes[1].wait()
+
+
+@pytest.mark.fault("A machine doesn't see the output folder when a run is resumed.", "All processes end and say so.")
+@pytest.mark.fault("Two processes start anew beside a finished run, with --no-resume.", "Both do, and train once.")
+def test_the_first_process_decides_what_is_resumed(train_flags):
+    launch("ddp", train_flags, max_steps=1)
+    worker = [str(WORKERS / "one_rank_fails.py"), "checkpoint"]
+    printed = torchrun(worker, "train", *flags({**train_flags, "max_steps": 2}), ends_well=False)
+    assert re.search(r"Process 1 on .* has failed, so that all processes end: The first process goes on from", printed)
+    assert "name one on a disk that all machines share" in printed
+    launch("ddp", train_flags, max_steps=1, resume=False, seed=7)
+    record = RunRecord.read(train_flags["output_dir"])
+    assert (record.processes, record.arguments["seed"]) == (2, 7)
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
