@@ -155,7 +155,7 @@ AGAIN = {
 }
 
 
-@pytest.mark.fault("an input or output of a finished pipeline changes", "run says which, and does or refuses the step")
+@pytest.mark.fault("an input or output of a finished pipeline changes", "run names it, and does or refuses the step")
 @pytest.mark.parametrize("change", AGAIN)
 def test_a_finished_step_is_done_again_when_something_changed(
     pipeline, tmp_path, tiny_verifier, caplog, capsys, change
