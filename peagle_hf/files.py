@@ -108,7 +108,8 @@ class _Tried(Exception):
 def _folders_made(folder: Path) -> Iterator[None]:
     """Make a folder and its parents; those of them that were made here and are empty are removed if the block fails."""
     made = [one for one in (folder, *folder.parents) if not one.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     try:
         yield
     except BaseException:
@@ -125,9 +126,8 @@ def locked_folder(folder: str | os.PathLike[str], remedy: str, share: str = "") 
     Args:
         share: names a part of the folder's content that this process writes alone, while others write the rest.
     """
-    with writing(folder):
-        os.makedirs(folder, exist_ok=True)
-    with _locked(Path(folder) / f".{share}.lock".replace("..", "."), folder, remedy):
+    lock_path = Path(folder) / f".{share}.lock".replace("..", ".")
+    with _folders_made(Path(folder)), _locked(lock_path, folder, remedy):
         yield
 
 
@@ -146,9 +146,7 @@ def locked_file(path: str | os.PathLike[str], remedy: str) -> Iterator[None]:
         PeagleError: another process holds the lock; names its host and process id.
     """
     path = Path(path)
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path.with_name(f".{path.name}.lock"), path, remedy):
+    with _folders_made(path.parent), _locked(path.with_name(f".{path.name}.lock"), path, remedy):
         yield
 
 
@@ -171,6 +169,7 @@ def _locked(lock_path: Path, written: str | os.PathLike[str], remedy: str) -> It
     finally:
         _HELD.discard(key)
         holder.unlink(missing_ok=True)
+        lock_path.unlink(missing_ok=True)  # filelock notices it if another process has just opened the file
         lock.release()
 
 

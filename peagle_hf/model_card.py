@@ -17,9 +17,9 @@ from .data.tokenizer import ChatOptions
 from .errors import PeagleError
 from .evaluation.report import estimate
 from .files import read_json
+from .fingerprint import has_weights
 from .modeling_peagle import HUB_TAGS
 from .serving.server import speculative_config
-from .target import weights_of
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ def read_evaluation(path: str | os.PathLike[str], model: str | os.PathLike[str])
         ) from error
     if not rates:
         raise PeagleError(f"{path} holds no acceptance: vLLM drafted nothing. Run peagle-hf evaluate again.")
-    if weights != weights_of(model):
+    if weights is None or not has_weights(weights, model):
         raise PeagleError(
             f"{path} is about other weights than those in {model} (it measured {report['drafter']}). Run peagle-hf "
             f"evaluate --model {model}."

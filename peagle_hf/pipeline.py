@@ -1,17 +1,26 @@
 """`peagle-hf run`: the steps of a pipeline from one YAML file, going on where it stopped."""
 
+import hashlib
 import json
 import logging
+import os
+import re
 import time
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from .arguments import SECTION, Arguments, field_names, parse_mapping
+from .arguments import SECTION, Arguments, config_path, field_names, parse_mapping, write_config
+from .checkpoints import BEST, newest_checkpoint
 from .cli import COMMANDS
+from .data.cache import ROW_FILE, Manifest, cache_folder
+from .data.prepared import CHAT_TEMPLATE_FILE, DATASET_INFO, read_prepare_record, rows_fingerprint
+from .data.sources import data_sha256
 from .errors import PeagleError
-from .files import check_writable, read_json, write_json
+from .files import locked_folder, read_json, write_json
+from .fingerprint import file_fingerprint, weights_of
 from .redaction import public_settings
 
 logger = logging.getLogger(__name__)
@@ -58,54 +67,274 @@ class RunArguments(Arguments):
 
 
 def run(arguments: RunArguments) -> None:
-    """Run a pipeline's steps in order; a finished one is done again only if its arguments or an earlier step changed.
+    """Run a pipeline's steps in order; a finished one is done again if something has changed, and the log says what.
 
-    Steps that are cut off go on where they stopped, as their commands do. All arguments are parsed before the first
-    step starts.
+    That is its arguments, what it reads (by content, wherever it is now) or what it has written. A step that is done
+    again is left to its command, which keeps what it can still use, goes on where it was cut off and refuses to mix
+    what doesn't belong together. All arguments are parsed before the first step starts.
 
     Raises:
         PeagleError: a step is to be done again whose output would stay as it is: training that would go on from its
-            last checkpoint with other arguments or data. More epochs alone are fine.
+            last checkpoint with other arguments or data (more epochs alone are fine), or a file that was changed by
+            hand. Another process runs a pipeline with the same output folder.
     """
     sections = {step: section for step in STEPS if (section := getattr(arguments, step)) is not None}
     parsed: dict[str, Any] = {
         step: parse_mapping(COMMANDS[step].load()[1], section, f"the section {step}", f"peagle-hf {step}")
         for step, section in sections.items()
     }
-    sections = public_settings(sections)  # they are recorded
-    record = Path(arguments.output) / "pipeline.json"
+    with locked_folder(arguments.output, "Wait until it has ended, or name another output.", "run"):
+        write_config(arguments, config_path(arguments.output, "run"), "run")
+        for step, section in public_settings(sections).items():  # they are recorded
+            _run_step(step, parsed[step], section, Path(arguments.output) / "pipeline.json")
+
+
+def _run_step(step: str, arguments: Any, section: dict[str, Any], record: Path) -> None:
     finished = read_json(record, "Remove it: steps that are complete are kept as they are.") if record.exists() else {}
-    check_writable(arguments.output)
-    unchanged = True
-    for step, section in sections.items():
-        were_unchanged, unchanged = unchanged, unchanged and finished.get(step) == section
-        if unchanged:
-            logger.info("%s: finished earlier.", step)
-            continue
-        if step == "train" and step in finished:
-            _require_fresh(parsed[step], finished[step] if were_unchanged else None, section)
-            del finished[step]
-            write_json(record, finished)
+    before = finished.pop(step, None)
+    state = _State.now(step, arguments, section)
+    reasons = [] if before is None else state.differences(before)
+    if before is not None and not reasons:
+        logger.info("%s: finished earlier.", step)
+        return
+    if before is not None:
+        _require_fresh(step, arguments, state, before)
+        logger.info("%s: again, because %s.", step, "; ".join(reasons))
+    else:
         logger.info("%s", step)
-        started = time.monotonic()
-        COMMANDS[step].load()[0](parsed[step])
-        # Of a step behind this one it stays known that it was finished, with something else before it.
-        finished = {name: done if STEPS.index(name) < STEPS.index(step) else None for name, done in finished.items()}
-        finished[step] = section
-        write_json(record, finished)
-        logger.info("%s: %.0f s.", step, time.monotonic() - started)
+    if record.exists():
+        write_json(record, finished)  # until it has ended, the step isn't finished
+    started = time.monotonic()
+    COMMANDS[step].load()[0](arguments)
+    done = _State.now(step, arguments, section)
+    finished[step] = asdict(replace(state, written=done.written, read=state.read | done.grown))
+    write_json(record, {name: finished[name] for name in STEPS if name in finished})
+    logger.info("%s: %.0f s.", step, time.monotonic() - started)
 
 
-def _require_fresh(arguments: Any, before: dict[str, Any] | None, section: dict[str, Any]) -> None:
-    """Refuse to train on from checkpoints of a training that finished with other arguments, None being other data."""
-    from .checkpoints import newest_checkpoint
+@dataclass(frozen=True)
+class _State:
+    """What a step was told, has read and has written, as JSON holds it.
 
-    now, then = (field_names(type(arguments), one or {}) for one in (section, before))
-    changed = [name for name in sorted({*now, *then} - LENGTHS) if now.get(name) != then.get(name)]
-    if arguments.resume and (before is None or changed) and newest_checkpoint(arguments.output_dir):
-        reason = "an earlier step" if before is None else ", ".join(changed)
+    Args:
+        arguments: those that name no place, by field.
+        read: for each thing that it reads, the fingerprints of its parts.
+        written: the same of what it writes.
+    """
+
+    arguments: dict[str, Any]
+    read: dict[str, dict[str, str]]
+    written: dict[str, dict[str, str]]
+
+    @classmethod
+    def now(cls, step: str, arguments: Any, section: dict[str, Any]) -> "_State":
+        places, states = _PLACES[step], []
+        for names in places:
+            found = {}
+            for what, (name, state_of) in names.items():
+                value = _place(step, arguments, name)
+                found[what] = _parts([] if value is None else value if isinstance(value, list) else [value], state_of)
+            states.append(found)
+        named = field_names(type(arguments), section)
+        in_places = {name for names in places for name, _ in names.values()}
+        told = {name: value for name, value in named.items() if name not in in_places}
+        return cls(*json.loads(json.dumps([told, *states])))
+
+    @property
+    def grown(self) -> dict[str, dict[str, str]]:
+        """What a training with a server adds to while it reads it."""
+        return {what: parts for what, parts in self.read.items() if what == HIDDEN_STATES}
+
+    def differences(self, before: dict[str, Any]) -> list[str]:
+        """What has changed since a step was finished, as parts of a sentence."""
+        if not before.keys() >= {"arguments", "read", "written"}:
+            return ["an earlier version of peagle_hf didn't record what it had read and written"]
+        changes = [f"{name} changed" for name in self.changed_arguments(before)]
+        changes += [f"{what} changed" for what in self.changed_inputs(before)]
+        missing, changed = self.changed_outputs(before)
+        changes += [f"{_few(missing)} is missing"] if missing else []
+        changes += [f"{_few(changed)} changed"] if changed else []
+        return changes
+
+    def changed_arguments(self, before: dict[str, Any]) -> list[str]:
+        then = before["arguments"]
+        return [name for name in sorted({*self.arguments, *then}) if self.arguments.get(name) != then.get(name)]
+
+    def changed_inputs(self, before: dict[str, Any]) -> list[str]:
+        then = before["read"]
+        return [what for what in {**self.read, **then} if self.read.get(what) != then.get(what)]
+
+    def changed_outputs(self, before: dict[str, Any]) -> tuple[list[str], list[str]]:
+        """Parts that aren't there any more, and parts that are other ones."""
+        now, then = (
+            {name: part for parts in one.values() for name, part in parts.items()}
+            for one in (self.written, before["written"])
+        )
+        changed = [name for name in then if name in now and now[name] != then[name]]
+        return [name for name in then if name not in now], changed
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+
+
+def _require_fresh(step: str, arguments: Any, state: _State, before: dict[str, Any]) -> None:
+    """Refuse what would leave an output that doesn't go with the arguments, the data or itself.
+
+    Raises:
+        PeagleError: training would go on from the checkpoints of a training that finished with others, or a file that
+            the command takes for its own complete work was changed.
+    """
+    if step not in ("train", "regenerate") or "written" not in before:
+        return
+    _, changed = state.changed_outputs(before)
+    if changed:
         raise PeagleError(
-            f"{reason} changed since train was finished, but it would go on from the checkpoints in "
+            f"{_few(changed)} changed since {step} was finished, which would keep it as it is. Put it back, or remove "
+            f"{'its folder' if step == 'train' else 'it'} to have it made again."
+        )
+    reasons = [
+        *(name for name in state.changed_arguments(before) if name not in LENGTHS),
+        *state.changed_inputs(before),
+    ]
+    if step == "train" and arguments.resume and reasons and newest_checkpoint(arguments.output_dir):
+        raise PeagleError(
+            f"{', '.join(reasons)} changed since train was finished, but it would go on from the checkpoints in "
             f"{arguments.output_dir}, where nothing is left to do. Remove that folder to train anew, or name another "
             "one in the section train."
         )
+
+
+def _place(step: str, arguments: Any, name: str) -> Any:
+    """A step's argument that names a place, or the place that it stands for where it isn't given."""
+    value = getattr(arguments, name)
+    if value is not None:
+        return value
+    if (step, name) == ("extract", "output"):
+        return str(cache_folder(arguments.preprocessed_data))
+    if (step, name) == ("extract", "model"):
+        return None if arguments.endpoint else read_prepare_record(arguments.preprocessed_data).get("model")
+    if (step, name) == ("train", "hidden_states_path"):
+        return str(cache_folder(arguments.data_path))
+    return None
+
+
+def _parts(values: list[Any], state_of: Callable[[Path], dict[str, str]]) -> dict[str, str]:
+    """The fingerprints of some places; what is no place of this machine, such as a hub name, stands for itself."""
+    parts: dict[str, str] = {}
+    for number, value in enumerate(values):
+        path = Path(str(value))
+        if not path.exists():
+            parts |= {} if os.path.isabs(str(value)) else {f"name {number}": weights_of(str(value)) or str(value)}
+            continue
+        try:
+            parts |= {f"{number}/{name}" if number else name: part for name, part in state_of(path).items()}
+        except (PeagleError, OSError) as error:
+            parts[f"damage {number}"] = str(error)
+    return parts
+
+
+def _model(folder: Path) -> dict[str, str]:
+    """Weights and tokenizer."""
+    files = [path for path in sorted(folder.iterdir()) if path.name.startswith(_TOKENIZER_FILES)]
+    return {"weights": str(weights_of(folder))} | {path.name: file_fingerprint(path) for path in files}
+
+
+def _weights(folder: Path) -> dict[str, str]:
+    return {"weights": str(weights_of(folder))}
+
+
+def _file(path: Path) -> dict[str, str]:
+    return {path.name: file_fingerprint(path)}
+
+
+def _data(path: Path) -> dict[str, str]:
+    return {"content": str(data_sha256(str(path)))}
+
+
+def _prepared(folder: Path) -> dict[str, str]:
+    if not (folder / DATASET_INFO).exists():
+        return {}
+    return {"rows": rows_fingerprint(folder)} | {
+        name: file_fingerprint(folder / name)
+        for name in (CHAT_TEMPLATE_FILE, "token_freq.pt")
+        if (folder / name).exists()
+    }
+
+
+def _hidden_states(folder: Path) -> dict[str, str]:
+    """The manifest but for the place of the verifier, and the sizes of all files."""
+    with os.scandir(folder) as entries:
+        sizes = sorted((entry.name, entry.stat().st_size) for entry in entries if ROW_FILE.fullmatch(entry.name))
+    if not sizes:
+        return {}
+    manifest = Manifest.read(folder)
+    described = None if manifest is None else asdict(replace(manifest, verifier=""))
+    digest = hashlib.sha256(json.dumps([described, sizes]).encode()).hexdigest()[:16]
+    return {f"{folder.name}/hs_*.safetensors": f"{len(sizes)} files, {digest}"}
+
+
+def _checkpoints(folder: Path) -> dict[str, str]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    names = {
+        str(path.relative_to(folder)): path for path in files if not path.relative_to(folder).parts[0].startswith(".")
+    }
+    kept = {name: path for name, path in sorted(names.items()) if _CHECKPOINT.match(name)}
+    best = folder / BEST
+    return {name: file_fingerprint(path) for name, path in kept.items()} | (
+        {BEST: os.readlink(best)} if best.is_symlink() else {}
+    )
+
+
+def _report(folder: Path) -> dict[str, str]:
+    return {path.name: file_fingerprint(path) for path in sorted(folder.glob("evaluation.*")) if path.suffix != ".yaml"}
+
+
+HIDDEN_STATES = "the hidden states"
+_TOKENIZER_FILES = ("tokenizer", "special_tokens", "added_tokens", "chat_template", "vocab", "merges", "spiece")
+_CHECKPOINT = re.compile(r"(\d+|checkpoint-\d+)/")
+_Places = dict[str, tuple[str, Callable[[Path], dict[str, str]]]]
+_PLACES: dict[str, tuple[_Places, _Places]] = {
+    "regenerate": (
+        {
+            "the model": ("model", _model),
+            "the file of prompts": ("prompts", _data),
+            "the file of excluded prompts": ("exclude", _data),
+            "the chat template": ("chat_template", _file),
+        },
+        {"the chats": ("output", _file)},
+    ),
+    "prepare": (
+        {
+            "the tokenizer": ("model", _model),
+            "the data": ("data", _data),
+            "the chat template": ("chat_template", _file),
+        },
+        {"the prepared dataset": ("output", _prepared)},
+    ),
+    "extract": (
+        {"the verifier": ("model", _weights), "the prepared dataset": ("preprocessed_data", _prepared)},
+        {HIDDEN_STATES: ("output", _hidden_states)},
+    ),
+    "train": (
+        {
+            "the verifier": ("verifier_name_or_path", _weights),
+            "the prepared dataset": ("data_path", _prepared),
+            HIDDEN_STATES: ("hidden_states_path", _hidden_states),
+            "the file of token counts": ("token_freq_path", _file),
+            "the drafter": ("from_pretrained", _weights),
+        },
+        {"the checkpoints": ("output_dir", _checkpoints)},
+    ),
+    "evaluate": (
+        {
+            "the drafter": ("model", _weights),
+            "the drafters to compare with": ("compare", _weights),
+            "the prompts": ("suite", _data),
+            "the verifier": ("verifier", _model),
+            "the chat template": ("chat_template", _file),
+        },
+        {"the report": ("output", _report)},
+    ),
+}
+"""Of each step the arguments that name what it reads and what it writes, and how the state of that is told."""

@@ -20,7 +20,7 @@ from .checkpoints import (
 )
 from .configuration_peagle import PeagleConfig
 from .continuing import continued_config, load_drafter, sampling
-from .data.cache import Manifest, cache_folder, cached_rows, check_cache
+from .data.cache import Manifest, cache_folder, cached_rows, check_cache, place
 from .data.dataset import GENERATED_DTYPE, HiddenStatesDataset, split_rows
 from .data.endpoint import Endpoint, endpoint_urls, served_model
 from .data.extract import check_folder
@@ -149,7 +149,7 @@ def _checkpoint_to_resume(args: PeagleTrainingArguments) -> str | None:
     return str(newest)
 
 
-def build_config(args: PeagleTrainingArguments) -> PeagleConfig:
+def build_config(args: PeagleTrainingArguments, earlier: str | None = None) -> PeagleConfig:
     """The configuration that the arguments describe, or that of `from_pretrained` with their sampling and verifier.
 
     Raises:
@@ -157,7 +157,7 @@ def build_config(args: PeagleTrainingArguments) -> PeagleConfig:
     """
     verifier = _verifier(args)
     if args.from_pretrained:
-        return continued_config(args, args.from_pretrained, verifier)
+        return continued_config(args, earlier or args.from_pretrained, verifier)
     manifest = Manifest.read(_cache_folder(args))
     served = served_layers(_server_folder(args)) if args.on_missing == "generate" and manifest is None else None
     layer_ids = manifest.aux_layer_ids if manifest else served[:-1] if served else None
@@ -186,9 +186,11 @@ def build_drafter(args: PeagleTrainingArguments) -> PeagleForSpeculation | PeftM
         PeagleError: no verifier is named, or the cache was made by another one.
     """
     set_seed(args.seed)
-    verifier, config = _verifier(args), build_config(args)
-    if args.from_pretrained:
-        drafter = load_drafter(args.from_pretrained, config)
+    # A link such as checkpoint_best may move between the reading of configuration and weights: it is followed once.
+    earlier = args.from_pretrained and str(place(args.from_pretrained))
+    verifier, config = _verifier(args), build_config(args, earlier)
+    if earlier:
+        drafter = load_drafter(earlier, config)
     else:
         drafter = PeagleForSpeculation(config)
         if drafter.d2t is not None:

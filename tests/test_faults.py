@@ -66,7 +66,7 @@ def test_killed_in_the_middle_of_a_save(train_flags, tmp_path, point, killer, ne
     assert resumed.state.global_step == 20
     assert losses(resumed) == losses(whole)
     assert all(torch.equal(weights(whole)[name], tensor) for name, tensor in weights(resumed).items())
-    assert [name for name in os.listdir(folder) if name.startswith(".")] == [".lock"]
+    assert not [name for name in os.listdir(folder) if name.startswith(".")]
     assert set(os.listdir(folder)) >= {"3", "checkpoint-20", "checkpoint_best"}
 
 

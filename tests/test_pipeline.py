@@ -2,12 +2,16 @@
 
 import ast
 import json
+import re
 import shutil
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
+from test_staleness import fine_tune
 
 from peagle_hf import PeagleError, VllmExportCallback, cli
 from peagle_hf.arguments import parse_arguments, read_yaml
@@ -80,7 +84,7 @@ def test_a_finished_training_does_not_pass_for_another_one(pipeline, tmp_path, c
     for section, key in (("prepare", "output"), ("extract", "preprocessed_data"), ("train", "data_path")):
         pipeline[section][key] = str(tmp_path / "shorter")
     for _ in range(2):
-        refused(pipeline, tmp_path, capsys, "an earlier step changed since train was finished")
+        refused(pipeline, tmp_path, capsys, "the prepared dataset, the hidden states changed since train was finished")
 
 
 def refused(pipeline, tmp_path, capsys, words):
@@ -107,6 +111,99 @@ def test_a_training_that_was_begun_anew_and_cut_off_goes_on(pipeline, tmp_path, 
 def cut_off(self, args, state, control, **kwargs):
     if state.epoch >= 1:
         raise KeyboardInterrupt
+
+
+def data_changed(pipeline, tmp_path):
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text(chats.read_text().replace("[4, 9,", "[5, 9,"))
+
+
+def verifier_changed(pipeline, tmp_path):
+    fine_tune(Path(pipeline["extract"]["model"]))
+
+
+def tokens_of_another_dataset(pipeline, tmp_path):
+    torch.save({5: 3}, tmp_path / "data" / "token_freq.pt")
+
+
+def a_state_cut_off(pipeline, tmp_path):
+    path = tmp_path / "data" / "hidden_states" / "hs_3.safetensors"
+    path.write_bytes(path.read_bytes()[:200])
+
+
+def states_removed(pipeline, tmp_path):
+    shutil.rmtree(tmp_path / "data" / "hidden_states")
+
+
+def weights_edited(pipeline, tmp_path):
+    path = tmp_path / "checkpoints" / "checkpoint_best" / "model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+
+
+def checkpoints_removed(pipeline, tmp_path):
+    shutil.rmtree(tmp_path / "checkpoints")
+
+
+AGAIN = {
+    data_changed: ("prepare: again, because the data changed.", "the content of .*chats.jsonl has changed"),
+    verifier_changed: ("extract: again, because the verifier changed.", "other weights or another configuration"),
+    tokens_of_another_dataset: ("prepare: again, because ", None),
+    a_state_cut_off: ("extract: again, because hidden_states/hs_*.safetensors changed.", None),
+    states_removed: ("extract: again, because hidden_states/hs_*.safetensors is missing.", None),
+    weights_edited: (None, r"model.safetensors changed since train was finished"),
+    checkpoints_removed: ("train: again, because ", None),
+}
+
+
+@pytest.mark.fault("an input or output of a finished pipeline changes", "run names it, and does or refuses the step")
+@pytest.mark.parametrize("change", AGAIN)
+def test_a_finished_step_is_done_again_when_something_changed(
+    pipeline, tmp_path, tiny_verifier, caplog, capsys, change
+):
+    verifier = shutil.copytree(tiny_verifier, tmp_path / "verifier")
+    pipeline["prepare"]["model"] = pipeline["extract"]["model"] = str(verifier)
+    pipeline["train"] |= {"verifier_name_or_path": str(verifier), "num_train_epochs": None, "report_to": "none"}
+    run(tmp_path, pipeline)
+    weights = (tmp_path / "checkpoints" / "checkpoint_best" / "model.safetensors").read_bytes()
+    caplog.set_level("INFO")
+    log, refusal = AGAIN[change]
+    change(pipeline, tmp_path)
+    for _ in range(2 if refusal else 1):  # what is refused stays refused
+        caplog.clear()
+        if refusal:
+            with pytest.raises(SystemExit):
+                run(tmp_path, pipeline)
+            assert re.search(refusal, capsys.readouterr().err)
+        else:
+            run(tmp_path, pipeline)
+        if refusal is None or _ == 0:
+            assert log is None or any(message.startswith(log) for message in caplog.messages), caplog.messages
+    if refusal is None:
+        assert (tmp_path / "checkpoints" / "checkpoint_best" / "model.safetensors").read_bytes() == weights
+        caplog.clear()
+        run(tmp_path, pipeline)
+        assert sum(message.endswith("finished earlier.") for message in caplog.messages) == 3
+
+
+def test_a_pipeline_that_is_moved_is_finished_there_too(pipeline, tmp_path, tiny_verifier, caplog, monkeypatch):
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    shutil.copytree(tiny_verifier, old / "verifier")
+    shutil.move(tmp_path / "chats.jsonl", old)
+    pipeline |= {
+        "output": ".",
+        "prepare": {"model": "verifier", "data": ["chats.jsonl"], "output": "data"},
+        "extract": {"model": "verifier", "preprocessed_data": "data"},
+    }
+    pipeline["train"] |= {"verifier_name_or_path": "verifier", "data_path": "data", "output_dir": "checkpoints"}
+    monkeypatch.chdir(old)
+    run(old, pipeline)
+    monkeypatch.chdir(tmp_path)
+    old.rename(new)
+    monkeypatch.chdir(new)
+    caplog.set_level("INFO")
+    run(new, pipeline)
+    assert sum(message.endswith("finished earlier.") for message in caplog.messages) == 3
 
 
 def test_flags_take_the_place_of_a_files_list(tmp_path):

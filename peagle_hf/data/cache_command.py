@@ -14,7 +14,7 @@ from ..arguments import Arguments
 from ..cod import target_tokens
 from ..console import progress_bar
 from ..errors import PeagleError
-from ..files import read_json, write_json
+from ..files import locked_file, read_json, write_json
 from ..fingerprint import has_weights
 from .cache import (
     FP8_STORAGES,
@@ -253,7 +253,11 @@ def convert(
         PeagleError: the files lack states that the new kind needs, one can't be read or has values that aren't finite,
             or the destination holds something already.
     """
-    folder, destination = Path(folder), Path(destination)
+    with locked_file(destination, "Wait until it has ended, or name another folder to convert to."):
+        _convert(Path(folder), Path(destination), storage, preprocessed_data)
+
+
+def _convert(folder: Path, destination: Path, storage: Storage, preprocessed_data: str | None) -> None:
     manifest, rows = Manifest.read(folder), sorted(cached_rows(folder))
     data = _prepared(folder, preprocessed_data) if storage in LEARNT_STORAGES else None
     if not rows:

@@ -25,7 +25,7 @@ from ..arguments import Arguments, check_ranges, config_path, write_config
 from ..cod import target_tokens
 from ..console import progress_bar
 from ..errors import PeagleError
-from ..files import check_writable, write_json
+from ..files import check_writable, locked_folder, write_json
 from ..memory import keep_freed_memory
 from ..products import pack_linear_layers
 from ..target import (
@@ -264,16 +264,37 @@ def extract(arguments: ExtractArguments) -> ExtractReport:
     lengths = {row: length for row, length in rows if row % arguments.world_size == arguments.rank}
     if (beyond := len(data) - (arguments.max_samples or len(data))) > 0:
         logger.info("--max-samples %d leaves out the last %d of %d rows.", arguments.max_samples, beyond, len(data))
-    all_present = cached_rows(output)
-    present = all_present & lengths.keys()
-    check_folder(output, manifest, all_present)
+    present = cached_rows(output)
+    check_folder(output, manifest, present)
     if arguments.dry_run:
-        print(_plan(output, manifest, data, {row: length for row, length in lengths.items() if row not in present}))
-        return ExtractReport(output, manifest, len(lengths), len(present), {}, 0, 0.0)
-    for folder in {output, server_folder}:
-        remove_unfetched(folder, arguments.request_timeout)
+        missing = {row: length for row, length in lengths.items() if row not in present}
+        print(_plan(output, manifest, data, missing))
+        return ExtractReport(output, manifest, len(lengths), len(lengths) - len(missing), {}, 0, 0.0)
+    check_writable(output)
+    share = "extract" if arguments.world_size == 1 else f"extract-{arguments.rank}-of-{arguments.world_size}"
+    with locked_folder(output, "Wait until it has ended, or name another --output.", share):
+        for folder in {output, server_folder}:
+            remove_unfetched(folder, arguments.request_timeout)
+        report = _fill(arguments, manifest, output, data, lengths, server_folder, urls)
+        compared = cached_rows(output) & set(range(len(data))) <= lengths.keys()
+        existing = Manifest.read(output)
+        if compared and existing is not None and existing.rows != manifest.rows:
+            replace(existing, rows=manifest.rows).write(output)
+    return report
 
-    if surplus := sorted(row for row in all_present if row >= len(data)):
+
+def _fill(
+    arguments: ExtractArguments,
+    manifest: Manifest,
+    output: Path,
+    data: "datasets.Dataset",
+    lengths: dict[int, int],
+    server_folder: Path,
+    urls: tuple[str, ...],
+) -> ExtractReport:
+    """Make the rows of `lengths` that aren't there or can't be used."""
+    present = cached_rows(output)
+    if surplus := sorted(row for row in present if row >= len(data)):
         logger.warning(
             "%s has files of rows that %s doesn't have, such as hs_%d.safetensors: %d of them, which nothing reads.",
             output,
@@ -281,7 +302,7 @@ def extract(arguments: ExtractArguments) -> ExtractReport:
             surplus[0],
             len(surplus),
         )
-    made_again = _unusable(arguments, output, manifest, data, present)
+    made_again = _unusable(arguments, output, manifest, data, present & lengths.keys())
     missing = {row: length for row, length in lengths.items() if row not in present or row in made_again}
     num_kept = len(lengths) - len(missing)
     logger.info("%d of %d rows are there; %d are to be made.", num_kept, len(lengths), len(missing))
@@ -300,11 +321,10 @@ def extract(arguments: ExtractArguments) -> ExtractReport:
         seconds = _make_by_server(arguments, manifest, output, data, missing, endpoint)
         remove_unfetched(server_folder, arguments.request_timeout)
     elif missing:
-        _check_context(config, max(missing.values()), model)
+        assert arguments.model is not None
+        config = load_verifier_config(arguments.model, arguments.revision, arguments.trust_remote_code)
+        _check_context(config, max(missing.values()), arguments.model)
         seconds = _make(arguments, manifest, output, data, missing)
-    existing = Manifest.read(output)
-    if existing is not None and existing.rows != manifest.rows and all_present - set(surplus) <= lengths.keys():
-        replace(existing, rows=manifest.rows).write(output)  # all files were compared with these rows
     return ExtractReport(output, manifest, len(lengths), num_kept, made_again, sum(missing.values()), seconds)
 
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..arguments import CONFIG, Arguments, check_ranges, config_path, write_config
 from ..errors import PeagleError
-from ..files import atomic_path, check_writable, remove_leftovers, with_places, write_json
+from ..files import atomic_path, locked_folder, remove_leftovers, with_places, write_json
 from ..fingerprint import file_fingerprint
 from ..target import load_token_freq
 from .cache import cache_folder
@@ -199,17 +199,23 @@ def prepare(arguments: PrepareArguments) -> Path:
         "chat_template_kwargs": read_template_kwargs(arguments.chat_template_kwargs),
         "preference": arguments.preference,
     }
-    if not arguments.dry_run:
-        _finish_move(output)
-    is_made = _is_made(output, origin, arguments.overwrite)
+    if output.exists() and not output.is_dir():
+        raise PeagleError(f"--output {output} is a file. Name a folder.")
     if arguments.dry_run:
-        print(_plan(arguments, is_made))
+        print(_plan(arguments, _is_made(output, origin, arguments.overwrite)))
         return output
-    if is_made:
+    with locked_folder(output, "Wait until it has ended, or name another --output.", "prepare"):
+        return _prepare(arguments, output, tokenizer, origin)
+
+
+def _prepare(
+    arguments: PrepareArguments, output: Path, tokenizer: PreTrainedTokenizerBase, origin: dict[str, Any]
+) -> Path:
+    _finish_move(output)
+    if _is_made(output, origin, arguments.overwrite):
         logger.info("%s already holds this dataset; it is kept as it is.", output)
     else:
         remove_leftovers(output, r"\.prepared")
-        check_writable(output)
         with atomic_path(output / UNMOVED) as folder:
             folder.mkdir()
             made = _make(folder, tokenizer, arguments, origin)
@@ -699,8 +705,6 @@ def _is_made(output: Path, origin: dict[str, Any], overwrite: bool) -> bool:
     Raises:
         PeagleError: it holds another one that must not be replaced.
     """
-    if output.exists() and not output.is_dir():
-        raise PeagleError(f"--output {output} is a file. Name a folder.")
     if not any(_own_files(output)):
         return False
     record_path = output / PREPARE_RECORD

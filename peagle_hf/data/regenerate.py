@@ -20,7 +20,7 @@ from ..arguments import Arguments, check_ranges, flag_of
 from ..console import progress_bar
 from ..errors import PeagleError
 from ..files import atomic_path, locked_file, write_json
-from ..target import weights_of
+from ..fingerprint import has_weights, weights_of
 from .chat_models import Batch, ChatModel, LocalChatModel, Sampling, ServedChatModel
 from .chats import Unlearnable
 from .endpoint import MAX_RETRIES, EndpointError, RefusedEndpointError
@@ -189,7 +189,10 @@ def _regenerate(arguments: RegenerateArguments, output: Path, report_path: Path)
     settings = _settings(arguments, prompts, excluded) | options.description()
     journal_path = output.with_suffix(".journal")
     if output.exists():
-        _require_same_settings(settings, _settings_of(output, report_path), output, journal_path)
+        found = _settings_of(output, report_path)
+        if has_weights(found.get("weights"), arguments.model):  # also by the fingerprint of an earlier version
+            found["weights"] = settings.get("weights")
+        _require_same_settings(settings, found, output, journal_path)
         logger.info("%s is complete already.", output)
         return output
 
