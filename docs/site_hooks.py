@@ -12,8 +12,8 @@ from typing import Any
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-from peagle_hf.arguments import GENERAL, TRAINER, CommandParser, HelpFormatter
 from peagle_hf.cli import COMMANDS
+from peagle_hf.cli.parsing import GENERAL, TRAINER, CommandParser, HelpFormatter
 
 ROOT = Path(__file__).parents[1]
 EXECUTED = ("README.md", "docs/tutorial.md")

@@ -42,7 +42,7 @@ _MODULE_OF = {
     "extract": "data.extract",
     "load_adapter": "adapters",
     "merge_adapter": "adapters",
-    "parse_arguments": "arguments",
+    "parse_arguments": "cli.parsing",
     "prepare": "data.prepare",
     "push": "hub",
     "regenerate": "data.regenerate",
@@ -62,8 +62,8 @@ if Path(sys.argv[0]).stem != "peagle-hf":
 
 if TYPE_CHECKING:
     from .adapters import add_adapter, load_adapter, merge_adapter, save_adapter
-    from .arguments import parse_arguments
     from .callbacks import VllmExportCallback
+    from .cli.parsing import parse_arguments
     from .configuration_peagle import PeagleConfig
     from .console import command_line, end_processes
     from .data.collator import CODDataCollator

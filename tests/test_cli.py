@@ -15,20 +15,9 @@ import pytest
 import yaml
 
 from peagle_hf import PeagleError, PeagleTrainingArguments
-from peagle_hf.arguments import (
-    GENERAL,
-    TRAINER,
-    Arguments,
-    CommandParser,
-    check_ranges,
-    config_path,
-    config_text,
-    flags,
-    parse_arguments,
-    read_yaml,
-    write_config,
-)
+from peagle_hf.arguments import Arguments, check_ranges, config_path, config_text, write_config
 from peagle_hf.cli import COMMANDS, main
+from peagle_hf.cli.parsing import GENERAL, TRAINER, CommandParser, flags, parse_arguments, read_yaml
 from peagle_hf.data.extract import ExtractArguments
 from peagle_hf.data.prepare import PrepareArguments
 from peagle_hf.evaluation.arguments import EvaluateArguments

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from test_trainer import ROOT, losses, run
 
 from peagle_hf import PeagleTrainingArguments
-from peagle_hf.arguments import flags
 from peagle_hf.checkpoints import newest_checkpoint
 from peagle_hf.cli import COMMANDS, main
+from peagle_hf.cli.parsing import flags
 from peagle_hf.data.dataset import HiddenStatesDataset
 from peagle_hf.run_record import RunRecord
 from peagle_hf.training import train

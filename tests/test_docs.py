@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from site_hooks import EXECUTED, blocks, command_line, faults, faults_page, not_run
 
-from peagle_hf.arguments import CommandParser
 from peagle_hf.cli import COMMANDS
+from peagle_hf.cli.parsing import CommandParser
 
 ROOT = Path(__file__).parents[1]
 SUBSTITUTES = {

@@ -20,8 +20,8 @@ from fake_vllm import NOT_VLLM, FakeVllm, states_of
 from safetensors.torch import load_file, save_file
 
 from peagle_hf import PeagleError, PeagleTrainingArguments, cli, train
-from peagle_hf.arguments import flags
 from peagle_hf.checkpoints import checkpoints_by_step
+from peagle_hf.cli.parsing import flags
 from peagle_hf.data.cache import Manifest, cached_rows, check_row, row_path
 from peagle_hf.data.dataset import load_prepared, split_rows
 from peagle_hf.data.endpoint import (

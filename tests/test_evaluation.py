@@ -17,7 +17,7 @@ from conftest import CHAIN_LENGTH, VOCAB
 from safetensors.torch import load_file, save_file
 
 from peagle_hf import EvaluateArguments, PeagleError, evaluate
-from peagle_hf.arguments import parse_arguments
+from peagle_hf.cli.parsing import parse_arguments
 from peagle_hf.data.prompts import Prompt
 from peagle_hf.evaluation.figures import Trial, compare, difference, figures
 from peagle_hf.evaluation.report import draw, html, text

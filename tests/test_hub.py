@@ -32,7 +32,7 @@ from peagle_hf import (
     cli,
     push,
 )
-from peagle_hf.arguments import flags
+from peagle_hf.cli.parsing import flags
 from peagle_hf.model_card import model_card, read_evaluation, read_record
 from peagle_hf.serving.launch import ServeArguments, drafting_command
 from peagle_hf.serving.server import check_checkpoint

@@ -19,8 +19,8 @@ from test_trainer import ROOT, StopAt, run
 from test_trainer_features import search
 
 from peagle_hf import PeagleError, PeagleTrainingArguments, metrics
-from peagle_hf.arguments import flags
 from peagle_hf.cli import main
+from peagle_hf.cli.parsing import flags
 from peagle_hf.data.dataset import HiddenStatesDataset
 from peagle_hf.pace import Pace
 from peagle_hf.serving.client import summarize

@@ -9,8 +9,8 @@ from test_modeling import make_batch, make_config, make_drafter
 from test_trainer import losses, run, weights
 
 from peagle_hf import PeagleError, PeagleForSpeculation, PeagleTrainer, PeagleTrainingArguments, add_adapter
-from peagle_hf.arguments import flags
 from peagle_hf.cli import main
+from peagle_hf.cli.parsing import flags
 from peagle_hf.memory import GIB, MemoryPlan, bytes_a_row, cut_to_fit, estimate, report, rows_that_fit
 from peagle_hf.training import build_config
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_staleness import fine_tune
 
 from peagle_hf import PeagleError, VllmExportCallback, cli
-from peagle_hf.arguments import parse_arguments, read_yaml
+from peagle_hf.cli.parsing import parse_arguments, read_yaml
 from peagle_hf.data.prepare import PrepareArguments
 
 PACKAGE = Path(cli.__file__).parent

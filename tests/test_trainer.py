@@ -25,9 +25,9 @@ from peagle_hf import (
     VllmExportCallback,
     start_linearly,
 )
-from peagle_hf.arguments import flags
 from peagle_hf.checkpoints import checkpoints_by_step, epoch_folders
 from peagle_hf.cli import main
+from peagle_hf.cli.parsing import flags
 from peagle_hf.data.extract import ExtractArguments, extract
 from peagle_hf.data.partition import partition_every_row
 from peagle_hf.data.prepare import PrepareArguments, prepare

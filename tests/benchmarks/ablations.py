@@ -98,7 +98,7 @@ def run_cell(verifier: str, train: str, held_out: str, name: str, seed: int) -> 
     import torch
 
     from peagle_hf import HiddenStatesDataset, PeagleTrainer, PeagleTrainingArguments, start_linearly
-    from peagle_hf.arguments import flags, parse_arguments
+    from peagle_hf.cli.parsing import flags, parse_arguments
     from peagle_hf.evaluation.acceptance import count
     from peagle_hf.training import build_datasets, build_drafter
 

@@ -7,7 +7,7 @@ from dataclasses import MISSING, dataclass, fields
 from importlib import import_module
 from typing import Any
 
-from .console import MISUSED, check_one_process, command_line, log_lines_above_bars, versions
+from ..console import MISUSED, check_one_process, command_line, log_lines_above_bars, versions
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Command:
     rest: str | None = None
 
     def load(self) -> tuple[Callable[[Any], Any], Any]:
-        module = import_module(f".{self.module}", __package__)
+        module = import_module(f"..{self.module}", __package__)
         return getattr(module, self.function), getattr(module, self.arguments)
 
     def usage(self) -> str:
@@ -158,7 +158,7 @@ COMMANDS = {
         ),
     ),
     "run": Command(
-        "pipeline",
+        "cli.pipeline",
         "run",
         "RunArguments",
         "all steps of a pipeline.yaml, going on where it stopped",
@@ -194,7 +194,7 @@ def _run(name: str, argv: list[str]) -> None:
     if command.rest and "--" in argv:
         passed_on, argv = argv[argv.index("--") + 1 :], argv[: argv.index("--")]
     function, arguments = command.load()
-    from .arguments import parse_arguments  # not above, since it imports transformers
+    from .parsing import parse_arguments  # not above, since it imports transformers
 
     examples = [f"peagle-hf {example}" for example in command.examples]
     parsed = parse_arguments(arguments, argv, f"peagle-hf {name}", command.positional, command.usage(), examples)

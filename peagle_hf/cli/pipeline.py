@@ -12,16 +12,17 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from .arguments import SECTION, Arguments, config_path, field_names, parse_mapping, write_config
-from .checkpoints import BEST, newest_checkpoint
-from .cli import COMMANDS
-from .data.cache import ROW_FILE, Manifest, cache_folder
-from .data.prepared import CHAT_TEMPLATE_FILE, DATASET_INFO, read_prepare_record, rows_fingerprint
-from .data.sources import data_sha256
-from .errors import PeagleError
-from .files import locked_folder, read_json, write_json
-from .fingerprint import file_fingerprint, weights_of
-from .redaction import public_settings
+from ..arguments import Arguments, config_path, write_config
+from ..checkpoints import BEST, newest_checkpoint
+from ..data.cache import ROW_FILE, Manifest, cache_folder
+from ..data.prepared import CHAT_TEMPLATE_FILE, DATASET_INFO, read_prepare_record, rows_fingerprint
+from ..data.sources import data_sha256
+from ..errors import PeagleError
+from ..files import locked_folder, read_json, write_json
+from ..fingerprint import file_fingerprint, weights_of
+from ..redaction import public_settings
+from . import COMMANDS
+from .parsing import SECTION, field_names, parse_mapping
 
 logger = logging.getLogger(__name__)
 STEPS = ("regenerate", "prepare", "extract", "train", "evaluate")
