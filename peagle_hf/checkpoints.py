@@ -15,7 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from .errors import PeagleError
 from .files import allow_as_umask, atomic_path, remove_folder, save_file, write_json
-from .serving.server import check_checkpoint
+from .model.served import check_checkpoint
 
 logger = logging.getLogger(__name__)
 

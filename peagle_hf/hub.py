@@ -17,8 +17,8 @@ from .arguments import Arguments, flag_of
 from .checkpoints import BEST
 from .configuration_peagle import PeagleConfig
 from .errors import PeagleError
+from .model.served import check_checkpoint
 from .model_card import chat_option_files, model_card, read_evaluation, read_record, recorded_chat_options
-from .serving.server import check_checkpoint
 from .target import hub_verifier
 
 logger = logging.getLogger(__name__)

@@ -18,8 +18,8 @@ from .errors import PeagleError
 from .evaluation.report import estimate
 from .files import read_json
 from .fingerprint import has_weights
+from .model.served import speculative_config
 from .modeling_peagle import HUB_TAGS
-from .serving.server import speculative_config
 
 logger = logging.getLogger(__name__)
 

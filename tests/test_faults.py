@@ -18,7 +18,7 @@ from peagle_hf import PeagleError, PeagleTrainingArguments
 from peagle_hf.checkpoints import checkpoints_by_step
 from peagle_hf.cli.parsing import flags
 from peagle_hf.files import atomic_path, check_writable, write_json
-from peagle_hf.serving.server import check_checkpoint
+from peagle_hf.model.served import check_checkpoint
 from peagle_hf.training import train
 
 WORKER = Path(__file__).parent / "workers" / "killed.py"

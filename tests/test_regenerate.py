@@ -44,7 +44,7 @@ from peagle_hf.data.prepare import PrepareArguments, prepare
 from peagle_hf.data.prompts import Prompt
 from peagle_hf.data.regenerate import RegenerateArguments, learnt_spans, regenerate, repetition
 from peagle_hf.errors import PeagleError
-from peagle_hf.serving.server import vllm_environment
+from peagle_hf.serving.environment import vllm_environment
 
 BUNDLE = Path(__file__).parent.parent / "examples" / "data"
 WORDS = 160

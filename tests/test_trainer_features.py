@@ -20,7 +20,7 @@ from peagle_hf import (
     build_drafter,
 )
 from peagle_hf.losses import parse_loss
-from peagle_hf.serving.server import check_checkpoint
+from peagle_hf.model.served import check_checkpoint
 
 
 def make_trainer(train_flags, changes=(), callbacks=(), fresh=False, **options):

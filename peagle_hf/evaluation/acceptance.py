@@ -20,9 +20,9 @@ from ..data.partition import partition_every_row
 from ..errors import PeagleError
 from ..files import write_json
 from ..metrics import count_drafts
+from ..model.served import check_checkpoint, drafter_folder, drafter_name
 from ..model_card import read_record
 from ..modeling_peagle import PeagleForSpeculation
-from ..serving.server import check_checkpoint, drafter_folder, drafter_name
 from ..target import load_verifier_config
 
 logger = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ from ..arguments import config_path, write_config
 from ..data.sources import source_name
 from ..data.tokenizer import ChatOptions
 from ..files import atomic_path, check_writable, write_json
+from ..model.served import check_checkpoint
 from ..model_card import chosen_chat_options, recorded_chat_options
-from ..serving.server import check_checkpoint
 from .arguments import EvaluateArguments
 from .figures import difference, entry
 from .in_processes import measure_processes

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..serving.server import vllm_environment
+from ..serving.environment import vllm_environment
 from ..target import load_verifier_config
 from .arguments import MAX_MODEL_LEN, EvaluateArguments
 from .figures import Trial

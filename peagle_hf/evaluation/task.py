@@ -10,8 +10,8 @@ from typing import Any
 from ..data.prompts import Prompt
 from ..data.tokenizer import ChatOptions
 from ..errors import PeagleError
+from ..model.served import check_checkpoint, drafter_folder, drafter_name, speculative_config
 from ..redaction import public_url
-from ..serving.server import check_checkpoint, drafter_folder, drafter_name, speculative_config
 from ..target import weights_of
 from .arguments import EvaluateArguments
 from .figures import Trial
@@ -43,7 +43,7 @@ class Drafter:
 
 @dataclass(frozen=True)
 class Drafting:
-    """A drafter with a number of tokens, and what vLLM must be told of it (see `serving.speculative_config`)."""
+    """A drafter with a number of tokens, and what vLLM must be told of it (see `model.served.speculative_config`)."""
 
     drafter: Drafter
     config: dict[str, Any]

