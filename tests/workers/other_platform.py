@@ -16,6 +16,7 @@ import huggingface_hub
 import psutil  # noqa: F401
 import pytest
 import torch
+import torch.distributed.checkpoint
 import transformers
 
 verifier, chat_model, chats, data = sys.argv[1:]
