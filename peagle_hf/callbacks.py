@@ -58,7 +58,7 @@ class VllmExportCallback(TrainerCallback):
         """Make the folders that an interrupted run had no time for, and remove what it left half written."""
         if not state.is_world_process_zero:
             return
-        remove_leftovers(self._folder(args), rf"\d+|checkpoint-\d+|{BEST}")
+        remove_leftovers(self._folder(args), rf"\d+|checkpoint-\d+|{BEST}|run\.json|(config|train)\.yaml|{CURVES}")
         write_config(args, config_path(self._folder(args), "train"), "train")
         if state.global_step == 0:
             return

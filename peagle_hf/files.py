@@ -162,6 +162,7 @@ def _locked(lock_path: Path, written: str | os.PathLike[str], remedy: str) -> It
             lock = _acquired(lock_path)
         except filelock.Timeout as error:
             raise PeagleError(f"{written} is being written by another process{_described(holder)}. {remedy}") from error
+        remove_leftovers(lock_path.parent, re.escape(holder.name))
         write_json(holder, {"host": socket.gethostname(), "process": os.getpid()})
     _HELD.add(key)
     try:

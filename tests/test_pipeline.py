@@ -115,7 +115,7 @@ def cut_off(self, args, state, control, **kwargs):
 
 def data_changed(pipeline, tmp_path):
     chats = tmp_path / "chats.jsonl"
-    chats.write_text(chats.read_text().replace("[4, 9,", "[5, 9,"))
+    chats.write_text(chats.read_text().replace("[4, 5,", "[7, 5,"))
 
 
 def verifier_changed(pipeline, tmp_path):

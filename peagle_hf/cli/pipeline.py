@@ -18,7 +18,7 @@ from ..data.cache import ROW_FILE, Manifest, cache_folder
 from ..data.prepared import CHAT_TEMPLATE_FILE, DATASET_INFO, read_prepare_record, rows_fingerprint
 from ..data.sources import data_sha256
 from ..errors import PeagleError
-from ..files import locked_folder, read_json, write_json
+from ..files import locked_folder, read_json, remove_leftovers, write_json
 from ..fingerprint import file_fingerprint, weights_of
 from ..redaction import public_settings
 from . import COMMANDS
@@ -85,6 +85,7 @@ def run(arguments: RunArguments) -> None:
         for step, section in sections.items()
     }
     with locked_folder(arguments.output, "Wait until it has ended, or name another output.", "run"):
+        remove_leftovers(arguments.output, r"pipeline\.json|(config|run)\.yaml")
         write_config(arguments, config_path(arguments.output, "run"), "run")
         for step, section in public_settings(sections).items():  # they are recorded
             _run_step(step, parsed[step], section, Path(arguments.output) / "pipeline.json")

@@ -25,7 +25,7 @@ from ..arguments import Arguments, check_ranges, config_path, write_config
 from ..cod import target_tokens
 from ..console import progress_bar
 from ..errors import PeagleError
-from ..files import check_writable, locked_folder, write_json
+from ..files import check_writable, locked_folder, remove_leftovers, write_json
 from ..memory import keep_freed_memory
 from ..products import pack_linear_layers
 from ..target import (
@@ -275,6 +275,8 @@ def extract(arguments: ExtractArguments) -> ExtractReport:
     with locked_folder(output, "Wait until it has ended, or name another --output.", share):
         for folder in {output, server_folder}:
             remove_unfetched(folder, arguments.request_timeout)
+        if arguments.world_size == 1:
+            remove_leftovers(output, r"manifest\.json|(config|extract)\.yaml|failed\.json")
         report = _fill(arguments, manifest, output, data, lengths, server_folder, urls)
         compared = cached_rows(output) & set(range(len(data))) <= lengths.keys()
         existing = Manifest.read(output)

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,7 +20,7 @@ from typing import Any, ClassVar, Literal
 from ..arguments import Arguments, check_ranges, flag_of
 from ..console import progress_bar
 from ..errors import PeagleError
-from ..files import atomic_path, locked_file, write_json
+from ..files import atomic_path, locked_file, remove_leftovers, write_json
 from ..fingerprint import has_weights, weights_of
 from .chat_models import Batch, ChatModel, LocalChatModel, Sampling, ServedChatModel
 from .chats import Unlearnable
@@ -176,7 +177,9 @@ def regenerate(arguments: RegenerateArguments) -> Path:
     """
     output = Path(arguments.output)
     with locked_file(output, "Wait until it has ended, or name another --output."):
-        return _regenerate(arguments, output, output.with_suffix(".report.json"))
+        report_path = output.with_suffix(".report.json")
+        remove_leftovers(output.parent, "|".join(re.escape(path.name) for path in (output, report_path)))
+        return _regenerate(arguments, output, report_path)
 
 
 def _regenerate(arguments: RegenerateArguments, output: Path, report_path: Path) -> Path:
