@@ -96,8 +96,8 @@ NEEDS = (
     Need(("lora_alpha", "lora_dropout", "lora_modules_to_save"), lambda args: args.lora_r is not None, "--lora-r"),
     Need(
         ("token_freq_path",),
-        lambda args: args.draft_vocab_size is not None and not args.from_pretrained,
-        "--draft-vocab-size and a new drafter",
+        lambda args: args.draft_vocab_size is not None or args.from_pretrained,
+        "--draft-vocab-size",
     ),
     Need(
         ("vllm_endpoint", "on_generate", "server_hidden_states_path", "request_timeout", "max_retries"),
@@ -141,7 +141,7 @@ NEEDS = (
         "--report-to trackio",
     ),
     Need(
-        ("dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context"),
+        ("dataloader_persistent_workers", "dataloader_multiprocessing_context"),
         lambda args: args.dataloader_num_workers > 0,
         "--dataloader-num-workers",
     ),
@@ -163,8 +163,7 @@ CONTRADICTIONS: tuple[tuple[Callable[[Any], bool], str], ...] = (
             args.sequence_partitions != "auto"
             and not (args.sequence_partitions.isdecimal() and int(args.sequence_partitions))
         ),
-        "--sequence-partitions is {args.sequence_partitions!r}. Give a number of parts from 1 on, or auto "
-        "(sequence_partitions).",
+        "--sequence-partitions is {args.sequence_partitions!r}. Give a number of parts from 1 on, or auto.",
     ),
     (
         lambda args: args.remove_unused_columns,
@@ -172,7 +171,7 @@ CONTRADICTIONS: tuple[tuple[Callable[[Any], bool], str], ...] = (
     ),
     (
         lambda args: args.lora_r is not None and args.from_pretrained is None,
-        "--lora-r adapts a trained drafter: name it with --from-pretrained (lora_r, from_pretrained).",
+        "--lora-r adapts a trained drafter: name it with --from-pretrained.",
     ),
     (
         lambda args: args.lora_r is not None and args.train_head,
@@ -181,6 +180,11 @@ CONTRADICTIONS: tuple[tuple[Callable[[Any], bool], str], ...] = (
     (
         lambda args: args.fp16 and args.bf16,
         "--fp16 and --bf16 are both on. Choose one of them.",
+    ),
+    (
+        lambda args: args.ddp_backend is not None and int(os.environ.get("WORLD_SIZE", "1")) == 1,
+        "--ddp-backend is {args.ddp_backend}, but this is one process, which has nobody to talk to. Leave it out, or "
+        "start several with torchrun.",
     ),
     (
         lambda args: args.memory_report and args.dry_run,
@@ -277,11 +281,11 @@ def check_values(args: Any) -> None:
         PeagleError: names the flag and what it takes.
     """
     if args.fp16 and args.device.type == "cpu":
-        raise PeagleError("--fp16 needs a GPU: on a CPU the Trainer would go on in float32. Leave it out, or use --bf16.")
+        raise PeagleError("--fp16 needs a GPU: a CPU would train in float32. Leave it out, or use --bf16.")
     seen = args.include_num_input_tokens_seen
     if seen not in ("no", "all"):
         raise PeagleError(
-            f"--include-num-input-tokens-seen is {seen!r}. Give all or no: packed sequences have no padding to leave out."
+            f"--include-num-input-tokens-seen is {seen!r}. Give all or no: there is no padding to leave out."
         )
     if "tpu_metrics_debug" in [option.value for option in args.debug]:
         raise PeagleError("--debug tpu_metrics_debug is for TPUs, which drafters aren't trained on.")
@@ -289,8 +293,7 @@ def check_values(args: Any) -> None:
     if unknown:
         raise PeagleError(
             f"--activation-checkpointing-kwargs has {', '.join(sorted(unknown))}. It takes "
-            f"{', '.join(sorted(_CHECKPOINTING))}; all layers are checkpointed, and --no-keep-attention also recomputes "
-            "attention."
+            f"{', '.join(sorted(_CHECKPOINTING))}; all layers are checkpointed."
         )
     default = AcceleratorConfig()
     for name, value in vars(args.accelerator_config).items():
@@ -338,7 +341,7 @@ def check_optimizer(args: TrainingArguments) -> None:
     from transformers import Trainer  # slow to import
 
     if is_low_rank(args.optim) and args.optim_target_modules is None:
-        raise PeagleError(f"--optim {args.optim} needs --optim-target-modules, for example all-linear.")
+        raise PeagleError(f"--optim {plain(args.optim)} needs --optim-target-modules, for example all-linear.")
     if is_low_rank(args.optim) or args.optim in (OptimizerNames.LOMO, OptimizerNames.ADALOMO):
         return  # the Trainer wants the model to say more
     with refused_arguments():
@@ -353,7 +356,7 @@ def check_optimizer(args: TrainingArguments) -> None:
         changed = copy.copy(args)
         setattr(changed, name, value)
         if Trainer.get_optimizer_cls_and_kwargs(changed)[1] == wanted:
-            raise PeagleError(f"--optim {args.optim} takes no {given}, or that is its default. Leave it out.")
+            raise PeagleError(f"--optim {plain(args.optim)} takes no {given}, or that is its default. Leave it out.")
 
 
 def check_scheduler(args: TrainingArguments) -> None:
