@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import reduce
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -16,6 +15,7 @@ from .console import progress_bar
 from .data.collator import CODDataCollator
 from .data.dataset import HiddenStatesDataset
 from .errors import PeagleError
+from .memory import GIB, is_out_of_memory, linear_start_bytes
 from .modeling_peagle import PeagleForSpeculation
 
 logger = logging.getLogger(__name__)
@@ -39,15 +39,57 @@ def start_linearly(drafter: PeagleForSpeculation, dataset: HiddenStatesDataset) 
 
     Args:
         drafter: as it was made, with its verifier's head attached (see `PeagleForSpeculation.load_verifier`). All is
-            computed on its device, in float64, so that it makes no difference how the rows are packed.
+            computed on its device, in float64, so that it makes no difference how the rows are packed. It takes up to
+            1.2 times the memory of a float64 matrix [F, F + H] (see `memory.linear_start_bytes`).
         dataset: the rows to train on. The first ones are read, until there are 16 positions a feature.
 
     Raises:
-        PeagleError: no verifier's head is attached, or the rows can't be read or are of other layers.
+        PeagleError: no verifier's head is attached, the rows can't be read, are of other layers or hold NaN, or the
+            device's memory is too small.
     """
     if drafter.verifier_head is None:
         raise PeagleError("A linear start needs the verifier's head: call load_verifier(name_or_path) before.")
     dataset.check_layers(drafter.config.eagle_aux_hidden_state_layer_ids)
+    try:
+        _start(drafter, dataset)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        needed = linear_start_bytes(drafter.config) / GIB
+        raise PeagleError(
+            f"The linear start needs {needed:.1f} GiB of {drafter.device} beside the drafter and its verifier's head, "
+            "which aren't there. Start from random weights with --no-linear-start, or call start_linearly while the "
+            "drafter is on another device."
+        ) from error
+
+
+def _start(drafter: PeagleForSpeculation, dataset: HiddenStatesDataset) -> None:
+    size, states_size = drafter.config.hidden_size, drafter.fc.in_features
+    second_FF, cross_FH, num_positions = _moments(drafter, dataset)
+    deviation_F = ridge_regression(second_FF, cross_FH)
+    states_SH, embeds_HH = cross_FH.split([states_size, size])
+    drafter.fc.weight.copy_(states_SH.T)
+    norm = 1.0
+    if drafter.config.norm_before_residual:
+        norm = mean_square(second_FF, states_SH, deviation_F) ** 0.5
+    del second_FF
+    attention: Any = drafter.layers[0].self_attn
+    eps = float(drafter.norm.variance_epsilon)
+    value_NH, output_HN = factors(embeds_HH.T / max(norm, eps), attention.v_proj.out_features)
+    attention.v_proj.weight[:, :size] += value_NH
+    # The heads of a group see the same values, so each gives its share.
+    group = attention.q_proj.out_features // attention.v_proj.out_features
+    shares = output_HN.unflatten(1, (-1, attention.head_dim)).repeat_interleave(group, dim=1).flatten(1) / group
+    attention.o_proj.weight += shares
+    logger.info("The first layer starts from a linear fit over %d positions.", num_positions)
+
+
+def _moments(drafter: PeagleForSpeculation, dataset: HiddenStatesDataset) -> tuple[Tensor, Tensor, int]:
+    """The mean products of the features with each other [F, F] and with the targets [F, H], and of how many positions.
+
+    The second is stored column by column. Positions are taken in pieces that need little memory.
+    """
+    assert drafter.verifier_head is not None
     device, size, states_size = drafter.device, drafter.config.hidden_size, drafter.fc.in_features
     head, eps = drafter.verifier_head.to(device), float(drafter.norm.variance_epsilon)
     num_features = states_size + size
@@ -58,42 +100,73 @@ def start_linearly(drafter: PeagleForSpeculation, dataset: HiddenStatesDataset) 
     process = PartialState()
     mine = range(process.process_index, num_rows, process.num_processes)
     collator = CODDataCollator(num_depths=1)
-    moments = torch.zeros(num_features, num_features + size, dtype=torch.float64, device=device)
+    second_FF = torch.zeros(num_features, num_features, dtype=torch.float64, device=device)
+    cross_HF = torch.zeros(size, num_features, dtype=torch.float64, device=device)
     for number in progress_bar(mine, desc="Linear start", unit="row", disable=not process.is_local_main_process):
         batch = collator([dataset[number]])
-        learnt = batch["learnt_rows"][0]
-        states_PS = batch["hidden_states"][0, learnt].to(device).double()
-        if drafter.config.norm_before_fc:
-            states_PS = F.rms_norm(states_PS, (states_size,), eps=eps)
-        embeds_PH = drafter.embed_tokens(batch["input_ids"][0, learnt].to(device)).double()
-        features_PF = torch.cat([states_PS, F.rms_norm(embeds_PH, (size,), eps=eps)], dim=1)
-        targets_PH = head.normalize(batch["target_states"][0].to(device)).double()
-        moments += features_PF.T @ torch.cat([features_PF, targets_PH], dim=1)
-    moments = reduce(moments, reduction="sum")
-    second_FF, cross_FH = (moments / max(1, num_positions)).split([num_features, size], dim=1)
-    map_FH = ridge_regression(second_FF, cross_FH)
-    states_SH, embeds_HH = map_FH.split([states_size, size])
+        learnt, targets = (batch[name][0].split(_piece(num_features)) for name in ("learnt_rows", "target_states"))
+        for rows, targets_PH in zip(learnt, targets, strict=True):
+            states_PS = batch["hidden_states"][0, rows].to(device).double()
+            if drafter.config.norm_before_fc:
+                states_PS = F.rms_norm(states_PS, (states_size,), eps=eps)
+            embeds_PH = drafter.embed_tokens(batch["input_ids"][0, rows].to(device)).double()
+            features_PF = torch.cat([states_PS, F.rms_norm(embeds_PH, (size,), eps=eps)], dim=1)
+            second_FF.addmm_(features_PF.T, features_PF)
+            cross_HF.addmm_(head.normalize(targets_PH.to(device)).double().T, features_PF)
+    for products in (second_FF, cross_HF):
+        if process.num_processes > 1:
+            torch.distributed.all_reduce(products)
+        products /= max(1, num_positions)
+    return second_FF, cross_HF.T, num_positions
 
-    drafter.fc.weight.copy_(states_SH.T)
-    norm = 1.0
-    if drafter.config.norm_before_residual:
-        norm = float(((second_FF[:states_size, :states_size] @ states_SH) * states_SH).sum() / size) ** 0.5
-    attention: Any = drafter.layers[0].self_attn
-    value_NH, output_HN = factors(embeds_HH.T / max(norm, eps), attention.v_proj.out_features)
-    attention.v_proj.weight[:, :size] += value_NH
-    # The heads of a group see the same values, so each gives its share.
-    group = attention.q_proj.out_features // attention.v_proj.out_features
-    shares = output_HN.unflatten(1, (-1, attention.head_dim)).repeat_interleave(group, dim=1).flatten(1) / group
-    attention.o_proj.weight += shares
-    logger.info("The first layer starts from a linear fit over %d positions.", num_positions)
+
+def _piece(num_features: int) -> int:
+    """How many positions, or columns of a map, are worked on at a time, for a small share of all features' memory."""
+    return max(1, num_features // 32)
 
 
 def ridge_regression(second_FF: Tensor, cross_FH: Tensor) -> Tensor:
-    """The map [F, H] of least squared error, from the features' second moments and those with the targets."""
+    """Solve for the map [F, H] of least squared error, in place.
+
+    Args:
+        second_FF: float64, the features' second moments; then the lower factor of those of the features over their
+            deviations, with `RIDGE` on the diagonal, as its transpose.
+        cross_FH: float64, stored column by column, those with the targets; then the map.
+
+    Returns:
+        the features' deviations [F], from zero.
+
+    Raises:
+        PeagleError: the moments aren't numbers.
+    """
     deviation_F = second_FF.diagonal().sqrt().clamp_min(torch.finfo(second_FF.dtype).tiny)
-    scaled_FF = second_FF / deviation_F[:, None] / deviation_F
-    scaled_FF.diagonal().add_(RIDGE)
-    return torch.linalg.solve(scaled_FF, cross_FH / deviation_F[:, None]) / deviation_F[:, None]
+    second_FF.div_(deviation_F[:, None]).div_(deviation_F).diagonal().add_(RIDGE)
+    factor_FF = second_FF.mT  # LAPACK works in place on matrices that are stored column by column
+    failed = torch.zeros((), dtype=torch.int32, device=second_FF.device)
+    torch.linalg.cholesky_ex(factor_FF, out=(factor_FF, failed))
+    if failed:
+        raise PeagleError(
+            "The hidden states hold NaN or infinity. Find the file with `peagle-hf cache verify` and extract it again."
+        )
+    cross_FH /= deviation_F[:, None]
+    torch.linalg.solve_triangular(factor_FF, cross_FH, upper=False, out=cross_FH)
+    torch.linalg.solve_triangular(factor_FF.mT, cross_FH, upper=True, out=cross_FH)
+    cross_FH /= deviation_F[:, None]
+    return deviation_F
+
+
+def mean_square(second_FF: Tensor, map_SH: Tensor, deviation_F: Tensor) -> float:
+    """The mean square of what a map of the first S features gives, from what `ridge_regression` made of its arguments.
+
+    Its factor L has L L' = C + ridge, where C are the second moments of the features over their deviations. So for the
+    scaled map z, z' C z = |L' z|^2 - ridge |z|^2.
+    """
+    num_states, total = len(map_SH), 0.0
+    upper_SS, deviation_S1 = second_FF[:num_states, :num_states], deviation_F[:num_states, None]
+    for piece in map_SH.split(_piece(len(second_FF)), dim=1):
+        scaled = piece * deviation_S1
+        total += float((upper_SS @ scaled).square().sum() - RIDGE * scaled.square().sum())
+    return max(total, 0.0) / map_SH.shape[1]
 
 
 def factors(map_HH: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -20,8 +20,27 @@ GIB = 1 << 30
 FLOAT, HALF = 4, 2
 MOST_PARTITIONS = 64
 """More make the largest part hardly smaller: it holds all positions."""
-STATE_BYTES = {"8bit": 2, "4bit": 1, "adamw": 2 * FLOAT, "adam": 2 * FLOAT, "lion": FLOAT}
-"""Bytes of optimizer state a trained weight by what the optimizer's name contains (first match); others have none."""
+_ADAMW_32 = "adamw_torch adamw_torch_fused adamw_torch_xla adamw_torch_npu_fused adamw_anyprecision paged_adamw_32bit"
+_NOT_KNOWN = "galore_adamw galore_adamw_8bit galore_adafactor apollo_adamw lomo adalomo grokadamw"
+STATE_BYTES: dict[str, int | None] = {
+    **dict.fromkeys(_ADAMW_32.split(), 2 * FLOAT),
+    **dict.fromkeys(["stable_adamw", "schedule_free_adamw", "schedule_free_radam"], 2 * FLOAT),
+    **dict.fromkeys(["adamw_torch_8bit", "adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit"], 2),
+    "adamw_torch_4bit": 1,
+    **dict.fromkeys(("ademamix", "paged_ademamix_32bit"), 3 * FLOAT),
+    **dict.fromkeys(("ademamix_8bit", "paged_ademamix_8bit"), 3),
+    **dict.fromkeys(("lion_32bit", "paged_lion_32bit"), FLOAT),
+    **dict.fromkeys(("lion_8bit", "paged_lion_8bit"), 1),
+    **dict.fromkeys(("adagrad", "rmsprop", "rmsprop_bnb", "rmsprop_bnb_32bit", "schedule_free_sgd"), FLOAT),
+    "rmsprop_bnb_8bit": 1,
+    "sgd": 0,
+    "sgd with momentum": FLOAT,
+    "rmsprop with momentum": 2 * FLOAT,
+    "adafactor": 0,  # of a matrix a row and a column
+    **dict.fromkeys(_NOT_KNOWN.split(), None),
+    **dict.fromkeys((f"{name}_layerwise" for name in _NOT_KNOWN.split()[:4]), None),
+}
+"""Bytes of state that an optimizer keeps of a trained weight; None where that depends on more than the weights."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +57,8 @@ class MemoryPlan:
         accumulates: gradients of earlier micro-batches are there during the forward pass.
         train_head: as in `PeagleForSpeculation.attach_verifier`.
         lora_r: rank of an adapter that is trained on all linear layers instead of their weights.
+        linear_start: whether the drafter starts from a linear fit, which is over before the first step.
+        validates: whether there is validation, which from the first one on keeps the verifier's whole head.
     """
 
     config: PeagleConfig
@@ -50,6 +71,8 @@ class MemoryPlan:
     accumulates: bool = False
     train_head: bool = False
     lora_r: int | None = None
+    linear_start: bool = False
+    validates: bool = False
 
     @property
     def num_positions(self) -> int:
@@ -82,12 +105,17 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes by kind; `total` is the larger of the two peaks, in the backward pass and in the optimizer's step."""
+    """Bytes by kind; `total` is the largest peak: of the linear start, the backward pass or the optimizer's step.
+
+    `optimizer` is None, and counts nothing, where it isn't known.
+    """
 
     weights: int
     gradients: int
-    optimizer: int
+    optimizer: int | None
     frozen: int
+    whole_head: int
+    linear_start: int
     inputs: int
     loss: int
     activations: int
@@ -95,9 +123,10 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        held = self.weights + self.optimizer + self.frozen + self.inputs
+        start = self.weights + self.frozen + self.linear_start
+        held = self.weights + (self.optimizer or 0) + self.frozen + self.whole_head + self.inputs
         passes = held + self.loss + self.activations + (self.gradients if self.accumulates else 0)
-        return max(passes, held + self.gradients)
+        return max(start, passes, held + self.gradients)
 
 
 def estimate(plan: MemoryPlan) -> MemoryEstimate:
@@ -117,10 +146,10 @@ def estimate(plan: MemoryPlan) -> MemoryEstimate:
     if plan.lora_r is not None:
         frozen += trained * FLOAT
         trained = weights = plan.lora_r * sum(map(sum, linear))
+    bytes_a_weight = STATE_BYTES.get(plan.optimizer)
+    states = None if bytes_a_weight is None else trained * bytes_a_weight
     if plan.optimizer == MUON:
         states = weights * FLOAT + (trained - weights) * 2 * FLOAT
-    else:
-        states = trained * next((size for name, size in STATE_BYTES.items() if name in plan.optimizer), 0)
     rows = plan.rows_at_once
     chunk_rows = min(rows, CHUNK_ELEMENTS["cuda"] // config.draft_vocab_size)
     return MemoryEstimate(
@@ -128,12 +157,20 @@ def estimate(plan: MemoryPlan) -> MemoryEstimate:
         gradients=trained * FLOAT,
         optimizer=states,
         frozen=frozen,
+        whole_head=embedding * HALF if plan.validates and config.draft_vocab_size < layer.vocab_size else 0,
+        linear_start=linear_start_bytes(config) if plan.linear_start else 0,
         inputs=plan.num_positions * size * (config.num_aux_hidden_states + 3) * HALF,
         # The logits, their gradient, and the verifier's logits of the same targets.
         loss=round(2.4 * chunk_rows * config.draft_vocab_size * HALF),
         activations=rows * bytes_a_row(plan),
         accumulates=plan.accumulates or plan.partitions > 1,
     )
+
+
+def linear_start_bytes(config: PeagleConfig) -> int:
+    """The most that `start_linearly` needs: float64 moments of F features and H targets, and a fifth for work."""
+    num_features = (config.num_aux_hidden_states + 1) * config.hidden_size
+    return round(1.2 * num_features * (num_features + config.hidden_size) * 2 * FLOAT)
 
 
 def bytes_a_row(plan: MemoryPlan) -> int:
@@ -158,8 +195,13 @@ def rows_that_fit(plan: MemoryPlan, budget: int) -> int:
     Raises:
         PeagleError: the weights, their gradients and the optimizer's states alone are more than the budget.
     """
-    without_rows = replace(plan, accumulates=True)
+    without_rows = replace(plan, accumulates=True, linear_start=False)
     fixed = estimate(without_rows)
+    if fixed.optimizer is None:
+        raise PeagleError(
+            f"How much memory the states of {plan.optimizer} take isn't known, so --sequence-partitions auto can't "
+            "tell what fits. Give a number of parts."
+        )
     room = budget - (fixed.total - fixed.activations)
     rows = room // bytes_a_row(without_rows)
     if rows < 1:
@@ -182,23 +224,28 @@ def cut_to_fit(plan: MemoryPlan, budget: int) -> MemoryPlan:
 def report(plan: MemoryPlan, budget: int | None) -> str:
     """A table of what goes where, and what to change if it is more than `budget` bytes."""
     predicted = estimate(plan)
+    is_known = predicted.optimizer is not None
     shares = {
         "weights, float32": predicted.weights,
         "gradients, float32": predicted.gradients,
-        f"optimizer states ({plan.optimizer})": predicted.optimizer,
+        f"optimizer states ({plan.optimizer})": predicted.optimizer or 0,
         "frozen weights": predicted.frozen,
+        **({"verifier's whole head, from validation on": predicted.whole_head} if predicted.whole_head else {}),
+        **({"linear start, before the first step": predicted.linear_start} if predicted.linear_start else {}),
         f"inputs of {plan.num_positions:,} positions": predicted.inputs,
         f"activations of {plan.rows_at_once:,} rows at once": predicted.activations,
         "logits of one chunk": predicted.loss,
     }
     lines = [f"{name:<44}{size / GIB:>8.2f} GiB" for name, size in shares.items()]
+    if not is_known:
+        lines.append(f"The states of {plan.optimizer} aren't known, and are not counted.")
     lines.append(f"{'predicted peak (not all are there at once)':<44}{predicted.total / GIB:>8.2f} GiB")
     if budget is not None:
         lines.append(f"{'available':<44}{budget / GIB:>8.2f} GiB")
         if predicted.total > budget:
             lines.append(advice(plan, budget))
         else:
-            lines.append("It fits.")
+            lines.append("It fits." if is_known else "Without those states it fits.")
     return "\n".join(lines)
 
 
@@ -216,6 +263,7 @@ def advice(plan: MemoryPlan, budget: int) -> str:
     steps.append((f"--total-seq-len {half.positions}", half))
     small = replace(half, config=PeagleConfig.from_dict(plan.config.to_dict() | {"embed_requires_grad": False}))
     steps.append(("--no-embed-requires-grad", small))
+    steps.append(("--no-linear-start", replace(small, linear_start=False)))
     lines = ["To need less, turn these on, one after another:"]
     current = estimate(plan).total
     for flag, changed in steps:
@@ -235,6 +283,11 @@ def device_memory(device: torch.device) -> int | None:
     if device.type != "cuda":
         return None
     return round(0.92 * torch.cuda.get_device_properties(device).total_memory)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether PyTorch says that a device, or the host, has no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def keep_freed_memory() -> None:

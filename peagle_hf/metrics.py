@@ -21,6 +21,11 @@ def metric_names(num_depths: int) -> list[str]:
     return [*METRICS, *(f"{name}_{depth}" for name in ("accuracy", "acceptance") for depth in range(num_depths))]
 
 
+def is_metric(name: str) -> bool:
+    """Whether a validation of some number of depths gives this, without the prefix `eval_`."""
+    return name in METRICS or re.fullmatch(r"(accuracy|acceptance)_\d+", name) is not None
+
+
 def follow_rollouts(
     correct_R: Tensor, follows_R: Tensor, learnt_R: Tensor, anchors_R: Tensor, depths_R: Tensor, num_depths: int
 ) -> Tensor:

@@ -370,6 +370,7 @@ class PeagleForSpeculation(PreTrainedModel):
         self.loss_weights = parse_loss("kl_div")
         self.depth_loss_decay = 1.0
         self.model_tags = list(HUB_TAGS)
+        self._check_attention()
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -387,6 +388,20 @@ class PeagleForSpeculation(PreTrainedModel):
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         return True
+
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """As `PreTrainedModel.set_attn_implementation`.
+
+        Raises:
+            PeagleError: a drafter has no such attention.
+        """
+        super().set_attn_implementation(*args, **kwargs)
+        self._check_attention()
+
+    def _check_attention(self) -> None:
+        name = self.config._attn_implementation
+        if name not in ATTENTION:
+            raise PeagleError(f"A drafter has no attention called {name!r}. Take one of {', '.join(ATTENTION)}.")
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embed_tokens

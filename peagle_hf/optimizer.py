@@ -20,6 +20,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     Muon's step is scaled as AdamW's is (`match_rms_adamw`, arXiv 2502.16982), so that both take one learning rate.
     The parameter groups, matrices first, have the options of their optimizer; norms and vectors are never decayed.
+    Where no matrix is trained, as with all layers frozen, AdamW is left alone.
 
     Args:
         named_parameters: those of the model; what needs no gradient is left out.
@@ -45,8 +46,12 @@ class MuonWithAdamW(torch.optim.Optimizer):
         decayed = [parameter for parameter in others if parameter.ndim == 2]
         undecayed = [parameter for parameter in others if parameter.ndim != 2]
         self._parts: list[torch.optim.Optimizer] = [
-            torch.optim.Muon(
-                matrices, lr=lr, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn="match_rms_adamw"
+            *(
+                torch.optim.Muon(
+                    parameters, lr=lr, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn="match_rms_adamw"
+                )
+                for parameters in (matrices,)
+                if parameters
             ),
             *(
                 torch.optim.AdamW(parameters, lr=lr, weight_decay=decay, betas=betas, eps=eps, fused=True)

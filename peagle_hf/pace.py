@@ -1,6 +1,7 @@
 """How fast training goes, and what holds it up: positions a second, the wait for data, memory."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -24,9 +25,7 @@ class Pace:
     def _restart(self) -> None:
         self.positions = 0
         self._waited = 0.0
-        self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        if self._on_gpu:
-            torch.cuda.reset_peak_memory_stats(self._device)
+        self._waits: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         self._started = time.perf_counter()
 
     @property
@@ -42,6 +41,8 @@ class Pace:
             yield
             after.record()
             self._waits.append((before, after))
+            while self._waits and self._waits[0][1].query():  # or they would pile up where nothing is logged
+                self._waited += elapsed(*self._waits.popleft())
         else:
             started = time.perf_counter()
             yield
@@ -52,7 +53,8 @@ class Pace:
 
         `tokens_per_second`: positions trained on over wall time, validation and saving included, summed.
         `loader_wait`: the share of that time, 0 to 1, that went by waiting for data, on average. `memory_gib`: the most
-        that tensors of a process took of its GPU; there is none on a CPU.
+        that tensors of a process have taken of its GPU so far, by PyTorch's statistics, which aren't reset, as others
+        may measure by them too; there is none on a CPU.
 
         Args:
             gather: puts the tensors of all processes together, as `Accelerator.gather` does.
@@ -61,10 +63,15 @@ class Pace:
         if self._on_gpu:
             torch.cuda.synchronize(self._device)
             peak = torch.cuda.max_memory_allocated(self._device) / GIB
-        waited = self._waited + sum(before.elapsed_time(after) for before, after in self._waits) / 1000
+        waited = self._waited + sum(elapsed(before, after) for before, after in self._waits)
         seconds = time.perf_counter() - self._started
         measured = torch.tensor([[self.positions / seconds, waited / seconds, peak]], device=self._device)
         speed, wait, memory = gather(measured).unbind(1)
         self._restart()
         metrics = {"tokens_per_second": speed.sum().item(), "loader_wait": wait.mean().item()}
         return metrics | {"memory_gib": memory.max().item()} if self._on_gpu else metrics
+
+
+def elapsed(before: torch.cuda.Event, after: torch.cuda.Event) -> float:
+    """Seconds of the GPU between two events that it has reached."""
+    return before.elapsed_time(after) / 1000

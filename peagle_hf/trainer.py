@@ -1,10 +1,11 @@
 """`PeagleTrainer`: the Hugging Face Trainer over packed rows."""
 
+import copy
 import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
@@ -18,7 +19,7 @@ from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi, ModelCard
 from peft import PeftModel
 from torch import nn
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Sampler, Subset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -64,7 +65,7 @@ from .files import atomic_path, check_writable, remove_folder, write_json, writi
 from .hub import PushArguments, PushToHubCallback, open_repo, push
 from .losses import parse_loss
 from .memory import keep_freed_memory, report, rows_that_fit
-from .metrics import COUNTERS, count_drafts, metric_names, summarize
+from .metrics import COUNTERS, count_drafts, is_metric, metric_names, summarize
 from .model_card import RECORD, model_card, read_record
 from .modeling_peagle import PeagleForSpeculation, PeagleLayer
 from .optimizer import MUON, MuonWithAdamW, set_rates, set_settings, settings_of, settings_of_schedule
@@ -82,20 +83,35 @@ from .run_record import (
 )
 from .sharding import gather_optimizer_state, scatter_optimizer_state, scatter_weights, sharding_of
 from .target import hub_verifier
+from .trainer_arguments import REFUSED_PARAMETERS, refused_arguments
 from .training_args import PeagleTrainingArguments
 
 logger = logging.getLogger(__name__)
 
 
-@contextmanager
-def refused_arguments() -> Iterator[None]:
-    """Turn what the Trainer says of arguments that it can't use, or of a missing library, into a `PeagleError`."""
-    try:
-        yield
-    except PeagleError:
-        raise
-    except (ValueError, TypeError, ImportError, OSError) as error:
-        raise PeagleError(f"The Trainer refuses these arguments: {' '.join(str(error).split())}") from error
+def check_dataset(dataset: Any) -> None:
+    """Refuse a data set that a trainer can't ask for packed sequences.
+
+    Raises:
+        PeagleError: says what to give instead.
+    """
+    if dataset is not None and not isinstance(dataset, HiddenStatesDataset):
+        raise PeagleError(
+            f"A {type(dataset).__name__} can't be trained or measured on: packed sequences are asked for with their "
+            "epoch. Give a HiddenStatesDataset; its argument rows chooses from the prepared ones, and "
+            "build_datasets(args) splits by train_data_ratio."
+        )
+
+
+def name_metric(args: PeagleTrainingArguments, validations: Mapping[str, Any]) -> PeagleTrainingArguments:
+    """The arguments with `metric_for_best_model` under the name of the first validation, unless it names one's."""
+    metric = (args.metric_for_best_model or "").removeprefix("eval_")
+    if not validations or not is_metric(metric):
+        return args
+    args = copy.copy(args)  # the user's own stay as they are
+    args.metric_for_best_model = f"{next(iter(validations))}_{metric}"
+    logger.info("The best checkpoint is that with the best eval_%s.", args.metric_for_best_model)
+    return args
 
 
 class PeagleTrainer(Trainer):
@@ -132,13 +148,16 @@ class PeagleTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        **refused: Any,
     ):
+        for name in refused:
+            reason = REFUSED_PARAMETERS.get(name, "neither this trainer nor the Trainer has it")
+            raise PeagleError(f"PeagleTrainer can't be given {name}: {reason}.")
         args = args or PeagleTrainingArguments()
-        metric = (args.metric_for_best_model or "").removeprefix("eval_")
-        names = tuple(f"{name}_" for name in eval_dataset) if isinstance(eval_dataset, dict) else ()
-        if names and metric and not metric.startswith(names):
-            args.metric_for_best_model = f"{names[0]}{metric}"
-            logger.info("The best checkpoint is that with the best eval_%s.", args.metric_for_best_model)
+        if isinstance(eval_dataset, dict):
+            args = name_metric(args, eval_dataset)
+        for dataset in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])):
+            check_dataset(dataset)
         if args.should_save:
             check_writable(args.output_dir)
         with refused_arguments():
@@ -191,6 +210,8 @@ class PeagleTrainer(Trainer):
 
     def _take_up_model(self) -> None:
         """Set up what depends on the model or on arguments that a hyperparameter search may change."""
+        if not any(isinstance(module, PeagleForSpeculation) for module in self.model.modules()):
+            raise PeagleError(f"PeagleTrainer trains a PeagleForSpeculation, not a {type(self.model).__name__}.")
         self.config: PeagleConfig = self.accelerator.unwrap_model(self.model).config
         if self._collator_is_own:
             self.data_collator = CODDataCollator.from_config(self.config, seed=self.args.seed)
@@ -215,6 +236,7 @@ class PeagleTrainer(Trainer):
         for parameter in self.model.parameters():
             if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
                 parameter.data = parameter.data.float()  # of a served checkpoint: small steps would round to nothing
+        self.__dict__.pop("_eval_dataloaders", None)  # persistent workers, which have the collator of an earlier model
         self._train_counters = self._no_counters()
         self._pace = Pace(self.args.device)
         self.__dict__.pop("_rows_that_fit", None)
@@ -491,6 +513,10 @@ class PeagleTrainer(Trainer):
             return super().get_batch_samples(iter(batches), num_batches, device)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise PeagleError(
+                "No weight of the drafter is to be trained: none has requires_grad. Set it on those that are."
+            )
         if self.optimizer is None and self.optimizer_cls_and_kwargs is None and self.args.optim == MUON:
             args = self.args
             self.optimizer = MuonWithAdamW(
@@ -594,21 +620,26 @@ class PeagleTrainer(Trainer):
         return sums[0] / sums[1].clamp(min=1), None, None
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        if isinstance(eval_dataset, Dataset):
+            # With persistent workers the Trainer would take the loader of the data set that it first validated on.
+            return self.get_test_dataloader(eval_dataset)
         with self._every_row():
             return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
+        check_dataset(test_dataset)
         with self._every_row():
             return super().get_test_dataloader(test_dataset)
 
     @contextmanager
     def _every_row(self) -> Iterator[None]:
-        """Loaders made here drop no row."""
+        """Loaders made here drop no row, neither by COD nor for a batch that isn't full."""
         collator, self.data_collator = self.data_collator, self.eval_collator
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
             yield
         finally:
-            self.data_collator = collator
+            self.data_collator, self.args.dataloader_drop_last = collator, drop_last
 
     def evaluation_loop(
         self,
@@ -662,13 +693,7 @@ class PeagleTrainer(Trainer):
         return self._sampler(eval_dataset, self.args.per_device_eval_batch_size, shuffle=False)
 
     def _sampler(self, dataset: Any, batch_size: int, shuffle: bool) -> EpochSampler:
-        if isinstance(dataset, Subset | ConcatDataset | IterableDataset):
-            raise PeagleError(
-                f"A {type(dataset).__name__} can't be trained or measured on: rows are asked for with their epoch. "
-                "Choose them by HiddenStatesDataset(..., rows=...); build_datasets(args) splits by train_data_ratio."
-            )
-        if isinstance(dataset, HiddenStatesDataset):
-            dataset.check_layers(self.config.eagle_aux_hidden_state_layer_ids)
+        dataset.check_layers(self.config.eagle_aux_hidden_state_layer_ids)
         # Without fillers accelerate would repeat rows until all processes have equally many.
         processes = self.args.world_size
         multiple = processes * batch_size if processes > 1 else 1

@@ -9,13 +9,12 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from accelerate.utils import DistributedType, parse_flag_from_env
-from transformers import SchedulerType, TrainingArguments, get_scheduler
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers import SchedulerType, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.training_args import OptimizerNames
 from transformers.utils import is_in_notebook
 
-from .arguments import check_names, check_ranges, default_of, flag_of, plain
+from .arguments import check_names, check_ranges, flag_of, plain
 from .configuration_peagle import PeagleConfig
 from .console import is_quiet
 from .data.dataset import learnt_share
@@ -26,6 +25,17 @@ from .memory import GIB, MemoryPlan, cut_to_fit, device_memory
 from .optimizer import MUON
 from .processes import connect_on_cpu, is_launched
 from .target import hub_verifier
+from .trainer_arguments import (
+    check_contradictions,
+    check_names_of_trainer,
+    check_needs,
+    check_optimizer,
+    check_scheduler,
+    check_tracker,
+    check_values,
+    has_bfloat16,
+    refused_arguments,
+)
 
 _RANGES = {
     **dict.fromkeys(("num_layers", "num_depths", "max_anchors", "sliding_window", "draft_vocab_size"), (1, math.inf)),
@@ -52,21 +62,6 @@ _ABOVE_0 = (
     ),
     *("train_data_ratio", "down_sample_ratio", "request_timeout"),
 )
-REFUSED = {
-    "label_smoothing_factor": "the drafter learns from the verifier's distributions, which have no labels to smooth",
-    "neftune_noise_alpha": "the embeddings are read beside the verifier's states, so noise on them alone misleads",
-    "use_liger_kernel": "Liger has no kernels for a drafter; its own loss never makes the logits whole",
-    "liger_kernel_config": "Liger has no kernels for a drafter",
-    "train_sampling_strategy": "packed sequences are alike in length, and are shuffled with the seed",
-    "length_column_name": "packed sequences are alike in length",
-    "label_names": "the labels are always called labels",
-    "include_for_metrics": "validation counts acceptance and never makes the logits whole",
-    "batch_eval_metrics": "validation counts acceptance and never makes the logits whole",
-    "eval_use_gather_object": "validation gathers counts, not objects",
-    "parallelism_config": "training runs on one process, or several with DDP, FSDP or DeepSpeed",
-    "do_predict": "examples of the Trainer read it, and this training doesn't",
-}
-"""Arguments of the Trainer that have no meaning for a drafter, and why."""
 GENERATE_WORKERS = min(4, os.cpu_count() or 1)
 
 
@@ -295,8 +290,13 @@ class PeagleTrainingArguments(TrainingArguments):
             "is better, but for names that end with loss; --greater-is-better says otherwise."
         },
     )
-    bf16: bool = field(
-        default=torch.cuda.is_available(), metadata={"help": "bfloat16 mixed precision. Default: on with a GPU."}
+    bf16: bool | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "bfloat16 mixed precision. Default: on with a GPU that has it.",
+            "nargs": "?",
+            "const": True,
+        },
     )
     dataloader_pin_memory: bool = field(
         default=torch.cuda.is_available(), metadata={"help": "Pin the loader's memory. Default: on with a GPU."}
@@ -390,11 +390,8 @@ class PeagleTrainingArguments(TrainingArguments):
         self.as_given = {one.name: getattr(self, one.name) for one in fields(self)}  # before the Trainer changes them
         if self.disable_tqdm is None and not is_in_notebook():
             self.disable_tqdm = is_quiet() or not sys.stderr.isatty()
-        self.bf16 = self.bf16 and not self.fp16
         check_names(self, [name for name in PeagleTrainingArguments.__annotations__ if name != "GROUPS"])
-        for one in fields(self):
-            if one.name in REFUSED and getattr(self, one.name) not in (default_of(one), None, False):
-                raise PeagleError(f"{flag_of(one.name)} can't be used here: {REFUSED[one.name]}.")
+        check_names_of_trainer(self)
         parse_loss(self.loss_fn)
         check_ranges(self, _RANGES)
         for name in _ABOVE_0:
@@ -402,21 +399,8 @@ class PeagleTrainingArguments(TrainingArguments):
             is_unused = name == "num_train_epochs" and self.max_steps > 0
             if value is not None and not is_unused and not 0 < value < math.inf:
                 raise PeagleError(f"{flag_of(name)} is {value} but must be above 0.")
-        if self.max_steps == 0 or self.max_steps < -1:
-            raise PeagleError(f"--max-steps is {self.max_steps} but must be at least 1 (-1: as many as --epochs).")
         self.sequence_partitions = str(self.sequence_partitions)
-        if self.sequence_partitions != "auto" and not (
-            self.sequence_partitions.isdecimal() and int(self.sequence_partitions)
-        ):
-            raise PeagleError(
-                f"sequence_partitions is {self.sequence_partitions!r}. Give a number of parts from 1 on, or auto."
-            )
-        if self.remove_unused_columns:
-            raise PeagleError("remove_unused_columns must stay False: the collator needs all that a row has.")
-        if self.lora_r is not None and self.from_pretrained is None:
-            raise PeagleError("lora_r adapts a trained drafter: name it with --from-pretrained.")
-        if self.lora_r is not None and self.train_head:
-            raise PeagleError("train_head trains the head itself. Beside lora_r name it with --lora-modules-to-save.")
+        check_contradictions(self)
         if self.on_missing == "generate" and self.dataloader_num_workers == 0:
             self.dataloader_num_workers = GENERATE_WORKERS  # so that the next rows are asked for during a step
         if self.push_to_hub and self.verifier_name_or_path:
@@ -425,8 +409,7 @@ class PeagleTrainingArguments(TrainingArguments):
             self.eval_strategy = "no"
         # Without an accelerator the Trainer would leave the processes of torchrun unconnected, each training alone.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
-        if is_launched() and os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16":
-            self.bf16 = not self.fp16  # accelerate's configuration says so, and DeepSpeed's must agree with it
+        self._choose_precision()
         if is_launched() and self.use_cpu:
             connect_on_cpu(self.ddp_timeout)
         # Every process builds the same drafter: accelerate's loading from the first one knows no buffers, such as d2t.
@@ -456,7 +439,9 @@ class PeagleTrainingArguments(TrainingArguments):
             # These follow the same metric, and would take it that lower is better.
             given: Any = self.lr_scheduler_kwargs or {}
             self.lr_scheduler_kwargs = {"mode": "max" if self.greater_is_better else "min", **given}
-        self._check_scheduler()
+        check_scheduler(self)
+        check_values(self)
+        check_needs(self)
         for tracker in self.report_to or []:
             check_tracker(tracker)
 
@@ -475,37 +460,41 @@ class PeagleTrainingArguments(TrainingArguments):
             raise PeagleError("DeepSpeed cuts up the matrices that Muon needs whole. Take --optim adamw_torch_fused.")
         if is_muon:
             self.optim = "adamw_torch_fused"
-        super().__post_init__()
+        with refused_arguments():
+            super().__post_init__()
         if is_muon:
             self.optim = MUON
+        else:
+            check_optimizer(self)
 
-    def _check_scheduler(self) -> None:
-        """Refuse a schedule that lacks arguments of its own before anything is loaded."""
-        optimizer = torch.optim.SGD([torch.zeros(1)])
-        kwargs: Any = self.lr_scheduler_kwargs
-        try:
-            get_scheduler(self.lr_scheduler_type, optimizer, 1, 10, kwargs)
-        except (TypeError, ValueError) as error:
-            raise PeagleError(
-                f"--lr-scheduler-type {plain(self.lr_scheduler_type)} needs other --lr-scheduler-kwargs than "
-                f"{self.lr_scheduler_kwargs}: {error}. Give them as JSON, such as '{{\"num_decay_steps\": 100}}'."
-            ) from error
+    def _choose_precision(self) -> None:
+        """Without a choice of the user take that of `accelerate launch`, or else bfloat16 on a GPU that has it."""
+        if self.bf16 is None and not self.fp16:
+            launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+            if launched not in ("no", "bf16", "fp16"):
+                raise PeagleError(f"accelerate launch asks for {launched}, but training runs in bf16, fp16 or float32.")
+            self.fp16 = launched == "fp16"
+            self.bf16 = launched == "bf16" or (launched == "no" and not self.use_cpu and has_bfloat16())
+        self.bf16 = bool(self.bf16)
 
     def memory_plan(self, config: PeagleConfig) -> MemoryPlan:
         """What the arguments mean for memory; for a CPU, or without mixed precision, it is an estimate from below."""
         kept = "keep_attention" if self.keep_attention else "whole"
         is_prepared = (Path(self.data_path) / "token_freq.pt").exists()
+        has_momentum = self.optim in ("sgd", "rmsprop") and "momentum" in (self.optim_args or "")
         plan = MemoryPlan(
             config,
             positions=self.total_seq_len,
             batch_size=self.per_device_train_batch_size,
             learnt_share=learnt_share(self.data_path) if is_prepared else MemoryPlan.learnt_share,
-            optimizer=str(self.optim),
+            optimizer=f"{plain(self.optim)} with momentum" if has_momentum else str(plain(self.optim)),
             checkpointing=kept if self.activation_checkpointing else "none",
             partitions=1 if self.sequence_partitions == "auto" else int(self.sequence_partitions),
             accumulates=self.gradient_accumulation_steps > 1,
             train_head=self.train_head,
             lora_r=self.lora_r,
+            linear_start=self.linear_start and not self.from_pretrained,
+            validates=self.eval_strategy != "no",
         )
         budget = self.usable_memory()
         return plan if self.sequence_partitions != "auto" or budget is None else cut_to_fit(plan, budget)
@@ -513,19 +502,3 @@ class PeagleTrainingArguments(TrainingArguments):
     def usable_memory(self) -> int | None:
         """Bytes that a process may use on its device; None where nobody has said."""
         return device_memory(self.device) if self.memory_budget is None else round(self.memory_budget * GIB)
-
-
-def check_tracker(name: str) -> None:
-    """Refuse a tracker of `report_to` that the Trainer doesn't know or that can't be used here.
-
-    Raises:
-        PeagleError: says which there are, or what to install.
-    """
-    if name not in INTEGRATION_TO_CALLBACK:
-        raise PeagleError(f"report_to names {name!r}, which is none of {', '.join(INTEGRATION_TO_CALLBACK)}.")
-    # The list of what is installed leaves these two out even where they are: the Trainer itself refuses them later.
-    if name not in ("azure_ml", "flyte", *get_available_reporting_integrations()):
-        raise PeagleError(
-            f"report_to names {name}, which isn't installed, or not set up. Run `pip install {name}`, or train without "
-            "it: --report-to none."
-        )

@@ -164,6 +164,26 @@ def test_long_documents_are_cut_counted_and_said(tiny_data, caplog):
     assert max(document["input_ids"].numel() for index in range(20) for document in dataset[index]["documents"]) == 18
 
 
+def test_many_long_documents_are_looked_at_together(tmp_path, monkeypatch):
+    """One after another took a minute for 90,000 of them; `_targets` is what is right."""
+    lengths = [40 + 7 * index % 90 for index in range(1100)]
+    write_prepared(tmp_path, lengths)
+    (tmp_path / "hidden_states").mkdir()
+    monkeypatch.setattr("peagle_hf.data.dataset.cached_rows", lambda folder: set(range(len(lengths))))
+    one_by_one, looked_at = HiddenStatesDataset._targets, []
+
+    def targets(self, row):
+        looked_at.append(row)
+        return one_by_one(self, row)
+
+    monkeypatch.setattr(HiddenStatesDataset, "_targets", targets)
+    dataset = HiddenStatesDataset(tmp_path, total_seq_len=20)
+    assert len(looked_at) < 10
+    rows = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(0)).tolist()
+    assert dataset._count_learnt(rows) == [int(one_by_one(dataset, row).sum()) for row in rows]
+    assert dataset._count_learnt([]) == []
+
+
 def test_documents_that_teach_nothing_before_the_cut_are_left_out_and_said(tiny_data, caplog):
     lengths = load_prepared(tiny_data)["seq_len"]
     late = [row for row in range(20) if lengths[row] - 2 > 4]

@@ -16,7 +16,7 @@ from peagle_hf import (
     start_linearly,
     train,
 )
-from peagle_hf.linear_start import RIDGE, factors, ridge_regression
+from peagle_hf.linear_start import RIDGE, factors, mean_square, ridge_regression
 
 
 def new_drafter(tiny_verifier, **options):
@@ -96,9 +96,78 @@ def test_the_same_rows_give_the_same_start(tiny_verifier, tiny_data):
 def test_collinear_and_constant_features_have_a_finite_map():
     features = torch.randn(50, 3, dtype=torch.float64)
     features = torch.cat([features, features[:, :1], torch.zeros(50, 1)], dim=1)
-    solved = ridge_regression(features.T @ features / 50, features.T @ torch.randn(50, 2, dtype=torch.float64) / 50)
+    second, solved = features.T @ features / 50, torch.randn(2, 50, dtype=torch.float64).mm(features).T / 50
+    ridge_regression(second, solved)
     assert solved.isfinite().all()
     assert not solved[-1].any()
+
+
+def test_the_regression_solves_in_place_as_a_general_solver_does():
+    features = torch.randn(90, 40, dtype=torch.float64) * torch.logspace(-3, 3, 40, dtype=torch.float64)
+    second, cross = features.T @ features / 90, torch.randn(8, 90, dtype=torch.float64).mm(features).T / 90
+    deviation = second.diagonal().sqrt()
+    scaled = second / deviation[:, None] / deviation + RIDGE * torch.eye(40, dtype=torch.float64)
+    expected = torch.linalg.solve(scaled, cross / deviation[:, None]) / deviation[:, None]
+    square = ((second[:30, :30] @ expected[:30]) * expected[:30]).sum() / 8
+    places = second.data_ptr(), cross.data_ptr()
+    found_deviation = ridge_regression(second, cross)
+    assert (second.data_ptr(), cross.data_ptr()) == places
+    torch.testing.assert_close(cross, expected, rtol=1e-10, atol=0)
+    assert mean_square(second, cross[:30], found_deviation) == pytest.approx(float(square), rel=1e-10)
+
+
+@pytest.mark.fault("a hidden state is NaN", "The linear start ends with the advice to verify the cache.")
+def test_moments_that_are_no_numbers_are_refused():
+    second = torch.eye(3, dtype=torch.float64)
+    second[1, 1] = torch.nan
+    with pytest.raises(PeagleError, match="cache verify"):
+        ridge_regression(second, torch.ones(2, 3, dtype=torch.float64).T)
+
+
+def peak_of(run):
+    """The most bytes that tensors on the CPU took at once within `run`, beside those that were there."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    live = most = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            most = max(most, live)
+    return most
+
+
+def widen(monkeypatch, wide):
+    """Let collated states be wide enough for the moments to be most of what a linear start needs."""
+    collate = CODDataCollator.__call__
+
+    def widened(self, features):
+        batch = collate(self, features)
+        return {**batch, "hidden_states": batch["hidden_states"].float() @ wide}
+
+    monkeypatch.setattr(CODDataCollator, "__call__", widened)
+
+
+@pytest.mark.parametrize("options", [{}, {"norm_before_fc": True}])
+def test_a_linear_start_needs_little_more_than_its_matrix(tiny_verifier, tiny_data, monkeypatch, options):
+    drafter, dataset = new_drafter(tiny_verifier, **options), HiddenStatesDataset(tiny_data, total_seq_len=600)
+    size, width = drafter.config.hidden_size, 2048
+    drafter.fc = torch.nn.Linear(width, size, bias=False)
+    widen(monkeypatch, torch.randn(3 * size, width))
+    matrix = 8 * (width + size) * (width + 2 * size)
+    assert matrix < peak_of(lambda: start_linearly(drafter, dataset)) < 1.2 * matrix
+
+
+@pytest.mark.fault("the device has no memory left in the linear start", "It ends with what it needs and what to do.")
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_a_linear_start_without_the_memory_says_what_it_needs(tiny_verifier, tiny_data, monkeypatch, error):
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(torch, "zeros", fail)
+    with pytest.raises(PeagleError, match=r"needs 0.0 GiB of cpu .*--no-linear-start"):
+        start_linearly(new_drafter(tiny_verifier), HiddenStatesDataset(tiny_data, total_seq_len=64))
 
 
 @pytest.mark.parametrize("rank", [2, 6, 9])

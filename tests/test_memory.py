@@ -7,11 +7,19 @@ import torch
 from peft import LoraConfig
 from test_modeling import make_batch, make_config, make_drafter
 from test_trainer import losses, run, weights
+from transformers.training_args import OptimizerNames
 
-from peagle_hf import PeagleError, PeagleForSpeculation, PeagleTrainer, PeagleTrainingArguments, add_adapter
+from peagle_hf import (
+    PeagleConfig,
+    PeagleError,
+    PeagleForSpeculation,
+    PeagleTrainer,
+    PeagleTrainingArguments,
+    add_adapter,
+)
 from peagle_hf.cli import main
 from peagle_hf.cli.parsing import flags
-from peagle_hf.memory import GIB, MemoryPlan, bytes_a_row, cut_to_fit, estimate, report, rows_that_fit
+from peagle_hf.memory import GIB, STATE_BYTES, MemoryPlan, bytes_a_row, cut_to_fit, estimate, report, rows_that_fit
 from peagle_hf.training import build_config
 
 
@@ -132,7 +140,7 @@ def test_out_of_memory_ends_with_advice(train_flags, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("value", ["0", "-1", "two", "1.5"])
 def test_bad_numbers_of_partitions_are_refused(train_flags, value):
-    with pytest.raises(PeagleError, match="sequence_partitions"):
+    with pytest.raises(PeagleError, match="--sequence-partitions"):
         PeagleTrainingArguments(**train_flags, sequence_partitions=value)
 
 
@@ -160,3 +168,58 @@ def estimate_for_parts(train_flags):
 def test_auto_partitions_on_a_cpu_want_a_budget(train_flags):
     with pytest.raises(PeagleError, match="--memory-budget"):
         run(train_flags, max_steps=1, sequence_partitions="auto")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "adafactor", "sgd", "adagrad", "rmsprop"])
+def test_states_of_optimizers_are_counted_as_they_are(train_flags, optimizer):
+    for options in (None, "momentum=0.9") if optimizer in ("sgd", "rmsprop") else (None,):
+        args = PeagleTrainingArguments(**train_flags, optim=optimizer, optim_args=options)
+        weight = torch.nn.Parameter(torch.ones(256, 256))
+        weight.grad = torch.ones(256, 256)
+        kind, kwargs = PeagleTrainer.get_optimizer_cls_and_kwargs(args)
+        stepped = kind([weight], **kwargs)
+        stepped.step()
+        tensors = [value for value in stepped.state[weight].values() if torch.is_tensor(value)]
+        predicted = estimate(args.memory_plan(build_config(args)))
+        counted = predicted.optimizer / predicted.weights * 4
+        assert sum(tensor.nbytes for tensor in tensors) / weight.numel() == pytest.approx(counted, abs=0.1)
+
+
+def test_every_optimizer_is_counted_or_said_to_be_unknown():
+    plan, unknown = MemoryPlan(qwen3_8b(), 1024), []
+    for name in OptimizerNames:
+        with_it = replace(plan, optimizer=name.value)
+        if estimate(with_it).optimizer is None:
+            unknown.append(name.value)
+            assert f"The states of {name.value} aren't known" in report(with_it, 900 * GIB)
+            assert report(with_it, 900 * GIB).endswith("Without those states it fits.")
+            with pytest.raises(PeagleError, match=f"states of {name.value} take isn't known"):
+                rows_that_fit(with_it, 900 * GIB)
+        else:
+            assert name.value in STATE_BYTES
+    assert estimate(replace(plan, optimizer="ademamix")).optimizer == 3 * estimate(plan).weights
+    assert len(unknown) < 12
+
+
+def test_the_report_counts_the_linear_start_and_the_whole_head_of_validation():
+    plan = MemoryPlan(qwen3_8b(), 64)
+    started = replace(plan, linear_start=True)
+    assert estimate(started).linear_start == pytest.approx(1.2 * 16384 * 20480 * 8)
+    alone = replace(estimate(replace(started, positions=1, optimizer="sgd")), gradients=0)
+    assert alone.total == alone.weights + alone.frozen + alone.linear_start
+    assert "linear start" in report(started, None)
+    assert "linear start" not in report(plan, None)
+    narrow = replace(plan, config=PeagleConfig.from_dict({**plan.config.to_dict(), "draft_vocab_size": 8192}))
+    validated = estimate(replace(narrow, validates=True))
+    assert validated.whole_head == 151936 * 4096 * 2
+    assert validated.total == estimate(narrow).total + validated.whole_head
+    assert estimate(replace(plan, validates=True)).whole_head == 0
+
+
+def test_arguments_say_what_the_memory_depends_on(train_flags):
+    plan = PeagleTrainingArguments(**train_flags).memory_plan(make_config())
+    assert plan.linear_start
+    assert plan.validates
+    other = PeagleTrainingArguments(**{**train_flags, "train_data_ratio": 1.0, "linear_start": False})
+    assert not other.memory_plan(make_config()).linear_start
+    assert not other.memory_plan(make_config()).validates

@@ -29,7 +29,8 @@ def weights(drafter: nn.Module) -> dict[str, torch.Tensor]:
 
 def test_matrices_take_muons_step_and_the_rest_adamws() -> None:
     together, alone = make_drafter(), make_drafter()
-    optimizer = MuonWithAdamW(together.named_parameters(), lr=1e-2, weight_decay=0.1)
+    options = {"betas": (0.5, 0.6), "eps": 1e-2}
+    optimizer = MuonWithAdamW(together.named_parameters(), lr=1e-2, weight_decay=0.1, momentum=0.8, **options)
     is_matrix = {
         name: parameter.ndim == 2 and name not in ("embed_tokens.weight", "lm_head.weight")
         for name, parameter in alone.named_parameters()
@@ -42,10 +43,15 @@ def test_matrices_take_muons_step_and_the_rest_adamws() -> None:
             [named[name] for name in named if is_matrix[name]],
             lr=1e-2,
             weight_decay=0.1,
+            momentum=0.8,
             adjust_lr_fn="match_rms_adamw",
         ),
-        torch.optim.AdamW([named[name] for name in named if named[name].ndim != 2], lr=1e-2, weight_decay=0.0),
-        torch.optim.AdamW([named["embed_tokens.weight"], named["lm_head.weight"]], lr=1e-2, weight_decay=0.1),
+        torch.optim.AdamW(
+            [named[name] for name in named if named[name].ndim != 2], lr=1e-2, weight_decay=0.0, **options
+        ),
+        torch.optim.AdamW(
+            [named["embed_tokens.weight"], named["lm_head.weight"]], lr=1e-2, weight_decay=0.1, **options
+        ),
     ]
     for step in range(3):
         for drafter in (together, alone):
@@ -98,3 +104,16 @@ def test_the_arguments_name_it_and_deepspeed_cant_have_it(tmp_path, monkeypatch)
     assert PeagleTrainingArguments(tmp_path).optim == "adamw_torch_fused"
     with pytest.raises(PeagleError, match="DeepSpeed cuts up the matrices"):
         PeagleTrainingArguments(tmp_path, optim="muon")
+
+
+def test_without_a_matrix_adamw_is_left_alone() -> None:
+    drafter = make_drafter()
+    for name, parameter in drafter.named_parameters():
+        parameter.requires_grad_(parameter.ndim != 2 or name == "embed_tokens.weight")
+    before = weights(drafter)
+    optimizer = MuonWithAdamW(drafter.named_parameters(), lr=1e-2)
+    assert len(optimizer.param_groups[0]["params"]) == 1
+    set_gradients(drafter, 0)
+    optimizer.step()
+    changed = {name for name, weight in weights(drafter).items() if not torch.equal(weight, before[name])}
+    assert changed == {name for name, parameter in drafter.named_parameters() if parameter.requires_grad}

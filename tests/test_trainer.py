@@ -13,7 +13,6 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from torch.utils.data import Subset
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from peagle_hf import (
@@ -85,14 +84,6 @@ def test_of_several_validations_the_first_makes_the_best(train_flags):
     trainer.train()
     assert trainer.state.best_metric == max(logged(trainer, "eval_chats_acceptance_length"))
     assert len(logged(trainer, "eval_seen_acceptance_length")) == 2
-
-
-def test_a_part_of_a_dataset_is_refused(train_flags):
-    args = PeagleTrainingArguments(**train_flags)
-    dataset, _ = build_datasets(args)
-    trainer = PeagleTrainer(build_drafter(args), args, train_dataset=Subset(dataset, [0, 1]), eval_dataset=dataset)
-    with pytest.raises(PeagleError, match=r"A Subset can't be trained.*rows="):
-        trainer.train()
 
 
 def test_a_drafter_of_other_layers_than_the_caches_is_refused(train_flags):

@@ -55,7 +55,7 @@ def test_model_init_gives_the_same_run_each_time(train_flags):
 
 
 def test_a_model_of_model_init_gets_what_the_arguments_say(train_flags):
-    changes = {"loss_fn": "tv", "keep_attention": False, "max_steps": 1}
+    changes = {"loss_fn": "tv", "activation_checkpointing": True, "keep_attention": False, "max_steps": 1}
     trainer = make_trainer(train_flags, changes, fresh=True)
     trainer.train()
     assert trainer.model.loss_weights == parse_loss("tv")

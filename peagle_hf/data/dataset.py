@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
@@ -97,7 +98,7 @@ class HiddenStatesDataset(Dataset):
         lengths = column(self.data, "seq_len")
         long_enough = [row for row in rows if lengths[row] >= MIN_TOKENS]
         cut = [row for row in long_enough if lengths[row] - 2 > total_seq_len]
-        unlearnt = {row for row in cut if not self._targets(row).any()}
+        unlearnt = {row for row, count in zip(cut, self._count_learnt(cut), strict=True) if not count}
         wanted = [row for row in long_enough if row not in unlearnt]
         self.num_truncated = len(cut) - len(unlearnt)
         if not wanted:
@@ -220,6 +221,21 @@ class HiddenStatesDataset(Dataset):
     def num_learnt(self, number: int) -> int:
         """The learnt positions of a packed row, by the prepared dataset alone."""
         return sum(int(self._targets(row).sum()) for row in self.plan[number])
+
+    def _count_learnt(self, rows: Sequence[int]) -> list[int]:
+        """The learnt positions of many documents, as far as they aren't cut: as `_targets`, a thousand at once."""
+        masks = self.data.select_columns("loss_mask").select(rows).with_format("arrow")
+        counts: list[int] = []
+        for table in masks.iter(1000) if len(rows) else ():
+            lists = table["loss_mask"].combine_chunks()
+            mask, starts = np.asarray(lists.flatten()) != 0, np.asarray(lists.offsets)
+            starts = starts - starts[0]
+            place = np.arange(len(mask)) - np.repeat(starts[:-1], np.diff(starts))
+            is_learnt = mask & (place >= 2) & (place < self.total_seq_len + 2)
+            is_learnt[1:] &= mask[:-1]
+            total = np.concatenate([[0], is_learnt.cumsum()])
+            counts += (total[starts[1:]] - total[starts[:-1]]).tolist()
+        return counts
 
     def _targets(self, row: int) -> torch.Tensor:
         """Whether a token of a document, as far as it isn't cut, is to be predicted, bool [T]."""

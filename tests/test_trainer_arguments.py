@@ -1,0 +1,394 @@
+"""Every argument of the Trainer works, is refused by name, or is named where it does nothing."""
+
+import copy
+import inspect
+import itertools
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import ConcatDataset, IterableDataset, Subset
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+from transformers.training_args import OptimizerNames
+
+from peagle_hf import PeagleError, PeagleTrainer, PeagleTrainingArguments, build_datasets, build_drafter
+from peagle_hf.arguments import default_of, flag_of
+from peagle_hf.cli import main
+from peagle_hf.trainer_arguments import CONTRADICTIONS, NEEDS, REFUSED, REFUSED_PARAMETERS, WORKS, has_bfloat16
+
+LATER = {"activation_checkpointing", "activation_checkpointing_kwargs"}
+"""Arguments that the Trainer has from transformers 5.23 on."""
+
+
+def make(**changes):
+    return PeagleTrainingArguments(**{"use_cpu": True, "report_to": "none", **changes})
+
+
+def test_every_argument_and_parameter_of_the_trainer_is_in_one_table():
+    names = {field.name for field in fields(TrainingArguments)}
+    assert names - WORKS - set(REFUSED) == set()
+    assert WORKS | set(REFUSED) <= names | LATER
+    assert not WORKS & set(REFUSED)
+    parameters = set(inspect.signature(Trainer.__init__).parameters)
+    taken = set(inspect.signature(PeagleTrainer.__init__).parameters) - {"refused"}
+    assert parameters - taken == set(REFUSED_PARAMETERS)
+
+
+REFUSED_VALUES = {
+    "label_smoothing_factor": 0.1,
+    "neftune_noise_alpha": 5.0,
+    "liger_kernel_config": {"rms_norm": True},
+    "train_sampling_strategy": "group_by_length",
+    "length_column_name": "size",
+    "label_names": ["targets"],
+    "eval_accumulation_steps": 1,
+    "include_for_metrics": ["inputs"],
+    "parallelism_config": {"tp_size": 2},
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_has_no_meaning_here_is_refused_by_name(name):
+    (field,) = (one for one in fields(TrainingArguments) if one.name == name)
+    value = REFUSED_VALUES.get(name, not default_of(field))
+    with pytest.raises(PeagleError, match=f"{flag_of(name)} can't be used here: "):
+        make(**{name: value})
+
+
+def test_an_argument_that_only_a_later_trainer_has_is_refused(monkeypatch):
+    monkeypatch.setattr("peagle_hf.trainer_arguments.WORKS", WORKS - {"torch_empty_cache_steps"})
+    make()
+    with pytest.raises(PeagleError, match="--torch-empty-cache-steps can't be used here: it is new"):
+        make(torch_empty_cache_steps=3)
+
+
+GIVEN = {
+    "lora_alpha": 8,
+    "lora_dropout": 0.1,
+    "lora_modules_to_save": ["norm"],
+    "token_freq_path": "freq.pt",
+    "vllm_endpoint": "http://localhost:9/v1",
+    "on_generate": "cache",
+    "server_hidden_states_path": "states",
+    "request_timeout": 3.0,
+    "max_retries": 1,
+    "memory_budget": 3.0,
+    "keep_attention": False,
+    "activation_checkpointing_kwargs": {"use_reentrant": True},
+    "logging_steps": 3,
+    "eval_steps": 3,
+    "save_steps": 3,
+    "eval_delay": 1,
+    "eval_on_start": True,
+    "metric_for_best_model": "loss",
+    "save_total_limit": 1,
+    "save_only_model": True,
+    "warmup_steps": 3,
+    "optim_target_modules": "all-linear",
+    "hub_strategy": "end",
+    "run_name": "run",
+    "project": "mine",
+    "trackio_space_id": "me/space",
+    "trackio_bucket_id": "me/bucket",
+    "trackio_static_space_id": "me/static",
+    "dataloader_persistent_workers": True,
+    "dataloader_multiprocessing_context": "spawn",
+    "fsdp_config": {"version": 2},
+}
+WITHOUT = {
+    "logging_steps": {"logging_strategy": "epoch"},
+    **{name: {"train_data_ratio": 1.0} for name in ("eval_delay", "eval_on_start", "metric_for_best_model")},
+    **{name: {"save_strategy": "no"} for name in ("save_total_limit", "save_only_model")},
+    "warmup_steps": {"lr_scheduler_type": "constant"},
+}
+WITH = {
+    "lora_alpha": {"lora_r": 4, "from_pretrained": "drafter"},
+    "token_freq_path": {"draft_vocab_size": 9},
+    "vllm_endpoint": {"on_missing": "generate"},
+    "memory_budget": {"sequence_partitions": "auto"},
+    "keep_attention": {"activation_checkpointing": True},
+    "eval_steps": {"eval_strategy": "steps"},
+    "save_steps": {"save_strategy": "steps"},
+    "optim_target_modules": {"optim": "galore_adamw"},
+    "hub_strategy": {"push_to_hub": True},
+    "run_name": {"report_to": "tensorboard"},
+    "dataloader_persistent_workers": {"dataloader_num_workers": 1},
+}
+
+
+@pytest.mark.parametrize("name", [name for names, *_ in NEEDS for name in names])
+def test_what_would_do_nothing_is_named(name):
+    with pytest.raises(PeagleError, match=f"^{flag_of(name)} .* does nothing without"):
+        make(**{name: GIVEN[name]}, **WITHOUT.get(name, {}))
+
+
+@pytest.mark.parametrize("name", WITH)
+def test_what_does_something_passes(name, monkeypatch):
+    monkeypatch.setattr("peagle_hf.training_args.check_tracker", lambda name: None)
+    args = make(**{name: GIVEN[name]}, **WITH[name])
+    assert getattr(args, name) == GIVEN[name]
+    replace(args)  # what was derived is taken again
+
+
+BAD = [
+    {"max_steps": 0},
+    {"sequence_partitions": "half"},
+    {"remove_unused_columns": True},
+    {"lora_r": 4},
+    {"lora_r": 4, "from_pretrained": "drafter", "train_head": True},
+    {"fp16": True, "bf16": True},
+    {"ddp_backend": "gloo"},
+    {"memory_report": True, "dry_run": True},
+    {"resume": False, "resume_from_checkpoint": "checkpoint-3"},
+    {"train_data_ratio": 1.0, "eval_strategy": "steps"},
+    {"down_sample_ratio": 0.3, "down_sample_ratio_min": 0.4},
+]
+
+
+def test_contradictions_are_named():
+    for (_, message), changes in zip(CONTRADICTIONS, BAD, strict=True):
+        with pytest.raises(PeagleError) as refused:
+            make(**changes)
+        assert str(refused.value) == message.format(args=make_unchecked(changes))
+        assert all(flag_of(name) in str(refused.value) for name in changes if name != "from_pretrained")
+    make(down_sample_ratio=0.1, down_sample_ratio_min=0.1)
+
+
+def make_unchecked(changes):
+    class Values(dict):
+        __getattr__ = dict.__getitem__
+
+    return Values({**{field.name: default_of(field) for field in fields(PeagleTrainingArguments)}, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"fp16": True}, "--fp16 needs a GPU"),
+        ({"tf32": True}, "tf32"),
+        ({"include_num_input_tokens_seen": "non_padding"}, "--include-num-input-tokens-seen is 'non_padding'"),
+        ({"debug": "tpu_metrics_debug"}, "--debug tpu_metrics_debug"),
+        ({"debug": "everything"}, "everything"),
+        (
+            {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"every_n_layers": 2}},
+            "every_n_layers",
+        ),
+        ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": '{"every_n_layers": 2}'}, "every_n_layers"),
+        ({"accelerator_config": {"split_batches": True}}, "--accelerator-config sets split_batches"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "sets dispatch_batches"),
+        ({"accelerator_config": {"even_batches": False}}, "sets even_batches"),
+        (
+            {"accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 4}}},
+            "sets gradient_accumulation_kwargs",
+        ),
+        ({"accelerator_config": {"fast": True}}, "fast"),
+        ({"accelerator_config": "/nowhere/accelerator.json"}, "/nowhere/accelerator.json"),
+        ({"torch_compile_backend": "gcc"}, "--torch-compile-backend is 'gcc'.*inductor"),
+        ({"torch_compile_mode": "fast"}, "--torch-compile-mode fast.*max-autotune"),
+        ({"torch_compile_mode": "max-autotune", "torch_compile_backend": "aot_eager"}, "other backends have none"),
+        ({"dataloader_multiprocessing_context": "threads", "dataloader_num_workers": 1}, "'threads'.*spawn"),
+        ({"optim": "adamw_torch", "optim_args": "momentum=0.9"}, "adamw_torch takes no momentum=0.9"),
+        ({"optim": "sgd", "optim_args": "momentum=0.9,momnetum=1"}, "sgd takes no momnetum=1"),
+        ({"optim": "sgd", "optim_args": "momentum"}, "unpack"),
+        ({"optim": "sgd", "adam_beta2": 0.9}, "sgd takes no --adam-beta2"),
+        ({"optim": "adafactor", "adam_epsilon": 1e-4}, "adafactor takes no --adam-epsilon"),
+        ({"optim": "galore_adamw"}, "--optim-target-modules"),
+        ({"optim": "adamw_bnb_8bit"}, "bitsandbytes"),
+        ({"deepspeed": "/nowhere.json", "optim": "adamw_torch"}, "/nowhere.json"),
+        ({"dataloader_prefetch_factor": 2}, "dataloader_prefetch_factor"),
+        ({"eval_strategy": "sometimes"}, "sometimes"),
+        ({"save_strategy": "steps", "save_steps": 2.5}, "save_steps"),
+        ({"load_best_model_at_end": True, "train_data_ratio": 1.0}, "load_best_model_at_end"),
+    ],
+    ids=str,
+)
+def test_values_that_would_be_ignored_or_break_later_are_refused(changes, words):
+    with pytest.raises(PeagleError, match=words):
+        make(**changes)
+
+
+def test_launched_precision_is_that_of_the_run(monkeypatch):
+    assert make().bf16 is False
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert make().bf16 is True
+    assert make(bf16=False).bf16 is False
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(PeagleError, match="--fp16 needs a GPU"):
+        make()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(PeagleError, match="asks for fp8"):
+        make()
+
+
+def supports(own, including_emulation=True):
+    """As `torch.cuda.is_bf16_supported` on a GPU of which `own` says whether it has bfloat16 itself."""
+    return own or including_emulation
+
+
+def test_bfloat16_is_the_default_on_gpus_that_have_it_only(monkeypatch):
+    assert has_bfloat16() is False
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for own in (True, False):
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation=True, own=own: including_emulation or own
+        )
+        assert has_bfloat16() is own
+
+
+def trainer_of(train_flags, changes=(), **options):
+    args = PeagleTrainingArguments(**{**train_flags, "max_steps": 2, "save_strategy": "no", **dict(changes)})
+    train_dataset, eval_dataset = build_datasets(args)
+    given = {"model": build_drafter(args), "train_dataset": train_dataset, "eval_dataset": eval_dataset, **options}
+    return PeagleTrainer(args=args, **given)
+
+
+@pytest.mark.parametrize("name", [*REFUSED_PARAMETERS, "colour"])
+def test_parameters_of_the_trainer_that_can_not_be_taken_are_refused(train_flags, name):
+    with pytest.raises(PeagleError, match=f"can't be given {name}: "):
+        PeagleTrainer(**{name: print})
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        return itertools.repeat({})
+
+
+def test_data_sets_and_models_of_other_kinds_are_refused(train_flags):
+    args = PeagleTrainingArguments(**train_flags)
+    dataset, _ = build_datasets(args)
+    trainer = trainer_of(train_flags)
+    samples = [dataset[0]]
+    for other in (Subset(dataset, [0]), ConcatDataset([dataset]), Endless(), samples):
+        for given in ({"train_dataset": other}, {"eval_dataset": other}, {"eval_dataset": {"other": other}}):
+            with pytest.raises(PeagleError, match=rf"A {type(other).__name__} can't be trained.*rows"):
+                PeagleTrainer(trainer.model, args, **{"train_dataset": dataset, **given})
+        with pytest.raises(PeagleError, match=rf"A {type(other).__name__} can't"):
+            trainer.predict(other)
+    with pytest.raises(PeagleError, match="not a Linear"):
+        PeagleTrainer(nn.Linear(2, 2), args, train_dataset=dataset, eval_dataset=dataset)
+
+
+def test_attention_that_a_drafter_does_not_have_is_refused(train_flags):
+    drafter = build_drafter(PeagleTrainingArguments(**train_flags))
+    with pytest.raises(PeagleError, match=r"no attention called 'eager'.*sdpa, flex"):
+        drafter.set_attn_implementation("eager")
+    drafter.config._attn_implementation = "eager"
+    with pytest.raises(PeagleError, match="'eager'"):
+        type(drafter)(drafter.config)
+    with pytest.raises(ValueError, match="does not support Flash Attention 2"):
+        drafter.set_attn_implementation("flash_attention_2")
+
+
+def state(trainer):
+    return copy.deepcopy(trainer.model.state_dict())
+
+
+def test_arguments_that_change_the_steps_do_so(train_flags):
+    """Each run against the first one: what the argument is for is what differs."""
+    plain = trainer_of(train_flags)
+    plain.train()
+    for changes in (
+        {"max_grad_norm": 0.05},
+        {"data_seed": 5},
+        {"bf16": True},
+        {"weight_decay": 0.5},
+        {"warmup_steps": 2},
+        {"lr_scheduler_type": "constant"},
+        {"lr_scheduler_kwargs": {"num_cycles": 1}},
+    ):
+        trainer = trainer_of(train_flags, changes)
+        trainer.train()
+        found, expected = state(trainer), state(plain)
+        assert any(not torch.equal(found[name], expected[name]) for name in found), changes
+
+
+def test_arguments_that_change_no_step_change_none(train_flags):
+    plain = trainer_of(train_flags)
+    plain.train()
+    counted = {"include_num_input_tokens_seen": "all", "skip_memory_metrics": False, "logging_first_step": True}
+    for changes in (
+        {
+            "full_determinism": True,
+            "torch_empty_cache_steps": 1,
+            "debug": "underflow_overflow",
+            **counted,
+            "logging_nan_inf_filter": True,
+            "eval_on_start": True,
+            "save_on_each_node": True,
+        },
+        {
+            "dataloader_num_workers": 1,
+            "dataloader_persistent_workers": True,
+            "dataloader_prefetch_factor": 3,
+            "dataloader_multiprocessing_context": "spawn",
+            "accelerator_config": {"non_blocking": True},
+            "tf32": False,
+            "ddp_bucket_cap_mb": 1,
+            "ddp_timeout": 60,
+            "activation_checkpointing": True,
+            "activation_checkpointing_kwargs": {"use_reentrant": True, "offload": False},
+        },
+    ):
+        trainer = trainer_of(train_flags, changes)
+        trainer.train()
+        for name, tensor in state(plain).items():
+            assert torch.equal(state(trainer)[name], tensor), (changes, name)
+        if "skip_memory_metrics" in changes:
+            assert trainer.state.num_input_tokens_seen > 0
+            assert "train_mem_cpu_alloc_delta" in trainer.state.log_history[-1]
+    torch.use_deterministic_algorithms(False)
+
+
+def test_clipping_is_off_at_0(train_flags):
+    unclipped, clipped = (trainer_of(train_flags, {"max_grad_norm": norm}) for norm in (0, 1e9))
+    for trainer in (unclipped, clipped):
+        trainer.train()
+    for name, tensor in state(clipped).items():
+        assert torch.equal(state(unclipped)[name], tensor), name
+
+
+def test_early_stopping_keeps_its_patience_over_a_resume(train_flags):
+    """Validation gives the same each time; three times are enough, of which the second part counts the last one."""
+    changes = {
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "max_steps": 10,
+        "learning_rate": 1e-12,
+        "optim": "sgd",
+        "restore_callback_states_from_checkpoint": True,
+        "load_best_model_at_end": True,
+    }
+    half = trainer_of(train_flags, {**changes, "max_steps": 6}, callbacks=[EarlyStoppingCallback(3)])
+    half.train()
+    assert half.state.global_step == 6
+    whole = trainer_of(train_flags, changes, callbacks=[EarlyStoppingCallback(3)])
+    whole.train(resume_from_checkpoint=True)
+    assert whole.state.global_step == 8
+
+
+def test_the_command_line_refuses_in_one_paragraph(train_flags, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--data-path", train_flags["data_path"], "--compute-something"])
+    assert stopped.value.code == 2
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--data-path", train_flags["data_path"], "--lora-alpha", "4", "--use-cpu"])
+    assert stopped.value.code == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("peagle-hf train: --lora-alpha is 4 but does nothing without --lora-r.")
+
+
+OWN = {"adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"}
+"""Optimizers that need nothing but PyTorch and transformers."""
+
+
+@pytest.mark.parametrize("optimizer", [name.value for name in OptimizerNames])
+def test_every_optimizer_is_taken_or_refused_before_anything_is_loaded(optimizer):
+    target = {"optim_target_modules": "all-linear"} if optimizer.startswith(("galore", "apollo")) else {}
+    try:
+        taken = make(optim=optimizer, **target).optim == optimizer
+    except PeagleError:
+        taken = False
+    assert taken or optimizer not in OWN
