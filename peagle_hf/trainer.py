@@ -252,6 +252,7 @@ class PeagleTrainer(Trainer):
             )
         self._take_up_model()
         self._take_up_run()
+        self._run_folder = self._get_output_dir(trial)
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, VllmExportCallback):
                 callback.run_folder = Path(self._get_output_dir(trial))
@@ -294,7 +295,7 @@ class PeagleTrainer(Trainer):
             settings = settings_of(self.optimizer), settings_of_schedule(schedule)
             self._run = note_settings(self._run, self._run_before, *settings)
             if self.args.should_save:
-                self._run.write(self.args.output_dir)
+                self._run.write(self._run_folder)
         return schedule
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
