@@ -309,7 +309,7 @@ class PeagleTrainer(Trainer):
         if checkpoint is None:
             return
         schedule: Any = self.lr_scheduler
-        if self.is_deepspeed_enabled:
+        if self.is_sharded and not self._is_fsdp2:
             super()._load_optimizer_and_scheduler(checkpoint)
             schedule = getattr(schedule, "scheduler", schedule)
             saved = schedule.state_dict()
@@ -328,13 +328,19 @@ class PeagleTrainer(Trainer):
 
     def _load_optimizer(self, checkpoint: Path) -> None:
         path, optimizer = checkpoint / OPTIMIZER_NAME, self._bare_optimizer()
+        if not path.exists():
+            raise PeagleError(
+                f"{checkpoint} has no {OPTIMIZER_NAME}: under FSDP earlier versions saved the optimizer's states in "
+                "another way. Start from its weights alone with --from-pretrained and another --save-path."
+            )
+        is_read = not self._is_fsdp2 or self.args.process_index == 0
+        on_gpu = self.args.device.type == "cuda"  # where states are copied from a file that all processes share
         try:
-            if not self._is_fsdp2:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-                optimizer.load_state_dict(state)
-            else:
-                state = torch.load(path, map_location="cpu", weights_only=True) if self.args.process_index == 0 else {}
+            state = torch.load(path, map_location="cpu", mmap=on_gpu, weights_only=True) if is_read else {}
+            if self._is_fsdp2:
                 scatter_optimizer_state(self.model, optimizer, state)
+            else:
+                optimizer.load_state_dict(state)
         except (ValueError, KeyError, IndexError) as error:
             raise PeagleError(
                 f"The optimizer's states in {path} are those of other parameters or of another optimizer than this "
