@@ -274,6 +274,7 @@ class PeagleTrainer(Trainer):
             )
         self._take_up_model()
         self._take_up_run()
+        self._run_folder = self._get_output_dir(trial)
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, VllmExportCallback):
                 callback.run_folder = Path(self._get_output_dir(trial))
@@ -316,7 +317,7 @@ class PeagleTrainer(Trainer):
             settings = settings_of(self.optimizer), settings_of_schedule(schedule)
             self._run = note_settings(self._run, self._run_before, *settings)
             if self.args.should_save:
-                self._run.write(self.args.output_dir)
+                self._run.write(self._run_folder)
         return schedule
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -330,7 +331,7 @@ class PeagleTrainer(Trainer):
         if checkpoint is None:
             return
         schedule: Any = self.lr_scheduler
-        if self.is_deepspeed_enabled:
+        if self.is_sharded and not self._is_fsdp2:
             super()._load_optimizer_and_scheduler(checkpoint)
             schedule = getattr(schedule, "scheduler", schedule)
             saved = schedule.state_dict()
@@ -349,13 +350,19 @@ class PeagleTrainer(Trainer):
 
     def _load_optimizer(self, checkpoint: Path) -> None:
         path, optimizer = checkpoint / OPTIMIZER_NAME, self._bare_optimizer()
+        if not path.exists():
+            raise PeagleError(
+                f"{checkpoint} has no {OPTIMIZER_NAME}: under FSDP earlier versions saved the optimizer's states in "
+                "another way. Start from its weights alone with --from-pretrained and another --save-path."
+            )
+        is_read = not self._is_fsdp2 or self.args.process_index == 0
+        on_gpu = self.args.device.type == "cuda"  # where states are copied from a file that all processes share
         try:
-            if not self._is_fsdp2:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-                optimizer.load_state_dict(state)
-            else:
-                state = torch.load(path, map_location="cpu", weights_only=True) if self.args.process_index == 0 else {}
+            state = torch.load(path, map_location="cpu", mmap=on_gpu, weights_only=True) if is_read else {}
+            if self._is_fsdp2:
                 scatter_optimizer_state(self.model, optimizer, state)
+            else:
+                optimizer.load_state_dict(state)
         except (ValueError, KeyError, IndexError) as error:
             raise PeagleError(
                 f"The optimizer's states in {path} are those of other parameters or of another optimizer than this "

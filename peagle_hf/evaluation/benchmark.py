@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments import config_path, write_config
+from ..data.prompts import Prompt
 from ..data.sources import source_name
 from ..data.tokenizer import ChatOptions
-from ..files import atomic_path, check_writable, write_json
+from ..files import atomic_path, locked_folder, write_json
 from ..model.served import check_checkpoint
 from ..model_card import chosen_chat_options, recorded_chat_options
 from .arguments import EvaluateArguments
@@ -22,7 +23,7 @@ from .intervals import CONFIDENCE, METHOD
 from .on_servers import measure_servers
 from .report import draw, html, text
 from .suites import load_prompts
-from .task import Drafter, Measured, Task, drafting_of, follow_links
+from .task import Drafter, Drafting, Measured, Task, drafting_of, follow_links
 
 logger = logging.getLogger(__name__)
 
@@ -70,8 +71,19 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
     drafting = drafting_of(arguments, drafters, verifier)
     dropped: list[dict[str, str]] = []
     prompts = load_prompts(arguments, dropped)
+    with locked_folder(arguments.output, "Wait until it has ended, or name another --output.", "evaluate"):
+        return _evaluate(arguments, drafters, verifier, drafting, prompts, dropped)
+
+
+def _evaluate(
+    arguments: EvaluateArguments,
+    drafters: list[Drafter],
+    verifier: str,
+    drafting: list[Drafting],
+    prompts: list[Prompt],
+    dropped: list[dict[str, str]],
+) -> dict[str, Any]:
     output = Path(arguments.output)
-    check_writable(output)
     write_config(arguments, config_path(output, "evaluate"), "evaluate")
     options = chosen_chat_options(
         drafters[0].folder,
