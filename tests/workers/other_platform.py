@@ -36,7 +36,7 @@ os.symlink = no_links
 from fake_hub import TOKEN, fake_hub  # noqa: E402
 
 from peagle_hf import PeagleError, PeagleForSpeculation, PushArguments, cli, push, supervisor  # noqa: E402
-from peagle_hf.data.endpoint import Endpoint  # noqa: E402
+from peagle_hf.data.served_states import Endpoint  # noqa: E402
 from peagle_hf.serving.server import available_cores  # noqa: E402
 
 assert available_cores() == os.cpu_count()
