@@ -116,8 +116,16 @@ def load_verifier(
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # which are refused below, in words
         )
     model, found = loaded
+    if mismatched := sorted(found["mismatched_keys"]):
+        key, stored, wanted = mismatched[0]
+        raise PeagleError(
+            f"{key} of {name_or_path} has the shape {tuple(stored)}, but by its config.json it should have "
+            f"{tuple(wanted)} ({len(mismatched)} weights differ so). Put the configuration and the weights of one "
+            "model together."
+        )
     if missing := sorted(found["missing_keys"]):
         raise PeagleError(
             f"The checkpoint {name_or_path} lacks {len(missing)} of the weights that its configuration needs: "

@@ -104,7 +104,7 @@ def readable(name_or_path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except PeagleError:
         raise
-    except (OSError, ValueError, ImportError, SafetensorError, StrictDataclassError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError, StrictDataclassError) as error:
         raise PeagleError(
             f"The verifier {name_or_path} can't be read: {error} Name a folder that holds config.json and safetensors, "
             "or a model of the hub that this machine can reach or has in its cache."
