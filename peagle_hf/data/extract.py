@@ -472,10 +472,13 @@ def _make(
     def make(rows: Sequence[int]) -> int:
         for row, states, token_ids in run_verifier(own.model, manifest.aux_layer_ids, data, rows, dtype):
             if not states.isfinite().all():
-                raise PeagleError(
-                    f"The verifier's hidden states of row {row} are not finite as {arguments.dtype}; nothing of the "
-                    "row was written, the rows before it are kept. Try --verifier-dtype float32 or --dtype bfloat16, "
-                    "and look at the row's text."
+                raise RowError(
+                    row,
+                    arguments.preprocessed_data,
+                    reason=f"the verifier's hidden states are not finite as {arguments.dtype}; nothing of the row was "
+                    "written, the rows before it are kept",
+                    advice="try --verifier-dtype float32 or --dtype bfloat16, look at the row's text, or leave it out "
+                    f"with --skip-rows {row}",
                 )
             is_target = _targets(data, row, arguments.storage)
             write_row(output, row, states, token_ids, arguments.storage, is_target, origin)
