@@ -14,7 +14,7 @@ except PackageNotFoundError:
 _MODULE_OF = {
     "AcceptanceArguments": "evaluation.acceptance",
     "CODDataCollator": "data.collator",
-    "Endpoint": "data.endpoint",
+    "Endpoint": "data.served_states",
     "EvaluateArguments": "evaluation.benchmark",
     "ExtractArguments": "data.extract",
     "HiddenStatesDataset": "data.dataset",
@@ -68,10 +68,10 @@ if TYPE_CHECKING:
     from .console import command_line, end_processes
     from .data.collator import CODDataCollator
     from .data.dataset import HiddenStatesDataset
-    from .data.endpoint import Endpoint
     from .data.extract import ExtractArguments, extract
     from .data.prepare import PrepareArguments, prepare
     from .data.regenerate import RegenerateArguments, regenerate
+    from .data.served_states import Endpoint
     from .errors import PeagleError
     from .evaluation.acceptance import AcceptanceArguments, acceptance
     from .evaluation.benchmark import EvaluateArguments, evaluate

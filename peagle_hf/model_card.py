@@ -304,11 +304,13 @@ def _estimate(figures: dict[str, Any], name: str, form: str) -> str:
 
 def _training(config: PeagleConfig, record: dict[str, Any], data_names: Sequence[str]) -> str:
     counts = (record["data"] or {}).get("counts", {})
+    left_out = record.get("skipped_rows")
     numbers = [f"{counts[name]:,} {name.replace('_', ' ')}" for name in ("rows", "tokens", "learnt_tokens") if counts]
     return _table(
         ["", ""],
         [
             ("data", ", ".join([*data_names, *numbers]) or "not recorded"),
+            *([("rows left out", ", ".join(map(str, left_out)))] if left_out else []),
             ("COD sampling", _sampling(config)),
             ("loss", record["loss"]),
             ("epochs, steps", f"{record['epochs']:g}, {record['steps']:,}"),

@@ -38,11 +38,14 @@ def pack_linear_layers(module: nn.Module) -> None:
     """Make a module's float32 linear layers on a CPU fast for good, where their weights don't change any more.
 
     They are put into the order in which oneDNN reads them, which `linear` does at each product. A layer's usual weight
-    is given up, so no memory is needed; who asks for `weight` gets a copy in the usual order.
+    is given up, so no memory is needed; who asks for `weight` gets a copy in the usual order. Layers that compute
+    something of their own, as some quantised ones do, stay as they are.
     """
     for parent in list(module.modules()):
         for name, layer in parent.named_children():
-            if type(layer) is nn.Linear and _HAS_PACKING and _is_suited(layer.weight, layer.bias):
+            if type(layer) is not nn.Linear or "forward" in vars(layer):
+                continue
+            if _HAS_PACKING and _is_suited(layer.weight, layer.bias):
                 setattr(parent, name, _PackedLinear(layer))
 
 

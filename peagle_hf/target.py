@@ -3,7 +3,6 @@
 Shape letters: H hidden size, V verifier vocabulary, Vd draft vocabulary.
 """
 
-import json
 import os
 import pickle
 import zipfile
@@ -16,7 +15,6 @@ from typing import Any, cast
 import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -28,15 +26,14 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.modeling_utils import set_zero3_state
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from .errors import PeagleError
 from .fingerprint import has_weights, weights_of  # noqa: F401 (they are imported from here too)
 from .products import linear
+from .quantization import ask_for_dense_weights, check_loaded, check_quantization, finish_dense_layers, quantization_of
+from .verifier_weights import VerifierWeights, readable
 
 FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm")
-WRAPPERS = {"model", "language_model", "text_model"}
-"""Parts of a parameter's name that a checkpoint may order otherwise, leave out or add."""
 
 
 def load_verifier_config(
@@ -103,26 +100,43 @@ def load_verifier(
         dtype: or its name; "auto" is the checkpoint's own.
 
     Raises:
-        PeagleError: it can't be read, has no safetensors, or lacks weights.
+        PeagleError: it can't be read, has no safetensors, lacks weights, or is quantised in a way that can't be run.
     """
     config = _load_config(name_or_path, revision, trust_remote_code)
-    with _readable(name_or_path):
+    check_quantization(name_or_path, config)
+    is_quantised = quantization_of(config) is not None
+    ask_for_dense_weights(config)
+    with readable(name_or_path):
         loaded: Any = _auto_class(config).from_pretrained(
             name_or_path,
+            config=config,
             dtype=dtype,
             device_map=device,
             revision=revision,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # which are refused below, in words
         )
     model, found = loaded
+    if mismatched := sorted(found["mismatched_keys"]):
+        key, stored, wanted = mismatched[0]
+        raise PeagleError(
+            f"{key} of {name_or_path} has the shape {tuple(stored)}, but by its config.json it should have "
+            f"{tuple(wanted)} ({len(mismatched)} weights differ so). Put the configuration and the weights of one "
+            "model together."
+        )
     if missing := sorted(found["missing_keys"]):
         raise PeagleError(
             f"The checkpoint {name_or_path} lacks {len(missing)} of the weights that its configuration needs: "
             f"{', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}. With random numbers in their place its "
             "hidden states would be worthless. Download or save it again."
         )
+    if is_quantised:
+        wanted = getattr(torch, str(dtype).removeprefix("torch."), None)  # None for "auto"
+        finish_dense_layers(model, wanted)
+    else:
+        check_loaded(name_or_path, found["unexpected_keys"])
     return cast(PreTrainedModel, model)
 
 
@@ -284,12 +298,12 @@ class VerifierHead(nn.Module):
             PeagleError: the verifier can't be read, has no safetensors, or its norm or head isn't found in them.
         """
         model = _skeleton(name_or_path, revision, trust_remote_code)
-        weights = _Weights(name_or_path, revision, model, dtype)
+        weights = VerifierWeights(name_or_path, revision, model, dtype)
         parts = verifier_parts(model)
         norm, head, embedding = parts.final_norm, parts.head, model.get_input_embeddings()
         for name, _ in list(norm.named_parameters(recurse=False)):
             setattr(norm, name, nn.Parameter(weights.read(norm, name), requires_grad=False))
-        tied = head.weight is embedding.weight and not weights.has(head, "weight")
+        tied = head.weight is embedding.weight and not weights.of(head)
         has_bias = getattr(head, "bias", None) is not None
         return cls(
             norm,
@@ -342,7 +356,7 @@ def load_embedding(
         PeagleError: as `VerifierHead.from_pretrained`.
     """
     model = _skeleton(name_or_path, revision, trust_remote_code)
-    return _Weights(name_or_path, revision, model, dtype).read(model.get_input_embeddings(), "weight")
+    return VerifierWeights(name_or_path, revision, model, dtype).read(model.get_input_embeddings(), "weight")
 
 
 def load_token_freq(path: str | os.PathLike[str]) -> Tensor | dict[int, int]:
@@ -397,7 +411,7 @@ def draft_vocabulary(token_freq: Tensor | Mapping[int, int], size: int, vocab_si
 def _load_config(
     name_or_path: str | os.PathLike[str], revision: str | None, trust_remote_code: bool
 ) -> PreTrainedConfig:
-    with _readable(name_or_path):
+    with readable(name_or_path):
         return AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
 
 
@@ -412,84 +426,5 @@ def _skeleton(name_or_path: str | os.PathLike[str], revision: str | None, trust_
     """The verifier without its weights (on the meta device): module names, norm class, tied or not."""
     config = _load_config(name_or_path, revision, trust_remote_code)
     # Under ZeRO-3 transformers would cut even a model without weights into shards, unless told that this is done.
-    with _readable(name_or_path), set_zero3_state(), torch.device("meta"):
+    with readable(name_or_path), set_zero3_state(), torch.device("meta"):
         return _auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
-
-
-class _Weights:
-    """The safetensors of a local or hub model, read one tensor at a time."""
-
-    def __init__(
-        self,
-        name_or_path: str | os.PathLike[str],
-        revision: str | None,
-        model: PreTrainedModel,
-        dtype: torch.dtype | None,
-    ):
-        self.name_or_path, self.revision, self.dtype = name_or_path, revision, dtype
-        self.module_names = {module: name for name, module in model.named_modules()}
-        self.wrappers = WRAPPERS | {model.base_model_prefix}
-        self.file_of_key = self._keys()
-
-    def _keys(self) -> dict[str, str]:
-        """The file that holds each tensor, by the tensor's key."""
-        with _readable(self.name_or_path):
-            try:
-                file = self._path(SAFE_WEIGHTS_NAME)
-            except OSError:
-                with open(self._path(SAFE_WEIGHTS_INDEX_NAME), encoding="utf-8") as index:
-                    return json.load(index)["weight_map"]
-            with safe_open(file, framework="pt") as tensors:
-                return dict.fromkeys(tensors.keys(), SAFE_WEIGHTS_NAME)
-
-    def _path(self, file: str) -> str:
-        return str(cached_file(self.name_or_path, file, revision=self.revision))
-
-    def has(self, module: nn.Module, parameter: str) -> bool:
-        return self._key(f"{self.module_names[module]}.{parameter}") is not None
-
-    def read(self, module: nn.Module, parameter: str) -> Tensor:
-        """Read a module's parameter from the checkpoint; the module itself stays as it is."""
-        name = f"{self.module_names[module]}.{parameter}"
-        shape = tuple(module.get_parameter(parameter).shape)
-        key = self._key(name)
-        if key is None:
-            raise PeagleError(
-                f"The safetensors of {self.name_or_path} have no tensor that is clearly {name}. "
-                "Save the verifier again with transformers' save_pretrained."
-            )
-        with _readable(self.name_or_path), safe_open(self._path(self.file_of_key[key]), framework="pt") as tensors:
-            tensor = tensors.get_tensor(key)
-        if tuple(tensor.shape) != shape:
-            raise PeagleError(
-                f"{key} of {self.name_or_path} has the shape {tuple(tensor.shape)}, but by its config.json it should "
-                f"have {shape}. Put the configuration and the weights of one model together."
-            )
-        return tensor.to(self.dtype)
-
-    def _key(self, name: str) -> str | None:
-        """The checkpoint's key of a parameter: its name, or the one key that differs least and only in wrappers.
-
-        So "language_model.model.norm.weight" in the file is "model.language_model.norm.weight" in the module.
-        """
-        if name in self.file_of_key:
-            return name
-        parts = name.split(".")
-        same_end = [key.split(".") for key in self.file_of_key if key.split(".")[-2:] == parts[-2:]]
-        differences = {".".join(other): set(other) ^ set(parts) for other in same_end}
-        sizes = {key: len(difference) for key, difference in differences.items() if difference <= self.wrappers}
-        nearest = [key for key, size in sizes.items() if size == min(sizes.values())]
-        return nearest[0] if len(nearest) == 1 else None
-
-
-@contextmanager
-def _readable(name_or_path: str | os.PathLike[str]) -> Iterator[None]:
-    try:
-        yield
-    except PeagleError:
-        raise
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise PeagleError(
-            f"The verifier {name_or_path} can't be read: {error} Name a folder that holds config.json and safetensors, "
-            "or a model of the hub that this machine can reach or has in its cache."
-        ) from error

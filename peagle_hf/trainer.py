@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
-from transformers.trainer_utils import BestRun, EvalLoopOutput, HPSearchBackend
+from transformers.trainer_utils import BestRun, EvalLoopOutput, HPSearchBackend, IntervalStrategy, SaveStrategy
 from transformers.training_args import OptimizerNames
 
 from . import __version__
@@ -56,7 +56,7 @@ from .console import is_quiet
 from .continuing import configuration_changes
 from .data.collator import CODDataCollator
 from .data.dataset import EpochSampler, HiddenStatesDataset
-from .data.endpoint import EndpointError
+from .data.faults import RowError, on_all_processes
 from .data.partition import partition, partition_by_rows, partition_every_row, without_labels
 from .data.prepared import read_chat_options, read_prepare_record
 from .data.tokenizer import ChatOptions
@@ -87,6 +87,27 @@ from .trainer_arguments import REFUSED_PARAMETERS, refused_arguments
 from .training_args import PeagleTrainingArguments
 
 logger = logging.getLogger(__name__)
+
+VALIDATION_OWED = "validation_owed"
+"""In the log history of a checkpoint: its step's validation ended with a row that failed, and is still to be done."""
+
+
+class _FailingTogether:
+    """A data loader, but if a row of one process fails, all processes raise its `RowError` (see `on_all_processes`)."""
+
+    def __init__(self, dataloader: DataLoader):
+        self._dataloader = dataloader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._dataloader, name)
+
+    def __len__(self) -> int:
+        return len(self._dataloader)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        batches = iter(self._dataloader)
+        while (batch := on_all_processes(lambda: next(batches, None))) is not None:
+            yield batch
 
 
 def check_dataset(dataset: Any) -> None:
@@ -425,8 +446,8 @@ class PeagleTrainer(Trainer):
 
         Raises:
             PeagleError: the folder can't be resumed from, nothing is resumed but the output folder has checkpoints, the
-                device's memory is too small, or the vLLM server that rows are asked of is gone, in which case there is
-                a checkpoint to go on from; says what would help.
+                device's memory is too small; says what would help.
+            RowError: a row's hidden states can't be had; what was trained is saved, and a rerun goes on from there.
         """
         with self._as_only_writer():
             folder = on_first(lambda: self._resumable(resume_from_checkpoint, trial))
@@ -462,6 +483,14 @@ class PeagleTrainer(Trainer):
             yield
 
     def _train(self, resume_from_checkpoint: str | None, trial: Any, ignore_keys_for_eval: list[str] | None) -> Any:
+        self._owes_validation = False
+        if resume_from_checkpoint is not None and self.args.eval_strategy != IntervalStrategy.NO:
+            state = trainer_state(Path(resume_from_checkpoint))
+            self._owes_validation = any(
+                VALIDATION_OWED in entry and entry["step"] == state["global_step"] for entry in state["log_history"]
+            )
+        evaluates_first = self.args.eval_on_start
+        self.args.eval_on_start = evaluates_first or self._owes_validation
         try:
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         except torch.OutOfMemoryError as error:
@@ -469,17 +498,26 @@ class PeagleTrainer(Trainer):
                 f"The memory of {self.args.device} is too small: {str(error).splitlines()[0]}\n"
                 f"{report(self.args.memory_plan(self.config), self.args.usable_memory())}"
             ) from error
-        except EndpointError as error:
-            # A loader worker puts its traceback before the message.
-            reason = str(error).rpartition(f"{EndpointError.__name__}: ")[2].strip()
-            step = self.state.global_step
-            if step:
+        except RowError as error:
+            raise error.ended(self._save_what_was_trained(trial)) from error
+        finally:
+            self.args.eval_on_start = evaluates_first
+
+    def _save_what_was_trained(self, trial: Any) -> str:
+        """Save the last finished step, which the next run goes on from, on all processes; says so in a clause."""
+        step, output = self.state.global_step, self._get_output_dir(trial)
+        if step == 0:
+            return "Training ended before its first step"
+        if not broadcast_object_list([step in checkpoints_by_step(output)])[0]:
+            try:
                 self._save_checkpoint(self.model, trial)
-            saved = f"and is saved in {self._get_output_dir(trial)}/checkpoint-{step}" if step else "so nothing is lost"
-            raise PeagleError(
-                f"Training ended after step {step}, {saved}: the hidden states of a row were not to be had "
-                f"({reason}). Start the server again and run the same command, which goes on from there."
-            ) from error
+            except (PeagleError, OSError) as error:
+                return f"Training ended after step {step}, which could not be saved ({str(error).removesuffix('.')})"
+        folder = broadcast_object_list([str(checkpoints_by_step(output).get(step))])[0]
+        return (
+            f"Training ended after step {step}{', in its validation' if self._owes_validation else ''}, and is saved "
+            f"in {folder}, from which the same command goes on"
+        )
 
     def _check_there_is_a_step(self) -> None:
         size = len(self.train_dataset) if isinstance(self.train_dataset, Sized) else math.inf
@@ -505,18 +543,9 @@ class PeagleTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], torch.Tensor | int | None]:
-        """As the Trainer; where one process has no hidden states from the endpoint, all of them end."""
+        """Like `Trainer.get_batch_samples`, but if a row of one process fails, all processes raise its `RowError`."""
         with self._pace.waiting():
-            if self.args.on_missing != "generate" or self.args.world_size == 1:
-                return super().get_batch_samples(epoch_iterator, num_batches, device)
-            batches, failure = [], None
-            try:
-                batches = list(islice(epoch_iterator, num_batches))
-            except EndpointError as error:
-                failure = error
-            failures = self.accelerator.gather(torch.tensor([float(failure is not None)], device=device))
-            if failures.any():
-                raise failure or EndpointError("another process was given none")
+            batches = on_all_processes(lambda: list(islice(epoch_iterator, num_batches)))
             return super().get_batch_samples(iter(batches), num_batches, device)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -660,13 +689,17 @@ class PeagleTrainer(Trainer):
         self._eval_loss = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         try:
             output = super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+                cast(DataLoader, _FailingTogether(dataloader)),
+                description,
+                prediction_loss_only,
+                ignore_keys,
+                metric_key_prefix,
             )
-        except EndpointError as error:
-            if self.args.world_size == 1:
-                raise EndpointError(f"{error}; this step stays without the validation that wanted it") from error
-            # The other processes are waiting for this one, so that nothing can be saved together.
-            raise PeagleError(f"{error}. Start the server again and run the same command.") from error
+        except RowError:
+            if self.is_in_train:
+                self._owes_validation = True
+                self.state.log_history.append({"step": self.state.global_step, VALIDATION_OWED: True})
+            raise
         loss, learnt = self.accelerator.reduce(self._eval_loss, reduction="sum").tolist()
         metrics = {"loss": loss / max(learnt, 1.0)}
         counters = self.accelerator.reduce(self._eval_counters, reduction="sum")
@@ -675,6 +708,27 @@ class PeagleTrainer(Trainer):
         metrics["anchor_acceptance_length"] = summarize(counters)["acceptance_length"]
         prefixed = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return output._replace(metrics={**(output.metrics or {}), **prefixed})
+
+    def _evaluate(  # type: ignore[no-untyped-def]
+        self, trial, ignore_keys_for_eval, skip_scheduler=False
+    ):
+        """Like `Trainer._evaluate`, but first do the validation that a failed row ended in an earlier run.
+
+        The choice of the best checkpoint and saving follow, as if the step that is resumed from had just ended.
+        """
+        if not (skip_scheduler and self._owes_validation):
+            return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        self._owes_validation = False
+        self.state.log_history = [entry for entry in self.state.log_history if VALIDATION_OWED not in entry]
+        epoch = float(self.state.epoch or 0.0)
+        if math.isclose(epoch, round(epoch)):
+            self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
+        self.control.should_evaluate = True
+        self.control.should_save = self.args.save_strategy != SaveStrategy.NO
+        self._maybe_log_save_evaluate(
+            self._tr_loss, None, self.model_wrapped, trial, epoch, ignore_keys_for_eval, time.time()
+        )
+        return {}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -770,6 +824,7 @@ class PeagleTrainer(Trainer):
             "optimizer": f"{self._own_optimizer}, given to the trainer" if self._own_optimizer else optimizer,
             "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
             "seed": args.seed,
+            "skipped_rows": sorted(set(args.skip_rows or ())),
             "device": self._device_name(),
             "processes": args.world_size,
             "seconds": self._seconds_before + time.monotonic() - self._started,

@@ -22,9 +22,10 @@ from .configuration_peagle import PeagleConfig
 from .continuing import continued_config, load_drafter, sampling
 from .data.cache import Manifest, cache_folder, cached_rows, check_cache, place
 from .data.dataset import GENERATED_DTYPE, HiddenStatesDataset, split_rows
-from .data.endpoint import Endpoint, endpoint_urls, served_model
+from .data.endpoint import endpoint_urls, served_model
 from .data.extract import check_folder
 from .data.prepared import load_prepared, read_prepare_record
+from .data.served_states import Endpoint
 from .data.server_folder import check_layers, remove_unfetched, require_layers, served_layers
 from .errors import PeagleError
 from .files import check_writable
@@ -87,7 +88,7 @@ def plan(args: PeagleTrainingArguments) -> str:
     endpoint = _endpoint(args, config) if args.on_missing == "generate" else None  # which isn't asked here
     train_dataset, eval_dataset = _datasets(args, endpoint)
     packs = [len(dataset.plan) for dataset in (train_dataset, eval_dataset) if dataset]
-    samples = [sum(map(len, dataset.plan)) for dataset in (train_dataset, eval_dataset) if dataset]
+    samples = [dataset.num_samples for dataset in (train_dataset, eval_dataset) if dataset]
     batches = math.ceil(math.ceil(packs[0] / args.per_device_train_batch_size) / args.world_size)
     steps_an_epoch = math.ceil(batches / args.gradient_accumulation_steps)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(steps_an_epoch * args.num_train_epochs)
@@ -241,6 +242,7 @@ def _datasets(
             args.seed,
             endpoint,
             keep_generated=args.on_generate == "cache",
+            skip_rows=args.skip_rows or (),
         )
 
     return dataset(train_rows), dataset(eval_rows) if eval_rows else None

@@ -228,6 +228,13 @@ class PeagleTrainingArguments(TrainingArguments):
         default="delete",
         metadata={"help": "Whether generated states are kept in the hidden-states folder or asked for each epoch."},
     )
+    skip_rows: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Rows of the prepared dataset to leave out, by number, such as those that a server fails every "
+            "time. All other rows stay where they are, so that a training can be resumed with it."
+        },
+    )
     server_hidden_states_path: str | None = field(
         default=None,
         metadata={
@@ -379,6 +386,7 @@ class PeagleTrainingArguments(TrainingArguments):
             "on_missing",
             "vllm_endpoint",
             "on_generate",
+            "skip_rows",
             "server_hidden_states_path",
             "request_timeout",
             "max_retries",

@@ -25,6 +25,7 @@ def states_of(token_ids: list[int], layer_ids: list[int], hidden_size: int) -> T
 
 NOT_VLLM = {
     "html": ("<html>Welcome</html>", 200, "text/html"),
+    "empty": ("", 200, "application/json"),
     "html as json": ("<html>Welcome</html>", 200, "application/json"),
     "a list": ("[]", 200, "application/json"),
     "null": ("null", 200, "application/json"),
@@ -34,6 +35,14 @@ NOT_VLLM = {
     "other types": ('{"choices": [{"text": ""}], "kv_transfer_params": [1]}', 200, "application/json"),
 }
 """Answers of programs that aren't vLLM: body, status and type."""
+STATUSES = {
+    "400": ("the prompt is too long", "BadRequest"),
+    "401": ("Unauthorized", "Auth"),
+    "429": ("too many requests", "RateLimit"),
+    "500": ("the engine is gone", "InternalServerError"),
+    "503": ("the model is loading", "ServiceUnavailable"),
+}
+"""What vLLM says with a status: message and type."""
 
 
 class FakeVllm:
@@ -183,13 +192,12 @@ class FakeVllm:
         if fault in ("hang", "dead"):
             handler.close_connection = True
             handler.connection.close()
-        elif fault == "500":
-            handler.send({"error": {"message": "the engine is gone", "type": "InternalServerError", "code": 500}}, 500)
-        elif fault == "400":
-            handler.send({"error": {"message": "the prompt is too long", "type": "BadRequest", "code": 400}}, 400)
+        elif fault in STATUSES:
+            message, kind = STATUSES[fault]
+            handler.send({"error": {"message": message, "type": kind, "code": int(fault)}}, int(fault))
         elif fault in NOT_VLLM:
             handler.send_text(*NOT_VLLM[fault])
-        return fault in ("hang", "dead", "500", "400", *NOT_VLLM)
+        return fault in ("hang", "dead", *STATUSES, *NOT_VLLM)
 
     def _write(self, path: Path, token_ids: list[int], fault: str | None) -> None:
         """With the lock held, which is let go of a moment after the answer."""
@@ -199,15 +207,17 @@ class FakeVllm:
         def write() -> None:
             layer_ids = self.layer_ids[:-1] if fault == "layers" else self.layer_ids
             states = states_of(token_ids, layer_ids, self.hidden_size * (2 if fault == "size" else 1)).to(self.dtype)
-            if fault == "nan":
-                states[0, 0, 0] = float("nan")
+            if fault in ("nan", "inf"):
+                states[0, 0, 0] = float(fault)
+            if fault == "integers":
+                states = states.to(torch.int64)
             written = token_ids[::-1] if fault == "tokens" else token_ids
             if fault == "short":
                 states, written = states[:-1], written[:-1]
             tensors = {"token_ids": torch.tensor(written)} | ({} if fault == "no states" else {"hidden_states": states})
             save_file(tensors, path)
-            if fault == "truncated":
-                path.write_bytes(path.read_bytes()[:-10])
+            if fault in ("truncated", "disk full"):
+                path.write_bytes(path.read_bytes()[: -10 if fault == "truncated" else 0])
             if fault == "locked":
                 self.released.wait()
             os.close(lock)

@@ -18,22 +18,21 @@ import torch
 from conftest import AUX, HIDDEN, LAYERS, write_prepared
 from fake_vllm import NOT_VLLM, FakeVllm, states_of
 from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
 
 from peagle_hf import PeagleError, PeagleTrainingArguments, cli, train
 from peagle_hf.checkpoints import checkpoints_by_step
 from peagle_hf.cli.parsing import flags
 from peagle_hf.data.cache import Manifest, cached_rows, check_row, row_path
-from peagle_hf.data.dataset import load_prepared, split_rows
-from peagle_hf.data.endpoint import (
-    Endpoint,
-    EndpointError,
-    RefusedEndpointError,
-    WrongServerEndpointError,
-    concurrently,
-    endpoint_urls,
-)
+from peagle_hf.data.collator import CODDataCollator
+from peagle_hf.data.dataset import HiddenStatesDataset, load_prepared, split_rows
+from peagle_hf.data.endpoint import concurrently, endpoint_urls
 from peagle_hf.data.extract import ExtractArguments, extract
+from peagle_hf.data.faults import EndpointError, RefusedEndpointError, RowError
+from peagle_hf.data.served_states import Endpoint
 from peagle_hf.data.server_folder import OwnRequests, remove_unwanted, write_server_record
+from peagle_hf.model_card import model_card
+from peagle_hf.training import build_datasets
 
 LENGTHS = [9, 30, 20, 29, 12, 19]
 SLOTS = [*AUX, LAYERS]
@@ -122,21 +121,31 @@ def test_model_and_layers_are_the_servers_where_none_are_named(arguments, server
 
 
 REASONS = {
-    "500": "the engine is gone",
-    "400": "the prompt is too long",
-    "dead": "Connection error",
-    "hang": "timed out",
-    "locked": "still writing after 0.3 s",
-    "missing": "can't be read",
-    "truncated": "can't be read",
-    "no states": "has no hidden_states",
-    "tokens": "other tokens",
-    "short": "other tokens",
-    "nan": "not finite",
-    **dict.fromkeys(NOT_VLLM, "isn't one of vLLM's"),
+    "500": ("the engine is gone", "look at the server's log"),
+    "503": ("the model is loading", "wait until the server is ready"),
+    "429": ("too many requests", "a larger --max-retries, or fewer requests"),
+    "401": ("Unauthorized", "set VLLM_API_KEY"),
+    "400": ("the prompt is too long", "a larger --max-model-len"),
+    "dead": ("Connection error", "start the server again, or correct its address"),
+    "hang": ("timed out", "raise --request-timeout"),
+    "locked": ("still writing after 0.3 s", "raise --request-timeout"),
+    "missing": ("can't be read", "is full, and at the server's log"),
+    "truncated": ("can't be read", "is full, and at the server's log"),
+    "disk full": ("can't be read", "is full, and at the server's log"),
+    "no states": ("has no hidden_states", "peagle-hf launch-vllm"),
+    "tokens": ("other tokens", "without flags that change prompts"),
+    "short": ("other tokens", "without flags that change prompts"),
+    "nan": ("not finite", "start it with --dtype float32"),
+    "inf": ("not finite", "start it with --dtype float32"),
+    **dict.fromkeys(NOT_VLLM, ("isn't one of vLLM's", "name the address of vLLM itself")),
 }
+"""What is said of a row's fault: the reason and the advice."""
 
 
+@pytest.mark.fault(
+    "`extract --endpoint`: a server refuses, hangs, dies, gives cut, empty or wrong files, NaN, or answers of no vLLM",
+    "All other rows are made; the row is listed with reason and advice in failed.json; a rerun makes just it.",
+)
 @pytest.mark.parametrize("fault", REASONS)
 def test_a_row_that_fails_is_listed_and_a_rerun_makes_just_that_row(arguments, server, output, tokens, fault):
     failing(server, tokens, 3, fault)
@@ -146,7 +155,7 @@ def test_a_row_that_fails_is_listed_and_a_rerun_makes_just_that_row(arguments, s
     failed = json.loads((output / "failed.json").read_text())
     assert list(failed) == ["3"]
     assert failed["3"].startswith(f"{server.url}: ")
-    assert REASONS[fault] in failed["3"]
+    assert all(words in failed["3"] for words in REASONS[fault])
     assert_right(output, tokens, [0, 1, 2, 4, 5], fault)
 
     server.fault, server.asked = lambda token_ids: None, []
@@ -165,15 +174,20 @@ def test_a_request_that_fails_once_is_repeated(arguments, server, output, tokens
 
 
 FATAL = {
-    "outside": r"secret\.safetensors', which is no file of a server in .*it was not read",
-    "link": "which is no file of a server",
+    "outside": r"secret\.safetensors', which is no file of a server in .*it was not read\. Start .*-states-path",
+    "link": "which is no file of a server .*--server-hidden-states-path",
     "a row's": r"hs_0\.safetensors', which is no file of a server",
-    "layers": r"shape \[\d+, 3, 32\] .* wanted are the layers \[2, 3, 4, 7\] of size 32",
-    "size": r"shape \[\d+, 4, 64\]",
-    "no path": "extracts no hidden states",
+    "layers": r"shape \[\d+, 3, 32\] .* wanted are the layers \[2, 3, 4, 7\] of size 32.*--target-layer-ids 2 3 4\.",
+    "size": r"shape \[\d+, 4, 64\].* the same model",
+    "integers": r"gives torch\.int64 states",
+    "no path": r"extracts no hidden states\. Start it with peagle-hf launch-vllm",
 }
 
 
+@pytest.mark.fault(
+    "`extract --endpoint`: a server of other layers, size or dtype, or one that names a file outside its folder",
+    "The extraction ends, names row and server and the flags to start it with, and reads no other file.",
+)
 @pytest.mark.parametrize("fault", FATAL)
 def test_a_server_that_is_another_than_asked_for_ends_it(arguments, server, output, tokens, fault):
     secret = output.parent / "secret.safetensors"
@@ -182,10 +196,9 @@ def test_a_server_that_is_another_than_asked_for_ends_it(arguments, server, outp
     kept = secret.read_bytes()
     extract(replace(arguments, max_samples=1))
     failing(server, tokens, 3, fault)
-    with pytest.raises(WrongServerEndpointError, match=FATAL[fault]) as error:
+    with pytest.raises(RowError, match=FATAL[fault]) as error:
         extract(arguments)
-    assert "Row 3 wasn't made" in str(error.value)
-    assert server.url in str(error.value)
+    assert str(error.value).startswith(f"row 3 of {arguments.preprocessed_data}: {server.url}: ")
     assert secret.read_bytes() == kept
     assert 0 in cached_rows(output)
     assert 3 not in cached_rows(output)
@@ -508,7 +521,7 @@ def online(train_flags, tiny_verifier, server, data) -> dict:
         "target_layer_ids": AUX,
         "on_missing": "generate",
         "vllm_endpoint": server.url,
-        "dataloader_num_workers": 2,
+        "dataloader_num_workers": 1,
         "request_timeout": 5,
         "max_retries": 0,
     }
@@ -599,38 +612,223 @@ def test_a_dead_server_ends_training_with_a_checkpoint_to_go_on_from(online, ser
         assert torch.equal(parameter, resumed.model.get_parameter(name)), name
 
 
-@pytest.mark.parametrize(
-    "fault", ["layers", *(pytest.param(fault, marks=pytest.mark.slow) for fault in ("outside", "html", "truncated"))]
+ONLINE = {
+    **{fault: REASONS[fault] for fault in REASONS if fault not in (*NOT_VLLM, "short")},
+    **{fault: REASONS[fault] for fault in ("html", "empty")},
+    "layers": ("of the shape", "--target-layer-ids 2 3 4"),
+    "size": ("of the shape", "the same model"),
+    "integers": ("torch.int64 states", "--target-layer-ids 2 3 4"),
+    "outside": ("it was not read", "--hidden-states-path"),
+    "no path": ("extracts no hidden states", "peagle-hf launch-vllm"),
+}
+OF_THE_SERVER = {"layers", "size", "integers", "outside", "no path"}
+
+
+@pytest.mark.fault(
+    "Online training: each of these faults of a server or of its files",
+    "The error names the row, the server, the reason and the advice that fits.",
 )
-def test_a_fault_while_training_names_the_row_and_server_and_keeps_what_was_trained(online, server, tokens, fault):
+@pytest.mark.parametrize("fault", ONLINE)
+def test_a_fault_names_the_row_the_server_and_what_to_do(online, server, data, tokens, fault):
+    endpoint = Endpoint((server.url,), server.folder, tuple(SLOTS), HIDDEN, request_timeout=0.3, max_retries=0)
+    dataset = HiddenStatesDataset(data, total_seq_len=30, on_missing="generate", endpoint=endpoint)
+    failing(server, tokens, 3, fault)
+    with pytest.raises(RowError) as raised:
+        [dataset[number] for number in range(len(dataset))]
+    error, message = raised.value, str(raised.value)
+    reason, advice = ONLINE[fault]
+    assert (error.row, error.url, error.data_path) == (3, server.url, str(data))
+    assert reason in error.reason
+    assert advice in error.advice
+    assert message.startswith(f"row 3 of {data}: {server.url}: {error.reason}. ")
+    assert ("if this row fails every time, leave it out with --skip-rows 3." in message) == (fault not in OF_THE_SERVER)
+    assert ("tart the server again" in message) == (fault == "dead")
+
+
+@pytest.mark.fault(
+    "Online training: a server gives other layers, cuts a file, or is gone, in the middle",
+    "Training ends without a worker's traceback, and the last finished step is saved.",
+)
+@pytest.mark.parametrize("fault", ["layers", pytest.param("truncated", marks=pytest.mark.slow)])
+def test_a_fault_while_training_keeps_what_was_trained(online, server, tokens, fault):
     online |= {"train_data_ratio": 1, "save_strategy": "no", "total_seq_len": 30, "linear_start": False}
-    server.fault = lambda token_ids: fault if len(server.asked) > 10 else None
+    server.fault = lambda token_ids: fault if len(server.asked) > 8 else None
     arguments = PeagleTrainingArguments(**online)
-    with pytest.raises(PeagleError, match=r"(?s)Training ended after step \d+, and is saved in ") as error:
+    with pytest.raises(RowError) as raised:
         train(arguments)
-    (row,) = re.findall(r"\(row (\d) of", str(error.value))
-    assert tokens[int(row)] in server.asked[10:]
-    assert server.url in str(error.value)
-    assert "Traceback" not in str(error.value)
-    assert max(checkpoints_by_step(arguments.output_dir)) > 0
+    error, message = raised.value, str(raised.value)
+    assert tokens[error.row] in server.asked[8:]
+    assert "Traceback" not in message
+    step, folder = max(checkpoints_by_step(arguments.output_dir).items())
+    assert message.startswith(f"Training ended after step {step}, and is saved in {folder}, from which the same")
+    assert f"Row {error.row} of {error.data_path}: {error.url}: {error.reason}." in message
+
+
+def test_an_error_of_a_row_is_the_same_from_a_loader_worker(online, server, tokens):
+    server.fault = lambda token_ids: "400" if token_ids == tokens[3] else None
+    dataset, _ = build_datasets(PeagleTrainingArguments(**{**online, "train_data_ratio": 1, "total_seq_len": 30}))
+    number = next(number for number, rows in enumerate(dataset.plan) if 3 in rows)
+    errors = []
+    for workers in (0, 1):
+        loader = DataLoader(dataset, sampler=[number], num_workers=workers, collate_fn=list)
+        with pytest.raises(RowError) as raised:
+            next(iter(loader))
+        errors.append(raised.value)
+    here, there = errors
+    assert vars(here) == vars(there) == vars(pickle.loads(pickle.dumps(there)))
+    assert str(here) == str(there)
+    assert (here.row, here.url) == (3, server.url)
+    assert "the prompt is too long" in here.reason
+
+
+@pytest.mark.fault("Online training: a file of the cache is damaged", "Training ends; row and file are named.")
+def test_a_damaged_file_is_a_fault_of_its_row_like_any_other(online, output, tokens, arguments):
+    extract(arguments)
+    row_path(output, 4).write_bytes(b"torn")
+    online |= {"train_data_ratio": 1, "total_seq_len": 30, "linear_start": False, "on_missing": "raise"}
+    with pytest.raises(RowError, match=r"ow 4 of .*hs_4\.safetensors can't be read.*peagle-hf extract again") as error:
+        train(PeagleTrainingArguments(**online))
+    assert error.value.row == 4
+
+
+@pytest.mark.fault(
+    "Online training: the disk that the states are kept on is full", "Training ends; the row is named and all is saved."
+)
+def test_a_full_disk_is_a_fault_of_the_row_that_is_written(online, monkeypatch):
+    def fail(*_) -> None:
+        raise PeagleError("No space is left on the disk of hs_1. Free some space.")
+
+    online |= {"train_data_ratio": 1, "total_seq_len": 30, "linear_start": False, "on_generate": "cache"}
+    monkeypatch.setattr("peagle_hf.data.dataset.save_row", fail)
+    with pytest.raises(RowError, match=r"before its first step\. Row \d of .*No space is left .* Free some space\.$"):
+        train(PeagleTrainingArguments(**online))
+
+
+@pytest.mark.fault(
+    "Online training: one row fails every time", "It is left out by name with --skip-rows; training goes on from there."
+)
+def test_a_row_that_always_fails_is_left_out_by_name_and_training_goes_on(online, server, tokens, caplog):
+    online |= {"train_data_ratio": 1, "total_seq_len": 30, "linear_start": False, "num_train_epochs": 1}
+    arguments = PeagleTrainingArguments(**{**online, "output_dir": f"{online['output_dir']}/0"})
+    plan = build_datasets(arguments)[0].plan
+    steps = len(plan)
+    failing(server, tokens, 3, "400")
+    for _ in range(2):
+        with pytest.raises(RowError, match="leave it out with --skip-rows 3") as error:
+            train(PeagleTrainingArguments(**online))
+        assert error.value.row == 3
+    before = len(server.asked)
+    trainer = train(PeagleTrainingArguments(**online, skip_rows=[3]))
+    assert trainer.state.global_step == steps
+    assert tokens[3] not in server.asked[before:]
+    assert "left out by --skip-rows: 3" in caplog.text
+    record = trainer.record()
+    assert record["skipped_rows"] == [3]
+    assert "| rows left out | 3 |" in str(model_card(trainer.config, "me/drafter", None, record))
+    assert "| rows left out |" not in str(model_card(trainer.config, "me/drafter", None, record | {"skipped_rows": []}))
+
+
+def test_leaving_out_rows_moves_no_other_row(online, server, data, tokens):
+    whole = HiddenStatesDataset(data, total_seq_len=30, on_missing="generate", endpoint=endpoint_of(online, server))
+    alone = next(rows[0] for rows in whole.plan if len(rows) == 1)
+    skipping = HiddenStatesDataset(
+        data, total_seq_len=30, on_missing="generate", endpoint=endpoint_of(online, server), skip_rows=[alone]
+    )
+    assert skipping.plan == whole.plan
+    assert skipping.num_samples == whole.num_samples - 1
+    number = whole.plan.index([alone])
+    (filler,) = skipping[number]["documents"]
+    assert not filler["loss_mask"].any()
+    assert tokens[alone] not in server.asked
+    collated = CODDataCollator(num_depths=3)([skipping[number]])
+    assert (collated["labels"] == -100).all()
+    for wrong in ([6], [-1]):
+        with pytest.raises(PeagleError, match=rf"--skip-rows names row {wrong[0]}, but the rows of .* are 0 to 5"):
+            HiddenStatesDataset(data, skip_rows=wrong)
+    with pytest.raises(PeagleError, match="nothing to learn"):
+        HiddenStatesDataset(data, on_missing="generate", endpoint=skipping.endpoint, skip_rows=range(6))
+
+
+def endpoint_of(online: dict, server: FakeVllm) -> Endpoint:
+    return Endpoint((server.url,), server.folder, tuple(SLOTS), HIDDEN, max_retries=0)
+
+
+@pytest.mark.fault(
+    "`extract`: one row fails every time", "It is left out with --skip-rows; training takes the flag too."
+)
+def test_extraction_leaves_out_the_same_rows(arguments, server, output, tokens, online):
+    failing(server, tokens, 3, "400")
+    with pytest.raises(PeagleError, match=r"leave out what fails every time with --skip-rows 3\."):
+        extract(arguments)
+    assert extract(replace(arguments, skip_rows=[3])).num_rows == 5
+    assert_right(output, tokens, [0, 1, 2, 4, 5])
+    cached = {**online, "on_missing": "raise", "num_train_epochs": 1}
+    with pytest.raises(PeagleError, match=r"--on-missing skip, or --skip-rows 3 to go on without them"):
+        train(PeagleTrainingArguments(**cached))
+    train(PeagleTrainingArguments(**cached, skip_rows=[3]))
+    with pytest.raises(PeagleError, match="--skip-rows names row 17"):
+        extract(replace(arguments, skip_rows=[17]))
+
+
+@pytest.mark.fault(
+    "Online training: a row of the validation fails",
+    "Training ends and is saved; the rerun validates first, and ends with the same weights and the same best.",
+)
+def test_a_validation_that_fails_ends_training_and_is_made_up_for_by_the_rerun(online, server, data, tokens, tmp_path):
+    reference = train(PeagleTrainingArguments(**{**online, "output_dir": str(tmp_path / "reference")}))
+    _, held_out = split_rows(data, online["train_data_ratio"], online.get("seed", 42))
+    failing(server, tokens, held_out[0], "dead")
+    for _ in range(2):
+        with pytest.raises(RowError, match=r"ended after step \d+, in its validation, and is saved in ") as error:
+            train(PeagleTrainingArguments(**online))
+        assert error.value.row == held_out[0]
+    step = max(checkpoints_by_step(online["output_dir"]))
+    assert step == reference.state.global_step // 2
+    server.fault = lambda token_ids: None
+    trainer = train(PeagleTrainingArguments(**online))
+    validated, wanted = (
+        {entry["step"]: entry["eval_loss"] for entry in one.state.log_history if "eval_loss" in entry}
+        for one in (trainer, reference)
+    )
+    assert validated == wanted
+    assert trainer.state.best_global_step == reference.state.best_global_step
+    assert trainer.state.best_metric == reference.state.best_metric
+    for name, parameter in reference.model.named_parameters():
+        assert torch.equal(parameter, trainer.model.get_parameter(name)), name
+    best = [
+        (Path(folder) / "checkpoint_best").resolve().name for folder in (tmp_path / "reference", online["output_dir"])
+    ]
+    assert best[0] == best[1]
+    assert not any("validation_owed" in entry for entry in trainer.state.log_history)
 
 
 @pytest.mark.slow
-def test_two_processes_end_together_when_the_server_is_gone_and_go_on(online, server, tmp_path):
-    online |= {"train_data_ratio": 1, "total_seq_len": 30, "dataloader_num_workers": 1}
+@pytest.mark.fault(
+    "Two processes train online: the server dies, once in training, once in validation",
+    "Both end with the same message, the last finished step is saved, and a rerun goes on from there.",
+)
+@pytest.mark.parametrize("part", ["training", "validation"])
+def test_two_processes_end_together_when_the_server_is_gone_and_go_on(online, server, data, tokens, part):
+    online |= {"total_seq_len": 30, "dataloader_num_workers": 1, "train_data_ratio": 1 if part == "training" else 0.7}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "peagle_hf"]
     command += ["train", *flags(online)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    server.fault = lambda token_ids: "dead" if len(server.asked) > 6 + 8 else None
+    if part == "training":
+        server.fault = lambda token_ids: "dead" if len(server.asked) > 6 + 8 else None
+    else:
+        _, held_out = split_rows(data, 0.7, 42)
+        failing(server, tokens, held_out[0], "400")
     first = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert first.returncode != 0
-    assert len(set(map(tuple, server.asked[:6]))) == 6, "the linear start asks for each row once, not each process"
-    found = re.search(r"Training ended after step (\d+), and is saved in \S+checkpoint-\1: .*", first.stderr)
-    assert found, first.stderr[-3000:]
+    found = set(re.findall(r"Training ended after step (\d+).*, and is saved in (\S+), .*", first.stderr))
+    assert len(found) == 1, first.stderr[-3000:]
+    ((step, folder),) = found
+    assert max(checkpoints_by_step(online["output_dir"])) == int(step)
+    assert first.stderr.count("Training ended after step") == 2, "both processes say it"
     server.fault = lambda token_ids: None
     second = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert second.returncode == 0, second.stderr[-3000:]
-    assert f"checkpoint-{found[1]}; pass --no-resume" in second.stderr
+    assert f"Resuming from {folder}" in second.stderr
     assert (Path(online["output_dir"]) / "1" / "model.safetensors").exists(), "the second epoch's"
 
 

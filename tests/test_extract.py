@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from peagle_hf.data import cache, extract
 from peagle_hf.data.cache import Manifest, cached_rows, check_row, read_row, row_path, write_row
 from peagle_hf.data.extract import ExtractArguments, plan_batches, residual_streams
+from peagle_hf.data.faults import RowError
 from peagle_hf.data.prepared import rows_fingerprint
 from peagle_hf.errors import PeagleError
 from peagle_hf.target import weights_of
@@ -302,9 +303,13 @@ def test_values_that_are_not_finite_are_never_written(tmp_path: Path) -> None:
     data = Dataset.load_from_disk(tmp_path / "data").with_format(None).to_dict()
     data["input_ids"][3][5] = VOCAB - 1
     Dataset.from_dict(data).save_to_disk(tmp_path / "bad")
-    with pytest.raises(PeagleError, match="row 3 are not finite"):
-        extract.extract(ExtractArguments(model=str(tmp_path / "verifier"), preprocessed_data=str(tmp_path / "bad")))
+    arguments = ExtractArguments(model=str(tmp_path / "verifier"), preprocessed_data=str(tmp_path / "bad"))
+    with pytest.raises(RowError, match=r"row 3 of .*are not finite.*leave it out with --skip-rows 3\.") as error:
+        extract.extract(arguments)
+    assert error.value.row == 3
     assert 3 not in cached_rows(tmp_path / "bad" / "hidden_states")
+    extract.extract(replace(arguments, skip_rows=[3]))
+    assert cached_rows(tmp_path / "bad" / "hidden_states") == set(range(len(data["input_ids"]))) - {3}
 
 
 def test_token_ids_outside_the_vocabulary_are_refused(llama: Path, tmp_path: Path) -> None:

@@ -236,3 +236,42 @@ def test_a_checkpoint_that_lacks_weights_is_refused(llama, tmp_path):
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(PeagleError, match=r"incomplete lacks 3 of the weights .*model\.layers\.1\.mlp\.down_proj"):
         load_verifier(folder, torch.float32, "cpu")
+
+
+@pytest.mark.fault(
+    "A verifier's shard is missing, cut or empty, its index is damaged, or a weight has another shape",
+    "Every command refuses it and names the file or the weight; nothing is filled with random numbers.",
+)
+@pytest.mark.parametrize("fault", ["missing shard", "cut shard", "empty shard", "no map", "index cut", "shape"])
+def test_a_checkpoint_that_does_not_load_completely_is_refused(llama, tmp_path, fault):
+    folder = tmp_path / "sharded"
+    llama[1].save_pretrained(folder, max_shard_size="2KB")
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    files = {content["weight_map"][key] for key in ("lm_head.weight", "model.norm.weight", "model.embed_tokens.weight")}
+    words = "can't be read"
+    for name in files:
+        path = folder / name
+        if fault == "missing shard":
+            path.unlink()
+            words = f"can't be read.*{name.split('-')[0]}"
+        elif fault == "cut shard":
+            path.write_bytes(path.read_bytes()[:-10])
+        elif fault == "empty shard":
+            save_file({}, path, {"format": "pt"})
+            words = "can't be read|lacks|no tensor that is clearly"
+        elif fault == "shape":
+            tensors = {key: tensor[:-1].contiguous() for key, tensor in load_file(path).items()}
+            save_file(tensors, path, {"format": "pt"})
+            words = r"has the shape \(\d+,.*\), but by its config\.json"
+    if fault == "no map":
+        index.write_text("{}")
+    elif fault == "index cut":
+        index.write_text(index.read_text()[:-10])
+    for load in (
+        lambda: load_verifier(folder, torch.float32, "cpu"),
+        lambda: VerifierHead.from_pretrained(folder),
+        lambda: load_embedding(folder),
+    ):
+        with pytest.raises(PeagleError, match=words):
+            load()

@@ -27,7 +27,8 @@ from ..errors import PeagleError
 from ..products import pack_linear_layers
 from ..target import load_verifier
 from .chats import Unlearnable
-from .endpoint import EndpointError, RefusedEndpointError, ask_any, concurrently, endpoint_urls, served_model
+from .endpoint import ask_any, concurrently, endpoint_urls, served_model
+from .faults import EndpointError, RefusedEndpointError
 from .tokenizer import ChatOptions, load_tokenizer
 
 _PLACEHOLDER = "PLACEHOLDER"
@@ -279,10 +280,7 @@ class ServedChatModel(ChatModel):
                     lambda server: server.complete(prompt, self.max_new_tokens, end_ids, fields),
                 )
             except RefusedEndpointError as error:
-                reason = str(error)
-                for url in self.urls:
-                    reason = reason.replace(f"{url}: ", "")
-                raise RefusedEndpointError(reason) from error
+                raise RefusedEndpointError(error.reason) from error
 
         return [answer(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
 

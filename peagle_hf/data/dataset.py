@@ -26,8 +26,10 @@ from .cache import (
     row_path,
     save_row,
 )
-from .endpoint import Endpoint, EndpointError, concurrently
+from .endpoint import concurrently
+from .faults import faults_of
 from .prepared import column, load_prepared, rows_fingerprint
+from .served_states import Endpoint
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +38,8 @@ MAX_REQUESTS = 16
 """So many documents of a packed row are asked for at a time."""
 GENERATED_DTYPE = "bfloat16"
 """What the endpoint's states are kept in where no manifest says otherwise, as `peagle-hf extract` does."""
+MAX_NAMED = 5
+"""Names of files or rows in a message."""
 MIN_TOKENS = 3
 """A shorter document has no position that sees a token and predicts another."""
 
@@ -69,9 +73,12 @@ class HiddenStatesDataset(Dataset):
         seed: of the packing.
         endpoint: the vLLM servers for "generate".
         keep_generated: write what the endpoint gives into the cache, so that it is asked once only.
+        skip_rows: prepared rows to leave out, such as those that a server fails every time. Their states are neither
+            asked for nor read. All other rows stay in their packed rows, so that a training can be resumed with more.
 
     Raises:
-        PeagleError: no such folder, missing cache files under "raise", or nothing left to train on.
+        PeagleError: no such folder, missing cache files under "raise", or nothing left to train on. An item raises a
+            `RowError`, which names the row, if the states of one of its rows can't be had.
     """
 
     def __init__(
@@ -84,9 +91,11 @@ class HiddenStatesDataset(Dataset):
         seed: int = 0,
         endpoint: Endpoint | None = None,
         keep_generated: bool = False,
+        skip_rows: Sequence[int] = (),
     ):
         self.data_path = Path(data_path)
         self.data = load_prepared(data_path)
+        self.skip_rows = check_skip_rows(skip_rows, len(self.data), data_path)
         self.hidden_states_path = cache_folder(data_path, hidden_states_path)
         self.endpoint, self.keep_generated = endpoint, keep_generated
         if (on_missing == "generate") != (endpoint is not None):
@@ -106,7 +115,7 @@ class HiddenStatesDataset(Dataset):
                 f"{data_path} has no row of at least {MIN_TOKENS} tokens, with something to learn in its first "
                 f"{total_seq_len}, to train on. Prepare more data, or raise --total-seq-len."
             )
-        if not any(self._targets(row).any() for row in wanted):
+        if not any(self._targets(row).any() for row in wanted if row not in self.skip_rows):
             raise PeagleError(
                 f"{data_path} has nothing to learn in any of its {len(wanted)} samples: an answer's first token is the "
                 "verifier's own in any case, and there is none after it. Prepare data with longer answers."
@@ -159,7 +168,7 @@ class HiddenStatesDataset(Dataset):
         logger.info("%s was made of another dataset. Its tokens are compared.", self.hidden_states_path)
         present = cached_rows(self.hidden_states_path)
         foreign = {}
-        for row in (row for row in rows if row in present):
+        for row in (row for row in rows if row in present and row not in self.skip_rows):
             sample, path = self.data[row], row_path(self.hidden_states_path, row)
             tokens, mask = (torch.as_tensor(sample[name]).long() for name in ("input_ids", "loss_mask"))
             reason = check_row(path, (None, None, None), tokens, target_tokens(mask.bool()))
@@ -176,7 +185,9 @@ class HiddenStatesDataset(Dataset):
         return origin_of(manifest)
 
     def _present(self, rows: Sequence[int], on_missing: OnMissing) -> Sequence[int]:
-        present = cached_rows(self.hidden_states_path)
+        if left_out := sorted(self.skip_rows.intersection(rows)):
+            logger.info("Rows of %s left out by --skip-rows: %s.", self.data_path, ", ".join(map(str, left_out)))
+        present = cached_rows(self.hidden_states_path) | self.skip_rows
         missing = [row for row in rows if row not in present]
         if not missing:
             return rows
@@ -197,7 +208,8 @@ class HiddenStatesDataset(Dataset):
         folder, num_rows = self.hidden_states_path, len(self.data)
         missing = [row for row in range(num_rows) if row not in present]
         message = f"{len(missing)} of {num_rows} hidden-state files are missing in {folder}: {_names(missing)}."
-        skip = "Pass --on-missing skip to train without them."
+        names = f", or --skip-rows {' '.join(map(str, missing))}" if len(missing) <= MAX_NAMED else ""
+        skip = f"Pass --on-missing skip{names} to go on without them."
         if len(missing) == num_rows:
             return f"{message} That is all of them: run `peagle-hf extract`, or correct --hidden-states-path."
         if failed := [row for row in failed_rows(folder) if row not in present]:
@@ -218,9 +230,18 @@ class HiddenStatesDataset(Dataset):
     def __len__(self) -> int:
         return len(self.plan)
 
+    @property
+    def num_samples(self) -> int:
+        """Prepared rows that are trained or validated on."""
+        return sum(len(self._kept(number)) for number in range(len(self)))
+
     def num_learnt(self, number: int) -> int:
         """The learnt positions of a packed row, by the prepared dataset alone."""
-        return sum(int(self._targets(row).sum()) for row in self.plan[number])
+        return sum(int(self._targets(row).sum()) for row in self._kept(number))
+
+    def _kept(self, number: int) -> list[int]:
+        """The prepared rows of a packed row, without those that are left out by name."""
+        return [row for row in self.plan[number] if row not in self.skip_rows]
 
     def _count_learnt(self, rows: Sequence[int]) -> list[int]:
         """The learnt positions of many documents, as far as they aren't cut: as `_targets`, a thousand at once."""
@@ -245,10 +266,16 @@ class HiddenStatesDataset(Dataset):
     def __getitem__(self, index: int | RowRequest) -> dict[str, Any]:
         """The documents of a packed row: tokens and mask [T], their states [T, A * H], those of N targets [N, H]."""
         request = index if isinstance(index, RowRequest) else RowRequest(0, index)
-        rows = self.plan[request.number]
+        rows = self._kept(request.number)
+        is_filler = request.is_filler or not rows
+        if not rows:  # any other row keeps the number of steps
+            rows = next(filter(None, map(self._kept, range(len(self)))))[:1]
         generated = self._generated(rows)
-        documents = [self._document(row, generated.get(row)) for row in rows]
-        if request.is_filler:
+        documents = []
+        for row in rows:
+            with faults_of(row, self.data_path):
+                documents.append(self._document(row, generated.get(row)))
+        if is_filler:
             for document in documents:
                 document["loss_mask"] = torch.zeros_like(document["loss_mask"])
                 document["target_states"] = document["target_states"][:0]
@@ -259,24 +286,25 @@ class HiddenStatesDataset(Dataset):
         missing = [row for row in rows if not row_path(self.hidden_states_path, row).exists()]
         if self.endpoint is None or not missing:
             return {}
-        endpoint, manifest = self.endpoint, Manifest.read(self.hidden_states_path)
+        endpoint = self.endpoint
+        with faults_of(missing[0], self.data_path):
+            manifest = Manifest.read(self.hidden_states_path)
         dtype = getattr(torch, manifest.dtype if manifest and manifest.dtype else GENERATED_DTYPE)
         storage = manifest.storage if manifest and manifest.storage else "plain"
 
         def generate(row: int) -> CachedRow:
-            sample = self.data[row]
-            length = None if self.keep_generated else self.total_seq_len + 2
-            tokens, mask = (torch.as_tensor(sample[name])[:length].long() for name in ("input_ids", "loss_mask"))
-            states = endpoint.fetch(tokens.tolist(), dtype)
-            cached = CachedRow(tokens, states).stored_as(storage, target_tokens(mask.bool()))
-            if self.keep_generated:
-                save_row(row_path(self.hidden_states_path, row), replace(cached, origin=origin_of(manifest)))
-            return cached.first(self.total_seq_len + 2)
+            with faults_of(row, self.data_path):
+                sample = self.data[row]
+                length = None if self.keep_generated else self.total_seq_len + 2
+                tokens, mask = (torch.as_tensor(sample[name])[:length].long() for name in ("input_ids", "loss_mask"))
+                states = endpoint.fetch(tokens.tolist(), dtype)
+                cached = CachedRow(tokens, states).stored_as(storage, target_tokens(mask.bool()))
+                if self.keep_generated:
+                    save_row(row_path(self.hidden_states_path, row), replace(cached, origin=origin_of(manifest)))
+                return cached.first(self.total_seq_len + 2)
 
         generated = {}
         for row, result in concurrently(generate, missing, min(len(missing), MAX_REQUESTS)):
-            if isinstance(result, EndpointError):
-                raise type(result)(f"row {row} of {self.data_path}: {result}") from result
             if isinstance(result, BaseException):
                 raise result
             generated[row] = result
@@ -340,8 +368,23 @@ class EpochSampler(Sampler[RowRequest]):
         yield from (RowRequest(epoch, order[0], is_filler=True) for _ in range(self.num_fillers))
 
 
+def check_skip_rows(skip_rows: Sequence[int] | None, num_rows: int, data_path: str | os.PathLike[str]) -> set[int]:
+    """The rows that --skip-rows leaves out; none if it isn't given.
+
+    Raises:
+        PeagleError: the prepared dataset has no such row.
+    """
+    if outside := sorted(row for row in skip_rows or () if not 0 <= row < num_rows):
+        raise PeagleError(
+            f"--skip-rows names row {outside[0]}, but the rows of {data_path} are 0 to {num_rows - 1}. Name rows by "
+            "their number in the prepared dataset, as the error names them that a row ends with."
+        )
+    return set(skip_rows or ())
+
+
 def _names(rows: Sequence[int]) -> str:
-    return ", ".join(f"hs_{row}.safetensors" for row in rows[:5]) + (", …" if len(rows) > 5 else "")
+    names = [f"hs_{row}.safetensors" for row in rows[:MAX_NAMED]]
+    return ", ".join(names) + (", …" if len(rows) > MAX_NAMED else "")
 
 
 def learnt_share(data_path: str | os.PathLike[str]) -> float:

@@ -1,7 +1,4 @@
-"""A vLLM server as the verifier: it is asked over HTTP and answers through files in a folder that both sides see.
-
-Shape letters: T tokens, S slots (the auxiliary layers and the last), H the verifier's hidden size.
-"""
+"""vLLM servers over HTTP: their addresses, which of them is asked, and what their faults mean."""
 
 import base64
 import json
@@ -13,21 +10,14 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import cache, cached_property
-from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
-
 from ..errors import PeagleError
 from ..redaction import public_url
-from .cache import ROW_FILE, place
-from .server_folder import OwnRequests, check_layers, written
+from .cache import place
+from .faults import EndpointError, RefusedEndpointError, WrongServerEndpointError
 
 DEFAULT_URL = "http://localhost:8000/v1"
 REQUEST_TIMEOUT, MAX_RETRIES = 120.0, 3
@@ -36,6 +26,18 @@ FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
 HEALTH_TIMEOUT = 5.0
 PLAIN_SAMPLING = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 """Fields of a request which the model's own generation_config.json would change, as it does on servers."""
+REFUSALS = (400, 413, 422)
+"""Statuses with which a server refuses a request as it is: asking again, or another server, gives the same."""
+STATUS_ADVICE = {
+    **dict.fromkeys((401, 403), "set VLLM_API_KEY to the server's key, or write user and password into the URL"),
+    404: "name the address of vLLM itself, which ends with /v1, and make sure that it runs the verifier",
+    429: "give the server time with a larger --max-retries, or fewer requests: a lower --concurrency, fewer "
+    "--dataloader-num-workers",
+    500: "look at the server's log for the cause, such as a full disk or too little memory, and start it again if its "
+    "engine has ended",
+    **dict.fromkeys((502, 503, 504), "wait until the server is ready, or start it again"),
+}
+"""What to do about a status, a clause."""
 _CHOICE = threading.Lock()
 """Held while a server is chosen."""
 _CREDENTIALS: dict[str, str] = {}
@@ -43,138 +45,6 @@ _CREDENTIALS: dict[str, str] = {}
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-class EndpointError(PeagleError):
-    """A request that the servers failed. The message names the server, the reason and what to do."""
-
-
-class RefusedEndpointError(EndpointError):
-    """The servers refuse this request, and would refuse it again: HTTP status 400, 413 or 422."""
-
-
-class WrongServerEndpointError(EndpointError):
-    """The server isn't the one that is needed, so that no other request would do better."""
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """vLLM servers that give the hidden states of token ids, any of them the same.
-
-    A frozen description, so that loader workers can have it; connections are opened by the process that uses them.
-
-    Args:
-        urls: one or more, with or without `/v1`.
-        folder: what the servers write to, as it is seen from here. No other file is ever read.
-        slots: the layers wanted, by number of layers passed: the auxiliary ones, then the last.
-        hidden_size: H.
-        request_timeout: seconds for an answer, and again for the file to be written.
-        max_retries: of a request that fails, by each server.
-    """
-
-    urls: tuple[str, ...]
-    folder: Path
-    slots: tuple[int, ...]
-    hidden_size: int
-    request_timeout: float = REQUEST_TIMEOUT
-    max_retries: int = MAX_RETRIES
-
-    def __post_init__(self) -> None:
-        check_requests(self.request_timeout, self.max_retries)
-        object.__setattr__(self, "urls", endpoint_urls(",".join(self.urls)))
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Loader workers need the credentials too."""
-        return vars(self) | {"credentials": {url: _CREDENTIALS[url] for url in self.urls if url in _CREDENTIALS}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        _remember(state.pop("credentials"))
-        vars(self).update(state)
-
-    def fetch(self, token_ids: list[int], dtype: torch.dtype) -> Tensor:
-        """The states [T, S, H] of a document, checked, from the server that is doing best; its files are removed.
-
-        Raises:
-            EndpointError: no server gave states that can be used.
-        """
-        return ask_any(
-            self.urls, self.request_timeout, self.max_retries, lambda server: self._fetch(server, token_ids, dtype)
-        )
-
-    def _fetch(self, server: "Server", token_ids: list[int], dtype: torch.dtype) -> Tensor:
-        try:
-            with _own_requests(self.folder, os.getpid()).request() as request:
-                return self._read(server.url, server.ask(token_ids, request), token_ids, dtype)
-        except EndpointError:
-            raise
-        except PeagleError as error:  # about the folder or what the server's record says
-            raise WrongServerEndpointError(str(error)) from error
-        except OSError as error:
-            raise EndpointError(f"the folder {self.folder} can't be used ({error})") from error
-
-    def _read(self, url: str, path: str, token_ids: list[int], dtype: torch.dtype) -> Tensor:
-        """Read, check and remove a file that a server says it has written."""
-        try:
-            real = Path(os.path.realpath(path))
-            inside = real.is_relative_to(os.path.realpath(self.folder))
-        except ValueError:  # no path at all
-            inside = False
-        if not inside or real.suffix != ".safetensors" or ROW_FILE.fullmatch(real.name):
-            raise WrongServerEndpointError(
-                f"The server {url} says that it wrote the hidden states to {path!r}, which is no file of a server in "
-                f"{self.folder}; it was not read. Start the server with --hidden-states-path {self.folder}, or name "
-                "the folder that it writes to with --server-hidden-states-path."
-            )
-        with written(real, self.request_timeout) as is_written:
-            if not is_written:
-                raise EndpointError(
-                    f"the server was still writing after {self.request_timeout:g} s; raise --request-timeout, or look "
-                    f"at the disk of {self.folder}"
-                )
-            try:
-                check_layers(self.folder, self.slots)
-                return self._states(url, load_file(real), token_ids, dtype)
-            except (OSError, SafetensorError) as error:
-                raise EndpointError(
-                    f"what the server wrote can't be read ({' '.join(str(error).split())}); look at the disk of "
-                    f"{self.folder} and at what the server says"
-                ) from error
-            finally:
-                self._remove(real)
-
-    def _remove(self, path: Path) -> None:
-        try:
-            path.unlink(missing_ok=True)
-            path.with_name(f"{path.name}.lock").unlink(missing_ok=True)
-        except OSError as error:
-            raise WrongServerEndpointError(
-                f"The server's file {path} can't be removed ({error.strerror}), so that such files would fill the "
-                "disk. Run server and client as one user."
-            ) from error
-
-    def _states(self, url: str, tensors: dict[str, Tensor], token_ids: list[int], dtype: torch.dtype) -> Tensor:
-        lacking = {"hidden_states", "token_ids"} - tensors.keys()
-        if lacking:
-            raise EndpointError(f"what the server wrote has no {' and no '.join(sorted(lacking))}")
-        states = tensors["hidden_states"]
-        served = sorted(set(self.slots))  # vLLM gives the layers in their own order, each once
-        if list(states.shape[1:]) != [len(served), self.hidden_size] or not states.is_floating_point():
-            raise WrongServerEndpointError(
-                f"The server {url} gives {states.dtype} states of the shape {list(states.shape)} (tokens, layers, "
-                f"size), wanted are the layers {served} of size {self.hidden_size}. Start it with peagle-hf "
-                f"launch-vllm, the same model and --target-layer-ids {' '.join(map(str, self.slots[:-1]))}."
-            )
-        if not torch.equal(tensors["token_ids"].long(), torch.tensor(token_ids)) or len(states) != len(token_ids):
-            raise EndpointError(
-                "the server gave the states of other tokens than it was asked for; start it without flags that change "
-                "prompts"
-            )
-        states = states[:, [served.index(slot) for slot in self.slots]].to(dtype)
-        if not states.isfinite().all():
-            raise EndpointError(
-                f"the server's states are not finite as {dtype}; start it with --dtype float32, or leave the row out"
-            )
-        return states
 
 
 def ask_any(
@@ -185,8 +55,9 @@ def ask_any(
     A server that failed comes last until a pause is over and its health check succeeds, or until it answers a request.
 
     Raises:
-        EndpointError: all of them failed. It is a `RefusedEndpointError` if all of them refused the request.
-        WrongServerEndpointError: one of them isn't what is needed.
+        EndpointError: all of them failed. It is a `RefusedEndpointError` if all of them refused the request. It names
+            their URLs.
+        WrongServerEndpointError: one of them isn't what is needed; it names that one's URL.
     """
     failures: dict[str, EndpointError] = {}
     while len(failures) < len(urls):
@@ -200,8 +71,8 @@ def ask_any(
             result = request(server)
             server.succeeded()
             return result
-        except WrongServerEndpointError:
-            raise
+        except WrongServerEndpointError as error:
+            raise WrongServerEndpointError(error.reason, error.advice, server.url) from error
         except EndpointError as error:
             if not isinstance(error, RefusedEndpointError):
                 server.failed()
@@ -209,8 +80,14 @@ def ask_any(
         finally:
             with _CHOICE:
                 server.in_flight -= 1
-    kind = RefusedEndpointError if all(isinstance(one, RefusedEndpointError) for one in failures.values()) else None
-    raise (kind or EndpointError)("; ".join(f"{url}: {error}" for url, error in failures.items()))
+    errors = failures.values()
+    are_refusals = all(isinstance(error, RefusedEndpointError) for error in errors)
+    reasons = [error.reason for error in errors]
+    raise (RefusedEndpointError if are_refusals else EndpointError)(
+        "; ".join(reasons if len(set(reasons)) > 1 else reasons[:1]),
+        "; ".join(dict.fromkeys(error.advice for error in errors if error.advice)),
+        ", ".join(failures),
+    )
 
 
 def endpoint_urls(endpoint: str) -> tuple[str, ...]:
@@ -238,7 +115,7 @@ def endpoint_urls(endpoint: str) -> tuple[str, ...]:
         public = public if "/" in public.partition("://")[2] else f"{public}/v1"
         user_info = url.partition("://")[2].rpartition("@")[0]
         if user_info:
-            _remember({public: unquote(user_info)})
+            remember_credentials({public: unquote(user_info)})
         urls.append(public)
     return tuple(dict.fromkeys(urls))
 
@@ -277,9 +154,9 @@ def served_model(
         try:
             found = Server(url, timeout, max_retries=1).model
         except EndpointError as error:
+            advice = error.advice or f"start one ({command}) and wait until it is ready, or correct the endpoint"
             raise PeagleError(
-                f"The vLLM server {url} can't be asked for its model: {error}. Start one ({command}) and wait until it "
-                "is ready, or correct the endpoint."
+                f"The vLLM server {url} can't be asked for its model: {error.reason}. {advice[:1].upper()}{advice[1:]}."
             ) from error
         wanted = wanted or found["root"]
         if place(wanted) not in {place(name) for name in found.values()}:
@@ -379,7 +256,7 @@ class Server:
         with self.reasons():
             models = self.client.models.list().data
             if not models:
-                raise EndpointError("it serves no model")
+                raise EndpointError("it serves no model", "start it with the verifier")
             model = models[0]
             limit = getattr(model, "max_model_len", None)
             root = getattr(model, "root", None) or model.id
@@ -402,6 +279,10 @@ class Server:
 
         Args:
             request: id of the request, which the name of the states' file will hold.
+
+        Raises:
+            EndpointError: the request failed.
+            WrongServerEndpointError: the server doesn't extract hidden states.
         """
         with self.reasons():
             answer = self.client.completions.create(
@@ -416,8 +297,7 @@ class Server:
             path = parameters.get("hidden_states_path")
         if not isinstance(path, str):
             raise WrongServerEndpointError(
-                f"The vLLM server {self.url} answers, but extracts no hidden states. Start it with peagle-hf "
-                "launch-vllm."
+                "the server answers, but extracts no hidden states", "start it with peagle-hf launch-vllm"
             )
         return path
 
@@ -469,21 +349,21 @@ class Server:
         try:
             yield
         except openai.APIStatusError as error:
-            reason = shorten(str(error))
-            if error.status_code in (400, 413, 422):
-                raise RefusedEndpointError(reason) from error
-            if error.status_code in (401, 403):
-                reason += "; set VLLM_API_KEY to the server's key, or write user and password into the URL"
-            raise EndpointError(reason) from error
+            kind = RefusedEndpointError if error.status_code in REFUSALS else EndpointError
+            raise kind(shorten(str(error)), STATUS_ADVICE.get(error.status_code, "")) from error
         except UnicodeEncodeError as error:
             raise RefusedEndpointError(f"the text has characters that can't be sent ({error.reason})") from error
         except openai.OpenAIError as error:
             cause = f" ({shorten(str(error.__cause__))})" if error.__cause__ else ""
-            raise EndpointError(f"{shorten(str(error))}{cause}") from error
+            advice = "start the server again, or correct its address"
+            if isinstance(error, openai.APITimeoutError):
+                advice = "raise --request-timeout if the server is only slow, or start it again if it hangs"
+            raise EndpointError(f"{shorten(str(error))}{cause}", advice) from error
         except (json.JSONDecodeError, AttributeError, IndexError, KeyError, TypeError) as error:
             raise EndpointError(
                 "its answer isn't one of vLLM's: another program may answer at this address, such as a proxy with a "
-                "web page; name the address of vLLM itself"
+                "web page",
+                "name the address of vLLM itself",
             ) from error
 
     def succeeded(self) -> None:
@@ -522,7 +402,12 @@ def shorten(text: str) -> str:
     return line if len(line) <= 300 else f"{line[:300]} ..."
 
 
-def _remember(credentials: dict[str, str]) -> None:
+def credentials_of(urls: Sequence[str]) -> dict[str, str]:
+    """`user:password` by URL, of those that have one, for another process."""
+    return {url: _CREDENTIALS[url] for url in urls if url in _CREDENTIALS}
+
+
+def remember_credentials(credentials: dict[str, str]) -> None:
     """Use these credentials by URL from now on."""
     if any(_CREDENTIALS.get(url) != one for url, one in credentials.items()):
         _CREDENTIALS.update(credentials)
@@ -533,9 +418,3 @@ def _remember(credentials: dict[str, str]) -> None:
 def _server(url: str, timeout: float, max_retries: int, process_id: int) -> Server:
     """The connections of this process; a forked one opens its own."""
     return Server(url, timeout, max_retries)
-
-
-@cache
-def _own_requests(folder: Path, process_id: int) -> OwnRequests:
-    """The requests of this process; a forked one has its own."""
-    return OwnRequests(folder)

@@ -48,19 +48,19 @@ from .cache import (
     row_path,
     write_row,
 )
+from .dataset import MAX_NAMED, check_skip_rows
 from .endpoint import (
     MAX_RETRIES,
     REQUEST_TIMEOUT,
-    Endpoint,
-    EndpointError,
-    WrongServerEndpointError,
     check_length,
     check_requests,
     concurrently,
     endpoint_urls,
     served_model,
 )
+from .faults import EndpointError, RowError, WrongServerEndpointError
 from .prepared import load_prepared, read_prepare_record, rows_fingerprint
+from .served_states import Endpoint
 from .server_folder import check_layers, remove_unfetched, require_layers
 
 if TYPE_CHECKING:
@@ -103,6 +103,13 @@ class ExtractArguments(Arguments):
     )
     max_samples: int | None = field(
         default=None, metadata={"help": "Extract the first so many rows only (all of them if not given)."}
+    )
+    skip_rows: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Rows of the prepared dataset to leave out, by number, such as those that a server fails every "
+            "time. Training takes the same flag."
+        },
     )
     validate_outputs: bool = field(
         default=False,
@@ -177,6 +184,7 @@ class ExtractArguments(Arguments):
             "preprocessed_data",
             "output",
             "max_samples",
+            "skip_rows",
             "validate_outputs",
             "revision",
             "dry_run",
@@ -262,6 +270,9 @@ def extract(arguments: ExtractArguments) -> ExtractReport:
     data = load_prepared(arguments.preprocessed_data).with_format(None)
     rows = enumerate(data["seq_len"][: arguments.max_samples])
     lengths = {row: length for row, length in rows if row % arguments.world_size == arguments.rank}
+    if skipped := check_skip_rows(arguments.skip_rows, len(data), arguments.preprocessed_data):
+        logger.info("Left out by --skip-rows: %s. Train with the same flag.", ", ".join(map(str, sorted(skipped))))
+        lengths = {row: length for row, length in lengths.items() if row not in skipped}
     if (beyond := len(data) - (arguments.max_samples or len(data))) > 0:
         logger.info("--max-samples %d leaves out the last %d of %d rows.", arguments.max_samples, beyond, len(data))
     present = cached_rows(output)
@@ -463,10 +474,13 @@ def _make(
     def make(rows: Sequence[int]) -> int:
         for row, states, token_ids in run_verifier(own.model, manifest.aux_layer_ids, data, rows, dtype):
             if not states.isfinite().all():
-                raise PeagleError(
-                    f"The verifier's hidden states of row {row} are not finite as {arguments.dtype}; nothing of the "
-                    "row was written, the rows before it are kept. Try --verifier-dtype float32 or --dtype bfloat16, "
-                    "and look at the row's text."
+                raise RowError(
+                    row,
+                    arguments.preprocessed_data,
+                    reason=f"the verifier's hidden states are not finite as {arguments.dtype}; nothing of the row was "
+                    "written, the rows before it are kept",
+                    advice="try --verifier-dtype float32 or --dtype bfloat16, look at the row's text, or leave it out "
+                    f"with --skip-rows {row}",
                 )
             is_target = _targets(data, row, arguments.storage)
             write_row(output, row, states, token_ids, arguments.storage, is_target, origin)
@@ -520,7 +534,7 @@ def _make_by_server(
     with progress_bar(total=sum(lengths.values()), desc="Extracting", unit="tok", unit_scale=True) as progress:
         for row, result in concurrently(make, longest_first, arguments.concurrency):
             if isinstance(result, WrongServerEndpointError):
-                raise WrongServerEndpointError(f"Row {row} wasn't made: {result}") from result
+                raise RowError.of(row, Path(arguments.preprocessed_data), result) from result
             if isinstance(result, EndpointError):
                 logger.warning("Row %d failed: %s.", row, result)
                 failed[row] = str(result)
@@ -542,7 +556,9 @@ def _make_by_server(
         ended = f"The last {in_turn} rows in turn failed, so no more were tried. " if in_turn >= limit else ""
         raise PeagleError(
             f"{ended}{len(failed)} of {len(lengths)} rows failed, row {row} with: {reason}. All are listed with their "
-            f"reason in {record}. Run the same command again, which makes just what is missing."
+            f"reason in {record}. Run the same command again, which makes just what is missing; leave out what fails "
+            f"every time with --skip-rows {' '.join(map(str, sorted(failed)[:MAX_NAMED]))}"
+            f"{' ...' if len(failed) > MAX_NAMED else ''}."
         )
     return seconds
 

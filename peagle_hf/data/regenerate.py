@@ -24,7 +24,8 @@ from ..files import atomic_path, locked_file, remove_leftovers, write_json
 from ..fingerprint import has_weights, weights_of
 from .chat_models import Batch, ChatModel, LocalChatModel, Sampling, ServedChatModel
 from .chats import Unlearnable
-from .endpoint import MAX_RETRIES, EndpointError, RefusedEndpointError
+from .endpoint import MAX_RETRIES
+from .faults import EndpointError, RefusedEndpointError
 from .journal import Journal
 from .prompts import Prompt, distinct, grams, read_prompts, words
 from .tokenizer import CHAT_TEMPLATE_HELP, CHAT_TEMPLATE_KWARGS_HELP, ChatOptions, vocabulary_fingerprint
@@ -528,7 +529,7 @@ def _answer(answers: _Answers, prompts: list[Prompt], lengths: list[int]) -> dic
                 return
             except EndpointError as error:
                 names = ", ".join(f"prompt {prompts[index].id} ({prompts[index].place})" for index in dialogues)
-                raise EndpointError(f"{names}: {error}") from error
+                raise EndpointError(f"{names}: {error.url or 'the servers'}: {error.reason}", error.advice) from error
             for dialogue, ids in zip(dialogues.values(), replies, strict=True):
                 dialogue.hear(ids)
         has_answers = True

@@ -1,0 +1,150 @@
+"""What goes wrong with a server or with a row's hidden states: the same exceptions in every command and process."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import distributed
+from torch.utils.data import get_worker_info
+
+from ..errors import PeagleError
+from ..processes import are_several, gather, lost_process_explained
+
+Result = TypeVar("Result")
+
+
+class EndpointError(PeagleError):
+    """A request that a server failed, retries included. Another row or another server may do better.
+
+    Args:
+        reason: what happened, a clause without a full stop.
+        advice: what to do about it, a clause that begins with a verb; empty where the reason says it.
+        url: the server, or several with commas between.
+    """
+
+    def __init__(self, reason: str, advice: str = "", url: str | None = None):
+        self.reason, self.advice, self.url = reason, advice, url
+        super().__init__(f"{f'{url}: ' if url else ''}{reason}{f'; {advice}' if advice else ''}")
+
+
+class RefusedEndpointError(EndpointError):
+    """The servers refuse this request, and would refuse it again: HTTP status 400, 413 or 422."""
+
+
+class WrongServerEndpointError(EndpointError):
+    """The server isn't the one that is needed, so that no other request would do better."""
+
+
+class RowError(PeagleError):
+    """A prepared row whose hidden states can't be had, from a server or from the cache.
+
+    The attributes survive the way out of a loader worker, which PyTorch takes with the text of the exception alone.
+
+    Args:
+        row: its number in the prepared dataset; None if a loader worker ended before it could say. Instead of all
+            arguments the text of a worker's exception, whose last line holds them.
+        data_path: the prepared dataset.
+        url: the server or servers that were asked; None if the fault is of a file or of this process.
+        reason: what happened, a clause without a full stop.
+        advice: what to do about it, a clause that begins with a verb, or nothing.
+        outcome: what became of the training that it ended, a clause; empty if there was none.
+    """
+
+    FIELDS = ("row", "data_path", "url", "reason", "advice", "outcome")
+
+    def __init__(
+        self,
+        row: int | str | None,
+        data_path: str = "",
+        url: str | None = None,
+        reason: str = "",
+        advice: str = "",
+        outcome: str = "",
+    ):
+        self.row = row
+        self.data_path, self.url, self.reason, self.advice, self.outcome = data_path, url, reason, advice, outcome
+        if isinstance(row, str):
+            vars(self).update(json.loads(row.strip().splitlines()[-1].partition(f"{type(self).__name__}: ")[2]))
+        super().__init__(self._text())
+
+    @classmethod
+    def of(cls, row: int, data_path: Path, error: Exception) -> "RowError":
+        """What became of a row because of an error of a server, of a file or of the operating system."""
+        if not isinstance(error, EndpointError):
+            return cls(row, str(data_path), None, " ".join(str(error).split()).removesuffix("."))
+        advice = [error.advice] if error.advice else []
+        if not isinstance(error, WrongServerEndpointError):
+            advice.append(f"if this row fails every time, leave it out with --skip-rows {row}")
+        return cls(row, str(data_path), error.url, error.reason, "; ".join(advice))
+
+    def ended(self, outcome: str) -> "RowError":
+        """The same error, with what became of the training that it ended."""
+        return RowError(self.row, self.data_path, self.url, self.reason, self.advice, outcome)
+
+    def _text(self) -> str:
+        row = "a loader worker" if self.row is None else f"row {self.row} of {self.data_path}"
+        text = f"{row}: {f'{self.url}: ' if self.url else ''}{self.reason}."
+        if self.outcome:
+            text = f"{self.outcome}. {_sentence(text)}"
+        return f"{text} {_sentence(self.advice)}." if self.advice else text
+
+    def __str__(self) -> str:
+        if get_worker_info() is None:
+            return self._text()
+        return json.dumps({name: getattr(self, name) for name in self.FIELDS})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RowError, tuple(getattr(self, name) for name in self.FIELDS)
+
+
+@contextmanager
+def faults_of(row: int, data_path: Path) -> Iterator[None]:
+    """Raise whatever a server, a file or the operating system does to a row as a `RowError` that names it."""
+    try:
+        yield
+    except RowError:
+        raise
+    except (PeagleError, OSError) as error:
+        raise RowError.of(row, data_path, error) from error
+
+
+def on_all_processes(fetch: Callable[[], Result]) -> Result:
+    """Call a function that reads rows, on every process at the same point, and fail on all if it fails on one.
+
+    Without this, the others would wait for the failed one in the next collective operation.
+
+    Raises:
+        RowError: the same on every process: that of the first one that failed.
+    """
+    result: Result | None = None
+    failure: RowError | None = None
+    try:
+        result = fetch()
+    except RowError as error:
+        failure = error
+    except RuntimeError as error:
+        if "DataLoader" not in str(error):  # PyTorch's words where a worker was killed or gave no answer in time
+            raise
+        failure = RowError(
+            None,
+            reason=" ".join(str(error).split()).removesuffix("."),
+            advice="look whether memory or /dev/shm is full, and lower --dataloader-num-workers",
+        )
+    if are_several():
+        from accelerate import PartialState  # commands that only ask a server start faster without it
+
+        num_failed = torch.tensor([int(failure is not None)], device=PartialState().device)
+        with lost_process_explained():
+            distributed.all_reduce(num_failed)
+        if num_failed.item():
+            failure = next(one for _, one in gather(failure) if one is not None)
+    if failure is not None:
+        raise failure
+    return result  # type: ignore[return-value]
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]

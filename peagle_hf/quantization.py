@@ -1,0 +1,142 @@
+"""Verifiers with quantised weights: which methods can be used here, and how single tensors become dense again."""
+
+import re
+from collections.abc import Iterable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .errors import PeagleError
+
+COMPRESSED_TENSORS = "compressed-tensors"
+METHODS: dict[str, tuple[str, ...]] = {
+    COMPRESSED_TENSORS: ("compressed_tensors",),
+    "fp8": (),
+    "mxfp4": (),
+    "awq": ("gptqmodel",),
+    "gptq": ("gptqmodel", "optimum"),
+    "bitsandbytes": ("bitsandbytes",),
+}
+"""The values of `quant_method` that a verifier in this process may have, and the modules that transformers needs."""
+_OF_QUANTISED_WEIGHTS = re.compile(
+    r"(weight|proj)_(packed|scale|scale_inv|zero_point|blocks|scales)$|^(qweight|qzeros)$"
+)
+"""The last part of the name of a tensor that only a quantised checkpoint has."""
+
+
+def quantization_of(config: PreTrainedConfig) -> dict[str, Any] | None:
+    """What a verifier's configuration says of its quantised weights, with a `quant_method`; None if it has none."""
+    for one in (config, config.get_text_config(decoder=True)):
+        settings: dict[str, Any] | None = getattr(one, "quantization_config", None)
+        if settings:
+            is_bitsandbytes = settings.get("load_in_4bit") or settings.get("load_in_8bit")
+            return settings | {"quant_method": "bitsandbytes"} if is_bitsandbytes else settings
+    return None
+
+
+def check_quantization(name: object, config: PreTrainedConfig) -> None:
+    """Refuse, before it is loaded, a verifier whose quantised weights can't be run in this process.
+
+    Raises:
+        PeagleError: its method isn't one of `METHODS`, or needs a package that isn't installed; says what else to do.
+    """
+    settings = quantization_of(config)
+    if settings is None:
+        return
+    method = str(settings.get("quant_method"))
+    served = (
+        "Or let vLLM run it: start peagle-hf launch-vllm, and extract with --endpoint; vllm serve and regenerate with "
+        "--endpoint."
+    )
+    if method not in METHODS:
+        raise PeagleError(
+            f"The verifier {name} is quantised with {method}, which can't be run in this process; what can are "
+            f"{', '.join(METHODS)}. Name the model that it was made from, or one quantised otherwise. {served}"
+        )
+    if missing := [module for module in METHODS[method] if find_spec(module) is None]:
+        raise PeagleError(
+            f"The verifier {name} is quantised with {method}, for which transformers needs {' and '.join(missing)}. "
+            f"Install {'it' if len(missing) == 1 else 'them'}: pip install {' '.join(missing).replace('_', '-')}. "
+            f"{served}"
+        )
+
+
+def ask_for_dense_weights(config: PreTrainedConfig) -> None:
+    """Let a verifier that is loaded with this configuration have dense weights from the start, where it is possible.
+
+    compressed-tensors would make them dense only when the whole model runs, but extraction runs its decoder alone.
+    """
+    settings = quantization_of(config)
+    if settings is not None and settings.get("quant_method") == COMPRESSED_TENSORS:
+        settings["dequantize"] = True
+
+
+def check_loaded(name: object, unexpected_keys: Iterable[str]) -> None:
+    """Refuse a checkpoint whose quantised weights were taken for ordinary ones, as its configuration names no method.
+
+    Raises:
+        PeagleError: it holds scales or packed weights, but its configuration doesn't say how they are quantised.
+    """
+    found = sorted(key for key in unexpected_keys if _OF_QUANTISED_WEIGHTS.search(key.rpartition(".")[2]))
+    if found:
+        raise PeagleError(
+            f"The checkpoint {name} holds quantised weights (such as {found[0]}), but its config.json has no "
+            "quantization_config, without which they can't be read. Download the model again, with its config.json."
+        )
+
+
+def finish_dense_layers(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
+    """Make layers ordinary again whose weights became dense while loading.
+
+    Linear layers of compressed-tensors that round their inputs too keep doing so, as the verifier does when it is
+    served. Weights that were made bfloat16, whatever was asked for, get the `dtype` of the others.
+    """
+    is_dense = not getattr(model, "is_quantized", False)
+    for parameter in model.parameters():
+        if is_dense and dtype is not None and parameter.dtype == torch.bfloat16:
+            parameter.data = parameter.data.to(dtype)
+    for module in model.modules():
+        scheme = getattr(module, "quantization_scheme", None)
+        if scheme is not None and not scheme.input_activations and not scheme.output_activations:
+            vars(module).pop("forward", None)
+            del module.quantization_scheme
+
+
+def dense_weight(name: object, model: PreTrainedModel, module: nn.Module, tensors: dict[str, Tensor]) -> Tensor:
+    """The weight of one module of a quantised verifier.
+
+    Args:
+        model: the verifier, which may be without weights.
+        module: one of its modules, for messages and for what its configuration says of it.
+        tensors: what the checkpoint holds of the module, by the last part of the name.
+
+    Raises:
+        PeagleError: it is quantised otherwise than with compressed-tensors.
+    """
+    settings = quantization_of(model.config) or {}
+    path = next(path for path, one in model.named_modules() if one is module)
+    if settings.get("quant_method") != COMPRESSED_TENSORS or find_spec("compressed_tensors") is None:
+        raise PeagleError(
+            f"{path} of the verifier {name} is quantised ({settings.get('quant_method', 'by an unknown method')}: "
+            f"{', '.join(sorted(tensors))}), and the drafter needs its values. Only with compressed-tensors, if that "
+            "package is installed, can they be read. Train with a copy of the verifier whose head and embeddings are "
+            "not quantised."
+        )
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.compressors.format import infer_module_format
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+
+    apply_quantization_config(model, QuantizationConfig.model_validate(settings))
+    scheme = getattr(module, "quantization_scheme", None)
+    if scheme is None:
+        raise PeagleError(
+            f"{path} of the verifier {name} is quantised ({', '.join(sorted(tensors))}), but by the "
+            "quantization_config of its config.json it isn't. Download the model again."
+        )
+    kind = scheme.format or settings.get("format") or infer_module_format(type(module), scheme)
+    compressor = BaseCompressor.get_value_from_registry(getattr(kind, "value", kind))
+    dense: Tensor = compressor.decompress(tensors, scheme)["weight"]
+    return dense

@@ -1,0 +1,111 @@
+"""Reading single tensors of a verifier's checkpoint, by the modules that they belong to."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from .errors import PeagleError
+from .quantization import dense_weight
+
+DENSE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+WRAPPERS = {"model", "language_model", "text_model"}
+"""Parts of a parameter's name that a checkpoint may order otherwise, leave out or add."""
+
+
+class VerifierWeights:
+    """The safetensors of a local or hub model, read one tensor at a time."""
+
+    def __init__(
+        self,
+        name_or_path: str | os.PathLike[str],
+        revision: str | None,
+        model: PreTrainedModel,
+        dtype: torch.dtype | None,
+    ):
+        self.name_or_path, self.revision, self.model, self.dtype = name_or_path, revision, model, dtype
+        self.module_names = {module: name for name, module in model.named_modules()}
+        self.wrappers = WRAPPERS | {model.base_model_prefix}
+        self.file_of_key = self._keys()
+
+    def _keys(self) -> dict[str, str]:
+        """The file that holds each tensor, by the tensor's key."""
+        with readable(self.name_or_path):
+            try:
+                file = self._path(SAFE_WEIGHTS_NAME)
+            except OSError:
+                path = self._path(SAFE_WEIGHTS_INDEX_NAME)
+                with open(path, encoding="utf-8") as index:
+                    content = json.load(index)
+                if not isinstance(content, dict) or not isinstance(content.get("weight_map"), dict):
+                    raise ValueError(f"{path} has no weight_map.") from None
+                return content["weight_map"]
+            with safe_open(file, framework="pt") as tensors:
+                return dict.fromkeys(tensors.keys(), SAFE_WEIGHTS_NAME)
+
+    def _path(self, file: str) -> str:
+        return str(cached_file(self.name_or_path, file, revision=self.revision))
+
+    def of(self, module: nn.Module) -> dict[str, str]:
+        """The checkpoint's key of each tensor of a module by its last part; of a quantised one there are more of them.
+
+        The module is that whose name differs least, and only in wrappers. So "language_model.model.norm.weight" in the
+        file is "model.language_model.norm.weight" in the module.
+        """
+        parts = self.module_names[module].split(".")
+        found: dict[str, dict[str, str]] = {}
+        for key in self.file_of_key:
+            prefix, _, last = key.rpartition(".")
+            if prefix.rpartition(".")[2] == parts[-1]:
+                found.setdefault(prefix, {})[last] = key
+        differences = {prefix: set(prefix.split(".")) ^ set(parts) for prefix in found}
+        sizes = {prefix: len(one) for prefix, one in differences.items() if one <= self.wrappers}
+        nearest = [prefix for prefix, size in sizes.items() if size == min(sizes.values())]
+        exact = ".".join(parts)
+        return found[exact] if exact in found else found[nearest[0]] if len(nearest) == 1 else {}
+
+    def read(self, module: nn.Module, parameter: str) -> Tensor:
+        """Read a module's parameter from the checkpoint, dense; the module itself stays as it is."""
+        name = f"{self.module_names[module]}.{parameter}"
+        shape = tuple(module.get_parameter(parameter).shape)
+        keys = self.of(module)
+        tensor = self._tensor(keys[parameter]) if parameter in keys else None
+        if parameter == "weight" and keys and (tensor is None or tensor.dtype not in DENSE_DTYPES):
+            tensors = {last: self._tensor(key) for last, key in keys.items()}
+            tensor = dense_weight(self.name_or_path, self.model, module, tensors)
+        if tensor is None:
+            raise PeagleError(
+                f"The safetensors of {self.name_or_path} have no tensor that is clearly {name}. "
+                "Save the verifier again with transformers' save_pretrained."
+            )
+        if tuple(tensor.shape) != shape:
+            raise PeagleError(
+                f"{keys.get(parameter, name)} of {self.name_or_path} has the shape {tuple(tensor.shape)}, but by its "
+                f"config.json it should have {shape}. Put the configuration and the weights of one model together."
+            )
+        return tensor.to(self.dtype)
+
+    def _tensor(self, key: str) -> Tensor:
+        with readable(self.name_or_path), safe_open(self._path(self.file_of_key[key]), framework="pt") as tensors:
+            tensor: Tensor = tensors.get_tensor(key)
+        return tensor
+
+
+@contextmanager
+def readable(name_or_path: str | os.PathLike[str]) -> Iterator[None]:
+    try:
+        yield
+    except PeagleError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError, StrictDataclassError) as error:
+        raise PeagleError(
+            f"The verifier {name_or_path} can't be read: {error} Name a folder that holds config.json and safetensors, "
+            "or a model of the hub that this machine can reach or has in its cache."
+        ) from error
