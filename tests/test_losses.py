@@ -151,9 +151,9 @@ def test_no_row_to_learn_gives_zero():
     assert loss.item() == 0
 
 
-@pytest.mark.parametrize("divisor", [257, 771])
+@pytest.mark.parametrize("divisor", [3, 300])
 def test_16_bit_gradients_are_scaled_without_rounding_the_scale(divisor):
-    """1/257 in bfloat16 is 0.2 % too small, for every element alike; single elements are rounded either way."""
+    """1/300 in bfloat16 is 0.2 % too small, for every element alike; single elements are rounded either way."""
     student, head, *rest = inputs(torch.bfloat16)
     whole, scaled = (
         torch.autograd.grad(losses.distillation_loss(student, head, *rest, {"kl_div": 1.0})[0] / by, (student, head))
