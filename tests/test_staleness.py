@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import filelock
 import pytest
 import torch
 from conftest import AUX, write_prepared
@@ -22,7 +23,9 @@ from peagle_hf import (
     fingerprint,
     train,
 )
+from peagle_hf.continuing import continued_config
 from peagle_hf.data.cache import Manifest, row_path
+from peagle_hf.data.cache_command import convert
 from peagle_hf.data.prepare import PrepareArguments, prepare
 from peagle_hf.data.prepared import column, load_prepared, rows_fingerprint
 from peagle_hf.fingerprint import has_weights, weights_of
@@ -354,3 +357,47 @@ def test_what_fails_leaves_no_folder_behind(tiny_verifier, extracted, train_flag
         with pytest.raises((PeagleError, SystemExit)):
             fails()
         assert not (tmp_path / "new").exists(), list((tmp_path / "new").rglob("*"))
+
+
+@pytest.mark.fault(
+    "another process writes the same output folder", "the second is refused, and leaves the folder alone"
+)
+def test_an_output_has_one_writer(extracted, tmp_path):
+    make_tokenizer(CHATML).save_pretrained(tmp_path / "model")
+    chats = write_lines(tmp_path / "chats.jsonl", [{"messages": hello(0)}])
+    arguments = PrepareArguments(model=str(tmp_path / "model"), data=[chats], output=str(tmp_path / "out"))
+    states = Path(extracted.preprocessed_data) / "hidden_states"
+    for folder, lock, writes in (
+        (tmp_path / "out", ".prepare.lock", lambda: prepare(arguments)),
+        (states, ".extract.lock", lambda: extract(extracted)),
+        (tmp_path, ".new.lock", lambda: convert(states, tmp_path / "new", "fp8", extracted.preprocessed_data)),
+    ):
+        folder.mkdir(exist_ok=True)
+        before = sorted(os.listdir(folder))
+        with filelock.FileLock(folder / lock), pytest.raises(PeagleError, match="is being written by another process"):
+            writes()
+        assert sorted(set(os.listdir(folder)) - {lock}) == before
+        writes()
+
+
+def test_a_link_to_a_drafter_is_followed_once(train_flags, extracted, tmp_path, monkeypatch):
+    """checkpoint_best of a training that is still under way moves while another one starts from it."""
+    first = training(train_flags, extracted)
+    train(first)
+    best = Path(first.output_dir) / "checkpoint_best"
+    shutil.copytree(best.resolve(), other := Path(first.output_dir) / "7")
+    tensors = load_file(other / "model.safetensors")
+    save_file({name: tensor * 0 for name, tensor in tensors.items()}, other / "model.safetensors", {"format": "pt"})
+    read = continued_config
+
+    def read_and_move(*args):
+        config = read(*args)
+        best.unlink()
+        best.symlink_to("7")
+        return config
+
+    monkeypatch.setattr("peagle_hf.training.continued_config", read_and_move)
+    again = training(train_flags, extracted, from_pretrained=str(best), output_dir=str(tmp_path / "second"))
+    for name in ("num_layers", "draft_vocab_size"):
+        setattr(again, name, again.__dataclass_fields__[name].default)
+    assert build_drafter(again).fc.weight.abs().max() > 0
