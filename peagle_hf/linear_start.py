@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from .console import progress_bar
 from .data.collator import CODDataCollator
 from .data.dataset import HiddenStatesDataset
+from .data.faults import on_all_processes
 from .errors import PeagleError
 from .memory import GIB, is_out_of_memory, linear_start_bytes
 from .modeling_peagle import PeagleForSpeculation
@@ -102,17 +103,21 @@ def _moments(drafter: PeagleForSpeculation, dataset: HiddenStatesDataset) -> tup
     collator = CODDataCollator(num_depths=1)
     second_FF = torch.zeros(num_features, num_features, dtype=torch.float64, device=device)
     cross_HF = torch.zeros(size, num_features, dtype=torch.float64, device=device)
-    for number in progress_bar(mine, desc="Linear start", unit="row", disable=not process.is_local_main_process):
-        batch = collator([dataset[number]])
-        learnt, targets = (batch[name][0].split(_piece(num_features)) for name in ("learnt_rows", "target_states"))
-        for rows, targets_PH in zip(learnt, targets, strict=True):
-            states_PS = batch["hidden_states"][0, rows].to(device).double()
-            if drafter.config.norm_before_fc:
-                states_PS = F.rms_norm(states_PS, (states_size,), eps=eps)
-            embeds_PH = drafter.embed_tokens(batch["input_ids"][0, rows].to(device)).double()
-            features_PF = torch.cat([states_PS, F.rms_norm(embeds_PH, (size,), eps=eps)], dim=1)
-            second_FF.addmm_(features_PF.T, features_PF)
-            cross_HF.addmm_(head.normalize(targets_PH.to(device)).double().T, features_PF)
+
+    def add_up() -> None:
+        for number in progress_bar(mine, desc="Linear start", unit="row", disable=not process.is_local_main_process):
+            batch = collator([dataset[number]])
+            learnt, targets = (batch[name][0].split(_piece(num_features)) for name in ("learnt_rows", "target_states"))
+            for rows, targets_PH in zip(learnt, targets, strict=True):
+                states_PS = batch["hidden_states"][0, rows].to(device).double()
+                if drafter.config.norm_before_fc:
+                    states_PS = F.rms_norm(states_PS, (states_size,), eps=eps)
+                embeds_PH = drafter.embed_tokens(batch["input_ids"][0, rows].to(device)).double()
+                features_PF = torch.cat([states_PS, F.rms_norm(embeds_PH, (size,), eps=eps)], dim=1)
+                second_FF.addmm_(features_PF.T, features_PF)
+                cross_HF.addmm_(head.normalize(targets_PH.to(device)).double().T, features_PF)
+
+    on_all_processes(add_up)
     for products in (second_FF, cross_HF):
         if process.num_processes > 1:
             torch.distributed.all_reduce(products)

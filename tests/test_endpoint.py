@@ -804,12 +804,12 @@ def test_a_validation_that_fails_ends_training_and_is_made_up_for_by_the_rerun(o
 
 @pytest.mark.slow
 @pytest.mark.fault(
-    "Two processes train online: the server dies, once in training, once in validation",
+    "Two processes train online: a row fails in the linear start, in training, or in validation",
     "Both end with the same message, the last finished step is saved, and a rerun goes on from there.",
 )
-@pytest.mark.parametrize("part", ["training", "validation"])
+@pytest.mark.parametrize("part", ["linear start", "training", "validation"])
 def test_two_processes_end_together_when_the_server_is_gone_and_go_on(online, server, data, tokens, part):
-    online |= {"total_seq_len": 30, "dataloader_num_workers": 1, "train_data_ratio": 1 if part == "training" else 0.7}
+    online |= {"total_seq_len": 30, "dataloader_num_workers": 1, "train_data_ratio": 0.7 if part == "validation" else 1}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "peagle_hf"]
     command += ["train", *flags(online)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -820,6 +820,9 @@ def test_two_processes_end_together_when_the_server_is_gone_and_go_on(online, se
         failing(server, tokens, held_out[0], "400")
     first = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert first.returncode != 0
+    if part == "linear start":
+        assert len(re.findall(rf"row {held_out[0]} of \S+ ?.*the prompt is too long", first.stderr)) == 2
+        return
     found = set(re.findall(r"Training ended after step (\d+).*, and is saved in (\S+), .*", first.stderr))
     assert len(found) == 1, first.stderr[-3000:]
     ((step, folder),) = found
