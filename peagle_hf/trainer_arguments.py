@@ -36,7 +36,7 @@ WORKS = frozenset(
         *("dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context"),
         *("remove_unused_columns", "ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers"),
         *("ddp_backend", "ddp_timeout", "fsdp", "fsdp_config", "deepspeed", "debug", "skip_memory_metrics"),
-        *("do_train", "do_eval", "resume_from_checkpoint", "local_rank"),
+        *("enable_jit_checkpoint", "do_train", "do_eval", "resume_from_checkpoint", "local_rank"),
     )
 )
 """Arguments of the Trainer that do here what its documentation says, within `check_trainer_arguments`."""
@@ -60,8 +60,6 @@ REFUSED = {
     "eval_use_gather_object": "validation gathers counts, not objects",
     "include_for_metrics": "validation counts acceptance and never makes the logits whole",
     "batch_eval_metrics": "validation counts acceptance and never makes the logits whole",
-    "enable_jit_checkpoint": "it writes into a checkpoint's folder before all of it is there; save often instead, with "
-    "--save-strategy steps",
     "hub_always_push": "training waits for each upload, so that none is ever left out",
     "ignore_data_skip": "a resumed run goes on at the row where it stopped, which costs no time",
     "dataloader_in_order": "batches would come as the workers finish them, and no seed would fix a run",

@@ -51,16 +51,8 @@ _RANGES = {
 }
 """The least and the greatest values of arguments that are numbers."""
 _ABOVE_0 = (
-    *(
-        "num_train_epochs",
-        "learning_rate",
-        "depth_loss_decay",
-        "logging_steps",
-        "save_steps",
-        "eval_steps",
-        "memory_budget",
-    ),
-    *("train_data_ratio", "down_sample_ratio", "request_timeout"),
+    *("num_train_epochs", "learning_rate", "depth_loss_decay", "logging_steps", "save_steps", "eval_steps"),
+    *("memory_budget", "train_data_ratio", "down_sample_ratio", "request_timeout"),
 )
 GENERATE_WORKERS = min(4, os.cpu_count() or 1)
 

@@ -56,6 +56,7 @@ def test_what_has_no_meaning_here_is_refused_by_name(name):
         make(**{name: value})
 
 
+@pytest.mark.fault("a transformers with an argument that is not in the table", "The argument is refused by name.")
 def test_an_argument_that_only_a_later_trainer_has_is_refused(monkeypatch):
     monkeypatch.setattr("peagle_hf.trainer_arguments.WORKS", WORKS - {"torch_empty_cache_steps"})
     make()
@@ -146,6 +147,7 @@ BAD = [
 ]
 
 
+@pytest.mark.fault("two arguments contradict each other", "Training is refused with both flags before it starts.")
 def test_contradictions_are_named():
     for (_, message), changes in zip(CONTRADICTIONS, BAD, strict=True):
         with pytest.raises(PeagleError) as refused:
@@ -208,6 +210,7 @@ def test_values_that_would_be_ignored_or_break_later_are_refused(changes, words)
         make(**changes)
 
 
+@pytest.mark.fault("accelerate launch asks for a precision that the device lacks", "It is refused, not replaced.")
 def test_launched_precision_is_that_of_the_run(monkeypatch):
     assert make().bf16 is False
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
@@ -254,6 +257,7 @@ class Endless(IterableDataset):
         return itertools.repeat({})
 
 
+@pytest.mark.fault("a data set of another kind is given to the trainer", "It is refused with what to give instead.")
 def test_data_sets_and_models_of_other_kinds_are_refused(train_flags):
     args = PeagleTrainingArguments(**train_flags)
     dataset, _ = build_datasets(args)

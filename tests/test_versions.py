@@ -14,7 +14,7 @@ from peagle_hf import PeagleTrainer, PeagleTrainingArguments
 
 @pytest.mark.parametrize("name", ["activation_checkpointing", "gradient_checkpointing"])
 def test_either_name_of_checkpointing_works_without_a_warning(tmp_path, name):
-    options = {"every_n_layers": 2}
+    options = {"use_reentrant": False}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for value, given, read in [(True, json.dumps(options), options), (False, None, None), (True, options, options)]:
