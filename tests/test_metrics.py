@@ -74,3 +74,9 @@ def test_drafts_go_on_behind_what_is_accepted_and_start_afresh_with_each_answer(
     counts = count_drafts(torch.tensor(outcomes).T, K)
     assert counts.tolist() == [[4, 3, 2, 1], [3, 2, 1, 1]]
     assert count_drafts(torch.zeros(4, 0, dtype=torch.long), K).tolist() == [[0] * K] * 2
+
+
+def test_an_answer_after_a_gap_starts_a_draft_of_its_own():
+    """Also where what was accepted before the gap would reach beyond it."""
+    outcomes = torch.tensor([[0, 0, 0], [1, 2, 4], [3, 2, 3], [3, 2, 1]])
+    assert count_drafts(outcomes, 3).tolist() == [[2, 2, 2], [2, 1, 1]]
