@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from .data.dataset import EpochSampler, HiddenStatesDataset
 from .training_args import PeagleTrainingArguments
@@ -45,6 +46,8 @@ class NanCheck:
 
     def note_gradient(self, step: int, norm: Tensor | float | None) -> None:
         """Note the norm of a step's whole gradient; None, where it isn't known, is left out."""
+        if isinstance(norm, DTensor):  # under FSDP2; all processes call this
+            norm = norm.full_tensor()
         if norm is not None:
             self._note(Value(step, None), torch.as_tensor(norm))
 

@@ -117,3 +117,10 @@ def test_without_a_matrix_adamw_is_left_alone() -> None:
     optimizer.step()
     changed = {name for name, weight in weights(drafter).items() if not torch.equal(weight, before[name])}
     assert changed == {name for name, parameter in drafter.named_parameters() if parameter.requires_grad}
+
+
+def test_schedules_that_ask_the_optimizer_for_its_rate_work_with_muon():
+    from transformers import get_scheduler
+
+    optimizer = MuonWithAdamW(torch.nn.Linear(4, 4).named_parameters(), lr=1e-3)
+    assert get_scheduler("polynomial", optimizer, 1, 10).base_lrs == [1e-3] * len(optimizer.param_groups)
