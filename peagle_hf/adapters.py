@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import cast
 
+import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 
@@ -70,8 +71,13 @@ def load_adapter(
 
 
 def merge_adapter(model: PeftModel) -> PeagleForSpeculation:
-    """A plain drafter on the CPU with the adapter worked into its weights; `model` stays as it is."""
-    drafter = PeagleForSpeculation(cast(PeagleConfig, model.get_base_model().config))
-    copy = get_peft_model(drafter, model.peft_config[model.active_adapter], adapter_name=model.active_adapter)
+    """A plain drafter on the CPU with the adapter worked into its weights; `model` stays as it is.
+
+    The drafter and the adapter are made anew, with random weights that are replaced at once; the random numbers that
+    training draws afterwards, for dropout, stay the same.
+    """
+    with torch.random.fork_rng(devices=[]):
+        drafter = PeagleForSpeculation(cast(PeagleConfig, model.get_base_model().config))
+        copy = get_peft_model(drafter, model.peft_config[model.active_adapter], adapter_name=model.active_adapter)
     copy.load_state_dict({name: tensor.cpu() for name, tensor in model.state_dict().items()})
     return cast(PeagleForSpeculation, copy.merge_and_unload())

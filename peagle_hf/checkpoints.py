@@ -1,202 +1,423 @@
-"""The folders of checkpoints that a training writes: their names, their content, and which of them is the best."""
+"""Checkpoints on disk: what a folder holds, how it is written and removed, which one is the newest and which the best.
+
+A checkpoint is one folder: `<epoch>/` (0, 1, …) at the end of an epoch or of the training, `checkpoint-<step>/` within
+an epoch. It is written under a hidden name beside its place and renamed when it is complete; a folder that is removed
+is renamed first. So a folder that has its name is complete. It holds
+
+- `config.json` and `model.safetensors`, the drafter as vLLM serves it, an adapter merged into it;
+- `optimizer_state_dict.pt` and `scheduler_state_dict.pt` (DeepSpeed keeps its optimizer in folders of its own);
+- `full_precision/model.safetensors` with the weights that training goes on from, where those above have fewer bits, or
+  `adapter/` in PEFT's layout. No other weights lie beside `model.safetensors`, as vLLM would load them with it;
+- `trainer_state.json`, the states of the random number generators, and the records of how it was trained.
+"""
 
 import json
 import logging
-import math
 import os
 import re
+import secrets
 import shutil
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from .errors import PeagleError
-from .files import allow_as_umask, atomic_path, remove_folder, save_file, write_json
+from .files import allow_as_umask, atomic_path, read_json, remove_folder, remove_leftovers, save_file, write_json
 from .model.served import check_checkpoint
+from .modeling_peagle import PeagleForSpeculation
 
 logger = logging.getLogger(__name__)
 
 BEST = "checkpoint_best"
-TRAINER_STATE = "trainer_state"
-MERGED = "merged"
-EXPORTED = "exported"
 CURVES = "training.png"
-FILES = "files.json"
-"""In a checkpoint: the names of all files that were written before the Trainer's state."""
-TRAINER_FILES = {
-    "optimizer.pt": "optimizer_state_dict.pt",
-    "optimizer.bin": "optimizer_state_dict.pt",
-    "scheduler.pt": "scheduler_state_dict.pt",
-}
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+OPTIMIZER, SCHEDULER = "optimizer_state_dict.pt", "scheduler_state_dict.pt"
+FULL_PRECISION = "full_precision"
+ADAPTER = "adapter"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+EARLIER_VERSION = "trainer_state"
+"""Folder in an epoch folder of an earlier version of this library, which holds the Trainer's own checkpoint."""
+
+_NAME = re.compile(r"\d+|checkpoint-\d+")
+_SUPERSEDED = ".superseded-by-"
+_TRAINER_NAMES = {"optimizer.pt": OPTIMIZER, "optimizer.bin": OPTIMIZER, "scheduler.pt": SCHEDULER}
 
 
-def export_checkpoint(checkpoint: Path, folder: Path, dtype: torch.dtype) -> None:
-    """Turn a checkpoint that the Trainer saved into an epoch folder (see `VllmExportCallback`), atomically.
+def checkpoint_name(state: TrainerState, is_ending: bool) -> str:
+    """The folder of a checkpoint of this state.
+
+    Args:
+        is_ending: training ends with this step.
+    """
+    epoch = state.epoch or 0.0
+    if epoch.is_integer() or is_ending or state.global_step >= state.max_steps > 0:
+        return str(max(0, -int(-epoch // 1) - 1))
+    return f"checkpoint-{state.global_step}"
+
+
+def finish_checkpoint(folder: Path, dtype: torch.dtype, merged: PeagleForSpeculation | None = None) -> None:
+    """Turn what the Trainer's functions have written into `folder` into a checkpoint.
+
+    Args:
+        folder: holds the Trainer's files, and in `full_precision/` or `adapter/` what `PeagleTrainer._save` wrote.
+        dtype: of the weights that vLLM serves.
+        merged: the drafter with its adapter merged, if `folder` holds an adapter.
 
     Raises:
-        PeagleError: the checkpoint's weights are not in one file, or vLLM would load the result wrongly.
+        PeagleError: the weights are not in one file, or vLLM would load the result wrongly.
     """
-    with atomic_path(folder) as temporary:
-        temporary.mkdir()
-        export_drafter(checkpoint, temporary, dtype)
-        shutil.copytree(checkpoint, temporary / TRAINER_STATE, copy_function=_link_or_copy)
-        for source, target in TRAINER_FILES.items():
-            if (checkpoint / source).exists():
-                _link_or_copy(checkpoint / source, temporary / target)
-
-
-def export_drafter(saved: Path, folder: Path, dtype: torch.dtype) -> None:
-    """Write `config.json` and `model.safetensors`, as vLLM serves them, of what the Trainer saved into `folder`.
-
-    Raises:
-        PeagleError: the saved weights are not in one file, or vLLM would load the result wrongly.
-    """
-    drafter = whole_drafter(saved)
-    weights = drafter / "model.safetensors"
-    if not weights.exists():
+    saved = folder / (FULL_PRECISION if merged is None else ADAPTER)
+    if merged is None:
+        config = json.loads((saved / CONFIG).read_text(encoding="utf-8"))
+    else:
+        config = json.loads(merged.config.to_json_string()) | {"architectures": [type(merged).__name__]}
+    for path in list(saved.iterdir()):
+        if path.name == "training_args.bin":  # a pickle that nothing here reads, with the token of the hub in it
+            path.unlink()
+        elif path.name != WEIGHTS and not (merged is not None and path.name.startswith("adapter_")):
+            path.rename(folder / path.name)
+    if merged is None and not (saved / WEIGHTS).exists():
         raise PeagleError(
-            f"{saved} holds no model.safetensors, so it can't be exported for vLLM. Save whole weights: with FSDP "
-            "set fsdp_state_dict_type to FULL_STATE_DICT, with ZeRO-3 stage3_gather_16bit_weights_on_model_save."
+            f"The weights of {folder.parent} are not in one {WEIGHTS}, so vLLM can't serve them. Save whole weights: "
+            "with FSDP set fsdp_state_dict_type to FULL_STATE_DICT, with ZeRO-3 "
+            "stage3_gather_16bit_weights_on_model_save."
         )
-    allow_as_umask(weights)  # of the Trainer's own checkpoint, which is served and resumed from as well
-    tensors = {
-        name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in load_file(weights).items()
-    }
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((drafter / "config.json").read_text(encoding="utf-8"))
+    tensors = load_file(saved / WEIGHTS) if merged is None else merged.state_dict()
+    if merged is None and all(tensor.dtype == dtype for tensor in tensors.values() if tensor.is_floating_point()):
+        (saved / WEIGHTS).rename(folder / WEIGHTS)
+        saved.rmdir()
+        allow_as_umask(folder / WEIGHTS)
+    else:
+        served = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+        save_file({name: tensor.contiguous() for name, tensor in served.items()}, folder / WEIGHTS, {"format": "pt"})
+        for path in saved.glob("*.safetensors"):
+            allow_as_umask(path)
     config["dtype"] = str(dtype).removeprefix("torch.")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / CONFIG, config)
+    for theirs, ours in _TRAINER_NAMES.items():
+        if (folder / theirs).exists():
+            (folder / theirs).rename(folder / ours)
     check_checkpoint(folder)
 
 
+def put_in_place(temporary: Path, folder: Path, superseded: Iterable[Path]) -> None:
+    """Give a complete checkpoint its name, and remove what it supersedes: an older folder of that name, and others.
+
+    The old ones are moved into a hidden folder first, which `recover` puts back if the process ends before the new one
+    is in its place. The old folder of the same name is the first to go, so that `recover` can tell the two cases apart.
+    """
+    old = [path for path in dict.fromkeys((folder, *superseded)) if os.path.lexists(path)]
+    hidden = folder.with_name(f"{_SUPERSEDED}{folder.name}")
+    try:
+        if old:
+            hidden.mkdir()
+        for path in old:
+            path.rename(hidden / path.name)
+        temporary.rename(folder)
+    except BaseException:
+        if hidden.is_dir():
+            _put_back(hidden)
+        raise
+    if old:
+        shutil.rmtree(hidden)
+
+
+def _put_back(hidden: Path) -> None:
+    name = hidden.name.removeprefix(_SUPERSEDED)
+    for path in sorted(hidden.iterdir(), key=lambda path: path.name == name):  # last, as it was the first to go
+        path.rename(hidden.parent / path.name)
+    hidden.rmdir()
+
+
+def recover(run_folder: str | os.PathLike[str]) -> None:
+    """Undo what a process left half done in a folder of checkpoints when it was killed.
+
+    Checkpoints that were about to be superseded get their names back if the one to supersede them isn't in its place.
+    """
+    run_folder = Path(run_folder)
+    for hidden in run_folder.glob(f"{_SUPERSEDED}*"):
+        if (run_folder / hidden.name.removeprefix(_SUPERSEDED)).exists() and any(hidden.iterdir()):
+            shutil.rmtree(hidden)
+        else:
+            _put_back(hidden)
+    remove_leftovers(run_folder, rf"\d+|checkpoint-\d+|resume|exported|{BEST}|{re.escape(CURVES)}")
+
+
+def folders_of_run(run_folder: str | os.PathLike[str]) -> list[Path]:
+    """All folders of checkpoints, damaged ones too; not folders of other content that have such a name by chance."""
+    names = (TRAINER_STATE_NAME, WEIGHTS, OPTIMIZER, EARLIER_VERSION, "optimizer.pt")
+    return [
+        path
+        for path in Path(run_folder).glob("*")
+        if _NAME.fullmatch(path.name) and any((path / name).exists() for name in names)
+    ]
+
+
+def remains_of_run(run_folder: str | os.PathLike[str]) -> list[Path]:
+    """Everything that a new run in this folder supersedes: checkpoints, `checkpoint_best` and the curves."""
+    others = (Path(run_folder) / name for name in (BEST, CURVES))
+    return [*folders_of_run(run_folder), *(path for path in others if os.path.lexists(path))]
+
+
+def epoch_folders(run_folder: str | os.PathLike[str]) -> list[Path]:
+    """The folders of epochs, oldest first."""
+    return sorted(
+        (path for path in folders_of_run(run_folder) if path.name.isdecimal()), key=lambda path: int(path.name)
+    )
+
+
+def checkpoints_by_step(run_folder: str | os.PathLike[str]) -> dict[int, Path]:
+    """The checkpoint of each step that a run has one of, oldest first.
+
+    Raises:
+        PeagleError: a checkpoint is damaged so that its step isn't known.
+    """
+    return _by_step(folders_of_run(run_folder))
+
+
+def _by_step(folders: Iterable[Path]) -> dict[int, Path]:
+    ordered = sorted(folders, key=lambda path: path.name.isdecimal())  # where a step has two, the epoch's counts
+    found = {_step_of(folder): folder for folder in ordered}
+    return {step: found[step] for step in sorted(found)}
+
+
+def _step_of(folder: Path) -> int:
+    """The step of a checkpoint: by its name, which takes no reading of a long log, or by its state."""
+    _, dash, step = folder.name.partition("-")
+    return int(step if dash else trainer_state(folder)["global_step"])
+
+
+def newest_checkpoint(run_folder: str | os.PathLike[str]) -> Path | None:
+    """The checkpoint that a run would go on from; None if there is none."""
+    found = checkpoints_by_step(run_folder)
+    return found[max(found)] if found else None
+
+
+def trainer_state(folder: Path) -> dict[str, Any]:
+    """The Trainer's state in a checkpoint.
+
+    Raises:
+        PeagleError: it can't be read.
+    """
+    path = _content(folder) / TRAINER_STATE_NAME
+    state = read_json(path, f"The checkpoint is damaged: remove {folder}, and training goes on from the one before it.")
+    if not isinstance(state.get("global_step"), int):
+        raise PeagleError(f"{path} is damaged: it names no step. Remove {folder}, and training goes on from another.")
+    return state
+
+
+def check_resumed(folder: Path, run_folder: str | os.PathLike[str]) -> None:
+    """Make sure that a run which goes on from a checkpoint mixes with no other run in its folder.
+
+    Raises:
+        PeagleError: the folder has checkpoints, and the one to resume from isn't their newest.
+    """
+    found = checkpoints_by_step(run_folder)
+    if not found or found[max(found)].resolve() == folder.resolve():
+        return
+    step = trainer_state(folder)["global_step"]
+    later = [number for number in found if number > step]
+    if folder.resolve().parent == Path(run_folder).resolve() and later:
+        reason = (
+            f"of the steps {', '.join(map(str, later))}, which would pass for later ones of a run that goes on from"
+        )
+    else:
+        reason = "of another run, which would mix with those of a run that goes on from"
+    raise PeagleError(
+        f"{run_folder} holds checkpoints {reason} step {step} in {folder}. Remove them or name another --save-path; to "
+        "go on from the newest one leave --resume-from-checkpoint out."
+    )
+
+
+def resumable_folder(checkpoint: str | os.PathLike[str]) -> Path:
+    """The real path of a checkpoint, once it is sure that it has all that training goes on from.
+
+    Raises:
+        PeagleError: it is no checkpoint, holds the model only, or a file is missing or damaged.
+    """
+    folder = Path(checkpoint).resolve()
+    content = _content(folder)
+    if not any((content / name).exists() for name in (TRAINER_STATE_NAME, OPTIMIZER, "optimizer.pt")):
+        raise PeagleError(
+            f"{checkpoint} holds no checkpoint of a training, so training can't be resumed from it. Name a folder that "
+            "training wrote, such as checkpoints/0, checkpoint-N or checkpoint_best; to start from its weights alone "
+            "use --from-pretrained."
+        )
+    states = [(content / name).exists() for name in (*_TRAINER_NAMES, *_TRAINER_NAMES.values(), "latest")]
+    if not any(states) and not any(content.glob("rng_state*")):
+        raise PeagleError(
+            f"{checkpoint} was saved without optimizer and schedule (save_only_model), so that training can't be "
+            "resumed from it. Start anew with --no-resume, or from its weights with --from-pretrained and another "
+            "--save-path."
+        )
+    problem = next(_problems(content), None)
+    if problem is not None:
+        sound = (path for path in folders_of_run(folder.parent) if next(_problems(_content(path)), None) is None)
+        others = list(_by_step(sound).values())
+        instead = (
+            f"remove {folder}: training then goes on from {others[-1]}" if others else "train anew with --no-resume"
+        )
+        raise PeagleError(f"Training can't go on from {folder}: {problem}. Put the file back, or {instead}.")
+    return folder
+
+
+@contextmanager
+def trainer_view(checkpoint: Path, run_folder: Path, is_adapter: bool) -> Iterator[Path]:
+    """A temporary folder in which a checkpoint's files have the names that the Trainer's loaders look for.
+
+    Its files are links, or copies where the disk has none. Each process makes its own.
+
+    Args:
+        run_folder: where the temporary folder is made.
+        is_adapter: an adapter is trained.
+
+    Raises:
+        PeagleError: the checkpoint is of an adapter and `is_adapter` is false, or the other way round.
+    """
+    view = run_folder / f".resume.{secrets.token_hex(4)}.tmp"
+    try:
+        _link_tree(_content(checkpoint), view)
+        for part in (FULL_PRECISION, ADAPTER):
+            for path in (view / part).glob("*"):
+                path.replace(view / path.name)
+        if (view / ADAPTER_WEIGHTS).exists() != is_adapter:
+            raise PeagleError(
+                f"{checkpoint} is of a training {'without' if is_adapter else 'of'} an adapter, unlike this one. "
+                "Resume with the same --lora-r, or train into another --save-path."
+            )
+        if is_adapter:
+            (view / WEIGHTS).unlink(missing_ok=True)
+        for theirs, ours in _TRAINER_NAMES.items():
+            if (view / ours).exists():
+                _link_or_copy(view / ours, view / theirs)
+        yield view
+    finally:
+        shutil.rmtree(view, ignore_errors=True)
+
+
+def release(view: Path) -> None:
+    """Remove from a `trainer_view` what is loaded before the first step, so that it keeps no removed checkpoint's disk.
+
+    What stays are the states of the random number generators, which the Trainer loads last.
+    """
+    for path in view.glob("*"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif not path.name.startswith("rng_state"):
+            path.unlink()
+
+
 def metric_name(args: TrainingArguments) -> str:
-    """What the best checkpoint is chosen by, as it is called in the metrics of an evaluation."""
+    """The metric that chooses the best checkpoint, as it is called in the metrics of an evaluation."""
     return f"eval_{(args.metric_for_best_model or 'loss').removeprefix('eval_')}"
 
 
 def scores_by_step(args: TrainingArguments, state: TrainerState) -> dict[int, float]:
-    """What the best checkpoint is chosen by, at each step that was validated."""
+    """The metric that chooses the best checkpoint at each step that was validated, where it is a finite number."""
     name = metric_name(args)
-    return {int(entry["step"]): entry[name] for entry in state.log_history if name in entry}
+    scores = {int(entry["step"]): float(entry[name]) for entry in state.log_history if name in entry}
+    return {step: score for step, score in scores.items() if abs(score) < float("inf")}  # NaN isn't less either
 
 
-def step_of_best(args: TrainingArguments, scores: dict[int, float]) -> int | None:
+def step_of_best(args: TrainingArguments, scores: Mapping[int, float]) -> int | None:
     """The step with the best score, of equal ones the first; None if there are no scores."""
     return (max if args.greater_is_better else min)(scores, key=scores.__getitem__, default=None)
 
 
-def whole_drafter(checkpoint: Path) -> Path:
-    """Where in a checkpoint the whole drafter is: with an adapter, merged beside it."""
-    return checkpoint / MERGED if (checkpoint / MERGED).is_dir() else checkpoint
+def best_checkpoint(args: TrainingArguments, state: TrainerState, found: Mapping[int, Path]) -> Path | None:
+    """The checkpoint with the best score; None if none has a score."""
+    scores = {step: score for step, score in scores_by_step(args, state).items() if step in found}
+    best = step_of_best(args, scores)
+    return None if best is None else found[best]
 
 
-def epoch_folders(output_dir: str | os.PathLike[str]) -> list[Path]:
-    """The epoch folders, oldest first."""
-    folders = [path for path in Path(output_dir).glob("*") if path.name.isdecimal() and (path / TRAINER_STATE).is_dir()]
-    return sorted(folders, key=lambda path: int(path.name))
+def link_best(best: Path) -> None:
+    """Let `checkpoint_best` be a relative link to a checkpoint, or a copy where the system has no links of folders."""
+    link = best.with_name(BEST)
+    if link.is_symlink() and os.readlink(link) == best.name:
+        return
+    with atomic_path(link) as temporary:
+        try:
+            os.symlink(best.name, temporary, target_is_directory=True)
+        except OSError as error:
+            logger.warning(
+                "%s is a copy of %s, not a link to it: this system or disk makes no symbolic links (%s). On Windows "
+                "the developer mode allows them.",
+                link,
+                best.name,
+                error.strerror or error,
+            )
+            _link_tree(best, temporary)
 
 
-def checkpoints_by_step(output_dir: str | os.PathLike[str]) -> dict[int, Path]:
-    """The Trainer's own checkpoint of each step that a run has one of, alone or in an epoch folder; no half ones."""
-    in_epochs = [folder / TRAINER_STATE for folder in epoch_folders(output_dir)]
-    folders = [*filter(is_whole, in_epochs), *trainer_checkpoints(output_dir)]
-    return {trainer_state(folder)["global_step"]: folder for folder in folders}
+def remove_over_limit(run_folder: Path, limit: int, kept: set[Path]) -> None:
+    """Remove the oldest checkpoints until `limit` are left, but none of `kept`."""
+    folders = sorted(folders_of_run(run_folder), key=_step_of)
+    for folder in [folder for folder in folders if folder not in kept][: max(0, len(folders) - limit)]:
+        remove_folder(folder)
 
 
-def newest_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
-    """What a run would go on from; None if there is nothing."""
-    found = checkpoints_by_step(output_dir)
-    return found[max(found)] if found else None
+def _content(folder: Path) -> Path:
+    """Where the files that training goes on from are."""
+    return folder / EARLIER_VERSION if (folder / EARLIER_VERSION).is_dir() else folder
 
 
-def resumable_folder(checkpoint: str | os.PathLike[str]) -> Path:
-    """The Trainer's own checkpoint inside an epoch folder, or the folder itself if it is one.
-
-    Raises:
-        PeagleError: it is neither, or holds the model only.
-    """
-    path = Path(checkpoint)
-    for folder in (path / TRAINER_STATE, path):
-        if is_whole(folder):
-            if not (folder / "scheduler.pt").exists() and not any(folder.glob("global_step*")):  # DeepSpeed's
-                raise PeagleError(
-                    f"{folder} was saved without optimizer and schedule (save_only_model), so that training can't be "
-                    "resumed from it. Start anew with --no-resume, or from its weights with --from-pretrained and "
-                    "another --save-path."
-                )
-            return folder.resolve()
-    raise PeagleError(
-        f"{path} holds no checkpoint of the Trainer, or half of one, so training can't be resumed from it. Name a "
-        "checkpoint-N, an epoch folder or checkpoint_best of an earlier run; to start from its weights alone use "
-        "--from-pretrained."
-    )
-
-
-def remove_checkpoints(output_dir: str | os.PathLike[str]) -> None:
-    """Remove every checkpoint of an earlier run, `checkpoint-N`, epoch folders, `checkpoint_best`, and its curves."""
-    (Path(output_dir) / CURVES).unlink(missing_ok=True)
-    for folder in Path(output_dir).glob("*"):
-        if re.fullmatch(r"checkpoint-\d+", folder.name) or folder in epoch_folders(folder.parent):
-            remove_folder(folder)
-        elif folder.name == BEST and folder.is_symlink():
-            folder.unlink()
-        elif folder.name == BEST and is_whole(folder / TRAINER_STATE):  # a copy, where there are no links
-            remove_folder(folder)
+def _problems(content: Path) -> Iterator[str]:
+    """What is missing or damaged of the files that training goes on from."""
+    for path in sorted(path for path in content.rglob("*") if path.is_file()):
+        try:
+            if path.suffix == ".json":
+                json.loads(path.read_text(encoding="utf-8"))
+            elif path.suffix == ".safetensors":
+                with safe_open(path, framework="pt"):
+                    pass
+            elif path.suffix in (".pt", ".pth") and not zipfile.is_zipfile(path):
+                yield f"{path} is damaged (cut short, or no file of torch.save)"
+        except (OSError, ValueError, SafetensorError) as error:
+            yield f"{path} is damaged ({' '.join(str(error).split())})"
+    if not (content / TRAINER_STATE_NAME).exists():
+        yield f"{content / TRAINER_STATE_NAME} is missing"
+    if not any(content.glob("rng_state*")):
+        yield f"{content / 'rng_state.pth'} is missing"
+    is_of_earlier_version = any((content / name).exists() for name in _TRAINER_NAMES)
+    if is_of_earlier_version:
+        needed = ["optimizer.bin" if (content / "optimizer.bin").exists() else "optimizer.pt", "scheduler.pt"]
+        needed += [] if (content / ADAPTER_WEIGHTS).exists() else [WEIGHTS]
+    else:
+        needed = [CONFIG, WEIGHTS]
+        needed += (
+            [] if (content / "latest").exists() else [OPTIMIZER, SCHEDULER]
+        )  # those are of DeepSpeed's own folders
+        if (content / ADAPTER).is_dir():
+            needed.append(f"{ADAPTER}/{ADAPTER_WEIGHTS}")
+        elif (content / CONFIG).exists() and read_json(content / CONFIG, "").get("dtype") != "float32":
+            needed.append(f"{FULL_PRECISION}/{WEIGHTS}")
+    yield from (f"{content / name} is missing" for name in needed if not (content / name).exists())
 
 
-def list_files(checkpoint: Path) -> None:
-    """Note what is in a checkpoint, just before the Trainer's state is written (see `is_whole`)."""
-    files = [str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()]
-    write_json(checkpoint / FILES, sorted(files))
+def _link_tree(source: Path, target: Path) -> None:
+    """Make a folder with links to all files of another one."""
+    target.mkdir()
+    for path in source.iterdir():
+        if path.is_dir():
+            _link_tree(path, target / path.name)
+        else:
+            _link_or_copy(path, target / path.name)
 
 
-def is_whole(checkpoint: Path) -> bool:
-    """Whether the Trainer has written all of a checkpoint, its state last, and since then no file was removed.
-
-    The Trainer removes old checkpoints file by file, so that a kill may leave half of one, its state included.
-    """
-    try:
-        trainer_state(checkpoint)
-        files = json.loads((checkpoint / FILES).read_text(encoding="utf-8")) if (checkpoint / FILES).exists() else []
-    except (OSError, ValueError):
-        return False
-    return all((checkpoint / name).exists() for name in files)
-
-
-def trainer_checkpoints(output_dir: str | os.PathLike[str]) -> list[Path]:
-    return [path for path in Path(output_dir).glob("checkpoint-*") if is_whole(path)]
-
-
-def trainer_state(folder: Path) -> dict:
-    """What the Trainer saved of its state in one of its own checkpoints."""
-    return json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-
-
-def epoch_number(epoch: float) -> int:
-    """0 for anything in the first epoch, its end included."""
-    return max(0, math.ceil(epoch - 1e-6) - 1)
-
-
-def link_folder(folder: Path, link: Path) -> None:
-    """Make a relative link beside a folder, or a copy of hard links where the system has no links of folders."""
-    try:
-        os.symlink(folder.name, link, target_is_directory=True)
-    except OSError as error:
-        logger.warning(
-            "%s is a copy of %s, not a link to it: this system or disk makes no symbolic links (%s). On Windows the "
-            "developer mode allows them.",
-            folder.with_name(BEST),
-            folder.name,
-            error.strerror or error,
-        )
-        shutil.copytree(folder, link, copy_function=_link_or_copy)
-
-
-def _link_or_copy(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+def _link_or_copy(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:
-        shutil.copy2(source, target)
+        try:
+            os.symlink(source.resolve(), target)
+        except OSError:
+            shutil.copy2(source, target)

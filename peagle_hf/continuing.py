@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from .checkpoints import whole_drafter
 from .configuration_peagle import PeagleConfig
 from .errors import PeagleError
 from .modeling_peagle import PeagleForSpeculation
@@ -89,7 +88,7 @@ def configuration_changes(folder: Path, config: PeagleConfig, is_verifier_known:
     Args:
         is_verifier_known: the verifiers are compared by their weights, so that their names and paths may differ.
     """
-    differences = config.differences(PeagleConfig.from_pretrained(whole_drafter(folder)))
+    differences = config.differences(PeagleConfig.from_pretrained(folder))
     if is_verifier_known:
         differences.pop("speculators_config.verifier.name_or_path", None)
     return [f"{name} (there {theirs!r}, here {ours!r})" for name, (ours, theirs) in differences.items()]

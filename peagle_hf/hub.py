@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import HubStrategy
 
 from .arguments import Arguments, flag_of
-from .checkpoints import BEST
+from .checkpoints import BEST, checkpoints_by_step
 from .configuration_peagle import PeagleConfig
 from .errors import PeagleError
 from .model.served import check_checkpoint
@@ -153,7 +153,7 @@ class PushToHubCallback(TrainerCallback):
     `PeagleTrainer` adds it by itself with `push_to_hub`. A hub that can't be used stops the run before its first step;
     later a refused upload is an error in the log, with the command that makes up for it, and training goes on. Training
     waits for an upload. With `hub_strategy` end nothing is uploaded before the end; with checkpoint or all_checkpoints
-    the Trainer's own checkpoints go too, optimizer states and all.
+    each checkpoint goes too, optimizer states and all.
 
     Args:
         repo_id: where the drafter goes, as org/name.
@@ -187,7 +187,8 @@ class PushToHubCallback(TrainerCallback):
         if args.hub_strategy != HubStrategy.END:
             self._push(args, state)
         if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS) and state.is_world_process_zero:
-            self._push_checkpoint(Path(args.output_dir or ".") / f"checkpoint-{state.global_step}", args.hub_strategy)
+            saved = checkpoints_by_step(args.output_dir or ".")
+            self._push_checkpoint(saved[state.global_step], args.hub_strategy)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -212,7 +213,7 @@ class PushToHubCallback(TrainerCallback):
             logger.error("%s", error)
 
     def _push_checkpoint(self, folder: Path, strategy: HubStrategy | str) -> None:
-        """A whole checkpoint of the Trainer, but for its pickled arguments, which hold the token."""
+        """Upload a whole checkpoint, from which training can be resumed."""
         try:
             with _refusals(f"Training goes on, and the checkpoint is whole in {folder}."):
                 api = _api()
@@ -225,7 +226,6 @@ class PushToHubCallback(TrainerCallback):
                     commit_message=f"Upload {folder.name}",
                     token=self.token,
                     revision=self.revision,
-                    ignore_patterns=["training_args.bin"],
                 )
         except PeagleError as error:
             logger.error("%s", error)

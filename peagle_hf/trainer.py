@@ -5,12 +5,13 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sized
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, cast
 
 import torch
@@ -29,7 +30,8 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import BestRun, EvalLoopOutput, HPSearchBackend, IntervalStrategy, SaveStrategy
 from transformers.training_args import OptimizerNames
 
@@ -37,19 +39,28 @@ from . import __version__
 from .adapters import merge_adapter, save_adapter
 from .callbacks import VllmExportCallback
 from .checkpoints import (
+    ADAPTER,
     BEST,
-    EXPORTED,
-    MERGED,
+    FULL_PRECISION,
+    OPTIMIZER,
+    WEIGHTS,
+    best_checkpoint,
+    check_resumed,
+    checkpoint_name,
     checkpoints_by_step,
-    export_drafter,
-    is_whole,
-    list_files,
+    finish_checkpoint,
+    folders_of_run,
     metric_name,
     newest_checkpoint,
+    put_in_place,
+    recover,
+    release,
+    remains_of_run,
     resumable_folder,
     scores_by_step,
     step_of_best,
     trainer_state,
+    trainer_view,
 )
 from .configuration_peagle import PeagleConfig
 from .console import is_quiet
@@ -61,13 +72,14 @@ from .data.partition import partition, partition_by_rows, partition_every_row, w
 from .data.prepared import read_chat_options, read_prepare_record
 from .data.tokenizer import ChatOptions
 from .errors import PeagleError
-from .files import atomic_path, check_writable, remove_folder, write_json, writing
+from .files import check_writable, write_json, writing
 from .hub import PushArguments, PushToHubCallback, open_repo, push
 from .losses import parse_loss
 from .memory import keep_freed_memory, report, rows_that_fit
 from .metrics import COUNTERS, count_drafts, is_metric, metric_names, summarize
 from .model_card import RECORD, model_card, read_record
 from .modeling_peagle import PeagleForSpeculation, PeagleLayer
+from .nan_check import NanCheck, listed, rows_of
 from .optimizer import MUON, MuonWithAdamW, set_rates, set_settings, settings_of, settings_of_schedule
 from .pace import Pace
 from .processes import lost_process_explained, on_first, require_same, together
@@ -181,6 +193,8 @@ class PeagleTrainer(Trainer):
             check_dataset(dataset)
         if args.should_save:
             check_writable(args.output_dir)
+        if not any(isinstance(one, VllmExportCallback) for one in callbacks or []):
+            callbacks = [VllmExportCallback(args.export_dtype), *(callbacks or [])]
         with refused_arguments():
             super().__init__(
                 model=model,
@@ -212,9 +226,8 @@ class PeagleTrainer(Trainer):
         self._resumed_from: Path | None = None
         self._run: RunRecord | None = None
         self._run_before: RunRecord | None = None
+        self._superseded: list[Path] = []
         if args.push_to_hub:
-            if not self._exports:
-                self.add_callback(VllmExportCallback(args.export_dtype))
             self.add_callback(
                 PushToHubCallback(
                     self.hub_model_id or "",
@@ -258,6 +271,7 @@ class PeagleTrainer(Trainer):
             if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
                 parameter.data = parameter.data.float()  # of a served checkpoint: small steps would round to nothing
         self.__dict__.pop("_eval_dataloaders", None)  # persistent workers, which have the collator of an earlier model
+        self._nan_check = NanCheck()
         self._train_counters = self._no_counters()
         self._pace = Pace(self.args.device)
         self.__dict__.pop("_rows_that_fit", None)
@@ -286,19 +300,23 @@ class PeagleTrainer(Trainer):
     def _hp_search_setup(self, trial: Any) -> None:
         """Called at each start of training, after `model_init` and with a trial's arguments set."""
         super()._hp_search_setup(trial)
-        earlier = {} if self._resumed_from else checkpoints_by_step(self._get_output_dir(trial))
-        if earlier:
+        run_folder = Path(self._get_output_dir(trial))
+        earlier = [] if self._resumed_from else folders_of_run(run_folder)
+        if earlier and self.args.resume:
             raise PeagleError(
-                f"Training begins anew, but {earlier[max(earlier)]} is of an earlier run, with which its checkpoints "
-                "would mix. Go on from it with trainer.train(resume_from_checkpoint=True), or name another output_dir, "
-                "or remove the folder."
+                f"Training begins anew, but {earlier[-1]} is of an earlier run, with which its checkpoints would mix. "
+                "Go on from it with trainer.train(resume_from_checkpoint=True), name another output_dir, or pass "
+                "--no-resume (resume=False) for its checkpoints to take the place of those."
             )
+        self._superseded = [] if self._resumed_from else remains_of_run(run_folder)
         self._take_up_model()
         self._take_up_run()
-        self._run_folder = self._get_output_dir(trial)
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, VllmExportCallback):
-                callback.run_folder = Path(self._get_output_dir(trial))
+        self._run_folder = str(run_folder)
+        self._export_callback.run_folder = run_folder
+
+    @property
+    def _export_callback(self) -> VllmExportCallback:
+        return next(one for one in self.callback_handler.callbacks if isinstance(one, VllmExportCallback))
 
     def _take_up_run(self) -> None:
         """Describe the run (see `run_record`) and compare it with that of the checkpoint that it goes on from.
@@ -345,7 +363,7 @@ class PeagleTrainer(Trainer):
         """As the Trainer's, and under FSDP2 from the whole weights that every checkpoint has."""
         if not self._is_fsdp2:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        return scatter_weights(self.model, Path(resume_from_checkpoint) / "model.safetensors")
+        return scatter_weights(self.model, Path(resume_from_checkpoint) / WEIGHTS)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As the Trainer's, also from another sharding; settings that are others than before take effect."""
@@ -386,9 +404,9 @@ class PeagleTrainer(Trainer):
                 optimizer.load_state_dict(state)
         except (ValueError, KeyError, IndexError) as error:
             raise PeagleError(
-                f"The optimizer's states in {path} are those of other parameters or of another optimizer than this "
-                f"run has ({' '.join(str(error).split())[:200]}). Resume with the arguments of that run, or train anew "
-                "with --no-resume or another --save-path."
+                f"The optimizer's states in {self._resumed_from}/{OPTIMIZER} are those of other parameters or of "
+                f"another optimizer than this run has ({' '.join(str(error).split())[:200]}). Resume with the "
+                "arguments of that run, or train anew with --no-resume or another --save-path."
             ) from error
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -413,28 +431,37 @@ class PeagleTrainer(Trainer):
     def _init_training_state(  # type: ignore[no-untyped-def]
         self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
     ):
-        """As the Trainer; after a run with another `metric_for_best_model` the best so far is found anew by this."""
-        begun = super()._init_training_state(
+        """As the Trainer, but the best so far is found anew: the metric may be another, and a folder may be gone."""
+        epochs_trained, steps_trained = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
-        state, scores = self.state, scores_by_step(self.args, self.state)
-        if state.global_step >= max_steps and self.is_world_process_zero():
-            logger.info(
-                "Nothing is left to train: the checkpoint is of step %d, and these arguments end at step %d. Training "
-                "goes on with more --epochs, or a higher --max-steps.",
-                state.global_step,
-                max_steps,
-            )
-        if state.best_metric is not None and state.best_metric != scores.get(state.best_global_step or 0):
-            folders = checkpoints_by_step(self._get_output_dir(trial))
-            self.accelerator.wait_for_everyone()
-            kept = {step: score for step, score in scores.items() if step in folders}
-            best = step_of_best(self.args, kept if self.args.load_best_model_at_end else scores)
-            state.best_global_step = best
-            state.best_metric = None if best is None else scores[best]
-            state.best_model_checkpoint = str(folders[best]) if best in folders else None
+        state = self.state
+        if resume_from_checkpoint is None:
+            return epochs_trained, steps_trained
+        if state.global_step >= max_steps:
+            if self.is_world_process_zero():
+                logger.info(
+                    "Nothing is left to train: the checkpoint is of step %d, and these arguments end at step %d. "
+                    "Training goes on with more --epochs, or a higher --max-steps.",
+                    state.global_step,
+                    max_steps,
+                )
+            epochs_trained, steps_trained = num_train_epochs, 0  # else the Trainer would take one step more
+        found = checkpoints_by_step(self._get_output_dir(trial))
+        scores = scores_by_step(self.args, state)
+        if self.args.load_best_model_at_end:
+            scores = {step: score for step, score in scores.items() if step in found}
+        before, best = state.best_global_step, step_of_best(self.args, scores)
+        state.best_global_step = best
+        state.best_metric = None if best is None else scores[best]
+        self._note_best(found)
+        if best != before and self.is_world_process_zero():
             logger.info("The best so far is another by %s: that of step %s.", metric_name(self.args), best)
-        return begun
+        return epochs_trained, steps_trained
+
+    def _note_best(self, found: dict[int, Path]) -> None:
+        best = best_checkpoint(self.args, self.state, found)
+        self.state.best_model_checkpoint = None if best is None else str(best)
 
     def train(
         self,
@@ -442,11 +469,12 @@ class PeagleTrainer(Trainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> Any:
-        """Train; `resume_from_checkpoint` takes a `checkpoint-N`, an epoch folder, `checkpoint_best`, or True (newest).
+        """Train; `resume_from_checkpoint` takes a folder of a checkpoint, `checkpoint_best`, or True (newest).
 
         Raises:
-            PeagleError: the folder can't be resumed from, nothing is resumed but the output folder has checkpoints, the
-                device's memory is too small; says what would help.
+            PeagleError: the folder can't be resumed from, the output folder has other checkpoints than those that lead
+                to it, a loss or a gradient is no finite number (see `nan_check`), or the device's memory is too small;
+                says what would help.
             RowError: a row's hidden states can't be had; what was trained is saved, and a rerun goes on from there.
         """
         with self._as_only_writer():
@@ -462,16 +490,22 @@ class PeagleTrainer(Trainer):
             self._seconds_before = (read_record(folder) or {}).get("seconds", 0.0) if folder else 0.0
             self._started = time.monotonic()
             with lost_process_explained():
-                return self._train(None if folder is None else str(folder), trial, ignore_keys_for_eval)
+                return self._train(folder, trial, ignore_keys_for_eval)
 
     def _resumable(self, resume_from_checkpoint: str | bool | None, trial: Any) -> Path | None:
         """The checkpoint that training goes on from, if it does."""
+        run_folder = Path(self._get_output_dir(trial))
+        recover(run_folder)
         if resume_from_checkpoint is True:
-            newest = newest_checkpoint(self._get_output_dir(trial))
+            newest = newest_checkpoint(run_folder)
             if newest is None:
                 raise PeagleError(f"{self.args.output_dir} has no checkpoint to resume from. Leave out the resuming.")
-            return resumable_folder(newest)
-        return resumable_folder(resume_from_checkpoint) if resume_from_checkpoint else None
+            resume_from_checkpoint = str(newest)
+        if not resume_from_checkpoint:
+            return None
+        folder = resumable_folder(resume_from_checkpoint)
+        check_resumed(folder, run_folder)
+        return folder
 
     @contextmanager
     def _as_only_writer(self) -> Iterator[None]:
@@ -482,17 +516,20 @@ class PeagleTrainer(Trainer):
                     stack.enter_context(only_training(self.args.output_dir))
             yield
 
-    def _train(self, resume_from_checkpoint: str | None, trial: Any, ignore_keys_for_eval: list[str] | None) -> Any:
+    def _train(self, checkpoint: Path | None, trial: Any, ignore_keys_for_eval: list[str] | None) -> Any:
         self._owes_validation = False
-        if resume_from_checkpoint is not None and self.args.eval_strategy != IntervalStrategy.NO:
-            state = trainer_state(Path(resume_from_checkpoint))
+        if checkpoint is not None and self.args.eval_strategy != IntervalStrategy.NO:
+            state = trainer_state(checkpoint)
             self._owes_validation = any(
                 VALIDATION_OWED in entry and entry["step"] == state["global_step"] for entry in state["log_history"]
             )
         evaluates_first = self.args.eval_on_start
         self.args.eval_on_start = evaluates_first or self._owes_validation
         try:
-            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            if checkpoint is None:
+                return super().train(None, trial, ignore_keys_for_eval)
+            with self._view(checkpoint) as view:
+                return super().train(str(view), trial, ignore_keys_for_eval)
         except torch.OutOfMemoryError as error:
             raise PeagleError(
                 f"The memory of {self.args.device} is too small: {str(error).splitlines()[0]}\n"
@@ -521,6 +558,10 @@ class PeagleTrainer(Trainer):
 
     def _check_there_is_a_step(self) -> None:
         size = len(self.train_dataset) if isinstance(self.train_dataset, Sized) else math.inf
+        if size == 0:
+            raise PeagleError(
+                "The training dataset has no packed sequence, so no step would be taken. Prepare more data."
+            )
         batch = self.args.per_device_train_batch_size * self.args.world_size
         if self.args.dataloader_drop_last and size < batch:
             raise PeagleError(
@@ -577,7 +618,43 @@ class PeagleTrainer(Trainer):
         for part in others:
             with self._without_reduction(model):
                 loss = loss + super().training_step(model, part, num_items_in_batch)
-        return loss + super().training_step(model, last, num_items_in_batch)
+        loss = loss + super().training_step(model, last, num_items_in_batch)
+        self._nan_check.note_loss(self.state.global_step + 1, loss)
+        if self._nan_check.is_full:
+            self._require_finite()
+        return loss
+
+    def _get_grad_norm(  # type: ignore[no-untyped-def]
+        self, model, grad_norm=None
+    ):
+        """As `Trainer._get_grad_norm` of transformers 5.17 to 5.24, the only place that has the norm of each step."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if not self.args.fp16:  # whose scaler tries for infinities, and leaves out the steps that bring them
+            self._nan_check.note_gradient(self.state.global_step + 1, norm)
+        return norm
+
+    def _require_finite(self) -> None:
+        """End training if a loss or a gradient since the last call was NaN or infinite.
+
+        Raises:
+            PeagleError: names the step, its samples, and the checkpoint from before it.
+        """
+        bad = self._nan_check.first_bad()
+        if bad is None:
+            return
+        samples = ""
+        if isinstance(self.train_dataset, HiddenStatesDataset):
+            rows = rows_of(bad, self.train_dataset, self._train_sampler, self.args)
+            samples = f", which was made from the samples {listed(rows)} of {self.train_dataset.data_path}"
+        what = "gradient" if bad.batch is None else "loss"
+        raise PeagleError(
+            f"Training ended at step {bad.step}, whose {what} is not a finite number{samples}. This step isn't saved; "
+            f"{self._newest_words()}. Look at these samples, lower --learning-rate, or set a lower --max-grad-norm."
+        )
+
+    def _newest_words(self) -> str:
+        newest = newest_checkpoint(self._export_callback.run_folder or self.args.output_dir)
+        return f"the newest checkpoint is {newest}" if newest and not self._superseded else "no step was saved before"
 
     def _parts(self, inputs: dict[str, Any], is_training: bool = True) -> list[dict[str, Any]]:
         if self.args.sequence_partitions == "auto":
@@ -685,6 +762,8 @@ class PeagleTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
+        if self.is_in_train:
+            self._require_finite()
         self._eval_counters, self._eval_drafts = self._no_counters(), self._no_counters()[:2]
         self._eval_loss = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         try:
@@ -702,6 +781,12 @@ class PeagleTrainer(Trainer):
             raise
         loss, learnt = self.accelerator.reduce(self._eval_loss, reduction="sum").tolist()
         metrics = {"loss": loss / max(learnt, 1.0)}
+        if self.is_in_train and not math.isfinite(loss):
+            raise PeagleError(
+                f"Training ended at the validation of step {self.state.global_step}, whose loss is not a finite "
+                f"number. This step isn't saved; {self._newest_words()}. Lower --learning-rate or "
+                "--max-grad-norm."
+            )
         counters = self.accelerator.reduce(self._eval_counters, reduction="sum")
         drafts = self.accelerator.reduce(self._eval_drafts, reduction="sum")
         metrics |= summarize(torch.cat([counters[:2], drafts]))
@@ -731,6 +816,8 @@ class PeagleTrainer(Trainer):
         return {}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.is_in_train:
+            self._require_finite()
         if "loss" in logs:
             logs |= summarize(self.accelerator.reduce(self._train_counters, reduction="sum"))
             self._train_counters = self._no_counters()
@@ -748,6 +835,9 @@ class PeagleTrainer(Trainer):
     def _run_epoch(self, **kwargs: Any) -> Any:  # type: ignore[override]
         """As the Trainer, which can't tell the sampler its epoch where rows are skipped and processes share them."""
         self._train_sampler.set_epoch(kwargs["epoch"])
+        view = kwargs["resume_from_checkpoint"]
+        if view is not None and not self.args.auto_find_batch_size:  # which may load it again
+            release(Path(view))
         return super()._run_epoch(**kwargs)
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
@@ -762,38 +852,93 @@ class PeagleTrainer(Trainer):
         return EpochSampler(len(dataset), seed, multiple, shuffle)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # Epoch folders hard-link the files of a checkpoint, so an old one of this name is never written into.
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save and folder.is_dir():
-            remove_folder(folder)
-        self.accelerator.wait_for_everyone()
+        """Write a checkpoint (see `checkpoints`) under a hidden name, and give it its name when it is complete.
+
+        In place of `Trainer._save_checkpoint` of transformers 5.17 to 5.24, whose parts it calls.
+        """
+        self._require_finite()
+        if self.hp_search_backend is None and trial is None:
+            self.store_flos()
+        run_folder = Path(self._get_output_dir(trial))
+        folder = run_folder / checkpoint_name(self.state, self.control.should_training_stop)
+        same_step = folder.with_name(f"checkpoint-{self.state.global_step}")
+        with self._written_to(folder, [same_step, *self._superseded]) as temporary:
+            self.save_model(str(temporary / self._weights_folder), _internal_call=True)
+            if not self.args.save_only_model:
+                self._save_optimizer_and_scheduler(str(temporary))
+                self._save_scaler(str(temporary))
+                self._save_rng_state(str(temporary))
+            if self.args.should_save:
+                self._save_state(temporary / TRAINER_STATE_NAME)
+        self._superseded = []
+        self._note_best(checkpoints_by_step(run_folder))
+
+    @contextmanager
+    def _written_to(self, folder: Path, superseded: Sequence[Path] = ()) -> Iterator[Path]:
+        """A hidden folder, the same one on all processes, that becomes `folder` when the block has ended well.
+
+        Args:
+            superseded: removed then, as is an older `folder`.
+        """
+        temporary = folder.with_name(f".{folder.name}.{broadcast_object_list([token_hex(4)])[0]}.tmp")
         with writing(folder):
             try:
-                super()._save_checkpoint(model, trial)
+                with together():
+                    yield temporary
+                with together():
+                    if self.args.should_save:
+                        merged = merge_adapter(self.model) if isinstance(self.model, PeftModel) else None
+                        finish_checkpoint(temporary, self._export_callback.dtype, merged)
+                        put_in_place(temporary, folder, superseded)
             except BaseException:
-                if self.args.should_save and not is_whole(folder):
-                    shutil.rmtree(folder, ignore_errors=True)
+                if self.args.should_save:
+                    shutil.rmtree(temporary, ignore_errors=True)
                 raise
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        # The Trainer's state, which is written next, says that the checkpoint is whole.
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            list_files(Path(output_dir))
+    @property
+    def _weights_folder(self) -> str:
+        return ADAPTER if isinstance(self.model, PeftModel) else FULL_PRECISION
+
+    def _save_state(self, path: Path) -> None:
+        """Like the end of `Trainer._save_checkpoint`, but without the path of the best: folders may be moved."""
+        saved: Any = self.state.stateful_callbacks
+        for one in (*self.callback_handler.callbacks, self.control):
+            if isinstance(one, ExportableState):
+                name = type(one).__name__
+                if isinstance(saved[name], list):
+                    saved[name].append(one.state())
+                else:
+                    saved[name] = one.state()
+        self.state.best_model_checkpoint = None
+        self.state.save_to_json(str(path))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """As the Trainer; with an adapter, the adapter and in a folder beside it the merged drafter."""
+        """As the Trainer, with the record of the training; of an adapter the adapter alone, in PEFT's layout."""
         if not self.args.should_save:  # from transformers 5.23 on all processes are called
             return
         super()._save(output_dir, state_dict)
+        folder = str(output_dir or self.args.output_dir)
         if isinstance(self.model, PeftModel):
-            folder = output_dir or self.args.output_dir
             save_adapter(self.model, folder)
-            merge_adapter(self.model).save_pretrained(Path(folder) / MERGED)
-        write_json(Path(output_dir or self.args.output_dir) / RECORD, self.record())
+        write_json(Path(folder) / RECORD, self.record())
         if self._run is not None:
-            self._run.write(output_dir or self.args.output_dir)
+            self._run.write(folder)
+
+    def _view(self, checkpoint: Path) -> AbstractContextManager[Path]:
+        return trainer_view(checkpoint, Path(self.args.output_dir), isinstance(self.model, PeftModel))
+
+    def _load_best_model(self) -> None:
+        """Like `Trainer._load_best_model` of transformers 5.17 to 5.24, which looks for files of other names."""
+        best = str(self.state.best_model_checkpoint)
+        with self._view(Path(best)) as view:
+            if self._is_fsdp2:
+                scatter_weights(self.model, view / WEIGHTS)
+                return
+            self.state.best_model_checkpoint = str(view)
+            try:
+                super()._load_best_model()
+            finally:
+                self.state.best_model_checkpoint = best
 
     def record(self) -> dict[str, Any]:
         """How the drafter was trained so far, for its card; each checkpoint holds it as `training.json`.
@@ -846,10 +991,6 @@ class PeagleTrainer(Trainer):
         on_gpu = self.args.device.type == "cuda"
         return torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
 
-    @property
-    def _exports(self) -> bool:
-        return any(isinstance(callback, VllmExportCallback) for callback in self.callback_handler.callbacks)
-
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Make the repository on the hub, and so find out before training whether an upload will be possible.
 
@@ -892,7 +1033,7 @@ class PeagleTrainer(Trainer):
             self.config,
             self.hub_model_id or output.absolute().name,
             verifier,
-            (read_record(output / BEST) if self._exports else None) or self.record(),
+            read_record(output / BEST) or self.record(),
             name=model_name,
             license=license,
             language=language,
@@ -909,7 +1050,7 @@ class PeagleTrainer(Trainer):
         private: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Upload `checkpoint_best` where `VllmExportCallback` keeps it, else the model as it is now (see `hub.push`).
+        """Upload `checkpoint_best`, or the model as it is now if nothing was saved (see `hub.push`).
 
         Args:
             kwargs: for `create_model_card`.
@@ -943,17 +1084,8 @@ class PeagleTrainer(Trainer):
     def _servable_folder(self) -> Path:
         """On all processes: `checkpoint_best`, or the model as it is now, exported."""
         output = Path(self.args.output_dir)
-        if broadcast_object_list([self._exports and (output / BEST).exists()])[0]:
+        if broadcast_object_list([(output / BEST).exists()])[0]:
             return output / BEST
-        saved = output / f".{EXPORTED}"
-        self.save_model(str(saved), _internal_call=True)
-        if self.args.should_save:
-            with atomic_path(output / EXPORTED) as temporary:
-                temporary.mkdir()
-                export_drafter(saved, temporary, getattr(torch, self.args.export_dtype))
-                shutil.copy2(saved / RECORD, temporary)
-            shutil.rmtree(saved)
-        return output / EXPORTED
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Nothing: `PushToHubCallback` uploads what it is to, when the epoch's folder is there."""
+        with self._written_to(output / "exported") as temporary:
+            self.save_model(str(temporary / self._weights_folder), _internal_call=True)
+        return output / "exported"

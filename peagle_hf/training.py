@@ -8,16 +8,11 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel
 from transformers import set_seed
+from transformers.trainer_utils import SaveStrategy
 
 from .adapters import add_adapter
 from .callbacks import VllmExportCallback
-from .checkpoints import (
-    checkpoints_by_step,
-    newest_checkpoint,
-    remove_checkpoints,
-    resumable_folder,
-    trainer_state,
-)
+from .checkpoints import newest_checkpoint, recover, resumable_folder
 from .configuration_peagle import PeagleConfig
 from .continuing import continued_config, load_drafter, sampling
 from .data.cache import Manifest, cache_folder, cached_rows, check_cache, place
@@ -52,6 +47,11 @@ def train(args: PeagleTrainingArguments) -> PeagleTrainer | None:
     if args.dry_run:
         print(plan(args))
         return None
+    if args.save_strategy == SaveStrategy.NO and not args.enable_jit_checkpoint:
+        raise PeagleError(
+            "--save-strategy no leaves nothing behind: the drafter would be lost when training ends. Leave the flag "
+            "out, or train in Python with PeagleTrainer, which keeps the drafter in memory."
+        )
     with ExitStack() as stack:
         with together():
             if args.should_save:
@@ -77,6 +77,11 @@ def _train(args: PeagleTrainingArguments) -> PeagleTrainer:
         callbacks=[VllmExportCallback(args.export_dtype)],
     )
     trainer.train(resume_from_checkpoint=resumed)
+    if args.should_save and newest_checkpoint(args.output_dir) is None:
+        raise PeagleError(
+            f"Training ended after step {trainer.state.global_step}, but no checkpoint was saved, so nothing is left "
+            "of it. Pass --save-strategy epoch."
+        )
     return trainer
 
 
@@ -111,10 +116,10 @@ def plan(args: PeagleTrainingArguments) -> str:
 def checkpoint_to_resume(args: PeagleTrainingArguments) -> str | None:
     """The checkpoint that a run with these arguments goes on from: the named one, else the newest, else none.
 
-    With `resume` off, the checkpoints in the output folder are removed.
+    With `resume` off, the checkpoints in the output folder stay until the new run has its first.
 
     Raises:
-        PeagleError: the named one can't be resumed from, the output folder holds later ones, or also the drafter that
+        PeagleError: the named one or the newest can't be resumed from, or the output folder holds the drafter that
             `from_pretrained` names.
     """
     with together():
@@ -124,24 +129,15 @@ def checkpoint_to_resume(args: PeagleTrainingArguments) -> str | None:
 
 
 def _checkpoint_to_resume(args: PeagleTrainingArguments) -> str | None:
+    recover(args.output_dir)
     if args.from_pretrained and Path(args.output_dir).resolve() in Path(args.from_pretrained).resolve().parents:
         raise PeagleError(
             f"The drafter {args.from_pretrained} lies in {args.output_dir}, where the new run's checkpoints would take "
             "its place. Name another --save-path; to go on with that run itself leave --from-pretrained out."
         )
     if args.resume_from_checkpoint:
-        folder = resumable_folder(args.resume_from_checkpoint)
-        step = trainer_state(folder)["global_step"]
-        later = sorted(number for number in checkpoints_by_step(args.output_dir) if number > step)
-        if later:
-            raise PeagleError(
-                f"{args.output_dir} holds checkpoints of the steps {', '.join(map(str, later))}, which would pass for "
-                f"later ones of a run that goes on from step {step}. Remove them or name another --save-path; to go on "
-                "from the newest one leave --resume-from-checkpoint out."
-            )
-        return str(folder)
+        return str(resumable_folder(args.resume_from_checkpoint))
     if not args.resume:
-        remove_checkpoints(args.output_dir)
         return None
     newest = newest_checkpoint(args.output_dir)
     if newest is None:

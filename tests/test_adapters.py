@@ -1,12 +1,13 @@
 """LoRA on a trained drafter: train, save with `mask_hidden`, load, merge, export."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
-from test_trainer import losses, run
+from test_trainer import StopAt, losses, run
 from transformers import LlamaForCausalLM
 
 from peagle_hf import PeagleConfig, PeagleError, PeagleForSpeculation, PeagleTrainingArguments
@@ -16,15 +17,20 @@ from peagle_hf.adapters import MASK_HIDDEN, add_adapter, load_adapter, merge_ada
 @pytest.fixture
 def trained(train_flags):
     """A drafter to adapt, and the flags that adapt it."""
-    run(train_flags, num_train_epochs=1)
-    base = Path(train_flags["output_dir"]) / "0" / "trainer_state"
+    run(train_flags, num_train_epochs=1, export_dtype="float32")
+    base = Path(train_flags["output_dir"]) / "0"
     changes = {"from_pretrained": str(base), "output_dir": train_flags["output_dir"] + "_lora", "lora_r": 4}
     return base, {**train_flags, **changes}
 
 
 def test_an_adapter_learns_saves_and_exports(trained):
     base, adapter_flags = trained
-    trainer = run(adapter_flags, num_train_epochs=8, learning_rate=5e-3, lora_modules_to_save=["norm"])
+    trainer = run(
+        {**adapter_flags, "export_dtype": "float32"},
+        num_train_epochs=8,
+        learning_rate=5e-3,
+        lora_modules_to_save=["norm"],
+    )
     found = losses(trainer)
     assert sum(found[-5:]) < 0.95 * sum(found[:5])
     trained_names = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
@@ -33,20 +39,21 @@ def test_an_adapter_learns_saves_and_exports(trained):
     folder = Path(adapter_flags["output_dir"]) / "7"
     before, after = (
         load_file(base / "model.safetensors"),
-        load_file(folder / "trainer_state" / "merged" / "model.safetensors"),
+        load_file(folder / "model.safetensors"),
     )
-    assert before.keys() == after.keys() == load_file(folder / "model.safetensors").keys()
+    assert before.keys() == after.keys()
+    assert sorted(os.listdir(folder / "adapter")) == ["adapter_config.json", "adapter_model.safetensors"]
     for name in ("mask_hidden", "norm.weight", "fc.weight", "layers.1.mlp.up_proj.weight"):
         assert not torch.equal(before[name], after[name]), name
     for name in ("embed_tokens.weight", "lm_head.weight"):
         torch.testing.assert_close(before[name], after[name], rtol=0, atol=0)
     plain = PeagleForSpeculation(PeagleConfig.from_pretrained(base))
     plain.load_state_dict(before)
-    merged = merge_adapter(load_adapter(plain, folder / "trainer_state")).state_dict()
+    merged = merge_adapter(load_adapter(plain, folder / "adapter")).state_dict()
     assert all(torch.equal(merged[name], tensor) for name, tensor in after.items())
     restored = PeagleForSpeculation(PeagleConfig.from_pretrained(base))
     restored.load_state_dict(before)
-    PeftModel.from_pretrained(restored, str(folder / "trainer_state"))
+    PeftModel.from_pretrained(restored, str(folder / "adapter"))
     assert torch.equal(restored.mask_hidden, after["mask_hidden"])
 
 
@@ -54,9 +61,9 @@ def test_resuming_an_adapter_is_bit_equal(trained, tmp_path):
     _, adapter_flags = trained
     whole = run(adapter_flags)
     half = {**adapter_flags, "output_dir": str(tmp_path / "half")}
-    cut = run(half, save_strategy="steps", save_steps=4)
-    assert losses(cut) == losses(whole)
-    resumed = run(half, save_strategy="steps", save_steps=4, resume=str(tmp_path / "half" / "checkpoint-4"))
+    with pytest.raises(KeyboardInterrupt):
+        run(half, [StopAt(7)], save_strategy="steps", save_steps=4)
+    resumed = run(half, save_strategy="steps", save_steps=4, resume=str(tmp_path / "half" / "0"))
     assert losses(resumed) == losses(whole)
     expected = whole.model.state_dict()
     assert all(torch.equal(expected[name], tensor) for name, tensor in resumed.model.state_dict().items())

@@ -188,7 +188,7 @@ def test_learnt_files_of_another_loss_mask_are_refused_and_made_again(arguments,
 
 def train_losses(flags: dict, folder: Path, output: Path) -> list[float]:
     train(PeagleTrainingArguments(**flags | {"hidden_states_path": str(folder), "output_dir": str(output)}))
-    log = json.loads((output / "checkpoint_best" / "trainer_state" / "trainer_state.json").read_text())["log_history"]
+    log = json.loads((output / "checkpoint_best" / "trainer_state.json").read_text())["log_history"]
     return [entry["loss"] for entry in log if "loss" in entry]
 
 

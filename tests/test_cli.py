@@ -460,7 +460,7 @@ def test_dry_runs_say_what_would_happen_and_write_nothing(tiny_verifier, train_f
     assert "would take 10 steps, 5 an epoch" in text
     assert not Path(train_flags["output_dir"]).exists()
     main(["train", *flags(training)])
-    state = json.loads((Path(train_flags["output_dir"]) / "1/trainer_state/trainer_state.json").read_text())
+    state = json.loads((Path(train_flags["output_dir"]) / "1/trainer_state.json").read_text())
     assert state["global_step"] == 10
     assert "would go on from" in printed(capsys, "train", *flags(training), "--dry-run")
 

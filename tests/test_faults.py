@@ -43,9 +43,8 @@ def start(*command):
             pytest.param(point, "SIGKILL", newest, marks=pytest.mark.slow)
             for point, newest in {
                 "state": 10,
-                "epoch folder": 15,
+                "served weights": 10,
                 "removing a checkpoint": 15,
-                "removing an epoch folder": 15,
             }.items()
         ),
     ],
@@ -59,7 +58,8 @@ def test_killed_in_the_middle_of_a_save(train_flags, tmp_path, point, killer, ne
     process = start(str(WORKER), point, killer, "15", "train", *flags(cut))
     output, _ = process.communicate(timeout=200)
     assert process.returncode == (143 if killer == "SIGTERM" else -signal.SIGKILL), output[-3000:]
-    assert (folder / "checkpoint-15").exists() is (killer == "SIGKILL")  # at SIGTERM it is cleaned up
+    leftovers = [name for name in os.listdir(folder) if name.startswith(".")]
+    assert bool(leftovers) is (killer == "SIGKILL")  # at SIGTERM they are cleaned up
     assert max(checkpoints_by_step(folder)) == newest
     assert check_checkpoint(folder / "checkpoint_best")
     resumed = train(PeagleTrainingArguments(**cut))
@@ -67,7 +67,7 @@ def test_killed_in_the_middle_of_a_save(train_flags, tmp_path, point, killer, ne
     assert losses(resumed) == losses(whole)
     assert all(torch.equal(weights(whole)[name], tensor) for name, tensor in weights(resumed).items())
     assert not [name for name in os.listdir(folder) if name.startswith(".")]
-    assert set(os.listdir(folder)) >= {"3", "checkpoint-20", "checkpoint_best"}
+    assert set(os.listdir(folder)) >= {"3", "checkpoint_best"}
 
 
 @pytest.mark.slow
@@ -85,7 +85,7 @@ def test_sigterm_with_a_jit_checkpoint_saves_and_ends(train_flags, tmp_path):
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 0, output[-3000:]
     newest = max(checkpoints_by_step(tmp_path / "ended"))
-    resumed = train(PeagleTrainingArguments(**{**endless, "max_steps": newest + 7}))
+    resumed = run({**endless, "max_steps": newest + 7}, resume=True)
     whole = run({**endless, "output_dir": str(tmp_path / "whole"), "max_steps": newest + 7})
     assert resumed.state.global_step == newest + 7
     found, expected = (
@@ -112,7 +112,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(train_flags, tmp_path, monkeypa
     def full(write, path_of):
         def wrapped(*args, **kwargs):
             path = Path(path_of(*args))
-            if path.name == file and path.parent.name == "checkpoint-10":
+            if path.name == file and ".1." in str(path):
                 path.write_bytes(b"{ half")
                 raise FULL[file]
             return write(*args, **kwargs)
@@ -126,10 +126,12 @@ def test_a_full_disk_keeps_the_checkpoint_before(train_flags, tmp_path, monkeypa
         )
         patch.setattr("torch.save", full(torch.save, lambda content, path: path))
         patch.setattr(TrainerState, "save_to_json", full(TrainerState.save_to_json, lambda state, path: path))
-        with pytest.raises(PeagleError, match=r"No space is left on the disk of .*checkpoint-10; .*earlier is whole"):
+        with pytest.raises(
+            PeagleError, match=r"No space is left on the disk of .*checkpoints?\S*/1; .*earlier is whole"
+        ):
             run(cut)
-    assert {"0", "checkpoint-5", "checkpoint_best"} <= set(os.listdir(tmp_path / "full"))
-    assert not {"1", "checkpoint-10"} & set(os.listdir(tmp_path / "full"))
+    assert {"0", "checkpoint_best"} <= set(os.listdir(tmp_path / "full"))
+    assert not [name for name in os.listdir(tmp_path / "full") if "1" in name]
     assert losses(train(PeagleTrainingArguments(**cut))) == losses(whole)
 
 

