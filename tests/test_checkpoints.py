@@ -7,12 +7,12 @@ import io
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
-from peagle_hf.serving.server import check_checkpoint
 from safetensors.torch import load_file, save_file
 from test_trainer import StopAt, full_weights, logged, losses, run, weights
 from transformers import TrainerCallback
@@ -28,6 +28,7 @@ from peagle_hf.checkpoints import (
     remains_of_run,
     resumable_folder,
 )
+from peagle_hf.model.served import check_checkpoint
 from peagle_hf.training import build_datasets, build_drafter, train
 
 FOUR_EPOCHS = {"num_train_epochs": 4, "save_total_limit": 2, "learning_rate": 3e-3}
@@ -232,10 +233,8 @@ def test_tidying_up_may_be_killed_too(tmp_path, monkeypatch, new, is_in_place):
             (folder / new / TRAINER_STATE_NAME).write_text(json.dumps({"global_step": 2, "run": "new"}))
         with monkeypatch.context() as patch:
             killer = Killer(patch, number + 1)
-            try:
+            with suppress(Killed):
                 recover(folder)
-            except Killed:
-                pass
         recover(folder)
         assert sorted(os.listdir(folder)) == ([new] if is_in_place else ["0", "1", "2"])
         states = [(path / TRAINER_STATE_NAME).read_text() for path in folder.iterdir()]
