@@ -5,6 +5,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from typing import Any, TypeVar
 
 from torch import distributed
@@ -34,6 +35,16 @@ def connect_on_cpu(timeout: float) -> None:
 def are_several() -> bool:
     """Whether this process is one of several of a training, which are connected."""
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def cpu_group() -> Any:
+    """A process group for tensors on the CPU; the first call must be made by all processes at the same point."""
+    return distributed.group.WORLD if distributed.get_backend() == "gloo" else _gloo_beside(distributed.group.WORLD)
+
+
+@cache
+def _gloo_beside(world: Any) -> Any:
+    return distributed.new_group(backend="gloo")
 
 
 def on_first(work: Callable[[], Result]) -> Result:

@@ -11,7 +11,7 @@ from torch import distributed
 from torch.utils.data import get_worker_info
 
 from ..errors import PeagleError
-from ..processes import are_several, gather, lost_process_explained
+from ..processes import are_several, cpu_group, gather, lost_process_explained
 
 Result = TypeVar("Result")
 
@@ -134,11 +134,9 @@ def on_all_processes(fetch: Callable[[], Result]) -> Result:
             advice="look whether memory or /dev/shm is full, and lower --dataloader-num-workers",
         )
     if are_several():
-        from accelerate import PartialState  # commands that only ask a server start faster without it
-
-        num_failed = torch.tensor([int(failure is not None)], device=PartialState().device)
+        num_failed = torch.tensor([int(failure is not None)])
         with lost_process_explained():
-            distributed.all_reduce(num_failed)
+            distributed.all_reduce(num_failed, group=cpu_group())  # on a GPU it would wait for the step before
         if num_failed.item():
             failure = next(one for _, one in gather(failure) if one is not None)
     if failure is not None:
