@@ -148,7 +148,8 @@ def recover(run_folder: str | os.PathLike[str]) -> None:
             shutil.rmtree(hidden)
         else:
             _put_back(hidden)
-    remove_leftovers(run_folder, rf"\d+|checkpoint-\d+|resume|exported|{BEST}|{re.escape(CURVES)}")
+    names = r"\d+|checkpoint-\d+|resume|exported|run\.json|(config|train)\.yaml"
+    remove_leftovers(run_folder, rf"{names}|{BEST}|{re.escape(CURVES)}")
 
 
 def folders_of_run(run_folder: str | os.PathLike[str]) -> list[Path]:
