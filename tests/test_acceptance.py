@@ -120,6 +120,19 @@ def test_a_cache_of_other_layers_is_refused(trained, tmp_path):
         acceptance(AcceptanceArguments(str(checkpoint), str(folder), str(tmp_path / "a.json"), str(states)))
 
 
+@pytest.mark.fault("A row's hidden states can't be had", "`--skip-rows` leaves it out of the measurement by name.")
+def test_rows_are_left_out_by_number(trained, tmp_path):
+    checkpoint, folder = trained
+    states = Path(shutil.copytree(folder / "hidden_states", tmp_path / "states"))
+    (states / "hs_1.safetensors").unlink()
+    arguments = AcceptanceArguments(str(checkpoint), str(folder), str(tmp_path / "a.json"), str(states))
+    with pytest.raises(PeagleError, match="1 of"):
+        acceptance(arguments)
+    rows = len(HiddenStatesDataset(folder).data)
+    report = acceptance(replace(arguments, skip_rows=[1, 1]))
+    assert (report["num_rows"], report["skipped_rows"]) == (rows - 1, [1])
+
+
 def test_generation_drafts_and_accepts_what_the_cached_states_say(
     trained, tiny_verifier, tmp_path, monkeypatch, capsys
 ):

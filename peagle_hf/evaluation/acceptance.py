@@ -62,6 +62,12 @@ class AcceptanceArguments(Arguments):
             "training.json."
         },
     )
+    skip_rows: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Rows of the prepared dataset to leave out, such as those that extract --skip-rows left out."
+        },
+    )
     total_seq_len: int = field(default=8192, metadata={"help": "Positions in a packed row; longer rows are cut."})
     dtype: str = field(
         default="float32", metadata={"help": "Of the drafter and the verifier's head: float32, bfloat16 or float16."}
@@ -79,7 +85,7 @@ class AcceptanceArguments(Arguments):
             "verifier_revision",
             "trust_remote_code",
         ),
-        "What is measured": ("num_speculative_tokens", "train_data_ratio", "seed"),
+        "What is measured": ("num_speculative_tokens", "train_data_ratio", "seed", "skip_rows"),
         "Computation": ("total_seq_len", "dtype"),
     }
 
@@ -129,7 +135,8 @@ def acceptance(arguments: AcceptanceArguments) -> dict[str, Any]:
     check_cache(cache, verifier, load_verifier_config(verifier, *source), layer_ids, arguments.verifier_revision)
     drafter.load_verifier(verifier, False, False, dtype, *source)
     rows = _kept_back(arguments, folder) if arguments.train_data_ratio is not None else None
-    dataset = HiddenStatesDataset(arguments.data_path, cache, arguments.total_seq_len, rows)
+    skipped = arguments.skip_rows or []
+    dataset = HiddenStatesDataset(arguments.data_path, cache, arguments.total_seq_len, rows, skip_rows=skipped)
     counters, drafts = count(drafter, dataset)
     learnt, correct = counters[:2].tolist()
     report = {
@@ -137,7 +144,8 @@ def acceptance(arguments: AcceptanceArguments) -> dict[str, Any]:
         "drafter_link": link,
         "verifier": verifier,
         "data_path": arguments.data_path,
-        "num_rows": sum(map(len, dataset.plan)),
+        "num_rows": dataset.num_samples,
+        "skipped_rows": sorted(set(skipped)),
         "num_speculative_tokens": config.num_depths,
         "dtype": arguments.dtype,
         **_summarize(drafts),
