@@ -29,6 +29,9 @@ SCALED_ROWS = 4096
 Divergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(log p, log q), each [n, V] -> (the divergence of each row [n], its gradient to q's logits [n, V])."""
 
+RowWeights = Callable[[Tensor], Tensor]
+"""The drafter's probability of the verifier's most likely token, [N] -> how much each row counts in the loss, [N]."""
+
 
 def _kl_div(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     p = log_p.exp()
@@ -119,12 +122,14 @@ def distillation_loss(
     teacher_logits: Callable[[Tensor], Tensor],
     target_N: Tensor,
     weights: Mapping[str, float],
-    row_weight_N: Tensor | None = None,
+    row_weights: RowWeights | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum over rows of a weighted sum of divergences between the verifier's and the drafter's distributions.
 
     Softmaxes are float32 at least, whatever the inputs are. With gradients on, the gradients are formed in the same
-    pass and no logits are kept for the backward pass.
+    pass and no logits are kept for the backward pass. Row weights are constants to the gradient. The hidden states'
+    gradient is multiplied by them after the pass. The gradient of a trained head is a sum over rows, which needs the
+    weights before: then a first pass computes the probabilities alone.
 
     Args:
         student_NH: the drafter's normed hidden states of the learnt rows, sorted by target position.
@@ -133,13 +138,13 @@ def distillation_loss(
         teacher_logits: [u, H] -> [u, V].
         target_N: int64, the row of `teacher_UH` that each row learns from, ascending.
         weights: of `DIVERGENCES`, by name (see `parse_loss`).
-        row_weight_N: float32, how much each row counts. Default: all alike.
+        row_weights: how much each row counts. Default: all alike.
 
     Returns:
         the sum (float32 scalar at least), the drafter's argmax [N] and the verifier's [U], int64 draft token numbers.
     """
     return _DistillationLoss.apply(
-        student_NH, head_VH, teacher_UH, teacher_logits, target_N, dict(weights), row_weight_N
+        student_NH, head_VH, teacher_UH, teacher_logits, target_N, dict(weights), row_weights
     )
 
 
@@ -158,56 +163,88 @@ def chunks(target_N: Tensor, num_targets: int, vocab_size: int) -> Iterator[tupl
 class _DistillationLoss(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, student_NH, head_VH, teacher_UH, teacher_logits, target_N, weights, row_weight_N
+        ctx, student_NH, head_VH, teacher_UH, teacher_logits, target_N, weights, row_weights
     ):
         student_needed, head_needed = ctx.needs_input_grad[:2]
         precision = torch.promote_types(student_NH.dtype, torch.float32)
-        loss = student_NH.new_zeros((), dtype=precision)
+        loss_N, chance_N = student_NH.new_empty(2, student_NH.shape[0], dtype=precision)
         student_top_N = torch.empty_like(target_N)
         teacher_top_U = target_N.new_empty(teacher_UH.shape[0])
         student_grad = torch.empty_like(student_NH) if student_needed else None
         head_grad = torch.zeros_like(head_VH, dtype=precision) if head_needed else None
         head = head_VH.to(student_NH.dtype)
+        weighted_NH = student_NH
+        if head_needed and row_weights is not None:
+            chances = verifier_token_chances(student_NH, head, teacher_UH, teacher_logits, target_N)
+            weighted_NH = (student_NH * row_weights(chances)[:, None]).to(student_NH.dtype)
         for targets, rows in chunks(target_N, teacher_UH.shape[0], head.shape[0]):
             teacher_uV, student_nV = teacher_logits(teacher_UH[targets]), linear(student_NH[rows], head)
+            target_n = target_N[rows] - targets.start
             teacher_norm_u, teacher_top_U[targets] = _normalizers(teacher_uV)
             student_norm_n, student_top_N[rows] = _normalizers(student_nV)
-            chunk_loss, logits_grad_nV = _divergence(
-                student_nV,
-                student_norm_n,
-                teacher_uV,
-                teacher_norm_u,
-                target_N[rows] - targets.start,
-                None if row_weight_N is None else row_weight_N[rows],
-                weights,
+            chance_N[rows] = _chance_of(teacher_top_U[targets][target_n], student_nV, student_norm_n)
+            loss_N[rows], logits_grad_nV = _divergence(
+                student_nV, student_norm_n, teacher_uV, teacher_norm_u, target_n, weights
             )
-            loss += chunk_loss
             if student_grad is not None:
                 student_grad[rows] = linear(logits_grad_nV, head.T)
             if head_grad is not None:
-                head_grad += linear(logits_grad_nV.T, student_NH[rows].T).to(precision)
-        ctx.save_for_backward(student_grad, None if head_grad is None else head_grad.to(head_VH.dtype))
+                head_grad += linear(logits_grad_nV.T, weighted_NH[rows].T).to(precision)
+        row_weight_N = None
+        if row_weights is not None:
+            row_weight_N = row_weights(chance_N)
+            loss_N = loss_N * row_weight_N
+        ctx.save_for_backward(student_grad, None if head_grad is None else head_grad.to(head_VH.dtype), row_weight_N)
         ctx.mark_non_differentiable(student_top_N, teacher_top_U)
-        return loss, student_top_N, teacher_top_U
+        return loss_N.sum(), student_top_N, teacher_top_U
 
     @staticmethod
     def backward(ctx, loss_grad, *_):  # type: ignore[no-untyped-def]
-        student_grad, head_grad = ctx.saved_tensors
+        student_grad, head_grad, row_weight_N = ctx.saved_tensors
+        row_scale = loss_grad if row_weight_N is None else loss_grad * row_weight_N[:, None]
         return (
-            None if student_grad is None else _scaled(student_grad, loss_grad),
+            None if student_grad is None else _scaled(student_grad, row_scale),
             None if head_grad is None else _scaled(head_grad, loss_grad),
             *[None] * 5,
         )
 
 
 def _scaled(grad_NH: Tensor, scale: Tensor) -> Tensor:
-    """A gradient times a scalar that isn't rounded to the gradient's dtype: in bfloat16 1/N is off by up to 0.4 %."""
+    """A gradient times a scale that isn't rounded to the gradient's dtype: in bfloat16 1/N is off by up to 0.4 %.
+
+    Args:
+        scale: a scalar, or [N, 1].
+    """
     if grad_NH.dtype == scale.dtype:
         return grad_NH * scale
     scaled_NH = torch.empty_like(grad_NH)
-    for part, scaled in zip(grad_NH.split(SCALED_ROWS), scaled_NH.split(SCALED_ROWS), strict=True):
-        scaled.copy_(part.to(scale.dtype) * scale)
+    parts = (tensor.split(SCALED_ROWS) for tensor in (grad_NH, scale.expand(len(grad_NH), 1), scaled_NH))
+    for part, factor, scaled in zip(*parts, strict=True):
+        scaled.copy_(part.to(factor.dtype) * factor)
     return scaled_NH
+
+
+@torch.no_grad()
+def verifier_token_chances(
+    student_NH: Tensor,
+    head_VH: Tensor,
+    teacher_UH: Tensor,
+    teacher_logits: Callable[[Tensor], Tensor],
+    target_N: Tensor,
+) -> Tensor:
+    """The drafter's probability of the verifier's most likely token, [N]; arguments as of `distillation_loss`."""
+    chance_N = student_NH.new_empty(student_NH.shape[0], dtype=torch.promote_types(student_NH.dtype, torch.float32))
+    for targets, rows in chunks(target_N, teacher_UH.shape[0], head_VH.shape[0]):
+        _, teacher_top_u = _normalizers(teacher_logits(teacher_UH[targets]))
+        student_nV = linear(student_NH[rows], head_VH)
+        student_norm_n, _ = _normalizers(student_nV)
+        chance_N[rows] = _chance_of(teacher_top_u[target_N[rows] - targets.start], student_nV, student_norm_n)
+    return chance_N
+
+
+def _chance_of(token_n: Tensor, logits_nV: Tensor, norm_n: Tensor) -> Tensor:
+    """The probability [n] of one token a row."""
+    return (logits_nV.gather(-1, token_n[:, None]).squeeze(-1).to(norm_n.dtype) - norm_n).exp()
 
 
 def _normalizers(logits_nV: Tensor) -> tuple[Tensor, Tensor]:
@@ -226,15 +263,39 @@ def _divergence(
     teacher_uV: Tensor,
     teacher_norm_u: Tensor,
     target_n: Tensor,
-    row_weight_n: Tensor | None,
     weights: dict[str, float],
 ) -> tuple[Tensor, Tensor]:
-    """The weighted divergences, summed over the rows, and the gradient to the student's logits."""
+    """The weighted sum of the divergences of each row [n], and its gradient to the student's logits."""
     log_q = student_nV.to(student_norm_n.dtype) - student_norm_n[:, None]
     log_p = teacher_uV[target_n].to(teacher_norm_u.dtype) - teacher_norm_u[target_n][:, None]
     parts = [(weight, *DIVERGENCES[name](log_p, log_q)) for name, weight in weights.items()]
     loss_n = sum(weight * losses for weight, losses, _ in parts)
     grad = sum(weight * grads for weight, _, grads in parts)
-    if row_weight_n is not None:
-        loss_n, grad = loss_n * row_weight_n, grad * row_weight_n[:, None]
-    return loss_n.sum(), grad.to(student_nV.dtype)  # type: ignore[union-attr]
+    return loss_n, grad.to(student_nV.dtype)  # type: ignore[return-value, union-attr]
+
+
+def survival_weights(
+    chance_N: Tensor, anchors_N: Tensor, depths_N: Tensor, num_positions: int, num_depths: int, alpha: float
+) -> Tensor:
+    r"""How much each row counts by what it adds to the length that its rollout is expected to be accepted for.
+
+    With \(q_i\) the drafter's probability of the verifier's token at depth i, a row at depth j counts
+    \(w_j = \sum_{m \ge j} \prod_{i \le m} ((1 - \alpha) q_i + \alpha)\), over the learnt rows of its rollout that COD
+    kept: deep rows count where the drafter is likely to get there, and shallow ones as much as depends on them (after
+    D-PACE's weights of the positions of a block). A rollout is never cut, so no weight depends on how a batch is cut.
+
+    Args:
+        chance_N: q of the learnt rows.
+        anchors_N: int64, below `num_positions`.
+        depths_N: int64, below `num_depths`; a rollout has each at most once.
+        alpha: in [0, 1]; 0 takes q as it is, 1 makes every chance 1.
+
+    Returns:
+        [N], in the dtype of `chance_N`.
+    """
+    survival = chance_N.new_ones(num_positions, num_depths)
+    kept = torch.zeros_like(survival)
+    survival[anchors_N, depths_N] = (1 - alpha) * chance_N + alpha
+    kept[anchors_N, depths_N] = 1
+    reached = survival.cumprod(1) * kept
+    return reached.flip(1).cumsum(1).flip(1)[anchors_N, depths_N]

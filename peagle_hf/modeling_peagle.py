@@ -24,7 +24,7 @@ from .cod import Spans, find_spans
 from .configuration_peagle import PeagleConfig
 from .errors import PeagleError
 from .fusion import fuse_on_gpu
-from .losses import CHUNK_ELEMENTS, distillation_loss, parse_loss
+from .losses import CHUNK_ELEMENTS, distillation_loss, parse_loss, survival_weights
 from .metrics import count_by_depth, follow_rollouts, outcomes_by_anchor
 from .target import VerifierHead, hub_verifier, load_embedding
 
@@ -331,6 +331,7 @@ class PeagleForSpeculation(PreTrainedModel):
     Attributes:
         loss_weights: what the loss is made of, see `losses.parse_loss`.
         depth_loss_decay: in training a row of depth d counts this to the power d.
+        dpace_alpha: and as much as `losses.survival_weights` says with this alpha; None: all alike.
     """
 
     config_class = PeagleConfig
@@ -369,6 +370,7 @@ class PeagleForSpeculation(PreTrainedModel):
         self.__dict__["verifier_head"] = self.__dict__["draft_head"] = None
         self.loss_weights = parse_loss("kl_div")
         self.depth_loss_decay = 1.0
+        self.dpace_alpha: float | None = None
         self.model_tags = list(HUB_TAGS)
         self._check_attention()
         self.post_init()
@@ -548,13 +550,21 @@ class PeagleForSpeculation(PreTrainedModel):
         with torch.no_grad():
             teacher = draft_head.normalize(target_states[0])
 
+        def weights_by_chance(chance: Tensor) -> Tensor:
+            anchors_N, depths_N = anchor[learnt_rows[0]], depth[learnt_rows[0]]
+            row_weight = self.depth_loss_decay ** depths_N.to(chance.dtype)
+            if self.dpace_alpha is None:
+                return row_weight
+            sizes = document_ids.numel(), self.config.num_depths
+            return row_weight * survival_weights(chance, anchors_N, depths_N, *sizes, self.dpace_alpha)
+
         def loss_of(states: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             if self.heads_are_one and not weight.requires_grad:
                 draft_head.weight = weight.detach()
             index = target_index[0]
-            decay = self.depth_loss_decay if self.training else 1.0
-            row_weight = None if decay == 1 else decay ** depth[learnt_rows[0]].float()
-            return distillation_loss(states, weight, teacher, draft_head.logits, index, self.loss_weights, row_weight)
+            is_weighted = self.training and (self.depth_loss_decay != 1 or self.dpace_alpha is not None)
+            row_weights = weights_by_chance if is_weighted else None
+            return distillation_loss(states, weight, teacher, draft_head.logits, index, self.loss_weights, row_weights)
 
         loss, student_N, teacher_U = self.lm_head(states[0], loss_of)
         token_ids = self.draft_token_ids

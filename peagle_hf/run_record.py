@@ -82,10 +82,9 @@ ON_RESUME: dict[str, str] = {
     **_names(REFUSED, "train_sampling_strategy group_by_length length_column_name accelerator_config"),
     **_names(REFUSED, "remove_unused_columns label_names average_tokens_across_devices"),
     # The loss, the optimizer's kind and the precision.
-    **_names(
-        REFUSED, "loss_fn depth_loss_decay optim optim_args optim_target_modules bf16 fp16 label_smoothing_factor"
-    ),
-    **_names(REFUSED, "neftune_noise_alpha use_liger_kernel liger_kernel_config"),
+    **_names(REFUSED, "loss_fn depth_loss_decay per_position_loss_weight dpace_alpha optim optim_args bf16 fp16"),
+    **_names(REFUSED, "optim_target_modules label_smoothing_factor neftune_noise_alpha use_liger_kernel"),
+    **_names(REFUSED, "liger_kernel_config"),
     # What is trained.
     **_names(REFUSED, "speculator_type train_head lora_r lora_alpha lora_dropout lora_modules_to_save"),
     **_names(BY_CONTENT, "data_path hidden_states_path verifier_name_or_path verifier_revision from_pretrained"),
@@ -439,6 +438,7 @@ def record_of_earlier_version(training: Mapping[str, Any]) -> RunRecord:
         "depth_loss_decay": "depth_loss_decay",
     }
     arguments = {argument: training[name] for name, argument in names.items() if training.get(name) is not None}
+    arguments["per_position_loss_weight"] = "uniform" if training.get("dpace_alpha") is None else "dpace"
     optimizer = str(training.get("optimizer") or "").partition(",")[0]
     return RunRecord(
         arguments=arguments,

@@ -265,6 +265,7 @@ class PeagleTrainer(Trainer):
                     module.set_attn_implementation("flex_attention")
                 module.loss_weights = parse_loss(self.args.loss_fn)
                 module.depth_loss_decay = self.args.depth_loss_decay
+                module.dpace_alpha = self.args.dpace_alpha if self.args.per_position_loss_weight == "dpace" else None
             if isinstance(module, PeagleLayer):
                 module.keep_attention = self.args.keep_attention
         for parameter in self.model.parameters():
@@ -962,6 +963,7 @@ class PeagleTrainer(Trainer):
             "chat_template_kwargs": options and options.kwargs,
             "loss": args.loss_fn,
             "depth_loss_decay": args.depth_loss_decay,
+            "dpace_alpha": args.dpace_alpha if args.per_position_loss_weight == "dpace" else None,
             "epochs": self.state.epoch or 0.0,
             "steps": self.state.global_step,
             "rows_per_step": args.world_size * args.train_batch_size * args.gradient_accumulation_steps,

@@ -47,11 +47,20 @@ _RANGES = {
     **dict.fromkeys(("seed", "data_seed"), (0, 2**32 - 1)),
     "down_sample_ratio": (0, 1),
     "down_sample_ratio_min": (0, 1),
+    "dpace_alpha": (0, 1),
     "train_data_ratio": (0, 1),
 }
 """The least and the greatest values of arguments that are numbers."""
 _ABOVE_0 = (
-    *("num_train_epochs", "learning_rate", "depth_loss_decay", "logging_steps", "save_steps", "eval_steps"),
+    *(
+        "num_train_epochs",
+        "learning_rate",
+        "depth_loss_decay",
+        "dpace_alpha",
+        "logging_steps",
+        "save_steps",
+        "eval_steps",
+    ),
     *("memory_budget", "train_data_ratio", "down_sample_ratio", "request_timeout"),
 )
 GENERATE_WORKERS = min(4, os.cpu_count() or 1)
@@ -163,6 +172,20 @@ class PeagleTrainingArguments(TrainingArguments):
     depth_loss_decay: float = field(
         default=1.0,
         metadata={"help": "In the training loss the rows of depth d count this to the power d. 1: all rows alike."},
+    )
+    per_position_loss_weight: Literal["dpace", "uniform"] = field(
+        default="dpace",
+        metadata={
+            "help": "How rows count in the training loss. dpace: by what a row adds to the expected acceptance length "
+            "of its rollout, by the drafter's own probabilities. uniform: all alike."
+        },
+    )
+    dpace_alpha: float = field(
+        default=0.5,
+        metadata={
+            "help": "In (0, 1]: dpace takes (1 - alpha) q + alpha for the drafter's probability q of the verifier's "
+            "token, so that deep rows count where q is still small."
+        },
     )
     train_head: bool = field(default=False, metadata={"help": "Also train the drafter's head."})
     sequence_partitions: str = field(
@@ -346,6 +369,8 @@ class PeagleTrainingArguments(TrainingArguments):
             "max_anchors",
             "loss_fn",
             "depth_loss_decay",
+            "per_position_loss_weight",
+            "dpace_alpha",
         ),
         "Training": (
             "num_train_epochs",

@@ -90,20 +90,76 @@ def test_a_weighted_sum_of_losses():
     torch.testing.assert_close(grads, expected_grads)
 
 
-def test_rows_count_as_much_as_they_are_weighted():
-    student, head, *rest = inputs(torch.float64)
-    row_weight = torch.rand(student.shape[0], dtype=student.dtype)
-    weighted = losses.distillation_loss(student, head, *rest, {"kl_div": 1.0}, row_weight)[0]
-    grads = torch.autograd.grad(weighted, (student, head))
-    by_row = torch.stack(
-        [
-            losses.distillation_loss(student, head, *rest, {"kl_div": 1.0}, one)[0]
-            for one in torch.eye(student.shape[0], dtype=student.dtype)
-        ]
-    )
-    torch.testing.assert_close(weighted, by_row @ row_weight)
-    for grad, wanted in zip(grads, torch.autograd.grad(by_row @ row_weight, (student, head)), strict=True):
-        torch.testing.assert_close(grad, wanted)
+def squared_chance(chance):
+    return chance.square() + 0.1
+
+
+@pytest.mark.parametrize("chunk_elements", [5 * V, 1 << 20])
+@pytest.mark.parametrize("head_is_trained", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.bfloat16, 2e-2)])
+def test_row_weights_follow_the_drafter_and_are_constants_to_the_gradient(
+    monkeypatch, chunk_elements, head_is_trained, dtype, tolerance
+):
+    """Weights of the drafter's probability of the verifier's token, against whole softmaxes and autograd."""
+    monkeypatch.setitem(losses.CHUNK_ELEMENTS, "cpu", chunk_elements)
+    student, head, teacher, teacher_logits, target = inputs(dtype)
+    head.requires_grad_(head_is_trained)
+    wanted = [student, head] if head_is_trained else [student]
+    precision = torch.promote_types(dtype, torch.float32)
+    p = F.softmax(teacher_logits(teacher).to(precision), -1)[target]
+    q = F.softmax(F.linear(student, head).to(precision), -1)
+    chance = q.gather(-1, p.argmax(-1, keepdim=True)).squeeze(-1).detach()
+    expected = (squared_chance(chance) * kl(p, q)).sum()
+    given = []
+
+    def row_weights(chances):
+        given.append(chances)
+        return squared_chance(chances)
+
+    arguments = (student, head, teacher, teacher_logits, target, {"kl_div": 1.0})
+    loss = losses.distillation_loss(*arguments, row_weights)[0]
+    torch.testing.assert_close(loss, expected, rtol=tolerance, atol=tolerance)
+    for chances in given:
+        torch.testing.assert_close(chances, chance, rtol=tolerance, atol=tolerance)
+    expected_grads = torch.autograd.grad(expected * 0.3, wanted)
+    for grad, expected_grad in zip(torch.autograd.grad(loss * 0.3, wanted), expected_grads, strict=True):
+        assert ((grad - expected_grad).float().norm() / expected_grad.float().norm()).item() < tolerance
+    same = losses.distillation_loss(*arguments, torch.ones_like)
+    unweighted = losses.distillation_loss(*arguments)
+    for one, other in zip(same, unweighted, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_survival_weights_are_the_formula(alpha):
+    """In float64 against loops, with rollouts cut at any depth, none, and one whose first row isn't learnt."""
+    generator = torch.Generator().manual_seed(0)
+    num_positions, num_depths = 40, 6
+    rows = []
+    for anchor in range(0, num_positions, 2):
+        length = int(torch.randint(0, num_depths + 1, (1,), generator=generator))
+        rows += [(anchor, depth) for depth in range(anchor == 20, length)]
+    rows = [rows[index] for index in torch.randperm(len(rows), generator=generator)]
+    chance = torch.rand(len(rows), generator=generator, dtype=torch.float64)
+    anchors, depths = torch.tensor(rows).T
+
+    def survival(anchor, depth):
+        row = (anchor, depth)
+        return 1.0 if row not in rows else (1 - alpha) * float(chance[rows.index(row)]) + alpha
+
+    def weight(anchor, depth):
+        total = 0.0
+        for last in range(depth, num_depths):
+            if (anchor, last) in rows:
+                product = 1.0
+                for earlier in range(last + 1):
+                    product *= survival(anchor, earlier)
+                total += product
+        return total
+
+    found = losses.survival_weights(chance, anchors, depths, num_positions, num_depths, alpha)
+    expected = torch.tensor([weight(*row) for row in rows], dtype=torch.float64)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("loss_fn", ["kl", "{}", "[1]", '{"kl_div": "much"}', '{"kl": 1}', "{"])

@@ -34,12 +34,13 @@ def test_a_batch_that_teaches_nothing_gives_no_loss_and_no_gradient():
 
 @pytest.mark.parametrize("lengths", [LENGTHS, (107,)])
 @pytest.mark.parametrize("num_parts", [2, 3, 7])
-@pytest.mark.parametrize("window", [None, 9])
-def test_parts_add_up_to_the_whole(lengths, num_parts, window):
+@pytest.mark.parametrize(("window", "dpace_alpha"), [(None, None), (9, None), (None, 0.5)])
+def test_parts_add_up_to_the_whole(lengths, num_parts, window, dpace_alpha):
     layer = {"sliding_window": window, "layer_types": ["sliding_attention"] * 2} if window else {}
     config = make_config(layer=layer)
     # The norms round to float32.
     drafter, batch = make_drafter(config).double().train(), make_batch(config, lengths)
+    drafter.dpace_alpha = dpace_alpha
     drafter.verifier_head.double()
     drafter.draft_head.double()
     num_items = int((batch["labels"] != -100).sum())

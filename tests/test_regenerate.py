@@ -1228,11 +1228,12 @@ def test_bundled_prompts_are_of_many_kinds(bundle):
     kinds = Counter(row["category"] for row in bundle["eval_prompts"])
     assert len(bundle["eval_prompts"]) == 80
     assert set(kinds.values()) == {10}
+    assert Counter(row["category"] for row in bundle["test_prompts"]) == dict.fromkeys(kinds, 20)
     training = Counter(row["category"] for row in bundle["train_prompts"])
     assert len(training) == 10
     assert min(training.values()) >= 33
     assert kinds.keys() <= training.keys()
-    everything = bundle["train_prompts"] + bundle["eval_prompts"]
+    everything = bundle["train_prompts"] + bundle["eval_prompts"] + bundle["test_prompts"]
     assert len({row["question_id"] for row in everything}) == len(everything)
     for row in everything:
         assert len(row["turns"]) in ((2, 3) if row["category"] == "multi_turn" else (1,))
@@ -1246,7 +1247,8 @@ def test_bundled_prompts_do_not_resemble_each_other(bundle):
         words = "".join(c if c.isalnum() or c == "_" else " " for c in " ".join(turns).lower()).split()
         return {tuple(words[i : i + 5]) for i in range(max(1, len(words) - 4))}
 
-    grams = [words(row) for name in ("train_prompts", "eval_prompts") for row in bundle[name]]
+    names = ("train_prompts", "eval_prompts", "test_prompts")
+    grams = [words(row) for name in names for row in bundle[name]]
     for one, other in itertools.combinations(grams, 2):
         if shared := len(one & other):
             assert shared / (len(one) + len(other) - shared) <= 0.5

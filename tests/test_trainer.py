@@ -32,6 +32,7 @@ from peagle_hf.data.partition import partition_every_row
 from peagle_hf.data.prepare import PrepareArguments, prepare
 from peagle_hf.evaluation.acceptance import count
 from peagle_hf.metrics import summarize
+from peagle_hf.run_record import record_of_earlier_version
 from peagle_hf.target import load_embedding
 from peagle_hf.training import build_datasets, build_drafter, train
 
@@ -116,12 +117,32 @@ def test_a_checkpoint_of_the_model_only_is_not_resumed_from(train_flags):
         ({"remove_unused_columns": True}, "must stay False"),
         ({"optim_args": "momentum=0.9"}, "for the Trainer's own optimizers"),
         ({"sequence_partitions": 0}, "Give a number of parts"),
+        ({"dpace_alpha": 0.0}, "--dpace-alpha is 0.0 but must be above 0"),
+        ({"dpace_alpha": 1.5}, "--dpace-alpha"),
     ],
 )
 def test_arguments_that_would_break_or_do_nothing_are_refused(changes, words):
     with pytest.raises(PeagleError, match=words):
         PeagleTrainingArguments(use_cpu=True, **changes)
     assert PeagleTrainingArguments(use_cpu=True, sequence_partitions=4).sequence_partitions == "4"
+
+
+@pytest.mark.parametrize("head", [{}, {"train_head": True}], ids=str)
+def test_row_weights_are_in_the_training_loss_alone(train_flags, tmp_path, head):
+    """The first step's loss depends on them, validation before it doesn't, and the record says which they were."""
+    common = {"max_steps": 1, "eval_on_start": True, "save_strategy": "no", **head}
+    changes = {"even": {"per_position_loss_weight": "uniform"}, "default": {}, "flat": {"dpace_alpha": 1.0}}
+    runs = {name: run(train_flags, **common, **own, output_dir=str(tmp_path / name)) for name, own in changes.items()}
+    validated = [logged(trainer, "eval_loss")[0] for trainer in runs.values()]
+    assert validated == [validated[0]] * 3
+    assert len({losses(trainer)[0] for trainer in runs.values()}) == 3
+    assert {name: trainer.record()["dpace_alpha"] for name, trainer in runs.items()} == {
+        "even": None,
+        "default": 0.5,
+        "flat": 1.0,
+    }
+    earlier = record_of_earlier_version({"loss": "kl_div"})  # which had no such weights
+    assert earlier.arguments["per_position_loss_weight"] == "uniform"
 
 
 def logged(trainer, name):
@@ -186,7 +207,7 @@ def test_learning_lowers_the_loss_and_logs_by_depth(train_flags):
     assert log["acceptance_length"] == pytest.approx(1 + sum(log[f"acceptance_{depth}"] for depth in range(3)))
 
 
-SPOILING = {"learning_rate": 0.1, "lr_scheduler_type": "constant"}
+SPOILING = {"learning_rate": 0.1, "lr_scheduler_type": "constant", "per_position_loss_weight": "uniform"}
 """The loss is lowest in a later epoch than that of the highest acceptance length, which is not the last."""
 
 
@@ -402,11 +423,14 @@ def test_loader_workers_change_no_loss(train_flags, tmp_path, workers):
 
 
 def test_accumulation_gives_the_loss_of_the_larger_batch(train_flags, tmp_path):
-    """One optimizer step over the same rows: 1 x 2 and 2 x 1 agree to float32 rounding (relative 1e-5 in the loss)."""
+    """One optimizer step over the same rows: 1 x 2 and 2 x 1 agree to float32 rounding (relative 1e-5 in the loss).
+
+    The weights agree less, as Muon's iteration runs in bfloat16; the test after this one has the exact comparison.
+    """
     large = run(train_flags, per_device_train_batch_size=2, max_steps=1)
     small = run(train_flags, gradient_accumulation_steps=2, max_steps=1, output_dir=str(tmp_path / "a"))
     assert losses(small) == pytest.approx(losses(large), rel=1e-5)
-    torch.testing.assert_close(weights(small), weights(large), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(weights(small), weights(large), rtol=1e-4, atol=5e-5)
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.float64], ids=str)
