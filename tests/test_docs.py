@@ -101,7 +101,7 @@ def test_command_line_page_has_every_flag():
 def test_the_page_of_faults_has_every_mark():
     marked = [fault for path in sorted(ROOT.glob("tests/test_*.py")) for fault in faults(path)]
     rows = [line for line in faults_page().splitlines() if line.startswith("| ") and "what happens" not in line]
-    assert len(rows) == len(marked)
+    assert len(rows) == len(marked) >= 60
     assert len({injected for injected, _, _ in marked}) == len(marked), "two faults that are described alike"
     assert all(injected and outcome for injected, outcome, _ in marked)
 

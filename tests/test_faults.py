@@ -35,6 +35,10 @@ def start(*command):
     )
 
 
+@pytest.mark.fault(
+    "Training is killed with SIGTERM or SIGKILL while it saves, exports or removes a checkpoint",
+    "A rerun ends with the same weights as a run that was never killed.",
+)
 @pytest.mark.parametrize(
     ("point", "killer", "newest"),
     [
@@ -70,6 +74,10 @@ def test_killed_in_the_middle_of_a_save(train_flags, tmp_path, point, killer, ne
     assert set(os.listdir(folder)) >= {"3", "checkpoint_best"}
 
 
+@pytest.mark.fault(
+    "SIGTERM to a training with the Trainer's enable_jit_checkpoint",
+    "It saves and ends, and a rerun goes on from there.",
+)
 @pytest.mark.slow
 def test_sigterm_with_a_jit_checkpoint_saves_and_ends(train_flags, tmp_path):
     """The Trainer's own `enable_jit_checkpoint`: it saves three seconds after SIGTERM and ends in order.
@@ -104,6 +112,9 @@ FULL = {
 }
 
 
+@pytest.mark.fault(
+    "The disk fills up while a checkpoint is saved", "An error names the file, and the checkpoint before is whole."
+)
 @pytest.mark.parametrize("file", FULL)
 def test_a_full_disk_keeps_the_checkpoint_before(train_flags, tmp_path, monkeypatch, file):
     """The errors are those that the libraries raise on a full disk, after half of the file is written."""
@@ -135,6 +146,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(train_flags, tmp_path, monkeypa
     assert losses(train(PeagleTrainingArguments(**cut))) == losses(whole)
 
 
+@pytest.mark.fault("The output folder can't be written to", "An error names it before the first step.")
 def test_a_folder_that_can_not_be_written_is_named_before_training(train_flags, tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "checkpoints"):
@@ -142,6 +154,7 @@ def test_a_folder_that_can_not_be_written_is_named_before_training(train_flags, 
             train(PeagleTrainingArguments(**{**train_flags, "output_dir": str(folder)}))
 
 
+@pytest.mark.fault("A folder has no permission to write", "An error names the folder.")
 def test_a_folder_without_permission_is_named(tmp_path):
     folder = tmp_path / "checkpoints"
     folder.mkdir(mode=0o500)

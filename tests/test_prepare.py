@@ -1004,6 +1004,10 @@ def test_a_dataset_of_another_program_is_left_alone(arguments):
     assert contents(folder) == before
 
 
+@pytest.mark.fault(
+    "A row of the data is malformed when a dataset is prepared anew",
+    "An error names the line, and the older dataset stays as it was.",
+)
 def test_a_failure_leaves_the_older_dataset(arguments):
     folder = prepare(arguments)
     before = contents(folder)
@@ -1013,6 +1017,9 @@ def test_a_failure_leaves_the_older_dataset(arguments):
     assert contents(folder) == before
 
 
+@pytest.mark.fault(
+    "The disk fills up while a dataset is prepared", "An error names the folder, and nothing half written stays."
+)
 def test_a_full_disk_leaves_nothing_behind(arguments, monkeypatch):
     def save(content, path):
         raise OSError(errno.ENOSPC, "No space left on device")
