@@ -22,7 +22,7 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from types import FrameType
@@ -41,6 +41,7 @@ _OUT_OF_MEMORY = (
     "--num-depths need less. For the verifier, take a smaller --max-batch-tokens or --batch-size."
 )
 _verbosity = logging.INFO
+_sigterm_handler: Callable[[int, FrameType | None], None] | None = None
 
 
 @contextmanager
@@ -167,19 +168,26 @@ def _end(code: int, message: str | None = None) -> NoReturn:
 
 def _end_at_sigterm(prog: str) -> None:
     """Turn SIGTERM into `SystemExit`, so that temporary files and child processes are cleaned up on the way out."""
-    process_id = os.getpid()
+    global _sigterm_handler
 
     def end(number: int, frame: FrameType | None) -> None:
-        if os.getpid() != process_id:  # a forked worker of a data loader, which has nothing to clean up
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGTERM)
-            return
         _end(TERMINATED, f"\n{prog}: ended by SIGTERM. The same command goes on where finished work was kept.")
 
     try:
         signal.signal(signal.SIGTERM, end)
     except ValueError:  # not in the main thread: whoever runs this there handles signals
         return
+    _sigterm_handler = end
+
+
+def _end_forked_at_once() -> None:
+    """Let SIGTERM end a forked worker process at once, also while it waits for a lock: it has nothing to clean up."""
+    if _sigterm_handler is not None and signal.getsignal(signal.SIGTERM) is _sigterm_handler:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_end_forked_at_once)
 
 
 def _unexpected(error: Exception, prog: str, argv: Sequence[str]) -> str:
