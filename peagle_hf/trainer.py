@@ -495,6 +495,8 @@ class PeagleTrainer(Trainer):
 
     def _resumable(self, resume_from_checkpoint: str | bool | None, trial: Any) -> Path | None:
         """The checkpoint that training goes on from, if it does."""
+        if trial is not None and not resume_from_checkpoint:
+            return None  # a trial's folder may be named after parameters that are chosen later
         run_folder = Path(self._get_output_dir(trial))
         recover(run_folder)
         if resume_from_checkpoint is True:

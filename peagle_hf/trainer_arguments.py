@@ -1,6 +1,7 @@
 """Which arguments of the Hugging Face Trainer work here, which are refused, and which need another one to matter."""
 
 import copy
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from transformers.training_args import OptimizerNames
 
 from .arguments import default_of, flag_of, plain
 from .errors import PeagleError
+
+logger = logging.getLogger(__name__)
 
 WORKS = frozenset(
     (
@@ -254,19 +257,12 @@ def check_contradictions(args: TrainingArguments) -> None:
             raise PeagleError(message.format(args=args))
 
 
-def check_needs(args: TrainingArguments) -> None:
-    """Refuse arguments that would do nothing beside the others (see `NEEDS`).
-
-    Raises:
-        PeagleError: names the flag and what it needs.
-    """
+def warn_of_unused(args: TrainingArguments) -> None:
+    """Name arguments that have no effect beside the others (see `NEEDS`); one file may hold them for several runs."""
     for names, holds, words in NEEDS:
         for name in names:
             if is_given(args, name) and not holds(args):
-                raise PeagleError(
-                    f"{flag_of(name)} is {getattr(args, name)} but does nothing without {words}. Leave it out, or add "
-                    "that."
-                )
+                logger.warning("%s %s has no effect without %s.", flag_of(name), getattr(args, name), words)
 
 
 def check_values(args: Any) -> None:

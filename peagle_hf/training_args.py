@@ -28,13 +28,13 @@ from .target import hub_verifier
 from .trainer_arguments import (
     check_contradictions,
     check_names_of_trainer,
-    check_needs,
     check_optimizer,
     check_scheduler,
     check_tracker,
     check_values,
     has_bfloat16,
     refused_arguments,
+    warn_of_unused,
 )
 
 _RANGES = {
@@ -466,7 +466,7 @@ class PeagleTrainingArguments(TrainingArguments):
             self.lr_scheduler_kwargs = {"mode": "max" if self.greater_is_better else "min", **given}
         check_scheduler(self)
         check_values(self)
-        check_needs(self)
+        warn_of_unused(self)
         for tracker in self.report_to or []:
             check_tracker(tracker)
 

@@ -154,7 +154,7 @@ def test_other_weights_are_measured_anew(arguments, server, drafter, tmp_path, c
 
     server.chat_fault = move
     report = evaluate(arguments(model=str(best), rounds=1))
-    assert "drafters is ['sha256" in caplog.text
+    assert "drafters is ['config" in caplog.text
     assert report["drafter"] == str(tmp_path / "2")
     assert report["drafter_link"] == str(best)
     page = (tmp_path / "out" / "evaluation.html").read_text()

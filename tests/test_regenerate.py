@@ -810,7 +810,7 @@ def test_another_model_of_the_same_name_is_refused(target, prompts, tmp_path):
     with torch.no_grad():
         model.lm_head.weight.mul_(-1)
     model.save_pretrained(second)
-    with pytest.raises(PeagleError, match=r"other arguments \(weights: sha256 "):
+    with pytest.raises(PeagleError, match=r"other arguments \(weights: config "):
         run(second, tmp_path / "chats.jsonl", prompts=str(prompts))
 
 

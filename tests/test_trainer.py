@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from test_staleness import fine_tune
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from peagle_hf import (
@@ -558,9 +559,8 @@ def test_one_process_with_several_gpus_is_refused_before_any_work(train_flags, m
 
 
 def test_a_cache_of_another_verifier_is_refused_by_both_names(train_flags, tmp_path, tiny_verifier):
-    import shutil
-
     other = shutil.copytree(tiny_verifier, tmp_path / "other-verifier")
+    fine_tune(other)
     with pytest.raises(PeagleError, match=f"{tiny_verifier}.*other-verifier"):
         train(PeagleTrainingArguments(**{**train_flags, "verifier_name_or_path": str(other)}))
 
@@ -572,7 +572,7 @@ def test_a_folder_that_can_not_be_resumed_from_is_named(train_flags, tmp_path):
 
 def test_resuming_another_configuration_names_the_fields(train_flags):
     run(train_flags, num_train_epochs=1)
-    with pytest.raises(PeagleError, match=r"down_sample_ratio \(there 0.7, here 0.5\).*--output-dir"):
+    with pytest.raises(PeagleError, match=r"down_sample_ratio \(there 0.7, here 0.5\).*--save-path"):
         run(train_flags, resume=True, down_sample_ratio=0.5)
     with pytest.raises(PeagleError, match=r"transformer_layer_config.num_hidden_layers \(there 2, here 1\)"):
         run(train_flags, resume=True, num_layers=1)

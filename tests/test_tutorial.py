@@ -160,7 +160,7 @@ def test_every_command_with_a_template_that_rewrites_earlier_answers(
     for name in ("config.json", "model.safetensors", "optimizer_state_dict.pt", "scheduler_state_dict.pt"):
         assert (checkpoints / "1" / name).exists()
     best = (checkpoints / "checkpoint_best").readlink()
-    assert f"checkpoint_best -> {best}, the epoch with the highest eval_acceptance_length" in caplog.text
+    assert f"checkpoint_best -> {best}, the checkpoint with the highest eval_acceptance_length" in caplog.text
     assert "With --metric-for-best-model loss the lowest validation loss chooses" in caplog.text
     peagle_hf(f"{SERVE} --dry-run")
 
@@ -226,7 +226,7 @@ def test_the_best_checkpoint_goes_by_acceptance_or_by_the_tutorials_rule(train_f
     longest = max(range(5), key=lambda epoch: entries[epoch]["eval_acceptance_length"])
     assert lowest != longest
     assert (folder / "checkpoint_best").readlink() == Path(str(longest))
-    assert f"checkpoint_best -> {longest}, the epoch with the highest eval_acceptance_length" in caplog.text
+    assert f"checkpoint_best -> {longest}, the checkpoint with the highest eval_acceptance_length" in caplog.text
     train(PeagleTrainingArguments(**{**train_flags, **changes}, metric_for_best_model="loss"))
     assert (folder / "checkpoint_best").readlink() == Path(str(lowest))
-    assert f"checkpoint_best -> {lowest}, the epoch with the lowest eval_loss" in caplog.text
+    assert f"checkpoint_best -> {lowest}, the checkpoint with the lowest eval_loss" in caplog.text
