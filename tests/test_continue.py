@@ -80,7 +80,8 @@ def test_other_depths_and_data_reuse_all_weights(again, first, tiny_verifier, tm
         saved, True
     )
     assert caplog.messages == [
-        f"Reused: all {len(saved)} tensors of {first.resolve()}; sampling changed: num_depths 3 -> 5, max_anchors None -> 9; "
+        f"Reused: all {len(saved)} tensors of {first.resolve()}; sampling changed: num_depths 3 -> 5, "
+        "max_anchors None -> 9; "
         "new: optimizer, schedule and step count."
     ]
     trainer = train(args)

@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -149,8 +150,9 @@ def test_other_weights_are_measured_anew(arguments, server, drafter, tmp_path, c
     best.symlink_to("2")
 
     def move(message: str) -> None:  # and it moves again while it is measured
-        best.unlink(missing_ok=True)
-        best.symlink_to("1")
+        link = tmp_path / f"link of thread {threading.get_ident()}"
+        link.symlink_to("1")
+        link.replace(best)
 
     server.chat_fault = move
     report = evaluate(arguments(model=str(best), rounds=1))
