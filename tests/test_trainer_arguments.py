@@ -384,7 +384,7 @@ def test_the_command_line_refuses_in_one_paragraph(train_flags, capsys):
         main(["train", "--data-path", train_flags["data_path"], "--lora-r", "4", "--use-cpu"])
     assert stopped.value.code == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("peagle-hf train: lora_r adapts a trained drafter: name it with --from-pretrained.")
+    assert error.startswith("peagle-hf train: --lora-r adapts a trained drafter: name it with --from-pretrained.")
 
 
 OWN = {"adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"}
