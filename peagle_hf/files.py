@@ -161,7 +161,13 @@ def _locked(lock_path: Path, written: str | os.PathLike[str], remedy: str) -> It
         try:
             lock = _acquired(lock_path)
         except filelock.Timeout as error:
-            raise PeagleError(f"{written} is being written by another process{_described(holder)}. {remedy}") from error
+            # Where the disk has no locks, a file that isn't empty stands for one, and outlives a process elsewhere.
+            files = (lock_path.with_name(f"{lock_path.name}.soft"), lock_path)
+            stands_for_a_lock = next((path for path in files if path.exists() and path.stat().st_size), None)
+            ended = f" If that process has ended, remove {stands_for_a_lock}." if stands_for_a_lock else ""
+            raise PeagleError(
+                f"{written} is being written by another process{_described(holder)}. {remedy}{ended}"
+            ) from error
         remove_leftovers(lock_path.parent, re.escape(holder.name))
         write_json(holder, {"host": socket.gethostname(), "process": os.getpid()})
     _HELD.add(key)

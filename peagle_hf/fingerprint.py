@@ -72,20 +72,45 @@ def weights_of(name_or_path: str | os.PathLike[str], revision: str | None = None
     return _fingerprint(folder) if Path(name_or_path).is_dir() else folder.name
 
 
-def has_weights(recorded: str | None, name_or_path: str | os.PathLike[str], revision: str | None = None) -> bool | None:
+def has_weights(
+    recorded: str | None,
+    name_or_path: str | os.PathLike[str],
+    revision: str | None = None,
+    made_by: str | None = None,
+) -> bool | None:
     """Whether a model has the weights that were recorded by `weights_of`, by that of an earlier version too.
 
     Earlier versions read only both ends of each file, so that what they recorded fits a model that was changed in
-    between as well. None where the weights weren't known then or aren't now.
+    between as well. A commit of the hub is compared with another commit or a folder by what they hold, if both are on
+    this machine.
+
+    Args:
+        made_by: the name of the model whose weights were recorded.
+
+    Returns:
+        None where the weights weren't known then, or aren't all on this machine now.
     """
     folder = _folder(name_or_path, revision)
     if recorded is None:
         return None
     if recorded.startswith(("sha256 ", "config ")):
-        found = folder and (_ends_of(folder) if recorded.startswith("sha256 ") else _fingerprint(folder))
-    else:
-        found = folder.name if folder else revision
-    return None if found is None else recorded == found
+        if folder is None or not (Path(name_or_path).is_dir() or _is_whole(folder)):
+            return None
+        return recorded == (_ends_of(folder) if recorded.startswith("sha256 ") else _fingerprint(folder))
+    if folder is None:
+        return None if revision is None else recorded == revision
+    if folder.name == recorded:
+        return True
+    then = _folder(made_by, recorded) if made_by else None
+    if then is not None and _is_whole(then) and _is_whole(folder):
+        return _fingerprint(then) == _fingerprint(folder)
+    return None if Path(name_or_path).is_dir() else False
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether all of a model's weights are there: the hub's cache may hold only its configuration, or some shards."""
+    files = _weight_files(folder)
+    return bool(files) and all(file.exists() for file in files)
 
 
 def _folder(name_or_path: str | os.PathLike[str], revision: str | None) -> Path | None:

@@ -185,6 +185,31 @@ def test_a_finished_step_is_done_again_when_something_changed(
         assert sum(message.endswith("finished earlier.") for message in caplog.messages) == 3
 
 
+def test_the_data_of_a_named_split_are_compared_too(pipeline, tmp_path, caplog):
+    (tmp_path / "folder").mkdir()
+    chats = shutil.move(tmp_path / "chats.jsonl", tmp_path / "folder" / "train.jsonl")
+    only = {"output": pipeline["output"], "prepare": pipeline["prepare"] | {"data": [f"{tmp_path}/folder:train"]}}
+    run(tmp_path, only)
+    chats.write_text(chats.read_text().replace("[4, 5,", "[5, 5,"))
+    with pytest.raises(SystemExit):  # prepare keeps a dataset unless it is told to overwrite it
+        run(tmp_path, only)
+    caplog.set_level("INFO")
+    only["prepare"]["overwrite"] = True
+    run(tmp_path, only)
+    assert "prepare: again, because" in caplog.text
+
+
+def test_a_training_that_went_on_by_hand_leaves_the_pipeline_usable(pipeline, tmp_path, caplog):
+    pipeline["train"] |= {"num_train_epochs": 1, "save_total_limit": 3}
+    pipeline["train"].pop("epochs", None)
+    run(tmp_path, pipeline)
+    best = tmp_path / "checkpoints" / "checkpoint_best"
+    shutil.copytree(tmp_path / "checkpoints" / "0", tmp_path / "checkpoints" / "1")
+    best.unlink()
+    best.symlink_to("1")
+    run(tmp_path, pipeline)
+
+
 def test_a_pipeline_that_is_moved_is_finished_there_too(pipeline, tmp_path, tiny_verifier, caplog, monkeypatch):
     old, new = tmp_path / "old", tmp_path / "new"
     old.mkdir()

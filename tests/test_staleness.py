@@ -4,12 +4,14 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import filelock
 import pytest
 import torch
 from conftest import AUX, write_prepared
+from huggingface_hub import try_to_load_from_cache
 from safetensors.torch import load_file, save_file
 from test_prepare import CHATML, hello, make_tokenizer, prepared, write_lines
 from transformers import AutoModelForCausalLM
@@ -169,6 +171,27 @@ def test_states_of_a_fine_tuned_verifier_are_refused_by_all_that_read_them(
         assert "other weights" in capsys.readouterr().err
     cli.main(["cache", "info", folder])
     assert f"Verifier  {verifier} (LlamaForCausalLM), which has other weights now" in capsys.readouterr().out
+
+
+def test_a_hub_model_and_a_copy_of_it_are_compared_by_their_weights(verifier, tmp_path, monkeypatch):
+    """A commit on the hub says nothing about a copy in a folder, or about a commit that changed the README alone."""
+    hub = tmp_path / "models--org--m"
+    for commit in ("c" * 40, "d" * 40):
+        shutil.copytree(verifier, hub / "snapshots" / commit)
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text("d" * 40)
+    monkeypatch.setattr(
+        "peagle_hf.fingerprint.try_to_load_from_cache", partial(try_to_load_from_cache, cache_dir=str(tmp_path))
+    )
+    assert weights_of("org/m") == "d" * 40
+    assert has_weights("c" * 40, "org/m", made_by="org/m") is True
+    assert has_weights("c" * 40, str(verifier), made_by="org/m") is True
+    assert has_weights("e" * 40, str(verifier), made_by="org/m") is None  # a commit that isn't on this machine
+    fine_tune(verifier)
+    assert has_weights("c" * 40, str(verifier), made_by="org/m") is False
+    for path in (hub / "snapshots" / ("d" * 40)).glob("*.safetensors"):
+        path.unlink()
+    assert has_weights(weights_of(verifier), "org/m") is None  # its weights aren't downloaded yet
 
 
 def test_manifests_of_earlier_versions_are_compared_by_their_own_fingerprint(extracted, verifier):

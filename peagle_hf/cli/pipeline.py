@@ -16,7 +16,7 @@ from ..arguments import Arguments, config_path, write_config
 from ..checkpoints import BEST, newest_checkpoint
 from ..data.cache import ROW_FILE, Manifest, cache_folder
 from ..data.prepared import CHAT_TEMPLATE_FILE, DATASET_INFO, read_prepare_record, rows_fingerprint
-from ..data.sources import data_sha256
+from ..data.sources import data_sha256, is_local_file
 from ..errors import PeagleError
 from ..files import locked_folder, read_json, remove_leftovers, write_json
 from ..fingerprint import file_fingerprint, weights_of
@@ -109,7 +109,9 @@ def _run_step(step: str, arguments: Any, section: dict[str, Any], record: Path) 
     started = time.monotonic()
     COMMANDS[step].load()[0](arguments)
     done = _State.now(step, arguments, section)
-    finished[step] = asdict(replace(state, written=done.written, read=state.read | done.grown))
+    # What has a name on the hub is known by its commit only once the step has downloaded it.
+    downloaded = {what: parts for what, parts in done.read.items() if any(part.startswith("name ") for part in parts)}
+    finished[step] = asdict(replace(state, written=done.written, read=state.read | downloaded | done.grown))
     write_json(record, {name: finished[name] for name in STEPS if name in finished})
     logger.info("%s: %.0f s.", step, time.monotonic() - started)
 
@@ -190,9 +192,11 @@ def _require_fresh(step: str, arguments: Any, state: _State, before: dict[str, A
     if step not in ("train", "regenerate") or "written" not in before:
         return
     _, changed = state.changed_outputs(before)
+    changed = [name for name in changed if name != BEST]  # a link that training itself has moved on
     if changed:
         raise PeagleError(
-            f"{_few(changed)} changed since {step} was finished, which would keep it as it is. Put it back, or remove "
+            f"{_few(changed)} changed since {step} was finished, by hand or by another program, and peagle-hf {step} "
+            "does not replace a file that is complete. Put it back, or remove "
             f"{'its folder' if step == 'train' else 'it'} to have it made again."
         )
     reasons = [
@@ -226,7 +230,8 @@ def _parts(values: list[Any], state_of: Callable[[Path], dict[str, str]]) -> dic
     parts: dict[str, str] = {}
     for number, value in enumerate(values):
         path = Path(str(value))
-        if not path.exists():
+        is_there = path.exists() or (state_of is _data and is_local_file(str(value)))  # also FOLDER:SPLIT
+        if not is_there:
             parts |= {} if os.path.isabs(str(value)) else {f"name {number}": weights_of(str(value)) or str(value)}
             continue
         try:

@@ -163,7 +163,7 @@ class Manifest:
         Raises:
             PeagleError: they differ; the message names both sides of every field that does.
         """
-        same_weights = has_weights(self.revision, wanted.verifier, wanted.revision)
+        same_weights = has_weights(self.revision, wanted.verifier, wanted.revision, self.verifier)
         skipped = {"rows", "format_version", "revision", *({"verifier"} if same_weights is not None else ())}
         pairs = [(one.name, getattr(self, one.name), getattr(wanted, one.name)) for one in fields(self)]
         differing = [
@@ -180,6 +180,11 @@ class Manifest:
             changed = (
                 f"They were made by {self.verifier}, and {wanted.verifier} has other weights or another configuration: "
                 "it was changed since (trained further, or saved anew in another dtype), or is another verifier. "
+            )
+        elif same_weights is None:
+            changed = (
+                "Whether the two have the same weights can't be told here, since not all of them are on this machine. "
+                f"If they have, write the new name as verifier into {Path(folder) / MANIFEST}. "
             )
         raise PeagleError(
             f"The hidden states in {folder} are of another kind: {'; '.join(differing)}. {changed}Name the folder that "

@@ -22,7 +22,7 @@ from ..errors import PeagleError
 from ..files import atomic_path, locked_folder, remove_leftovers, with_places, write_json
 from ..fingerprint import file_fingerprint
 from ..target import load_token_freq
-from .cache import cache_folder
+from .cache import cache_folder, cached_rows
 from .chats import Chat, Unlearnable, count_answers, read_chat
 from .masking import ChatTokenizer, MaskedRow
 from .prepared import (
@@ -204,6 +204,10 @@ def prepare(arguments: PrepareArguments) -> Path:
     if arguments.dry_run:
         print(_plan(arguments, _is_made(output, origin, arguments.overwrite)))
         return output
+    is_cut_off = (output / UNMOVED).exists()
+    if not is_cut_off and arguments.token_freq_path is None and _is_made(output, origin, arguments.overwrite):
+        logger.info("%s already holds this dataset; it is kept as it is.", output)
+        return output  # also where the folder can only be read
     with locked_folder(output, "Wait until it has ended, or name another --output.", "prepare"):
         return _prepare(arguments, output, tokenizer, origin)
 
@@ -720,7 +724,7 @@ def _is_made(output: Path, origin: dict[str, Any], overwrite: bool) -> bool:
             "Pass --overwrite to replace it, or name another --output."
         )
     if changes:
-        if any(cache_folder(output).glob("*")):
+        if cached_rows(cache_folder(output)):
             raise PeagleError(
                 f"{cache_folder(output)} holds hidden states of the dataset in {output}; they would not fit "
                 f"another one ({'; '.join(changes)}). Remove that folder first, or name another --output."
@@ -771,7 +775,7 @@ def _finish_move(output: Path) -> None:
     if not (source / PREPARE_RECORD).exists():
         shutil.rmtree(source, ignore_errors=True)
         return
-    files = read_prepare_record(source)["files"]
+    files = read_prepare_record(source).get("files", {})  # a version before this one had none
     (output / PREPARE_RECORD).unlink(missing_ok=True)
     for path in _own_files(output):
         if path.name not in (*files, _SKIPPED, CONFIG, "prepare.yaml"):

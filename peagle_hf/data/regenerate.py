@@ -203,6 +203,9 @@ def _regenerate(arguments: RegenerateArguments, output: Path, report_path: Path)
     target = _load(arguments, options)
     with Journal(journal_path) as journal:
         basis = _basis(arguments) | options.description()
+        before = (journal.settings or {}).get("model")
+        if has_weights(before, arguments.model):  # also by the fingerprint of an earlier version
+            basis["model"] = before
         _log_changes(journal, basis)
         journal.begin(basis)
         prompts += _invent(target, journal, basis, arguments, dropped)
