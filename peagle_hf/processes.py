@@ -14,7 +14,7 @@ from .errors import PeagleError
 
 Result = TypeVar("Result")
 
-_SIGNS_OF_A_LOST_PROCESS = ("gloo", "nccl", "connection closed", "connection reset", "timed out", "store")
+_SIGNS_OF_A_LOST_PROCESS = ("gloo", "nccl", "connection closed", "connection reset", "timed out")
 
 
 def is_launched() -> bool:
@@ -136,7 +136,8 @@ def lost_process_explained() -> Iterator[None]:
         yield
     except RuntimeError as error:
         text = str(error).lower()
-        if not are_several() or not any(sign in text for sign in _SIGNS_OF_A_LOST_PROCESS):
+        is_lost = isinstance(error, distributed.DistError) or any(sign in text for sign in _SIGNS_OF_A_LOST_PROCESS)
+        if not are_several() or not is_lost:
             raise
         raise PeagleError(
             "Another process of this training has ended, or didn't answer within the time that --ddp-timeout allows "

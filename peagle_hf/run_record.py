@@ -108,7 +108,7 @@ _UNMENTIONED = {
         "resume_from_checkpoint",
         "local_rank",
     ),
-    *("disable_tqdm", "hub_token", "push_to_hub_token", "dry_run", "memory_report", "project"),
+    *("disable_tqdm", "hub_token", "push_to_hub_token", "dry_run", "memory_report", "project", "eval_on_start"),
 }
 """Free arguments that the log doesn't mention when they change."""
 
@@ -198,6 +198,7 @@ class RunRecord:
         known = {one.name for one in fields(cls)}
         if not isinstance(content.get("arguments"), dict):
             raise PeagleError(f"{path} is damaged: it has no arguments. {remedy}")
+        content["arguments"].setdefault("per_position_loss_weight", "uniform")  # before there was another
         return cls(**{name: value for name, value in content.items() if name in known})
 
     def write(self, folder: str | os.PathLike[str]) -> None:
@@ -351,8 +352,9 @@ def _other_steps(before: RunRecord, now: RunRecord, taken: dict[str, list[Any]])
     divided = ("per_device_train_batch_size", "gradient_accumulation_steps")
     is_other = before.processes != now.processes or any(name in taken for name in divided)
     if is_other and (now.arguments.get("lora_dropout") or now.arguments.get("dataloader_drop_last")):
-        reason = "--lora-dropout draws" if now.arguments.get("lora_dropout") else "--dataloader-drop-last leaves out"
-        return [f"there were {described[0]}, there are {described[1]} now, for which {reason} others"]
+        dropout = "--lora-dropout would drop other values" if now.arguments.get("lora_dropout") else ""
+        reason = dropout or "--dataloader-drop-last would leave out other sequences"
+        return [f"there were {described[0]}, there are {described[1]} now: as many, but {reason}"]
     return []
 
 
@@ -361,7 +363,8 @@ def _other_sharding(before: RunRecord, now: RunRecord) -> list[str]:
     old, new = before.sharding, now.sharding
     if old is None or new is None or old == new or not any("ZeRO" in one or one == "FSDP1" for one in (old, new)):
         return []
-    return [f"the optimizer's states were divided by {old}, by {new} now, and can't be divided anew"]
+    was, would_be = ("whole" if one == "none" else f"divided by {one}" for one in (old, new))
+    return [f"the optimizer's states were {was}, would be {would_be} now, and can't be converted"]
 
 
 def check_resume(folder: Path, before: RunRecord, now: RunRecord, step: int, others: Sequence[str] = ()) -> RunRecord:

@@ -448,7 +448,7 @@ class PeagleTrainer(Trainer):
                     max_steps,
                 )
             epochs_trained, steps_trained = num_train_epochs, 0  # else the Trainer would take one step more
-        found = checkpoints_by_step(self._get_output_dir(trial))
+        found = on_first(lambda: checkpoints_by_step(self._get_output_dir(trial)))
         scores = scores_by_step(self.args, state)
         if self.args.load_best_model_at_end:
             scores = {step: score for step, score in scores.items() if step in found}
@@ -490,6 +490,8 @@ class PeagleTrainer(Trainer):
             self._resumed_from = folder
             self._seconds_before = (read_record(folder) or {}).get("seconds", 0.0) if folder else 0.0
             self._started = time.monotonic()
+            if self._own_optimizer is None:
+                self.optimizer = None  # it is made anew, since arguments may differ from those of an earlier call
             with lost_process_explained():
                 return self._train(folder, trial, ignore_keys_for_eval)
 
@@ -548,7 +550,8 @@ class PeagleTrainer(Trainer):
         step, output = self.state.global_step, self._get_output_dir(trial)
         if step == 0:
             return "Training ended before its first step"
-        if not broadcast_object_list([step in checkpoints_by_step(output)])[0]:
+        is_saved = not self._superseded and step in checkpoints_by_step(output)  # else those are of an earlier run
+        if not broadcast_object_list([is_saved])[0]:
             try:
                 self._save_checkpoint(self.model, trial)
             except (PeagleError, OSError) as error:
@@ -556,7 +559,7 @@ class PeagleTrainer(Trainer):
         folder = broadcast_object_list([str(checkpoints_by_step(output).get(step))])[0]
         return (
             f"Training ended after step {step}{', in its validation' if self._owes_validation else ''}, and is saved "
-            f"in {folder}, from which the same command goes on"
+            f"in {folder}, from which the same command{'' if self.args.resume else ' without --no-resume'} goes on"
         )
 
     def _check_there_is_a_step(self) -> None:
@@ -865,16 +868,29 @@ class PeagleTrainer(Trainer):
         run_folder = Path(self._get_output_dir(trial))
         folder = run_folder / checkpoint_name(self.state, self.control.should_training_stop)
         same_step = folder.with_name(f"checkpoint-{self.state.global_step}")
+        if self.args.should_save:
+            self._keep_best(folder)
         with self._written_to(folder, [same_step, *self._superseded]) as temporary:
-            self.save_model(str(temporary / self._weights_folder), _internal_call=True)
+            # A process that fails must not leave the others waiting for it in the next part.
+            with together():
+                self.save_model(str(temporary / self._weights_folder), _internal_call=True)
             if not self.args.save_only_model:
-                self._save_optimizer_and_scheduler(str(temporary))
+                with together():
+                    self._save_optimizer_and_scheduler(str(temporary))
                 self._save_scaler(str(temporary))
                 self._save_rng_state(str(temporary))
             if self.args.should_save:
                 self._save_state(temporary / TRAINER_STATE_NAME)
         self._superseded = []
-        self._note_best(checkpoints_by_step(run_folder))
+        self._note_best(on_first(lambda: checkpoints_by_step(run_folder)))
+
+    def _keep_best(self, folder: Path) -> None:
+        """Rename the best checkpoint if it has the name of the one to be saved: a run had ended within this epoch."""
+        best = self.state.best_global_step
+        if self._superseded or best in (None, self.state.global_step) or not folder.exists():
+            return
+        if trainer_state(folder)["global_step"] == best:
+            folder.rename(folder.with_name(f"checkpoint-{best}"))
 
     @contextmanager
     def _written_to(self, folder: Path, superseded: Sequence[Path] = ()) -> Iterator[Path]:
@@ -908,7 +924,7 @@ class PeagleTrainer(Trainer):
         for one in (*self.callback_handler.callbacks, self.control):
             if isinstance(one, ExportableState):
                 name = type(one).__name__
-                if isinstance(saved[name], list):
+                if isinstance(saved.get(name), list):
                     saved[name].append(one.state())
                 else:
                     saved[name] = one.state()
@@ -933,6 +949,12 @@ class PeagleTrainer(Trainer):
     def _load_best_model(self) -> None:
         """Like `Trainer._load_best_model` of transformers 5.17 to 5.24, which looks for files of other names."""
         best = str(self.state.best_model_checkpoint)
+        with together():
+            if not Path(best).is_dir():
+                raise PeagleError(
+                    f"The best checkpoint {best} isn't there for this process. Name an output folder that all machines "
+                    "share, or leave --load-best-model-at-end out."
+                )
         with self._view(Path(best)) as view:
             if self._is_fsdp2:
                 scatter_weights(self.model, view / WEIGHTS)

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from safetensors.torch import load_file, save_file
 from test_trainer import StopAt, full_weights, logged, losses, run, weights
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from peagle_hf import PeagleConfig, PeagleError, PeagleTrainer, PeagleTrainingArguments, VllmExportCallback
@@ -500,3 +500,34 @@ def test_fewer_steps_than_the_checkpoint_has_train_no_further(train_flags, caplo
     assert trainer.state.global_step == 10
     assert "Nothing is left to train: the checkpoint is of step 10" in caplog.text
     assert sorted(checkpoints_by_step(train_flags["output_dir"])) == [5, 10]
+
+
+def test_the_best_of_a_run_that_ended_within_an_epoch_is_kept(train_flags):
+    """A run of two steps is saved as epoch 0, and so is the end of the next run, which here is worse."""
+    flags = {**train_flags, "metric_for_best_model": "loss", "greater_is_better": True}
+    run(flags, max_steps=2)
+    second = train(PeagleTrainingArguments(**{**flags, "max_steps": 4}))
+    before, after = logged(second, "eval_loss")
+    assert before > after
+    folder = Path(train_flags["output_dir"])
+    assert sorted(checkpoints_by_step(folder)) == [2, 4]
+    assert json.loads((folder / "checkpoint_best" / TRAINER_STATE_NAME).read_text())["global_step"] == 2
+
+
+def test_callbacks_may_be_added_when_a_training_is_resumed(train_flags):
+    run(train_flags, num_train_epochs=1)
+    args = PeagleTrainingArguments(**{**train_flags, "num_train_epochs": 2})
+    train_dataset, eval_dataset = build_datasets(args)
+    trainer = PeagleTrainer(build_drafter(args), args, None, train_dataset, eval_dataset)
+    trainer.add_callback(EarlyStoppingCallback(9))
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.stateful_callbacks["EarlyStoppingCallback"]
+
+
+def test_a_second_call_of_train_takes_the_arguments_that_it_finds(train_flags):
+    args = PeagleTrainingArguments(**{**train_flags, "num_train_epochs": 1, "lr_scheduler_type": "constant"})
+    trainer = PeagleTrainer(build_drafter(args), args, None, *build_datasets(args))
+    trainer.train()
+    trainer.args.learning_rate, trainer.args.num_train_epochs = 1e-5, 2
+    trainer.train(resume_from_checkpoint=True)
+    assert {group["lr"] for group in trainer.optimizer.param_groups} == {1e-5}

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
 WORKER = Path(__file__).parent / "workers" / "forks.py"
+KILLS = int(os.environ.get("PEAGLE_KILLS", "5"))
+"""Random instants, and renames spread over all of them; PEAGLE_KILLS=1000 kills before every rename."""
 
 
 class Forks:
@@ -116,10 +118,9 @@ def check_same(folder: Path, whole: Path) -> None:
 @pytest.mark.fault(
     "kill -9 at a random instant of a pipeline, from regenerate to train", "a rerun ends with the same weights"
 )
-@pytest.mark.parametrize("count", [5, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_at_a_random_instant(forks, start, whole, tmp_path, count):
-    draw = random.Random(count)
-    for number in range(count):
+def test_killed_at_a_random_instant(forks, start, whole, tmp_path):
+    draw = random.Random(KILLS)
+    for number in range(KILLS):
         folder = copy(start, tmp_path / str(number))
         killed = forks.run(folder, seconds=draw.uniform(0, whole[1]["seconds"]))
         assert killed["status"] in (-9, 0)
@@ -132,11 +133,9 @@ def test_killed_at_a_random_instant(forks, start, whole, tmp_path, count):
 @pytest.mark.fault(
     "kill -9 just before any rename of a pipeline, from regenerate to train", "a rerun ends with the same weights"
 )
-@pytest.mark.parametrize("count", [6, pytest.param(None, marks=pytest.mark.slow)])
-def test_killed_before_a_rename(forks, start, whole, tmp_path, count):
-    """Some renames spread over all, or (None) each of them."""
+def test_killed_before_a_rename(forks, start, whole, tmp_path):
     total = whole[1]["renames"]
-    for number in range(total) if count is None else sorted({total * part // count for part in range(count)}):
+    for number in sorted({total * part // KILLS for part in range(KILLS)}):
         folder = copy(start, tmp_path / str(number))
         assert forks.run(folder, rename=number)["status"] == -9
         forks.finish(folder)

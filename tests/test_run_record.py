@@ -261,10 +261,13 @@ def test_draws_and_left_out_rows_depend_on_how_a_step_is_divided(finished):
     ],
 )
 def test_shards_of_an_optimizer_are_refused_under_another_sharding(finished, before, now, is_refused):
+    def shown(sharding: str) -> str:
+        return "whole" if sharding == "none" else f"divided by {sharding}"
+
     record = record_of(finished)
     _, refused = changes_between(replace(record, sharding=before), replace(record, sharding=now))
     assert bool(refused) == is_refused
-    assert not refused or f"divided by {before}, by {now} now" in refused[0]
+    assert not refused or f"were {shown(before)}, would be {shown(now)} now" in refused[0]
 
 
 def test_a_moved_run_goes_on_and_knows_its_data(finished, tiny_verifier, tmp_path, monkeypatch):
