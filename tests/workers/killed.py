@@ -59,7 +59,7 @@ if __name__ == "__main__":
     elif point == "state":
         TrainerState.save_to_json = half(TrainerState.save_to_json, lambda state, path: path)
     elif point == "served weights":
-        checkpoints.save_file = half(checkpoints.save_file, lambda tensors, path: path)
+        checkpoints.save_file = half(checkpoints.save_file, lambda tensors, path, metadata: path)
     elif point == "removing a checkpoint":
         shutil.rmtree = half_removed(shutil.rmtree, lambda name: name.startswith("."))
     main(sys.argv[4:])
