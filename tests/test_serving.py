@@ -553,6 +553,7 @@ def test_a_real_server_counts_what_vllm_in_process_counts(served, drafter, tmp_p
         assert row["num_drafts"] == here["num_drafts"]
         assert 0 < row["latency_seconds"]["first_token"]["mean"] < row["latency_seconds"]["request"]["mean"]
 
+    capsys.readouterr()  # the reports
     chat(monkeypatch, "w9 w7\n", "--endpoint", served.url, "--max-tokens", "60", "--temperature", "0")
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == ["w5", "w6", "w7"] * 20
