@@ -184,10 +184,10 @@ def _acquired(lock_path: Path) -> filelock.BaseFileLock:
     try:
         lock: filelock.BaseFileLock = filelock.FileLock(lock_path)
         lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise
     except (NotImplementedError, OSError) as error:
         if getattr(error, "errno", None) not in (None, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
-            raise
-        if isinstance(error, filelock.Timeout):
             raise
         lock = filelock.SoftFileLock(lock_path.with_name(f"{lock_path.name}.soft"))
         lock.acquire(timeout=0)

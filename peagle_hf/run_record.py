@@ -8,8 +8,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence, Sized
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from .data.prepared import rows_fingerprint
 from .errors import PeagleError
 from .files import locked_folder, read_json, write_json
 from .fingerprint import weights_of
+from .processes import together
 from .redaction import public_settings
 from .training_args import PeagleTrainingArguments
 
@@ -119,13 +120,19 @@ _REMEDY = (
 )
 
 
-def only_training(folder: str | os.PathLike[str]) -> AbstractContextManager[None]:
-    """Keep other trainings out of an output folder while the block runs.
+@contextmanager
+def only_training(args: PeagleTrainingArguments) -> Iterator[None]:
+    """Keep other trainings out of the output folder while the block runs, on all processes of this one.
 
     Raises:
-        PeagleError: one is under way there.
+        PeagleError: another training is under way there; on all processes.
     """
-    return locked_folder(folder, "Wait until that training has ended, or train into another --save-path.")
+    with ExitStack() as stack:
+        with together():
+            if args.should_save:
+                remedy = "Wait until that training has ended, or train into another --save-path."
+                stack.enter_context(locked_folder(args.output_dir, remedy))
+        yield
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import islice
@@ -478,7 +478,7 @@ class PeagleTrainer(Trainer):
                 says what would help.
             RowError: a row's hidden states can't be had; what was trained is saved, and a rerun goes on from there.
         """
-        with self._as_only_writer():
+        with only_training(self.args):
             folder = on_first(lambda: self._resumable(resume_from_checkpoint, trial))
             with together():
                 if folder is not None and not folder.is_dir():
@@ -511,15 +511,6 @@ class PeagleTrainer(Trainer):
         folder = resumable_folder(resume_from_checkpoint)
         check_resumed(folder, run_folder)
         return folder
-
-    @contextmanager
-    def _as_only_writer(self) -> Iterator[None]:
-        """Refuse on all processes to train into a folder that another training writes to."""
-        with ExitStack() as stack:
-            with together():
-                if self.args.should_save:
-                    stack.enter_context(only_training(self.args.output_dir))
-            yield
 
     def _train(self, checkpoint: Path | None, trial: Any, ignore_keys_for_eval: list[str] | None) -> Any:
         self._owes_validation = False

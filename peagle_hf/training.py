@@ -2,7 +2,6 @@
 
 import logging
 import math
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -11,7 +10,6 @@ from transformers import set_seed
 from transformers.trainer_utils import SaveStrategy
 
 from .adapters import add_adapter
-from .callbacks import VllmExportCallback
 from .checkpoints import newest_checkpoint, recover, resumable_folder
 from .configuration_peagle import PeagleConfig
 from .continuing import continued_config, load_drafter, sampling
@@ -52,10 +50,7 @@ def train(args: PeagleTrainingArguments) -> PeagleTrainer | None:
             "--save-strategy no leaves nothing behind: the drafter would be lost when training ends. Leave the flag "
             "out, or train in Python with PeagleTrainer, which keeps the drafter in memory."
         )
-    with ExitStack() as stack:
-        with together():
-            if args.should_save:
-                stack.enter_context(only_training(args.output_dir))
+    with only_training(args):
         return _train(args)
 
 
@@ -74,7 +69,6 @@ def _train(args: PeagleTrainingArguments) -> PeagleTrainer:
         args=args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        callbacks=[VllmExportCallback(args.export_dtype)],
     )
     trainer.train(resume_from_checkpoint=resumed)
     if args.should_save and newest_checkpoint(args.output_dir) is None:

@@ -89,6 +89,16 @@ def streams(folder: Path, packed: bool) -> Tensor:
         return residual_streams(model, [0, 2, LAYERS - 1], TOKENS, torch.float32)
 
 
+def check_states(source: Path, folder: Path, quantised: dict[str, Tensor], settings: dict, dense: dict[str, Tensor]):
+    """A copy of a verifier with quantised weights gives the states of one with the dense values."""
+    folders = [
+        write(source, folder / "quantised", quantised, settings),
+        write(source, folder / "dense", dense, None),
+    ]
+    found, wanted = (streams(folder, packed=True) for folder in folders)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("scheme", ["w4a16", "w8a16", "int8"])
 def test_weights_of_compressed_tensors_give_the_states_of_their_values(tiny_verifier, tmp_path, scheme):
     quantised, dense = compress(tiny_verifier, tmp_path, scheme)
@@ -155,12 +165,7 @@ def test_block_wise_fp8_gives_the_states_of_its_values(tiny_verifier, tmp_path):
             quantised[f"{name}_scale_inv"] = scale
             dense[name] = quantised[name].float() * scale
     settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
-    folders = [
-        write(tiny_verifier, tmp_path / "quantised", quantised, settings),
-        write(tiny_verifier, tmp_path / "dense", dense, None),
-    ]
-    found, wanted = (streams(folder, packed=True) for folder in folders)
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    check_states(tiny_verifier, tmp_path, quantised, settings, dense)
 
 
 @pytest.mark.fault(
@@ -204,12 +209,7 @@ def test_expert_weights_in_mxfp4_give_the_states_of_their_values(tmp_path):
         quantised |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
         dense[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
     settings = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
-    folders = [
-        write(source, tmp_path / "quantised", quantised, settings),
-        write(source, tmp_path / "dense", dense, None),
-    ]
-    found, wanted = (streams(folder, packed=True) for folder in folders)
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    check_states(source, tmp_path, quantised, settings, dense)
 
 
 @pytest.mark.fault(

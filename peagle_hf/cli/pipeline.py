@@ -108,10 +108,7 @@ def _run_step(step: str, arguments: Any, section: dict[str, Any], record: Path) 
         write_json(record, finished)  # until it has ended, the step isn't finished
     started = time.monotonic()
     COMMANDS[step].load()[0](arguments)
-    done = _State.now(step, arguments, section)
-    # What has a name on the hub is known by its commit only once the step has downloaded it.
-    downloaded = {what: parts for what, parts in done.read.items() if any(part.startswith("name ") for part in parts)}
-    finished[step] = asdict(replace(state, written=done.written, read=state.read | downloaded | done.grown))
+    finished[step] = asdict(state.after(step, arguments))
     write_json(record, {name: finished[name] for name in STEPS if name in finished})
     logger.info("%s: %.0f s.", step, time.monotonic() - started)
 
@@ -132,22 +129,27 @@ class _State:
 
     @classmethod
     def now(cls, step: str, arguments: Any, section: dict[str, Any]) -> "_State":
-        places, states = _PLACES[step], []
-        for names in places:
-            found = {}
-            for what, (name, state_of) in names.items():
-                value = _place(step, arguments, name)
-                found[what] = _parts([] if value is None else value if isinstance(value, list) else [value], state_of)
-            states.append(found)
+        reads, writes = _PLACES[step]
+        in_places = {name for names in (reads, writes) for name, _ in names.values()}
         named = field_names(type(arguments), section)
-        in_places = {name for names in places for name, _ in names.values()}
         told = {name: value for name, value in named.items() if name not in in_places}
+        states = (_states_of(names, step, arguments) for names in (reads, writes))
         return cls(*json.loads(json.dumps([told, *states])))
 
-    @property
-    def grown(self) -> dict[str, dict[str, str]]:
-        """What a training with a server adds to while it reads it."""
-        return {what: parts for what, parts in self.read.items() if what == HIDDEN_STATES}
+    def after(self, step: str, arguments: Any) -> "_State":
+        """The state once the step has ended. Its inputs are those that it began with, and aren't read again.
+
+        But for hidden states, which a training with a server adds to, and for models with a name on the hub, which are
+        known by their commit only once the step has downloaded them.
+        """
+        reads, writes = _PLACES[step]
+        anew = {
+            what: place
+            for what, place in reads.items()
+            if what == HIDDEN_STATES or any(part.startswith("name ") for part in self.read[what])
+        }
+        read, written = (_states_of(names, step, arguments) for names in (anew, writes))
+        return replace(self, read=self.read | read, written=written)
 
     def differences(self, before: dict[str, Any]) -> list[str]:
         """What has changed since a step was finished, as parts of a sentence."""
@@ -223,6 +225,16 @@ def _place(step: str, arguments: Any, name: str) -> Any:
     if (step, name) == ("train", "hidden_states_path"):
         return str(cache_folder(arguments.data_path))
     return None
+
+
+def _states_of(places: "_Places", step: str, arguments: Any) -> dict[str, dict[str, str]]:
+    """The fingerprints of what is in some places of a step, by what it is."""
+    states = {}
+    for what, (name, state_of) in places.items():
+        value = _place(step, arguments, name)
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        states[what] = _parts(values, state_of)
+    return states
 
 
 def _parts(values: list[Any], state_of: Callable[[Path], dict[str, str]]) -> dict[str, str]:
