@@ -18,38 +18,38 @@ _MODULE_OF = {
     "EvaluateArguments": "evaluation.benchmark",
     "ExtractArguments": "data.extract",
     "HiddenStatesDataset": "data.dataset",
-    "PeagleConfig": "configuration_peagle",
+    "PeagleConfig": "model.config",
     "PeagleError": "errors",
-    "PeagleForSpeculation": "modeling_peagle",
-    "PeagleTrainer": "trainer",
-    "PeagleTrainingArguments": "training_args",
+    "PeagleForSpeculation": "model.drafter",
+    "PeagleTrainer": "training.trainer",
+    "PeagleTrainingArguments": "training.arguments",
     "PrepareArguments": "data.prepare",
-    "PushArguments": "hub",
-    "PushToHubCallback": "hub",
+    "PushArguments": "hub.push",
+    "PushToHubCallback": "training.push_callback",
     "RegenerateArguments": "data.regenerate",
-    "VerifierHead": "target",
-    "VerifierParts": "target",
-    "VllmExportCallback": "callbacks",
+    "VerifierHead": "verifier.parts",
+    "VerifierParts": "verifier.parts",
+    "VllmExportCallback": "training.export",
     "acceptance": "evaluation.acceptance",
-    "add_adapter": "adapters",
-    "build_datasets": "training",
-    "build_drafter": "training",
-    "checkpoint_to_resume": "training",
-    "draft_and_verify": "generation",
+    "add_adapter": "training.adapters",
+    "build_datasets": "training.run",
+    "build_drafter": "training.run",
+    "checkpoint_to_resume": "training.run",
+    "draft_and_verify": "model.generation",
     "command_line": "console",
     "end_processes": "console",
     "evaluate": "evaluation.benchmark",
     "extract": "data.extract",
-    "load_adapter": "adapters",
-    "merge_adapter": "adapters",
+    "load_adapter": "training.adapters",
+    "merge_adapter": "training.adapters",
     "parse_arguments": "cli.parsing",
     "prepare": "data.prepare",
-    "push": "hub",
+    "push": "hub.push",
     "regenerate": "data.regenerate",
-    "register_verifier": "target",
-    "save_adapter": "adapters",
-    "start_linearly": "linear_start",
-    "train": "training",
+    "register_verifier": "verifier.parts",
+    "save_adapter": "training.adapters",
+    "start_linearly": "training.initialization",
+    "train": "training.run",
 }
 
 __all__ = [*_MODULE_OF]
@@ -58,13 +58,10 @@ __all__ = [*_MODULE_OF]
 # PeagleConfig and PeagleForSpeculation register themselves with the Auto classes when they are imported. The program
 # `peagle-hf` leaves that to the command that it runs: importing torch and transformers takes seconds.
 if Path(sys.argv[0]).stem != "peagle-hf":
-    import_module(".modeling_peagle", __name__)
+    import_module(".model.drafter", __name__)
 
 if TYPE_CHECKING:
-    from .adapters import add_adapter, load_adapter, merge_adapter, save_adapter
-    from .callbacks import VllmExportCallback
     from .cli.parsing import parse_arguments
-    from .configuration_peagle import PeagleConfig
     from .console import command_line, end_processes
     from .data.collator import CODDataCollator
     from .data.dataset import HiddenStatesDataset
@@ -75,14 +72,18 @@ if TYPE_CHECKING:
     from .errors import PeagleError
     from .evaluation.acceptance import AcceptanceArguments, acceptance
     from .evaluation.benchmark import EvaluateArguments, evaluate
-    from .generation import draft_and_verify
-    from .hub import PushArguments, PushToHubCallback, push
-    from .linear_start import start_linearly
-    from .modeling_peagle import PeagleForSpeculation
-    from .target import VerifierHead, VerifierParts, register_verifier
-    from .trainer import PeagleTrainer
-    from .training import build_datasets, build_drafter, checkpoint_to_resume, train
-    from .training_args import PeagleTrainingArguments
+    from .hub.push import PushArguments, push
+    from .model.config import PeagleConfig
+    from .model.drafter import PeagleForSpeculation
+    from .model.generation import draft_and_verify
+    from .training.adapters import add_adapter, load_adapter, merge_adapter, save_adapter
+    from .training.arguments import PeagleTrainingArguments
+    from .training.export import VllmExportCallback
+    from .training.initialization import start_linearly
+    from .training.push_callback import PushToHubCallback
+    from .training.run import build_datasets, build_drafter, checkpoint_to_resume, train
+    from .training.trainer import PeagleTrainer
+    from .verifier.parts import VerifierHead, VerifierParts, register_verifier
 
 
 def __getattr__(name: str) -> Any:

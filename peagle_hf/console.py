@@ -209,3 +209,8 @@ def _unexpected(error: Exception, prog: str, argv: Sequence[str]) -> str:
         f"{what} {whose} The traceback is in {log.name}; please send it with a report. What was finished before is "
         "kept."
     )
+
+
+def estimate(value: float, interval: Sequence[float] | None, form: str) -> str:
+    """A figure, and its interval in brackets if it has one."""
+    return f"{value:{form}}" + (f" ({interval[0]:{form}} to {interval[1]:{form}})" if interval else "")

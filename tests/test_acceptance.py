@@ -25,8 +25,8 @@ from peagle_hf import (
 from peagle_hf.data.cache import Manifest
 from peagle_hf.data.dataset import split_rows
 from peagle_hf.evaluation.acceptance import _kept_back
-from peagle_hf.metrics import summarize
-from peagle_hf.model_card import read_record
+from peagle_hf.hub.training_json import read_record
+from peagle_hf.training.metrics import summarize
 
 DEPTHS, NEW_TOKENS, ANSWERS = 3, 70, 4
 

@@ -11,7 +11,7 @@ from test_trainer import StopAt, losses, run
 from transformers import LlamaForCausalLM
 
 from peagle_hf import PeagleConfig, PeagleError, PeagleForSpeculation, PeagleTrainingArguments
-from peagle_hf.adapters import MASK_HIDDEN, add_adapter, load_adapter, merge_adapter, save_adapter
+from peagle_hf.training.adapters import MASK_HIDDEN, add_adapter, load_adapter, merge_adapter, save_adapter
 
 
 @pytest.fixture

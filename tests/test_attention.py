@@ -5,7 +5,8 @@ import torch
 from torch.nn.attention.flex_attention import create_mask
 from torch.nn.functional import scaled_dot_product_attention
 
-from peagle_hf import attention, cod
+from peagle_hf.model import attention
+from peagle_hf.model import slots as cod
 
 
 def long_document(length, num_depths=4, seed=0, documents=1):

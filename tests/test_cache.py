@@ -23,10 +23,10 @@ from peagle_hf import (
     extract,
     train,
 )
-from peagle_hf.cod import target_tokens
 from peagle_hf.data import cache, cache_command
 from peagle_hf.data.cache import STORAGES, CachedRow, Manifest, cached_rows, check_row, read_row, row_path, write_row
 from peagle_hf.data.dataset import EpochSampler, split_rows
+from peagle_hf.model.slots import target_tokens
 
 TOKENS, SLOTS, SIZE = 300, 4, 24
 LEARNT = ("learnt", "fp8-learnt")

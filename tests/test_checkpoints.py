@@ -19,7 +19,8 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from peagle_hf import PeagleConfig, PeagleError, PeagleTrainer, PeagleTrainingArguments, VllmExportCallback
-from peagle_hf.checkpoints import (
+from peagle_hf.model.served import check_checkpoint
+from peagle_hf.training.checkpoints import (
     EARLIER_VERSION,
     checkpoints_by_step,
     epoch_folders,
@@ -28,8 +29,7 @@ from peagle_hf.checkpoints import (
     remains_of_run,
     resumable_folder,
 )
-from peagle_hf.model.served import check_checkpoint
-from peagle_hf.training import build_datasets, build_drafter, train
+from peagle_hf.training.run import build_datasets, build_drafter, train
 
 FOUR_EPOCHS = {"num_train_epochs": 4, "save_total_limit": 2, "learning_rate": 3e-3}
 

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peagle_hf import attention, cod
+from peagle_hf.model import attention
+from peagle_hf.model import slots as cod
 
 
 def sample(learnt, num_depths=4, ratio=0.7, ratio_min=0.2, seed=0, max_anchors=None):

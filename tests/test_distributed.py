@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 from test_trainer import ROOT, full_weights, losses, run
 
 from peagle_hf import PeagleTrainingArguments
-from peagle_hf.checkpoints import newest_checkpoint
 from peagle_hf.cli import COMMANDS, main
 from peagle_hf.cli.parsing import flags
 from peagle_hf.data.dataset import HiddenStatesDataset
-from peagle_hf.run_record import RunRecord
-from peagle_hf.training import train
+from peagle_hf.training.checkpoints import newest_checkpoint
+from peagle_hf.training.record import RunRecord
+from peagle_hf.training.run import train
 
 WORKERS = Path(__file__).parent / "workers"
 EXAMPLES = ROOT / "examples" / "accelerate"

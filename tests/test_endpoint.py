@@ -21,7 +21,6 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
 from peagle_hf import PeagleError, PeagleTrainingArguments, cli, train
-from peagle_hf.checkpoints import checkpoints_by_step
 from peagle_hf.cli.parsing import flags
 from peagle_hf.data.cache import Manifest, cached_rows, check_row, row_path
 from peagle_hf.data.collator import CODDataCollator
@@ -31,8 +30,9 @@ from peagle_hf.data.extract import ExtractArguments, extract
 from peagle_hf.data.faults import EndpointError, RefusedEndpointError, RowError
 from peagle_hf.data.served_states import Endpoint
 from peagle_hf.data.server_folder import OwnRequests, remove_unwanted, write_server_record
-from peagle_hf.model_card import model_card
-from peagle_hf.training import build_datasets
+from peagle_hf.hub.card import model_card
+from peagle_hf.training.checkpoints import checkpoints_by_step
+from peagle_hf.training.run import build_datasets
 
 LENGTHS = [9, 30, 20, 29, 12, 19]
 SLOTS = [*AUX, LAYERS]

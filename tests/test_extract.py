@@ -22,7 +22,7 @@ from peagle_hf.data.extract import ExtractArguments, plan_batches, residual_stre
 from peagle_hf.data.faults import RowError
 from peagle_hf.data.prepared import rows_fingerprint
 from peagle_hf.errors import PeagleError
-from peagle_hf.target import weights_of
+from peagle_hf.verifier.parts import weights_of
 
 VOCAB, HIDDEN, LAYERS = 61, 16, 4
 LENGTHS = (9, 30, 20, 29, 12, 19)

@@ -11,7 +11,7 @@ from transformers import (
 )
 
 from peagle_hf import PeagleConfig, PeagleError, PeagleForSpeculation
-from peagle_hf.generation import draft_and_verify
+from peagle_hf.model.generation import draft_and_verify
 
 PAD, NEW_TOKENS = 3, 24
 

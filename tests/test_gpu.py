@@ -13,9 +13,11 @@ from test_trainer import run
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from peagle_hf import HiddenStatesDataset, attention, losses, start_linearly
-from peagle_hf.modeling_peagle import PeagleLayer
-from peagle_hf.pace import Pace
+from peagle_hf import HiddenStatesDataset, start_linearly
+from peagle_hf.model import attention
+from peagle_hf.model.drafter import PeagleLayer
+from peagle_hf.training import losses
+from peagle_hf.training.throughput import Pace
 
 FIND = attention.find_rectangles
 
@@ -82,7 +84,7 @@ def test_rectangles_stay_near_float32(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("size", [100, 4096, 151936])
 def test_row_statistics_are_logsumexp_and_argmax(dtype, size):
-    from peagle_hf.kernels import row_statistics
+    from peagle_hf.model.kernels import row_statistics
 
     logits = torch.randn(33, size, device="cuda").mul_(5).to(dtype)
     logits[0, 7] = logits[0, 50] = 100  # equal maxima: the first counts

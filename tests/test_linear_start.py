@@ -16,7 +16,7 @@ from peagle_hf import (
     start_linearly,
     train,
 )
-from peagle_hf.linear_start import RIDGE, factors, mean_square, ridge_regression
+from peagle_hf.training.initialization import RIDGE, factors, mean_square, ridge_regression
 
 
 def new_drafter(tiny_verifier, **options):

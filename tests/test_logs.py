@@ -18,12 +18,14 @@ from test_distributed import history, launch
 from test_trainer import ROOT, StopAt, run
 from test_trainer_features import search
 
-from peagle_hf import PeagleError, PeagleTrainingArguments, metrics
+from peagle_hf import PeagleError, PeagleTrainingArguments
 from peagle_hf.cli import main
 from peagle_hf.cli.parsing import flags
 from peagle_hf.data.dataset import HiddenStatesDataset
-from peagle_hf.pace import Pace
+from peagle_hf.evaluation import acceptance_metric
 from peagle_hf.serving.client import summarize
+from peagle_hf.training import metrics
+from peagle_hf.training.throughput import Pace
 
 DEPTHS = range(3)
 STEPS = 10
@@ -294,7 +296,7 @@ def test_each_trial_of_a_search_has_its_own_curves(train_flags):
 @pytest.fixture
 def acceptance(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    return evaluate.load(metrics.MODULE_PATH, cache_dir=str(tmp_path))
+    return evaluate.load(acceptance_metric.__file__, cache_dir=str(tmp_path))
 
 
 def test_the_evaluate_module_gives_what_evaluation_and_training_count(acceptance):
@@ -335,6 +337,6 @@ def test_the_evaluate_module_is_in_the_wheel(tmp_path):
     options = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--wheel-dir", tmp_path]
     subprocess.run([sys.executable, "-m", "pip", "wheel", *options, source], check=True, timeout=120)
     (wheel,) = tmp_path.glob("*.whl")
-    module = Path(metrics.MODULE_PATH).relative_to(ROOT).as_posix()
+    module = Path(acceptance_metric.__file__).relative_to(ROOT).as_posix()
     with zipfile.ZipFile(wheel) as archive:
-        assert archive.read(module) == Path(metrics.MODULE_PATH).read_bytes()
+        assert archive.read(module) == Path(acceptance_metric.__file__).read_bytes()

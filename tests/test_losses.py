@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from peagle_hf import PeagleError, losses
+from peagle_hf import PeagleError
+from peagle_hf.training import losses
 
 N, U, H, V = 37, 11, 8, 23
 

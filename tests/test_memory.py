@@ -19,8 +19,17 @@ from peagle_hf import (
 )
 from peagle_hf.cli import main
 from peagle_hf.cli.parsing import flags
-from peagle_hf.memory import GIB, STATE_BYTES, MemoryPlan, bytes_a_row, cut_to_fit, estimate, report, rows_that_fit
-from peagle_hf.training import build_config
+from peagle_hf.training.memory import (
+    GIB,
+    STATE_BYTES,
+    MemoryPlan,
+    bytes_a_row,
+    cut_to_fit,
+    estimate,
+    report,
+    rows_that_fit,
+)
+from peagle_hf.training.run import build_config
 
 
 def qwen3_8b(**fields):

@@ -2,8 +2,8 @@
 
 import torch
 
-from peagle_hf.cod import sample_rows
-from peagle_hf.metrics import COUNTERS, count_by_depth, count_drafts, follow_rollouts, summarize
+from peagle_hf.model.slots import sample_rows
+from peagle_hf.training.metrics import COUNTERS, count_by_depth, count_drafts, follow_rollouts, summarize
 
 K = 4
 

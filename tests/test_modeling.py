@@ -11,15 +11,9 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
-from peagle_hf import (
-    CODDataCollator,
-    PeagleConfig,
-    PeagleError,
-    PeagleForSpeculation,
-    VerifierHead,
-    losses,
-    modeling_peagle,
-)
+from peagle_hf import CODDataCollator, PeagleConfig, PeagleError, PeagleForSpeculation, VerifierHead
+from peagle_hf.model import drafter as modeling_peagle
+from peagle_hf.training import losses
 
 FEED_FORWARD = modeling_peagle.PeagleLayer.feed_forward
 FIXTURE = Path(__file__).parent / "fixtures" / "speculators_0.9.0_peagle"

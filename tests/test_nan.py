@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from test_trainer import run
 
 from peagle_hf import PeagleError, PeagleTrainer, PeagleTrainingArguments
-from peagle_hf.checkpoints import checkpoints_by_step
 from peagle_hf.data.collator import CODDataCollator
 from peagle_hf.files import save_file
-from peagle_hf.nan_check import NanCheck
-from peagle_hf.training import train
+from peagle_hf.training.checkpoints import checkpoints_by_step
+from peagle_hf.training.nan_check import NanCheck
+from peagle_hf.training.run import train
 
 
 def poison(monkeypatch, step, value, what):

@@ -9,7 +9,7 @@ from test_modeling import make_config
 from torch import nn
 
 from peagle_hf import PeagleError, PeagleForSpeculation, PeagleTrainingArguments
-from peagle_hf.optimizer import MuonWithAdamW
+from peagle_hf.training.optimizer import MuonWithAdamW
 
 
 def make_drafter() -> PeagleForSpeculation:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peagle_hf.products import linear, pack_linear_layers, use_onednn
+from peagle_hf.cpu import linear, pack_linear_layers, use_onednn
 
 
 def outputs(rows: int, dtype: torch.dtype, fast: bool) -> list[Tensor]:

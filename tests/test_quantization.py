@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, GptOssConfig
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from peagle_hf import PeagleError, VerifierHead
+from peagle_hf.cpu import pack_linear_layers
 from peagle_hf.data.chat_models import LocalChatModel, Sampling
 from peagle_hf.data.extract import ExtractArguments, _load, residual_streams
-from peagle_hf.products import pack_linear_layers
-from peagle_hf.quantization import METHODS
-from peagle_hf.target import load_embedding, load_verifier, verifier_parts
+from peagle_hf.verifier.parts import load_embedding, load_verifier, verifier_parts
+from peagle_hf.verifier.quantization import METHODS
 
 TOKENS = torch.arange(5, 25)[None]
 SCHEMES = {
@@ -224,7 +224,7 @@ def test_each_method_of_transformers_works_or_is_refused_before_loading(tiny_ver
         settings = {"quant_method": "bitsandbytes", f"load_in_{method[-4]}bit": True}
     config = json.loads((tiny_verifier / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
-    monkeypatch.setattr("peagle_hf.quantization.find_spec", lambda name: None)
+    monkeypatch.setattr("peagle_hf.verifier.quantization.find_spec", lambda name: None)
     name = settings["quant_method"]
     if METHODS.get(name) == ():
         words = "can't be read"  # there are no weights

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from test_trainer import ROOT, logged, losses, run, weights
 
 from peagle_hf import PeagleError, PeagleTrainingArguments
-from peagle_hf.checkpoints import checkpoints_by_step, newest_checkpoint
 from peagle_hf.files import locked_folder
-from peagle_hf.run_record import (
+from peagle_hf.training.checkpoints import checkpoints_by_step, newest_checkpoint
+from peagle_hf.training.record import (
     BY_CONTENT,
     EQUIVALENT,
     FREE,
@@ -28,7 +28,7 @@ from peagle_hf.run_record import (
     changes_between,
     check_resume,
 )
-from peagle_hf.training import build_datasets, train
+from peagle_hf.training.run import build_datasets, train
 
 
 def again(train_flags, **changes):
@@ -89,7 +89,7 @@ def test_the_record_is_written_before_the_first_step(train_flags, monkeypatch):
         assert RunRecord.read(train_flags["output_dir"]).optimizer_settings
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("peagle_hf.trainer.PeagleTrainer.training_step", no_step)
+    monkeypatch.setattr("peagle_hf.training.trainer.PeagleTrainer.training_step", no_step)
     with pytest.raises(KeyboardInterrupt):
         run(train_flags)
 
@@ -198,7 +198,7 @@ def test_a_schedule_of_another_kind_takes_over(train_flags, name):
 
 def test_an_optimizer_of_ones_own_goes_on_with_its_new_settings(train_flags):
     from peagle_hf import PeagleTrainer
-    from peagle_hf.training import build_drafter
+    from peagle_hf.training.run import build_drafter
 
     def train_with(cls, resume, epochs, **settings):
         args = PeagleTrainingArguments(**{**train_flags, "num_train_epochs": epochs})

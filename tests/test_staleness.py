@@ -25,13 +25,13 @@ from peagle_hf import (
     fingerprint,
     train,
 )
-from peagle_hf.continuing import continued_config
 from peagle_hf.data.cache import Manifest, row_path
 from peagle_hf.data.cache_command import convert
 from peagle_hf.data.prepare import PrepareArguments, prepare
 from peagle_hf.data.prepared import column, load_prepared, rows_fingerprint
 from peagle_hf.fingerprint import has_weights, weights_of
-from peagle_hf.training import build_datasets, build_drafter
+from peagle_hf.training.run import build_datasets, build_drafter
+from peagle_hf.training.warm_start import continued_config
 
 MIDDLE = "model.layers.3.self_attn.q_proj.weight"
 """A tensor that lies neither at the beginning nor at the end of a file."""
@@ -419,7 +419,7 @@ def test_a_link_to_a_drafter_is_followed_once(train_flags, extracted, tmp_path, 
         best.symlink_to("7")
         return config
 
-    monkeypatch.setattr("peagle_hf.training.continued_config", read_and_move)
+    monkeypatch.setattr("peagle_hf.training.run.continued_config", read_and_move)
     again = training(train_flags, extracted, from_pretrained=str(best), output_dir=str(tmp_path / "second"))
     for name in ("num_layers", "draft_vocab_size"):
         setattr(again, name, again.__dataclass_fields__[name].default)

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from peagle_hf.errors import PeagleError
-from peagle_hf.target import (
+from peagle_hf.verifier.parts import (
     VerifierHead,
     default_aux_layer_ids,
     draft_vocabulary,

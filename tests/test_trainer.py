@@ -25,17 +25,17 @@ from peagle_hf import (
     VllmExportCallback,
     start_linearly,
 )
-from peagle_hf.checkpoints import checkpoints_by_step, epoch_folders
 from peagle_hf.cli import main
 from peagle_hf.cli.parsing import flags
 from peagle_hf.data.extract import ExtractArguments, extract
 from peagle_hf.data.partition import partition_every_row
 from peagle_hf.data.prepare import PrepareArguments, prepare
 from peagle_hf.evaluation.acceptance import count
-from peagle_hf.metrics import summarize
-from peagle_hf.run_record import record_of_earlier_version
-from peagle_hf.target import load_embedding
-from peagle_hf.training import build_datasets, build_drafter, train
+from peagle_hf.training.checkpoints import checkpoints_by_step, epoch_folders
+from peagle_hf.training.metrics import summarize
+from peagle_hf.training.record import record_of_earlier_version
+from peagle_hf.training.run import build_datasets, build_drafter, train
+from peagle_hf.verifier.parts import load_embedding
 
 ROOT = Path(__file__).parents[1]
 

@@ -16,7 +16,7 @@ from transformers.training_args import OptimizerNames
 from peagle_hf import PeagleError, PeagleTrainer, PeagleTrainingArguments, build_datasets, build_drafter
 from peagle_hf.arguments import default_of, flag_of
 from peagle_hf.cli import main
-from peagle_hf.trainer_arguments import CONTRADICTIONS, NEEDS, REFUSED, REFUSED_PARAMETERS, WORKS, has_bfloat16
+from peagle_hf.training.argument_rules import CONTRADICTIONS, NEEDS, REFUSED, REFUSED_PARAMETERS, WORKS, has_bfloat16
 
 LATER = {"activation_checkpointing", "activation_checkpointing_kwargs"}
 """Arguments that the Trainer has from transformers 5.23 on."""
@@ -59,7 +59,7 @@ def test_what_has_no_meaning_here_is_refused_by_name(name):
 
 @pytest.mark.fault("a transformers with an argument that is not in the table", "The argument is refused by name.")
 def test_an_argument_that_only_a_later_trainer_has_is_refused(monkeypatch):
-    monkeypatch.setattr("peagle_hf.trainer_arguments.WORKS", WORKS - {"torch_empty_cache_steps"})
+    monkeypatch.setattr("peagle_hf.training.argument_rules.WORKS", WORKS - {"torch_empty_cache_steps"})
     make()
     with pytest.raises(PeagleError, match="--torch-empty-cache-steps can't be used here: it is new"):
         make(torch_empty_cache_steps=3)
@@ -129,7 +129,7 @@ def test_what_has_no_effect_is_named(name, caplog):
 
 @pytest.mark.parametrize("name", WITH)
 def test_what_does_something_passes(name, monkeypatch):
-    monkeypatch.setattr("peagle_hf.training_args.check_tracker", lambda name: None)
+    monkeypatch.setattr("peagle_hf.training.arguments.check_tracker", lambda name: None)
     args = make(**{name: GIVEN[name]}, **WITH[name])
     assert getattr(args, name) == GIVEN[name]
     replace(args)  # what was derived is taken again

@@ -19,8 +19,8 @@ from peagle_hf import (
     build_datasets,
     build_drafter,
 )
-from peagle_hf.losses import parse_loss
 from peagle_hf.model.served import check_checkpoint
+from peagle_hf.training.losses import parse_loss
 
 
 def make_trainer(train_flags, changes=(), callbacks=(), fresh=False, **options):

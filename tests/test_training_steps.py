@@ -5,7 +5,7 @@ from test_modeling import make_batch, make_config, make_drafter
 from test_trainer_arguments import trainer_of
 
 from peagle_hf import HiddenStatesDataset, PeagleError, PeagleTrainer, PeagleTrainingArguments, build_datasets
-from peagle_hf.metrics import COUNTERS, is_metric, metric_names, summarize
+from peagle_hf.training.metrics import COUNTERS, is_metric, metric_names, summarize
 
 
 def test_each_epoch_has_an_order_of_its_own(train_flags, monkeypatch):

@@ -17,7 +17,7 @@ from test_trainer import run as train_tiny
 
 from peagle_hf import PeagleTrainingArguments, cli, train
 from peagle_hf.data.server_folder import SERVER_RECORD, write_server_record
-from peagle_hf.target import default_aux_layer_ids
+from peagle_hf.verifier.parts import default_aux_layer_ids
 
 NAME = "output/peagle_qwen3_8b_sharegpt"
 PREPARE = """

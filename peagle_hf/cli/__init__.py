@@ -99,7 +99,7 @@ COMMANDS = {
         ("action", "folder", "destination"),
     ),
     "train": Command(
-        "training",
+        "training.run",
         "train",
         "PeagleTrainingArguments",
         "train a drafter on the cache",
@@ -148,7 +148,7 @@ COMMANDS = {
         ),
     ),
     "push": Command(
-        "hub",
+        "hub.push",
         "push",
         "PushArguments",
         "upload a drafter to the hub",

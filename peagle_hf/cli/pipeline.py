@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..arguments import Arguments, config_path, write_config
-from ..checkpoints import BEST, newest_checkpoint
+from ..cli import COMMANDS
 from ..data.cache import ROW_FILE, Manifest, cache_folder
 from ..data.prepared import CHAT_TEMPLATE_FILE, DATASET_INFO, read_prepare_record, rows_fingerprint
 from ..data.sources import data_sha256, is_local_file
@@ -21,7 +21,7 @@ from ..errors import PeagleError
 from ..files import locked_folder, read_json, remove_leftovers, write_json
 from ..fingerprint import file_fingerprint, weights_of
 from ..redaction import public_settings
-from . import COMMANDS
+from ..training.checkpoints import BEST, newest_checkpoint
 from .parsing import SECTION, field_names, parse_mapping
 
 logger = logging.getLogger(__name__)

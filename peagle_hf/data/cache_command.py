@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ..arguments import Arguments
-from ..cod import target_tokens
 from ..console import progress_bar
 from ..errors import PeagleError
 from ..files import locked_file, read_json, write_json
 from ..fingerprint import has_weights
+from ..model.slots import target_tokens
 from .cache import (
     FP8_STORAGES,
     LEARNT_STORAGES,

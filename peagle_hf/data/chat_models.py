@@ -23,9 +23,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from ..cpu import pack_linear_layers
 from ..errors import PeagleError
-from ..products import pack_linear_layers
-from ..target import load_verifier
+from ..verifier.parts import load_verifier
 from .chats import Unlearnable
 from .endpoint import ask_any, concurrently, endpoint_urls, served_model
 from .faults import EndpointError, RefusedEndpointError

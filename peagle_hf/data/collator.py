@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cod import every_row, learnt_positions, sample_rows
-from ..configuration_peagle import PeagleConfig
+from ..model.config import PeagleConfig
+from ..model.slots import every_row, learnt_positions, sample_rows
 
 
 @dataclass

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from ..cod import target_tokens
 from ..errors import PeagleError
-from ..target import load_token_freq
+from ..model.slots import target_tokens
+from ..verifier.parts import load_token_freq
 from .cache import (
     CachedRow,
     Manifest,

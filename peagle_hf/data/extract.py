@@ -22,13 +22,12 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..arguments import Arguments, check_ranges, config_path, write_config
-from ..cod import target_tokens
 from ..console import progress_bar
+from ..cpu import keep_freed_memory, pack_linear_layers
 from ..errors import PeagleError
 from ..files import check_writable, locked_folder, remove_leftovers, write_json
-from ..memory import keep_freed_memory
-from ..products import pack_linear_layers
-from ..target import (
+from ..model.slots import target_tokens
+from ..verifier.parts import (
     VerifierHead,
     default_aux_layer_ids,
     load_verifier,

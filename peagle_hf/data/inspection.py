@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from ..arguments import Arguments
 from ..errors import PeagleError
 from ..files import atomic_path, write_json
-from ..target import draft_vocabulary, load_token_freq
+from ..verifier.parts import draft_vocabulary, load_token_freq
 from .prepare import INSPECTION
 from .prepared import PREPARE_RECORD, chat_options, column, load_prepared, read_prepare_record
 from .template import show_template

@@ -19,11 +19,11 @@ from ..data.dataset import HiddenStatesDataset, split_rows
 from ..data.partition import partition_every_row
 from ..errors import PeagleError
 from ..files import write_json
-from ..metrics import count_drafts
+from ..hub.training_json import read_record
+from ..model.drafter import PeagleForSpeculation
 from ..model.served import check_checkpoint, drafter_folder, drafter_name
-from ..model_card import read_record
-from ..modeling_peagle import PeagleForSpeculation
-from ..target import load_verifier_config
+from ..training.metrics import count_drafts
+from ..verifier.parts import load_verifier_config
 
 logger = logging.getLogger(__name__)
 

@@ -11,6 +11,7 @@ from html import escape
 from io import BytesIO
 from typing import Any
 
+from ..console import estimate
 from .intervals import MIN_PROMPTS
 
 logger = logging.getLogger(__name__)
@@ -57,11 +58,6 @@ def html(report: dict[str, Any]) -> str:
 def draw(report: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """Draw all pictures of the report beside each other, as a PNG; bars have the intervals."""
     _save([picture for _, picture in _PICTURES], report, path, (6.5, 4.2), 150)
-
-
-def estimate(value: float, interval: Sequence[float] | None, form: str) -> str:
-    """A figure, and its interval in brackets if it has one."""
-    return f"{value:{form}}" + (f" ({interval[0]:{form}} to {interval[1]:{form}})" if interval else "")
 
 
 def _entries(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

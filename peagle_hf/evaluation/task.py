@@ -12,7 +12,7 @@ from ..data.tokenizer import ChatOptions
 from ..errors import PeagleError
 from ..model.served import check_checkpoint, drafter_folder, drafter_name, speculative_config
 from ..redaction import public_url
-from ..target import weights_of
+from ..verifier.parts import weights_of
 from .arguments import EvaluateArguments
 from .figures import Trial
 from .runs import FinishedRuns, Run

@@ -1,1 +1,1 @@
-"""The drafter: its configuration, its layout of slots, attention, weights, and its files as vLLM serves them."""
+"""The drafter: configuration, slots, attention, the network, and drafting."""

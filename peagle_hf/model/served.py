@@ -10,10 +10,10 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
-from ..configuration_peagle import VLLM_AUX_HIDDEN_STATES, PeagleConfig
 from ..errors import PeagleError
-from ..modeling_peagle import PeagleForSpeculation
-from ..target import load_verifier_config
+from ..verifier.parts import load_verifier_config
+from .config import VLLM_AUX_HIDDEN_STATES, PeagleConfig
+from .drafter import PeagleForSpeculation
 
 CHECKPOINT_FILES = ("config.json", "model.safetensors")
 OPTIONAL_TENSORS = {"embed_tokens.weight"}

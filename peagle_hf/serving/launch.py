@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..address import Address
 from ..arguments import Arguments, check_ranges
 from ..data.extract import check_layer_ids
 from ..data.server_folder import (
@@ -31,10 +30,11 @@ from ..data.server_folder import (
 from ..data.tokenizer import CHAT_KWARGS_OF_DRAFTER_HELP, CHAT_TEMPLATE_OF_DRAFTER_HELP
 from ..errors import PeagleError
 from ..files import atomic_path, check_writable
+from ..hub.training_json import chosen_chat_options
 from ..model.served import check_checkpoint, drafter_folder, speculative_config
-from ..model_card import chosen_chat_options
 from ..redaction import public_command
-from ..target import load_verifier_config
+from ..verifier.parts import load_verifier_config
+from .address import Address
 from .environment import vllm_environment
 from .supervisor import supervised
 

@@ -102,7 +102,7 @@ def run_cell(verifier: str, train: str, held_out: str, name: str, seed: int) -> 
     from peagle_hf import HiddenStatesDataset, PeagleTrainer, PeagleTrainingArguments, start_linearly
     from peagle_hf.cli.parsing import flags, parse_arguments
     from peagle_hf.evaluation.acceptance import count
-    from peagle_hf.training import build_datasets, build_drafter
+    from peagle_hf.training.run import build_datasets, build_drafter
 
     torch._dynamo.config.recompile_limit = 64  # one process compiles for the sizes of many variants
     started = time.monotonic()

@@ -138,7 +138,8 @@ def train_ours(job: dict) -> Measured:
     import transformers
     from transformers import TrainerCallback
 
-    from peagle_hf import PeagleTrainingArguments, parse_arguments, training
+    from peagle_hf import PeagleTrainingArguments, parse_arguments
+    from peagle_hf.training import run as training
 
     flags = [
         *("--verifier-name-or-path", job["verifier"], "--data-path", job["data"]),

@@ -23,9 +23,9 @@ from safetensors.torch import load
 from torch.utils.data import DataLoader
 
 from peagle_hf import CODDataCollator, HiddenStatesDataset
-from peagle_hf.cod import target_tokens
 from peagle_hf.data.cache import STORAGES, row_path, write_row
 from peagle_hf.data.dataset import EpochSampler
+from peagle_hf.model.slots import target_tokens
 
 NUM_SLOTS = 4
 COLUMNS = (

@@ -33,11 +33,12 @@ import torch
 from torch.nn import functional as F
 from transformers import TrainerCallback
 
-from peagle_hf import HiddenStatesDataset, PeagleTrainer, PeagleTrainingArguments, modeling_peagle, start_linearly
+from peagle_hf import HiddenStatesDataset, PeagleTrainer, PeagleTrainingArguments, start_linearly
 from peagle_hf.cli.parsing import flags, parse_arguments
 from peagle_hf.evaluation.acceptance import count
-from peagle_hf.losses import survival_weights
-from peagle_hf.training import build_drafter
+from peagle_hf.model import drafter as modeling_peagle
+from peagle_hf.training.losses import survival_weights
+from peagle_hf.training.run import build_drafter
 
 BASE: dict[str, Any] = {
     "num_layers": 4,

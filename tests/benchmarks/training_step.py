@@ -113,12 +113,12 @@ def make_ours(sizes: Sizes, case: Case, device: str):
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
     from peagle_hf import CODDataCollator, PeagleConfig, PeagleForSpeculation
+    from peagle_hf.cpu import use_onednn
     from peagle_hf.data.partition import partition
-    from peagle_hf.products import use_onednn
-    from peagle_hf.target import VerifierHead
+    from peagle_hf.verifier.parts import VerifierHead
 
     if device == "cpu":
-        from peagle_hf.memory import keep_freed_memory
+        from peagle_hf.cpu import keep_freed_memory
 
         keep_freed_memory()
     config = PeagleConfig(

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from transformers import TrainerState
 
-from peagle_hf import PeagleTrainer, checkpoints
+from peagle_hf import PeagleTrainer
 from peagle_hf.cli import main
+from peagle_hf.training import checkpoints
 
 point, signal_name, step = sys.argv[1], sys.argv[2], int(sys.argv[3])
 current = {"step": 0}

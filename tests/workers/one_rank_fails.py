@@ -5,8 +5,9 @@ import sys
 import time
 from pathlib import Path
 
-from peagle_hf import PeagleError, PeagleTrainer, training
+from peagle_hf import PeagleError, PeagleTrainer
 from peagle_hf.cli import main
+from peagle_hf.training import run as training
 
 fault, *argv = sys.argv[1:]
 

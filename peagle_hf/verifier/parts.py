@@ -27,11 +27,11 @@ from transformers import (
 )
 from transformers.modeling_utils import set_zero3_state
 
-from .errors import PeagleError
-from .fingerprint import has_weights, weights_of  # noqa: F401 (they are imported from here too)
-from .products import linear
+from ..cpu import linear
+from ..errors import PeagleError
+from ..fingerprint import has_weights, weights_of  # noqa: F401 (they are imported from here too)
 from .quantization import ask_for_dense_weights, check_loaded, check_quantization, finish_dense_layers, quantization_of
-from .verifier_weights import VerifierWeights, readable
+from .weights import VerifierWeights, readable
 
 FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm")
 

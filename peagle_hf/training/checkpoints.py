@@ -29,10 +29,10 @@ from safetensors.torch import load_file
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from .errors import PeagleError
-from .files import allow_as_umask, atomic_path, read_json, remove_folder, remove_leftovers, save_file, write_json
-from .model.served import check_checkpoint
-from .modeling_peagle import PeagleForSpeculation
+from ..errors import PeagleError
+from ..files import allow_as_umask, atomic_path, read_json, remove_folder, remove_leftovers, save_file, write_json
+from ..model.drafter import PeagleForSpeculation
+from ..model.served import check_checkpoint
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,6 @@
 
 import os
 import re
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +10,6 @@ from torch import Tensor
 METRICS = ("loss", "acceptance_length", "anchor_acceptance_length")
 """What validation gives, beside the accuracy and acceptance of each depth."""
 COUNTERS = ("learnt", "correct", "reached", "accepted")
-
-MODULE_PATH = str(Path(__file__).with_name("acceptance_metric.py"))
-"""For `evaluate.load`: acceptance from the accepted counts of drafts (see `acceptance_metric`)."""
 
 
 def metric_names(num_depths: int) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import yaml
 
-from .errors import PeagleError
+from ..errors import PeagleError
 
 DEFAULT_PORT = 8000
 HEALTH_TIMEOUT = 5.0

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional, TypeVar
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from .errors import PeagleError
-from .target import default_aux_layer_ids, load_verifier_config
+from ..errors import PeagleError
+from ..verifier.parts import default_aux_layer_ids, load_verifier_config
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,8 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from .arguments import config_path, write_config
+from ..arguments import config_path, write_config
+from ..files import atomic_path
 from .checkpoints import (
     CURVES,
     best_checkpoint,
@@ -18,7 +19,6 @@ from .checkpoints import (
     remove_over_limit,
     scores_by_step,
 )
-from .files import atomic_path
 from .metrics import draw
 
 logger = logging.getLogger(__name__)

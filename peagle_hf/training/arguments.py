@@ -14,18 +14,15 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.training_args import OptimizerNames
 from transformers.utils import is_in_notebook
 
-from .arguments import check_names, check_ranges, flag_of, plain
-from .configuration_peagle import PeagleConfig
-from .console import is_quiet
-from .data.dataset import learnt_share
-from .data.endpoint import DEFAULT_URL, MAX_RETRIES, REQUEST_TIMEOUT, endpoint_urls
-from .errors import PeagleError
-from .losses import parse_loss
-from .memory import GIB, MemoryPlan, cut_to_fit, device_memory
-from .optimizer import MUON
-from .processes import connect_on_cpu, is_launched
-from .target import hub_verifier
-from .trainer_arguments import (
+from ..arguments import check_names, check_ranges, flag_of, plain
+from ..console import is_quiet
+from ..data.dataset import learnt_share
+from ..data.endpoint import DEFAULT_URL, MAX_RETRIES, REQUEST_TIMEOUT, endpoint_urls
+from ..errors import PeagleError
+from ..model.config import PeagleConfig
+from ..processes import connect_on_cpu, is_launched
+from ..verifier.parts import hub_verifier
+from .argument_rules import (
     check_contradictions,
     check_names_of_trainer,
     check_optimizer,
@@ -36,6 +33,9 @@ from .trainer_arguments import (
     refused_arguments,
     warn_of_unused,
 )
+from .losses import parse_loss
+from .memory import GIB, MemoryPlan, cut_to_fit, device_memory
+from .optimizer import MUON
 
 _RANGES = {
     **dict.fromkeys(("num_layers", "num_depths", "max_anchors", "sliding_window", "draft_vocab_size"), (1, math.inf)),

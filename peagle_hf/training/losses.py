@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from .errors import PeagleError
-from .fusion import fuse_on_gpu
-from .products import linear
+from ..cpu import linear
+from ..errors import PeagleError
+from ..model.compile import fuse_on_gpu
 
 CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 2048 * 151936}
 """At most so many logits (rows x vocabulary) of the drafter are alive at once, by device type.
@@ -250,7 +250,7 @@ def _chance_of(token_n: Tensor, logits_nV: Tensor, norm_n: Tensor) -> Tensor:
 def _normalizers(logits_nV: Tensor) -> tuple[Tensor, Tensor]:
     """The log-sum-exp and the argmax of each row."""
     if logits_nV.is_cuda and logits_nV.dtype != torch.float64:
-        from .kernels import row_statistics
+        from ..model.kernels import row_statistics
 
         return row_statistics(logits_nV)
     return logits_nV.to(torch.promote_types(logits_nV.dtype, torch.float32)).logsumexp(-1), logits_nV.argmax(-1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .errors import PeagleError
+from ..errors import PeagleError
 
 COMPRESSED_TENSORS = "compressed-tensors"
 METHODS: dict[str, tuple[str, ...]] = {

@@ -7,19 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import HubStrategy
 
-from .arguments import Arguments, flag_of
-from .checkpoints import BEST, checkpoints_by_step
-from .configuration_peagle import PeagleConfig
-from .errors import PeagleError
-from .model.served import check_checkpoint
-from .model_card import chat_option_files, model_card, read_evaluation, read_record, recorded_chat_options
-from .target import hub_verifier
+from ..arguments import Arguments, flag_of
+from ..errors import PeagleError
+from ..model.served import check_checkpoint
+from ..verifier.parts import hub_verifier
+from .card import model_card, read_evaluation
+from .training_json import chat_option_files, read_record, recorded_chat_options
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +91,7 @@ def push(
     chat_options = recorded_chat_options(folder)
     fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     fields["speculators_config"]["verifier"]["name_or_path"] = verifier
-    with _refusals(f"The checkpoint is whole in {arguments.model}; upload it later with: {arguments.command}"):
+    with hub_errors(f"The checkpoint is whole in {arguments.model}; upload it later with: {arguments.command}"):
         repo_id = open_repo(arguments.repo_id, verifier, arguments.private or None, token)
         card = card or model_card(
             config,
@@ -111,7 +108,7 @@ def push(
             "README.md": str(card).encode(),
             **chat_option_files(chat_options),
         }
-        api = _api()
+        api = hub_api()
         if arguments.revision:
             api.create_branch(repo_id, branch=arguments.revision, token=token, exist_ok=True)
         commit = api.create_commit(
@@ -134,11 +131,11 @@ def open_repo(repo_id: str, verifier: str, private: bool | None = None, token: s
     Raises:
         PeagleError: no token, one that is refused or may only read, no such verifier, or no hub to be reached.
     """
-    with _refusals(
+    with hub_errors(
         token_remedy="Log in with `hf auth login`, or set HF_TOKEN to a token that may write to it, and run the same "
         "command again."
     ):
-        api = _api()
+        api = hub_api()
         access = api.whoami(token=token).get("auth", {}).get("accessToken", {})
         if access.get("role") == "read":
             raise PeagleError(f"The hub's token {access.get('displayName')} may read and not write to {repo_id}.")
@@ -147,96 +144,12 @@ def open_repo(repo_id: str, verifier: str, private: bool | None = None, token: s
         return api.create_repo(repo_id, private=private, exist_ok=True, token=token).repo_id
 
 
-class PushToHubCallback(TrainerCallback):
-    """Upload `checkpoint_best` whenever it is another one, and at the end; put it after `VllmExportCallback`.
-
-    `PeagleTrainer` adds it by itself with `push_to_hub`. A hub that can't be used stops the run before its first step;
-    later a refused upload is an error in the log, with the command that makes up for it, and training goes on. Training
-    waits for an upload. With `hub_strategy` end nothing is uploaded before the end; with checkpoint or all_checkpoints
-    each checkpoint goes too, optimizer states and all.
-
-    Args:
-        repo_id: where the drafter goes, as org/name.
-        verifier_name: the verifier's name on the hub; default: the one in the drafter's configuration.
-        private: make the repository private; default: as the organization has it.
-        revision: branch to upload to; default: main.
-        token: default: that of `hf auth login` or HF_TOKEN.
-    """
-
-    def __init__(
-        self,
-        repo_id: str,
-        verifier_name: str | None = None,
-        private: bool | None = None,
-        revision: str | None = None,
-        token: str | None = None,
-    ):
-        self.repo_id, self.verifier_name, self.private = repo_id, verifier_name, private
-        self.revision, self.token = revision, token
-        self._uploaded: Path | None = None
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if state.is_world_process_zero:
-            config: PeagleConfig = kwargs["model"].config
-            verifier = hub_verifier(config.verifier_name_or_path, self.verifier_name)
-            self.repo_id = open_repo(self.repo_id, verifier, self.private, self.token)
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if args.hub_strategy != HubStrategy.END:
-            self._push(args, state)
-        if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS) and state.is_world_process_zero:
-            saved = checkpoints_by_step(args.output_dir or ".")
-            self._push_checkpoint(saved[state.global_step], args.hub_strategy)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._push(args, state)
-
-    def _push(self, args: TrainingArguments, state: TrainerState) -> None:
-        best = Path(args.output_dir or ".") / BEST
-        if not state.is_world_process_zero or not best.exists() or best.resolve() == self._uploaded:
-            return
-        arguments = PushArguments(
-            model=str(best),
-            repo_id=self.repo_id,
-            verifier_name=self.verifier_name,
-            private=bool(self.private),
-            revision=self.revision,
-        )
-        try:
-            push(arguments, self.token, message=f"Upload the drafter of step {state.global_step}")
-            self._uploaded = best.resolve()
-        except PeagleError as error:
-            logger.error("%s", error)
-
-    def _push_checkpoint(self, folder: Path, strategy: HubStrategy | str) -> None:
-        """Upload a whole checkpoint, from which training can be resumed."""
-        try:
-            with _refusals(f"Training goes on, and the checkpoint is whole in {folder}."):
-                api = _api()
-                if self.revision:
-                    api.create_branch(self.repo_id, branch=self.revision, token=self.token, exist_ok=True)
-                api.upload_folder(
-                    repo_id=self.repo_id,
-                    folder_path=folder,
-                    path_in_repo="last-checkpoint" if strategy == HubStrategy.CHECKPOINT else folder.name,
-                    commit_message=f"Upload {folder.name}",
-                    token=self.token,
-                    revision=self.revision,
-                )
-        except PeagleError as error:
-            logger.error("%s", error)
-
-
-def _api() -> HfApi:
+def hub_api() -> HfApi:
     return HfApi(library_name="peagle_hf")
 
 
 @contextmanager
-def _refusals(remedy: str = "", token_remedy: str = "") -> Iterator[None]:
+def hub_errors(remedy: str = "", token_remedy: str = "") -> Iterator[None]:
     """Turn whatever goes wrong with the hub, the network or the token into a `PeagleError` that says what to do.
 
     Args:

@@ -1,4 +1,4 @@
-"""Acceptance as a metric of Hugging Face's `evaluate`: `evaluate.load(peagle_hf.metrics.MODULE_PATH)`."""
+"""Acceptance as a metric of Hugging Face's `evaluate`: `evaluate.load(acceptance_metric.__file__)`."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ Returns:
     `acceptance_rate` (accepted / drafted tokens), `per_position_acceptance` (drafts accepted up to there / all drafts),
     and the counts.
 Examples:
-    >>> acceptance = evaluate.load(peagle_hf.metrics.MODULE_PATH)
+    >>> acceptance = evaluate.load(acceptance_metric.__file__)
     >>> acceptance.compute(predictions=[2, 0, 1], references=[2, 2, 2])["acceptance_length"]
     2.0
 """

@@ -11,13 +11,13 @@ from accelerate import PartialState
 from torch import Tensor
 from torch.nn import functional as F
 
-from .console import progress_bar
-from .data.collator import CODDataCollator
-from .data.dataset import HiddenStatesDataset
-from .data.faults import on_all_processes
-from .errors import PeagleError
+from ..console import progress_bar
+from ..data.collator import CODDataCollator
+from ..data.dataset import HiddenStatesDataset
+from ..data.faults import on_all_processes
+from ..errors import PeagleError
+from ..model.drafter import PeagleForSpeculation
 from .memory import GIB, is_out_of_memory, linear_start_bytes
-from .modeling_peagle import PeagleForSpeculation
 
 logger = logging.getLogger(__name__)
 

@@ -35,9 +35,28 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import BestRun, EvalLoopOutput, HPSearchBackend, IntervalStrategy, SaveStrategy
 from transformers.training_args import OptimizerNames
 
-from . import __version__
+from .. import __version__
+from ..console import is_quiet
+from ..cpu import keep_freed_memory, use_onednn
+from ..data.collator import CODDataCollator
+from ..data.dataset import EpochSampler, HiddenStatesDataset
+from ..data.faults import RowError, on_all_processes
+from ..data.partition import partition, partition_by_rows, partition_every_row, without_labels
+from ..data.prepared import read_chat_options, read_prepare_record
+from ..data.tokenizer import ChatOptions
+from ..errors import PeagleError
+from ..files import check_writable, write_json, writing
+from ..hub.card import model_card
+from ..hub.push import PushArguments, open_repo, push
+from ..hub.training_json import RECORD, read_record
+from ..model.config import PeagleConfig
+from ..model.drafter import PeagleForSpeculation, PeagleLayer
+from ..processes import lost_process_explained, on_first, require_same, together
+from ..training.push_callback import PushToHubCallback
+from ..verifier.parts import hub_verifier
 from .adapters import merge_adapter, save_adapter
-from .callbacks import VllmExportCallback
+from .argument_rules import REFUSED_PARAMETERS, refused_arguments
+from .arguments import PeagleTrainingArguments
 from .checkpoints import (
     ADAPTER,
     BEST,
@@ -62,29 +81,13 @@ from .checkpoints import (
     trainer_state,
     trainer_view,
 )
-from .configuration_peagle import PeagleConfig
-from .console import is_quiet
-from .continuing import configuration_changes
-from .data.collator import CODDataCollator
-from .data.dataset import EpochSampler, HiddenStatesDataset
-from .data.faults import RowError, on_all_processes
-from .data.partition import partition, partition_by_rows, partition_every_row, without_labels
-from .data.prepared import read_chat_options, read_prepare_record
-from .data.tokenizer import ChatOptions
-from .errors import PeagleError
-from .files import check_writable, write_json, writing
-from .hub import PushArguments, PushToHubCallback, open_repo, push
+from .export import VllmExportCallback
 from .losses import parse_loss
-from .memory import keep_freed_memory, report, rows_that_fit
+from .memory import report, rows_that_fit
 from .metrics import COUNTERS, count_drafts, is_metric, metric_names, summarize
-from .model_card import RECORD, model_card, read_record
-from .modeling_peagle import PeagleForSpeculation, PeagleLayer
 from .nan_check import NanCheck, listed, rows_of
 from .optimizer import MUON, MuonWithAdamW, set_rates, set_settings, settings_of, settings_of_schedule
-from .pace import Pace
-from .processes import lost_process_explained, on_first, require_same, together
-from .products import use_onednn
-from .run_record import (
+from .record import (
     RunRecord,
     check_resume,
     describe_run,
@@ -94,9 +97,8 @@ from .run_record import (
     record_of_earlier_version,
 )
 from .sharding import gather_optimizer_state, scatter_optimizer_state, scatter_weights, sharding_of
-from .target import hub_verifier
-from .trainer_arguments import REFUSED_PARAMETERS, refused_arguments
-from .training_args import PeagleTrainingArguments
+from .throughput import Pace
+from .warm_start import configuration_changes
 
 logger = logging.getLogger(__name__)
 

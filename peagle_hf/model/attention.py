@@ -14,8 +14,8 @@ from torch.fx.experimental import _config as symbolic_shapes
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from .cod import Spans
-from .fusion import fuse_on_gpu
+from .compile import fuse_on_gpu
+from .slots import Spans
 
 Kept = dict[str, Tensor] | None
 """What attention keeps for a second call with the same arguments (activation checkpointing), or None."""

@@ -12,10 +12,10 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 
-from .configuration_peagle import PeagleConfig
-from .errors import PeagleError
-from .files import atomic_path, save_file
-from .modeling_peagle import PeagleForSpeculation
+from ..errors import PeagleError
+from ..files import atomic_path, save_file
+from ..model.config import PeagleConfig
+from ..model.drafter import PeagleForSpeculation
 
 WEIGHTS = "adapter_model.safetensors"
 MASK_HIDDEN = "base_model.model.mask_hidden"

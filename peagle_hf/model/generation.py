@@ -35,9 +35,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor
 from transformers.utils import ModelOutput
 
-from .errors import PeagleError
-from .modeling_peagle import PeagleForSpeculation
-from .target import recorded_streams
+from ..errors import PeagleError
+from ..verifier.parts import recorded_streams
+from .drafter import PeagleForSpeculation
 
 # transformers 5.24 renamed a model's `past_key_values` to `cache`.
 RENAMED = "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters

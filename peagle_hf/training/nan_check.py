@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .data.dataset import EpochSampler, HiddenStatesDataset
-from .training_args import PeagleTrainingArguments
+from ..data.dataset import EpochSampler, HiddenStatesDataset
+from .arguments import PeagleTrainingArguments
 
 MOST_NAMED = 20
 """Samples that a message names."""

@@ -4,16 +4,14 @@ The model is linear: something fixed, and something for each row of the largest 
 one process on a GPU in bf16 mixed precision, without sharding. Shape letters: L positions, R rows, H hidden size.
 """
 
-import ctypes
-import sys
 from dataclasses import dataclass, replace
 
 import torch
 
-from .configuration_peagle import PeagleConfig
-from .errors import PeagleError
+from ..errors import PeagleError
+from ..model.config import PeagleConfig
+from ..model.drafter import RECOMPUTED_ROWS
 from .losses import CHUNK_ELEMENTS
-from .modeling_peagle import RECOMPUTED_ROWS
 from .optimizer import MUON
 
 GIB = 1 << 30
@@ -288,16 +286,3 @@ def device_memory(device: torch.device) -> int | None:
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether PyTorch says that a device, or the host, has no memory left."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep memory that is freed instead of giving it back to the kernel, which clears it each time.
-
-    For large tensors on a CPU under Linux's glibc: a training step is about a tenth faster with it. Elsewhere it does
-    nothing.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        trim_threshold, mmap_max, arena_max = -1, -4, -8  # from <malloc.h>
-        for parameter, value in ((arena_max, 1), (mmap_max, 0), (trim_threshold, 2**31 - 1)):
-            mallopt(parameter, value)

@@ -15,8 +15,8 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.training_args import OptimizerNames
 
-from .arguments import default_of, flag_of, plain
-from .errors import PeagleError
+from ..arguments import default_of, flag_of, plain
+from ..errors import PeagleError
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ REFUSED = {
 """Arguments of the Trainer that have no meaning for a drafter or would do harm, and why."""
 
 REFUSED_PARAMETERS = {
-    "compute_loss_func": "losses are chosen by loss_fn; a new one is an entry of peagle_hf.losses.DIVERGENCES",
+    "compute_loss_func": "losses are chosen by loss_fn; a new one is an entry of peagle_hf.training.losses.DIVERGENCES",
     "compute_metrics": "validation counts acceptance and never makes the logits whole",
     "preprocess_logits_for_metrics": "validation counts acceptance and never makes the logits whole",
 }

@@ -19,14 +19,14 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, Lla
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 from transformers.utils import ModelOutput
 
+from ..errors import PeagleError
+from ..training.losses import CHUNK_ELEMENTS, distillation_loss, parse_loss, survival_weights
+from ..training.metrics import count_by_depth, follow_rollouts, outcomes_by_anchor
+from ..verifier.parts import VerifierHead, hub_verifier, load_embedding
 from .attention import ATTENTION, BLOCK, Attend, Kept
-from .cod import Spans, find_spans
-from .configuration_peagle import PeagleConfig
-from .errors import PeagleError
-from .fusion import fuse_on_gpu
-from .losses import CHUNK_ELEMENTS, distillation_loss, parse_loss, survival_weights
-from .metrics import count_by_depth, follow_rollouts, outcomes_by_anchor
-from .target import VerifierHead, hub_verifier, load_embedding
+from .compile import fuse_on_gpu
+from .config import PeagleConfig
+from .slots import Spans, find_spans
 
 HUB_TAGS = ("speculative-decoding", "speculators", "eagle3", "p-eagle", "vllm")
 RECOMPUTED_ROWS = 16384

@@ -19,18 +19,18 @@ import transformers
 from peft import PeftModel
 from torch import nn
 
-from . import __version__
-from .arguments import flag_of, plain
-from .configuration_peagle import PeagleConfig
-from .data.cache import Manifest
-from .data.dataset import HiddenStatesDataset
-from .data.prepared import rows_fingerprint
-from .errors import PeagleError
-from .files import locked_folder, read_json, write_json
-from .fingerprint import weights_of
-from .processes import together
-from .redaction import public_settings
-from .training_args import PeagleTrainingArguments
+from .. import __version__
+from ..arguments import flag_of, plain
+from ..data.cache import Manifest
+from ..data.dataset import HiddenStatesDataset
+from ..data.prepared import rows_fingerprint
+from ..errors import PeagleError
+from ..files import locked_folder, read_json, write_json
+from ..fingerprint import weights_of
+from ..model.config import PeagleConfig
+from ..processes import together
+from ..redaction import public_settings
+from .arguments import PeagleTrainingArguments
 
 logger = logging.getLogger(__name__)
 

@@ -10,108 +10,25 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .configuration_peagle import PeagleConfig
-from .data.prepared import CHAT_TEMPLATE_FILE, CHAT_TEMPLATE_KWARGS_FILE
-from .data.sources import BUILT_IN_DATASETS, is_local_file
-from .data.tokenizer import ChatOptions
-from .errors import PeagleError
-from .evaluation.report import estimate
-from .files import read_json
-from .fingerprint import has_weights
-from .model.served import speculative_config
-from .modeling_peagle import HUB_TAGS
+from ..console import estimate
+from ..data.prepared import CHAT_TEMPLATE_FILE
+from ..data.sources import BUILT_IN_DATASETS, is_local_file
+from ..data.tokenizer import ChatOptions
+from ..errors import PeagleError
+from ..fingerprint import has_weights
+from ..model.config import PeagleConfig
+from ..model.drafter import HUB_TAGS
+from ..model.served import speculative_config
+from .training_json import chat_options_of
 
 logger = logging.getLogger(__name__)
 
-RECORD = "training.json"
-"""How a drafter was trained, beside its weights: see `PeagleTrainer.record`."""
 _EVALUATION = (
     *("drafter", "prompts", "num_prompts", "max_tokens", "temperature", "num_speculative_tokens", "concurrency"),
     *("dtype", "device", "versions", "acceptance_length", "acceptance_rate", "per_position_acceptance"),
     *("tokens_per_second", "tokens_per_second_without", "num_identical", "by_category"),
 )
 """What the card takes from an evaluation."""
-
-
-def read_record(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The record of the training that wrote a checkpoint or an epoch folder; None where there is none.
-
-    Raises:
-        PeagleError: the file is damaged.
-    """
-    for path in (Path(folder) / RECORD, Path(folder) / "trainer_state" / RECORD):
-        if path.exists():
-            try:
-                return dict(json.loads(path.read_text(encoding="utf-8")))
-            except (ValueError, TypeError) as error:
-                raise PeagleError(
-                    f"{path} is damaged ({error}). Copy it from another checkpoint of the same training, or remove it: "
-                    "then how the drafter was trained is not recorded."
-                ) from error
-    return None
-
-
-def recorded_chat_options(folder: str | os.PathLike[str]) -> ChatOptions | None:
-    """How the chats became text that a drafter was trained on: by its record, or by the files that `push` uploaded.
-
-    None where that isn't known.
-
-    Raises:
-        PeagleError: a file is damaged.
-    """
-    folder = Path(folder)
-    if (record := read_record(folder)) is not None:
-        return _chat_options_of(record)
-    template, kwargs = folder / CHAT_TEMPLATE_FILE, folder / CHAT_TEMPLATE_KWARGS_FILE
-    remedy = "Download the drafter again."
-    try:
-        text = template.read_text(encoding="utf-8") if template.exists() else None
-    except (OSError, ValueError) as error:
-        raise PeagleError(f"{template} can't be read ({error}). {remedy}") from error
-    options = ChatOptions(text, read_json(kwargs, remedy) if kwargs.exists() else {})
-    return None if options == ChatOptions() else options
-
-
-def chosen_chat_options(
-    folder: str | os.PathLike[str],
-    verifier: str,
-    trust_remote_code: bool,
-    chat_template: str | None,
-    chat_template_kwargs: dict[str, Any] | str | None,
-) -> ChatOptions:
-    """The chat template and variables for a drafter: those that its training had, unless others are named.
-
-    What comes from the record is logged.
-
-    Raises:
-        PeagleError: the record is damaged, there is no such template, or the variables are no JSON object.
-    """
-    recorded = recorded_chat_options(folder)
-    options = ChatOptions.chosen(verifier, trust_remote_code, chat_template, chat_template_kwargs, recorded)
-    taken = []
-    recorded = recorded or ChatOptions()
-    if chat_template is None and recorded.template is not None:
-        taken.append("the chat template")
-    if chat_template_kwargs is None and recorded.kwargs:
-        taken.append(f"the chat template's variables {json.dumps(recorded.kwargs, ensure_ascii=False)}")
-    if taken:
-        logger.info(
-            "From the training of %s: %s. Others are chosen with --chat-template and --chat-template-kwargs.",
-            folder,
-            " and ".join(taken),
-        )
-    return options
-
-
-def chat_option_files(options: ChatOptions | None) -> dict[str, bytes]:
-    """The files beside a drafter on the hub that tell its chat options, by name; none where nothing was chosen."""
-    files: dict[str, bytes] = {}
-    options = options or ChatOptions()
-    if options.template is not None:
-        files[CHAT_TEMPLATE_FILE] = options.template.encode()
-    if options.kwargs:
-        files[CHAT_TEMPLATE_KWARGS_FILE] = (json.dumps(options.kwargs, indent=2) + "\n").encode()
-    return files
 
 
 def read_evaluation(path: str | os.PathLike[str], model: str | os.PathLike[str]) -> dict[str, Any]:
@@ -190,7 +107,7 @@ def model_card(
         f"`peagle_hf`. It proposes {config.num_depths} tokens in one forward pass; the verifier checks them in one of "
         "its own, so the text stays the verifier's.",
         "## Serve",
-        _serve(config, repo_id, verifier, chat_options or _chat_options_of(record or {}) or ChatOptions()),
+        _serve(config, repo_id, verifier, chat_options or chat_options_of(record or {}) or ChatOptions()),
         "## Acceptance in vLLM",
         "Not measured." if evaluation is None else _acceptance(evaluation),
         "## Training",
@@ -228,11 +145,6 @@ def _results(evaluation: dict[str, Any] | None) -> list[EvalResult]:
         )
         for metric, name in values.items()
     ]
-
-
-def _chat_options_of(record: dict[str, Any]) -> ChatOptions | None:
-    kwargs = record.get("chat_template_kwargs")
-    return None if kwargs is None else ChatOptions(record.get("chat_template"), kwargs)
 
 
 def _serve(config: PeagleConfig, repo_id: str, verifier: str | None, options: ChatOptions) -> str:

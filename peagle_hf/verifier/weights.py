@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from .errors import PeagleError
+from ..errors import PeagleError
 from .quantization import dense_weight
 
 DENSE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)

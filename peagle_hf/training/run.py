@@ -9,27 +9,27 @@ from peft import LoraConfig, PeftModel
 from transformers import set_seed
 from transformers.trainer_utils import SaveStrategy
 
+from ..data.cache import Manifest, cache_folder, cached_rows, check_cache, place
+from ..data.dataset import GENERATED_DTYPE, HiddenStatesDataset, split_rows
+from ..data.endpoint import endpoint_urls, served_model
+from ..data.extract import check_folder
+from ..data.prepared import load_prepared, read_prepare_record
+from ..data.served_states import Endpoint
+from ..data.server_folder import check_layers, remove_unfetched, require_layers, served_layers
+from ..errors import PeagleError
+from ..files import check_writable
+from ..model.config import PeagleConfig
+from ..model.drafter import PeagleForSpeculation
+from ..processes import on_first, together
+from ..verifier.parts import draft_vocabulary, load_token_freq, load_verifier_config
 from .adapters import add_adapter
+from .arguments import PeagleTrainingArguments
 from .checkpoints import newest_checkpoint, recover, resumable_folder
-from .configuration_peagle import PeagleConfig
-from .continuing import continued_config, load_drafter, sampling
-from .data.cache import Manifest, cache_folder, cached_rows, check_cache, place
-from .data.dataset import GENERATED_DTYPE, HiddenStatesDataset, split_rows
-from .data.endpoint import endpoint_urls, served_model
-from .data.extract import check_folder
-from .data.prepared import load_prepared, read_prepare_record
-from .data.served_states import Endpoint
-from .data.server_folder import check_layers, remove_unfetched, require_layers, served_layers
-from .errors import PeagleError
-from .files import check_writable
-from .linear_start import start_linearly
+from .initialization import start_linearly
 from .memory import report
-from .modeling_peagle import PeagleForSpeculation
-from .processes import on_first, together
-from .run_record import only_training
-from .target import draft_vocabulary, load_token_freq, load_verifier_config
+from .record import only_training
 from .trainer import PeagleTrainer
-from .training_args import PeagleTrainingArguments
+from .warm_start import continued_config, load_drafter, sampling
 
 logger = logging.getLogger(__name__)
 

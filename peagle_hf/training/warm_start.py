@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from .configuration_peagle import PeagleConfig
-from .errors import PeagleError
-from .modeling_peagle import PeagleForSpeculation
-from .target import load_verifier_config
-from .training_args import PeagleTrainingArguments
+from ..errors import PeagleError
+from ..model.config import PeagleConfig
+from ..model.drafter import PeagleForSpeculation
+from ..verifier.parts import load_verifier_config
+from .arguments import PeagleTrainingArguments
 
 logger = logging.getLogger(__name__)
 

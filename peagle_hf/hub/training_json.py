@@ -1,0 +1,107 @@
+"""`training.json` beside a drafter's weights: how it was trained, and how its chats became text.
+
+`PeagleTrainer` writes it; the card, `serve`, `chat` and `evaluate` read it.
+"""
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from ..data.prepared import CHAT_TEMPLATE_FILE, CHAT_TEMPLATE_KWARGS_FILE
+from ..data.tokenizer import ChatOptions
+from ..errors import PeagleError
+from ..files import read_json
+
+logger = logging.getLogger(__name__)
+
+RECORD = "training.json"
+"""How a drafter was trained, beside its weights: see `PeagleTrainer.record`."""
+
+
+def read_record(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The record of the training that wrote a checkpoint or an epoch folder; None where there is none.
+
+    Raises:
+        PeagleError: the file is damaged.
+    """
+    for path in (Path(folder) / RECORD, Path(folder) / "trainer_state" / RECORD):
+        if path.exists():
+            try:
+                return dict(json.loads(path.read_text(encoding="utf-8")))
+            except (ValueError, TypeError) as error:
+                raise PeagleError(
+                    f"{path} is damaged ({error}). Copy it from another checkpoint of the same training, or remove it: "
+                    "then how the drafter was trained is not recorded."
+                ) from error
+    return None
+
+
+def recorded_chat_options(folder: str | os.PathLike[str]) -> ChatOptions | None:
+    """How the chats became text that a drafter was trained on: by its record, or by the files that `push` uploaded.
+
+    None where that isn't known.
+
+    Raises:
+        PeagleError: a file is damaged.
+    """
+    folder = Path(folder)
+    if (record := read_record(folder)) is not None:
+        return chat_options_of(record)
+    template, kwargs = folder / CHAT_TEMPLATE_FILE, folder / CHAT_TEMPLATE_KWARGS_FILE
+    remedy = "Download the drafter again."
+    try:
+        text = template.read_text(encoding="utf-8") if template.exists() else None
+    except (OSError, ValueError) as error:
+        raise PeagleError(f"{template} can't be read ({error}). {remedy}") from error
+    options = ChatOptions(text, read_json(kwargs, remedy) if kwargs.exists() else {})
+    return None if options == ChatOptions() else options
+
+
+def chosen_chat_options(
+    folder: str | os.PathLike[str],
+    verifier: str,
+    trust_remote_code: bool,
+    chat_template: str | None,
+    chat_template_kwargs: dict[str, Any] | str | None,
+) -> ChatOptions:
+    """The chat template and variables for a drafter: those that its training had, unless others are named.
+
+    What comes from the record is logged.
+
+    Raises:
+        PeagleError: the record is damaged, there is no such template, or the variables are no JSON object.
+    """
+    recorded = recorded_chat_options(folder)
+    options = ChatOptions.chosen(verifier, trust_remote_code, chat_template, chat_template_kwargs, recorded)
+    taken = []
+    recorded = recorded or ChatOptions()
+    if chat_template is None and recorded.template is not None:
+        taken.append("the chat template")
+    if chat_template_kwargs is None and recorded.kwargs:
+        taken.append(f"the chat template's variables {json.dumps(recorded.kwargs, ensure_ascii=False)}")
+    if taken:
+        logger.info(
+            "From the training of %s: %s. Others are chosen with --chat-template and --chat-template-kwargs.",
+            folder,
+            " and ".join(taken),
+        )
+    return options
+
+
+def chat_option_files(options: ChatOptions | None) -> dict[str, bytes]:
+    """The files beside a drafter on the hub that tell its chat options, by name; none where nothing was chosen."""
+    files: dict[str, bytes] = {}
+    options = options or ChatOptions()
+    if options.template is not None:
+        files[CHAT_TEMPLATE_FILE] = options.template.encode()
+    if options.kwargs:
+        files[CHAT_TEMPLATE_KWARGS_FILE] = (json.dumps(options.kwargs, indent=2) + "\n").encode()
+    return files
+
+
+def chat_options_of(record: dict[str, Any]) -> ChatOptions | None:
+    """The chat template and variables in a record of `read_record`; None where an earlier version wrote none."""
+    kwargs = record.get("chat_template_kwargs")
+    return None if kwargs is None else ChatOptions(record.get("chat_template"), kwargs)

@@ -1,0 +1,1 @@
+"""Training a drafter: arguments, objective, the Trainer, checkpoints, and what a run records."""

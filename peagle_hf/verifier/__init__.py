@@ -1,0 +1,1 @@
+"""The verifier: its configuration, the parts that training reads, and its quantisation."""
