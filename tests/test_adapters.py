@@ -88,11 +88,12 @@ def test_an_adapter_of_another_drafter_is_refused(trained, tmp_path):
 def test_a_head_that_an_adapter_trains_does_not_become_its_own_teacher(trained, tiny_verifier):
     _, adapter_flags = trained
     before = LlamaForCausalLM.from_pretrained(tiny_verifier).lm_head.weight
-    drafter = run(adapter_flags, lora_modules_to_save=["lm_head"], learning_rate=1e-2).model.get_base_model()
+    trainer = run(adapter_flags, lora_modules_to_save=["lm_head"], learning_rate=1e-2)
+    drafter, objective = trainer.model.get_base_model(), trainer.distillation
     head = drafter.lm_head.modules_to_save["default"].weight
-    taught = drafter.verifier_head.restrict(drafter.draft_token_ids).weight
+    taught = objective.verifier_head.restrict(drafter.draft_token_ids).weight
     assert torch.equal(taught, before[drafter.draft_token_ids])
-    assert torch.equal(drafter.draft_head.weight, taught)
+    assert torch.equal(objective.draft_head.weight, taught)
     assert not torch.equal(head, taught)
 
 

@@ -30,6 +30,7 @@ from peagle_hf import (
 from peagle_hf.data import extract as extraction
 from peagle_hf.data.cache import read_row
 from peagle_hf.data.extract import residual_streams
+from peagle_hf.training.objective import Objective
 from peagle_hf.verifier import parts as target
 from peagle_hf.verifier.parts import default_aux_layer_ids, load_verifier
 
@@ -152,14 +153,14 @@ def two_losses(folder: Path, data: Path) -> list[float]:
     config = PeagleConfig.from_verifier(str(folder), num_layers=1, num_depths=3, mask_token_id=VOCAB - 1)
     assert not {"partial_rotary_factor", "mrope_section"} & config.transformer_layer_config.rope_parameters.keys()
     drafter = PeagleForSpeculation(config)
-    drafter.load_verifier(str(folder))
+    objective = Objective(drafter, drafter.load_verifier(str(folder)))
     batch = CODDataCollator.from_config(config)([HiddenStatesDataset(data, total_seq_len=128)[0]])
     optimizer = torch.optim.SGD([parameter for parameter in drafter.parameters() if parameter.requires_grad], lr=0.01)
-    before = drafter(**batch).loss
+    before = objective(drafter, batch).loss
     before.backward()
     torch.nn.utils.clip_grad_norm_(drafter.parameters(), 1.0)
     optimizer.step()
-    return [before.item(), drafter(**batch).loss.item()]
+    return [before.item(), objective(drafter, batch).loss.item()]
 
 
 PYTHON = re.compile(r"```python\n(.*?)```", re.DOTALL)

@@ -102,8 +102,8 @@ def test_another_verifier_of_the_same_sizes_is_the_one_that_is_drafted_for(again
         "architectures": ["LlamaForCausalLM"],
     }
     head = load_file(other / "model.safetensors")["lm_head.weight"]
-    assert torch.equal(trainer.model.verifier_head.weight, head)
-    assert not trainer.model.heads_are_one
+    assert torch.equal(trainer.distillation.verifier_head.weight, head)
+    assert not torch.equal(trainer.distillation.draft_head.weight, trainer.model.lm_head.weight)
     kept = PeagleForSpeculation.from_pretrained(first, dtype=torch.float32).lm_head.weight
     assert torch.equal(trainer.model.lm_head.weight, kept)
 

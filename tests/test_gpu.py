@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import write_answers
 from test_linear_start import new_drafter, widen
-from test_modeling import make_batch, make_config, make_drafter
+from test_modeling import make_batch, make_config, make_pair
 from test_trainer import losses as logged_losses
 from test_trainer import run
 from torch import nn
@@ -29,14 +29,15 @@ SIZES = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
 def step(attention, autocast=False, window=None, lengths=(90, 57, 33)):
     layer = SIZES | ({"sliding_window": window, "layer_types": ["sliding_attention"] * 3} if window else {})
     config = make_config("llama", layer)
-    drafter = make_drafter(config).cuda().train()
+    drafter, objective = make_pair(config)
+    drafter.cuda().train()
     drafter.set_attn_implementation(attention)
     assert drafter.config._attn_implementation == attention
     batch = {
         name: value.cuda() if torch.is_tensor(value) else value for name, value in make_batch(config, lengths).items()
     }
     with torch.autocast("cuda", dtype=torch.bfloat16, enabled=autocast):
-        output = drafter(**batch)
+        output = objective(drafter, batch)
     output.loss.backward()
     grads = {name: parameter.grad for name, parameter in drafter.named_parameters() if parameter.grad is not None}
     return output, grads

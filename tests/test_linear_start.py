@@ -17,6 +17,7 @@ from peagle_hf import (
     train,
 )
 from peagle_hf.training.initialization import RIDGE, factors, mean_square, ridge_regression
+from peagle_hf.training.objective import Objective, load_head
 
 
 def new_drafter(tiny_verifier, **options):
@@ -28,7 +29,7 @@ def new_drafter(tiny_verifier, **options):
 
 def features_and_targets(drafter, dataset):
     """What start_linearly regresses, one position after another, from the documents themselves."""
-    features, targets = [], []
+    features, targets, head = [], [], load_head(drafter)
     for number in range(len(dataset)):
         for document in dataset[number]["documents"]:
             tokens, mask = document["input_ids"], document["loss_mask"]
@@ -39,7 +40,7 @@ def features_and_targets(drafter, dataset):
                     states = drafter.input_norm(states)
                 embedding = drafter.layers[0].input_layernorm(drafter.embed_tokens.weight[tokens[place + 1]])
                 features.append(torch.cat([states, embedding]).detach())
-                targets.append(drafter.verifier_head.normalize(last))
+                targets.append(head.normalize(last))
     return torch.stack(features).double(), torch.stack(targets).double()
 
 
@@ -80,7 +81,8 @@ def test_a_start_from_the_rows_is_nearer_to_the_verifier_than_noise(tiny_verifie
             start_linearly(drafter, dataset)
         batches = [CODDataCollator(num_depths=1)([dataset[number]]) for number in range(len(dataset))]
         with torch.no_grad():
-            losses.append(sum(drafter(**batch).loss.item() for batch in batches))
+            objective = Objective(drafter, load_head(drafter))
+            losses.append(sum(objective(drafter, batch).loss.item() for batch in batches))
     assert losses[1] < 0.9 * losses[0]
 
 

@@ -50,7 +50,7 @@ def qwen3_8b(**fields):
 def test_weights_are_counted_as_the_model_has_them(embed_requires_grad, train_head):
     config = make_config(embed_requires_grad=embed_requires_grad)
     drafter = make_drafter(config)
-    drafter.attach_verifier(drafter.verifier_head, train_head=train_head)
+    drafter.set_trained(train_head, torch.float32)
     predicted = estimate(MemoryPlan(config, 100, train_head=train_head))
     trained = sum(p.numel() for p in drafter.parameters() if p.requires_grad)
     # Norms and mask_hidden are left out.

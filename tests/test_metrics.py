@@ -3,7 +3,7 @@
 import torch
 
 from peagle_hf.model.slots import sample_rows
-from peagle_hf.training.metrics import COUNTERS, count_by_depth, count_drafts, follow_rollouts, summarize
+from peagle_hf.training.metrics import COUNTERS, count_by_depth, count_drafts, reached_slots, summarize
 
 K = 4
 
@@ -33,7 +33,7 @@ def test_counters_follow_the_definition():
         expected["correct"][depth] += is_learnt and is_correct
         expected["reached"][depth] += is_learnt and before
         expected["accepted"][depth] += is_learnt and before and is_correct
-    reached = follow_rollouts(correct, follows, learnt, anchors, depths, K)
+    reached = reached_slots(correct, follows, learnt, anchors, depths, K)
     counters = count_by_depth(correct, learnt, reached, depths, K)
     assert dict(zip(COUNTERS, counters.tolist(), strict=True)) == expected
     assert all(sum(column) > 0 for column in expected.values())
@@ -41,7 +41,7 @@ def test_counters_follow_the_definition():
 
 def count(seed):
     correct, follows, learnt, anchors, depths = counted(seed)
-    reached = follow_rollouts(correct, follows, learnt, anchors, depths, K)
+    reached = reached_slots(correct, follows, learnt, anchors, depths, K)
     return count_by_depth(correct, learnt, reached, depths, K)
 
 

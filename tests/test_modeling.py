@@ -12,10 +12,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModel
 
 from peagle_hf import CODDataCollator, PeagleConfig, PeagleError, PeagleForSpeculation, VerifierHead
-from peagle_hf.model import drafter as modeling_peagle
+from peagle_hf.model import layers
+from peagle_hf.model.served import check_checkpoint
 from peagle_hf.training import losses
+from peagle_hf.training.objective import Objective
 
-FEED_FORWARD = modeling_peagle.PeagleLayer.feed_forward
+FEED_FORWARD = layers.PeagleLayer.feed_forward
 FIXTURE = Path(__file__).parent / "fixtures" / "speculators_0.9.0_peagle"
 LAYER = {
     "vocab_size": 96,
@@ -43,12 +45,17 @@ def make_config(model_type="llama", layer=(), **fields):
     )
 
 
-def make_drafter(config, seed=0):
+def make_pair(config, seed=0, **options):
+    """A drafter and its objective, with a verifier's head of random numbers."""
     torch.manual_seed(seed)
     drafter = PeagleForSpeculation(config)
-    norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
-    drafter.attach_verifier(VerifierHead(norm, torch.randn(config.vocab_size, config.hidden_size)))
-    return drafter
+    head = VerifierHead(nn.RMSNorm(config.hidden_size, eps=1e-6), torch.randn(config.vocab_size, config.hidden_size))
+    drafter.set_trained(False, torch.float32)
+    return drafter, Objective(drafter, head, **options)
+
+
+def make_drafter(config, seed=0):
+    return make_pair(config, seed)[0]
 
 
 def make_batch(config, lengths=(17, 23), seed=0):
@@ -62,7 +69,8 @@ def test_loss_and_gradients_equal_those_of_speculators():
     verifier, batch, grads = (load_file(FIXTURE / f"{name}.safetensors") for name in ("verifier", "batch", "grads"))
     norm = nn.RMSNorm(64, eps=1e-5)
     norm.weight.data = verifier["verifier_norm.weight"]
-    drafter.attach_verifier(VerifierHead(norm, verifier["verifier_lm_head.weight"]))
+    drafter.set_trained(False, torch.float32)
+    objective = Objective(drafter, VerifierHead(norm, verifier["verifier_lm_head.weight"]))
 
     length = batch["input_ids"].shape[1]
     anchors, depths = batch["anchor_pos"], batch["depth"]
@@ -73,19 +81,19 @@ def test_loss_and_gradients_equal_those_of_speculators():
     learnt_rows = learnt.nonzero().flatten()
     learnt_rows = learnt_rows[targets[learnt_rows].argsort(stable=True)]
     positions, index = targets[learnt_rows].unique(return_inverse=True)
-    output = drafter(
-        input_ids=batch["input_ids"],
-        hidden_states=batch["hidden_states"],
-        anchors=anchors[None],
-        depths=depths[None],
-        document_ids=batch["document_ids"],
-        position_ids=targets[None],
-        labels=torch.where(learnt, 0, -100)[None],
-        learnt_rows=learnt_rows[None],
-        target_states=batch["verifier_last_hidden_states"][:, positions],
-        target_index=index[None],
-        num_items_in_batch=learnt_rows.numel() + 1e-5,
-    )
+    inputs = {
+        "input_ids": batch["input_ids"],
+        "hidden_states": batch["hidden_states"],
+        "anchors": anchors[None],
+        "depths": depths[None],
+        "document_ids": batch["document_ids"],
+        "position_ids": targets[None],
+        "labels": torch.where(learnt, 0, -100)[None],
+        "learnt_rows": learnt_rows[None],
+        "target_states": batch["verifier_last_hidden_states"][:, positions],
+        "target_index": index[None],
+    }
+    output = objective(drafter, inputs, num_items_in_batch=learnt_rows.numel() + 1e-5)
     expected = json.loads((FIXTURE / "expected.json").read_text())
     assert output.loss.item() == pytest.approx(expected["loss"], rel=1e-5)
     learnt_by_depth = [expected["metrics"][f"position_{depth}_acc_total"] for depth in range(4)]
@@ -189,14 +197,15 @@ def test_one_packed_step_equals_documents_one_by_one(model_type, num_layers, win
             "use_sliding_window": True,
         }
     config = make_config(model_type, layer)
-    packed = make_drafter(config)(**make_batch(config, (17, 23)))
+    drafter, objective = make_pair(config)
+    packed = objective(drafter, make_batch(config, (17, 23)))
     rows, loss = 0, 0.0
     counters = torch.zeros_like(packed.counters)
     for index in (0, 1):
-        drafter = make_drafter(config)
+        drafter, objective = make_pair(config)
         documents = make_documents(config, (17, 23))
         batch = CODDataCollator.from_config(config)([{"epoch": 0, "documents": [documents[index]]}])
-        output = drafter(**batch)
+        output = objective(drafter, batch)
         rows += batch["learnt_rows"].numel()
         loss += output.loss.item() * batch["learnt_rows"].numel()
         counters += output.counters
@@ -220,23 +229,24 @@ def make_documents(config, lengths, seed=0):
 
 def test_evaluation_counts_a_target_outside_the_draft_vocabulary_as_rejected():
     config = make_config(draft_vocab_size=40)
-    drafter = make_drafter(config)
-    head = drafter.verifier_head
+    drafter, objective = make_pair(config)
+    head = objective.verifier_head
     head.weight[:40] *= 1e-3  # all of the verifier's own choices now lie outside the 40 drafted tokens
-    drafter.attach_verifier(head)
-    batch = make_batch(config)
-    correct = [mode(drafter)(**batch).counters[1].sum().item() for mode in (nn.Module.train, nn.Module.eval)]
+    objective, batch = Objective(drafter, head), make_batch(config)
+    modes = (nn.Module.train, nn.Module.eval)
+    correct = [objective(mode(drafter), batch).counters[1].sum().item() for mode in modes]
     assert correct[1] == 0
 
 
 @pytest.mark.parametrize("keep_attention", [True, False])
 def test_activation_checkpointing_changes_no_gradient(monkeypatch, keep_attention):
-    monkeypatch.setattr(modeling_peagle, "RECOMPUTED_ROWS", 16)
+    monkeypatch.setattr(layers, "RECOMPUTED_SLOTS", 16)
     config = make_config()
     batch = make_batch(config)
     grads, calls = [], []
     for checkpointing in (False, True):
-        drafter = make_drafter(config).train()
+        drafter, objective = make_pair(config)
+        drafter.train()
         for layer in drafter.layers:
             layer.keep_attention = keep_attention
         if checkpointing:
@@ -245,11 +255,11 @@ def test_activation_checkpointing_changes_no_gradient(monkeypatch, keep_attentio
             enable({"use_reentrant": False})
         counted = [0]
         monkeypatch.setattr(
-            modeling_peagle.PeagleLayer,
+            layers.PeagleLayer,
             "feed_forward",
             lambda *args, count=counted: (count.__setitem__(0, count[0] + 1), FEED_FORWARD(*args))[1],
         )
-        drafter(**batch).loss.backward()
+        objective(drafter, batch).loss.backward()
         grads.append({name: p.grad for name, p in drafter.named_parameters() if p.grad is not None})
         calls.append(counted[0])
     assert calls[1] > calls[0]
@@ -260,34 +270,35 @@ def test_activation_checkpointing_changes_no_gradient(monkeypatch, keep_attentio
 
 def test_what_is_frozen_has_the_verifiers_dtype_and_is_one_tensor_with_its_head():
     config = make_config(embed_requires_grad=False)
-    drafter = make_drafter(config)
-    head = drafter.verifier_head
-    head.to(torch.bfloat16)
+    drafter, objective = make_pair(config)
+    head = objective.verifier_head.to(torch.bfloat16)
     with torch.no_grad():
         drafter.lm_head.weight.copy_(head.weight[drafter.draft_token_ids])
-    drafter.attach_verifier(head)
+    drafter.set_trained(False, torch.bfloat16)
+    objective = Objective(drafter, head)
     assert drafter.lm_head.weight.dtype == drafter.embed_tokens.weight.dtype == torch.bfloat16
-    drafter(**make_batch(config))
-    assert drafter.draft_head.weight.data_ptr() == drafter.lm_head.weight.data_ptr()
+    objective(drafter, make_batch(config))
+    assert objective.draft_head.weight.data_ptr() == drafter.lm_head.weight.data_ptr()
 
-    drafter.attach_verifier(head, train_head=True)
-    drafter(**make_batch(config)).loss.backward()
+    drafter.set_trained(True, torch.bfloat16)
+    objective = Objective(drafter, head)
+    objective(drafter, make_batch(config)).loss.backward()
     assert drafter.lm_head.weight.grad.norm() > 0
-    assert drafter.draft_head.weight.data_ptr() != drafter.lm_head.weight.data_ptr()
+    assert objective.draft_head.weight.data_ptr() != drafter.lm_head.weight.data_ptr()
 
 
 def test_another_loss_is_another_number():
     config = make_config()
-    drafter, batch = make_drafter(config), make_batch(config)
-    values = set()
+    batch, values = make_batch(config), set()
     for name in losses.DIVERGENCES:
-        drafter.loss_weights = losses.parse_loss(name)
-        values.add(drafter(**batch).loss.item())
+        drafter, objective = make_pair(config, loss_fn=name)
+        values.add(objective(drafter, batch).loss.item())
     assert len(values) == len(losses.DIVERGENCES)
 
 
 def test_verifier_never_enters_state_dict_or_parameters():
-    drafter = make_drafter(make_config())
+    drafter, objective = make_pair(make_config())
+    objective(drafter, make_batch(drafter.config))
     names = [*drafter.state_dict(), *(name for name, _ in drafter.named_parameters())]
     assert not [name for name in names if "verifier" in name or "draft_head" in name]
 
@@ -320,7 +331,7 @@ def test_a_configuration_that_can_not_be_is_refused_by_name(fields, named):
 def test_another_verifiers_head_is_refused():
     drafter = make_drafter(make_config())
     with pytest.raises(PeagleError, match=r"\(50, 32\).*\(96, 32\)"):
-        drafter.attach_verifier(VerifierHead(nn.RMSNorm(32), torch.randn(50, 32)))
+        Objective(drafter, VerifierHead(nn.RMSNorm(32), torch.randn(50, 32)))
 
 
 def test_import_is_light():
@@ -329,3 +340,21 @@ def test_import_is_light():
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_configuration_needs_no_arguments_and_only_a_saved_one_must_be_complete(tmp_path):
+    config = PeagleConfig()
+    assert (config.num_depths, config.verifier_name_or_path) == (8, None)
+    with torch.device("meta"):
+        assert len(PeagleForSpeculation(config).layers) == 4
+    config.num_depths = 5  # the proposal is written as it is when the configuration is saved
+    config.save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert fields["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 5
+    assert not config.differences(AutoConfig.from_pretrained(tmp_path))
+    with pytest.raises(PeagleError, match=r"speculators_config\.verifier\.name_or_path is missing"):
+        check_checkpoint(tmp_path)
+    del fields["mask_token_id"]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(PeagleError, match=r"config\.json lacks mask_token_id"):
+        PeagleConfig.from_pretrained(tmp_path)

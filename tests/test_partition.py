@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_modeling import make_batch, make_config, make_drafter
+from test_modeling import make_batch, make_config, make_pair
 
 from peagle_hf import PeagleError
 from peagle_hf.data.partition import partition, partition_by_rows, without_labels
@@ -10,11 +10,11 @@ from peagle_hf.data.partition import partition, partition_by_rows, without_label
 LENGTHS = (37, 12, 58)
 
 
-def step(drafter, batches, num_items):
+def step(drafter, objective, batches, num_items):
     drafter.zero_grad()
     losses, counters = [], []
     for batch in batches:
-        output = drafter(**batch, num_items_in_batch=num_items)
+        output = objective(drafter, batch, num_items)
         output.loss.backward()
         losses.append(output.loss.item())
         counters.append(output.counters)
@@ -24,10 +24,10 @@ def step(drafter, batches, num_items):
 
 def test_a_batch_that_teaches_nothing_gives_no_loss_and_no_gradient():
     config = make_config()
-    drafter = make_drafter(config).train()
-    drafter.lm_head.weight.requires_grad_(True)
+    drafter, objective = make_pair(config)
+    drafter.train().lm_head.weight.requires_grad_(True)
     nothing = without_labels(make_batch(config, LENGTHS))
-    loss, _, grads = step(drafter, [nothing], torch.tensor(0))
+    loss, _, grads = step(drafter, objective, [nothing], torch.tensor(0))
     assert loss == 0
     assert all(not grad.any() for grad in grads.values())
 
@@ -39,18 +39,18 @@ def test_parts_add_up_to_the_whole(lengths, num_parts, window, dpace_alpha):
     layer = {"sliding_window": window, "layer_types": ["sliding_attention"] * 2} if window else {}
     config = make_config(layer=layer)
     # The norms round to float32.
-    drafter, batch = make_drafter(config).double().train(), make_batch(config, lengths)
-    drafter.dpace_alpha = dpace_alpha
-    drafter.verifier_head.double()
-    drafter.draft_head.double()
+    drafter, objective = make_pair(config, dpace_alpha=dpace_alpha)
+    drafter, batch = drafter.double().train(), make_batch(config, lengths)
+    objective.verifier_head.double()
+    objective.draft_head.double()
     num_items = int((batch["labels"] != -100).sum())
     parts = partition(batch, num_parts)
     assert 1 < len(parts) <= num_parts
     rows = [part["anchors"].numel() for part in parts]
     assert max(rows) < batch["anchors"].numel()
 
-    loss, counters, grads = step(drafter, [batch], num_items)
-    part_loss, part_counters, part_grads = step(drafter, parts, num_items)
+    loss, counters, grads = step(drafter, objective, [batch], num_items)
+    part_loss, part_counters, part_grads = step(drafter, objective, parts, num_items)
     assert part_loss == pytest.approx(loss, rel=1e-6)
     assert torch.equal(part_counters, counters)
     assert part_grads.keys() == grads.keys()

@@ -58,7 +58,7 @@ def test_a_model_of_model_init_gets_what_the_arguments_say(train_flags):
     changes = {"loss_fn": "tv", "activation_checkpointing": True, "keep_attention": False, "max_steps": 1}
     trainer = make_trainer(train_flags, changes, fresh=True)
     trainer.train()
-    assert trainer.model.loss_weights == parse_loss("tv")
+    assert trainer.distillation.loss_weights == parse_loss("tv")
     assert not any(layer.keep_attention for layer in trainer.model.layers)
 
 

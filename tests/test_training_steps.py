@@ -1,7 +1,7 @@
 """What each step of a training does: order of rows, counters between logs, the optimizer's options, the decay."""
 
 import pytest
-from test_modeling import make_batch, make_config, make_drafter
+from test_modeling import make_batch, make_config, make_pair
 from test_trainer_arguments import trainer_of
 
 from peagle_hf import HiddenStatesDataset, PeagleError, PeagleTrainer, PeagleTrainingArguments, build_datasets
@@ -108,11 +108,11 @@ def test_nothing_to_train_is_refused(train_flags):
 def test_the_decay_weighs_each_depth_by_its_power():
     """The loss is a polynomial of the decay whose coefficients are the depths' shares; of degree 2 with K 3."""
     config = make_config(num_depths=3)
-    drafter, batch = make_drafter(config).train(), make_batch(config, (90, 40))
+    batch = make_batch(config, (90, 40))
 
     def loss(decay):
-        drafter.depth_loss_decay = decay
-        return drafter(**batch).loss.double().item()
+        drafter, objective = make_pair(config, depth_loss_decay=decay)
+        return objective(drafter.train(), batch).loss.double().item()
 
     at = {decay: loss(decay) for decay in (1e-9, 0.5, 1.0, 2.0)}
     first = at[1e-9]
@@ -120,7 +120,8 @@ def test_the_decay_weighs_each_depth_by_its_power():
     second = at[1.0] - first - third
     assert min(first, second, third) > 0.01
     assert at[2.0] == pytest.approx(first + 2 * second + 4 * third, rel=1e-4)
-    plain = drafter.eval()(**batch).loss.item()
+    drafter, objective = make_pair(config, depth_loss_decay=2.0)
+    plain = objective(drafter.eval(), batch).loss.item()
     assert plain == pytest.approx(at[1.0], rel=1e-5)
 
 
@@ -129,7 +130,7 @@ def test_the_decay_of_the_arguments_is_that_of_the_steps(train_flags):
     for decay in (1.0, 0.5):
         trainer = trainer_of(train_flags, {"depth_loss_decay": decay, "max_steps": 1})
         trainer.train()
-        assert trainer.model.depth_loss_decay == decay
+        assert trainer.distillation.depth_loss_decay == decay
         losses += [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[1] < 0.95 * losses[0]
 

@@ -23,7 +23,8 @@ from ..hub.training_json import read_record
 from ..model.drafter import PeagleForSpeculation
 from ..model.served import check_checkpoint, drafter_folder, drafter_name
 from ..training.metrics import count_drafts
-from ..verifier.parts import load_verifier_config
+from ..training.objective import Objective
+from ..verifier.parts import VerifierHead, load_verifier_config
 
 logger = logging.getLogger(__name__)
 
@@ -133,11 +134,11 @@ def acceptance(arguments: AcceptanceArguments) -> dict[str, Any]:
     cache = cache_folder(arguments.data_path, arguments.hidden_states_path)
     layer_ids = config.eagle_aux_hidden_state_layer_ids
     check_cache(cache, verifier, load_verifier_config(verifier, *source), layer_ids, arguments.verifier_revision)
-    drafter.load_verifier(verifier, False, False, dtype, *source)
+    objective = Objective(drafter, VerifierHead.from_pretrained(verifier, dtype, *source))
     rows = _kept_back(arguments, folder) if arguments.train_data_ratio is not None else None
     skipped = arguments.skip_rows or []
     dataset = HiddenStatesDataset(arguments.data_path, cache, arguments.total_seq_len, rows, skip_rows=skipped)
-    counters, drafts = count(drafter, dataset)
+    counters, drafts = count(drafter, objective, dataset)
     learnt, correct = counters[:2].tolist()
     report = {
         "drafter": name,
@@ -174,12 +175,8 @@ def _kept_back(arguments: AcceptanceArguments, folder: Path) -> list[int]:
 
 
 @torch.no_grad()
-def count(drafter: PeagleForSpeculation, dataset: HiddenStatesDataset) -> tuple[Tensor, Tensor]:
-    """The counts of `metrics.count_by_depth` [4, K] and `metrics.count_drafts` [2, K] over all rows, none dropped.
-
-    Args:
-        drafter: with its verifier's head attached.
-    """
+def count(drafter: PeagleForSpeculation, objective: Objective, dataset: HiddenStatesDataset) -> tuple[Tensor, Tensor]:
+    """The counts of `metrics.count_by_depth` [4, K] and `metrics.count_drafts` [2, K] over all rows, none dropped."""
     drafter.eval()
     num_depths = drafter.config.num_depths
     collator = CODDataCollator.from_config(drafter.config, every_row=True)
@@ -188,7 +185,8 @@ def count(drafter: PeagleForSpeculation, dataset: HiddenStatesDataset) -> tuple[
         outcomes = []
         for part in partition_every_row(collator([dataset[number]])):
             tensors = {name: value.to(drafter.device) for name, value in part.items() if name != "max_length"}
-            output = drafter(**tensors, max_length=part["max_length"])
+            output = objective(drafter, tensors | {"max_length": part["max_length"]})
+            assert output.outcomes is not None  # the drafter is in evaluation
             counters += output.counters.cpu()
             outcomes.append(output.outcomes.cpu())
         drafts += count_drafts(torch.cat(outcomes, dim=1), num_depths)

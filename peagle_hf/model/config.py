@@ -4,7 +4,14 @@ import logging
 from typing import TYPE_CHECKING, Annotated, Any, Optional, TypeVar
 
 from huggingface_hub.dataclasses import strict
-from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from ..errors import PeagleError
 from ..verifier.parts import default_aux_layer_ids, load_verifier_config
@@ -22,6 +29,7 @@ if TYPE_CHECKING:
 else:
     Filled = Optional
 REQUIRED = ("transformer_layer_config", "speculators_config", "mask_token_id", "eagle_aux_hidden_state_layer_ids")
+"""Fields that a saved configuration must have; no default could be right for its drafter."""
 
 
 @strict
@@ -29,12 +37,14 @@ class PeagleConfig(PreTrainedConfig):
     r"""Configuration of a P-EAGLE drafter, in the format that vLLM reads (`speculators_model_type` "peagle").
 
     Every field is written to `config.json`, defaults too, because vLLM's own defaults differ. A `config.json` that
-    vLLM's speculators 0.9.0 wrote loads as it is.
+    vLLM's speculators 0.9.0 wrote loads as it is. The defaults describe a drafter of four Llama layers for a verifier
+    of `LlamaConfig`'s default sizes; `from_verifier` gives one that fits a verifier.
 
     Attributes:
         transformer_layer_config: the draft decoder's own configuration (Llama or Qwen3), or its fields as a dict with
             `model_type`. Its `hidden_size` and `vocab_size` are the verifier's, its `num_hidden_layers` the drafter's.
-        speculators_config: algorithm, proposal method and verifier (`name_or_path`, `architectures`).
+        speculators_config: algorithm, proposal method and verifier (`name_or_path`, `architectures`). Only the verifier
+            is read; the rest is written when the configuration is saved. Serving and export need the verifier's name.
         draft_vocab_size: rows of the drafter's head, V_d; None means the verifier's whole vocabulary.
         mask_token_id: the token that stands at depths >= 1, where the real token is not known yet.
         eagle_aux_hidden_state_layer_ids: the verifier's residual streams that the drafter reads, by number of layers
@@ -52,14 +62,14 @@ class PeagleConfig(PreTrainedConfig):
     """
 
     model_type = "speculators"
-    has_no_defaults_at_init = True
+    has_no_defaults_at_init = True  # transformers would leave fields out of config.json that have their default
 
     speculators_model_type: str = "peagle"
     speculators_version: str = SPECULATORS_VERSION
     speculators_config: Filled[dict[str, Any]] = UNSET
     transformer_layer_config: Any = None
     draft_vocab_size: Filled[int] = UNSET
-    mask_token_id: Filled[int] = UNSET
+    mask_token_id: Filled[int] = 0
     eagle_aux_hidden_state_layer_ids: Filled[list[int]] = UNSET
     norm_before_residual: bool = True
     norm_before_fc: bool = False
@@ -79,10 +89,11 @@ class PeagleConfig(PreTrainedConfig):
                 f"speculators_model_type is {self.speculators_model_type!r}; peagle_hf reads and trains 'peagle' "
                 "drafters only. Use the library that made this checkpoint."
             )
-        missing = [name for name in REQUIRED if getattr(self, name) is None]
-        if missing:
-            raise PeagleError(f"The drafter's configuration lacks {', '.join(missing)}; vLLM needs each of them.")
+        if self.mask_token_id is None:
+            raise PeagleError("The drafter's configuration has no mask_token_id. Name the token that masks the rest.")
         layer_config = self.transformer_layer_config
+        if layer_config is None:
+            layer_config = LlamaConfig(num_hidden_layers=4)
         if isinstance(layer_config, dict):
             model_type = layer_config.get("model_type", "llama")
             _check_draft_model_type(model_type)
@@ -93,14 +104,17 @@ class PeagleConfig(PreTrainedConfig):
 
         if self.draft_vocab_size is None:
             self.draft_vocab_size = layer_config.vocab_size
+        if self.eagle_aux_hidden_state_layer_ids is None:
+            self.eagle_aux_hidden_state_layer_ids = default_aux_layer_ids(LlamaConfig().num_hidden_layers)
+        given = self.speculators_config or {}
         if self.num_depths is None:
-            methods = self.speculators_config.get("proposal_methods") or [{}]
+            methods = given.get("proposal_methods") or [{}]
             self.num_depths = methods[0].get("speculative_tokens", 8)
         self.speculators_config = {
             "algorithm": "peagle",
             "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": self.num_depths}],
             "default_proposal_method": "greedy",
-            "verifier": self.speculators_config.get("verifier") or {"name_or_path": None, "architectures": []},
+            "verifier": given.get("verifier") or {"name_or_path": None, "architectures": []},
         }
         super().__post_init__(**kwargs)
         self._check_values()
@@ -175,6 +189,24 @@ class PeagleConfig(PreTrainedConfig):
             down_sample_ratio_min=down_sample_ratio_min,
             max_anchors=max_anchors,
         )
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Like `PreTrainedConfig.from_dict`, for the fields of a saved configuration.
+
+        Raises:
+            PeagleError: a field is missing without which the drafter can't be what it was; names it.
+        """
+        missing = [name for name in REQUIRED if config_dict.get(name) is None]
+        if missing:
+            raise PeagleError(f"The drafter's config.json lacks {', '.join(missing)}. Export the drafter again.")
+        return super().from_dict(config_dict, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields; `speculators_config` proposes `num_depths` tokens, also if that was changed since."""
+        fields = super().to_dict()
+        fields["speculators_config"]["proposal_methods"][0]["speculative_tokens"] = self.num_depths
+        return fields
 
     def differences(self, other: "PeagleConfig") -> dict[str, tuple[Any, Any]]:
         """The fields in which a run with `other` would be another run: (value here, value there) by name."""

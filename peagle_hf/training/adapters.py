@@ -12,6 +12,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 
+from ..cpu import use_onednn
 from ..errors import PeagleError
 from ..files import atomic_path, save_file
 from ..model.config import PeagleConfig
@@ -24,9 +25,10 @@ MASK_HIDDEN = "base_model.model.mask_hidden"
 def add_adapter(drafter: PeagleForSpeculation, config: PeftConfig) -> PeftModel:
     """Freeze the drafter but for `mask_hidden`, and add an adapter; train the result with `PeagleTrainer`.
 
-    Attach the verifier before (`PeagleForSpeculation.load_verifier`).
+    Load the verifier's head before (`PeagleForSpeculation.load_verifier`).
     """
     model = get_peft_model(drafter, config)
+    use_onednn(model)
     drafter.mask_hidden.requires_grad_(True)
     return cast(PeftModel, model)
 
@@ -67,6 +69,7 @@ def load_adapter(
             "trained from."
         )
     drafter.mask_hidden.requires_grad_(is_trainable)
+    use_onednn(model)
     return model
 
 

@@ -17,7 +17,9 @@ from ..data.dataset import HiddenStatesDataset
 from ..data.faults import on_all_processes
 from ..errors import PeagleError
 from ..model.drafter import PeagleForSpeculation
+from ..verifier.parts import VerifierHead
 from .memory import GIB, is_out_of_memory, linear_start_bytes
+from .objective import load_head
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +30,9 @@ POSITIONS_A_FEATURE = 16
 
 
 @torch.no_grad()
-def start_linearly(drafter: PeagleForSpeculation, dataset: HiddenStatesDataset) -> None:
+def start_linearly(
+    drafter: PeagleForSpeculation, dataset: HiddenStatesDataset, head: VerifierHead | None = None
+) -> None:
     """Let a new drafter predict the verifier's next state from the start as well as a linear map can.
 
     By ridge regression over learnt positions, from what the drafter reads there (the verifier's auxiliary states and
@@ -39,20 +43,19 @@ def start_linearly(drafter: PeagleForSpeculation, dataset: HiddenStatesDataset) 
     processes share the rows, and each ends with the same drafter.
 
     Args:
-        drafter: as it was made, with its verifier's head attached (see `PeagleForSpeculation.load_verifier`). All is
+        drafter: as it was made, with its verifier's embeddings (see `PeagleForSpeculation.load_verifier`). All is
             computed on its device, in float64, so that it makes no difference how the rows are packed. It takes up to
             1.2 times the memory of a float64 matrix [F, F + H] (see `memory.linear_start_bytes`).
         dataset: the rows to train on. The first ones are read, until there are 16 positions a feature.
+        head: the verifier's; default: read from the verifier that the drafter's configuration names.
 
     Raises:
-        PeagleError: no verifier's head is attached, the rows can't be read, are of other layers or hold NaN, or the
+        PeagleError: the verifier or the rows can't be read, are of other layers or hold NaN, or the
             device's memory is too small.
     """
-    if drafter.verifier_head is None:
-        raise PeagleError("A linear start needs the verifier's head: call load_verifier(name_or_path) before.")
     dataset.check_layers(drafter.config.eagle_aux_hidden_state_layer_ids)
     try:
-        _start(drafter, dataset)
+        _start(drafter, dataset, load_head(drafter) if head is None else head)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -64,9 +67,9 @@ def start_linearly(drafter: PeagleForSpeculation, dataset: HiddenStatesDataset) 
         ) from error
 
 
-def _start(drafter: PeagleForSpeculation, dataset: HiddenStatesDataset) -> None:
+def _start(drafter: PeagleForSpeculation, dataset: HiddenStatesDataset, head: VerifierHead) -> None:
     size, states_size = drafter.config.hidden_size, drafter.fc.in_features
-    second_FF, cross_FH, num_positions = _moments(drafter, dataset)
+    second_FF, cross_FH, num_positions = _moments(drafter, dataset, head)
     deviation_F = ridge_regression(second_FF, cross_FH)
     states_SH, embeds_HH = cross_FH.split([states_size, size])
     drafter.fc.weight.copy_(states_SH.T)
@@ -85,14 +88,15 @@ def _start(drafter: PeagleForSpeculation, dataset: HiddenStatesDataset) -> None:
     logger.info("The first layer starts from a linear fit over %d positions.", num_positions)
 
 
-def _moments(drafter: PeagleForSpeculation, dataset: HiddenStatesDataset) -> tuple[Tensor, Tensor, int]:
+def _moments(
+    drafter: PeagleForSpeculation, dataset: HiddenStatesDataset, head: VerifierHead
+) -> tuple[Tensor, Tensor, int]:
     """The mean products of the features with each other [F, F] and with the targets [F, H], and of how many positions.
 
     The second is stored column by column. Positions are taken in pieces that need little memory.
     """
-    assert drafter.verifier_head is not None
     device, size, states_size = drafter.device, drafter.config.hidden_size, drafter.fc.in_features
-    head, eps = drafter.verifier_head.to(device), float(drafter.norm.variance_epsilon)
+    head, eps = head.to(device), float(drafter.norm.variance_epsilon)
     num_features = states_size + size
     num_rows, num_positions = 0, 0
     while num_rows < len(dataset) and num_positions < POSITIONS_A_FEATURE * num_features:

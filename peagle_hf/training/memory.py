@@ -10,7 +10,7 @@ import torch
 
 from ..errors import PeagleError
 from ..model.config import PeagleConfig
-from ..model.drafter import RECOMPUTED_ROWS
+from ..model.layers import RECOMPUTED_SLOTS
 from .losses import CHUNK_ELEMENTS
 from .optimizer import MUON
 
@@ -180,7 +180,7 @@ def bytes_a_row(plan: MemoryPlan) -> int:
     if plan.checkpointing == "none":
         kept, working = num_layers * (attention + feed_forward), 3 * inner
     elif plan.checkpointing == "keep_attention":
-        share = min(1.0, RECOMPUTED_ROWS / plan.rows_at_once)
+        share = min(1.0, RECOMPUTED_SLOTS / plan.rows_at_once)
         kept, working = num_layers * (size + query), attention + 2 * query + round(share * 5 * inner)
     else:
         kept, working = num_layers * size, attention + feed_forward + 3 * inner

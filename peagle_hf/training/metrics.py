@@ -22,7 +22,7 @@ def is_metric(name: str) -> bool:
     return name in METRICS or re.fullmatch(r"(accuracy|acceptance)_\d+", name) is not None
 
 
-def follow_rollouts(
+def reached_slots(
     correct_R: Tensor, follows_R: Tensor, learnt_R: Tensor, anchors_R: Tensor, depths_R: Tensor, num_depths: int
 ) -> Tensor:
     """Which rows are *reached*: learnt, and at all earlier depths of the rollout drafter, verifier and text agree.

@@ -27,6 +27,7 @@ from .arguments import PeagleTrainingArguments
 from .checkpoints import newest_checkpoint, recover, resumable_folder
 from .initialization import start_linearly
 from .memory import report
+from .objective import load_head
 from .record import only_training
 from .trainer import PeagleTrainer
 from .warm_start import continued_config, load_drafter, sampling
@@ -63,7 +64,8 @@ def _train(args: PeagleTrainingArguments) -> PeagleTrainer:
         assert isinstance(drafter, PeagleForSpeculation)  # an adapter is of a trained one
         with together():
             drafter.to(args.device)  # type: ignore[arg-type]
-            start_linearly(drafter, train_dataset)
+            head = load_head(drafter, None, args.verifier_revision, args.trust_remote_code)
+            start_linearly(drafter, train_dataset, head)
     trainer = PeagleTrainer(
         model=drafter,
         args=args,

@@ -37,7 +37,7 @@ from transformers.training_args import OptimizerNames
 
 from .. import __version__
 from ..console import is_quiet
-from ..cpu import keep_freed_memory, use_onednn
+from ..cpu import keep_freed_memory
 from ..data.collator import CODDataCollator
 from ..data.dataset import EpochSampler, HiddenStatesDataset
 from ..data.faults import RowError, on_all_processes
@@ -53,7 +53,7 @@ from ..model.config import PeagleConfig
 from ..model.drafter import PeagleForSpeculation, PeagleLayer
 from ..processes import lost_process_explained, on_first, require_same, together
 from ..training.push_callback import PushToHubCallback
-from ..verifier.parts import hub_verifier
+from ..verifier.parts import VerifierHead, hub_verifier
 from .adapters import merge_adapter, save_adapter
 from .argument_rules import REFUSED_PARAMETERS, refused_arguments
 from .arguments import PeagleTrainingArguments
@@ -82,10 +82,10 @@ from .checkpoints import (
     trainer_view,
 )
 from .export import VllmExportCallback
-from .losses import parse_loss
 from .memory import report, rows_that_fit
 from .metrics import COUNTERS, count_drafts, is_metric, metric_names, summarize
 from .nan_check import NanCheck, listed, rows_of
+from .objective import Objective, load_head
 from .optimizer import MUON, MuonWithAdamW, set_rates, set_settings, settings_of, settings_of_schedule
 from .record import (
     RunRecord,
@@ -183,6 +183,7 @@ class PeagleTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        verifier_head: VerifierHead | None = None,
         **refused: Any,
     ):
         for name in refused:
@@ -220,6 +221,7 @@ class PeagleTrainer(Trainer):
             )
         if isinstance(self.model, PeftModel) and self.is_sharded:
             raise PeagleError("An adapter can't be merged out of shards. Train it with DDP instead of FSDP or ZeRO.")
+        self._verifier_head = verifier_head
         self._collator_is_own = data_collator is None
         self._own_optimizer = None if optimizers[0] is None else type(optimizers[0]).__name__
         if optimizer_cls_and_kwargs is not None:
@@ -254,30 +256,37 @@ class PeagleTrainer(Trainer):
         self.eval_collator = self.data_collator
         if isinstance(self.data_collator, CODDataCollator):
             self.eval_collator = replace(self.data_collator, every_row=True)
-        if self.args.device.type == "cpu":
-            use_onednn(self.model)
         if is_deepspeed_zero3_enabled():
             from deepspeed.utils import set_z3_leaf_modules
 
             # Shards are gathered a layer at a time: hooks on the modules within would be in the way of the compiler.
             set_z3_leaf_modules(self.model, [PeagleLayer])
         for module in self.model.modules():
-            if isinstance(module, PeagleForSpeculation):
-                if self.args.device.type == "cuda":
-                    module.set_attn_implementation("flex_attention")
-                module.loss_weights = parse_loss(self.args.loss_fn)
-                module.depth_loss_decay = self.args.depth_loss_decay
-                module.dpace_alpha = self.args.dpace_alpha if self.args.per_position_loss_weight == "dpace" else None
+            if isinstance(module, PeagleForSpeculation) and self.args.device.type == "cuda":
+                module.set_attn_implementation("flex_attention")
             if isinstance(module, PeagleLayer):
                 module.keep_attention = self.args.keep_attention
         for parameter in self.model.parameters():
             if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
                 parameter.data = parameter.data.float()  # of a served checkpoint: small steps would round to nothing
+        # Not "objective": a hyperparameter search of the Trainer keeps its score under that name.
+        self.distillation: Objective = self._build_objective()
         self.__dict__.pop("_eval_dataloaders", None)  # persistent workers, which have the collator of an earlier model
         self._nan_check = NanCheck()
         self._train_counters = self._no_counters()
         self._pace = Pace(self.args.device)
         self.__dict__.pop("_rows_that_fit", None)
+
+    def _build_objective(self) -> Objective:
+        """The objective that the arguments describe, with the head of the drafter's verifier."""
+        args, drafter = self.args, self.accelerator.unwrap_model(self.model)
+        if isinstance(drafter, PeftModel):
+            drafter = drafter.get_base_model()
+        if self._verifier_head is None:
+            dtype = torch.bfloat16 if args.bf16 else torch.float32
+            self._verifier_head = load_head(drafter, dtype, args.verifier_revision, args.trust_remote_code)
+        dpace_alpha = args.dpace_alpha if args.per_position_loss_weight == "dpace" else None
+        return Objective(drafter, self._verifier_head, args.loss_fn, args.depth_loss_decay, dpace_alpha)
 
     def hyperparameter_search(
         self,
@@ -710,9 +719,12 @@ class PeagleTrainer(Trainer):
     def compute_loss(  # type: ignore[no-untyped-def]
         self, model, inputs, return_outputs=False, num_items_in_batch=None
     ):
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        outputs = self.distillation(model, inputs, num_items_in_batch)
         if model.training:
             self._train_counters += outputs.counters
+        # The losses of all processes are averaged, but num_items_in_batch is a sum over them.
+        is_shared = self.args.average_tokens_across_devices and num_items_in_batch is not None
+        loss = outputs.loss * (self.accelerator.num_processes if is_shared else 1)
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(  # type: ignore[no-untyped-def]
@@ -722,9 +734,10 @@ class PeagleTrainer(Trainer):
         sums, outcomes = torch.zeros_like(self._eval_loss), []
         for part in self._parts(inputs, is_training=False):
             with torch.no_grad(), self.compute_loss_context_manager():
-                outputs = model(**part)
+                outputs = self.distillation(model, part)
             learnt = outputs.counters[COUNTERS.index("learnt")].sum()
             self._eval_counters += outputs.counters
+            assert outputs.outcomes is not None  # the drafter is in evaluation
             outcomes.append(outputs.outcomes)
             sums += torch.stack([outputs.loss.double() * learnt, learnt.double()])
         self._eval_loss += sums

@@ -36,8 +36,9 @@ from transformers import TrainerCallback
 from peagle_hf import HiddenStatesDataset, PeagleTrainer, PeagleTrainingArguments, start_linearly
 from peagle_hf.cli.parsing import flags, parse_arguments
 from peagle_hf.evaluation.acceptance import count
-from peagle_hf.model import drafter as modeling_peagle
+from peagle_hf.training import objective as objectives
 from peagle_hf.training.losses import survival_weights
+from peagle_hf.training.objective import Objective, load_head
 from peagle_hf.training.run import build_drafter
 
 BASE: dict[str, Any] = {
@@ -152,7 +153,7 @@ def set_weights(job: dict[str, Any]) -> None:
             weight = weight * (rows / total)[anchors]
         return weight / weight.mean() if job.get("divide") == "step" or job.get("starts") else weight
 
-    modeling_peagle.survival_weights = weights  # type: ignore[assignment]
+    objectives.survival_weights = weights  # type: ignore[assignment]
 
 
 def start_chances(chance: Any, anchors: Any, depths: Any, num_positions: int, num_depths: int) -> Any:
@@ -184,7 +185,7 @@ def measure(folder: Path, job: dict[str, Any], drafter: Any, dataset_class: Any,
     states = folder / name / job.get("states", "states")
     dataset = dataset_class(folder / name, states, total_seq_len=BASE["total_seq_len"])
     with torch.autocast("cuda", dtype=torch.bfloat16):
-        _, drafts = count(drafter, dataset)
+        _, drafts = count(drafter, Objective(drafter, load_head(drafter)), dataset)
     reached, accepted = drafts.tolist()
     conditional = [taken / max(met, 1) for met, taken in zip(reached, accepted, strict=True)]
     rates = list(accumulate(conditional, mul))

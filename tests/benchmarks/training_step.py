@@ -113,8 +113,8 @@ def make_ours(sizes: Sizes, case: Case, device: str):
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
     from peagle_hf import CODDataCollator, PeagleConfig, PeagleForSpeculation
-    from peagle_hf.cpu import use_onednn
     from peagle_hf.data.partition import partition
+    from peagle_hf.training.objective import Objective
     from peagle_hf.verifier.parts import VerifierHead
 
     if device == "cpu":
@@ -141,14 +141,13 @@ def make_ours(sizes: Sizes, case: Case, device: str):
         with torch.no_grad():
             drafter.lm_head.weight.copy_(head[: case.draft_vocab])
         # A draft vocabulary leaves the whole head where it is, as training does.
-        drafter.attach_verifier(VerifierHead(LlamaRMSNorm(sizes.hidden, 1e-6), head))
+        drafter.set_trained(False, dtype)
+        objective = Objective(drafter, VerifierHead(LlamaRMSNorm(sizes.hidden, 1e-6), head))
         if drafter.d2t is not None:
-            drafter.verifier_head.to("cpu")
+            objective.verifier_head.to("cpu")
         del head
     if device == "cuda":
         drafter.set_attn_implementation("flex_attention")
-    else:
-        use_onednn(drafter)
     drafter.train()
 
     def make_step(case: Case):
@@ -184,7 +183,7 @@ def make_ours(sizes: Sizes, case: Case, device: str):
             loss = torch.zeros((), device=device)
             for part in parts:
                 with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
-                    part_loss = drafter(**part, num_items_in_batch=learnt).loss
+                    part_loss = objective(drafter, part, learnt).loss
                 part_loss.backward()
                 loss += part_loss.detach()
             return loss

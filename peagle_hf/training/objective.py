@@ -1,0 +1,174 @@
+"""The objective of training: the drafter learns the verifier's distributions, and its would-be acceptance is counted.
+
+Shape letters: L positions, R slots, N trained slots, U target positions, K depths, H hidden size, V verifier
+vocabulary, Vd draft vocabulary.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import PeagleError
+from ..model.drafter import PeagleForSpeculation
+from ..verifier.parts import VerifierHead
+from .losses import CHUNK_ELEMENTS, distillation_loss, parse_loss, survival_weights
+from .metrics import count_by_depth, outcomes_by_anchor, reached_slots
+
+FOR_THE_LOSS = ("labels", "target_states", "target_index")
+"""What the objective takes of a batch; the drafter takes the rest."""
+
+
+class ObjectiveOutput(NamedTuple):
+    """Loss and counts of one batch.
+
+    Attributes:
+        loss: float32 scalar: the sum over trained slots divided by `num_items_in_batch`.
+        counters: int64 [4, K], see `metrics.count_by_depth`.
+        outcomes: int64 [4, trained anchors], None in training, see `metrics.outcomes_by_anchor`.
+    """
+
+    loss: Tensor
+    counters: Tensor
+    outcomes: Tensor | None
+
+
+def load_head(
+    drafter: PeagleForSpeculation,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> VerifierHead:
+    """Read the final norm and head of the verifier that a drafter's configuration names, and no other weight of it.
+
+    Args:
+        dtype: of the head if the drafter's own head is trained (default: as saved); a frozen one says it itself.
+
+    Raises:
+        PeagleError: the verifier can't be read.
+    """
+    own = drafter.lm_head.weight
+    name = drafter.config.verifier_name_or_path
+    if name is None:
+        raise PeagleError("The drafter's configuration names no verifier, whose head gives the targets.")
+    return VerifierHead.from_pretrained(name, dtype if own.requires_grad else own.dtype, revision, trust_remote_code)
+
+
+class Objective:
+    """Distillation of the verifier's next-token distributions into a drafter.
+
+    It owns the verifier's head, which gives the targets and is never part of a checkpoint. A frozen head of the drafter
+    that equals the verifier's shares its memory.
+
+    Args:
+        drafter: where it will be trained or measured, on its device and before it is wrapped or sharded.
+        head: the verifier's final norm and head.
+        loss_fn: see `losses.parse_loss`.
+        depth_loss_decay: in training a slot of depth d counts this to the power d.
+        dpace_alpha: in training a slot counts as much as `losses.survival_weights` says; None: all alike.
+
+    Raises:
+        PeagleError: the head's sizes are not those of this drafter's verifier, or there is no such loss.
+    """
+
+    def __init__(
+        self,
+        drafter: PeagleForSpeculation,
+        head: VerifierHead,
+        loss_fn: str = "kl_div",
+        depth_loss_decay: float = 1.0,
+        dpace_alpha: float | None = None,
+    ):
+        drafter.check_head(head)
+        self.loss_weights = parse_loss(loss_fn)
+        self.depth_loss_decay, self.dpace_alpha = depth_loss_decay, dpace_alpha
+        self.config = drafter.config
+        self.draft_token_ids = drafter.draft_token_ids
+        self.verifier_head, self.draft_head = head, drafter.restricted(head)
+        trained = drafter.lm_head.weight
+        if not trained.requires_grad and torch.equal(self.draft_head.weight.to(trained), trained):
+            self.draft_head.weight = trained.detach()
+
+    def __call__(
+        self, drafter: nn.Module, batch: Mapping[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> ObjectiveOutput:
+        """Run the drafter over a batch and give its loss and its counts.
+
+        Args:
+            drafter: the one of the constructor, which may be wrapped by now; its mode, training or evaluation, decides
+                whether slots are weighted and over which vocabulary the verifier's token is taken.
+            batch: of `CODDataCollator`: the arguments of `PeagleForSpeculation.forward`, and
+                labels: int64 [1, R], the token that a slot is to predict, -100 where it isn't trained on;
+                target_states: [1, U, H], the verifier's last states, before its final norm, of the target positions;
+                target_index: int64 [1, N], which target position each of `learnt_rows` has, ascending.
+            num_items_in_batch: what the summed loss is divided by; default: N.
+        """
+        inputs = {name: value for name, value in batch.items() if name not in FOR_THE_LOSS}
+        compare = partial(self._compare, batch, drafter.training)
+        loss, student_N, teacher_N = drafter(**inputs, head_function=compare)
+        divisor = torch.as_tensor(student_N.numel() if num_items_in_batch is None else num_items_in_batch)
+        counters, outcomes = self._count(batch, drafter.training, student_N, teacher_N)
+        return ObjectiveOutput(loss / divisor.clamp(min=1), counters, outcomes)
+
+    def _compare(
+        self, batch: Mapping[str, Any], is_training: bool, states: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The summed loss, and the most likely token of the drafter [N] and of the verifier [N].
+
+        In training the verifier's token is the most likely one of the draft vocabulary, in evaluation of the whole: one
+        that the drafter doesn't have is one that it can't match.
+
+        Args:
+            states: [N, H], the drafter's.
+            weight: [Vd, H], of its head.
+        """
+        head = self.draft_head.to(states.device)
+        index = batch["target_index"][0]
+        with torch.no_grad():
+            teacher = head.normalize(batch["target_states"][0])
+        weighs = is_training and (self.depth_loss_decay != 1 or self.dpace_alpha is not None)
+        slot_weights = partial(self._slot_weights, batch) if weighs else None
+        loss, student_N, teacher_U = distillation_loss(
+            states, weight, teacher, head.logits, index, self.loss_weights, slot_weights
+        )
+        if self.draft_token_ids is not None:
+            token_ids = self.draft_token_ids.to(states.device)
+            student_N = token_ids[student_N]
+            teacher_U = token_ids[teacher_U] if is_training else self._tokens_of_verifier(teacher)
+        return loss, student_N, teacher_U[index]
+
+    @torch.no_grad()
+    def _tokens_of_verifier(self, teacher_UH: Tensor) -> Tensor:
+        """The verifier's most likely token of its whole vocabulary, int64 [U], in chunks of logits."""
+        head = self.verifier_head.to(teacher_UH.device)
+        chunks = teacher_UH.split(max(1, CHUNK_ELEMENTS[teacher_UH.device.type] // self.config.vocab_size))
+        return torch.cat([head.logits(chunk).argmax(-1) for chunk in chunks])
+
+    def _slot_weights(self, batch: Mapping[str, Any], chance_N: Tensor) -> Tensor:
+        """How much each trained slot counts, [N], given the drafter's probability of the verifier's token."""
+        trained = batch["learnt_rows"][0]
+        anchors_N, depths_N = batch["anchors"][0, trained], batch["depths"][0, trained]
+        weight_N = self.depth_loss_decay ** depths_N.to(chance_N.dtype)
+        if self.dpace_alpha is None:
+            return weight_N
+        sizes = batch["document_ids"].numel(), self.config.num_depths
+        return weight_N * survival_weights(chance_N, anchors_N, depths_N, *sizes, self.dpace_alpha)
+
+    def _count(
+        self, batch: Mapping[str, Any], is_training: bool, student_N: Tensor, teacher_N: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """The counters and the outcomes of `ObjectiveOutput`."""
+        labels, trained = batch["labels"][0], batch["learnt_rows"][0]
+        anchors, depths = batch["anchors"][0], batch["depths"][0]
+        trained_R = labels != -100
+        correct_R, follows_R = torch.zeros_like(trained_R), torch.zeros_like(trained_R)
+        correct_R[trained] = student_N == teacher_N
+        follows_R[trained] = labels[trained] == teacher_N
+        reached_R = reached_slots(correct_R, follows_R, trained_R, anchors, depths, self.config.num_depths)
+        counters = count_by_depth(correct_R, trained_R, reached_R, depths, self.config.num_depths)
+        if is_training:
+            return counters, None
+        outcomes = outcomes_by_anchor(correct_R, reached_R, anchors, batch["document_ids"][0], batch["position_ids"][0])
+        return counters, outcomes
