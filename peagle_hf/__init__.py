@@ -14,7 +14,7 @@ except PackageNotFoundError:
 _MODULE_OF = {
     "AcceptanceArguments": "evaluation.acceptance",
     "CODDataCollator": "data.collator",
-    "Endpoint": "data.served_states",
+    "Endpoint": "data.endpoint_states",
     "EvaluateArguments": "evaluation.benchmark",
     "ExtractArguments": "data.extract",
     "HiddenStatesDataset": "data.dataset",
@@ -27,7 +27,7 @@ _MODULE_OF = {
     "PushArguments": "hub.push",
     "PushToHubCallback": "training.push_callback",
     "RegenerateArguments": "data.regenerate",
-    "VerifierHead": "verifier.parts",
+    "VerifierHead": "verifier.head",
     "VerifierParts": "verifier.parts",
     "VllmExportCallback": "training.export",
     "acceptance": "evaluation.acceptance",
@@ -65,10 +65,10 @@ if TYPE_CHECKING:
     from .console import command_line, end_processes
     from .data.collator import CODDataCollator
     from .data.dataset import HiddenStatesDataset
+    from .data.endpoint_states import Endpoint
     from .data.extract import ExtractArguments, extract
     from .data.prepare import PrepareArguments, prepare
     from .data.regenerate import RegenerateArguments, regenerate
-    from .data.served_states import Endpoint
     from .errors import PeagleError
     from .evaluation.acceptance import AcceptanceArguments, acceptance
     from .evaluation.benchmark import EvaluateArguments, evaluate
@@ -83,7 +83,8 @@ if TYPE_CHECKING:
     from .training.push_callback import PushToHubCallback
     from .training.run import build_datasets, build_drafter, checkpoint_to_resume, train
     from .training.trainer import PeagleTrainer
-    from .verifier.parts import VerifierHead, VerifierParts, register_verifier
+    from .verifier.head import VerifierHead
+    from .verifier.parts import VerifierParts, register_verifier
 
 
 def __getattr__(name: str) -> Any:

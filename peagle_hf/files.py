@@ -289,3 +289,8 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def canonical_path(value: object) -> object:
+    """Absolute path, links resolved, if the value is an existing folder; otherwise the value unchanged."""
+    return os.path.realpath(value) if isinstance(value, str) and os.path.isdir(value) else value

@@ -27,7 +27,8 @@ from transformers import (
     set_seed,
 )
 
-from peagle_hf.data.cache import Manifest, write_row
+from peagle_hf.data.cache_manifest import Manifest
+from peagle_hf.data.cache_storage import write_row
 
 VOCAB, HIDDEN, LAYERS = 96, 32, 7
 AUX = [2, 3, 4]

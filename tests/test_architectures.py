@@ -28,11 +28,11 @@ from peagle_hf import (
     register_verifier,
 )
 from peagle_hf.data import extract as extraction
-from peagle_hf.data.cache import read_row
-from peagle_hf.data.extract import residual_streams
+from peagle_hf.data.cache_storage import read_row
 from peagle_hf.training.objective import Objective
 from peagle_hf.verifier import parts as target
-from peagle_hf.verifier.parts import default_aux_layer_ids, load_verifier
+from peagle_hf.verifier.loading import default_aux_layer_ids, load_verifier
+from peagle_hf.verifier.parts import residual_streams
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "num_local_experts": 4, "moe_intermediate_size": 8}
 LINEAR = {

@@ -23,8 +23,9 @@ from peagle_hf import (
     extract,
     train,
 )
-from peagle_hf.data import cache, cache_command
-from peagle_hf.data.cache import STORAGES, CachedRow, Manifest, cached_rows, check_row, read_row, row_path, write_row
+from peagle_hf.data import cache_command, cache_storage
+from peagle_hf.data.cache_manifest import Manifest
+from peagle_hf.data.cache_storage import STORAGES, CachedRow, cached_rows, check_row, read_row, row_path, write_row
 from peagle_hf.data.dataset import EpochSampler, split_rows
 from peagle_hf.model.slots import target_tokens
 
@@ -256,7 +257,7 @@ def test_a_conversion_that_is_cut_off_is_no_cache_and_goes_on(tiny_data, tmp_pat
         if len(written) == 7:
             raise KeyboardInterrupt
         written.append(path.name)
-        cache.save_row(path, row)
+        cache_storage.save_row(path, row)
 
     monkeypatch.setattr(cache_command, "save_row", save_seven)
     with pytest.raises(KeyboardInterrupt):
@@ -271,7 +272,7 @@ def test_a_conversion_that_is_cut_off_is_no_cache_and_goes_on(tiny_data, tmp_pat
 
     written.clear()
     monkeypatch.setattr(
-        cache_command, "save_row", lambda path, row: (written.append(path.name), cache.save_row(path, row))
+        cache_command, "save_row", lambda path, row: (written.append(path.name), cache_storage.save_row(path, row))
     )
     cache_command.convert(source, new, "fp8")
     assert len(written) == 13

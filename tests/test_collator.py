@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from peagle_hf import CODDataCollator, HiddenStatesDataset, PeagleError
 from peagle_hf.data import collator
-from peagle_hf.data.cache import row_path
+from peagle_hf.data.cache_storage import row_path
 from peagle_hf.data.dataset import EpochSampler, RowRequest, first_fit, load_prepared, split_rows
 
 

@@ -22,14 +22,15 @@ from torch.utils.data import DataLoader
 
 from peagle_hf import PeagleError, PeagleTrainingArguments, cli, train
 from peagle_hf.cli.parsing import flags
-from peagle_hf.data.cache import Manifest, cached_rows, check_row, row_path
+from peagle_hf.data.cache_manifest import Manifest
+from peagle_hf.data.cache_storage import cached_rows, check_row, row_path
 from peagle_hf.data.collator import CODDataCollator
 from peagle_hf.data.dataset import HiddenStatesDataset, load_prepared, split_rows
 from peagle_hf.data.endpoint import concurrently, endpoint_urls
+from peagle_hf.data.endpoint_folder import OwnRequests, remove_unwanted, write_server_record
+from peagle_hf.data.endpoint_states import Endpoint
+from peagle_hf.data.errors import EndpointError, RefusedEndpointError, RowError
 from peagle_hf.data.extract import ExtractArguments, extract
-from peagle_hf.data.faults import EndpointError, RefusedEndpointError, RowError
-from peagle_hf.data.served_states import Endpoint
-from peagle_hf.data.server_folder import OwnRequests, remove_unwanted, write_server_record
 from peagle_hf.hub.card import model_card
 from peagle_hf.training.checkpoints import checkpoints_by_step
 from peagle_hf.training.run import build_datasets
@@ -326,7 +327,7 @@ def test_files_of_requests_that_were_given_up_are_removed_and_no_others(argument
 
 @pytest.mark.parametrize("fault", ["late", "locked"])
 def test_states_that_come_after_the_client_gave_up_do_not_fill_the_disk(server, output, tokens, fault, monkeypatch):
-    monkeypatch.setattr("peagle_hf.data.server_folder.SWEEP_SECONDS", 0.0)
+    monkeypatch.setattr("peagle_hf.data.endpoint_folder.SWEEP_SECONDS", 0.0)
     endpoint = Endpoint((server.url,), output, tuple(SLOTS), HIDDEN, request_timeout=0.2, max_retries=0)
     server.fault = lambda token_ids: fault if token_ids == tokens[0] else None
     with pytest.raises(EndpointError, match=r"timed out|still writing"):

@@ -16,13 +16,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from peagle_hf.data import cache, extract
-from peagle_hf.data.cache import Manifest, cached_rows, check_row, read_row, row_path, write_row
-from peagle_hf.data.extract import ExtractArguments, plan_batches, residual_streams
-from peagle_hf.data.faults import RowError
-from peagle_hf.data.prepared import rows_fingerprint
+from peagle_hf.data import cache_storage, extract
+from peagle_hf.data.cache_manifest import Manifest
+from peagle_hf.data.cache_storage import cached_rows, check_row, read_row, row_path, write_row
+from peagle_hf.data.errors import RowError
+from peagle_hf.data.extract import ExtractArguments, plan_batches
+from peagle_hf.data.prepared_dataset import rows_fingerprint
 from peagle_hf.errors import PeagleError
-from peagle_hf.verifier.parts import weights_of
+from peagle_hf.fingerprint import weights_of
+from peagle_hf.verifier.parts import residual_streams
 
 VOCAB, HIDDEN, LAYERS = 61, 16, 4
 LENGTHS = (9, 30, 20, 29, 12, 19)
@@ -358,7 +360,7 @@ def test_a_disk_that_fills_up_leaves_whole_files_and_a_rerun_goes_on(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "save_file", save_until_full)
+        patch.setattr(cache_storage, "save_file", save_until_full)
         with pytest.raises(PeagleError, match="No space is left"):
             extract.extract(arguments)
     assert len(os.listdir(output)) == 4, "two rows, the manifest, the arguments, nothing half written"

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from peagle_hf import PeagleError, PrepareArguments, cli, prepare
-from peagle_hf.data.inspection import DataArguments, DataReport, _pieces, inspect_data
+from peagle_hf.data.inspect_dataset import DataArguments, DataReport, _pieces, inspect_data
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

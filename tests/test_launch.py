@@ -19,7 +19,7 @@ from conftest import AUX, HIDDEN, LAYERS, ended
 from fake_vllm import FakeVllm
 
 from peagle_hf import EvaluateArguments, PeagleError, cli, evaluate
-from peagle_hf.data.server_folder import write_server_record
+from peagle_hf.data.endpoint_folder import write_server_record
 from peagle_hf.serving import supervisor
 from peagle_hf.serving.address import Address
 from peagle_hf.serving.launch import LaunchArguments, ServeArguments, launch, serve, server_command

@@ -6,7 +6,7 @@ import pytest
 from chat_templates import PATTERNS, make_tokenizer
 
 from peagle_hf.data.chats import read_chat
-from peagle_hf.data.masking import ChatTokenizer, MaskedChat
+from peagle_hf.data.loss_mask import ChatTokenizer, MaskedChat
 
 
 def trained_on(tokenizer, masked: MaskedChat) -> list[list[str]]:

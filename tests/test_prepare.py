@@ -19,8 +19,8 @@ from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerFas
 
 from peagle_hf.data import sources
 from peagle_hf.data.chats import Chat, Unlearnable, read_chat
-from peagle_hf.data.inspection import DataArguments, inspect_data
-from peagle_hf.data.masking import ChatTokenizer
+from peagle_hf.data.inspect_dataset import DataArguments, inspect_data
+from peagle_hf.data.loss_mask import ChatTokenizer
 from peagle_hf.data.prepare import PrepareArguments, prepare
 from peagle_hf.data.prompts import read_prompts
 from peagle_hf.data.tokenizer import tokenizer_fingerprint

@@ -13,9 +13,9 @@ from peagle_hf import PeagleConfig, PeagleError, PeagleForSpeculation, cli
 from peagle_hf.data import extract
 from peagle_hf.data.dataset import HiddenStatesDataset
 from peagle_hf.data.prepare import PrepareArguments, prepare
-from peagle_hf.data.prepared import load_prepared
+from peagle_hf.data.prepared_dataset import load_prepared
 from peagle_hf.fingerprint import file_fingerprint
-from peagle_hf.verifier.parts import load_token_freq
+from peagle_hf.verifier.draft_vocabulary import load_token_freq
 
 ARROW = "data-00000-of-00001.arrow"
 

@@ -15,8 +15,10 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from peagle_hf import PeagleError, VerifierHead
 from peagle_hf.cpu import pack_linear_layers
 from peagle_hf.data.chat_models import LocalChatModel, Sampling
-from peagle_hf.data.extract import ExtractArguments, _load, residual_streams
-from peagle_hf.verifier.parts import load_embedding, load_verifier, verifier_parts
+from peagle_hf.data.extract import ExtractArguments, _load
+from peagle_hf.verifier.head import load_embedding
+from peagle_hf.verifier.loading import load_verifier
+from peagle_hf.verifier.parts import residual_streams, verifier_parts
 from peagle_hf.verifier.quantization import METHODS
 
 TOKENS = torch.arange(5, 25)[None]

@@ -38,8 +38,8 @@ from transformers import (
 from peagle_hf.data import chat_models
 from peagle_hf.data import prompts as prompts_module
 from peagle_hf.data import regenerate as module
+from peagle_hf.data.answer_journal import Journal
 from peagle_hf.data.chat_models import LocalChatModel, Sampling
-from peagle_hf.data.journal import Journal
 from peagle_hf.data.prepare import PrepareArguments, prepare
 from peagle_hf.data.prompts import Prompt
 from peagle_hf.data.regenerate import RegenerateArguments, learnt_spans, regenerate, repetition

@@ -25,10 +25,11 @@ from peagle_hf import (
     fingerprint,
     train,
 )
-from peagle_hf.data.cache import Manifest, row_path
 from peagle_hf.data.cache_command import convert
+from peagle_hf.data.cache_manifest import Manifest
+from peagle_hf.data.cache_storage import row_path
 from peagle_hf.data.prepare import PrepareArguments, prepare
-from peagle_hf.data.prepared import column, load_prepared, rows_fingerprint
+from peagle_hf.data.prepared_dataset import column, load_prepared, rows_fingerprint
 from peagle_hf.fingerprint import has_weights, weights_of
 from peagle_hf.training.run import build_datasets, build_drafter
 from peagle_hf.training.warm_start import continued_config

@@ -20,16 +20,10 @@ from transformers import (
 )
 
 from peagle_hf.errors import PeagleError
-from peagle_hf.verifier.parts import (
-    VerifierHead,
-    default_aux_layer_ids,
-    draft_vocabulary,
-    load_embedding,
-    load_token_freq,
-    load_verifier,
-    load_verifier_config,
-    verifier_parts,
-)
+from peagle_hf.verifier.draft_vocabulary import draft_vocabulary, load_token_freq
+from peagle_hf.verifier.head import VerifierHead, load_embedding
+from peagle_hf.verifier.loading import default_aux_layer_ids, load_verifier, load_verifier_config
+from peagle_hf.verifier.parts import verifier_parts
 
 SIZES = {
     "vocab_size": 40,

@@ -7,8 +7,8 @@ import pytest
 from chat_templates import CHATML, MARKED, PATTERNS, TOOL_CHATML, make_tokenizer
 
 from peagle_hf.cli import main
-from peagle_hf.data.template import EXACT, KINDS, LEFT_OUT, check_template
-from peagle_hf.data.template import MARKED as BY_MARKS
+from peagle_hf.data.inspect_template import EXACT, KINDS, LEFT_OUT, check_template
+from peagle_hf.data.inspect_template import MARKED as BY_MARKS
 from peagle_hf.errors import PeagleError
 
 

@@ -35,7 +35,7 @@ from peagle_hf.training.checkpoints import checkpoints_by_step, epoch_folders
 from peagle_hf.training.metrics import summarize
 from peagle_hf.training.record import record_of_earlier_version
 from peagle_hf.training.run import build_datasets, build_drafter, train
-from peagle_hf.verifier.parts import load_embedding
+from peagle_hf.verifier.head import load_embedding
 
 ROOT = Path(__file__).parents[1]
 

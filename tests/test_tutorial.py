@@ -16,8 +16,8 @@ from test_docs import ROOT, first_lines, run
 from test_trainer import run as train_tiny
 
 from peagle_hf import PeagleTrainingArguments, cli, train
-from peagle_hf.data.server_folder import SERVER_RECORD, write_server_record
-from peagle_hf.verifier.parts import default_aux_layer_ids
+from peagle_hf.data.endpoint_folder import SERVER_RECORD, write_server_record
+from peagle_hf.verifier.loading import default_aux_layer_ids
 
 NAME = "output/peagle_qwen3_8b_sharegpt"
 PREPARE = """

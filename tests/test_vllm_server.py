@@ -15,9 +15,9 @@ from conftest import AUX, VllmServer, ended, write_prepared
 from safetensors.torch import load_file
 
 from peagle_hf import PeagleError, PeagleTrainingArguments, train
-from peagle_hf.data.cache import cached_rows, row_path
+from peagle_hf.data.cache_storage import cached_rows, row_path
+from peagle_hf.data.endpoint_folder import SERVER_RECORD
 from peagle_hf.data.extract import ExtractArguments, extract
-from peagle_hf.data.server_folder import SERVER_RECORD
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

@@ -51,7 +51,7 @@ COMMANDS = {
         ),
     ),
     "data": Command(
-        "data.inspection",
+        "data.inspect_dataset",
         "data_command",
         "DataArguments",
         "show a prepared dataset, or what a chat template does",

@@ -14,8 +14,9 @@ from typing import Any, ClassVar
 
 from ..arguments import Arguments, config_path, write_config
 from ..cli import COMMANDS
-from ..data.cache import ROW_FILE, Manifest, cache_folder
-from ..data.prepared import CHAT_TEMPLATE_FILE, DATASET_INFO, read_prepare_record, rows_fingerprint
+from ..data.cache_manifest import Manifest
+from ..data.cache_storage import ROW_FILE, cache_folder
+from ..data.prepared_dataset import CHAT_TEMPLATE_FILE, DATASET_INFO, read_prepare_record, rows_fingerprint
 from ..data.sources import data_sha256, is_local_file
 from ..errors import PeagleError
 from ..files import locked_folder, read_json, remove_leftovers, write_json

@@ -16,22 +16,20 @@ from ..errors import PeagleError
 from ..files import locked_file, read_json, write_json
 from ..fingerprint import has_weights
 from ..model.slots import target_tokens
-from .cache import (
+from .cache_manifest import MANIFEST, Manifest, origin_of
+from .cache_storage import (
     FP8_STORAGES,
     LEARNT_STORAGES,
-    MANIFEST,
-    Manifest,
     Storage,
     UnusableRow,
     cached_rows,
     failed_rows,
-    origin_of,
     read_row,
     row_layout,
     row_path,
     save_row,
 )
-from .prepared import DATASET_INFO, column, load_prepared
+from .prepared_dataset import DATASET_INFO, column, load_prepared
 
 if TYPE_CHECKING:
     import datasets

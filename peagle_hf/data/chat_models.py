@@ -25,10 +25,10 @@ from transformers import (
 
 from ..cpu import pack_linear_layers
 from ..errors import PeagleError
-from ..verifier.parts import load_verifier
+from ..verifier.loading import load_verifier
 from .chats import Unlearnable
 from .endpoint import ask_any, concurrently, endpoint_urls, served_model
-from .faults import EndpointError, RefusedEndpointError
+from .errors import EndpointError, RefusedEndpointError
 from .tokenizer import ChatOptions, load_tokenizer
 
 _PLACEHOLDER = "PLACEHOLDER"

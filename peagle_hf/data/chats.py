@@ -2,13 +2,9 @@
 
 import json
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import PeagleError
-
-if TYPE_CHECKING:
-    pass
-
 
 ROLES = {
     "system": "system",

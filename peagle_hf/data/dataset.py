@@ -13,23 +13,13 @@ from torch.utils.data import Dataset, Sampler
 
 from ..errors import PeagleError
 from ..model.slots import target_tokens
-from ..verifier.parts import load_token_freq
-from .cache import (
-    CachedRow,
-    Manifest,
-    cache_folder,
-    cached_rows,
-    check_row,
-    failed_rows,
-    origin_of,
-    read_row,
-    row_path,
-    save_row,
-)
+from ..verifier.draft_vocabulary import load_token_freq
+from .cache_manifest import Manifest, origin_of
+from .cache_storage import CachedRow, cache_folder, cached_rows, check_row, failed_rows, read_row, row_path, save_row
 from .endpoint import concurrently
-from .faults import faults_of
-from .prepared import column, load_prepared, rows_fingerprint
-from .served_states import Endpoint
+from .endpoint_states import Endpoint
+from .errors import faults_of
+from .prepared_dataset import column, load_prepared, rows_fingerprint
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from ..errors import PeagleError
+from ..files import canonical_path
 from ..redaction import public_url
-from .cache import place
-from .faults import EndpointError, RefusedEndpointError, WrongServerEndpointError
+from .errors import EndpointError, RefusedEndpointError, WrongServerEndpointError
 
 DEFAULT_URL = "http://localhost:8000/v1"
 REQUEST_TIMEOUT, MAX_RETRIES = 120.0, 3
@@ -159,7 +159,7 @@ def served_model(
                 f"The vLLM server {url} can't be asked for its model: {error.reason}. {advice[:1].upper()}{advice[1:]}."
             ) from error
         wanted = wanted or found["root"]
-        if place(wanted) not in {place(name) for name in found.values()}:
+        if canonical_path(wanted) not in {canonical_path(name) for name in found.values()}:
             raise PeagleError(
                 f"The vLLM server {url} runs {found['root']}, wanted is {wanted}. Start it with that model, or name "
                 "the right endpoint. (A model that is merely called otherwise there can be given its name here with "

@@ -27,23 +27,17 @@ from ..cpu import keep_freed_memory, pack_linear_layers
 from ..errors import PeagleError
 from ..files import check_writable, locked_folder, remove_leftovers, write_json
 from ..model.slots import target_tokens
-from ..verifier.parts import (
-    VerifierHead,
-    default_aux_layer_ids,
-    load_verifier,
-    load_verifier_config,
-    recorded_streams,
-    verifier_parts,
-)
-from .cache import (
+from ..verifier.head import check_logits
+from ..verifier.loading import check_layer_ids, load_verifier, load_verifier_config
+from ..verifier.parts import residual_streams, verifier_parts
+from .cache_manifest import Manifest, check_folder, origin_of
+from .cache_storage import (
     FP8_STORAGES,
     LEARNT_STORAGES,
-    Manifest,
     Storage,
     cache_folder,
     cached_rows,
     check_row,
-    origin_of,
     row_path,
     write_row,
 )
@@ -57,10 +51,10 @@ from .endpoint import (
     endpoint_urls,
     served_model,
 )
-from .faults import EndpointError, RowError, WrongServerEndpointError
-from .prepared import load_prepared, read_prepare_record, rows_fingerprint
-from .served_states import Endpoint
-from .server_folder import check_layers, remove_unfetched, require_layers
+from .endpoint_folder import check_layers, remove_unfetched, require_layers
+from .endpoint_states import Endpoint
+from .errors import EndpointError, RowError, WrongServerEndpointError
+from .prepared_dataset import load_prepared, read_prepare_record, rows_fingerprint
 
 if TYPE_CHECKING:
     import datasets
@@ -71,8 +65,6 @@ MAX_PADDING = 0.05
 """At most this share of a batch is padding."""
 HEADER_BYTES = 512
 """At most so many come before the tensors of a file."""
-CHECKED_TOKENS = 16
-"""So many tokens show whether the verifier's logits are what training takes them for."""
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 2048, 8192
 CPU_BATCHES, GPU_BATCHES = 2, 4
 """So many are computed at once: one goes on while another has a pause, or is written."""
@@ -412,45 +404,6 @@ def replica(model: PreTrainedModel) -> PreTrainedModel:
     return deepcopy(model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})
 
 
-def residual_streams(model: PreTrainedModel, layer_ids: Sequence[int], ids_BT: Tensor, dtype: torch.dtype) -> Tensor:
-    """The residual streams [B, T, A+1, H] after `layer_ids` layers (0 = embeddings) and after the last layer.
-
-    None of them is normed, the one after the last layer neither.
-    """
-    parts = verifier_parts(model)
-    slots = [*layer_ids, len(parts.layers)]
-    with recorded_streams(model, slots, dtype) as streams:
-        parts.decoder(input_ids=ids_BT.to(model.device), use_cache=False)
-    return torch.stack([streams[slot] for slot in slots], dim=2)
-
-
-@torch.inference_mode()
-def check_logits(model: PreTrainedModel) -> None:
-    """Make sure that the verifier's own logits are those that training will compute from its last residual stream.
-
-    Raises:
-        PeagleError: they aren't, as the architecture does something that `VerifierHead` doesn't know.
-    """
-    vocab_size = model.config.get_text_config(decoder=True).vocab_size
-    ids_BT = torch.arange(CHECKED_TOKENS, device=model.device)[None] % vocab_size
-    last: list[Tensor] = []
-    reader = verifier_parts(model).final_norm
-    handle = reader.register_forward_pre_hook(lambda module, args: last.append(args[0]))
-    try:
-        own = model(input_ids=ids_BT, use_cache=False).logits.float()
-    finally:
-        handle.remove()
-    head = VerifierHead.of(model)
-    found = head.logits(head.normalize(last[0])).float()
-    tolerance = max(1e-4, 4 * torch.finfo(model.dtype).eps) * own.abs().max()
-    if found.shape != own.shape or (found - own).abs().max() > tolerance:
-        raise PeagleError(
-            f"The logits of {type(model).__name__} are not what its final norm, head, logit scale {head.scale} and "
-            f"softcap {head.softcap} give, so a drafter would learn something else. Say how they come about with "
-            "peagle_hf.register_verifier, as docs/how-to/verifiers.md shows."
-        )
-
-
 def _make(
     arguments: ExtractArguments, manifest: Manifest, output: Path, data: "datasets.Dataset", lengths: dict[int, int]
 ) -> float:
@@ -632,34 +585,6 @@ def _check_context(config: PreTrainedConfig, longest: int, model: str) -> None:
         raise PeagleError(
             f"The longest row has {longest} tokens, but {model} takes {limit} (max_position_embeddings of its "
             f"config.json). Cut the rows with peagle-hf prepare --seq-length {limit}."
-        )
-
-
-def check_layer_ids(wanted: list[int] | None, config: PreTrainedConfig) -> list[int]:
-    """The auxiliary layers that are wanted of a verifier, or the default ones.
-
-    Raises:
-        PeagleError: it has no such layers, or one is named twice.
-    """
-    num_layers = config.num_hidden_layers
-    layer_ids = default_aux_layer_ids(num_layers) if wanted is None else wanted
-    if not layer_ids or len(set(layer_ids)) < len(layer_ids) or not all(0 <= id_ <= num_layers for id_ in layer_ids):
-        raise PeagleError(
-            f"--target-layer-ids {layer_ids} must be distinct and in 0 .. {num_layers}, the number of the verifier's "
-            "layers; 0 means the embeddings."
-        )
-    return layer_ids
-
-
-def check_folder(output: Path, manifest: Manifest, present: set[int]) -> None:
-    """Refuse to add to states of another kind."""
-    existing = Manifest.read(output)
-    if existing is not None:
-        existing.check(manifest, output)
-    elif present:
-        raise PeagleError(
-            f"{output} holds hidden states without a manifest, so which verifier and layers they are of isn't known "
-            "and more can't be added. Train with them as they are, or name another --output."
         )
 
 

@@ -21,11 +21,11 @@ from ..arguments import CONFIG, Arguments, check_ranges, config_path, write_conf
 from ..errors import PeagleError
 from ..files import atomic_path, locked_folder, remove_leftovers, with_places, write_json
 from ..fingerprint import file_fingerprint
-from ..verifier.parts import load_token_freq
-from .cache import cache_folder, cached_rows
+from ..verifier.draft_vocabulary import load_token_freq
+from .cache_storage import cache_folder, cached_rows
 from .chats import Chat, Unlearnable, count_answers, read_chat
-from .masking import ChatTokenizer, MaskedRow
-from .prepared import (
+from .loss_mask import ChatTokenizer, MaskedRow
+from .prepared_dataset import (
     CHAT_TEMPLATE_FILE,
     DATASET_INFO,
     DATASET_STATE,

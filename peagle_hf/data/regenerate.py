@@ -22,11 +22,11 @@ from ..console import progress_bar
 from ..errors import PeagleError
 from ..files import atomic_path, locked_file, remove_leftovers, write_json
 from ..fingerprint import has_weights, weights_of
+from .answer_journal import Journal
 from .chat_models import Batch, ChatModel, LocalChatModel, Sampling, ServedChatModel
 from .chats import Unlearnable
 from .endpoint import MAX_RETRIES
-from .faults import EndpointError, RefusedEndpointError
-from .journal import Journal
+from .errors import EndpointError, RefusedEndpointError
 from .prompts import Prompt, distinct, grams, read_prompts, words
 from .tokenizer import CHAT_TEMPLATE_HELP, CHAT_TEMPLATE_KWARGS_HELP, ChatOptions, vocabulary_fingerprint
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..arguments import Arguments, check_ranges
 from ..console import progress_bar
-from ..data.cache import cache_folder, check_cache
+from ..data.cache_manifest import check_cache
+from ..data.cache_storage import cache_folder
 from ..data.collator import CODDataCollator
 from ..data.dataset import HiddenStatesDataset, split_rows
 from ..data.partition import partition_every_row
@@ -24,7 +25,8 @@ from ..model.drafter import PeagleForSpeculation
 from ..model.served import check_checkpoint, drafter_folder, drafter_name
 from ..training.metrics import count_drafts
 from ..training.objective import Objective
-from ..verifier.parts import VerifierHead, load_verifier_config
+from ..verifier.head import VerifierHead
+from ..verifier.loading import load_verifier_config
 
 logger = logging.getLogger(__name__)
 

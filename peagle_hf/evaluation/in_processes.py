@@ -12,7 +12,7 @@ import torch
 
 from .. import __version__
 from ..serving.environment import vllm_environment
-from ..verifier.parts import load_verifier_config
+from ..verifier.loading import load_verifier_config
 from .arguments import MAX_MODEL_LEN, EvaluateArguments
 from .figures import Trial
 from .runs import FinishedRuns, Run

@@ -9,11 +9,11 @@ from typing import Any
 
 from .. import __version__
 from ..console import progress_bar
-from ..data.cache import place
 from ..data.endpoint import PLAIN_SAMPLING, concurrently
 from ..data.prompts import Prompt
 from ..data.tokenizer import ChatOptions
 from ..errors import PeagleError
+from ..files import canonical_path
 from ..serving.client import DRAFT_COUNTERS, Answer, Client
 from .arguments import EvaluateArguments
 from .figures import Trial
@@ -93,9 +93,9 @@ def _open_servers(task: Task) -> tuple[Client, Client | None, int]:
     baseline = Client(arguments.baseline_endpoint) if arguments.baseline_endpoint else None
     # vLLM that is started with a drafter alone goes by the drafter's name.
     folder = str(task.drafting[0].drafter.folder)
-    names = {place(name) for name in (task.verifier, arguments.model, folder)}
+    names = {canonical_path(name) for name in (task.verifier, arguments.model, folder)}
     for server in filter(None, (client, baseline)):
-        if names.isdisjoint(place(name) for name in server.model.values()):
+        if names.isdisjoint(canonical_path(name) for name in server.model.values()):
             raise PeagleError(
                 f"The vLLM server {server.url} runs {server.model['root']}, wanted is {task.verifier}. Start it with "
                 "that model, or name the right endpoint."

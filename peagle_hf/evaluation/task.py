@@ -10,9 +10,9 @@ from typing import Any
 from ..data.prompts import Prompt
 from ..data.tokenizer import ChatOptions
 from ..errors import PeagleError
+from ..fingerprint import weights_of
 from ..model.served import check_checkpoint, drafter_folder, drafter_name, speculative_config
 from ..redaction import public_url
-from ..verifier.parts import weights_of
 from .arguments import EvaluateArguments
 from .figures import Trial
 from .runs import FinishedRuns, Run

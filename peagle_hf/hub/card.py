@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..console import estimate
-from ..data.prepared import CHAT_TEMPLATE_FILE
+from ..data.prepared_dataset import CHAT_TEMPLATE_FILE
 from ..data.sources import BUILT_IN_DATASETS, is_local_file
 from ..data.tokenizer import ChatOptions
 from ..errors import PeagleError

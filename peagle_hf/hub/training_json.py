@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..data.prepared import CHAT_TEMPLATE_FILE, CHAT_TEMPLATE_KWARGS_FILE
+from ..data.prepared_dataset import CHAT_TEMPLATE_FILE, CHAT_TEMPLATE_KWARGS_FILE
 from ..data.tokenizer import ChatOptions
 from ..errors import PeagleError
 from ..files import read_json

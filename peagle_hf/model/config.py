@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from ..errors import PeagleError
-from ..verifier.parts import default_aux_layer_ids, load_verifier_config
+from ..verifier.loading import default_aux_layer_ids, load_verifier_config
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,8 @@ from transformers.utils import ModelOutput
 
 from ..cpu import use_onednn
 from ..errors import PeagleError
-from ..verifier.parts import VerifierHead, hub_verifier, load_embedding
+from ..verifier.head import VerifierHead, load_embedding
+from ..verifier.loading import hub_verifier
 from .attention import ATTENTION
 from .config import PeagleConfig
 from .layers import PeagleAttention, PeagleLayer, RMSNorm

@@ -11,7 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from ..errors import PeagleError
-from ..verifier.parts import load_verifier_config
+from ..verifier.loading import load_verifier_config
 from .config import VLLM_AUX_HIDDEN_STATES, PeagleConfig
 from .drafter import PeagleForSpeculation
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..data.endpoint import Server, endpoint_urls
-from ..data.faults import EndpointError
+from ..data.errors import EndpointError
 from ..errors import PeagleError
 
 DRAFT_COUNTERS = ("spec_decode_num_drafts", "spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens")

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..arguments import Arguments, check_ranges
-from ..data.extract import check_layer_ids
-from ..data.server_folder import (
+from ..data.endpoint_folder import (
     SERVER_RECORD,
     SWEEP_SECONDS,
     check_other_servers,
@@ -33,7 +32,7 @@ from ..files import atomic_path, check_writable
 from ..hub.training_json import chosen_chat_options
 from ..model.served import check_checkpoint, drafter_folder, speculative_config
 from ..redaction import public_command
-from ..verifier.parts import load_verifier_config
+from ..verifier.loading import check_layer_ids, load_verifier_config
 from .address import Address
 from .environment import vllm_environment
 from .supervisor import supervised

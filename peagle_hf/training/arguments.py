@@ -21,7 +21,7 @@ from ..data.endpoint import DEFAULT_URL, MAX_RETRIES, REQUEST_TIMEOUT, endpoint_
 from ..errors import PeagleError
 from ..model.config import PeagleConfig
 from ..processes import connect_on_cpu, is_launched
-from ..verifier.parts import hub_verifier
+from ..verifier.loading import hub_verifier
 from .argument_rules import (
     check_contradictions,
     check_names_of_trainer,

@@ -14,10 +14,10 @@ from torch.nn import functional as F
 from ..console import progress_bar
 from ..data.collator import CODDataCollator
 from ..data.dataset import HiddenStatesDataset
-from ..data.faults import on_all_processes
+from ..data.errors import on_all_processes
 from ..errors import PeagleError
 from ..model.drafter import PeagleForSpeculation
-from ..verifier.parts import VerifierHead
+from ..verifier.head import VerifierHead
 from .memory import GIB, is_out_of_memory, linear_start_bytes
 from .objective import load_head
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import PeagleError
 from ..model.drafter import PeagleForSpeculation
-from ..verifier.parts import VerifierHead
+from ..verifier.head import VerifierHead
 from .losses import CHUNK_ELEMENTS, distillation_loss, parse_loss, survival_weights
 from .metrics import count_by_depth, outcomes_by_anchor, reached_slots
 

@@ -10,7 +10,7 @@ from transformers.trainer_utils import HubStrategy
 from ..errors import PeagleError
 from ..hub.push import PushArguments, hub_api, hub_errors, open_repo, push
 from ..model.config import PeagleConfig
-from ..verifier.parts import hub_verifier
+from ..verifier.loading import hub_verifier
 from .checkpoints import BEST, checkpoints_by_step
 
 logger = logging.getLogger(__name__)

@@ -21,9 +21,9 @@ from torch import nn
 
 from .. import __version__
 from ..arguments import flag_of, plain
-from ..data.cache import Manifest
+from ..data.cache_manifest import Manifest
 from ..data.dataset import HiddenStatesDataset
-from ..data.prepared import rows_fingerprint
+from ..data.prepared_dataset import rows_fingerprint
 from ..errors import PeagleError
 from ..files import locked_folder, read_json, write_json
 from ..fingerprint import weights_of
@@ -141,7 +141,7 @@ class RunRecord:
 
     Attributes:
         arguments: all of `PeagleTrainingArguments` but secrets; paths as seen from the output folder.
-        data: fingerprint of the prepared samples (see `data.prepared.rows_fingerprint`).
+        data: fingerprint of the prepared samples (see `data.prepared_dataset.rows_fingerprint`).
         samples: number and digest of the rows among them that are trained on.
         validation_samples: the same of those that it validates on, by the name of the data set.
         packing: number and digest of the packed sequences.

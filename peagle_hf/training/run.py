@@ -9,19 +9,20 @@ from peft import LoraConfig, PeftModel
 from transformers import set_seed
 from transformers.trainer_utils import SaveStrategy
 
-from ..data.cache import Manifest, cache_folder, cached_rows, check_cache, place
+from ..data.cache_manifest import Manifest, check_cache, check_folder
+from ..data.cache_storage import cache_folder, cached_rows
 from ..data.dataset import GENERATED_DTYPE, HiddenStatesDataset, split_rows
 from ..data.endpoint import endpoint_urls, served_model
-from ..data.extract import check_folder
-from ..data.prepared import load_prepared, read_prepare_record
-from ..data.served_states import Endpoint
-from ..data.server_folder import check_layers, remove_unfetched, require_layers, served_layers
+from ..data.endpoint_folder import check_layers, remove_unfetched, require_layers, served_layers
+from ..data.endpoint_states import Endpoint
+from ..data.prepared_dataset import load_prepared, read_prepare_record
 from ..errors import PeagleError
-from ..files import check_writable
+from ..files import canonical_path, check_writable
 from ..model.config import PeagleConfig
 from ..model.drafter import PeagleForSpeculation
 from ..processes import on_first, together
-from ..verifier.parts import draft_vocabulary, load_token_freq, load_verifier_config
+from ..verifier.draft_vocabulary import draft_vocabulary, load_token_freq
+from ..verifier.loading import load_verifier_config
 from .adapters import add_adapter
 from .arguments import PeagleTrainingArguments
 from .checkpoints import newest_checkpoint, recover, resumable_folder
@@ -180,7 +181,7 @@ def build_drafter(args: PeagleTrainingArguments) -> PeagleForSpeculation | PeftM
     """
     set_seed(args.seed)
     # A link such as checkpoint_best may move between the reading of configuration and weights: it is followed once.
-    earlier = args.from_pretrained and str(place(args.from_pretrained))
+    earlier = args.from_pretrained and str(canonical_path(args.from_pretrained))
     verifier, config = _verifier(args), build_config(args, earlier)
     if earlier:
         drafter = load_drafter(earlier, config)

@@ -40,9 +40,9 @@ from ..console import is_quiet
 from ..cpu import keep_freed_memory
 from ..data.collator import CODDataCollator
 from ..data.dataset import EpochSampler, HiddenStatesDataset
-from ..data.faults import RowError, on_all_processes
+from ..data.errors import RowError, on_all_processes
 from ..data.partition import partition, partition_by_rows, partition_every_row, without_labels
-from ..data.prepared import read_chat_options, read_prepare_record
+from ..data.prepared_dataset import read_chat_options, read_prepare_record
 from ..data.tokenizer import ChatOptions
 from ..errors import PeagleError
 from ..files import check_writable, write_json, writing
@@ -53,7 +53,8 @@ from ..model.config import PeagleConfig
 from ..model.drafter import PeagleForSpeculation, PeagleLayer
 from ..processes import lost_process_explained, on_first, require_same, together
 from ..training.push_callback import PushToHubCallback
-from ..verifier.parts import VerifierHead, hub_verifier
+from ..verifier.head import VerifierHead
+from ..verifier.loading import hub_verifier
 from .adapters import merge_adapter, save_adapter
 from .argument_rules import REFUSED_PARAMETERS, refused_arguments
 from .arguments import PeagleTrainingArguments

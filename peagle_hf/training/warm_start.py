@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from ..errors import PeagleError
 from ..model.config import PeagleConfig
 from ..model.drafter import PeagleForSpeculation
-from ..verifier.parts import load_verifier_config
+from ..verifier.loading import load_verifier_config
 from .arguments import PeagleTrainingArguments
 
 logger = logging.getLogger(__name__)

@@ -267,7 +267,7 @@ def fit_peer(on_gpu: bool) -> None:
 
 def link_rows(source: Path, target: Path, rows: list[int]) -> None:
     """A prepared dataset of these rows, in this order, and links to their hidden states."""
-    from peagle_hf.data.cache import row_path
+    from peagle_hf.data.cache_storage import row_path
     from peagle_hf.data.dataset import load_prepared
 
     load_prepared(source).select(rows).with_format("torch").save_to_disk(target)

@@ -23,7 +23,7 @@ from safetensors.torch import load
 from torch.utils.data import DataLoader
 
 from peagle_hf import CODDataCollator, HiddenStatesDataset
-from peagle_hf.data.cache import STORAGES, row_path, write_row
+from peagle_hf.data.cache_storage import STORAGES, row_path, write_row
 from peagle_hf.data.dataset import EpochSampler
 from peagle_hf.model.slots import target_tokens
 

@@ -20,8 +20,8 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from peagle_hf.data.chats import read_chat
-from peagle_hf.data.masking import ChatTokenizer
-from peagle_hf.data.template import KINDS, TOOLS, check_template
+from peagle_hf.data.inspect_template import KINDS, TOOLS, check_template
+from peagle_hf.data.loss_mask import ChatTokenizer
 
 TEXT = ["Hello there, user and assistant. What is the weather? Think, then call a tool.\n\n"]
 BAR = chr(0xFF5C)

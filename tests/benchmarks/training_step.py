@@ -115,7 +115,7 @@ def make_ours(sizes: Sizes, case: Case, device: str):
     from peagle_hf import CODDataCollator, PeagleConfig, PeagleForSpeculation
     from peagle_hf.data.partition import partition
     from peagle_hf.training.objective import Objective
-    from peagle_hf.verifier.parts import VerifierHead
+    from peagle_hf.verifier.head import VerifierHead
 
     if device == "cpu":
         from peagle_hf.cpu import keep_freed_memory

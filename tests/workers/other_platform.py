@@ -37,7 +37,7 @@ os.symlink = no_links
 from fake_hub import TOKEN, fake_hub  # noqa: E402
 
 from peagle_hf import PeagleError, PeagleForSpeculation, PushArguments, cli, push  # noqa: E402
-from peagle_hf.data.served_states import Endpoint  # noqa: E402
+from peagle_hf.data.endpoint_states import Endpoint  # noqa: E402
 from peagle_hf.serving import supervisor  # noqa: E402
 from peagle_hf.serving.environment import available_cores  # noqa: E402
 

@@ -16,9 +16,20 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import PeagleError
+from .chat_template import (
+    PROBE,
+    TEMPLATE_ERROR,
+    ChatRenderer,
+    Refused,
+    Span,
+    TemplateKind,
+    as_parts,
+    check_shown,
+    hidden_message,
+    joined,
+    pieces_of,
+)
 from .chats import Chat, Unlearnable
-from .rendering import PROBE, TEMPLATE_ERROR, ChatRenderer, Refused, Span, TemplateKind, as_parts, joined
-from .shown import check_shown, hidden_message, pieces_of
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _OPEN_TAG = re.compile(r"[<\[][^<>\[\]\s]*\Z")

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import PeagleError
-from .cache import ROW_FILE
+from .cache_storage import ROW_FILE
 from .endpoint import (
     MAX_RETRIES,
     REQUEST_TIMEOUT,
@@ -26,8 +26,8 @@ from .endpoint import (
     endpoint_urls,
     remember_credentials,
 )
-from .faults import EndpointError, RefusedEndpointError, WrongServerEndpointError
-from .server_folder import OwnRequests, check_layers, written
+from .endpoint_folder import OwnRequests, check_layers, written
+from .errors import EndpointError, RefusedEndpointError, WrongServerEndpointError
 
 
 @dataclass(frozen=True)

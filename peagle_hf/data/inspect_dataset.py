@@ -16,10 +16,10 @@ from transformers import PreTrainedTokenizerBase
 from ..arguments import Arguments
 from ..errors import PeagleError
 from ..files import atomic_path, write_json
-from ..verifier.parts import draft_vocabulary, load_token_freq
+from ..verifier.draft_vocabulary import draft_vocabulary, load_token_freq
+from .inspect_template import show_template
 from .prepare import INSPECTION
-from .prepared import PREPARE_RECORD, chat_options, column, load_prepared, read_prepare_record
-from .template import show_template
+from .prepared_dataset import PREPARE_RECORD, chat_options, column, load_prepared, read_prepare_record
 from .tokenizer import CHAT_TEMPLATE_HELP, CHAT_TEMPLATE_KWARGS_HELP, load_tokenizer, tokenizer_fingerprint
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ DRAFT_VOCAB_SIZES = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
 COVERED_SHARES = (0.9, 0.95, 0.99, 0.999)
 NUM_EXAMPLES, NUM_FREQUENT = 8, 40
 _QUANTILES = {"min": 0, "5%": 5, "25%": 25, "median": 50, "75%": 75, "95%": 95, "99%": 99, "max": 100}
-_TEMPLATE = Path(__file__).with_name("inspection.html")
+_TEMPLATE = Path(__file__).with_name("inspect_dataset.html")
 _LONGEST_CHARACTER = 4
 """Tokens that one character may be spread over: bytes of UTF-8."""
 

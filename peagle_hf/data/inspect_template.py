@@ -14,13 +14,13 @@ from transformers import PreTrainedTokenizerBase
 
 from ..files import atomic_path
 from .chats import read_chat
-from .masking import ChatTokenizer
+from .loss_mask import ChatTokenizer
 from .tokenizer import load_tokenizer, read_template_kwargs
 
 logger = logging.getLogger(__name__)
 
 EXACT, MARKED, LEFT_OUT = "exact", "by the template's marks", "left out"
-_PAGE = Path(__file__).with_name("template.html")
+_PAGE = Path(__file__).with_name("inspect_template.html")
 _COLOURS, _BRACKETS = ("\033[1;32m", "\033[0m"), ("⟦", "⟧")
 """What stands around text that is trained on, in a terminal and elsewhere."""
 

@@ -1,0 +1,161 @@
+"""The verifier's final norm, LM head and token embeddings, read one by one from a checkpoint of any size.
+
+Shape letters: H hidden size, V verifier vocabulary, Vd draft vocabulary.
+"""
+
+import os
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedModel,
+)
+
+from ..cpu import linear
+from ..errors import PeagleError
+from .loading import verifier_without_weights
+from .parts import verifier_parts
+from .weights import VerifierWeights
+
+
+class VerifierHead(nn.Module):
+    """The verifier's final norm and LM head, frozen: what turns its last residual stream into logits.
+
+    Everything is a non-persistent buffer, so that nothing of it enters a state dict.
+
+    Args:
+        norm: the verifier's own final norm module.
+        weight: [V, H].
+        bias: [V].
+        softcap: logits become softcap * tanh(logits / softcap).
+        scale: what the logits are multiplied by.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        norm: nn.Module,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        softcap: float | None = None,
+        scale: float = 1.0,
+    ):
+        super().__init__()
+        for name, parameter in list(norm.named_parameters(recurse=False)):
+            delattr(norm, name)
+            norm.register_buffer(name, parameter.detach(), persistent=False)
+        self.norm = norm
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+        self.softcap, self.scale = softcap, scale
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        dtype: torch.dtype | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> "VerifierHead":
+        """Read the norm and the head, and no other weight, of a local or hub verifier.
+
+        Args:
+            dtype: of the weights; None keeps the checkpoint's.
+
+        Raises:
+            PeagleError: the verifier can't be read, has no safetensors, or its norm or head isn't found in them.
+        """
+        model = verifier_without_weights(name_or_path, revision, trust_remote_code)
+        weights = VerifierWeights(name_or_path, revision, model, dtype)
+        parts = verifier_parts(model)
+        norm, head, embedding = parts.final_norm, parts.head, model.get_input_embeddings()
+        for name, _ in list(norm.named_parameters(recurse=False)):
+            setattr(norm, name, nn.Parameter(weights.read(norm, name), requires_grad=False))
+        tied = head.weight is embedding.weight and not weights.of(head)
+        has_bias = getattr(head, "bias", None) is not None
+        return cls(
+            norm,
+            weights.read(embedding if tied else head, "weight"),
+            weights.read(head, "bias") if has_bias else None,
+            parts.logit_softcap,
+            parts.logit_scale,
+        )
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "VerifierHead":
+        """The head of a loaded verifier, which stays as it is; the weight is shared."""
+        parts = verifier_parts(model)
+        weight, bias = (getattr(parts.head, name, None) for name in ("weight", "bias"))
+        assert weight is not None
+        return cls(
+            deepcopy(parts.final_norm),
+            weight.detach(),
+            None if bias is None else bias.detach(),
+            parts.logit_softcap,
+            parts.logit_scale,
+        )
+
+    def restrict(self, token_ids: Tensor) -> "VerifierHead":
+        """The same head for some tokens only, int64 [Vd]; its norm is shared with this one."""
+        bias = None if self.bias is None else self.bias[token_ids]
+        return VerifierHead(self.norm, self.weight[token_ids], bias, self.softcap, self.scale)
+
+    def normalize(self, hidden: Tensor) -> Tensor:
+        """Apply the final norm to the last residual stream [..., H], in the head's dtype."""
+        return self.norm(hidden.to(self.weight.dtype))
+
+    def logits(self, normed: Tensor) -> Tensor:
+        """Logits [..., V] of normed states [..., H], as the verifier itself gives them."""
+        logits = linear(normed, self.weight, self.bias)
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+
+def load_embedding(
+    name_or_path: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Tensor:
+    """Read the verifier's token embeddings [V, H], and no other weight; None as dtype keeps the checkpoint's.
+
+    Raises:
+        PeagleError: as `VerifierHead.from_pretrained`.
+    """
+    model = verifier_without_weights(name_or_path, revision, trust_remote_code)
+    return VerifierWeights(name_or_path, revision, model, dtype).read(model.get_input_embeddings(), "weight")
+
+
+CHECKED_TOKENS = 16
+"""So many tokens show whether the verifier's logits are what training takes them for."""
+
+
+@torch.inference_mode()
+def check_logits(model: PreTrainedModel) -> None:
+    """Make sure that the verifier's own logits are those that training will compute from its last residual stream.
+
+    Raises:
+        PeagleError: they aren't, as the architecture does something that `VerifierHead` doesn't know.
+    """
+    vocab_size = model.config.get_text_config(decoder=True).vocab_size
+    ids_BT = torch.arange(CHECKED_TOKENS, device=model.device)[None] % vocab_size
+    last: list[Tensor] = []
+    reader = verifier_parts(model).final_norm
+    handle = reader.register_forward_pre_hook(lambda module, args: last.append(args[0]))
+    try:
+        own = model(input_ids=ids_BT, use_cache=False).logits.float()
+    finally:
+        handle.remove()
+    head = VerifierHead.of(model)
+    found = head.logits(head.normalize(last[0])).float()
+    tolerance = max(1e-4, 4 * torch.finfo(model.dtype).eps) * own.abs().max()
+    if found.shape != own.shape or (found - own).abs().max() > tolerance:
+        raise PeagleError(
+            f"The logits of {type(model).__name__} are not what its final norm, head, logit scale {head.scale} and "
+            f"softcap {head.softcap} give, so a drafter would learn something else. Say how they come about with "
+            "peagle_hf.register_verifier, as docs/how-to/verifiers.md shows."
+        )

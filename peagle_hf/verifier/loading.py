@@ -1,0 +1,166 @@
+"""Loading a verifier: its configuration, the whole model, the model without weights, and its default layers."""
+
+import os
+from typing import Any, cast
+
+import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_utils import set_zero3_state
+
+from ..errors import PeagleError
+from .quantization import ask_for_dense_weights, check_loaded, check_quantization, finish_dense_layers, quantization_of
+from .weights import readable
+
+
+def load_verifier_config(
+    name_or_path: str | os.PathLike[str], revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedConfig:
+    """Read the verifier's configuration, of a multimodal model the part for text.
+
+    Raises:
+        PeagleError: there is none, or it isn't a language model's.
+    """
+    config = _load_config(name_or_path, revision, trust_remote_code).get_text_config(decoder=True)
+    lacking = [name for name in ("hidden_size", "num_hidden_layers", "vocab_size") if not hasattr(config, name)]
+    if lacking:
+        raise PeagleError(
+            f"The configuration of {name_or_path} (model type {config.model_type}) has no {', '.join(lacking)}: it "
+            "isn't a decoder-only language model's. Name the chat model that the drafter is to speed up."
+        )
+    return config
+
+
+def hub_verifier(name_or_path: str | None, hub_name: str | None = None) -> str:
+    """The name by which others find a verifier on the hub: `hub_name`, or else the one that was trained with.
+
+    Raises:
+        PeagleError: it is a folder, or can't be a name on the hub.
+    """
+    verifier = str(hub_name or name_or_path)
+    try:
+        validate_repo_id(verifier)
+        is_on_hub = bool(hub_name) or not os.path.isdir(verifier)
+    except HFValidationError:
+        is_on_hub = False
+    if not is_on_hub:
+        raise PeagleError(
+            f"The verifier {verifier} is no name on the hub but a path, where nobody else would find it to serve the "
+            "drafter with. Pass --verifier-name with the verifier's name on the hub, such as Qwen/Qwen3-8B."
+        )
+    return verifier
+
+
+def default_aux_layer_ids(num_layers: int) -> list[int]:
+    """Choose the residual streams that the drafter reads, by number of layers passed (0 = embeddings).
+
+    [2, n // 2, n - 3] as speculators and vLLM do. A verifier of fewer than 7 layers gets distinct ids all the same:
+    [1, (n + 1) // 2, n - 1] from 4 layers on, else the last three of 0 .. n (two of them if there is only one layer).
+    """
+    if num_layers >= 7:
+        return [2, num_layers // 2, num_layers - 3]
+    if num_layers >= 4:
+        return [1, (num_layers + 1) // 2, num_layers - 1]
+    return list(range(num_layers + 1))[-3:]
+
+
+def load_verifier(
+    name_or_path: str | os.PathLike[str],
+    dtype: torch.dtype | str,
+    device: str | torch.device,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load the whole verifier, in evaluation mode.
+
+    Args:
+        dtype: or its name; "auto" is the checkpoint's own.
+
+    Raises:
+        PeagleError: it can't be read, has no safetensors, lacks weights, or is quantised in a way that can't be run.
+    """
+    config = _load_config(name_or_path, revision, trust_remote_code)
+    check_quantization(name_or_path, config)
+    is_quantised = quantization_of(config) is not None
+    ask_for_dense_weights(config)
+    with readable(name_or_path):
+        loaded: Any = _auto_class(config).from_pretrained(
+            name_or_path,
+            config=config,
+            dtype=dtype,
+            device_map=device,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # which are refused below, in words
+        )
+    model, found = loaded
+    if mismatched := sorted(found["mismatched_keys"]):
+        key, stored, wanted = mismatched[0]
+        raise PeagleError(
+            f"{key} of {name_or_path} has the shape {tuple(stored)}, but by its config.json it should have "
+            f"{tuple(wanted)} ({len(mismatched)} weights differ so). Put the configuration and the weights of one "
+            "model together."
+        )
+    if missing := sorted(found["missing_keys"]):
+        raise PeagleError(
+            f"The checkpoint {name_or_path} lacks {len(missing)} of the weights that its configuration needs: "
+            f"{', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}. With random numbers in their place its "
+            "hidden states would be worthless. Download or save it again."
+        )
+    if is_quantised:
+        wanted = getattr(torch, str(dtype).removeprefix("torch."), None)  # None for "auto"
+        finish_dense_layers(model, wanted)
+    else:
+        check_loaded(name_or_path, found["unexpected_keys"])
+    return cast(PreTrainedModel, model)
+
+
+def _load_config(
+    name_or_path: str | os.PathLike[str], revision: str | None, trust_remote_code: bool
+) -> PreTrainedConfig:
+    with readable(name_or_path):
+        return AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def _auto_class(config: PreTrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForImageTextToText]:
+    multimodal = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if multimodal and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
+def verifier_without_weights(
+    name_or_path: str | os.PathLike[str], revision: str | None, trust_remote_code: bool
+) -> PreTrainedModel:
+    """The verifier without its weights (on the meta device): module names, norm class, tied or not."""
+    config = _load_config(name_or_path, revision, trust_remote_code)
+    # Under ZeRO-3 transformers would cut even a model without weights into shards, unless told that this is done.
+    with readable(name_or_path), set_zero3_state(), torch.device("meta"):
+        return _auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+
+
+def check_layer_ids(wanted: list[int] | None, config: PreTrainedConfig) -> list[int]:
+    """The auxiliary layers that are wanted of a verifier, or the default ones.
+
+    Raises:
+        PeagleError: it has no such layers, or one is named twice.
+    """
+    num_layers = config.num_hidden_layers
+    layer_ids = default_aux_layer_ids(num_layers) if wanted is None else wanted
+    if not layer_ids or len(set(layer_ids)) < len(layer_ids) or not all(0 <= id_ <= num_layers for id_ in layer_ids):
+        raise PeagleError(
+            f"--target-layer-ids {layer_ids} must be distinct and in 0 .. {num_layers}, the number of the verifier's "
+            "layers; 0 means the embeddings."
+        )
+    return layer_ids
