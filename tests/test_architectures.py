@@ -27,7 +27,7 @@ from peagle_hf import (
     extract,
     register_verifier,
 )
-from peagle_hf.data import extract as extraction
+from peagle_hf.data import extract_in_process
 from peagle_hf.data.cache_storage import read_row
 from peagle_hf.training.objective import Objective
 from peagle_hf.verifier import parts as target
@@ -109,7 +109,7 @@ def test_states_are_the_layers_outputs_and_give_the_verifiers_logits(
     name: str, packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not packed:
-        monkeypatch.setattr(extraction, "pack_linear_layers", lambda module: None)
+        monkeypatch.setattr(extract_in_process, "pack_linear_layers", lambda module: None)
     close = partial(torch.testing.assert_close, **dict.fromkeys(("rtol", "atol"), 1e-4 if packed else 1e-5))
     folder = tmp_path / "verifier"
     model = save_verifier(folder, ARCHITECTURES[name]())

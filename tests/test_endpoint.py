@@ -151,7 +151,7 @@ REASONS = {
 def test_a_row_that_fails_is_listed_and_a_rerun_makes_just_that_row(arguments, server, output, tokens, fault):
     failing(server, tokens, 3, fault)
     arguments = replace(arguments, request_timeout=0.3 if fault in ("hang", "locked") else 5)
-    with pytest.raises(PeagleError, match=r"1 of 6 rows failed, row 3 with: .*failed\.json"):
+    with pytest.raises(PeagleError, match=r"1 of 6 samples failed, row 3 with: .*failed\.json"):
         extract(arguments)
     failed = json.loads((output / "failed.json").read_text())
     assert list(failed) == ["3"]
@@ -244,7 +244,7 @@ def test_a_server_that_dies_ends_it_and_when_it_is_back_nothing_is_lost(argument
         return "dead" if len(answered) > 2 else None
 
     server.fault = die
-    with pytest.raises(PeagleError, match="The last 2 rows in turn failed, so no more were tried"):
+    with pytest.raises(PeagleError, match="2 consecutive samples failed, so no more were tried"):
         extract(replace(arguments, concurrency=1, max_consecutive_errors=2))
     assert len(server.asked) in (4, 5), "the thread may have begun another row"
     made = cached_rows(output)
@@ -257,7 +257,7 @@ def test_a_server_that_dies_ends_it_and_when_it_is_back_nothing_is_lost(argument
 
 def test_the_first_failure_ends_it_where_that_is_wanted(arguments, server, tokens, output):
     failing(server, tokens, 3, "500")
-    with pytest.raises(PeagleError, match="1 of 6 rows failed"):
+    with pytest.raises(PeagleError, match="1 of 6 samples failed"):
         extract(replace(arguments, concurrency=1, fail_on_error=True))
     assert len(server.asked) in (2, 3), "the longest row, then row 3, and the thread may have begun another"
 
@@ -421,7 +421,7 @@ def test_a_password_in_the_url_is_sent_and_reaches_no_file_or_message(
     with pytest.raises(PeagleError, match=r"401.*VLLM_API_KEY") as error:
         extract(arguments)
     failing(server, tokens, 3, "500")
-    with pytest.raises(PeagleError, match="1 of 6 rows failed") as failed:
+    with pytest.raises(PeagleError, match="1 of 6 samples failed") as failed:
         extract(replace(arguments, endpoint=url))
     server.fault = lambda token_ids: None
     trainer = train(PeagleTrainingArguments(**{**online, "vllm_endpoint": url, "num_train_epochs": 1}))

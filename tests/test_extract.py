@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from peagle_hf.data import cache_storage, extract
+from peagle_hf.data import cache_storage, extract, extract_in_process
 from peagle_hf.data.cache_manifest import Manifest
 from peagle_hf.data.cache_storage import cached_rows, check_row, read_row, row_path, write_row
 from peagle_hf.data.errors import RowError
-from peagle_hf.data.extract import ExtractArguments, plan_batches
+from peagle_hf.data.extract import ExtractArguments
+from peagle_hf.data.extract_in_process import plan_batches
 from peagle_hf.data.prepared_dataset import rows_fingerprint
 from peagle_hf.errors import PeagleError
 from peagle_hf.fingerprint import weights_of
@@ -94,7 +95,7 @@ def test_embeddings_and_last_layer_are_valid_layer_ids(llama: Path) -> None:
 
 def test_a_replica_has_hooks_of_its_own_and_no_weights_of_its_own(llama: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(llama)
-    copy = extract.replica(model)
+    copy = extract_in_process.replica(model)
     model.model.norm.register_forward_pre_hook(lambda module, args: None)
     assert not copy.model.norm._forward_pre_hooks
     tensors = [[*each.parameters(), *each.buffers()] for each in (model, copy)]
@@ -119,7 +120,7 @@ def test_a_verifier_with_new_weights_is_another_one(llama: Path, arguments: Extr
 def test_rows_longer_than_the_verifiers_context_are_refused(arguments: ExtractArguments, tmp_path: Path) -> None:
     short = tmp_path / "short"
     save_verifier(short, tiny("llama", max_position_embeddings=16))
-    with pytest.raises(PeagleError, match=r"longest row has 30 tokens, but .*short takes 16 .*--seq-length 16"):
+    with pytest.raises(PeagleError, match=r"longest sample has 30 tokens, but .*short takes 16 .*--seq-length 16"):
         extract.extract(replace(arguments, model=str(short)))
 
 
@@ -228,7 +229,7 @@ def test_unusable_files_are_made_again_and_reported(
     report = extract.extract(replace(arguments, validate_outputs=kind in CONTENT))
     assert list(report.made_again) == [1]
     assert (HEADER | CONTENT)[kind] in report.made_again[1]
-    assert f"Row 1 is made again: {row_path(output, 1)}" in caplog.text
+    assert f"Row 1 is extracted again: {row_path(output, 1)}" in caplog.text
     again = load_file(row_path(output, 1))
     torch.testing.assert_close(again["hidden_states"], whole["hidden_states"])
     assert torch.equal(again["token_ids"], whole["token_ids"])

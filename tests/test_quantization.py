@@ -15,7 +15,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from peagle_hf import PeagleError, VerifierHead
 from peagle_hf.cpu import pack_linear_layers
 from peagle_hf.data.chat_models import LocalChatModel, Sampling
-from peagle_hf.data.extract import ExtractArguments, _load
+from peagle_hf.data.extract import ExtractArguments
+from peagle_hf.data.extract_in_process import load_for_extraction
 from peagle_hf.verifier.head import load_embedding
 from peagle_hf.verifier.loading import load_verifier
 from peagle_hf.verifier.parts import residual_streams, verifier_parts
@@ -84,7 +85,7 @@ def write(source: Path, folder: Path, tensors: dict[str, Tensor], settings: dict
 def streams(folder: Path, packed: bool) -> Tensor:
     """The states that extraction stores, of a verifier that is loaded as extraction loads it."""
     if packed:
-        model = _load(ExtractArguments(model=str(folder), device="cpu"))
+        model = load_for_extraction(ExtractArguments(model=str(folder), device="cpu"))
     else:
         model = load_verifier(folder, torch.float32, "cpu")
     with torch.inference_mode():

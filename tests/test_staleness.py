@@ -16,15 +16,7 @@ from safetensors.torch import load_file, save_file
 from test_prepare import CHATML, hello, make_tokenizer, prepared, write_lines
 from transformers import AutoModelForCausalLM
 
-from peagle_hf import (
-    ExtractArguments,
-    PeagleError,
-    PeagleTrainingArguments,
-    cli,
-    extract,
-    fingerprint,
-    train,
-)
+from peagle_hf import ExtractArguments, PeagleError, PeagleTrainingArguments, cli, extract, fingerprint, train
 from peagle_hf.data.cache_command import convert
 from peagle_hf.data.cache_manifest import Manifest
 from peagle_hf.data.cache_storage import row_path

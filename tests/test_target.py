@@ -10,14 +10,7 @@ import torch
 from conftest import VISION, save_verifier
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import (
-    CLIPConfig,
-    Gemma3Config,
-    Gemma3TextConfig,
-    GPT2Config,
-    LlamaConfig,
-    PreTrainedModel,
-)
+from transformers import CLIPConfig, Gemma3Config, Gemma3TextConfig, GPT2Config, LlamaConfig, PreTrainedModel
 
 from peagle_hf.errors import PeagleError
 from peagle_hf.verifier.draft_vocabulary import draft_vocabulary, load_token_freq

@@ -105,7 +105,7 @@ def test_the_server_gives_the_states_that_transformers_gives(arguments, server, 
 
 def test_the_longest_row_that_the_server_takes_is_known_before_it_is_asked(arguments, tmp_path):
     long = write_prepared(tmp_path / "long", [20, 400])
-    with pytest.raises(PeagleError, match=r"longest row has 400 tokens.* takes 399 at most"):
+    with pytest.raises(PeagleError, match=r"longest sample has 400 tokens.* takes 399 at most"):
         extract(replace(arguments, preprocessed_data=str(long)))
     assert cached_rows(arguments.output) == set()
     fitting = write_prepared(tmp_path / "fitting", [20, 399])
@@ -174,7 +174,7 @@ def test_online_training_is_that_on_a_cache_of_the_same_server(arguments, server
 
 def test_a_server_that_is_killed_and_started_again(arguments, server, embedded):
     server.api_server.kill()
-    with pytest.raises(PeagleError, match=r"asked for its model|rows in turn failed"):
+    with pytest.raises(PeagleError, match=r"asked for its model|consecutive samples failed"):
         extract(replace(arguments, max_retries=0, max_consecutive_errors=2))
     assert server.process.wait(60) == 1, "launch-vllm says that vLLM failed"
     assert ended(server.tree)

@@ -12,12 +12,7 @@ from transformers import PreTrainedConfig
 from ..errors import PeagleError
 from ..files import canonical_path, found_place, read_json, with_places, write_json
 from ..fingerprint import has_weights, weights_of
-from .cache_storage import (
-    FP8_STORAGES,
-    LEARNT_STORAGES,
-    STORAGES,
-    Storage,
-)
+from .cache_storage import FP8_STORAGES, LEARNT_STORAGES, STORAGES, Storage
 
 MANIFEST = "manifest.json"
 

@@ -170,7 +170,7 @@ def served_model(
 
 
 def check_length(urls: tuple[str, ...], longest: int, timeout: float) -> None:
-    """Make sure that every server takes a row of `longest` tokens.
+    """Make sure that every server takes a sample of `longest` tokens.
 
     Raises:
         PeagleError: one doesn't, or can't be asked.
@@ -179,8 +179,9 @@ def check_length(urls: tuple[str, ...], longest: int, timeout: float) -> None:
         limit = Server(url, timeout, max_retries=1).max_model_len
         if limit is not None and longest >= limit:  # one token is the answer's
             raise PeagleError(
-                f"The longest row has {longest} tokens, and the vLLM server {url} takes {limit - 1} at most. Start it "
-                f"with --max-model-len {longest + 1}, or cut the rows with peagle-hf prepare --seq-length {limit - 1}."
+                f"The longest sample has {longest} tokens, and the vLLM server {url} takes {limit - 1} at most. Start "
+                f"it with --max-model-len {longest + 1}, or cut the samples with peagle-hf prepare --seq-length "
+                f"{limit - 1}."
             )
 
 

@@ -1,35 +1,27 @@
-"""Steps 2-3: run the verifier over the prepared rows, in this process or in a vLLM server, and cache its hidden states.
+"""`peagle-hf extract`: the verifier's hidden states of prepared samples, from this process or vLLM servers, cached.
 
-Shape letters: B rows of a batch, T tokens, A auxiliary layers, H the verifier's hidden size.
+Shape letters: T tokens, A auxiliary layers, H the verifier's hidden size.
 """
 
 import logging
 import math
 import shutil
-import threading
-import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from copy import deepcopy
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from ..arguments import Arguments, check_ranges, config_path, write_config
 from ..console import progress_bar
-from ..cpu import keep_freed_memory, pack_linear_layers
 from ..errors import PeagleError
-from ..files import check_writable, locked_folder, remove_leftovers, write_json
+from ..files import check_writable, locked_folder, remove_leftovers
 from ..model.slots import target_tokens
 from ..verifier.head import check_logits
-from ..verifier.loading import check_layer_ids, load_verifier, load_verifier_config
-from ..verifier.parts import residual_streams, verifier_parts
+from ..verifier.loading import check_layer_ids, load_verifier_config
 from .cache_manifest import Manifest, check_folder, origin_of
 from .cache_storage import (
     FP8_STORAGES,
@@ -41,19 +33,12 @@ from .cache_storage import (
     row_path,
     write_row,
 )
-from .dataset import MAX_NAMED, check_skip_rows
-from .endpoint import (
-    MAX_RETRIES,
-    REQUEST_TIMEOUT,
-    check_length,
-    check_requests,
-    concurrently,
-    endpoint_urls,
-    served_model,
-)
+from .dataset import check_skip_rows
+from .endpoint import MAX_RETRIES, REQUEST_TIMEOUT, check_length, check_requests, endpoint_urls, served_model
 from .endpoint_folder import check_layers, remove_unfetched, require_layers
 from .endpoint_states import Endpoint
-from .errors import EndpointError, RowError, WrongServerEndpointError
+from .extract_from_servers import extract_from_servers
+from .extract_in_process import extract_in_process, load_for_extraction
 from .prepared_dataset import load_prepared, read_prepare_record, rows_fingerprint
 
 if TYPE_CHECKING:
@@ -61,21 +46,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MAX_PADDING = 0.05
-"""At most this share of a batch is padding."""
 HEADER_BYTES = 512
-"""At most so many come before the tensors of a file."""
-CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 2048, 8192
-CPU_BATCHES, GPU_BATCHES = 2, 4
-"""So many are computed at once: one goes on while another has a pause, or is written."""
-
-Extracted = tuple[int, Tensor, Tensor]
-"""What a backend yields: a row, its states [T, A+1, H] and the token ids [T] that they belong to."""
+"""Upper limit of the header of a cached file, before its tensors."""
 
 
 @dataclass
 class ExtractArguments(Arguments):
-    """What `peagle-hf extract` is told."""
+    """Arguments of `peagle-hf extract`."""
 
     model: str | None = field(
         default=None,
@@ -93,18 +70,20 @@ class ExtractArguments(Arguments):
         metadata={"help": "Folder for the hidden states (default: hidden_states in the preprocessed data)."},
     )
     max_samples: int | None = field(
-        default=None, metadata={"help": "Extract the first so many rows only (all of them if not given)."}
+        default=None, metadata={"help": "Extract only the first samples, as many as this (default: all)."}
     )
     skip_rows: list[int] | None = field(
         default=None,
         metadata={
-            "help": "Rows of the prepared dataset to leave out, by number, such as those that a server fails every "
-            "time. Training takes the same flag."
+            "help": "Samples to leave out, by their row in the prepared dataset, such as those that a server fails "
+            "every time. Training takes the same flag."
         },
     )
     validate_outputs: bool = field(
         default=False,
-        metadata={"help": "Read what is already there in full and make again what has wrong tokens or values."},
+        metadata={
+            "help": "Read the cached files in full, and extract samples again whose file has wrong tokens or values."
+        },
     )
     target_layer_ids: list[int] | None = field(
         default=None,
@@ -113,9 +92,12 @@ class ExtractArguments(Arguments):
             "always added (default: those of the server, else 2, n/2 and n-3 of n layers)."
         },
     )
-    rank: int = field(default=0, metadata={"help": "Which share of the rows to make, from 0 on, of --world-size."})
+    rank: int = field(
+        default=0, metadata={"help": "Which share of the samples to extract, from 0 on, of --world-size."}
+    )
     world_size: int = field(
-        default=1, metadata={"help": "Into how many shares the rows are split, each made by a command of its own."}
+        default=1,
+        metadata={"help": "Into how many shares the samples are split, each extracted by a command of its own."},
     )
     endpoint: str | None = field(
         default=None,
@@ -136,11 +118,12 @@ class ExtractArguments(Arguments):
         default=MAX_RETRIES, metadata={"help": "How often a request is repeated that a server fails."}
     )
     fail_on_error: bool = field(
-        default=False, metadata={"help": "End with the first row that the servers fail, instead of going on without."}
+        default=False,
+        metadata={"help": "End with the first sample that the servers fail, instead of going on without it."},
     )
     max_consecutive_errors: int | None = field(
         default=None,
-        metadata={"help": "End when so many rows in turn have failed (default: as many as --concurrency)."},
+        metadata={"help": "End when this many consecutive samples have failed (default: as many as --concurrency)."},
     )
     dtype: Literal["bfloat16", "float16", "float32"] = field(
         default="bfloat16", metadata={"help": "What the states are read as; also how they are stored, fp8 apart."}
@@ -149,7 +132,7 @@ class ExtractArguments(Arguments):
         default="plain",
         metadata={
             "help": "What is stored: plain; fp8, which takes half the space; learnt, the last layer's states only "
-            "where something is learnt; fp8-learnt. Speculators reads the first two."
+            "for the tokens that are trained on; fp8-learnt. Speculators reads the first two."
         },
     )
     verifier_dtype: Literal["auto", "bfloat16", "float16", "float32"] = field(
@@ -158,8 +141,8 @@ class ExtractArguments(Arguments):
     max_batch_tokens: int | None = field(
         default=None,
         metadata={
-            "help": "Tokens of a batch in this process; a longer row is one of its own (default: 2048 on a CPU, 8192 "
-            "on a GPU, where two and four are computed at once)."
+            "help": "Tokens of a batch in this process; a longer sample is a batch of its own (default: 2048 on a CPU, "
+            "8192 on a GPU; two and four batches are computed at the same time)."
         },
     )
     device: str | None = field(
@@ -202,9 +185,9 @@ class ExtractReport:
     Args:
         output: the cache folder.
         manifest: what is in it.
-        num_rows: rows asked for, all of which are there now.
-        num_kept: rows that were there already.
-        made_again: rows whose file could not be used, and why.
+        num_rows: samples asked for, all of which are cached now.
+        num_kept: those of them that were cached before.
+        made_again: rows of the samples whose file could not be used, and why.
         num_tokens: tokens that went through the verifier.
         seconds: that this took, without loading the verifier.
     """
@@ -219,53 +202,29 @@ class ExtractReport:
 
 
 def extract(arguments: ExtractArguments) -> ExtractReport:
-    """Cache the verifier's hidden states of the prepared rows, one `hs_<row>.safetensors` each, and a manifest.
+    """Cache the verifier's hidden states of the prepared samples, one `hs_<row>.safetensors` each, and a manifest.
 
-    Rows that are complete are kept: by default the header of each file is looked at, with `validate_outputs` its
-    tokens and values too. Others are made again, each with the reason in the log. What is stored of a row depends on
+    Samples whose file is complete are kept: by default the header of each file is checked, with `validate_outputs` its
+    tokens and values too. Others are extracted again, each with the reason in the log. The stored states depend on
     batch and order only as far as the verifier's arithmetic does: with float32 the difference is below the rounding of
     bfloat16.
 
-    With an `endpoint` a row that the servers fail is left out, and the others are made; what failed is listed with the
-    reason in `failed.json` in the output folder (`failed_<rank>.json` with several ranks).
+    With an `endpoint` a sample that the servers fail is left out, and the others are extracted; the failed ones are
+    listed with the reason in `failed.json` in the output folder (`failed_<rank>.json` with several ranks).
 
     Raises:
         PeagleError: verifier or data can't be read or don't fit each other, the folder holds states of another kind,
             they would not fit on the disk, the verifier's states aren't finite, its logits don't follow from them, or
-            the servers failed a row.
+            the servers failed a sample.
     """
     _check_arguments(arguments)
     output = cache_folder(arguments.preprocessed_data, arguments.output)
     urls = endpoint_urls(arguments.endpoint) if arguments.endpoint else ()
-    model = served_model(urls, arguments.model, arguments.request_timeout) if urls else arguments.model
-    record = read_prepare_record(arguments.preprocessed_data)
-    model = model or record.get("model")
-    if model is None:
-        load_prepared(arguments.preprocessed_data)  # names the folder, if that isn't a prepared dataset
-        raise PeagleError("No verifier is named. Pass --model with a hub name or a folder, or an --endpoint.")
-    arguments = replace(arguments, model=model)
-    config = load_verifier_config(model, arguments.revision, arguments.trust_remote_code)
+    arguments = replace(arguments, model=_verifier_name(arguments, urls))
     server_folder = Path(arguments.server_hidden_states_path or output)
-    wanted = arguments.target_layer_ids
-    if urls and wanted is None:
-        wanted = require_layers(server_folder)[:-1]
-    manifest = Manifest.of(
-        model,
-        config,
-        check_layer_ids(wanted, config),
-        revision=arguments.revision,
-        dtype=arguments.dtype,
-        storage=arguments.storage,
-        prepared=record | {"rows_fingerprint": rows_fingerprint(arguments.preprocessed_data)},
-    )
+    manifest = _manifest(arguments, server_folder if urls else None)
     data = load_prepared(arguments.preprocessed_data).with_format(None)
-    rows = enumerate(data["seq_len"][: arguments.max_samples])
-    lengths = {row: length for row, length in rows if row % arguments.world_size == arguments.rank}
-    if skipped := check_skip_rows(arguments.skip_rows, len(data), arguments.preprocessed_data):
-        logger.info("Left out by --skip-rows: %s. Train with the same flag.", ", ".join(map(str, sorted(skipped))))
-        lengths = {row: length for row, length in lengths.items() if row not in skipped}
-    if (beyond := len(data) - (arguments.max_samples or len(data))) > 0:
-        logger.info("--max-samples %d leaves out the last %d of %d rows.", arguments.max_samples, beyond, len(data))
+    lengths = _selected_samples(arguments, data)
     present = cached_rows(output)
     check_folder(output, manifest, present)
     if arguments.dry_run:
@@ -279,15 +238,60 @@ def extract(arguments: ExtractArguments) -> ExtractReport:
             remove_unfetched(folder, arguments.request_timeout)
         if arguments.world_size == 1:
             remove_leftovers(output, r"manifest\.json|(config|extract)\.yaml|failed\.json")
-        report = _fill(arguments, manifest, output, data, lengths, server_folder, urls)
-        compared = cached_rows(output) & set(range(len(data))) <= lengths.keys()
+        report = _extract_missing(arguments, manifest, output, data, lengths, server_folder, urls)
+        are_all_compared = cached_rows(output) & set(range(len(data))) <= lengths.keys()
         existing = Manifest.read(output)
-        if compared and existing is not None and existing.rows != manifest.rows:
+        if are_all_compared and existing is not None and existing.rows != manifest.rows:
             replace(existing, rows=manifest.rows).write(output)
     return report
 
 
-def _fill(
+def _verifier_name(arguments: ExtractArguments, urls: tuple[str, ...]) -> str:
+    """The verifier's hub name or folder: `--model`, else what the servers run, else that of `peagle-hf prepare`."""
+    model = served_model(urls, arguments.model, arguments.request_timeout) if urls else arguments.model
+    model = model or read_prepare_record(arguments.preprocessed_data).get("model")
+    if model is None:
+        load_prepared(arguments.preprocessed_data)  # names the folder, if that isn't a prepared dataset
+        raise PeagleError("No verifier is named. Pass --model with a hub name or a folder, or an --endpoint.")
+    return model
+
+
+def _manifest(arguments: ExtractArguments, server_folder: Path | None) -> Manifest:
+    """Describe the states that are to be extracted; the layers are the servers' own if none are named.
+
+    Args:
+        server_folder: that of the vLLM servers; None without an endpoint.
+    """
+    assert arguments.model is not None
+    config = load_verifier_config(arguments.model, arguments.revision, arguments.trust_remote_code)
+    layer_ids = arguments.target_layer_ids
+    if server_folder is not None and layer_ids is None:
+        layer_ids = require_layers(server_folder)[:-1]
+    record = read_prepare_record(arguments.preprocessed_data)
+    return Manifest.of(
+        arguments.model,
+        config,
+        check_layer_ids(layer_ids, config),
+        revision=arguments.revision,
+        dtype=arguments.dtype,
+        storage=arguments.storage,
+        prepared=record | {"rows_fingerprint": rows_fingerprint(arguments.preprocessed_data)},
+    )
+
+
+def _selected_samples(arguments: ExtractArguments, data: "datasets.Dataset") -> dict[int, int]:
+    """Tokens of each sample that this command is to extract, by row: see --max-samples, --skip-rows and --rank."""
+    rows = enumerate(data["seq_len"][: arguments.max_samples])
+    lengths = {row: length for row, length in rows if row % arguments.world_size == arguments.rank}
+    if skipped := check_skip_rows(arguments.skip_rows, len(data), arguments.preprocessed_data):
+        logger.info("Left out by --skip-rows: %s. Train with the same flag.", ", ".join(map(str, sorted(skipped))))
+        lengths = {row: length for row, length in lengths.items() if row not in skipped}
+    if (beyond := len(data) - (arguments.max_samples or len(data))) > 0:
+        logger.info("--max-samples %d leaves out the last %d of %d samples.", arguments.max_samples, beyond, len(data))
+    return lengths
+
+
+def _extract_missing(
     arguments: ExtractArguments,
     manifest: Manifest,
     output: Path,
@@ -296,7 +300,7 @@ def _fill(
     server_folder: Path,
     urls: tuple[str, ...],
 ) -> ExtractReport:
-    """Make the rows of `lengths` that aren't there or can't be used."""
+    """Extract the samples of `lengths` whose file isn't there or can't be used."""
     present = cached_rows(output)
     if surplus := sorted(row for row in present if row >= len(data)):
         logger.warning(
@@ -309,7 +313,7 @@ def _fill(
     made_again = _unusable(arguments, output, manifest, data, present & lengths.keys())
     missing = {row: length for row, length in lengths.items() if row not in present or row in made_again}
     num_kept = len(lengths) - len(missing)
-    logger.info("%d of %d rows are there; %d are to be made.", num_kept, len(lengths), len(missing))
+    logger.info("%d of %d samples are cached; %d are to be extracted.", num_kept, len(lengths), len(missing))
     seconds = 0.0
     if urls:
         endpoint = Endpoint(
@@ -322,20 +326,26 @@ def _fill(
         )
         check_layers(server_folder, endpoint.slots)
         check_length(urls, max(missing.values(), default=0), arguments.request_timeout)
-        seconds = _make_by_server(arguments, manifest, output, data, missing, endpoint)
+        _check_disk(output, manifest, data, missing)
+        write = _begin(arguments, output, manifest, data)
+        seconds = extract_from_servers(arguments, output, data, missing, endpoint, write)
         remove_unfetched(server_folder, arguments.request_timeout)
     elif missing:
         assert arguments.model is not None
         config = load_verifier_config(arguments.model, arguments.revision, arguments.trust_remote_code)
         _check_context(config, max(missing.values()), arguments.model)
-        seconds = _make(arguments, manifest, output, data, missing)
+        _check_disk(output, manifest, data, missing)
+        model = load_for_extraction(arguments)
+        check_logits(model)
+        write = _begin(arguments, output, manifest, data)
+        seconds = extract_in_process(arguments, model, manifest.aux_layer_ids, data, missing, write)
     return ExtractReport(output, manifest, len(lengths), num_kept, made_again, sum(missing.values()), seconds)
 
 
 def _unusable(
     arguments: ExtractArguments, output: Path, manifest: Manifest, data: "datasets.Dataset", present: set[int]
 ) -> dict[int, str]:
-    """The rows whose file isn't that of the prepared row, of the verifier or complete, and why; all of it is logged."""
+    """Cached rows whose file is of other tokens, of another verifier or not complete, and why; each is logged."""
     origin = origin_of(Manifest.read(output))
     unusable = {}
     for row in progress_bar(sorted(present), desc="Checking", unit="row", disable=not present):
@@ -349,189 +359,39 @@ def _unusable(
             read_values=arguments.validate_outputs,
         )
         if reason is not None:
-            logger.warning("Row %d is made again: %s is unusable, %s.", row, row_path(output, row), reason)
+            logger.warning("Row %d is extracted again: %s can't be used, %s.", row, row_path(output, row), reason)
             unusable[row] = reason
     return unusable
 
 
-def plan_batches(lengths: dict[int, int], max_tokens: int) -> list[list[int]]:
-    """Group rows of like length, longest first, into batches of `max_tokens` tokens with their padding.
-
-    The longest come first so that a lack of memory shows at once. A row longer than `max_tokens` stands alone.
-    """
-    batches: list[list[int]] = []
-    longest = 0
-    for row in sorted(lengths, key=lambda row: (-lengths[row], row)):
-        fits = batches and (len(batches[-1]) + 1) * longest <= max_tokens
-        if fits and lengths[row] >= (1 - MAX_PADDING) * longest:
-            batches[-1].append(row)
-        else:
-            batches.append([row])
-            longest = lengths[row]
-    return batches
-
-
-@torch.inference_mode()
-def run_verifier(
-    model: PreTrainedModel,
-    layer_ids: Sequence[int],
-    data: "datasets.Dataset",
-    rows: Sequence[int],
-    dtype: torch.dtype,
-) -> Iterator[Extracted]:
-    """The embedded backend: run transformers' decoder, without its head, on one batch and yield its rows.
-
-    Raises:
-        PeagleError: a row has ids outside the verifier's vocabulary, or the architecture isn't known.
-    """
-    vocab_size = model.config.get_text_config(decoder=True).vocab_size
-    documents = [torch.tensor(token_ids) for token_ids in data.select(rows)["input_ids"]]
-    for row, token_ids in zip(rows, documents, strict=True):
-        if not 0 <= token_ids.min() <= token_ids.max() < vocab_size:
-            raise PeagleError(
-                f"Row {row} has token ids {int(token_ids.min())} to {int(token_ids.max())}, but the verifier's "
-                f"vocabulary has {vocab_size} tokens: the data was prepared with another tokenizer. Run peagle-hf "
-                "prepare with this verifier."
-            )
-    # The padding is on the right, where a causal model can't see it: no attention mask is needed.
-    states_BTAH = residual_streams(model, layer_ids, pad_sequence(documents, batch_first=True), dtype)
-    for row, token_ids, states_TAH in zip(rows, documents, states_BTAH.cpu(), strict=True):
-        yield row, states_TAH[: len(token_ids)], token_ids
-
-
-def replica(model: PreTrainedModel) -> PreTrainedModel:
-    """The same model with modules of its own around the same weights, for another thread: hooks belong to modules."""
-    return deepcopy(model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})
-
-
-def _make(
-    arguments: ExtractArguments, manifest: Manifest, output: Path, data: "datasets.Dataset", lengths: dict[int, int]
-) -> float:
-    """Run the verifier over the rows of `lengths` and write what it gives; returns the seconds that this took."""
-    dtype, num_tokens = getattr(torch, arguments.dtype), sum(lengths.values())
-    _check_disk(output, num_tokens, _bytes_needed(manifest, data, lengths))
-    model = _load(arguments)
-    check_logits(model)
-    origin = _begin(arguments, output, manifest)
-    on_cpu = model.device.type == "cpu"
-    batches = plan_batches(lengths, arguments.max_batch_tokens or (CPU_BATCH_TOKENS if on_cpu else GPU_BATCH_TOKENS))
-    num_cores = torch.get_num_threads()
-    at_once = min(CPU_BATCHES if on_cpu else GPU_BATCHES, num_cores)
-    own = threading.local()
-
-    def begin() -> None:
-        torch.set_num_threads(num_cores // at_once)
-        own.model = replica(model)
-
-    def make(rows: Sequence[int]) -> int:
-        for row, states, token_ids in run_verifier(own.model, manifest.aux_layer_ids, data, rows, dtype):
-            if not states.isfinite().all():
-                raise RowError(
-                    row,
-                    arguments.preprocessed_data,
-                    reason=f"the verifier's hidden states are not finite as {arguments.dtype}; nothing of the row was "
-                    "written, the rows before it are kept",
-                    advice="try --verifier-dtype float32 or --dtype bfloat16, look at the row's text, or leave it out "
-                    f"with --skip-rows {row}",
-                )
-            is_target = _targets(data, row, arguments.storage)
-            write_row(output, row, states, token_ids, arguments.storage, is_target, origin)
-        return sum(lengths[row] for row in rows)
-
-    start = time.perf_counter()
-    try:
-        with (
-            progress_bar(total=num_tokens, desc="Extracting", unit="tok", unit_scale=True) as progress,
-            ThreadPoolExecutor(at_once, initializer=begin) as pool,
-        ):
-            for num_made in pool.map(make, batches):
-                progress.update(num_made)
-    finally:
-        torch.set_num_threads(num_cores)
-    seconds = time.perf_counter() - start
-    logger.info("%d tokens in %.1f s: %.0f tokens/s.", num_tokens, seconds, num_tokens / seconds)
-    return seconds
-
-
-def _make_by_server(
-    arguments: ExtractArguments,
-    manifest: Manifest,
-    output: Path,
-    data: "datasets.Dataset",
-    lengths: dict[int, int],
-    endpoint: Endpoint,
-) -> float:
-    """As `_make`, with the rows' states from a vLLM server.
-
-    Raises:
-        PeagleError: a row failed; all that didn't are there.
-    """
-    dtype, num_tokens = getattr(torch, arguments.dtype), 0
-    _check_disk(output, sum(lengths.values()), _bytes_needed(manifest, data, lengths))
-    origin = _begin(arguments, output, manifest)
-    record = output / ("failed.json" if arguments.world_size == 1 else f"failed_{arguments.rank}.json")
-    record.unlink(missing_ok=True)
-    limit = 1 if arguments.fail_on_error else arguments.max_consecutive_errors or arguments.concurrency
-    failed: dict[int, str] = {}
-    in_turn = 0
-
-    def make(row: int) -> None:
-        token_ids = data[row]["input_ids"]
-        states = endpoint.fetch(token_ids, dtype)
-        is_target = _targets(data, row, arguments.storage)
-        write_row(output, row, states, torch.tensor(token_ids), arguments.storage, is_target, origin)
-
-    start = time.perf_counter()
-    longest_first = sorted(lengths, key=lambda row: (-lengths[row], row))
-    with progress_bar(total=sum(lengths.values()), desc="Extracting", unit="tok", unit_scale=True) as progress:
-        for row, result in concurrently(make, longest_first, arguments.concurrency):
-            if isinstance(result, WrongServerEndpointError):
-                raise RowError.of(row, Path(arguments.preprocessed_data), result) from result
-            if isinstance(result, EndpointError):
-                logger.warning("Row %d failed: %s.", row, result)
-                failed[row] = str(result)
-                in_turn += 1
-                progress.set_postfix(failed=len(failed))
-                if in_turn >= limit:
-                    break
-            elif isinstance(result, BaseException):
-                raise result
-            else:
-                in_turn = 0
-                num_tokens += lengths[row]
-                progress.update(lengths[row])
-    seconds = time.perf_counter() - start
-    logger.info("%d tokens in %.1f s: %.0f tokens/s.", num_tokens, seconds, num_tokens / seconds)
-    if failed:
-        write_json(record, {str(row): failed[row] for row in sorted(failed)})
-        row, reason = next(reversed(failed.items()))
-        ended = f"The last {in_turn} rows in turn failed, so no more were tried. " if in_turn >= limit else ""
-        raise PeagleError(
-            f"{ended}{len(failed)} of {len(lengths)} rows failed, row {row} with: {reason}. All are listed with their "
-            f"reason in {record}. Run the same command again, which makes just what is missing; leave out what fails "
-            f"every time with --skip-rows {' '.join(map(str, sorted(failed)[:MAX_NAMED]))}"
-            f"{' ...' if len(failed) > MAX_NAMED else ''}."
-        )
-    return seconds
-
-
 def _targets(data: "datasets.Dataset", row: int, storage: Storage | None) -> Tensor | None:
-    """The tokens whose last layer's states are kept; None for the kinds that keep all."""
+    """Tokens whose last layer's states are stored, bool [T]; None for the storage kinds that keep all of them."""
     return target_tokens(torch.tensor(data[row]["loss_mask"]).bool()) if storage in LEARNT_STORAGES else None
 
 
-def _begin(arguments: ExtractArguments, output: Path, manifest: Manifest) -> str | None:
-    """Say in the folder what its files are; gives what each of them is to say of its origin."""
+def _begin(
+    arguments: ExtractArguments, output: Path, manifest: Manifest, data: "datasets.Dataset"
+) -> Callable[[int, Tensor, Tensor], None]:
+    """Write the arguments and the manifest into the cache folder; returns what writes a sample's states into it.
+
+    That takes a sample's row, its states [T, A+1, H] and its token ids int64 [T].
+    """
     if arguments.rank == 0:
         write_config(arguments, config_path(output, "extract"), "extract")
     existing = Manifest.read(output)
     if existing is None:
         manifest.write(output)
-    return origin_of(existing or manifest)
+    origin = origin_of(existing or manifest)
+
+    def write(row: int, states: Tensor, token_ids: Tensor) -> None:
+        is_target = _targets(data, row, arguments.storage)
+        write_row(output, row, states, token_ids, arguments.storage, is_target, origin)
+
+    return write
 
 
 def _bytes_needed(manifest: Manifest, data: "datasets.Dataset", lengths: dict[int, int]) -> int:
-    """What the files of these rows take on the disk."""
+    """Bytes that the files of these samples take on the disk."""
     num_tokens = num_last = sum(lengths.values())
     if manifest.storage in LEARNT_STORAGES:
         masks = (data[row]["loss_mask"] for row in lengths)
@@ -540,7 +400,7 @@ def _bytes_needed(manifest: Manifest, data: "datasets.Dataset", lengths: dict[in
 
 
 def _plan(output: Path, manifest: Manifest, data: "datasets.Dataset", missing: dict[int, int]) -> str:
-    """What `extract` would do, for `--dry-run`."""
+    """Describe what `extract` would do, for `--dry-run`."""
     free, needed = _free_bytes(output), _bytes_needed(manifest, data, missing)
     return "\n".join(
         [
@@ -579,42 +439,33 @@ def _check_arguments(arguments: ExtractArguments) -> None:
 
 
 def _check_context(config: PreTrainedConfig, longest: int, model: str) -> None:
-    """Refuse rows for which the verifier has no positions, as a vLLM server would."""
+    """Refuse samples that are longer than the verifier's context, as a vLLM server would."""
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and longest > limit:
         raise PeagleError(
-            f"The longest row has {longest} tokens, but {model} takes {limit} (max_position_embeddings of its "
-            f"config.json). Cut the rows with peagle-hf prepare --seq-length {limit}."
+            f"The longest sample has {longest} tokens, but {model} takes {limit} (max_position_embeddings of its "
+            f"config.json). Cut the samples with peagle-hf prepare --seq-length {limit}."
         )
 
 
-def _check_disk(output: Path, num_tokens: int, needed: int) -> None:
-    """Say how many bytes the states need on the disk, and refuse to begin what can't fit."""
+def _check_disk(output: Path, manifest: Manifest, data: "datasets.Dataset", lengths: dict[int, int]) -> None:
+    """Log how many bytes the states need on the disk, and refuse to begin if they don't fit.
+
+    Raises:
+        PeagleError: they don't fit, or the folder can't be written to.
+    """
     check_writable(output)
-    free = _free_bytes(output)
+    num_tokens, needed, free = sum(lengths.values()), _bytes_needed(manifest, data, lengths), _free_bytes(output)
     logger.info("%d tokens need %.2f GiB in %s; %.2f GiB are free.", num_tokens, needed / 2**30, output, free / 2**30)
     if needed > free:
         raise PeagleError(
             f"The hidden states of {num_tokens} tokens need {needed / 2**30:.2f} GiB in {output}, but only "
-            f"{free / 2**30:.2f} GiB are free. Free some space, name an --output on another disk, or take fewer rows "
-            "with --max-samples."
+            f"{free / 2**30:.2f} GiB are free. Free some space, name an --output on another disk, or take fewer "
+            "samples with --max-samples."
         )
 
 
 def _free_bytes(folder: Path) -> int:
-    """What is free on the disk of a folder, which need not exist yet."""
+    """Free bytes on the disk of a folder, which need not exist yet."""
     existing = next(one for one in (folder, *folder.absolute().parents) if one.exists())
     return shutil.disk_usage(existing).free
-
-
-def _load(arguments: ExtractArguments) -> PreTrainedModel:
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    on_cpu = torch.device(device).type == "cpu"
-    name = arguments.verifier_dtype
-    dtype = getattr(torch, ("float32" if on_cpu else "bfloat16") if name == "auto" else name)
-    assert arguments.model is not None
-    model = load_verifier(arguments.model, dtype, device, arguments.revision, arguments.trust_remote_code)
-    if on_cpu:
-        keep_freed_memory()
-        pack_linear_layers(verifier_parts(model).decoder)
-    return model

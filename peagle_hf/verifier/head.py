@@ -8,9 +8,7 @@ from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from ..cpu import linear
 from ..errors import PeagleError

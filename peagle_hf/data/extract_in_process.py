@@ -1,0 +1,175 @@
+"""Run the verifier over prepared samples in this process, batch by batch: `peagle-hf extract` without `--endpoint`.
+
+Shape letters: B samples of a batch, T tokens, A auxiliary layers, H the verifier's hidden size.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+from ..console import progress_bar
+from ..cpu import keep_freed_memory, pack_linear_layers
+from ..errors import PeagleError
+from ..verifier.loading import load_verifier
+from ..verifier.parts import residual_streams, verifier_parts
+from .errors import RowError
+
+if TYPE_CHECKING:
+    import datasets
+
+    from .extract import ExtractArguments
+
+logger = logging.getLogger(__name__)
+
+MAX_PADDING = 0.05
+"""Largest share of padding in a batch."""
+CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 2048, 8192
+"""Tokens of a batch, its padding included, unless `--max-batch-tokens` says otherwise."""
+CPU_BATCHES, GPU_BATCHES = 2, 4
+"""Batches that are computed at the same time: one uses the device while another waits or is written to disk."""
+
+
+def load_for_extraction(arguments: "ExtractArguments") -> PreTrainedModel:
+    """Load the verifier for inference; on a CPU its linear layers are packed for oneDNN.
+
+    Raises:
+        PeagleError: it can't be loaded (see `load_verifier`), or its architecture isn't known.
+    """
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    on_cpu = torch.device(device).type == "cpu"
+    name = arguments.verifier_dtype
+    dtype = getattr(torch, ("float32" if on_cpu else "bfloat16") if name == "auto" else name)
+    assert arguments.model is not None
+    model = load_verifier(arguments.model, dtype, device, arguments.revision, arguments.trust_remote_code)
+    if on_cpu:
+        keep_freed_memory()
+        pack_linear_layers(verifier_parts(model).decoder)
+    return model
+
+
+def extract_in_process(
+    arguments: "ExtractArguments",
+    model: PreTrainedModel,
+    aux_layer_ids: Sequence[int],
+    data: "datasets.Dataset",
+    lengths: dict[int, int],
+    write: Callable[[int, Tensor, Tensor], None],
+) -> float:
+    """Run the verifier over samples and hand the states of each to `write`.
+
+    Args:
+        lengths: tokens of each sample to extract, by its row in `data`.
+        write: called from several threads with a sample's row, its states [T, A+1, H] and its token ids int64 [T].
+
+    Returns:
+        Seconds that this took.
+
+    Raises:
+        RowError: a sample's states aren't finite.
+        PeagleError: a sample has ids outside the verifier's vocabulary, or `write` raised this.
+    """
+    dtype, num_tokens = getattr(torch, arguments.dtype), sum(lengths.values())
+    on_cpu = model.device.type == "cpu"
+    batches = plan_batches(lengths, arguments.max_batch_tokens or (CPU_BATCH_TOKENS if on_cpu else GPU_BATCH_TOKENS))
+    num_cores = torch.get_num_threads()
+    at_once = min(CPU_BATCHES if on_cpu else GPU_BATCHES, num_cores)
+    own = threading.local()
+
+    def begin() -> None:
+        torch.set_num_threads(num_cores // at_once)
+        own.model = replica(model)
+
+    def extract_batch(rows: Sequence[int]) -> int:
+        for row, states, token_ids in run_verifier(own.model, aux_layer_ids, data, rows, dtype):
+            if not states.isfinite().all():
+                raise RowError(
+                    row,
+                    arguments.preprocessed_data,
+                    reason=f"the verifier's hidden states are not finite as {arguments.dtype}; nothing of the row was "
+                    "written, the rows before it are kept",
+                    advice="try --verifier-dtype float32 or --dtype bfloat16, look at the row's text, or leave it out "
+                    f"with --skip-rows {row}",
+                )
+            write(row, states, token_ids)
+        return sum(lengths[row] for row in rows)
+
+    start = time.perf_counter()
+    try:
+        with (
+            progress_bar(total=num_tokens, desc="Extracting", unit="tok", unit_scale=True) as progress,
+            ThreadPoolExecutor(at_once, initializer=begin) as pool,
+        ):
+            for num_done in pool.map(extract_batch, batches):
+                progress.update(num_done)
+    finally:
+        torch.set_num_threads(num_cores)
+    seconds = time.perf_counter() - start
+    logger.info("%d tokens in %.1f s: %.0f tokens/s.", num_tokens, seconds, num_tokens / seconds)
+    return seconds
+
+
+def plan_batches(lengths: dict[int, int], max_tokens: int) -> list[list[int]]:
+    """Group samples of similar length, longest first, into batches of at most `max_tokens` tokens, padding included.
+
+    The longest come first so that a lack of memory shows at once. A sample longer than `max_tokens` is a batch of its
+    own.
+
+    Args:
+        lengths: tokens of each sample, by row.
+    """
+    batches: list[list[int]] = []
+    longest = 0
+    for row in sorted(lengths, key=lambda row: (-lengths[row], row)):
+        fits = batches and (len(batches[-1]) + 1) * longest <= max_tokens
+        if fits and lengths[row] >= (1 - MAX_PADDING) * longest:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+            longest = lengths[row]
+    return batches
+
+
+@torch.inference_mode()
+def run_verifier(
+    model: PreTrainedModel,
+    layer_ids: Sequence[int],
+    data: "datasets.Dataset",
+    rows: Sequence[int],
+    dtype: torch.dtype,
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Run transformers' decoder, without its head, on one batch.
+
+    Yields:
+        Of each sample its row, its states [T, A+1, H] on the CPU and its token ids int64 [T].
+
+    Raises:
+        PeagleError: a sample has ids outside the verifier's vocabulary, or the architecture isn't known.
+    """
+    vocab_size = model.config.get_text_config(decoder=True).vocab_size
+    samples = [torch.tensor(token_ids) for token_ids in data.select(rows)["input_ids"]]
+    for row, token_ids in zip(rows, samples, strict=True):
+        if not 0 <= token_ids.min() <= token_ids.max() < vocab_size:
+            raise PeagleError(
+                f"Row {row} has token ids {int(token_ids.min())} to {int(token_ids.max())}, but the verifier's "
+                f"vocabulary has {vocab_size} tokens: the data was prepared with another tokenizer. Run peagle-hf "
+                "prepare with this verifier."
+            )
+    # The padding is on the right, where a causal model can't see it: no attention mask is needed.
+    states_BTAH = residual_streams(model, layer_ids, pad_sequence(samples, batch_first=True), dtype)
+    for row, token_ids, states_TAH in zip(rows, samples, states_BTAH.cpu(), strict=True):
+        yield row, states_TAH[: len(token_ids)], token_ids
+
+
+def replica(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the modules that shares the weights, for another thread: forward hooks belong to modules."""
+    return deepcopy(model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})
