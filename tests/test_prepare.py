@@ -575,16 +575,16 @@ def test_max_samples_counts_rows(arguments, model, tmp_path, caplog, monkeypatch
     folder = prepare(five)
     assert prepared(folder) == {name: values[:5] for name, values in everything.items()}
     counts = json.loads((folder / "prepare.json").read_text())["counts"]
-    beyond = "beyond the 5 rows of --max-samples"
+    beyond = "beyond the 5 samples of --max-samples"
     assert counts["rows"] == 5
     assert counts["skipped"][beyond] == 1
     assert counts["conversations_read"] - sum(counts["skipped"].values()) == 2
     assert f"{beyond}: 1 ({arguments.data[0]}, line " in caplog.text
-    assert "answers 5 are learnt whole, 0 cut, 1 beyond --max-samples and 0 left out." in caplog.text
+    assert "answers 5 are trained on whole, 0 cut, 1 beyond --max-samples and 0 left out." in caplog.text
     with pytest.raises(PeagleError, match="max_samples was 5, is 6"):
         prepare(changed(five, max_samples=6))
 
-    monkeypatch.setattr("peagle_hf.data.prepare.LEAST_READ", 1)  # how many are read at a time changes nothing
+    monkeypatch.setattr("peagle_hf.data.samples.LEAST_READ", 1)  # how many are read at a time changes nothing
     in_pieces = prepare(changed(five, output=str(tmp_path / "in_pieces")))
     assert prepared(in_pieces) == prepared(folder)
     assert json.loads((in_pieces / "prepare.json").read_text())["counts"] == counts
@@ -766,7 +766,7 @@ def test_rows_with_too_little_to_learn_are_reported(arguments):
     )
     folder = prepare(changed(arguments, seq_length=40, min_learnt_tokens=2))
     assert prepared(folder)["conversation_id"] == [0]
-    reason = "fewer than 2 learnt tokens within the first 40"
+    reason = "fewer than 2 tokens to train on within the first 40"
     skipped = json.loads((folder / "skipped.json").read_text())
     assert sorted((entry["row"], entry["reason"]) for entry in skipped) == [
         (f"{data}, line 2", reason),
@@ -824,7 +824,7 @@ def test_an_unknown_role_stops_the_command_from_any_process(arguments, num_worke
         (b"", "is empty: it holds no conversation"),
         (b"\n \n", "is empty: it holds no conversation"),
         (b"[]", "is empty: it holds no conversation"),
-        (b'{"messages": []}', "Nothing can be learnt from .*no answer of the assistant: 1"),
+        (b'{"messages": []}', "Nothing in .* can be trained on.*no answer of the assistant: 1"),
     ],
 )
 def test_bad_files_stop_the_command(arguments, content, problem):
@@ -879,7 +879,7 @@ def test_every_answer_is_counted_once(arguments, caplog):
         f"{data}, line 6, messages[1]": "the data says not to train on it (train: false)",
         f"{data}, line 6, messages[3]": "the data says not to train on it (train: false)",
     }
-    assert "Of 15 answers 6 are learnt whole, 2 cut and 7 left out." in caplog.text
+    assert "Of 15 answers 6 are trained on whole, 2 cut and 7 left out." in caplog.text
 
 
 def test_a_chosen_chat_template_and_its_variables(arguments, tmp_path):
@@ -907,7 +907,7 @@ def test_answers_that_are_marked_in_part_are_counted_and_named(arguments, caplog
     make_tokenizer(marked).save_pretrained(arguments.model)
     record = json.loads((prepare(arguments) / "prepare.json").read_text())
     assert (record["answers"]["all"], record["answers"]["learnt"], record["answers"]["marked"]) == (10, 10, 10)
-    assert "Of 10 answers only a part is learnt, that which the chat template marks" in caplog.text
+    assert "Of 10 answers only a part is trained on, that which the chat template marks" in caplog.text
 
 
 def test_a_folder_whose_files_changed_is_another_dataset(arguments, tmp_path):

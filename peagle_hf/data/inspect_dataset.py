@@ -18,8 +18,7 @@ from ..errors import PeagleError
 from ..files import atomic_path, write_json
 from ..verifier.draft_vocabulary import draft_vocabulary, load_token_freq
 from .inspect_template import show_template
-from .prepare import INSPECTION
-from .prepared_dataset import PREPARE_RECORD, chat_options, column, load_prepared, read_prepare_record
+from .prepared_dataset import INSPECTION, PREPARE_RECORD, chat_options, column, load_prepared, read_prepare_record
 from .tokenizer import CHAT_TEMPLATE_HELP, CHAT_TEMPLATE_KWARGS_HELP, load_tokenizer, tokenizer_fingerprint
 
 if TYPE_CHECKING:

@@ -52,7 +52,7 @@ class LeftOut:
 
 
 @dataclass(frozen=True)
-class MaskedRow:
+class MaskedSample:
     """The tokens of a chat up to the last answer in it.
 
     Args:
@@ -74,7 +74,7 @@ class MaskedRow:
 class MaskedChat:
     """What came of a chat: every assistant turn is in one of `rows` or in `left_out`, and in one only."""
 
-    rows: list[MaskedRow]
+    rows: list[MaskedSample]
     left_out: list[LeftOut]
 
 
@@ -186,7 +186,7 @@ class ChatTokenizer:
         tokens = zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
         return [MaskedChat([self._mask_row(row, *next(tokens)) for row in plan.rows], plan.left_out) for plan in plans]
 
-    def _mask_row(self, row: _Row, ids: list[int], offsets: list[Span]) -> MaskedRow:
+    def _mask_row(self, row: _Row, ids: list[int], offsets: list[Span]) -> MaskedSample:
         input_ids = np.array(ids, dtype=np.int32)
         starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
         loss_mask = np.zeros(len(ids), dtype=np.int8)
@@ -199,7 +199,7 @@ class ChatTokenizer:
                     is_inside[index] = True
                 loss_mask |= is_inside
             answer_ends.append(int(np.searchsorted(starts, answer.end, side="left")))
-        return MaskedRow(
+        return MaskedSample(
             input_ids,
             loss_mask,
             answer_ends,

@@ -1,20 +1,30 @@
-"""Opening what `peagle-hf prepare` wrote; a file that is missing, truncated or damaged is named."""
+"""The folder of a prepared dataset: opening it, its record `prepare.json`, and whether it may be replaced.
+
+A file that is missing, truncated or damaged is named in the error.
+"""
 
 import hashlib
+import logging
 import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..arguments import CONFIG, config_path
 from ..errors import PeagleError
 from ..files import found_place, read_json
 from ..fingerprint import file_fingerprint
+from ..verifier.draft_vocabulary import load_token_freq
+from .cache_storage import cache_folder, cached_rows
 from .tokenizer import ChatOptions
 
 if TYPE_CHECKING:
     import datasets
+
+logger = logging.getLogger(__name__)
 
 PREPARE_RECORD = "prepare.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
@@ -23,8 +33,14 @@ that was trained with it."""
 CHAT_TEMPLATE_KWARGS_FILE = "chat_template_kwargs.json"
 """On the hub, beside a drafter that was trained with variables for the chat template: these."""
 DATASET_INFO, DATASET_STATE = "dataset_info.json", "state.json"
+SKIPPED = "skipped.json"
+INSPECTION = "inspect"
+"""Name, without its ending, of the files that `peagle-hf data inspect` writes into the folder."""
+_CHECKED_FILES = ("data-*.arrow", DATASET_INFO, DATASET_STATE, "token_freq.pt", CHAT_TEMPLATE_FILE)
+"""Files of which `prepare.json` has a fingerprint, so that another file in their place is noticed."""
+_OWN_FILES = (PREPARE_RECORD, *_CHECKED_FILES, SKIPPED, f"{INSPECTION}.html", f"{INSPECTION}.json")
 UNMOVED = ".prepared"
-"""Folder in which `prepare` makes a dataset; when it is complete, its files are moved out of it, the record last."""
+"""Folder in which `prepare` makes a dataset. When it is complete, its files are moved out of it, the record last."""
 REMEDY = "Run the same peagle-hf prepare command again: it makes a damaged dataset anew and keeps its hidden states."
 
 
@@ -60,8 +76,8 @@ def load_prepared(data_path: str | os.PathLike[str]) -> "datasets.Dataset":
     recorded = record.get("counts", {}).get("rows", len(data))
     if recorded != len(data):
         raise PeagleError(
-            f"The files data-*.arrow in {folder} hold {len(data)} rows, but {PREPARE_RECORD} counts {recorded}: a file "
-            f"is truncated or missing. {REMEDY}"
+            f"The files data-*.arrow in {folder} hold {len(data)} samples, but {PREPARE_RECORD} counts {recorded}: a "
+            f"file is truncated or missing. {REMEDY}"
         )
     return data
 
@@ -87,7 +103,7 @@ def read_prepare_record(data_path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def rows_fingerprint(data_path: str | os.PathLike[str]) -> str:
-    """What tells the rows of a prepared dataset from others: a digest of all tokens and loss masks, in order.
+    """Fingerprint of a prepared dataset's samples: a digest of all tokens and loss masks, in order.
 
     It is in the record of `peagle-hf prepare`; of a dataset without one it is computed, which reads all of it.
 
@@ -104,12 +120,12 @@ def rows_fingerprint(data_path: str | os.PathLike[str]) -> str:
 
 
 def row_digest(input_ids: np.ndarray, loss_mask: np.ndarray) -> str:
-    """SHA-256 of a row's tokens and loss mask, both [T]."""
+    """SHA-256 of a sample's tokens and loss mask, both [T]."""
     return hashlib.sha256(input_ids.astype(np.int32).tobytes() + loss_mask.astype(np.int8).tobytes()).hexdigest()
 
 
 def digest_of_rows(digests: Iterable[str]) -> str:
-    """The fingerprint of rows with these digests, in their order."""
+    """The fingerprint of samples with these digests (see `row_digest`), in their order."""
     return hashlib.sha256("".join(digests).encode()).hexdigest()[:32]
 
 
@@ -166,3 +182,102 @@ def _can_be_opened(path: Path) -> bool:
     except Exception:
         return False
     return True
+
+
+def is_made(output: Path, origin: dict[str, Any], overwrite: bool) -> bool:
+    """Whether the folder already holds the dataset that `prepare` would make, complete and undamaged.
+
+    Args:
+        origin: everything that the dataset depends on, as `prepare.json` records it.
+        overwrite: whether another dataset may be replaced.
+
+    Raises:
+        PeagleError: it holds another one that must not be replaced.
+    """
+    if not any(_own_files(output)):
+        return False
+    record_path = output / PREPARE_RECORD
+    if not record_path.exists() and not overwrite:
+        raise PeagleError(
+            f"{output} holds a dataset without {PREPARE_RECORD}: it is not complete, or something else made it. "
+            "Pass --overwrite to replace it, or name another --output."
+        )
+    changes = _changes(read_prepare_record(output), origin) if record_path.exists() else ["it has no record"]
+    if changes and not overwrite:
+        raise PeagleError(
+            f"{output} holds a dataset that was made otherwise: {'; '.join(changes)}. "
+            "Pass --overwrite to replace it, or name another --output."
+        )
+    if changes:
+        if cached_rows(cache_folder(output)):
+            raise PeagleError(
+                f"{cache_folder(output)} holds hidden states of the dataset in {output}; they would not fit "
+                f"another one ({'; '.join(changes)}). Remove that folder first, or name another --output."
+            )
+        return False
+    try:
+        load_prepared(output)
+        load_token_freq(output / "token_freq.pt")
+    except PeagleError as error:
+        logger.warning("The dataset is made anew: %s", error)
+        return False
+    return True
+
+
+def _changes(record: dict[str, Any], origin: dict[str, Any]) -> list[str]:
+    """The settings in which a dataset's record differs from those wanted, one clause each.
+
+    Fields that the record of an earlier version lacks aren't compared. Files are compared by content, not by name: the
+    folder of the model, a file of data or of a template may have been renamed.
+    """
+    changes = [
+        f"{name} was {record[name]}, is {value}"
+        for name, value in origin.items()
+        if name in record and record[name] != value and name not in ("model", "data", "data_sha256", "chat_template")
+    ]
+    if (record.get("chat_template") is None) != (origin["chat_template"] is None):
+        changes.append(f"chat_template was {record.get('chat_template')}, is {origin['chat_template']}")
+    then, now = (
+        list(zip(one.get("data") or [], one.get("data_sha256") or [], strict=False)) for one in (record, origin)
+    )
+    if len(then) != len(now):
+        changes.append(f"data was {record.get('data')}, is {origin['data']}")
+    for (name_then, sha_then), (name, sha) in zip(then, now, strict=False):
+        if sha_then != sha and name_then == name:
+            changes.append(f"the content of {name} has changed (SHA-256 was {sha_then}, is {sha})")
+        elif sha_then != sha or (sha is None and name_then != name):
+            changes.append(f"data was {name_then}, is {name}")
+    return changes
+
+
+def fingerprints_of_files(folder: Path) -> dict[str, str]:
+    """Fingerprints by name of the files that `load_prepared` compares with the record."""
+    checked = (path for pattern in _CHECKED_FILES for path in folder.glob(pattern))
+    return {path.name: file_fingerprint(path) for path in checked}
+
+
+def _own_files(folder: Path) -> list[Path]:
+    arguments = {config_path(folder, "prepare"), folder / "prepare.yaml"}
+    return [*(path for pattern in _OWN_FILES for path in folder.glob(pattern)), *filter(Path.exists, arguments)]
+
+
+def finish_move(output: Path) -> None:
+    """Move the files of a complete dataset out of `UNMOVED` into the folder; goes on where a killed process stopped.
+
+    `prepare.json` of the old dataset is deleted first and that of the new one is moved last: its presence marks a
+    complete dataset.
+    """
+    source = output / UNMOVED
+    if not (source / PREPARE_RECORD).exists():
+        shutil.rmtree(source, ignore_errors=True)
+        return
+    files = read_prepare_record(source).get("files", {})  # a version before this one had none
+    (output / PREPARE_RECORD).unlink(missing_ok=True)
+    for path in _own_files(output):
+        if path.name not in (*files, SKIPPED, CONFIG, "prepare.yaml"):
+            path.unlink()
+    for path in _own_files(source):
+        if path.name != PREPARE_RECORD:
+            os.replace(path, output / path.name)
+    os.replace(source / PREPARE_RECORD, output / PREPARE_RECORD)
+    source.rmdir()
