@@ -35,14 +35,14 @@ from transformers import (
     set_seed,
 )
 
-from peagle_hf.data import chat_models
+from peagle_hf.data import chat_models, dialogues
 from peagle_hf.data import prompts as prompts_module
 from peagle_hf.data import regenerate as module
 from peagle_hf.data.answer_journal import Journal
 from peagle_hf.data.chat_models import LocalChatModel, Sampling
 from peagle_hf.data.prepare import PrepareArguments, prepare
 from peagle_hf.data.prompts import Prompt
-from peagle_hf.data.regenerate import RegenerateArguments, learnt_spans, regenerate, repetition
+from peagle_hf.data.regenerate import RegenerateArguments, answer_spans, regenerate, repetition
 from peagle_hf.errors import PeagleError
 from peagle_hf.serving.environment import vllm_environment
 
@@ -134,7 +134,7 @@ def test_greedy_answers_are_the_targets_own_token_by_token(target, prompts, tmp_
     model = AutoModelForCausalLM.from_pretrained(target)
     ends = Counter()
     for row, prompt in zip(rows, PROMPTS, strict=True):
-        spans = learnt_spans(row)
+        spans = answer_spans(row)
         assert len(spans) == len(prompt["turns"])
         starts = [i for i, mask in enumerate(row["loss_mask"]) if mask and not row["loss_mask"][i - 1]]
         for start, span in zip(starts, spans, strict=True):
@@ -152,13 +152,13 @@ def test_ids_between_the_answers_are_the_chat_templates(target, prompts, tmp_pat
     tokenizer = AutoTokenizer.from_pretrained(target)
     row = next(row for row in rows if row["id"] == "9")
     expected = []
-    for number, (turn, span) in enumerate(zip(PROMPTS[2]["turns"], learnt_spans(row), strict=True)):
+    for number, (turn, span) in enumerate(zip(PROMPTS[2]["turns"], answer_spans(row), strict=True)):
         end_is_missing = number and expected[-1] != END
         between = ("<|end|>" if end_is_missing else "") + ("\n" if number else "")
         expected += tokenizer.encode(f"{between}<|start|>user\n{turn}<|end|>\n<|start|>assistant\n") + span
     assert row["input_ids"] == expected
     assert [message["role"] for message in row["messages"]] == ["user", "assistant"] * 3
-    last = [token_id for token_id in learnt_spans(row)[-1] if token_id != END]
+    last = [token_id for token_id in answer_spans(row)[-1] if token_id != END]
     assert row["messages"][-1]["content"] == tokenizer.decode(last, skip_special_tokens=True).strip()
 
 
@@ -214,7 +214,7 @@ def test_a_template_that_rewrites_earlier_answers_gives_a_row_a_turn(target, pro
     tokenizer = AutoTokenizer.from_pretrained(folder)
     for row in rows:
         prompt = tokenizer.apply_chat_template(row["messages"][:-1], tokenize=False, add_generation_prompt=True)
-        (span,) = learnt_spans(row)
+        (span,) = answer_spans(row)
         assert row["input_ids"] == tokenizer.encode(prompt) + span
 
 
@@ -281,7 +281,7 @@ def test_invented_prompts_follow_the_users_tag(target, tmp_path):
         assert row["category"] == "invented"
         user, answer = row["messages"]
         text = f"<|start|>user\n{user['content']}<|end|>\n<|start|>assistant\n"
-        (span,) = learnt_spans(row)
+        (span,) = answer_spans(row)
         assert row["input_ids"] == tokenizer.encode(text) + span
         assert user["content"].replace("\n", "").replace("\t", "").isprintable()
         assert "\ufffd" not in user["content"]
@@ -478,7 +478,7 @@ def test_empty_and_looping_answers_are_dropped(target, prompts, tmp_path, end, r
 
 def test_short_cut_and_repetitive_answers_are_dropped_as_they_are_told(target, prompts, tmp_path):
     rows = run(target, tmp_path / "all.jsonl", prompts=str(prompts))
-    answers = {row["id"]: learnt_spans(row) for row in rows}
+    answers = {row["id"]: answer_spans(row) for row in rows}
     shortest = {id_: min(len(ids) - (ids[-1] == END) for ids in spans) for id_, spans in answers.items()}
     cut = {id_ for id_, spans in answers.items() if any(ids[-1] != END for ids in spans)}
     assert 0 < len(cut) < len(rows)
@@ -1004,7 +1004,7 @@ def test_a_server_that_refuses_all_prompts_is_not_asked_for_ever(target, prompts
     arguments = {"prompts": str(prompts), "endpoint": server.url, "concurrency": 1}
     with pytest.raises(PeagleError, match=r"No chat is left .* 5 were dropped \(the server refuses it: .*too long"):
         run(target, tmp_path / "chats.jsonl", **arguments)
-    monkeypatch.setattr(module, "_MAX_REFUSED_AT_FIRST", 3)
+    monkeypatch.setattr(dialogues, "_MAX_REFUSED_AT_FIRST", 3)
     server.requests.clear()
     with pytest.raises(PeagleError, match=r"refused the first 3 prompts, the latest with: .*too long"):
         run(target, tmp_path / "chats.jsonl", **arguments)
@@ -1182,7 +1182,7 @@ def test_nothing_to_answer_is_refused(target, tmp_path):
     with pytest.raises(PeagleError, match="name a file with --prompts, or give --invent a number"):
         RegenerateArguments(model=str(target), output="chats.jsonl")
     for flags, words in (
-        ({"endpoint": "http://localhost:8000", "dtype": "bfloat16"}, "--dtype is for a target in this process"),
+        ({"endpoint": "http://localhost:8000", "dtype": "bfloat16"}, "--dtype is for a verifier in this process"),
         ({"output": "chats.json"}, r"--output chats.json must end in \.jsonl"),
         ({"min_answer_tokens": 300}, "--min-answer-tokens 300 is more than --max-new-tokens 256"),
     ):
@@ -1270,7 +1270,7 @@ def test_bundled_chats_are_sound(bundle):
         assert set(row["loss_mask"]) == {0, 1}
         answers = [m["content"] for m in row["messages"] if m["role"] == "assistant"]
         assert all(answers)
-        spans = learnt_spans(row)
+        spans = answer_spans(row)
         assert len(spans) == len(answers)
         for span in spans:
             grams = [tuple(span[i : i + 4]) for i in range(len(span) - 3)]
