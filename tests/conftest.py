@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from peagle_hf.data.cache_manifest import Manifest
-from peagle_hf.data.cache_storage import write_row
+from peagle_hf.data.cache_storage import write_states
 
 VOCAB, HIDDEN, LAYERS = 96, 32, 7
 AUX = [2, 3, 4]
@@ -266,7 +266,7 @@ def write_cache(folder: Path, verifier: Path, dtype: torch.dtype = torch.bfloat1
         with torch.no_grad():
             output = model(tokens[None], output_hidden_states=True)
         states = torch.stack([*(output.hidden_states[layer][0] for layer in AUX), last.pop()[0]], dim=1)
-        write_row(folder / "hidden_states", row, states.to(dtype), tokens)
+        write_states(folder / "hidden_states", row, states.to(dtype), tokens)
     Manifest.of(str(verifier), model.config, AUX, dtype=str(dtype).removeprefix("torch.")).write(
         folder / "hidden_states"
     )

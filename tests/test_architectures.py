@@ -28,7 +28,7 @@ from peagle_hf import (
     register_verifier,
 )
 from peagle_hf.data import extract_in_process
-from peagle_hf.data.cache_storage import read_row
+from peagle_hf.data.cache_storage import read_states
 from peagle_hf.training.objective import Objective
 from peagle_hf.verifier import parts as target
 from peagle_hf.verifier.loading import default_aux_layer_ids, load_verifier
@@ -125,7 +125,7 @@ def test_states_are_the_layers_outputs_and_give_the_verifiers_logits(
         padded = residual_streams(loaded, layer_ids, pad_sequence(rows, batch_first=True), torch.float32)
     for row, token_ids in enumerate(rows):
         layers, logits = own_states(model, token_ids)
-        cached = read_row(report.output, row)
+        cached = read_states(report.output, row)
         assert torch.equal(cached.token_ids, token_ids)
         wanted = torch.cat([layers[layer_id] for layer_id in layer_ids], dim=-1)
         close(cached.hidden_states, wanted)
@@ -203,7 +203,7 @@ def test_an_adapter_is_as_exact_as_a_known_architecture(gpt2: Path, registry: No
         save_file(names, gpt2 / "model.safetensors", metadata={"format": "pt"})
         head = VerifierHead.from_pretrained(gpt2)
         for row in range(2):
-            cached = read_row(report.output, row)
+            cached = read_states(report.output, row)
             layers, logits = own_states(model, cached.token_ids)
             torch.testing.assert_close(cached.hidden_states, torch.cat(layers[1:4], dim=-1), rtol=1e-5, atol=1e-5)
             found = head.logits(head.normalize(cached.last_hidden_states))

@@ -25,7 +25,15 @@ from peagle_hf import (
 )
 from peagle_hf.data import cache_command, cache_storage
 from peagle_hf.data.cache_manifest import Manifest
-from peagle_hf.data.cache_storage import STORAGES, CachedRow, cached_rows, check_row, read_row, row_path, write_row
+from peagle_hf.data.cache_storage import (
+    STORAGES,
+    CachedStates,
+    cached_rows,
+    check_file,
+    read_states,
+    row_path,
+    write_states,
+)
 from peagle_hf.data.dataset import EpochSampler, split_rows
 from peagle_hf.model.slots import target_tokens
 
@@ -44,9 +52,9 @@ def make_states(seed: int = 0) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("storage", STORAGES)
 def test_every_kind_gives_back_what_it_keeps(storage, tmp_path):
     states, is_target = make_states()
-    write_row(tmp_path, 3, states, torch.arange(TOKENS), storage, is_target)
-    assert check_row(row_path(tmp_path, 3), (TOKENS, SLOTS, SIZE), torch.arange(TOKENS), is_target) is None
-    row = read_row(tmp_path, 3)
+    write_states(tmp_path, 3, states, torch.arange(TOKENS), storage, is_target)
+    assert check_file(row_path(tmp_path, 3), (TOKENS, SLOTS, SIZE), torch.arange(TOKENS), is_target) is None
+    row = read_states(tmp_path, 3)
     assert row.storage == storage
     found = torch.cat(
         [row.hidden_states.view(TOKENS, SLOTS - 1, SIZE)[is_target], row.last_of(is_target)[:, None]], dim=1
@@ -58,13 +66,13 @@ def test_every_kind_gives_back_what_it_keeps(storage, tmp_path):
     else:
         assert torch.equal(found, states[is_target])
 
-    short = read_row(tmp_path, 3, length=100)
+    short = read_states(tmp_path, 3, length=100)
     assert torch.equal(short.hidden_states, row.hidden_states[:100])
     assert torch.equal(short.last_of(is_target[:100]), row.last_of(is_target)[: int(is_target[:100].sum())])
     some = is_target & (torch.arange(TOKENS) % 3 == 0)
     assert torch.equal(row.last_of(some), row.last_of(is_target)[some[is_target]])
     if storage in LEARNT:
-        with pytest.raises(PeagleError, match="tokens are wanted that were not kept"):
+        with pytest.raises(PeagleError, match="tokens are needed but not stored"):
             row.last_hidden_states  # noqa: B018
     else:
         assert torch.equal(row.last_hidden_states[is_target], row.last_of(is_target))
@@ -73,31 +81,31 @@ def test_every_kind_gives_back_what_it_keeps(storage, tmp_path):
 def test_learnt_files_hold_the_same_numbers_as_whole_ones(tmp_path):
     states, is_target = make_states()
     for row, storage in enumerate(STORAGES):
-        write_row(tmp_path, row, states, torch.arange(TOKENS), storage, is_target)
+        write_states(tmp_path, row, states, torch.arange(TOKENS), storage, is_target)
     for whole, learnt in ((0, 2), (1, 3)):
-        whole, learnt = read_row(tmp_path, whole), read_row(tmp_path, learnt)
+        whole, learnt = read_states(tmp_path, whole), read_states(tmp_path, learnt)
         assert torch.equal(whole.hidden_states, learnt.hidden_states)
         assert torch.equal(whole.last_of(is_target), learnt.last_of(is_target))
 
 
 def test_a_row_without_targets_is_a_file_too(tmp_path):
     states, _ = make_states()
-    write_row(tmp_path, 0, states, torch.arange(TOKENS), "fp8-learnt", torch.zeros(TOKENS, dtype=torch.bool))
-    assert read_row(tmp_path, 0).last_of(torch.zeros(TOKENS, dtype=torch.bool)).shape == (0, SIZE)
-    assert check_row(row_path(tmp_path, 0), (TOKENS, SLOTS, SIZE), torch.arange(TOKENS)) is None
+    write_states(tmp_path, 0, states, torch.arange(TOKENS), "fp8-learnt", torch.zeros(TOKENS, dtype=torch.bool))
+    assert read_states(tmp_path, 0).last_of(torch.zeros(TOKENS, dtype=torch.bool)).shape == (0, SIZE)
+    assert check_file(row_path(tmp_path, 0), (TOKENS, SLOTS, SIZE), torch.arange(TOKENS)) is None
 
 
 def test_speculators_reads_what_is_written_here(tmp_path):
     transfer = pytest.importorskip("hs_connectors.transfer")
     states, _ = make_states()
-    write_row(tmp_path, 0, states, torch.arange(TOKENS))
-    write_row(tmp_path, 1, states, torch.arange(TOKENS), "fp8")
+    write_states(tmp_path, 0, states, torch.arange(TOKENS))
+    write_states(tmp_path, 1, states, torch.arange(TOKENS), "fp8")
     plain = transfer.FileTransfer(tmp_path).get_cached(0)
     assert plain.keys() == {"hidden_states", "token_ids"}
     assert torch.equal(plain["hidden_states"], states)
     fp8 = transfer.FP8Transfer(tmp_path).get_cached(1)
     assert torch.equal(fp8["token_ids"], torch.arange(TOKENS))
-    ours = read_row(tmp_path, 1)
+    ours = read_states(tmp_path, 1)
     ours = torch.cat([ours.hidden_states, ours.last_hidden_states], dim=1).view(TOKENS, SLOTS, SIZE)
     torch.testing.assert_close(ours, fp8["hidden_states"], rtol=2**-7, atol=0)
 
@@ -105,7 +113,7 @@ def test_speculators_reads_what_is_written_here(tmp_path):
 def test_fp8_files_are_those_of_speculators_bit_for_bit(tmp_path):
     utils = pytest.importorskip("hs_connectors.fp8_utils")
     states, _ = make_states()
-    write_row(tmp_path, 0, states, torch.arange(TOKENS), "fp8")
+    write_states(tmp_path, 0, states, torch.arange(TOKENS), "fp8")
     stored, scales = utils.quantize_tensor_to_fp8(states)
     theirs = {"hidden_states": stored, utils.SCALES_KEY: scales, "token_ids": torch.arange(TOKENS)}
     save_file(theirs, row_path(tmp_path, 1))
@@ -114,13 +122,13 @@ def test_fp8_files_are_those_of_speculators_bit_for_bit(tmp_path):
     for name, tensor in theirs.items():
         assert ours[name].dtype == tensor.dtype
         assert torch.equal(ours[name].view(torch.uint8), tensor.view(torch.uint8)), name
-    assert torch.equal(read_row(tmp_path, 0).hidden_states, read_row(tmp_path, 1).hidden_states)
+    assert torch.equal(read_states(tmp_path, 0).hidden_states, read_states(tmp_path, 1).hidden_states)
 
 
 def test_what_speculators_cannot_read_it_does_not_take_for_states(tmp_path):
     transfer = pytest.importorskip("hs_connectors.transfer")
     states, is_target = make_states()
-    write_row(tmp_path, 0, states, torch.arange(TOKENS), "learnt", is_target)
+    write_states(tmp_path, 0, states, torch.arange(TOKENS), "learnt", is_target)
     assert "hidden_states" not in transfer.FileTransfer(tmp_path).get_cached(0)
 
 
@@ -139,7 +147,7 @@ def test_extraction_stores_every_kind(storage, arguments, caplog):
     data = load_from_disk(arguments.preprocessed_data).with_format("torch")
     num_tokens = num_last = 0
     for row, sample in enumerate(data):
-        cached = read_row(report.output, row)
+        cached = read_states(report.output, row)
         assert cached.storage == storage
         mask = sample["loss_mask"].bool()
         expected = torch.tensor([0, *(mask[1:-1] & mask[2:]).tolist(), 0]).bool()
@@ -237,7 +245,7 @@ def test_conversion_between_all_kinds(source, target, tiny_data, tmp_path):
     assert manifest == Manifest.read(direct)
     assert manifest.storage == target
     for row in range(20):
-        new, expected = read_row(tmp_path / "new", row), read_row(direct, row)
+        new, expected = read_states(tmp_path / "new", row), read_states(direct, row)
         assert new.storage == target
         mask = target_tokens(torch.tensor(load_from_disk(str(tiny_data)).with_format(None)[row]["loss_mask"]).bool())
         exact = "fp8" not in source or "fp8" in target
@@ -253,13 +261,13 @@ def test_conversion_between_all_kinds(source, target, tiny_data, tmp_path):
 def test_a_conversion_that_is_cut_off_is_no_cache_and_goes_on(tiny_data, tmp_path, monkeypatch):
     source, new, written = tiny_data / "hidden_states", tmp_path / "new", []
 
-    def save_seven(path: Path, row: CachedRow) -> None:
+    def save_seven(path: Path, row: CachedStates) -> None:
         if len(written) == 7:
             raise KeyboardInterrupt
         written.append(path.name)
-        cache_storage.save_row(path, row)
+        cache_storage.save_states(path, row)
 
-    monkeypatch.setattr(cache_command, "save_row", save_seven)
+    monkeypatch.setattr(cache_command, "save_states", save_seven)
     with pytest.raises(KeyboardInterrupt):
         cache_command.convert(source, new, "fp8")
     assert not new.exists()
@@ -272,7 +280,9 @@ def test_a_conversion_that_is_cut_off_is_no_cache_and_goes_on(tiny_data, tmp_pat
 
     written.clear()
     monkeypatch.setattr(
-        cache_command, "save_row", lambda path, row: (written.append(path.name), cache_storage.save_row(path, row))
+        cache_command,
+        "save_states",
+        lambda path, row: (written.append(path.name), cache_storage.save_states(path, row)),
     )
     cache_command.convert(source, new, "fp8")
     assert len(written) == 13
@@ -397,10 +407,10 @@ def test_states_that_nobody_looks_at_are_not_read(tmp_path):
     """A row's first tokens, and of the rest the targets alone: pages of the file that are never touched stay out."""
     states = torch.randn(4096, 4, 2048).bfloat16()
     is_target = torch.arange(4096) >= 4000
-    write_row(tmp_path, 0, states, torch.arange(4096), "learnt", is_target)
+    write_states(tmp_path, 0, states, torch.arange(4096), "learnt", is_target)
 
     before = resident("RssFile")
-    row = read_row(tmp_path, 0, length=256)
+    row = read_states(tmp_path, 0, length=256)
     kept = row.hidden_states.clone()
     assert torch.equal(kept, states[:256, :3].flatten(1))
     assert resident("RssFile") - before < 8 * kept.nbytes < states.nbytes / 2
@@ -412,7 +422,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path):
     data = load_from_disk(str(tmp_path)).with_format("torch")
     states = torch.randn(512, 4, 512).bfloat16()
     for row in range(64):
-        write_row(tmp_path / "hidden_states", row, states, data[row]["input_ids"])
+        write_states(tmp_path / "hidden_states", row, states, data[row]["input_ids"])
     dataset, collate = HiddenStatesDataset(tmp_path, total_seq_len=1024), CODDataCollator(num_depths=3)
     collate([dataset[0]])
     before = [resident(kind) for kind in ("RssFile", "RssAnon")]
@@ -429,5 +439,5 @@ def test_memory_does_not_grow_with_the_rows(tmp_path):
 def test_bytes_a_token_at_the_sizes_of_qwen3_8b(storage, least, most, tmp_path):
     """Three auxiliary layers and the last, 4,096 wide, 60 % of 500 tokens being targets."""
     is_target = torch.arange(500) >= 200
-    write_row(tmp_path, 0, torch.randn(500, 4, 4096).bfloat16(), torch.arange(500), storage, is_target)
+    write_states(tmp_path, 0, torch.randn(500, 4, 4096).bfloat16(), torch.arange(500), storage, is_target)
     assert least < row_path(tmp_path, 0).stat().st_size / 500 < most

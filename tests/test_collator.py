@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from peagle_hf import CODDataCollator, HiddenStatesDataset, PeagleError
 from peagle_hf.data import collator
 from peagle_hf.data.cache_storage import row_path
-from peagle_hf.data.dataset import EpochSampler, RowRequest, first_fit, load_prepared, split_rows
+from peagle_hf.data.dataset import EpochSampler, SequenceRequest, first_fit, load_prepared, split_rows
 
 
 def test_doctests():
@@ -93,7 +93,7 @@ def test_packing_changes_no_row(dataset, collate):
 
 def test_epochs_differ_and_repeat(dataset, collate):
     def rows(epoch):
-        item = dataset[RowRequest(epoch, 0)]
+        item = dataset[SequenceRequest(epoch, 0)]
         return rows_by_sample(collate([item]), [document["sample_id"] for document in item["documents"]])
 
     assert rows(1) == rows(1)
@@ -160,7 +160,7 @@ def test_first_fit_is_not_quadratic():
 def test_long_documents_are_cut_counted_and_said(tiny_data, caplog):
     dataset = HiddenStatesDataset(tiny_data, total_seq_len=16)
     assert dataset.num_truncated == 13
-    assert "13 of 20 documents are longer than total_seq_len 16" in caplog.text
+    assert "13 of 20 samples are longer than total_seq_len 16" in caplog.text
     assert max(document["input_ids"].numel() for index in range(20) for document in dataset[index]["documents"]) == 18
 
 
@@ -190,8 +190,8 @@ def test_documents_that_teach_nothing_before_the_cut_are_left_out_and_said(tiny_
     dataset = HiddenStatesDataset(tiny_data, total_seq_len=4, rows=[*late])
     learnt = {row for rows in dataset.plan for row in rows}
     assert all(dataset.num_learnt(number) for number in range(len(dataset)))
-    assert len(learnt) + int(caplog.text.split(" documents are left out")[0].split()[-1]) == len(late)
-    with pytest.raises(PeagleError, match=r"something to learn in its first 1.*raise --total-seq-len"):
+    assert len(learnt) + int(caplog.text.split(" samples are left out: nothing")[0].split()[-1]) == len(late)
+    with pytest.raises(PeagleError, match=r"something to train on in its first 1.*raise --total-seq-len"):
         HiddenStatesDataset(tiny_data, total_seq_len=1)
 
 

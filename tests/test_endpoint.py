@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from peagle_hf import PeagleError, PeagleTrainingArguments, cli, train
 from peagle_hf.cli.parsing import flags
 from peagle_hf.data.cache_manifest import Manifest
-from peagle_hf.data.cache_storage import cached_rows, check_row, row_path
+from peagle_hf.data.cache_storage import cached_rows, check_file, row_path
 from peagle_hf.data.collator import CODDataCollator
 from peagle_hf.data.dataset import HiddenStatesDataset, load_prepared, split_rows
 from peagle_hf.data.endpoint import concurrently, endpoint_urls
@@ -357,7 +357,7 @@ def test_an_extractor_that_is_killed_leaves_whole_rows_only(arguments, server, d
     assert extract(replace(arguments, validate_outputs=True)).num_kept == 2
     assert cached_rows(output) == set(range(6))
     assert all(
-        check_row(row_path(output, row), (len(tokens[row]), 4, HIDDEN), torch.tensor(tokens[row])) is None
+        check_file(row_path(output, row), (len(tokens[row]), 4, HIDDEN), torch.tensor(tokens[row])) is None
         for row in range(6)
     )
 
@@ -700,7 +700,7 @@ def test_a_full_disk_is_a_fault_of_the_row_that_is_written(online, monkeypatch):
         raise PeagleError("No space is left on the disk of hs_1. Free some space.")
 
     online |= {"train_data_ratio": 1, "total_seq_len": 30, "linear_start": False, "on_generate": "cache"}
-    monkeypatch.setattr("peagle_hf.data.dataset.save_row", fail)
+    monkeypatch.setattr("peagle_hf.data.dataset.save_states", fail)
     with pytest.raises(RowError, match=r"before its first step\. Row \d of .*No space is left .* Free some space\.$"):
         train(PeagleTrainingArguments(**online))
 

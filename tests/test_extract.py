@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from peagle_hf.data import cache_storage, extract, extract_in_process
 from peagle_hf.data.cache_manifest import Manifest
-from peagle_hf.data.cache_storage import cached_rows, check_row, read_row, row_path, write_row
+from peagle_hf.data.cache_storage import cached_rows, check_file, read_states, row_path, write_states
 from peagle_hf.data.errors import RowError
 from peagle_hf.data.extract import ExtractArguments
 from peagle_hf.data.extract_in_process import plan_batches
@@ -271,7 +271,7 @@ def test_nothing_is_added_to_states_of_unknown_origin(arguments: ExtractArgument
     with pytest.raises(PeagleError, match="without a manifest"):
         extract.extract(arguments)
     assert Manifest.read(output) is None
-    assert read_row(output, 0).hidden_states.shape == (9, 3 * HIDDEN)
+    assert read_states(output, 0).hidden_states.shape == (9, 3 * HIDDEN)
 
 
 @pytest.mark.parametrize(
@@ -379,8 +379,8 @@ def test_the_disk_needed_is_what_is_used(arguments: ExtractArguments, caplog: py
 
 def test_a_row_reads_its_first_tokens_only(tmp_path: Path) -> None:
     states, token_ids = torch.randn(10, 4, 6), torch.arange(10)
-    write_row(tmp_path, 7, states, token_ids)
-    row = read_row(tmp_path, 7, length=4)
+    write_states(tmp_path, 7, states, token_ids)
+    row = read_states(tmp_path, 7, length=4)
     assert torch.equal(row.token_ids, token_ids[:4])
     assert torch.equal(row.hidden_states, states[:4, :3].flatten(1))
     assert torch.equal(row.last_hidden_states, states[:4, 3])
@@ -397,8 +397,8 @@ def test_fp8_folders_of_speculators_are_read(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "hs_3.safetensors")
     assert Manifest.read(tmp_path) is None
     assert cached_rows(tmp_path) == {3}
-    assert check_row(row_path(tmp_path, 3), (10, 4, 6), torch.arange(10)) is None
-    row = read_row(tmp_path, 3, length=8)
+    assert check_file(row_path(tmp_path, 3), (10, 4, 6), torch.arange(10)) is None
+    row = read_states(tmp_path, 3, length=8)
     read = torch.cat([row.hidden_states, row.last_hidden_states], dim=1).view(8, 4, 6)
     assert row.hidden_states.dtype == torch.bfloat16
     exact = tensors["hidden_states"].float() * scales
@@ -408,20 +408,20 @@ def test_fp8_folders_of_speculators_are_read(tmp_path: Path) -> None:
 
     tensors["hidden_states_scales"][2] = float("inf")
     save_file(tensors, tmp_path / "hs_3.safetensors")
-    assert "not finite" in str(check_row(row_path(tmp_path, 3), (10, 4, 6), torch.arange(10), read_values=True))
+    assert "not finite" in str(check_file(row_path(tmp_path, 3), (10, 4, 6), torch.arange(10), read_values=True))
     del tensors["hidden_states_scales"]
     save_file(tensors, tmp_path / "hs_3.safetensors")
-    assert "no hidden_states_scales" in str(check_row(row_path(tmp_path, 3), (10, 4, 6)))
+    assert "no hidden_states_scales" in str(check_file(row_path(tmp_path, 3), (10, 4, 6)))
     with pytest.raises(PeagleError, match=r"hs_3\.safetensors can't be read"):
-        read_row(tmp_path, 3)
+        read_states(tmp_path, 3)
 
 
 def test_unreadable_rows_are_named(tmp_path: Path) -> None:
     with pytest.raises(PeagleError, match=r"hs_0\.safetensors can't be read.*extract"):
-        read_row(tmp_path, 0)
+        read_states(tmp_path, 0)
     row_path(tmp_path, 0).write_bytes(b"no safetensors")
     with pytest.raises(PeagleError, match=r"hs_0\.safetensors can't be read.*extract"):
-        read_row(tmp_path, 0)
+        read_states(tmp_path, 0)
 
 
 def test_only_files_of_rows_are_listed(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from ..arguments import Arguments, config_path, write_config
 from ..cli import COMMANDS
 from ..data.cache_manifest import Manifest
-from ..data.cache_storage import ROW_FILE, cache_folder
+from ..data.cache_storage import STATES_FILE, cache_folder
 from ..data.prepared_dataset import CHAT_TEMPLATE_FILE, DATASET_INFO, read_prepare_record, rows_fingerprint
 from ..data.sources import data_sha256, is_local_file
 from ..errors import PeagleError
@@ -285,7 +285,7 @@ def _prepared(folder: Path) -> dict[str, str]:
 def _hidden_states(folder: Path) -> dict[str, str]:
     """The manifest but for the place of the verifier, and the sizes of all files."""
     with os.scandir(folder) as entries:
-        sizes = sorted((entry.name, entry.stat().st_size) for entry in entries if ROW_FILE.fullmatch(entry.name))
+        sizes = sorted((entry.name, entry.stat().st_size) for entry in entries if STATES_FILE.fullmatch(entry.name))
     if not sizes:
         return {}
     manifest = Manifest.read(folder)

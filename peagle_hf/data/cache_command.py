@@ -21,13 +21,13 @@ from .cache_storage import (
     FP8_STORAGES,
     LEARNT_STORAGES,
     Storage,
-    UnusableRow,
+    UnusableFile,
     cached_rows,
     failed_rows,
-    read_row,
-    row_layout,
+    file_layout,
+    read_states,
     row_path,
-    save_row,
+    save_states,
 )
 from .prepared_dataset import DATASET_INFO, column, load_prepared
 
@@ -149,7 +149,7 @@ def inspect(folder: str, preprocessed_data: str | None = None, read_values: bool
     data = _prepared(folder, preprocessed_data)
     lengths = None if data is None else column(data, "seq_len")
     rows = cached_rows(folder)
-    num_slots, size = (len(manifest.aux_layer_ids) + 1, manifest.hidden_size) if manifest else (None, None)
+    num_layers, size = (len(manifest.aux_layer_ids) + 1, manifest.hidden_size) if manifest else (None, None)
     unusable: dict[int, str] = {}
     storages: Counter[str] = Counter()
     dtypes: Counter[str] = Counter()
@@ -161,12 +161,12 @@ def inspect(folder: str, preprocessed_data: str | None = None, read_values: bool
         token_ids, is_target = _content(data, row)
         length = None if lengths is None else lengths[row]
         try:
-            path, shape = row_path(folder, row), (length, num_slots, size)
-            layout = row_layout(path, shape, token_ids, is_target, origin_of(manifest), read_values)
-        except UnusableRow as error:
+            path, shape = row_path(folder, row), (length, num_layers, size)
+            layout = file_layout(path, shape, token_ids, is_target, origin_of(manifest), read_values)
+        except UnusableFile as error:
             unusable[row] = str(error)
             continue
-        num_slots, size = layout.shape[1:]  # without a manifest the first file says what all should be
+        num_layers, size = layout.shape[1:]  # without a manifest the first file says what all should be
         storages[layout.storage] += 1
         dtypes[layout.dtype] += 1
         num_tokens += layout.shape[0]
@@ -279,8 +279,8 @@ def _convert(folder: Path, destination: Path, storage: Storage, preprocessed_dat
         token_ids, is_target = _content(data, row)
         try:
             path, any_shape = row_path(folder, row), (None, None, None)
-            layout = row_layout(path, any_shape, token_ids, is_target, origin_of(manifest), read_values=True)
-        except UnusableRow as error:
+            layout = file_layout(path, any_shape, token_ids, is_target, origin_of(manifest), read_values=True)
+        except UnusableFile as error:
             raise PeagleError(
                 f"{row_path(folder, row)} can't be converted: {error}. Run peagle-hf extract with --validate-outputs, "
                 "which makes such files again, or remove it."
@@ -291,10 +291,10 @@ def _convert(folder: Path, destination: Path, storage: Storage, preprocessed_dat
                 "peagle-hf prepare that it is of with --preprocessed-data."
             )
         try:
-            converted = read_row(folder, row).stored_as(storage, is_target)
+            converted = read_states(folder, row).stored_as(storage, is_target)
         except PeagleError as error:
             raise PeagleError(f"{row_path(folder, row)} can't be converted to {storage}. {error}") from error
-        save_row(row_path(working, row), replace(converted, origin=origin_of(manifest)))
+        save_states(row_path(working, row), replace(converted, origin=origin_of(manifest)))
     if manifest is not None:
         dtype = "bfloat16" if {storage, manifest.storage} & {*FP8_STORAGES} else manifest.dtype
         replace(manifest, storage=storage, dtype=dtype).write(working)

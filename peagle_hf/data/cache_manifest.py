@@ -15,25 +15,23 @@ from ..fingerprint import has_weights, weights_of
 from .cache_storage import FP8_STORAGES, LEARNT_STORAGES, STORAGES, Storage
 
 MANIFEST = "manifest.json"
-
-
 FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What the states of a cache folder are; None where it isn't known.
+    """What the states of a cache folder are of: verifier, layers and prepared samples. None stands for unknown.
 
     Args:
-        verifier: name, or absolute path of a folder. In the file a folder is also named as it is found from there.
-        revision: which of the verifier's weights: the commit on the hub, of a folder a fingerprint (see `weights_of`).
+        verifier: name, or absolute path of a folder. In the file the folder's path relative to the manifest is added.
+        revision: the verifier's weights: the commit on the hub, or the fingerprint of a folder (see `weights_of`).
         architecture: the verifier's class, or its model type.
         num_layers: of the verifier.
-        hidden_size: H.
-        aux_layer_ids: the layers of slots 0 .. A-1, by number of layers passed.
+        hidden_size: of the verifier.
+        aux_layer_ids: the auxiliary layers in the order of the files, each by the number of layers passed.
         dtype: of the states as they are read.
-        tokenizer_fingerprint: of the tokenizer that the rows were prepared with, its chat template included.
-        chat_template_kwargs: the chat template's variables that the rows were prepared with.
+        tokenizer_fingerprint: of the tokenizer that prepared the samples, its chat template included.
+        chat_template_kwargs: the chat template's variables that the samples were prepared with.
         rows: fingerprint of the prepared samples that all files of the folder are of (see `rows_fingerprint`).
         storage: the kind of its files; folders of format version 1 are plain.
         format_version: of the folder.
@@ -63,10 +61,10 @@ class Manifest:
         storage: Storage | None = None,
         prepared: Mapping[str, Any] | None = None,
     ) -> "Manifest":
-        """Describe what a verifier with this (text) configuration gives.
+        """Describe the states of a verifier with this (text) configuration.
 
         Args:
-            prepared: the record of the rows (see `prepared_dataset.read_prepare_record`).
+            prepared: the record of the samples (see `prepared_dataset.read_prepare_record`).
         """
         prepared = prepared or {}
         return cls(
@@ -85,7 +83,7 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: str | os.PathLike[str]) -> "Manifest | None":
-        """Read a folder's manifest; None if it has none, as speculators' own folders.
+        """Read a folder's manifest; None if it has none, as the folders that speculators writes.
 
         Raises:
             PeagleError: the file is damaged, or of a newer version.
@@ -119,7 +117,7 @@ class Manifest:
         write_json(Path(folder) / MANIFEST, with_places(asdict(self), "verifier", folder))
 
     def bytes_of(self, num_tokens: int, num_last: int) -> int:
-        """What the tensors of so many tokens take, the last layer's states of `num_last` of them kept."""
+        """Bytes of the tensors of `num_tokens` tokens, if the last layer's states of `num_last` of them are stored."""
         is_fp8, is_learnt = self.storage in FP8_STORAGES, self.storage in LEARNT_STORAGES
         size = 1 if is_fp8 else getattr(torch, self.dtype or "bfloat16").itemsize
         a_token = torch.int64.itemsize + torch.float32.itemsize * is_fp8 + is_learnt
@@ -128,10 +126,10 @@ class Manifest:
         )
 
     def check(self, wanted: "Manifest", folder: str | os.PathLike[str]) -> None:
-        """Compare with what is wanted of the folder; a field that is None on either side is not compared.
+        """Make sure that a folder's states are those that are wanted; unknown fields are not compared.
 
-        A verifier is known by its weights. Its name or place counts only where these aren't known. Which rows the
-        states are of is for whoever reads them to compare, file by file.
+        Verifiers are compared by their weights, and by name or path only if the weights aren't known. The fingerprint
+        of the prepared samples isn't compared: readers compare the tokens of each file.
 
         Raises:
             PeagleError: they differ; the message names both sides of every field that does.
@@ -170,7 +168,10 @@ class Manifest:
 
 
 def origin_of(manifest: Manifest | None) -> str | None:
-    """What each file of a folder says of its states, so that a file of another folder is noticed among them."""
+    """The weights and layers that each file of a folder names in its metadata; None if the weights aren't known.
+
+    By it a file of another folder is noticed.
+    """
     if manifest is None or manifest.revision is None:
         return None
     return f"{manifest.revision} layers {' '.join(map(str, manifest.aux_layer_ids))}"
@@ -183,10 +184,10 @@ def check_cache(
     aux_layer_ids: list[int],
     revision: str | None = None,
 ) -> None:
-    """Make sure that a folder's states, where it says what they are, are of this verifier and these layers.
+    """Make sure that a folder's states are of this verifier and these layers, if it has a manifest.
 
     Raises:
-        PeagleError: they are of others.
+        PeagleError: they are of another verifier or other layers.
     """
     manifest = Manifest.read(folder)
     if manifest is not None:
@@ -194,7 +195,14 @@ def check_cache(
 
 
 def check_folder(output: Path, manifest: Manifest, present: set[int]) -> None:
-    """Refuse to add to states of another kind."""
+    """Make sure that states of this manifest may be added to a folder.
+
+    Args:
+        present: rows of the samples that have a file.
+
+    Raises:
+        PeagleError: the folder holds states of another kind, or files without a manifest.
+    """
     existing = Manifest.read(output)
     if existing is not None:
         existing.check(manifest, output)

@@ -1,4 +1,7 @@
-"""`HiddenStatesDataset`: a prepared dataset and its cached hidden states, planned into packed rows once."""
+"""`HiddenStatesDataset`: prepared samples with their hidden states, packed into sequences.
+
+Shape letters: T tokens, A auxiliary layers, H the verifier's hidden size, N tokens that are a target.
+"""
 
 import logging
 import os
@@ -15,7 +18,16 @@ from ..errors import PeagleError
 from ..model.slots import target_tokens
 from ..verifier.draft_vocabulary import load_token_freq
 from .cache_manifest import Manifest, origin_of
-from .cache_storage import CachedRow, cache_folder, cached_rows, check_row, failed_rows, read_row, row_path, save_row
+from .cache_storage import (
+    CachedStates,
+    cache_folder,
+    cached_rows,
+    check_file,
+    failed_rows,
+    read_states,
+    row_path,
+    save_states,
+)
 from .endpoint import concurrently
 from .endpoint_states import Endpoint
 from .errors import faults_of
@@ -25,20 +37,25 @@ logger = logging.getLogger(__name__)
 
 OnMissing = Literal["raise", "skip", "warn", "generate"]
 MAX_REQUESTS = 16
-"""So many documents of a packed row are asked for at a time."""
+"""Concurrent requests to the servers while one packed sequence is built."""
 GENERATED_DTYPE = "bfloat16"
-"""What the endpoint's states are kept in where no manifest says otherwise, as `peagle-hf extract` does."""
+"""Dtype of the endpoint's states if no manifest says otherwise, as in `peagle-hf extract`."""
 MAX_NAMED = 5
-"""Names of files or rows in a message."""
+"""Largest number of files or rows that a message names."""
 MIN_TOKENS = 3
-"""A shorter document has no position that sees a token and predicts another."""
+"""A shorter sample has no position that sees a token and predicts another."""
 
 
-class RowRequest(NamedTuple):
-    """Which packed row is wanted, and for which epoch, so that loader workers hold no state.
+class SequenceRequest(NamedTuple):
+    """A packed sequence to load, and the epoch it is loaded for.
+
+    `EpochSampler` yields these instead of plain numbers, because the slots of a sequence are sampled anew each epoch
+    and loader workers, which live through all epochs, aren't told otherwise which epoch it is.
 
     Attributes:
-        is_filler: nothing is to be learnt from it: it is there for all processes to have equally many rows.
+        epoch: for the seed of the sampling.
+        number: of the sequence in the dataset.
+        is_filler: load it without tokens to train on: it only gives all processes equally many sequences.
     """
 
     epoch: int
@@ -47,28 +64,29 @@ class RowRequest(NamedTuple):
 
 
 class HiddenStatesDataset(Dataset):
-    """Map-style dataset whose items are packed rows: lists of documents that together fill `total_seq_len` positions.
+    """Map-style dataset whose items are packed sequences: lists of samples that fill `total_seq_len` positions.
 
-    Rows are planned from the documents' lengths alone (seeded first fit), before any cache file is opened. An item is
-    asked for by its number, or by a `RowRequest` as `EpochSampler` does.
+    Samples are packed by their lengths alone (seeded first fit), before any cache file is opened. An item is asked for
+    by its number, or by a `SequenceRequest` as `EpochSampler` does.
 
     Args:
         data_path: folder of `peagle-hf prepare`.
         hidden_states_path: folder of `peagle-hf extract`; default: `hidden_states` in `data_path`.
-        total_seq_len: positions in a row; a longer document is cut, and left out if nothing is learnt before the cut,
-            both of which are counted and reported.
-        rows: the prepared rows to use; None means all.
-        on_missing: what to do about prepared rows without a cache file: "raise", leave them out silently counted
-            ("skip") or named in a warning ("warn"), or ask the endpoint for them whenever they are needed ("generate").
+        total_seq_len: positions in a packed sequence. A longer sample is cut, and left out if there is nothing to
+            train on before the cut; the log counts both.
+        rows: the samples to use, by their row in the prepared dataset; None means all.
+        on_missing: what to do about samples without a cache file: "raise", leave them out with a line in the log
+            ("skip") or a warning ("warn"), or ask the endpoint for them whenever they are needed ("generate").
         seed: of the packing.
         endpoint: the vLLM servers for "generate".
-        keep_generated: write what the endpoint gives into the cache, so that it is asked once only.
-        skip_rows: prepared rows to leave out, such as those that a server fails every time. Their states are neither
-            asked for nor read. All other rows stay in their packed rows, so that a training can be resumed with more.
+        keep_generated: write the endpoint's states into the cache, so that each sample is asked for only once.
+        skip_rows: rows of samples to leave out, such as those that a server fails every time. Their states are neither
+            asked for nor read. All other samples stay in their packed sequences, so that a training can be resumed with
+            more rows to skip.
 
     Raises:
-        PeagleError: no such folder, missing cache files under "raise", or nothing left to train on. An item raises a
-            `RowError`, which names the row, if the states of one of its rows can't be had.
+        PeagleError: no such folder, missing cache files under "raise", or nothing left to train on. Loading an item
+            raises a `RowError`, which names the row, if the states of one of its samples can't be had.
     """
 
     def __init__(
@@ -102,27 +120,31 @@ class HiddenStatesDataset(Dataset):
         self.num_truncated = len(cut) - len(unlearnt)
         if not wanted:
             raise PeagleError(
-                f"{data_path} has no row of at least {MIN_TOKENS} tokens, with something to learn in its first "
-                f"{total_seq_len}, to train on. Prepare more data, or raise --total-seq-len."
+                f"{data_path} has no sample of at least {MIN_TOKENS} tokens with something to train on in its first "
+                f"{total_seq_len} tokens. Prepare more data, or raise --total-seq-len."
             )
         if not any(self._targets(row).any() for row in wanted if row not in self.skip_rows):
             raise PeagleError(
-                f"{data_path} has nothing to learn in any of its {len(wanted)} samples: an answer's first token is the "
-                "verifier's own in any case, and there is none after it. Prepare data with longer answers."
+                f"None of the {len(wanted)} samples of {data_path} has a token to train on: the first token of an "
+                "answer always comes from the verifier, and no answer has a second one. Prepare data with longer "
+                "answers."
             )
         if len(long_enough) < len(rows):
             logger.warning(
-                "%d rows of %s are shorter than %d tokens.", len(rows) - len(long_enough), data_path, MIN_TOKENS
+                "%d samples of %s are left out: they are shorter than %d tokens.",
+                len(rows) - len(long_enough),
+                data_path,
+                MIN_TOKENS,
             )
         if unlearnt:
             logger.warning(
-                "%d documents are left out, as nothing is learnt in their first %d positions; raise --total-seq-len.",
+                "%d samples are left out: nothing to train on in their first %d positions. Raise --total-seq-len.",
                 len(unlearnt),
                 total_seq_len,
             )
         if self.num_truncated:
             logger.warning(
-                "%d of %d documents are longer than total_seq_len %d and are cut; raise --total-seq-len to keep them.",
+                "%d of %d samples are longer than total_seq_len %d and are cut; raise --total-seq-len to keep them.",
                 self.num_truncated,
                 len(wanted),
                 total_seq_len,
@@ -133,10 +155,10 @@ class HiddenStatesDataset(Dataset):
         self.plan = [[shuffled[index] for index in bin_] for bin_ in first_fit(sizes, total_seq_len)]
 
     def check_layers(self, aux_layer_ids: Sequence[int]) -> None:
-        """Make sure that a drafter of these auxiliary layers reads what it will read when it is served.
+        """Make sure that the cached states are of the auxiliary layers that the drafter will read when it is served.
 
         Raises:
-            PeagleError: the cached states are those of others.
+            PeagleError: they are of other layers.
         """
         manifest = Manifest.read(self.hidden_states_path)
         if manifest is not None and manifest.aux_layer_ids != list(aux_layer_ids):
@@ -147,42 +169,48 @@ class HiddenStatesDataset(Dataset):
             )
 
     def _check_cache(self, rows: Sequence[int]) -> str | None:
-        """Refuse hidden states of other rows before any is read; gives what each file must say of its origin.
+        """Make sure that the cache is of this prepared dataset, before any states are read.
 
-        A manifest that names these rows is believed. Else the tokens of each file that is there are compared, and where
-        the manifest doesn't know its rows, each file is compared when it is read.
+        If the manifest has this dataset's fingerprint, that is enough. If it has another one, the tokens of each file
+        are compared here. If it has none, each file is compared when it is read.
+
+        Returns:
+            The weights and layers that each file must name in its metadata (see `origin_of`).
+
+        Raises:
+            PeagleError: files are of other samples; the message names one.
         """
         manifest = Manifest.read(self.hidden_states_path)
         if manifest is None or manifest.rows in (None, rows_fingerprint(self.data_path)):
             return origin_of(manifest)
-        logger.info("%s was made of another dataset. Its tokens are compared.", self.hidden_states_path)
+        logger.info("%s was extracted from another dataset. Comparing its tokens.", self.hidden_states_path)
         present = cached_rows(self.hidden_states_path)
         foreign = {}
         for row in (row for row in rows if row in present and row not in self.skip_rows):
             sample, path = self.data[row], row_path(self.hidden_states_path, row)
             tokens, mask = (torch.as_tensor(sample[name]).long() for name in ("input_ids", "loss_mask"))
-            reason = check_row(path, (None, None, None), tokens, target_tokens(mask.bool()))
+            reason = check_file(path, (None, None, None), tokens, target_tokens(mask.bool()))
             if reason is not None:
                 foreign[row] = reason
         if foreign:
             row, reason = next(iter(foreign.items()))
             raise PeagleError(
-                f"{len(foreign)} of the files in {self.hidden_states_path} are not those of the rows of "
-                f"{self.data_path}, such as hs_{row}.safetensors: {reason}. The hidden states are of another dataset, "
-                "or the dataset was prepared anew since. Name the folders that belong together, or run peagle-hf "
-                "extract again, which makes just these files anew."
+                f"{len(foreign)} of the files in {self.hidden_states_path} are not of the samples in {self.data_path}, "
+                f"such as hs_{row}.safetensors: {reason}. The hidden states are of another dataset, or the dataset was "
+                "prepared anew since. Name the folders that belong together, or run peagle-hf extract again, which "
+                "extracts only these samples again."
             )
         return origin_of(manifest)
 
     def _present(self, rows: Sequence[int], on_missing: OnMissing) -> Sequence[int]:
         if left_out := sorted(self.skip_rows.intersection(rows)):
-            logger.info("Rows of %s left out by --skip-rows: %s.", self.data_path, ", ".join(map(str, left_out)))
+            logger.info("Samples of %s left out by --skip-rows: %s.", self.data_path, ", ".join(map(str, left_out)))
         present = cached_rows(self.hidden_states_path) | self.skip_rows
         missing = [row for row in rows if row not in present]
         if not missing:
             return rows
         if on_missing == "generate":
-            logger.info("%d of %d rows will be asked of the vLLM server.", len(missing), len(rows))
+            logger.info("%d of %d samples will be asked of the vLLM server.", len(missing), len(rows))
             return rows
         if on_missing == "raise":
             raise PeagleError(self._advice(present))
@@ -194,7 +222,7 @@ class HiddenStatesDataset(Dataset):
         return [row for row in rows if row in present]
 
     def _advice(self, present: set[int]) -> str:
-        """Which files of the whole prepared dataset are missing, why as far as it shows, and what to do."""
+        """Say which files of the whole prepared dataset are missing, why if that is known, and what to do."""
         folder, num_rows = self.hidden_states_path, len(self.data)
         missing = [row for row in range(num_rows) if row not in present]
         message = f"{len(missing)} of {num_rows} hidden-state files are missing in {folder}: {_names(missing)}."
@@ -205,16 +233,16 @@ class HiddenStatesDataset(Dataset):
         if failed := [row for row in failed_rows(folder) if row not in present]:
             return (
                 f"{message} A server failed {len(failed)} of them, for the reasons in failed.json there. Run "
-                f"`peagle-hf extract` again, which makes just those that are missing. {skip}"
+                f"`peagle-hf extract` again, which extracts only those that are missing. {skip}"
             )
         if missing[0] == num_rows - len(missing):
             return (
                 f"{message} The first {missing[0]} are there. Run `peagle-hf extract` without --max-samples, or with "
-                f"at least {num_rows}; it makes just those that are missing. {skip}"
+                f"at least {num_rows}; it extracts only those that are missing. {skip}"
             )
         return (
-            f"{message} Run `peagle-hf extract` again, of all ranks if it ran with --world-size; it makes just those "
-            f"that are missing. {skip}"
+            f"{message} Run `peagle-hf extract` again, of all ranks if it ran with --world-size; it extracts only "
+            f"those that are missing. {skip}"
         )
 
     def __len__(self) -> int:
@@ -222,19 +250,19 @@ class HiddenStatesDataset(Dataset):
 
     @property
     def num_samples(self) -> int:
-        """Prepared rows that are trained or validated on."""
+        """Samples in all packed sequences."""
         return sum(len(self._kept(number)) for number in range(len(self)))
 
     def num_learnt(self, number: int) -> int:
-        """The learnt positions of a packed row, by the prepared dataset alone."""
+        """Positions of a packed sequence that are trained on, counted from the prepared dataset alone."""
         return sum(int(self._targets(row).sum()) for row in self._kept(number))
 
     def _kept(self, number: int) -> list[int]:
-        """The prepared rows of a packed row, without those that are left out by name."""
+        """Rows of the samples of a packed sequence, without those of `skip_rows`."""
         return [row for row in self.plan[number] if row not in self.skip_rows]
 
     def _count_learnt(self, rows: Sequence[int]) -> list[int]:
-        """The learnt positions of many documents, as far as they aren't cut: as `_targets`, a thousand at once."""
+        """Positions to train on in each of many samples: the sums of `_targets`, a thousand samples at a time."""
         masks = self.data.select_columns("loss_mask").select(rows).with_format("arrow")
         counts: list[int] = []
         for table in masks.iter(1000) if len(rows) else ():
@@ -249,30 +277,38 @@ class HiddenStatesDataset(Dataset):
         return counts
 
     def _targets(self, row: int) -> torch.Tensor:
-        """Whether a token of a document, as far as it isn't cut, is to be predicted, bool [T]."""
+        """Whether a drafter is trained to predict each token of a sample that isn't cut off, bool [T]."""
         mask = torch.as_tensor(self.data[row]["loss_mask"][: self.total_seq_len + 2])
         return target_tokens(mask.bool())
 
-    def __getitem__(self, index: int | RowRequest) -> dict[str, Any]:
-        """The documents of a packed row: tokens and mask [T], their states [T, A * H], those of N targets [N, H]."""
-        request = index if isinstance(index, RowRequest) else RowRequest(0, index)
+    def __getitem__(self, index: int | SequenceRequest) -> dict[str, Any]:
+        """Load a packed sequence.
+
+        Returns:
+            `epoch`, and `documents`: of each sample `sample_id`, `input_ids` [T], `loss_mask` [T], the auxiliary
+            layers' `hidden_states` [T, A * H] and the last layer's `target_states` [N, H] of its targets.
+
+        Raises:
+            RowError: the states of a sample can't be had.
+        """
+        request = index if isinstance(index, SequenceRequest) else SequenceRequest(0, index)
         rows = self._kept(request.number)
         is_filler = request.is_filler or not rows
-        if not rows:  # any other row keeps the number of steps
+        if not rows:  # --skip-rows leaves nothing: another sample keeps the number of steps
             rows = next(filter(None, map(self._kept, range(len(self)))))[:1]
         generated = self._generated(rows)
         documents = []
         for row in rows:
             with faults_of(row, self.data_path):
-                documents.append(self._document(row, generated.get(row)))
+                documents.append(self._load_sample(row, generated.get(row)))
         if is_filler:
             for document in documents:
                 document["loss_mask"] = torch.zeros_like(document["loss_mask"])
                 document["target_states"] = document["target_states"][:0]
         return {"epoch": request.epoch, "documents": documents}
 
-    def _generated(self, rows: Sequence[int]) -> dict[int, CachedRow]:
-        """The states of the rows that have no file, from the endpoint; stored they would be the same."""
+    def _generated(self, rows: Sequence[int]) -> dict[int, CachedStates]:
+        """The endpoint's states of the samples that have no file, in the precision that the cache stores them in."""
         missing = [row for row in rows if not row_path(self.hidden_states_path, row).exists()]
         if self.endpoint is None or not missing:
             return {}
@@ -282,15 +318,15 @@ class HiddenStatesDataset(Dataset):
         dtype = getattr(torch, manifest.dtype if manifest and manifest.dtype else GENERATED_DTYPE)
         storage = manifest.storage if manifest and manifest.storage else "plain"
 
-        def generate(row: int) -> CachedRow:
+        def generate(row: int) -> CachedStates:
             with faults_of(row, self.data_path):
                 sample = self.data[row]
                 length = None if self.keep_generated else self.total_seq_len + 2
                 tokens, mask = (torch.as_tensor(sample[name])[:length].long() for name in ("input_ids", "loss_mask"))
                 states = endpoint.fetch(tokens.tolist(), dtype)
-                cached = CachedRow(tokens, states).stored_as(storage, target_tokens(mask.bool()))
+                cached = CachedStates(tokens, states).stored_as(storage, target_tokens(mask.bool()))
                 if self.keep_generated:
-                    save_row(row_path(self.hidden_states_path, row), replace(cached, origin=origin_of(manifest)))
+                    save_states(row_path(self.hidden_states_path, row), replace(cached, origin=origin_of(manifest)))
                 return cached.first(self.total_seq_len + 2)
 
         generated = {}
@@ -300,21 +336,21 @@ class HiddenStatesDataset(Dataset):
             generated[row] = result
         return generated
 
-    def _document(self, row: int, generated: CachedRow | None = None) -> dict[str, Any]:
+    def _load_sample(self, row: int, generated: CachedStates | None = None) -> dict[str, Any]:
         sample = self.data[row]
         length = min(len(sample["input_ids"]), self.total_seq_len + 2)
         tokens = torch.as_tensor(sample["input_ids"])[:length].long()
-        cached = generated or read_row(self.hidden_states_path, row, length=length)
+        cached = generated or read_states(self.hidden_states_path, row, length=length)
         if not torch.equal(cached.token_ids, tokens):
             raise PeagleError(
                 f"{self.hidden_states_path}/hs_{row}.safetensors holds the states of other tokens than row {row} of "
-                "the prepared dataset. Run peagle-hf extract again, which makes such files anew."
+                "the prepared dataset. Run peagle-hf extract again, which extracts such samples again."
             )
         if None not in (cached.origin, self._origin) and cached.origin != self._origin:
             raise PeagleError(
                 f"{row_path(self.hidden_states_path, row)} holds states of other weights or layers ({cached.origin}) "
-                f"than the manifest of its folder says ({self._origin}). Run peagle-hf extract again, which makes such "
-                "files anew."
+                f"than the manifest of its folder says ({self._origin}). Run peagle-hf extract again, which extracts "
+                "such samples again."
             )
         loss_mask = torch.as_tensor(sample["loss_mask"])[:length].bool()
         try:
@@ -324,8 +360,8 @@ class HiddenStatesDataset(Dataset):
         hidden_states = cached.hidden_states
         if not (_are_finite(hidden_states) and _are_finite(target_states)):
             raise PeagleError(
-                "its hidden states hold NaN or infinite values, from which nothing can be learnt. Run peagle-hf "
-                "extract with --validate-outputs, which makes such files again."
+                "its hidden states hold NaN or infinite values, which can't be trained on. Run peagle-hf extract with "
+                "--validate-outputs, which extracts such samples again."
             )
         return {
             "sample_id": row,
@@ -336,14 +372,14 @@ class HiddenStatesDataset(Dataset):
         }
 
 
-class EpochSampler(Sampler[RowRequest]):
-    """Each row once an epoch, and fillers up to a multiple of what all processes together take at a time.
+class EpochSampler(Sampler[SequenceRequest]):
+    """Yields a `SequenceRequest` for each packed sequence once an epoch, then fillers up to a multiple of `multiple`.
 
     Args:
-        size: rows of the dataset.
+        size: packed sequences of the dataset.
         seed: of the shuffle, together with the epoch.
-        multiple: the number of requests is a multiple of this.
-        shuffle: whether there is one.
+        multiple: sequences that all processes together take at a time.
+        shuffle: whether the order is random; otherwise it is that of the dataset.
     """
 
     def __init__(self, size: int, seed: int, multiple: int = 1, shuffle: bool = True):
@@ -356,30 +392,30 @@ class EpochSampler(Sampler[RowRequest]):
     def __len__(self) -> int:
         return self.size + self.num_fillers
 
-    def __iter__(self) -> Iterator[RowRequest]:
+    def __iter__(self) -> Iterator[SequenceRequest]:
         epoch, order = self.epoch, list(range(self.size))
         if self.shuffle:
             order = torch.randperm(self.size, generator=torch.Generator().manual_seed(self.seed + epoch)).tolist()
-        yield from (RowRequest(epoch, number) for number in order)
-        yield from (RowRequest(epoch, order[0], is_filler=True) for _ in range(self.num_fillers))
+        yield from (SequenceRequest(epoch, number) for number in order)
+        yield from (SequenceRequest(epoch, order[0], is_filler=True) for _ in range(self.num_fillers))
 
 
 def check_skip_rows(skip_rows: Sequence[int] | None, num_rows: int, data_path: str | os.PathLike[str]) -> set[int]:
-    """The rows that --skip-rows leaves out; none if it isn't given.
+    """The rows that --skip-rows names, as a set.
 
     Raises:
         PeagleError: the prepared dataset has no such row.
     """
     if outside := sorted(row for row in skip_rows or () if not 0 <= row < num_rows):
         raise PeagleError(
-            f"--skip-rows names row {outside[0]}, but the rows of {data_path} are 0 to {num_rows - 1}. Name rows by "
-            "their number in the prepared dataset, as the error names them that a row ends with."
+            f"--skip-rows names row {outside[0]}, but the rows of {data_path} are 0 to {num_rows - 1}. Name rows of "
+            "the prepared dataset, as the errors about them do."
         )
     return set(skip_rows or ())
 
 
 def _are_finite(states: torch.Tensor) -> bool:
-    """Whether all values are finite, in a tenth of the time that `torch.isfinite` takes on a CPU."""
+    """Whether all values are finite; on a CPU in a tenth of the time of `torch.isfinite(states).all()`."""
     return states.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(states))).all())
 
 
@@ -389,17 +425,20 @@ def _names(rows: Sequence[int]) -> str:
 
 
 def learnt_share(data_path: str | os.PathLike[str]) -> float:
-    """The share of a prepared dataset's tokens that is learnt."""
+    """The share of a prepared dataset's tokens that is trained on, 0 .. 1."""
     frequencies = load_token_freq(Path(data_path) / "token_freq.pt")
     counts = frequencies.values() if isinstance(frequencies, dict) else frequencies.tolist()
     return sum(counts) / max(1, sum(column(load_prepared(data_path), "seq_len")))
 
 
 def split_rows(data_path: str | os.PathLike[str], train_ratio: float, seed: int = 0) -> tuple[list[int], list[int]]:
-    """Split the prepared rows into training and validation, whole conversations at a time.
+    """Split the samples of a prepared dataset into training and validation, whole conversations at a time.
 
     Args:
         train_ratio: share of the conversations for training, in (0, 1]; 1 leaves validation empty.
+
+    Returns:
+        The rows for training and those for validation.
 
     Raises:
         PeagleError: the ratio is out of range or would leave a side empty.
@@ -421,7 +460,7 @@ def split_rows(data_path: str | os.PathLike[str], train_ratio: float, seed: int 
 
 
 def first_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """Put each item, in order, into the first bin that has room; gives the items' numbers by bin.
+    """Put each item, in order, into the first bin that has room; returns the items' indices for each bin.
 
     A tree over the bins says in O(log n) where the first room is: `room[1]` is the root, and each node has the most
     room of any bin below it.

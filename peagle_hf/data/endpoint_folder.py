@@ -44,20 +44,20 @@ def server_name(port: int) -> str:
     return f"{socket.gethostname()}:{port}"
 
 
-def write_server_record(folder: str | os.PathLike[str], model: str, slots: list[int], server: str = "") -> None:
+def write_server_record(folder: str | os.PathLike[str], model: str, layer_ids: list[int], server: str = "") -> None:
     """Say in a server's folder which model and layers it extracts, now that it is ready.
 
     Args:
-        slots: the auxiliary layers, then the last.
+        layer_ids: the auxiliary layers, then the last.
         server: its `server_name`. Servers of the same model and layers share the record.
     """
     path = Path(folder) / SERVER_RECORD
     others: list[str] = []
     with suppress(OSError, ValueError):
         record = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(record, dict) and (record.get("model"), record.get("layer_ids")) == (model, slots):
+        if isinstance(record, dict) and (record.get("model"), record.get("layer_ids")) == (model, layer_ids):
             others = [name for name in record.get("servers", []) if name != server]
-    write_json(path, {"model": model, "layer_ids": slots, "servers": [*others, server]})
+    write_json(path, {"model": model, "layer_ids": layer_ids, "servers": [*others, server]})
 
 
 def remove_server_record(folder: str | os.PathLike[str], server: str) -> None:
@@ -73,7 +73,7 @@ def remove_server_record(folder: str | os.PathLike[str], server: str) -> None:
                 path.unlink()
 
 
-def check_other_servers(folder: str | os.PathLike[str], model: str, slots: list[int]) -> None:
+def check_other_servers(folder: str | os.PathLike[str], model: str, layer_ids: list[int]) -> None:
     """Make sure that no server with another model or other layers is running in a folder.
 
     Raises:
@@ -81,7 +81,7 @@ def check_other_servers(folder: str | os.PathLike[str], model: str, slots: list[
     """
     try:
         record = json.loads((Path(folder) / SERVER_RECORD).read_text(encoding="utf-8"))
-        servers = record["servers"] if (record["model"], record["layer_ids"]) != (model, slots) else []
+        servers = record["servers"] if (record["model"], record["layer_ids"]) != (model, layer_ids) else []
         addresses = {server: (host, int(port)) for server in servers for host, _, port in [server.rpartition(":")]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # there is none, or it is damaged
         return
@@ -130,18 +130,18 @@ def require_layers(folder: str | os.PathLike[str]) -> list[int]:
     return served
 
 
-def check_layers(folder: str | os.PathLike[str], slots: tuple[int, ...]) -> None:
+def check_layers(folder: str | os.PathLike[str], layer_ids: tuple[int, ...]) -> None:
     """Make sure that the folder's server was started with these layers, as far as is known.
 
     Raises:
         PeagleError: it was started with others.
     """
     served = served_layers(folder)
-    if served is not None and set(served) != set(slots):
+    if served is not None and set(served) != set(layer_ids):
         raise PeagleError(
-            f"The server of {folder} extracts the layers {served}, wanted are {list(slots)} (the last one included). "
-            f"Start it with --target-layer-ids {' '.join(map(str, slots[:-1]))}, or pass its layers here. Servers with "
-            "different layers need a folder each."
+            f"The server of {folder} extracts the layers {served}, wanted are {list(layer_ids)} (the last one "
+            f"included). Start it with --target-layer-ids {' '.join(map(str, layer_ids[:-1]))}, or pass its layers "
+            "here. Servers with different layers need a folder each."
         )
 
 

@@ -1,6 +1,6 @@
 """Hidden states from vLLM servers: asked over HTTP, and answered through files in a folder that both sides see.
 
-Shape letters: T tokens, S slots (the auxiliary layers and the last), H the verifier's hidden size.
+Shape letters: T tokens, L layers (the auxiliary ones and the last), H the verifier's hidden size.
 """
 
 import os
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import PeagleError
-from .cache_storage import ROW_FILE
+from .cache_storage import STATES_FILE
 from .endpoint import (
     MAX_RETRIES,
     REQUEST_TIMEOUT,
@@ -39,7 +39,7 @@ class Endpoint:
     Args:
         urls: one or more, with or without `/v1`.
         folder: what the servers write to, as it is seen from here. No other file is ever read.
-        slots: the layers wanted, by number of layers passed: the auxiliary ones, then the last.
+        layer_ids: the layers wanted, by number of layers passed: the auxiliary ones, then the last.
         hidden_size: H.
         request_timeout: seconds for an answer, and again for the file to be written.
         max_retries: of a request that fails, by each server.
@@ -47,7 +47,7 @@ class Endpoint:
 
     urls: tuple[str, ...]
     folder: Path
-    slots: tuple[int, ...]
+    layer_ids: tuple[int, ...]
     hidden_size: int
     request_timeout: float = REQUEST_TIMEOUT
     max_retries: int = MAX_RETRIES
@@ -65,7 +65,7 @@ class Endpoint:
         vars(self).update(state)
 
     def fetch(self, token_ids: list[int], dtype: torch.dtype) -> Tensor:
-        """The states [T, S, H] of a document, checked, from the server that is doing best; its files are removed.
+        """The checked states [T, L, H] of a sample, from the healthiest server; the server's files are removed.
 
         Raises:
             EndpointError: no server gave states that can be used.
@@ -101,7 +101,7 @@ class Endpoint:
             inside = real.is_relative_to(os.path.realpath(self.folder))
         except ValueError:  # no path at all
             inside = False
-        if not inside or real.suffix != ".safetensors" or ROW_FILE.fullmatch(real.name):
+        if not inside or real.suffix != ".safetensors" or STATES_FILE.fullmatch(real.name):
             raise WrongServerEndpointError(
                 f"the server says that it wrote the hidden states to {path!r}, which is no file of a server in "
                 f"{self.folder}; it was not read",
@@ -115,7 +115,7 @@ class Endpoint:
                     f"raise --request-timeout, or look at the disk of {self.folder}",
                 )
             try:
-                check_layers(self.folder, self.slots)
+                check_layers(self.folder, self.layer_ids)
                 return self._states(load_file(real), token_ids, dtype)
             except (OSError, SafetensorError) as error:
                 raise EndpointError(
@@ -143,20 +143,20 @@ class Endpoint:
                 "start it with peagle-hf launch-vllm, and with a vLLM that peagle-hf supports",
             )
         states = tensors["hidden_states"]
-        served = sorted(set(self.slots))  # vLLM gives the layers in their own order, each once
+        served = sorted(set(self.layer_ids))  # vLLM gives the layers in their own order, each once
         if list(states.shape[1:]) != [len(served), self.hidden_size] or not states.is_floating_point():
             raise WrongServerEndpointError(
                 f"the server gives {states.dtype} states of the shape {list(states.shape)} (tokens, layers, size), "
                 f"wanted are the layers {served} of size {self.hidden_size}",
                 "start it with peagle-hf launch-vllm, the same model and --target-layer-ids "
-                f"{' '.join(map(str, self.slots[:-1]))}",
+                f"{' '.join(map(str, self.layer_ids[:-1]))}",
             )
         if not torch.equal(tensors["token_ids"].long(), torch.tensor(token_ids)) or len(states) != len(token_ids):
             raise EndpointError(
                 "the server gave the states of other tokens than it was asked for",
                 "start it without flags that change prompts",
             )
-        states = states[:, [served.index(slot) for slot in self.slots]].to(dtype)
+        states = states[:, [served.index(layer) for layer in self.layer_ids]].to(dtype)
         if not states.isfinite().all():
             raise EndpointError(f"the server's states are not finite as {dtype}", "start it with --dtype float32")
         return states

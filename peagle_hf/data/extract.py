@@ -29,9 +29,9 @@ from .cache_storage import (
     Storage,
     cache_folder,
     cached_rows,
-    check_row,
+    check_file,
     row_path,
-    write_row,
+    write_states,
 )
 from .dataset import check_skip_rows
 from .endpoint import MAX_RETRIES, REQUEST_TIMEOUT, check_length, check_requests, endpoint_urls, served_model
@@ -324,7 +324,7 @@ def _extract_missing(
             arguments.request_timeout,
             arguments.max_retries,
         )
-        check_layers(server_folder, endpoint.slots)
+        check_layers(server_folder, endpoint.layer_ids)
         check_length(urls, max(missing.values(), default=0), arguments.request_timeout)
         _check_disk(output, manifest, data, missing)
         write = _begin(arguments, output, manifest, data)
@@ -350,7 +350,7 @@ def _unusable(
     unusable = {}
     for row in progress_bar(sorted(present), desc="Checking", unit="row", disable=not present):
         sample = data[row]
-        reason = check_row(
+        reason = check_file(
             row_path(output, row),
             (len(sample["input_ids"]), len(manifest.aux_layer_ids) + 1, manifest.hidden_size),
             torch.tensor(sample["input_ids"]),
@@ -385,7 +385,7 @@ def _begin(
 
     def write(row: int, states: Tensor, token_ids: Tensor) -> None:
         is_target = _targets(data, row, arguments.storage)
-        write_row(output, row, states, token_ids, arguments.storage, is_target, origin)
+        write_states(output, row, states, token_ids, arguments.storage, is_target, origin)
 
     return write
 

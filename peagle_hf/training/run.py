@@ -255,7 +255,7 @@ def build_endpoint(args: PeagleTrainingArguments) -> Endpoint:
     layer_ids = config.eagle_aux_hidden_state_layer_ids
     endpoint = _endpoint(args, config)
     served_model(endpoint.urls, verifier, args.request_timeout)
-    check_layers(endpoint.folder, endpoint.slots)
+    check_layers(endpoint.folder, endpoint.layer_ids)
     remove_unfetched(endpoint.folder, args.request_timeout)
     if args.on_generate == "cache":
         record = read_prepare_record(args.data_path)

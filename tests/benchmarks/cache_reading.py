@@ -23,7 +23,7 @@ from safetensors.torch import load
 from torch.utils.data import DataLoader
 
 from peagle_hf import CODDataCollator, HiddenStatesDataset
-from peagle_hf.data.cache_storage import STORAGES, row_path, write_row
+from peagle_hf.data.cache_storage import STORAGES, row_path, write_states
 from peagle_hf.data.dataset import EpochSampler
 from peagle_hf.model.slots import target_tokens
 
@@ -114,7 +114,7 @@ def main() -> None:
     print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
     for storage in STORAGES:
         for row, (token_ids, mask) in enumerate(rows):
-            write_row(states, row, noise[: len(token_ids)], token_ids, storage, target_tokens(mask))
+            write_states(states, row, noise[: len(token_ids)], token_ids, storage, target_tokens(mask))
         stored = sum(path.stat().st_size for path in states.iterdir()) / sum(len(token_ids) for token_ids, _ in rows)
         for reader in ("peagle_hf", *["whole files"] * (storage == "plain")):
             for num_workers in arguments.workers:
