@@ -305,7 +305,7 @@ def test_folders_of_speculators_are_converted_as_they_are(tmp_path):
     assert os.listdir(tmp_path / "plain") == ["hs_5.safetensors"]
     exact = stored.float() * scales
     assert torch.equal(load_file(row_path(tmp_path / "plain", 5))["hidden_states"], exact.bfloat16())
-    with pytest.raises(PeagleError, match=r"What is learnt in row 5 isn't known.*--preprocessed-data"):
+    with pytest.raises(PeagleError, match=r"need the loss mask of row 5, which isn't known.*--preprocessed-data"):
         cache_command.convert(tmp_path / "theirs", tmp_path / "learnt", "learnt")
 
 

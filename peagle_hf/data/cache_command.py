@@ -1,4 +1,4 @@
-"""`peagle-hf cache`: what is in a folder of hidden states, whether all of it can be used, and other kinds of it."""
+"""`peagle-hf cache`: describe, verify or convert a folder of cached hidden states."""
 
 import logging
 import os
@@ -37,12 +37,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CONVERSION_RECORD = "conversion.json"
-"""In the folder of a conversion that isn't finished: of what, and to what."""
+"""In the folder of an unfinished conversion: its source and the kind to convert to."""
 
 
 @dataclass
 class CacheArguments(Arguments):
-    """What `peagle-hf cache ACTION FOLDER [DESTINATION]` is told."""
+    """Arguments of `peagle-hf cache ACTION FOLDER [DESTINATION]`."""
 
     action: Literal["info", "verify", "convert"] = field(
         metadata={
@@ -70,20 +70,20 @@ class CacheArguments(Arguments):
 
 @dataclass(frozen=True)
 class CacheReport:
-    """What is in a folder.
+    """What a folder of hidden states holds.
 
     Args:
-        folder: where.
+        folder: its path.
         manifest: its manifest, None if it has none.
-        storages: how many files there are of each kind.
-        dtypes: and of each dtype, as stored.
-        num_rows: files that can be used.
-        num_tokens: in them.
-        num_bytes: of them.
-        missing: prepared rows without a file; None if the prepared dataset isn't known.
-        failed: those of them that a server failed, and why.
+        storages: number of usable files of each storage kind.
+        dtypes: number of usable files of each dtype, as stored.
+        num_rows: usable files, one a sample.
+        num_tokens: tokens in the usable files.
+        num_bytes: size of the usable files.
+        missing: rows of prepared samples without a file; None if the prepared dataset isn't known.
+        failed: of the missing rows those that a server failed, and why.
         unusable: rows whose file can't be used, and why.
-        verifier_changed: the verifier's folder has other weights now; False where that isn't known.
+        verifier_changed: the verifier's folder has other weights now; False if that isn't known.
     """
 
     folder: str
@@ -103,7 +103,8 @@ def cache(arguments: CacheArguments) -> CacheReport | None:
     """Describe, verify or convert a folder of hidden states.
 
     Raises:
-        PeagleError: there is no such folder, what is verified is not complete and sound, or it can't be converted.
+        PeagleError: there is no such folder, `verify` found a file that is missing or can't be used, or the folder
+            can't be converted.
     """
     if not Path(arguments.folder).is_dir():
         raise PeagleError(f"There is no folder {arguments.folder}. Name one that peagle-hf extract has written.")
@@ -133,16 +134,16 @@ def cache(arguments: CacheArguments) -> CacheReport | None:
     if arguments.action == "verify" and (report.missing or report.unusable):
         raise PeagleError(
             f"{len(report.unusable)} files of {arguments.folder} can't be used and {len(report.missing or ())} rows "
-            "have none. Run peagle-hf extract with --validate-outputs, which makes just those."
+            "have none. Run peagle-hf extract with --validate-outputs, which extracts only those."
         )
     return report
 
 
 def inspect(folder: str, preprocessed_data: str | None = None, read_values: bool = False) -> CacheReport:
-    """Look at every file of a folder.
+    """Check every file of a folder.
 
     Args:
-        preprocessed_data: the prepared dataset that its rows are of; default: the one that the folder lies in.
+        preprocessed_data: the prepared dataset; default: the one that the folder lies in.
         read_values: read all values, instead of the headers alone.
     """
     manifest = Manifest.read(folder)
@@ -189,7 +190,7 @@ def inspect(folder: str, preprocessed_data: str | None = None, read_values: bool
 
 
 def _is_changed(manifest: Manifest) -> bool:
-    """Whether a verifier that is a folder here has other weights than when the states were made."""
+    """Whether the verifier is a folder here whose weights have changed since the states were extracted."""
     try:
         return os.path.isdir(manifest.verifier) and has_weights(manifest.revision, manifest.verifier) is False
     except PeagleError as error:
@@ -198,7 +199,7 @@ def _is_changed(manifest: Manifest) -> bool:
 
 
 def table(report: CacheReport) -> str:
-    """The report as text for a terminal; every row that is missing or can't be used is named."""
+    """The report as text for a terminal, with every row that is missing or can't be used."""
     manifest = report.manifest
     kinds = ", ".join(f"{name} ({count})" for name, count in report.storages.items())
     dtypes = ", ".join(report.dtypes)
@@ -221,7 +222,7 @@ def table(report: CacheReport) -> str:
 
 
 def _ranges(rows: list[int]) -> str:
-    """The number of rows, and which: 3 rows: 4, 7-8."""
+    """Row numbers as text: `3 rows: 4, 7-8`."""
     bounds: list[list[int]] = []
     for row in rows:
         if bounds and bounds[-1][1] == row - 1:
@@ -238,18 +239,18 @@ def convert(
     storage: Storage,
     preprocessed_data: str | None = None,
 ) -> None:
-    """Write a folder's rows as another kind of files into a new folder.
+    """Write a folder's states as another storage kind into a new folder.
 
-    The new folder appears when all rows are in it. Until then they are gathered in a hidden folder beside it, where
-    running the same command again goes on.
+    The new folder appears when it is complete. Until then the files are in a hidden folder beside it, and the same
+    command continues there if it was interrupted.
 
     Args:
-        preprocessed_data: says what is learnt, for the kinds that keep the last layer's states of that alone; default:
-            the one that the folder lies in.
+        preprocessed_data: the prepared dataset, whose loss masks the learnt kinds need; default: the one that the
+            folder lies in.
 
     Raises:
         PeagleError: the files lack states that the new kind needs, one can't be read or has values that aren't finite,
-            or the destination holds something already.
+            or the destination isn't empty.
     """
     with locked_file(destination, "Wait until it has ended, or name another folder to convert to."):
         _convert(Path(folder), Path(destination), storage, preprocessed_data)
@@ -283,12 +284,12 @@ def _convert(folder: Path, destination: Path, storage: Storage, preprocessed_dat
         except UnusableFile as error:
             raise PeagleError(
                 f"{row_path(folder, row)} can't be converted: {error}. Run peagle-hf extract with --validate-outputs, "
-                "which makes such files again, or remove it."
+                "which extracts such samples again, or remove it."
             ) from error
         if storage in LEARNT_STORAGES and layout.storage not in LEARNT_STORAGES and is_target is None:
             raise PeagleError(
-                f"What is learnt in row {row} isn't known, so {storage} files can't be made. Name the folder of "
-                "peagle-hf prepare that it is of with --preprocessed-data."
+                f"Files of the kind {storage} need the loss mask of row {row}, which isn't known. Name the prepared "
+                "dataset with --preprocessed-data."
             )
         try:
             converted = read_states(folder, row).stored_as(storage, is_target)
@@ -300,11 +301,11 @@ def _convert(folder: Path, destination: Path, storage: Storage, preprocessed_dat
         replace(manifest, storage=storage, dtype=dtype).write(working)
     record.unlink()
     os.rename(working, destination)
-    logger.info("%d rows converted to %s in %s.", len(rows), storage, destination)
+    logger.info("%d samples converted to %s in %s.", len(rows), storage, destination)
 
 
 def _content(data: "datasets.Dataset | None", row: int) -> tuple[Tensor | None, Tensor | None]:
-    """The token ids of a row and which of them are targets, if that is known."""
+    """Token ids int64 [T] of a sample and which of them are targets, bool [T]; None and None if not known."""
     if data is None or row >= len(data):
         return None, None
     sample = data[row]

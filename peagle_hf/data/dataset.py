@@ -30,7 +30,7 @@ from .cache_storage import (
 )
 from .endpoint import concurrently
 from .endpoint_states import Endpoint
-from .errors import faults_of
+from .errors import row_errors
 from .prepared_dataset import column, load_prepared, rows_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -299,7 +299,7 @@ class HiddenStatesDataset(Dataset):
         generated = self._generated(rows)
         documents = []
         for row in rows:
-            with faults_of(row, self.data_path):
+            with row_errors(row, self.data_path):
                 documents.append(self._load_sample(row, generated.get(row)))
         if is_filler:
             for document in documents:
@@ -313,13 +313,13 @@ class HiddenStatesDataset(Dataset):
         if self.endpoint is None or not missing:
             return {}
         endpoint = self.endpoint
-        with faults_of(missing[0], self.data_path):
+        with row_errors(missing[0], self.data_path):
             manifest = Manifest.read(self.hidden_states_path)
         dtype = getattr(torch, manifest.dtype if manifest and manifest.dtype else GENERATED_DTYPE)
         storage = manifest.storage if manifest and manifest.storage else "plain"
 
         def generate(row: int) -> CachedStates:
-            with faults_of(row, self.data_path):
+            with row_errors(row, self.data_path):
                 sample = self.data[row]
                 length = None if self.keep_generated else self.total_seq_len + 2
                 tokens, mask = (torch.as_tensor(sample[name])[:length].long() for name in ("input_ids", "loss_mask"))

@@ -1,4 +1,7 @@
-"""vLLM servers over HTTP: their addresses, which of them is asked, and what their faults mean."""
+"""Asking vLLM servers over HTTP: addresses and credentials, choice of the server, retries, and what errors mean.
+
+`ask_any` chooses a server and `Server` sends the requests. `endpoint_states` fetches hidden states on top of this.
+"""
 
 import base64
 import json
@@ -22,12 +25,12 @@ from .errors import EndpointError, RefusedEndpointError, WrongServerEndpointErro
 DEFAULT_URL = "http://localhost:8000/v1"
 REQUEST_TIMEOUT, MAX_RETRIES = 120.0, 3
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
-"""Seconds for which a server that failed is left alone before its health is checked; they double with each failure."""
+"""Seconds between a server's failure and its health check; the pause doubles with each failure up to the longest."""
 HEALTH_TIMEOUT = 5.0
 PLAIN_SAMPLING = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
-"""Fields of a request which the model's own generation_config.json would change, as it does on servers."""
+"""Sampling fields to send with every request: otherwise a server applies the model's generation_config.json."""
 REFUSALS = (400, 413, 422)
-"""Statuses with which a server refuses a request as it is: asking again, or another server, gives the same."""
+"""HTTP statuses with which a server refuses a request for good: neither a retry nor another server would help."""
 STATUS_ADVICE = {
     **dict.fromkeys((401, 403), "set VLLM_API_KEY to the server's key, or write user and password into the URL"),
     404: "name the address of vLLM itself, which ends with /v1, and make sure that it runs the verifier",
@@ -37,11 +40,11 @@ STATUS_ADVICE = {
     "engine has ended",
     **dict.fromkeys((502, 503, 504), "wait until the server is ready, or start it again"),
 }
-"""What to do about a status, a clause."""
+"""What to do about an HTTP status, a clause."""
 _CHOICE = threading.Lock()
-"""Held while a server is chosen."""
+"""Lock that is held while a server is chosen."""
 _CREDENTIALS: dict[str, str] = {}
-"""`user:password` by the URL that they were given with, which is kept without them."""
+"""`user:password` by URL; the URLs themselves are kept without credentials."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -50,14 +53,18 @@ Result = TypeVar("Result")
 def ask_any(
     urls: Sequence[str], request_timeout: float, max_retries: int, request: Callable[["Server"], Result]
 ) -> Result:
-    """Send a request to the least busy healthy server, and to the others if that one fails.
+    """Send a request to the least busy healthy server; fall back to the others if it fails.
 
-    A server that failed comes last until a pause is over and its health check succeeds, or until it answers a request.
+    A server that failed comes last until its pause is over and its health check succeeds, or until it answers a
+    request.
+
+    Args:
+        request: sends the request to one server and returns its result.
 
     Raises:
-        EndpointError: all of them failed. It is a `RefusedEndpointError` if all of them refused the request. It names
-            their URLs.
-        WrongServerEndpointError: one of them isn't what is needed; it names that one's URL.
+        EndpointError: all servers failed; the error names their URLs. If all of them refused the request, it is a
+            `RefusedEndpointError`.
+        WrongServerEndpointError: a server isn't the one that is needed; the error names its URL.
     """
     failures: dict[str, EndpointError] = {}
     while len(failures) < len(urls):
@@ -91,13 +98,13 @@ def ask_any(
 
 
 def endpoint_urls(endpoint: str) -> tuple[str, ...]:
-    """Split `URL[,URL...]`; a URL without a path gets vLLM's `/v1`.
+    """Split `URL[,URL...]` and append vLLM's `/v1` to a URL without a path.
 
-    User names and passwords are taken out of the URLs, so that they reach no file or message. From then on this process
-    sends them as HTTP basic authentication.
+    User names and passwords are removed from the URLs, so that they reach no file or message. This process keeps them
+    and sends them as HTTP basic authentication.
 
     Raises:
-        PeagleError: something in there is no HTTP address.
+        PeagleError: a part is no HTTP address.
     """
     urls = []
     for url in re.split(r",\s*(?=https?://)", endpoint.strip()):
@@ -121,7 +128,7 @@ def endpoint_urls(endpoint: str) -> tuple[str, ...]:
 
 
 def check_requests(request_timeout: float, max_retries: int) -> None:
-    """Refuse settings of requests with which none could be sent.
+    """Check the settings of requests.
 
     Raises:
         PeagleError: one is out of range; the message names its flag.
@@ -138,14 +145,14 @@ def served_model(
     timeout: float = REQUEST_TIMEOUT,
     command: str = "peagle-hf launch-vllm",
 ) -> str:
-    """Ask every server which model it runs, and make sure that it is the one that is wanted.
+    """Ask every server which model it runs, and make sure that all run the wanted one.
 
     Args:
-        wanted: hub name or folder; None takes whatever the servers run.
-        command: starts such a server, for messages.
+        wanted: hub name or folder; None takes what the first server runs.
+        command: starts such a server, for the error message.
 
     Returns:
-        `wanted`, or the name of what they run.
+        `wanted`, or the name of the model that the servers run.
 
     Raises:
         PeagleError: a server can't be reached or runs another model.
@@ -170,10 +177,10 @@ def served_model(
 
 
 def check_length(urls: tuple[str, ...], longest: int, timeout: float) -> None:
-    """Make sure that every server takes a sample of `longest` tokens.
+    """Make sure that every server accepts a sample of `longest` tokens.
 
     Raises:
-        PeagleError: one doesn't, or can't be asked.
+        PeagleError: a server doesn't, or can't be asked.
     """
     for url in urls:
         limit = Server(url, timeout, max_retries=1).max_model_len
@@ -188,9 +195,10 @@ def check_length(urls: tuple[str, ...], longest: int, timeout: float) -> None:
 def concurrently(
     function: Callable[[Item], Result], items: Iterable[Item], num_threads: int
 ) -> Iterator[tuple[Item, Result | BaseException]]:
-    """Results, or the exceptions in their place, in the order in which they come.
+    """Call a function on items in several threads; yield each item with its result, or exception, as it is done.
 
-    The threads are daemons: who is interrupted, or has seen enough, need not wait for a server that hangs.
+    The threads are daemons, so that a program that is interrupted, or stops early, doesn't wait for a server that
+    hangs.
     """
     end = object()
     source, turn, stopped = iter(items), threading.Lock(), threading.Event()
@@ -223,11 +231,12 @@ def concurrently(
 
 
 class Server:
-    """One server, as this process sees it: how it does, and how many requests it is busy with.
+    """Connections to one vLLM server from this process, with the server's health and load.
 
     Attributes:
-        is_resting: a request failed, and neither another nor a health check has succeeded since.
-        rests_in_turn: how often that was so since a request succeeded.
+        in_flight: requests that wait for an answer.
+        is_resting: a request failed, and neither a request nor a health check has succeeded since.
+        rests_in_turn: how often the server began to rest since its last answer.
     """
 
     def __init__(self, url: str, timeout: float, max_retries: int):
@@ -253,7 +262,7 @@ class Server:
 
     @cached_property
     def _card(self) -> tuple[str, str, int | None]:
-        """The id, the root and the maximal length of its model, as it says."""
+        """Id, root and maximal length of the model that the server reports."""
         with self.reasons():
             models = self.client.models.list().data
             if not models:
@@ -267,19 +276,22 @@ class Server:
 
     @property
     def model(self) -> dict[str, str]:
-        """What the model is called there (`id`), and the folder or hub name that it was loaded from (`root`)."""
+        """The model's name on the server (`id`), and the folder or hub name that it was loaded from (`root`)."""
         return {"id": self._card[0], "root": self._card[1]}
 
     @property
     def max_model_len(self) -> int | None:
-        """Tokens that a prompt and its answer may have together, if it says so."""
+        """Largest number of tokens of a prompt and its answer together; None if the server doesn't say."""
         return self._card[2]
 
     def ask(self, token_ids: list[int], request: str) -> str:
-        """Send a sample through the model; gives the path where its states are or will be.
+        """Send a sample's tokens through the model.
 
         Args:
-            request: id of the request, which the name of the states' file will hold.
+            request: id of the request, which will be in the name of the file with the states.
+
+        Returns:
+            Path, on the server's machine, of the file that the states are written to.
 
         Raises:
             EndpointError: the request failed.
@@ -303,13 +315,14 @@ class Server:
         return path
 
     def complete(self, token_ids: list[int], max_tokens: int, end_ids: set[int], fields: dict[str, Any]) -> list[int]:
-        """What the model writes after a prompt, up to and with the first of `end_ids`.
+        """The token ids that the model writes after a prompt, up to and including the first of `end_ids`.
 
         Args:
-            fields: more of vLLM's request, such as `temperature`.
+            fields: further fields of vLLM's request, such as `temperature`.
 
         Raises:
-            PeagleError: it extracts hidden states too, which nobody would fetch.
+            EndpointError: the request failed, or the answer has no token ids or was cut off.
+            PeagleError: the server extracts hidden states too, which nobody would fetch.
         """
         with self.reasons():
             answer = self.client.completions.create(
@@ -340,10 +353,10 @@ class Server:
 
     @contextmanager
     def reasons(self) -> Iterator[None]:
-        """Turn whatever goes wrong with a request, or with reading its answer, into an `EndpointError` that says what.
+        """Turn the errors of a request, or of reading its answer, into an `EndpointError` with reason and advice.
 
-        The block holds the request and the reading of its answer, and nothing else: what it raises about a wrong type
-        or a missing field is the answer's fault.
+        Only a request and the reading of its answer belong into the block: an error about a type or a missing field
+        within it is reported as an error of the server's answer.
         """
         import openai
 
@@ -380,7 +393,7 @@ class Server:
         self.is_resting = True
 
     def check_health_when_due(self) -> None:
-        """If the server failed and its pause is over, ask it in the background whether it is healthy again."""
+        """Check a resting server's health in the background, if its pause is over."""
         if self.is_resting and time.monotonic() >= self._health_check_at:
             self._health_check_at = math.inf
             threading.Thread(target=self._check_health, daemon=True).start()
@@ -404,12 +417,12 @@ def shorten(text: str) -> str:
 
 
 def credentials_of(urls: Sequence[str]) -> dict[str, str]:
-    """`user:password` by URL, of those that have one, for another process."""
+    """`user:password` by URL, of the URLs that have one, to hand to another process."""
     return {url: _CREDENTIALS[url] for url in urls if url in _CREDENTIALS}
 
 
 def remember_credentials(credentials: dict[str, str]) -> None:
-    """Use these credentials by URL from now on."""
+    """Use these `user:password` by URL from now on."""
     if any(_CREDENTIALS.get(url) != one for url, one in credentials.items()):
         _CREDENTIALS.update(credentials)
         _server.cache_clear()
@@ -417,5 +430,5 @@ def remember_credentials(credentials: dict[str, str]) -> None:
 
 @cache
 def _server(url: str, timeout: float, max_retries: int, process_id: int) -> Server:
-    """The connections of this process; a forked one opens its own."""
+    """One `Server` for each URL and process: a forked process opens its own connections."""
     return Server(url, timeout, max_retries)

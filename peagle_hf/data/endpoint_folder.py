@@ -1,10 +1,10 @@
-"""The folder that a vLLM server writes hidden states to: what the server extracts, and files that nobody wants.
+"""The folder that a vLLM server writes hidden states to: its record, its file locks, and removal of abandoned files.
 
 A server writes a request's states to a file whose name holds the request's id, and holds a file lock (`flock`) on
-`<file>.lock` until the file is complete. Our requests are called `peagle-<client>-<number>`. While a client has
-requests in flight, it holds a lock on `.peagle-<client>.client` in the folder. So every client can tell which files
-belong to requests that were given up, also by processes that were killed, on any machine, and never removes another
-client's.
+`<file>.lock` until the file is complete. Ids of our requests are `peagle-<client>-<number>`. While a client has
+requests in flight, it holds a lock on `.peagle-<client>.client` in the folder. So every client, on any machine, can
+tell which files belong to requests that were given up, also by killed processes, and never removes a file that another
+client waits for.
 """
 
 import itertools
@@ -28,11 +28,11 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 SERVER_RECORD = "server.json"
-"""In the server's folder: its model and layers, as `peagle-hf launch-vllm` started it."""
+"""File in the server's folder with the model and the layers that `peagle-hf launch-vllm` started it with."""
 LEFTOVER_SECONDS = 600.0
-"""A half-written row that is older is the leftover of a killed process."""
+"""Temporary files that are older are leftovers of a killed process and may be deleted."""
 SWEEP_SECONDS = 60.0
-"""Pause between two searches for files that nobody wants."""
+"""Seconds between two searches for abandoned files."""
 SWEEP_SECONDS_AFTER_FAILURE = 1.0
 LOCK_POLL_SECONDS = 0.01
 CONNECT_SECONDS = 2.0
@@ -40,12 +40,12 @@ _REQUEST = re.compile(r"peagle-([0-9a-f]{16})-\d+(?!\d)")
 
 
 def server_name(port: int) -> str:
-    """What a server on this machine is called in the record."""
+    """Name of a server on this machine in the record: host and port."""
     return f"{socket.gethostname()}:{port}"
 
 
 def write_server_record(folder: str | os.PathLike[str], model: str, layer_ids: list[int], server: str = "") -> None:
-    """Say in a server's folder which model and layers it extracts, now that it is ready.
+    """Record in a server's folder which model and layers it extracts, once it is ready.
 
     Args:
         layer_ids: the auxiliary layers, then the last.
@@ -61,7 +61,7 @@ def write_server_record(folder: str | os.PathLike[str], model: str, layer_ids: l
 
 
 def remove_server_record(folder: str | os.PathLike[str], server: str) -> None:
-    """Take a server that has ended out of the record, and remove the record with the last one."""
+    """Remove a server that has ended from the record, and the record with the last server."""
     path = Path(folder) / SERVER_RECORD
     with suppress(OSError, ValueError):
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -77,7 +77,7 @@ def check_other_servers(folder: str | os.PathLike[str], model: str, layer_ids: l
     """Make sure that no server with another model or other layers is running in a folder.
 
     Raises:
-        PeagleError: one is: clients couldn't tell whose states are whose.
+        PeagleError: such a server is running: clients couldn't tell its files from the others'.
     """
     try:
         record = json.loads((Path(folder) / SERVER_RECORD).read_text(encoding="utf-8"))
@@ -146,10 +146,10 @@ def check_layers(folder: str | os.PathLike[str], layer_ids: tuple[int, ...]) -> 
 
 
 class OwnRequests:
-    """This process's requests to the servers of a folder.
+    """This process's requests to the servers of a folder, and which of them are in flight.
 
     Args:
-        folder: what the servers write to.
+        folder: the folder that the servers write to.
     """
 
     def __init__(self, folder: Path):
@@ -162,9 +162,9 @@ class OwnRequests:
 
     @contextmanager
     def request(self) -> Iterator[str]:
-        """Give a request's id. The request's files are wanted until the block ends; what is left then is removed.
+        """Yield a new request's id. The request's files are kept while the block runs; those left then are removed.
 
-        A file that the server writes later is removed by a later request, another client or the server's launcher.
+        A file that the server writes later is removed by another request, another client or the server's launcher.
 
         Raises:
             PeagleError: the folder can't be written to, or has no file locks.
@@ -190,7 +190,7 @@ class OwnRequests:
                 remove_unwanted(self.folder, self)
 
     def _mark(self) -> None:
-        """Lock a new marker, which gets its name only when it is locked; no name is ever used again."""
+        """Create and lock this client's marker file. It gets its name only when it is locked; each name is used once."""
         if fcntl is None:
             raise PeagleError(
                 "Hidden states from a vLLM server take file locks (flock), which Windows doesn't have. Extract them "
@@ -226,10 +226,10 @@ class OwnRequests:
 
 
 def remove_unwanted(folder: str | os.PathLike[str], own: OwnRequests | None = None) -> None:
-    """Remove the files of our requests that nobody waits for any more, unless a server is still writing them.
+    """Remove files of `peagle` requests that no client waits for, unless a server is still writing them.
 
     Args:
-        own: this process's requests; of other clients only whether they have any in flight is known.
+        own: this process's requests; of other clients it is only known whether they have any in flight.
     """
     if fcntl is None or not os.path.isdir(folder):
         return
@@ -253,7 +253,7 @@ def remove_unwanted(folder: str | os.PathLike[str], own: OwnRequests | None = No
 
 
 def remove_unfetched(folder: str | os.PathLike[str], request_timeout: float) -> None:
-    """Remove what killed clients left in a folder: half-written rows once they are old, and answers not fetched."""
+    """Remove what killed clients left in a folder: old temporary files of the cache, and unfetched answers."""
     age = max(LEFTOVER_SECONDS, 2 * request_timeout)
     for temporary in Path(folder).glob(".hs_*.tmp"):
         with suppress(FileNotFoundError):
@@ -264,9 +264,10 @@ def remove_unfetched(folder: str | os.PathLike[str], request_timeout: float) -> 
 
 @contextmanager
 def written(path: Path, timeout: float) -> Iterator[bool]:
-    """Wait until the server has written a file. It holds a lock until then, which the kernel releases if it dies.
+    """Wait until the server has written a file: it holds a lock until then, which the kernel releases if it dies.
 
-    Gives False if the server was still writing when the time was up.
+    Yields:
+        False if the server was still writing after `timeout` seconds, otherwise True.
     """
     try:
         descriptor = os.open(f"{path}.lock", os.O_RDONLY)

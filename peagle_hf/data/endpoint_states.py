@@ -1,4 +1,4 @@
-"""Hidden states from vLLM servers: asked over HTTP, and answered through files in a folder that both sides see.
+"""Hidden states from vLLM servers: requested over HTTP, received as files in a folder that both sides see.
 
 Shape letters: T tokens, L layers (the auxiliary ones and the last), H the verifier's hidden size.
 """
@@ -32,17 +32,17 @@ from .errors import EndpointError, RefusedEndpointError, WrongServerEndpointErro
 
 @dataclass(frozen=True)
 class Endpoint:
-    """vLLM servers that give the hidden states of token ids, any of them the same.
+    """vLLM servers that extract hidden states of one verifier; any of them can answer any request.
 
-    A frozen description, so that loader workers can have it; connections are opened by the process that uses them.
+    It only describes the servers, so that it can be sent to loader workers: each process opens its own connections.
 
     Args:
         urls: one or more, with or without `/v1`.
-        folder: what the servers write to, as it is seen from here. No other file is ever read.
+        folder: the folder that the servers write to, as it is seen from here. Files elsewhere are never read.
         layer_ids: the layers wanted, by number of layers passed: the auxiliary ones, then the last.
         hidden_size: H.
-        request_timeout: seconds for an answer, and again for the file to be written.
-        max_retries: of a request that fails, by each server.
+        request_timeout: seconds to wait for an answer, and again for the file to be written.
+        max_retries: how often a request that fails is repeated at each server.
     """
 
     urls: tuple[str, ...]
@@ -57,7 +57,7 @@ class Endpoint:
         object.__setattr__(self, "urls", endpoint_urls(",".join(self.urls)))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Loader workers need the credentials too."""
+        """Include the credentials, which loader workers need too."""
         return vars(self) | {"credentials": credentials_of(self.urls)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -81,8 +81,8 @@ class Endpoint:
         except RefusedEndpointError as error:
             raise RefusedEndpointError(
                 error.reason,
-                "if the row is too long for the server, start it with a larger --max-model-len, or cut the rows with "
-                "peagle-hf prepare --seq-length",
+                "if the sample is too long for the server, start it with a larger --max-model-len, or cut the samples "
+                "with peagle-hf prepare --seq-length",
             ) from error
         except EndpointError:
             raise
@@ -95,7 +95,7 @@ class Endpoint:
             ) from error
 
     def _read(self, path: str, token_ids: list[int], dtype: torch.dtype) -> Tensor:
-        """Read, check and remove a file that a server says it has written."""
+        """Read, check and remove the file that a server reports to have written."""
         try:
             real = Path(os.path.realpath(path))
             inside = real.is_relative_to(os.path.realpath(self.folder))
@@ -164,5 +164,5 @@ class Endpoint:
 
 @cache
 def _own_requests(folder: Path, process_id: int) -> OwnRequests:
-    """The requests of this process; a forked one has its own."""
+    """One `OwnRequests` for each folder and process: a forked process has its own."""
     return OwnRequests(folder)

@@ -1,4 +1,4 @@
-"""What goes wrong with a server or with a row's hidden states: the same exceptions in every command and process."""
+"""Errors of vLLM servers and of samples whose hidden states can't be had, alike in every command and process."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -17,12 +17,12 @@ Result = TypeVar("Result")
 
 
 class EndpointError(PeagleError):
-    """A request that a server failed, retries included. Another row or another server may do better.
+    """A request that a server failed, retries included. Other requests or other servers may succeed.
 
     Args:
         reason: what happened, a clause without a full stop.
-        advice: what to do about it, a clause that begins with a verb; empty where the reason says it.
-        url: the server, or several with commas between.
+        advice: what to do about it, a clause that begins with a verb; empty if the reason says it.
+        url: the server, or several separated by commas.
     """
 
     def __init__(self, reason: str, advice: str = "", url: str | None = None):
@@ -31,26 +31,27 @@ class EndpointError(PeagleError):
 
 
 class RefusedEndpointError(EndpointError):
-    """The servers refuse this request, and would refuse it again: HTTP status 400, 413 or 422."""
+    """The servers refuse this request and would refuse it again: HTTP status 400, 413 or 422."""
 
 
 class WrongServerEndpointError(EndpointError):
-    """The server isn't the one that is needed, so that no other request would do better."""
+    """The server isn't the one that is needed, so other requests would fail too."""
 
 
 class RowError(PeagleError):
-    """A prepared row whose hidden states can't be had, from a server or from the cache.
+    """A sample whose hidden states can't be had, from a server or from the cache; names its row.
 
-    The attributes survive the way out of a loader worker, which PyTorch takes with the text of the exception alone.
+    PyTorch passes only the text of an exception from a loader worker to the main process. So within a worker the text
+    is JSON of all attributes, and in the main process the constructor reads them from that text.
 
     Args:
-        row: its number in the prepared dataset; None if a loader worker ended before it could say. Instead of all
-            arguments the text of a worker's exception, whose last line holds them.
+        row: of the sample in the prepared dataset; None if a loader worker ended before it could say. Or, instead of
+            all arguments, the text of a worker's exception, whose last line holds them.
         data_path: the prepared dataset.
-        url: the server or servers that were asked; None if the fault is of a file or of this process.
+        url: the server or servers that were asked; None if the error is of a file or of this process.
         reason: what happened, a clause without a full stop.
-        advice: what to do about it, a clause that begins with a verb, or nothing.
-        outcome: what became of the training that it ended, a clause; empty if there was none.
+        advice: what to do about it, a clause that begins with a verb; may be empty.
+        outcome: what became of the training that the error ended, a clause; empty if there was none.
     """
 
     FIELDS = ("row", "data_path", "url", "reason", "advice", "outcome")
@@ -72,7 +73,7 @@ class RowError(PeagleError):
 
     @classmethod
     def of(cls, row: int, data_path: Path, error: Exception) -> "RowError":
-        """What became of a row because of an error of a server, of a file or of the operating system."""
+        """The error of a row that was caused by a server, a file or the operating system."""
         if not isinstance(error, EndpointError):
             return cls(row, str(data_path), None, " ".join(str(error).split()).removesuffix("."))
         advice = [error.advice] if error.advice else []
@@ -81,7 +82,7 @@ class RowError(PeagleError):
         return cls(row, str(data_path), error.url, error.reason, "; ".join(advice))
 
     def ended(self, outcome: str) -> "RowError":
-        """The same error, with what became of the training that it ended."""
+        """The same error with an outcome: what became of the training that it ended."""
         return RowError(self.row, self.data_path, self.url, self.reason, self.advice, outcome)
 
     def _text(self) -> str:
@@ -101,8 +102,8 @@ class RowError(PeagleError):
 
 
 @contextmanager
-def faults_of(row: int, data_path: Path) -> Iterator[None]:
-    """Raise whatever a server, a file or the operating system does to a row as a `RowError` that names it."""
+def row_errors(row: int, data_path: Path) -> Iterator[None]:
+    """Turn errors of a server, a file or the operating system within the block into a `RowError` that names the row."""
     try:
         yield
     except RowError:
@@ -112,12 +113,13 @@ def faults_of(row: int, data_path: Path) -> Iterator[None]:
 
 
 def on_all_processes(fetch: Callable[[], Result]) -> Result:
-    """Call a function that reads rows, on every process at the same point, and fail on all if it fails on one.
+    """Call a function that loads samples; if it fails on one process, raise on all of them.
 
-    Without this, the others would wait for the failed one in the next collective operation.
+    All processes must call this at the same point. Without it, the others would wait for the failed one in the next
+    collective operation.
 
     Raises:
-        RowError: the same on every process: that of the first one that failed.
+        RowError: that of the first process that failed, on every process.
     """
     result: Result | None = None
     failure: RowError | None = None
