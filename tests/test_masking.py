@@ -12,7 +12,7 @@ from peagle_hf.data.loss_mask import ChatTokenizer, MaskedChat
 def trained_on(tokenizer, masked: MaskedChat) -> list[list[str]]:
     """The runs of tokens that are trained on, as text, row by row."""
     rows = []
-    for row in masked.rows:
+    for row in masked.samples:
         pairs = zip(row.loss_mask.tolist(), row.input_ids.tolist(), strict=True)
         runs = groupby(pairs, key=lambda pair: pair[0])
         rows.append([tokenizer.decode([id_ for _, id_ in run]) for mask, run in runs if mask])
@@ -36,4 +36,4 @@ def test_every_answer_is_learnt_whole_or_left_out_with_its_reason(pattern, case)
     for entry in masked.left_out:
         assert case.left_out[entry.message] in entry.reason
     turns = [index for index, message in enumerate(case.messages) if message["role"] == "assistant"]
-    assert sorted([*(i for row in masked.rows for i in row.messages), *case.left_out]) == turns
+    assert sorted([*(i for row in masked.samples for i in row.messages), *case.left_out]) == turns

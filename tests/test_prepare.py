@@ -116,7 +116,7 @@ def tokenized(tokenizer: PreTrainedTokenizerFast, chat: Chat) -> list[tuple]:
     (masked,) = ChatTokenizer(tokenizer).mask([chat])
     if masked.left_out:
         raise Unlearnable(masked.left_out[0].reason)
-    return [(row.input_ids, row.loss_mask) for row in masked.rows]
+    return [(row.input_ids, row.loss_mask) for row in masked.samples]
 
 
 def tokenized_runs(chat_template: str, messages: list[dict], tools=None) -> list[list[tuple[str, int]]]:

@@ -20,7 +20,7 @@ def test_on_every_pattern_each_answer_is_shown_or_named(name):
     for result in results:
         assert (result.status == LEFT_OUT) == bool(result.left_out)
         assert all(reason for _, reason in result.left_out)
-        num_trained_on = sum(is_trained_on for row in result.rows for _, is_trained_on in row)
+        num_trained_on = sum(is_trained_on for row in result.samples for _, is_trained_on in row)
         # Marks may cut an answer in two; answers without a header between them are one piece.
         assert bool(num_trained_on) == (len(result.left_out) < result.num_answers)
 
@@ -28,7 +28,7 @@ def test_on_every_pattern_each_answer_is_shown_or_named(name):
 def test_what_a_template_does_kind_by_kind():
     results = {result.kind: result for result in check_template(make_tokenizer(TOOL_CHATML))}
     assert results["two questions"].status == EXACT
-    assert [text for text, is_trained_on in results["two questions"].rows[0] if is_trained_on] == [
+    assert [text for text, is_trained_on in results["two questions"].samples[0] if is_trained_on] == [
         "I am a helpful voice.<|im_end|>",
         "One, two, three.<|im_end|>",
     ]

@@ -1,4 +1,4 @@
-"""Answers on disk, found by what they depend on, so that a program that runs again asks for none of them twice."""
+"""A journal of answers on disk, each under a key of all that it depends on, so that none is asked for twice."""
 
 import json
 import threading
@@ -14,11 +14,11 @@ _LINE_STARTS = (b'{"settings":', b'{"key":')
 
 
 class Journal:
-    """An append-only file of answers as token ids, each under a key that stands for all that it depends on.
+    """An append-only file of answers as token ids, each under a key.
 
-    A line is either `{"settings": {...}}`, which says for people how the answers after it were made, or
-    `{"key": ..., "ids": [...], "left": n}`, where n more answers of the same call of `add` follow. After a crash all
-    answers of a call are there or none. Only the keys and the places of their answers in the file are held in memory.
+    A line is either `{"settings": {...}}`, which tells people how the answers after it were made, or
+    `{"key": ..., "ids": [...], "left": n}`, where n more answers of the same call of `add` follow. After a crash either
+    all answers of a call are there or none. Memory holds only the keys and the positions of their answers in the file.
     Threads may share a journal, processes may not.
 
     Args:
@@ -62,7 +62,7 @@ class Journal:
         return key in self._offsets
 
     def begin(self, settings: dict[str, Any]) -> None:
-        """Note how the answers from here on are made."""
+        """Write the settings with which the following answers are made, if they differ from the latest ones."""
         if settings != self.settings:
             self._append([{"settings": settings}])
             self.settings = settings
@@ -73,7 +73,7 @@ class Journal:
             self._reader.close()
 
     def get(self, key: str) -> list[int]:
-        """Give the answer of this key, which must be there."""
+        """The answer of a key, which must be in the journal."""
         with self._lock:
             self._reader.seek(self._offsets[key])
             return list(json.loads(self._reader.readline())["ids"])
@@ -89,7 +89,7 @@ class Journal:
             self._offsets |= zip(new, self._append(lines), strict=True)
 
     def _append(self, lines: list[dict[str, Any]]) -> list[int]:
-        """Write lines at the end of the file; gives where each begins."""
+        """Write lines at the end of the file; returns the offset of each."""
         encoded = [json.dumps(line, separators=(",", ":")).encode() + b"\n" for line in lines]
         *offsets, end = accumulate(map(len, encoded), initial=self._end)
         rest = memoryview(b"".join(encoded))
@@ -104,7 +104,7 @@ class Journal:
         return offsets
 
     def _read(self) -> None:
-        """Find the answers; the end of a line or of a call that a crash has cut off is removed."""
+        """Index the answers; a line or a call that a crash has cut off is removed from the file."""
         offset = 0
         unfinished: dict[str, int] = {}
         for number, line in enumerate(self._reader, 1):

@@ -1,7 +1,7 @@
-"""Chat models that answer: run by transformers in this process, or by vLLM servers.
+"""Chat models that answer prompts: run by transformers in this process, or by vLLM servers.
 
-Which token follows is a matter of the token ids before it, the sampling settings and the seed of the answer, whoever
-else is answered at the time.
+An answer depends on the token ids before it, the sampling settings and the answer's seed, not on the other prompts of
+its batch (up to the rounding of batched arithmetic).
 """
 
 from abc import ABC, abstractmethod
@@ -38,13 +38,13 @@ Batch = list[int]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn: those that `min_p`, `top_k` and `top_p` leave, in this order, as vLLM does.
+    """Sampling settings. `min_p`, `top_k` and `top_p` are applied in this order, as in vLLM.
 
     Args:
-        temperature: 0 takes the likeliest token, whatever else is set.
-        top_p: the likeliest tokens that have this probability together.
-        top_k: so many of the likeliest tokens; 0 is all.
-        min_p: tokens with at least this share of the likeliest one's probability.
+        temperature: 0 takes the likeliest token and ignores the other settings.
+        top_p: keep the likeliest tokens that together have this probability.
+        top_k: keep this many of the likeliest tokens; 0 keeps all.
+        min_p: keep tokens with at least this share of the likeliest one's probability.
     """
 
     temperature: float
@@ -54,20 +54,20 @@ class Sampling:
 
 
 class ChatModel(ABC):
-    """A model that answers, with its tokenizer and chat template.
+    """A model that answers prompts, with its tokenizer and chat template.
 
     Args:
         name: a folder or a hub name.
-        max_new_tokens: of an answer.
-        trust_remote_code: run code that comes with it.
-        options: a chat template in place of its own, and the template's variables.
+        max_new_tokens: longest answer.
+        trust_remote_code: run code that comes with the model.
+        options: a chat template instead of the model's own, and the template's variables.
 
     Raises:
         PeagleError: it can't be loaded, or is no chat model.
     """
 
     batch_size: int
-    """Chats that are answered together."""
+    """Number of chats that are answered together."""
 
     def __init__(self, name: str, max_new_tokens: int, trust_remote_code: bool, options: ChatOptions | None = None):
         self.name, self.max_new_tokens, self.options = name, max_new_tokens, options or ChatOptions()
@@ -96,28 +96,29 @@ class ChatModel(ABC):
     def complete(
         self, prompts: list[list[int]], end_ids: set[int], sampling: Sampling, seeds: list[int]
     ) -> list[list[int]]:
-        """Give what the model writes after each prompt's token ids, up to and with the first id of `end_ids`.
+        """The answer to each prompt as token ids, up to and including the first id of `end_ids`.
 
         Args:
-            seeds: of each prompt, 0 .. 2^63 - 1.
+            prompts: token ids of each.
+            seeds: of each answer, 0 .. 2^63 - 1.
 
         Raises:
             RefusedEndpointError: the servers refuse a prompt. The message names no server.
-            EndpointError: they failed otherwise.
+            EndpointError: the servers failed in another way.
         """
 
     @abstractmethod
     def run_batches(self, batches: Sequence[Batch], work: Callable[[Batch], None]) -> Iterator[Batch]:
-        """Call `work` on each batch; give the batches as they are done.
+        """Call `work` on each batch and yield the batches in completion order.
 
         Raises:
-            PeagleError: some batches failed; all others have been given before, unless the run ended early.
+            PeagleError: some batches failed; all others were yielded before, unless too many failed in succession.
         """
 
     def render(
         self, messages: list[dict[str, Any]], tools: list[Any] | None = None, add_generation_prompt: bool = True
     ) -> str:
-        """Write a chat as text by the chat template.
+        """Render a chat with the chat template.
 
         Raises:
             Unlearnable: the template refuses the chat.
@@ -144,7 +145,11 @@ class ChatModel(ABC):
         )
 
     def user_turn(self) -> tuple[list[int], set[int]]:
-        """Give the token ids that lead up to a user's first words, and the ids that end a user's turn."""
+        """The token ids up to a user's first words, and the ids of which any ends a user's turn.
+
+        Raises:
+            PeagleError: the chat template writes no tag before a user's words.
+        """
         try:
             text = self.render([{"role": "user", "content": _PLACEHOLDER}], add_generation_prompt=False)
         except Unlearnable:
@@ -211,10 +216,10 @@ class LocalChatModel(ChatModel):
 
 
 class _Draw(LogitsProcessor):
-    """Makes the likeliest token a random one, drawn for each answer with a generator of its own.
+    """Samples by the Gumbel trick: adds noise to the logits so that greedy search draws tokens at random.
 
-    To logits l, noise -log e is added with e exponentially distributed: the largest sum is at i with the probability
-    softmax(l)_i (Gumbel).
+    The noise is -log e with e exponentially distributed, so the largest sum is at token i with the probability
+    softmax(logits)_i. Each answer has a random generator of its own.
     """
 
     def __init__(self, sampling: Sampling, seeds: list[int], device: torch.device):
@@ -236,13 +241,13 @@ class _Draw(LogitsProcessor):
 
 
 class ServedChatModel(ChatModel):
-    """A model that vLLM servers run, any of them the same.
+    """A model that is run by vLLM servers; any of them can answer any prompt.
 
     Args:
         endpoint: URL[,URL...]
-        concurrency: chats that are answered at a time.
-        request_timeout: seconds for an answer.
-        max_retries: of a request that fails, by each server.
+        concurrency: chats that are answered at the same time.
+        request_timeout: seconds to wait for an answer.
+        max_retries: how often a request that fails is repeated at each server.
     """
 
     batch_size = 1

@@ -1,4 +1,7 @@
-"""What a chat template makes of chats: their text, and what it writes around an answer."""
+"""Rendering chats with a chat template, probing what the template writes, and checking that it shows a chat whole.
+
+What the template hides must not be trained on: the verifier would not see it, or not write it.
+"""
 
 import json
 import re
@@ -13,30 +16,31 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from ..errors import PeagleError
 from .chats import Chat, Unlearnable
 
-# A letter of the private use area: no answer and no chat template begins or ends with it.
+# A letter of Unicode's private use area, with which no answer and no chat template begins or ends.
 PROBE = "\ue000"
+_THINK_TAG = re.compile(r"</?think>")
 TEMPLATE_ERROR = "the chat template refuses it"
 _ROLES = ("system", "user", "assistant", "tool")
 _GENERATION_MARK = re.compile(r"{%-?\s*generation\s*-?%}")
 
 Span = tuple[int, int]
-"""Where a piece of text begins and ends, in characters."""
+"""Beginning and end of a piece of text, in characters."""
 
 
 class Refused(Unlearnable):
-    """An answer that the chat template refuses or doesn't show whole; handed over in another form it may."""
+    """An answer that the chat template refuses or doesn't show whole. In another form of the messages it may."""
 
 
 @dataclass(frozen=True)
 class TemplateKind:
-    """What a chat template does with the simplest chats.
+    """Properties of a chat template, found by rendering the simplest chats.
 
     Args:
         is_marking: whether it has {% generation %} marks.
         roles_of_parts: the roles whose content it wants as a list of parts.
-        generation_prompt: what it writes after a question to have it answered; empty if it writes nothing.
-        prompt_tail: all that it writes after the question to have it answered: its closing, and the generation prompt.
-        closing: what it writes after a plain answer; None if it refuses the probe.
+        generation_prompt: the text that `add_generation_prompt` adds after a question; may be empty.
+        prompt_tail: all text after a question with `add_generation_prompt`: its closing and the generation prompt.
+        closing: the text after a plain answer; None if the template refuses the probe.
         end_of_turn: how many characters of the closing the verifier generates.
         stop_tokens: the tokens that end a plain turn, the likeliest first.
         next_token: the first special token after an answer in the middle of a chat, with the space before it; or empty.
@@ -91,9 +95,9 @@ class ChatRenderer:
         return self.render(Chat([*chat.messages[:index], answer], chat.tools), index + 1)[0]
 
     def render(self, chat: Chat, count: int, add_generation_prompt: bool = False) -> tuple[str, list[Span] | None]:
-        """Render the first messages of a chat; give the text and the spans that the template marks, None if none.
+        """Render the first `count` messages of a chat; returns the text, and the spans that the template marks or None.
 
-        This is `apply_chat_template` short of the tokens, whose mask loses marks that begin with a trimmed space.
+        Like `apply_chat_template`, but before tokenization, whose mask loses marks that begin with a trimmed space.
 
         Raises:
             Unlearnable: the template refuses the messages.
@@ -129,7 +133,7 @@ class ChatRenderer:
             ) from error
 
     def kind(self, has_tools: bool) -> TemplateKind:
-        """What a template does with the simplest chats, found out once."""
+        """The template's properties, probed once with tools and once without."""
         if has_tools not in self._kinds:
             self._kinds[has_tools] = self._probe(has_tools)
         return self._kinds[has_tools]
@@ -176,9 +180,9 @@ class ChatRenderer:
         )
 
     def _end_of_turn(self, closing: str, following: str) -> int:
-        """Length of what the verifier generates of a closing: through its first special token, 0 if it has none.
+        """Number of a closing's characters that the verifier generates: through its first special token, 0 without one.
 
-        The token that ends all text may come right after another one that only closes the content; it counts if the
+        The end-of-sequence token may follow another special token that only closes the content; it counts if the
         template writes both in the middle of a chat too.
         """
         found = self._special_token.search(closing)
@@ -218,14 +222,18 @@ def joined(content: Any) -> str:
     return content or ""
 
 
-_THINK_TAG = re.compile(r"</?think>")
-
-
 def check_shown(renderer: ChatRenderer, chat: Chat, index: int, answer: str) -> int:
-    """Check that the template shows an answer whole; give where the last part of it ends in the answer's text.
+    """Check that the template shows an answer whole.
+
+    Args:
+        index: of the answer in `chat.messages`.
+        answer: the answer's part of the rendered text.
+
+    Returns:
+        Where the last part of the message ends in `answer`, in characters.
 
     Raises:
-        Unlearnable: a part of it is missing.
+        Unlearnable: a part of the message is missing.
     """
     message = chat.messages[index]
     calls = message.get("tool_calls") or []
@@ -258,7 +266,11 @@ def check_shown(renderer: ChatRenderer, chat: Chat, index: int, answer: str) -> 
 
 
 def hidden_message(renderer: ChatRenderer, chat: Chat, first: int, last: int, prompt: str) -> str | None:
-    """Say which of some messages the template doesn't show, if there is one."""
+    """Say that the template doesn't show one of the messages from `first` to before `last`, or None.
+
+    Args:
+        prompt: the rendered text of the chat before message `last`.
+    """
     for index in range(first, last):
         message = chat.messages[index]
         content = joined(message.get("content"))
@@ -276,7 +288,7 @@ def hidden_message(renderer: ChatRenderer, chat: Chat, first: int, last: int, pr
 
 
 def pieces_of(message: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """The parts of an answer's text that the template must show, each after the reason if it doesn't."""
+    """The parts of an answer that the template must show, each as (reason if it doesn't, text)."""
     if reasoning := (message.get("reasoning_content") or "").strip():
         yield "the chat template does not show reasoning", reasoning
     content = joined(message.get("content"))
@@ -292,7 +304,7 @@ def pieces_of(message: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _find(piece: str, text: str, start: int) -> int | None:
-    """Where a piece of text ends, as it is or as JSON writes it; from `start` on if it is there."""
+    """End of a piece of text, verbatim or as JSON writes it, at or after `start` if possible; None if it is missing."""
     for written in (piece, json.dumps(piece, ensure_ascii=False)[1:-1], json.dumps(piece)[1:-1]):
         for begin in (start, 0):
             if (at := text.find(written, begin)) >= 0:

@@ -1,4 +1,4 @@
-"""Reading conversations: rows in the shapes that people have, brought into one shape."""
+"""Reading conversations: rows of the data, in any of the usual shapes, become a `Chat`."""
 
 import json
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ ROLES = {
     "observation": "tool",
     "ipython": "tool",
 }
-"""What a row may call a role, and the role that the chat template sees."""
+"""Names of roles in the data, and the role that the chat template gets for each."""
 
 PREFERENCES = ("chosen", "rejected")
 
@@ -42,7 +42,7 @@ class Unlearnable(Exception):
 
     Args:
         reason: why, in a few words.
-        field: which part of the row it is about, if it isn't the whole.
+        field: the part of the row that the reason is about; None for the whole row.
     """
 
     def __init__(self, reason: str, field: str | None = None) -> None:
@@ -55,10 +55,10 @@ class Chat:
     """A conversation as `apply_chat_template` takes it.
 
     Args:
-        messages: their role, content and whatever else the chat template may show.
+        messages: dicts of role, content and all other fields that the chat template may show.
         tools: JSON schemas of the tools on offer, or None.
-        excluded: for assistant messages that are not to be trained on the reason, by index.
-        fields: where in its row each message was found.
+        excluded: the assistant messages that must not be trained on, by index, and why.
+        fields: the field of its row in which each message was found, such as `messages[2]`.
     """
 
     messages: list[dict[str, Any]]
@@ -67,21 +67,25 @@ class Chat:
     fields: tuple[str, ...] = field(default=(), compare=False)
 
     def field_of(self, index: int) -> str:
-        """Where in its row a message was found."""
+        """The field of its row in which a message was found, such as `messages[2]`."""
         return self.fields[index] if index < len(self.fields) else f"messages[{index}]"
 
 
 def read_chat(row: dict[str, Any], place: str, preference: str | None = None) -> Chat:
-    """Bring a row into one shape, whichever of these it has.
+    """Read a row of the data that has one of these shapes.
 
     - `messages`, `conversations` or `conversation`: messages with role/content or from/value, or pairs of question and
       answer;
     - `prompt`, `instruction` (with `input`), `question` or `query`, and `completion`, `response`, `output` or `answer`;
     - a preference row with `chosen` and `rejected`, with or without a `prompt`; `preference` says which to take.
 
-    Every field of a message is kept for the chat template; those that are null are as good as absent. Reasoning is
-    given under each name that templates know, a tool call's arguments as an object where the row has JSON text. The
-    row's `system` comes first. Answers with `weight` 0, `train` false or `loss` false are not to be trained on.
+    Every field of a message that isn't null is kept for the chat template. Reasoning is stored under each name that
+    templates know, and a tool call's arguments as an object also if the row has them as JSON text. The row's `system`
+    becomes the first message. Answers with `weight` 0, `train` false or `loss` false are not trained on.
+
+    Args:
+        place: where the row was found, for error messages.
+        preference: "chosen" or "rejected", the answer to take of preference rows; None refuses such rows.
 
     Raises:
         PeagleError: the row has another shape, a field has the wrong type or a role is unknown.
@@ -106,14 +110,14 @@ def read_chat(row: dict[str, Any], place: str, preference: str | None = None) ->
 
 
 def count_answers(row: dict[str, Any]) -> int:
-    """How many assistant turns a row has that can't be read; at least 1."""
+    """Number of assistant turns in a row that can't be read; at least 1."""
     messages: list[Any] = next((row[name] for name in _CONVERSATION_FIELDS if isinstance(row.get(name), list)), [])
     roles = [message.get("from", message.get("role")) for message in messages if isinstance(message, dict)]
     return max(1, sum(isinstance(role, str) and ROLES.get(role) == "assistant" for role in roles))
 
 
 def _raw_messages(row: dict[str, Any], place: str, preference: str | None) -> tuple[list[Any], list[str]]:
-    """The messages of a row as it has them, and where each of them is."""
+    """The messages of a row as they are, and the field in which each was found."""
     present = [name for name in row if row[name] is not None]
     # A `conversation` that is no list names the conversation that the row is a part of.
     named = [name for name in present if name != "conversation" or isinstance(row[name], list)]
@@ -210,7 +214,7 @@ def _with_question(row: dict[str, Any], place: str, question: str | None, answer
 
 
 def _exclusion(fields: dict[str, Any]) -> str | None:
-    """Say that these fields of a message or a row tell not to train on it, if they do."""
+    """The reason why a message or a row must not be trained on, if one of its fields says so."""
     for name in (*_TRAIN_FIELDS, "label"):
         value = fields.get(name)
         is_no = value is False or (name != "label" and isinstance(value, int | float) and value == 0)
@@ -254,7 +258,7 @@ def _read_message(message: Any, place: str, field: str) -> dict[str, Any]:
 
 
 def _text(content: Any, message: dict[str, Any], place: str, field: str) -> str:
-    """The text of a content, which may be a list of parts; thoughts among them go into the message's reasoning."""
+    """A content as text. Of a list of parts, thinking parts are moved into the message's reasoning."""
     if content is None:
         return ""
     if isinstance(content, str):
@@ -277,7 +281,7 @@ def _text(content: Any, message: dict[str, Any], place: str, field: str) -> str:
 
 
 def _decoded_call(value: Any, field: str) -> list[Any]:
-    """The function calls that ShareGPT writes as the text of a message."""
+    """The function calls of a ShareGPT message, which holds them as JSON text."""
     try:
         decoded = json.loads(value) if isinstance(value, str) else value
     except json.JSONDecodeError as error:

@@ -162,7 +162,7 @@ class OwnRequests:
 
     @contextmanager
     def request(self) -> Iterator[str]:
-        """Yield a new request's id. The request's files are kept while the block runs; those left then are removed.
+        """Yield a new request's id. Its files are kept while the block runs; those that are left then are removed.
 
         A file that the server writes later is removed by another request, another client or the server's launcher.
 
@@ -190,7 +190,7 @@ class OwnRequests:
                 remove_unwanted(self.folder, self)
 
     def _mark(self) -> None:
-        """Create and lock this client's marker file. It gets its name only when it is locked; each name is used once."""
+        """Create and lock this client's marker file, and only then give it its name; each name is used once."""
         if fcntl is None:
             raise PeagleError(
                 "Hidden states from a vLLM server take file locks (flock), which Windows doesn't have. Extract them "

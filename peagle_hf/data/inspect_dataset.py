@@ -1,4 +1,4 @@
-"""`peagle-hf data`: what is in a prepared dataset, as a page to look at and as JSON; and what a template does."""
+"""`peagle-hf data inspect`: what a prepared dataset holds, as an HTML page and as JSON."""
 
 import base64
 import io
@@ -32,12 +32,12 @@ NUM_EXAMPLES, NUM_FREQUENT = 8, 40
 _QUANTILES = {"min": 0, "5%": 5, "25%": 25, "median": 50, "75%": 75, "95%": 95, "99%": 99, "max": 100}
 _TEMPLATE = Path(__file__).with_name("inspect_dataset.html")
 _LONGEST_CHARACTER = 4
-"""Tokens that one character may be spread over: bytes of UTF-8."""
+"""Largest number of tokens of one character: bytes of UTF-8."""
 
 
 @dataclass
 class DataArguments(Arguments):
-    """What `peagle-hf data ACTION [FOLDER]` is told."""
+    """Arguments of `peagle-hf data ACTION [FOLDER]`."""
 
     action: Literal["inspect", "template"] = field(
         metadata={
@@ -62,7 +62,7 @@ class DataArguments(Arguments):
     )
     rows: list[int] | None = field(
         default=None,
-        metadata={"help": f"Rows to show in full (default: the first {NUM_EXAMPLES}, as they were drawn)."},
+        metadata={"help": f"Samples to show in full, by row (default: the first {NUM_EXAMPLES}, in random order)."},
     )
     model: str | None = field(
         default=None,
@@ -86,31 +86,31 @@ class DataArguments(Arguments):
 
 @dataclass(frozen=True)
 class DataReport:
-    """What is in a prepared dataset; what its record doesn't tell is None.
+    """What a prepared dataset holds. "Learnt" tokens are those that are trained on; None stands for unknown.
 
     Args:
-        folder: where it is.
-        model: whose tokens they are.
-        num_rows: documents.
-        num_conversations: that they are of.
-        num_tokens: in all rows.
-        num_learnt_tokens: of them with loss mask 1.
-        learnt_share: of all tokens.
-        seq_length: where rows were cut.
-        num_truncated_rows: rows that were cut there.
-        truncated_share: of all rows.
+        folder: path of the dataset.
+        model: the model of the tokenizer.
+        num_rows: samples.
+        num_conversations: number of conversations that these samples come from.
+        num_tokens: tokens of all samples.
+        num_learnt_tokens: tokens with loss mask 1.
+        learnt_share: `num_learnt_tokens` / `num_tokens`.
+        seq_length: number of tokens after which samples were cut.
+        num_truncated_rows: samples that were cut.
+        truncated_share: `num_truncated_rows` / `num_rows`.
         num_cut_tokens: tokens that were cut off.
-        row_tokens: quantiles of tokens of a row.
-        row_learnt_tokens: quantiles of learnt tokens of a row.
-        row_learnt_share: quantiles of the share of a row that is learnt.
+        row_tokens: quantiles of the tokens of a sample.
+        row_learnt_tokens: quantiles of the learnt tokens of a sample.
+        row_learnt_share: quantiles of the share of learnt tokens in a sample.
         sources: what `prepare` counted of each `--data`.
-        skipped: rows that `prepare` left out, by reason.
+        skipped: number of samples and answers that `prepare` left out, by reason.
         vocab_size: of the tokenizer.
-        num_distinct_learnt: different tokens that are learnt somewhere.
-        coverage: for each size of the draft vocabulary the share of the learnt tokens that it holds.
-        unseen_coverage: the share that one chosen by nine tenths of the rows holds of the last tenth.
-        tokens_for_share: for each share of the learnt tokens the smallest draft vocabulary that holds it.
-        most_frequent: the learnt tokens that are most frequent, with text, count and share.
+        num_distinct_learnt: distinct tokens that are learnt anywhere.
+        coverage: for each size of the draft vocabulary its share of the learnt tokens.
+        unseen_coverage: the same for a draft vocabulary chosen by nine tenths of the samples, on the last tenth.
+        tokens_for_share: for each share of the learnt tokens the size of the smallest draft vocabulary that has it.
+        most_frequent: the most frequent learnt tokens, with text, count and share.
     """
 
     folder: str
@@ -220,7 +220,7 @@ def _tokenizer(arguments: DataArguments, folder: Path, record: dict[str, Any]) -
 
 
 def _row_counts(data: "datasets.Dataset") -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and learnt tokens of each row, both int64 [rows]."""
+    """Tokens and learnt tokens of each sample, both int64 [samples]."""
     learnt = [
         int(np.sum(mask))
         for batch in data.select_columns(["loss_mask"]).with_format("numpy").iter(batch_size=1000)
@@ -230,7 +230,7 @@ def _row_counts(data: "datasets.Dataset") -> tuple[np.ndarray, np.ndarray]:
 
 
 def _learnt_counts(folder: Path, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """How often each id of the vocabulary is learnt, int64 [V]."""
+    """How often each id of the vocabulary is trained on, int64 [V]."""
     frequencies = load_token_freq(folder / "token_freq.pt")
     pairs = frequencies.items() if isinstance(frequencies, dict) else enumerate(frequencies.tolist())
     seen = {token_id: count for token_id, count in pairs if count}
@@ -240,7 +240,7 @@ def _learnt_counts(folder: Path, tokenizer: PreTrainedTokenizerBase) -> np.ndarr
 
 
 def _count_last(data: "datasets.Dataset", vocab_size: int) -> np.ndarray:
-    """How often each id is learnt in the last tenth of the rows, which are in random order; int64 [V]."""
+    """How often each id is trained on in the last tenth of the samples, which are in random order; int64 [V]."""
     counts = np.zeros(vocab_size, dtype=np.int64)
     last = data.select(range(len(data) - (len(data) + 9) // 10, len(data))).with_format("numpy")
     for batch in last.iter(batch_size=1000):
@@ -304,13 +304,18 @@ def _quantiles(values: np.ndarray) -> dict[str, float]:
 
 
 def _coverage(chosen_by: np.ndarray, counts: np.ndarray, size: int) -> float:
-    """The share of the counted tokens that a draft vocabulary of this size holds."""
+    """Share of the counted tokens that are in a draft vocabulary of this size.
+
+    Args:
+        chosen_by: counts by which the vocabulary is chosen, int64 [V].
+        counts: counts of the tokens to cover, int64 [V].
+    """
     _, is_drafted = draft_vocabulary(dict(enumerate(chosen_by.tolist())), size, len(counts))
     return float(counts[is_drafted.numpy()].sum() / max(1, counts.sum()))
 
 
 def _visible(tokenizer: PreTrainedTokenizerBase, token_id: int) -> str:
-    """A token as text, its spaces and newlines visible; as the vocabulary has it where it is no whole character."""
+    """A token as text with visible spaces and newlines; if it is no whole character, its name in the vocabulary."""
     text = _decode(tokenizer, [token_id])
     if not text or "\ufffd" in text:
         return str(tokenizer.convert_ids_to_tokens(token_id))
@@ -324,7 +329,7 @@ def _decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
 def _example(
     data: "datasets.Dataset", row: int, record: dict[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
-    """A row for the page: its runs of learnt and other tokens, each a list of (token ids, text)."""
+    """A sample for the page: its runs of learnt and of other tokens, each a list of (token ids, text)."""
     sample = data.with_format(None)[row]
     runs = groupby(zip(sample["loss_mask"], sample["input_ids"], strict=True), key=lambda pair: pair[0])
     tokens = []
@@ -349,7 +354,7 @@ def _example(
 def _pieces(
     tokenizer: PreTrainedTokenizerBase, before: list[int], token_ids: list[int]
 ) -> Iterator[tuple[list[int], str]]:
-    """The text that each token adds to what is before it; tokens that are one character only together stay together."""
+    """The text that each token adds to those before it; tokens that only together are a character stay together."""
     pending: list[int] = []
     for number, token_id in enumerate(token_ids, 1):
         pending.append(token_id)
@@ -361,7 +366,7 @@ def _pieces(
 
 
 def _picture(draw: Callable[[Any], None]) -> str:
-    """A drawing as the address of an SVG, for an `img`."""
+    """A drawing as a data URL of an SVG, for an `img` tag."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 

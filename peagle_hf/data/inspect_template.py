@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 EXACT, MARKED, LEFT_OUT = "exact", "by the template's marks", "left out"
 _PAGE = Path(__file__).with_name("inspect_template.html")
 _COLOURS, _BRACKETS = ("\033[1;32m", "\033[0m"), ("⟦", "⟧")
-"""What stands around text that is trained on, in a terminal and elsewhere."""
+"""Marks around text that is trained on: colours in a terminal, else brackets."""
 
 
 def _user(content: Any) -> dict[str, Any]:
@@ -139,21 +139,21 @@ KINDS: dict[str, tuple[list[dict[str, Any]], bool]] = {
 
 @dataclass(frozen=True)
 class KindResult:
-    """What becomes of one kind of chat.
+    """What is trained on of one kind of chat.
 
     Args:
         kind: which kind, a key of `KINDS`.
         status: `EXACT`, `MARKED` or `LEFT_OUT`, the worst of its answers'.
         num_answers: assistant turns in the chat.
-        left_out: for each of them that isn't trained on, which message it is and why.
-        rows: each row as pieces of text, each with whether it is trained on.
+        left_out: for each answer that isn't trained on, which message it is and why.
+        samples: each sample as pieces of text, each with whether it is trained on.
     """
 
     kind: str
     status: str
     num_answers: int
     left_out: list[tuple[str, str]]
-    rows: list[list[tuple[str, bool]]]
+    samples: list[list[tuple[str, bool]]]
 
 
 def check_template(
@@ -170,14 +170,14 @@ def check_template(
     ]
     results = []
     for kind, chat, masked in zip(KINDS, chats, ChatTokenizer(tokenizer, template_kwargs).mask(chats), strict=True):
-        is_marked = any(row.marked for row in masked.rows)
+        is_marked = any(sample.marked for sample in masked.samples)
         results.append(
             KindResult(
                 kind,
                 LEFT_OUT if masked.left_out else MARKED if is_marked else EXACT,
                 sum(message["role"] == "assistant" for message in chat.messages),
                 [(chat.field_of(entry.message or 0), entry.reason) for entry in masked.left_out],
-                [list(_pieces(tokenizer, row.input_ids.tolist(), row.loss_mask.tolist())) for row in masked.rows],
+                [list(_pieces(tokenizer, one.input_ids.tolist(), one.loss_mask.tolist())) for one in masked.samples],
             )
         )
     return results
@@ -225,8 +225,8 @@ def _lines(results: list[KindResult], opening: str, closing: str) -> Iterator[st
         number = f", {len(result.left_out)} of {result.num_answers} answers" if result.left_out else ""
         yield f"{result.kind}: {result.status}{number}"
         yield from (f"    {where}: {reason}" for where, reason in result.left_out)
-        for row in result.rows:
-            text = "".join(f"{opening}{piece}{closing}" if is_trained_on else piece for piece, is_trained_on in row)
+        for sample in result.samples:
+            text = "".join(f"{opening}{piece}{closing}" if is_trained_on else piece for piece, is_trained_on in sample)
             yield "    | " + text.replace("\n", "\n    | ")
     yield ", ".join(f"{count} {status}" for status, count in _counts(results).items() if count) + "."
     yield f"Text between {opening}these{closing} is trained on."

@@ -1,4 +1,4 @@
-"""Which tokens of a chat the verifier would generate itself: the loss mask, found by rendering with its chat template.
+"""The loss mask of a chat: which tokens the verifier would generate itself, by its chat template.
 
 The rule: every assistant turn ends up in exactly one place. It is trained on whole, through the token that ends the
 turn; or it is left out, with a reason. What the verifier would generate is the difference between two renderings of the
@@ -33,7 +33,7 @@ from .chats import Chat, Unlearnable
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _OPEN_TAG = re.compile(r"[<\[][^<>\[\]\s]*\Z")
-"""A tag that text breaks off in: two tags that begin alike have no token in common."""
+"""An unfinished tag at the end of a text: two tags that begin with the same characters have no token in common."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,14 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class MaskedSample:
-    """The tokens of a chat up to the last answer in it.
+    """A sample of a chat: its tokens up to the last answer that is trained on, and their loss mask.
 
     Args:
         input_ids: int32 [T].
         loss_mask: int8 [T], 1 for tokens that are trained on.
-        ends: for each answer that is trained on in this row the number of tokens up to its end.
+        ends: of each answer that is trained on in this sample the number of tokens up to its end.
         marked: indices of the messages of which the template's own {% generation %} marks leave out a part.
-        messages: index of each answer in `Chat.messages`; empty for rows that were never messages.
+        messages: index of each answer in `Chat.messages`; empty for data that was tokenized already.
     """
 
     input_ids: np.ndarray
@@ -72,15 +72,15 @@ class MaskedSample:
 
 @dataclass(frozen=True)
 class MaskedChat:
-    """What came of a chat: every assistant turn is in one of `rows` or in `left_out`, and in one only."""
+    """The samples of a chat. Every assistant turn is in exactly one of `samples` or in `left_out`."""
 
-    rows: list[MaskedSample]
+    samples: list[MaskedSample]
     left_out: list[LeftOut]
 
 
 @dataclass(frozen=True)
 class _Form:
-    """How messages are handed to the template: templates disagree about what an assistant message looks like.
+    """A form of tool calls in messages: chat templates disagree about it, so several are tried.
 
     Args:
         null: content of an assistant message that only calls tools.
@@ -96,10 +96,13 @@ _FORMS = [_Form(null, arguments_are_text) for arguments_are_text in (False, True
 
 @dataclass(frozen=True)
 class _Answer:
-    """An answer in a rendered text: where it begins and ends, and where in it the template puts its own marks.
+    """An answer in a rendered text, in characters.
 
     Args:
-        is_open: whether its end-of-turn token, if any, is what the template writes next.
+        message: index in `Chat.messages`.
+        start: where it begins.
+        end: where it ends.
+        is_open: its end-of-turn token isn't included, since the template writes it as the first token of the next turn.
         marks: the parts that the template marks with {% generation %}; None if it marks nothing anywhere.
     """
 
@@ -115,8 +118,8 @@ class _Answer:
 
 
 @dataclass
-class _Row:
-    """A rendered text and the answers in it."""
+class _Rendering:
+    """The rendered text of a sample and the answers in it that are trained on."""
 
     text: str
     answers: list[_Answer]
@@ -124,19 +127,19 @@ class _Row:
 
 @dataclass
 class _Plan:
-    """The rows of a chat before they are tokenized."""
+    """The samples of a chat before they are tokenized."""
 
-    rows: list[_Row] = field(default_factory=list)
+    renderings: list[_Rendering] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
 
     @property
     def badness(self) -> tuple[int, int]:
-        """How many answers are left out, and how many because of an error in the template, which says less."""
+        """How many answers are left out, and how many of them because the template raised an error."""
         return len(self.left_out), sum(entry.reason.startswith(TEMPLATE_ERROR) for entry in self.left_out)
 
 
 class ChatTokenizer:
-    """Turns chats into rows of token ids with a loss mask.
+    """Turns chats into samples: token ids with a loss mask.
 
     Trained on are the tokens that the verifier generates: its text as the template writes it (reasoning and tool calls
     too) and the end-of-turn token, on which generation stops; neither the header before them, which the generation
@@ -161,11 +164,11 @@ class ChatTokenizer:
         self._is_added[list(added)] = True
 
     def mask(self, chats: Sequence[Chat]) -> list[MaskedChat]:
-        """Tokenize chats, with the ids and the loss mask of one row or more for each.
+        """Turn each chat into one sample or more.
 
-        Answers stay in one row as long as the template renders them later as it did when they were given. One that
-        it renders otherwise later (Qwen3 takes out earlier reasoning) ends its row there, and the conversation goes
-        on in a new row in which only the later answers are trained on.
+        Answers share a sample as long as the template renders them later as it did when they were given. An answer
+        that it renders differently later (Qwen3 removes earlier reasoning) ends its sample, and the conversation
+        continues in a new sample in which only the later answers are trained on.
 
         Raises:
             PeagleError: the tokenizer has no chat template, or can't tell which characters a token stands for.
@@ -177,25 +180,29 @@ class ChatTokenizer:
                 "--chat-template, or give rows with `input_ids` and `loss_mask`."
             )
         plans = [self._plan(chat) for chat in chats]
-        texts = [row.text for plan in plans for row in plan.rows]
+        texts = [rendering.text for plan in plans for rendering in plan.renderings]
         encoding: Any = (
             self._tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
             if texts
             else {"input_ids": [], "offset_mapping": []}
         )
         tokens = zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
-        return [MaskedChat([self._mask_row(row, *next(tokens)) for row in plan.rows], plan.left_out) for plan in plans]
+        return [
+            MaskedChat([self._mask(rendering, *next(tokens)) for rendering in plan.renderings], plan.left_out)
+            for plan in plans
+        ]
 
-    def _mask_row(self, row: _Row, ids: list[int], offsets: list[Span]) -> MaskedSample:
+    def _mask(self, rendering: _Rendering, ids: list[int], offsets: list[Span]) -> MaskedSample:
+        """The loss mask of a rendered text's tokens: a token counts if it lies wholly in an answer."""
         input_ids = np.array(ids, dtype=np.int32)
         starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
         loss_mask = np.zeros(len(ids), dtype=np.int8)
         answer_ends = []
-        for answer in row.answers:
+        for answer in rendering.answers:
             for start, end in answer.spans:
                 # A token whose spaces are trimmed away is empty: it ends where the answer starts if it is before it.
                 is_inside = (starts >= start) & (ends > start) & (ends <= end)
-                for index in self._straddling(row.text, input_ids, starts, ends, start, end):
+                for index in self._straddling(rendering.text, input_ids, starts, ends, start, end):
                     is_inside[index] = True
                 loss_mask |= is_inside
             answer_ends.append(int(np.searchsorted(starts, answer.end, side="left")))
@@ -203,17 +210,17 @@ class ChatTokenizer:
             input_ids,
             loss_mask,
             answer_ends,
-            [answer.message for answer in row.answers if not _is_covered(row.text, answer)],
-            [answer.message for answer in row.answers],
+            [answer.message for answer in rendering.answers if not _is_covered(rendering.text, answer)],
+            [answer.message for answer in rendering.answers],
         )
 
     def _straddling(
         self, text: str, ids: np.ndarray, starts: np.ndarray, ends: np.ndarray, start: int, end: int
     ) -> Iterator[int]:
-        """Added tokens across a border of an answer that belong to it.
+        """Indices of added tokens that extend beyond an answer but belong to it.
 
-        An added token may swallow the spaces around it (`lstrip`, `rstrip`), but never melts with other text: it is
-        generated if its own text is.
+        An added token may include the spaces around it (`lstrip`, `rstrip`), but never other text: the verifier
+        generates it if its own text lies in the answer.
         """
         is_across = self._is_added[ids] & (ends > start) & (starts < end) & ((starts < start) | (ends > end))
         for index in np.flatnonzero(is_across):
@@ -223,7 +230,7 @@ class ChatTokenizer:
                 yield int(index)
 
     def _plan(self, chat: Chat) -> _Plan:
-        """Find the rows of a chat, in the form of messages in which the template shows most of its answers."""
+        """Find the samples of a chat, with messages in the form in which the template shows most of its answers."""
         if not any(message["role"] == "assistant" for message in chat.messages):
             return _Plan(left_out=[LeftOut(None, "no answer of the assistant")])
         kind = self._renderer.kind(bool(chat.tools))
@@ -261,17 +268,17 @@ class ChatTokenizer:
             except Unlearnable as error:
                 plan.left_out.append(LeftOut(index, str(error), isinstance(error, Refused)))
                 continue
-            row = plan.rows[-1] if plan.rows else None
-            if row is not None and text.startswith(row.text[: row.answers[-1].end]):
-                row.answers[-1] = _closed(row.answers[-1], text, chat.messages, kind)
-                row.text = text
-                row.answers.append(answer)
+            last = plan.renderings[-1] if plan.renderings else None
+            if last is not None and text.startswith(last.text[: last.answers[-1].end]):
+                last.answers[-1] = _closed(last.answers[-1], text, chat.messages, kind)
+                last.text = text
+                last.answers.append(answer)
             else:
-                plan.rows.append(_Row(text, [answer]))
+                plan.renderings.append(_Rendering(text, [answer]))
         return plan
 
     def _find_answer(self, chat: Chat, index: int, prompt: str, kind: TemplateKind) -> tuple[str, _Answer]:
-        """Render a chat up to an answer; give the text of its row and where in it the answer is."""
+        """Render a chat up to an answer; returns the text of its sample and the answer in it."""
         text, marks = self._renderer.render(chat, index + 1)
         if text.startswith(prompt):
             start = self._end_of_header(chat, index, text, prompt, kind)
@@ -292,8 +299,8 @@ class ChatTokenizer:
     def _end_of_header(self, chat: Chat, index: int, text: str, prompt: str, kind: TemplateKind) -> int:
         """Where the answer begins in a text that begins with the prompt.
 
-        That is the end of the prompt, unless the template gives a generation prompt elsewhere but none here (after a
-        system message, or after another answer): then what it writes before any answer is the header.
+        That is the end of the prompt, unless the template writes a generation prompt elsewhere but none here (after a
+        system message, or after another answer): then the header is the text that it writes before any answer.
         """
         if prompt.endswith(kind.generation_prompt) or prompt != self._renderer.render(chat, index)[0]:
             return len(prompt)
@@ -309,12 +316,12 @@ class ChatTokenizer:
 
         A prompt may begin the answer itself with something that this answer does not begin with (`<think>` for an
         answer without reasoning). Then the answer begins after what the prompt, this answer and any other answer
-        share, if the conversation before it is still the same. If the template has taken something out of the
-        conversation or put something into it (a system prompt that it shows in the last user turn only, earlier
-        reasoning, a line break), the row is the prompt with the answer after it, as the verifier would see them.
+        share, if the conversation before it is still the same. If the template has removed something from the
+        conversation or inserted something (a system prompt that it shows in the last user turn only, earlier
+        reasoning, a line break), the sample is the prompt followed by the answer, as the verifier would see them.
 
         Returns:
-            The text of the row, where the answer begins in it, and how far it has moved there.
+            The text of the sample, where the answer begins in it, and by how many characters it has moved there.
         """
         other = self._renderer.render_other(chat, index, PROBE)
         header = _common_prefix(text, other)
@@ -366,9 +373,9 @@ class ChatTokenizer:
         return end
 
     def _end_of_answer(self, chat: Chat, index: int, text: str, start: int, kind: TemplateKind) -> tuple[int, bool]:
-        """Where generation stops, after the end-of-turn token; and whether that token may be what comes next.
+        """Where generation stops: after the end-of-turn token. And whether that token may be the next turn's first one.
 
-        What the template writes after the content is seen on a plain answer. An answer that closes otherwise (Llama
+        The template's text after the content is known from a plain answer. An answer that closes differently (Llama
         3.1 ends some tool calls with `<|eom_id|>`) ends with the same token if it has it, else with its last special
         token. Without a special token the answer is its content alone.
         """
@@ -391,7 +398,7 @@ class ChatTokenizer:
 
 
 def _closed(answer: _Answer, text: str, messages: list[dict[str, Any]], kind: TemplateKind) -> _Answer:
-    """Add to an answer the end-of-turn token that the template writes as the next turn's first token."""
+    """Extend an answer by the end-of-turn token that the template writes as the next turn's first token."""
     follower = messages[answer.message + 1 : answer.message + 2]
     if not answer.is_open or not follower:
         return answer
@@ -433,7 +440,7 @@ def _is_answer(message: dict[str, Any]) -> bool:
 
 
 def _is_covered(text: str, answer: _Answer) -> bool:
-    """Whether the template's marks, if it has any, leave out nothing but space of an answer."""
+    """Whether the template's marks, if it has any, cover an answer except for white space."""
     end = answer.start
     for start, stop in answer.spans:
         if text[end:start].strip():

@@ -1,4 +1,4 @@
-"""Prompts: what users say, read from files and hub datasets, without those that resemble each other."""
+"""Prompts: the user turns of files and hub datasets, and the removal of near-duplicates among them."""
 
 import hashlib
 import json
@@ -30,15 +30,15 @@ MAX_PROMPT_SIMILARITY = 0.5
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _ODD = 0x9E3779B97F4A7C15
-"""An odd number by which the hashes of a run of words are told apart from those of the same words in another order."""
+"""Odd multiplier of the hash of a run of words, so that the order of the words counts."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """The user's turns of a chat, after the system messages if there are any.
+    """The user's turns of a chat, and its system messages.
 
     Args:
-        tools: that the chat offers; None if there are none.
+        tools: JSON schemas of the tools that the chat offers, or None.
         place: file name (without its folder) and line, or the hub dataset and row, where the prompt was read.
     """
 
@@ -50,13 +50,13 @@ class Prompt:
     place: str = ""
 
     def dropped(self, reason: str) -> dict[str, str]:
-        """Give the entry of a report that says why this prompt is left out."""
+        """The entry of a report about this prompt, which is left out, with the reason."""
         place = {"place": self.place} if self.place else {}
         return {"id": self.id, "category": self.category, **place, "reason": reason}
 
     @property
     def digest(self) -> str:
-        """32 hex digits of the content: prompts of equal content have the same, wherever they stand in a file."""
+        """32 hex digits of SHA-256 of the content, without id, category and place."""
         content = [self.system, self.turns, *([self.tools] if self.tools else [])]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -68,7 +68,7 @@ def read_prompts(
 
     Args:
         dropped: receives an entry (`Prompt.dropped`) for each row that can't be used.
-        to_answer: drop rows that no model can be given. Prompts that are only compared with others may be such rows.
+        to_answer: also drop rows that no model can answer; False for prompts that are only compared with others.
 
     Raises:
         PeagleError: the source can't be read or a row is malformed.
@@ -97,7 +97,7 @@ def read_prompts(
 
 
 def _check_answerable(prompt: Prompt, roles: list[str]) -> None:
-    """Raise `Unlearnable` for a prompt that no model can be given."""
+    """Raise `Unlearnable` for a prompt that no model can answer."""
     if _SURROGATE.search(json.dumps([prompt.system, prompt.turns, prompt.tools], ensure_ascii=False)):
         raise Unlearnable("it holds half a surrogate pair, which is no text")
     if "tool" in roles and "user" in roles[roles.index("tool") :]:
@@ -105,12 +105,12 @@ def _check_answerable(prompt: Prompt, roles: list[str]) -> None:
 
 
 def _label(row: dict[str, Any], names: Sequence[str], default: str) -> str:
-    """Give the first of these fields that isn't null, as text that can be written to a file."""
+    """The first of these fields that isn't null, as text that can be written to a file."""
     return _writable(str(next((row[name] for name in names if row.get(name) is not None), default)))
 
 
 def _without_folder(place: str) -> str:
-    """Name a file without its folder: what is written about a prompt may be published."""
+    """The place without the file's folder, since what is written about a prompt may be published."""
     source, comma, number = place.rpartition(", ")
     is_path = source.count("/") > 1 or Path(source).exists()
     return f"{Path(source).name if is_path else source}{comma}{number}"
@@ -122,7 +122,7 @@ def _writable(text: str) -> str:
 
 
 def _with_content(prompt: Prompt, row: dict[str, Any], place: str) -> tuple[Prompt, list[str]]:
-    """Fill in what a row says, and give the roles of its messages too."""
+    """The prompt with the content of a row, and the roles of the row's messages."""
     tools = None
     if (turns := row.get("turns")) is not None:
         if not (isinstance(turns, list) and turns and all(isinstance(turn, str) and turn.strip() for turn in turns)):
@@ -139,7 +139,7 @@ def _with_content(prompt: Prompt, row: dict[str, Any], place: str) -> tuple[Prom
 
 
 def distinct(prompts: list[Prompt], excluded: list[Prompt], dropped: list[dict[str, str]]) -> list[Prompt]:
-    """Keep the prompts that resemble neither an excluded one nor one kept before.
+    """Remove prompts that resemble an excluded prompt or one that was kept before.
 
     A prompt resembles an excluded one also if a single turn of it does, or if it resembles the other's first turn.
     """
@@ -181,13 +181,13 @@ def _turns_5_grams(prompt: Prompt) -> list[np.ndarray]:
 
 
 class _NearDuplicates:
-    """Finds out whether a set of 5-grams resembles one that was added, exactly.
+    """Finds whether a set of 5-grams resembles one that was added before, without approximation.
 
     Comparing all pairs would take hours for 100,000 prompts, so this is the prefix filter of PPJoin. Sets of a and b
     5-grams have a Jaccard similarity above s (`MAX_PROMPT_SIMILARITY`) if they have more than s / (1 + s) · (a + b) in
     common. Sort the 5-grams of each by one order, the rarest first: the first common one must have that many behind it
     in both sets. So only sets are compared that share a 5-gram early enough in this order, and what many prompts
-    share, such as an instruction that all of them begin with, comes last. 5-grams that only one set has are not stored.
+    share, such as an instruction that all of them begin with, comes last. 5-grams of only one set are not stored.
 
     Args:
         sets: all sets that will be added or looked for, known by their number: unique 64-bit hashes each.
@@ -218,7 +218,7 @@ class _NearDuplicates:
         self.smallest[ranks] = np.minimum(self.smallest[ranks], self.sizes[number])
 
     def find(self, number: int) -> bool:
-        """Whether a set that was added resembles this one."""
+        """Whether a set that was added before resembles this one."""
         size, own = self.sizes[number], self.shared[number]
         ranks, places = self._prefix(number)
         may_lead = size - places > _needed(size, self.smallest[ranks])
@@ -237,7 +237,7 @@ class _NearDuplicates:
         return False
 
     def _prefix(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Give the members by which a set may be found: their ranks, and their places in the order of all its members.
+        """The members by which a set may be found: their ranks, and their places in the order of all its members.
 
         One at place p leaves size - p, and even the smallest set that is alike has more than s · size in common.
         """
@@ -248,12 +248,12 @@ class _NearDuplicates:
 
 
 def _needed(size: Any, other_size: Any) -> Any:
-    """Give the number of common members above which two sets of these sizes are near-duplicates."""
+    """The number of common members above which two sets of these sizes are near-duplicates."""
     return (size + other_size) * MAX_PROMPT_SIMILARITY / (1 + MAX_PROMPT_SIMILARITY)
 
 
 def _positions(values: np.ndarray, among: np.ndarray) -> np.ndarray:
-    """Give where values are in a sorted array; those that aren't in it are left out."""
+    """Indices of values in a sorted array; values that aren't in it are left out."""
     places = np.searchsorted(among, values)
     if not len(among):
         return places[:0]
@@ -261,7 +261,7 @@ def _positions(values: np.ndarray, among: np.ndarray) -> np.ndarray:
 
 
 def _word_5_grams(text: str) -> np.ndarray:
-    """Give the 5-grams of a text's words as sorted, unique 64-bit hashes; a text of fewer words is one gram."""
+    """The 5-grams of a text's words as sorted, unique 64-bit hashes; a text of fewer words is one gram."""
     hashes = np.array([_word_hash(word) for word in words(text)], dtype=np.uint64)
     width = min(5, len(hashes))
     runs = np.zeros(max(1, len(hashes) - width + 1), dtype=np.uint64)
@@ -277,7 +277,7 @@ def _word_hash(word: str) -> int:
 
 
 def words(text: str) -> list[str]:
-    """Give the words of a text, without case, punctuation and Unicode variants (decomposed or full-width letters).
+    """The words of a text, without case, punctuation and Unicode variants (decomposed or full-width letters).
 
     Scripts that put no spaces between words, such as Chinese, Japanese and Thai, give single letters.
     """
@@ -285,5 +285,5 @@ def words(text: str) -> list[str]:
 
 
 def grams(items: Sequence[Any], n: int) -> list[tuple[Any, ...]]:
-    """Give the runs of n items; fewer items are one run."""
+    """All runs of n adjacent items; fewer items than n are one run."""
     return [tuple(items[start : start + n]) for start in range(max(1, len(items) - n + 1))]

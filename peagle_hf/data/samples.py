@@ -66,7 +66,7 @@ class SampleMaker:
                 candidates.append(common | self._sample(content))
             elif isinstance(content, Chat):
                 chat = next(masked)
-                candidates += [common | self._sample(row) for row in chat.rows]
+                candidates += [common | self._sample(sample) for sample in chat.samples]
                 for entry in chat.left_out:
                     where = None if entry.message is None else content.field_of(entry.message)
                     candidates.append(common | _left_out(entry.reason, place, where, int(where is not None)))

@@ -1,4 +1,4 @@
-"""Opening sources of rows: files in the formats that people have, folders, and datasets of the hub."""
+"""Sources of data: files (JSON, Parquet, CSV, compressed), folders and hub datasets, read row by row."""
 
 import bz2
 import codecs
@@ -34,14 +34,14 @@ _SPLIT_WORDS = {
 }
 _CHUNK_CHARACTERS = 1 << 20
 _MOST_CHARACTERS = 100 << 20
-"""No object of a JSON file is longer: what has no end within so many characters is broken."""
+"""Longest object of a JSON file, in characters: one that has no end within these is malformed."""
 _BETWEEN_ITEMS = re.compile(r"[\s,]*")
 _NO_SPACE = re.compile(r"\S")
 
 
 @dataclass(frozen=True)
 class Source:
-    """The rows of files or of a hub dataset, in their own order and read from disk one at a time.
+    """The rows of files or of a hub dataset, in their order, read from disk one at a time.
 
     Args:
         name: as the user gave it.
@@ -57,7 +57,7 @@ class Source:
         return len(self.rows)
 
     def read(self, index: int) -> tuple[str, dict[str, Any]]:
-        """Give where the row of this index was found, for messages, and the row."""
+        """The place of a row, for messages, and the row."""
         row = self.rows[index]
         if self.files is None:
             return f"{self.name}, row {index}", _without_filler(row)
@@ -66,7 +66,7 @@ class Source:
 
 
 def source_name(data: "str | datasets.Dataset") -> str:
-    """What a source is called in messages and records: its name, or for a Dataset in memory its fingerprint."""
+    """Name of a source in messages and records; of a `datasets.Dataset` in memory its fingerprint."""
     return data if isinstance(data, str) else f"datasets.Dataset {data._fingerprint}"
 
 
@@ -79,8 +79,8 @@ def open_source(data: "str | datasets.Dataset", folder: Path) -> Source:
     `org/name`, `org/name:split` or `org/name:configuration:split`, and a folder may have a split too; the split is
     `train` if none is named.
 
-    Files are checked from end to end and copied into `folder`, where their rows are read from without holding them in
-    memory.
+    Files are checked from end to end and copied into `folder`, from which rows are read without holding all of them
+    in memory.
 
     Raises:
         PeagleError: the file or the dataset can't be read, a row is not an object, or there is no row.
@@ -102,7 +102,7 @@ def open_source(data: "str | datasets.Dataset", folder: Path) -> Source:
 
 
 def is_local_file(data: "str | datasets.Dataset") -> bool:
-    """Whether a source is a file or folder of this machine, or is written like one, rather than a dataset."""
+    """Whether a source is a file or folder of this machine, or looks like the path of one; else it is a dataset."""
     if not isinstance(data, str):
         return False
     path, _ = _split_of(data)
@@ -164,7 +164,7 @@ def _check_exists(data: str, path: Path) -> None:
 
 
 def _split_of(data: str) -> tuple[Path, str | None]:
-    """The path of a local source, and the split that is named behind it."""
+    """The path of a local source, and the split if one is named: `PATH:SPLIT`."""
     path = Path(data).expanduser()
     before, colon, split = data.rpartition(":")
     if colon and not path.exists() and Path(before).expanduser().is_dir():
@@ -173,7 +173,7 @@ def _split_of(data: str) -> tuple[Path, str | None]:
 
 
 def _kind(path: Path) -> str | None:
-    """The ending that says what a file holds, or None."""
+    """The ending that tells a file's format, one of `FILE_KINDS`, or None."""
     name = path.name.lower()
     for compression in COMPRESSIONS:
         name = name.removesuffix(compression)
@@ -186,7 +186,7 @@ def _files_in(folder: Path) -> list[Path]:
 
 
 def _files_of_split(folder: Path, split: str | None) -> list[Path]:
-    """The data files of a folder that are of a split: those named after it, or after none if it is `train`."""
+    """The data files of a split in a folder: those named after it; for `train` also those named after no split."""
     by_split: dict[str, list[Path]] = {}
     for file in _files_in(folder):
         if _kind(file) is not None:
@@ -206,7 +206,7 @@ def _files_of_split(folder: Path, split: str | None) -> list[Path]:
 
 
 def _items(path: Path) -> tuple[str, Iterator[tuple[int, Any]]]:
-    """What a file's rows are called, and the rows with their numbers."""
+    """What a file's rows are called in messages (line, item or row), and the rows with their numbers."""
     kind = _kind(path)
     if kind == ".parquet":
         return "row", _parquet_items(path)
@@ -223,7 +223,7 @@ def _items(path: Path) -> tuple[str, Iterator[tuple[int, Any]]]:
 
 
 def _opened(path: Path) -> IO[bytes]:
-    """Open a file to read what it holds when it is decompressed."""
+    """Open a file for reading, decompressed by its ending."""
     ending = path.suffix.lower()
     if ending == ".gz":
         return cast(IO[bytes], gzip.open(path))
@@ -239,7 +239,7 @@ def _opened(path: Path) -> IO[bytes]:
 
 
 class _reading:
-    """Say which file is damaged when reading it fails."""
+    """Turns an error of reading a file into a `PeagleError` that names the file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -256,7 +256,7 @@ class _reading:
 
 
 def _line_items(path: Path) -> Iterator[tuple[int, Any]]:
-    """Decode an object a line, or over several lines; its number is that of its first line."""
+    """Decode one object a line, or objects over several lines; an object's number is that of its first line."""
     with _reading(path), _opened(path) as file:
         for number, line in enumerate(file, 1):
             line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
@@ -286,7 +286,7 @@ def _array_items(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _streamed_items(path: Path, file: IO[str], text: str, line: int | None) -> Iterator[tuple[int, Any]]:
-    """Decode one value after the other from a text and what follows it in a file.
+    """Decode values one after the other from a text and the rest of a file.
 
     Args:
         line: the number of the line where the text begins; None for the items of an array, whose bracket is read.
@@ -339,7 +339,7 @@ def _check_nothing_follows(path: Path, text: str, file: IO[str]) -> None:
 
 
 def _is_incomplete(error: json.JSONDecodeError) -> bool:
-    """Whether more text may make valid JSON of a text that isn't."""
+    """Whether a text that isn't valid JSON may only be incomplete."""
     return "Unterminated" in error.msg or error.pos >= len(error.doc.rstrip()) - 10
 
 
@@ -383,7 +383,7 @@ def _csv_items(path: Path, delimiter: str) -> Iterator[tuple[int, Any]]:
 
 
 def _without_filler(row: dict[str, Any]) -> dict[str, Any]:
-    """Take out the nulls that Arrow puts into a tool call or schema for the fields that other rows have."""
+    """Remove the nulls that Arrow adds to tool calls and schemas for fields that only other rows have."""
     row = dict(row)
     if isinstance(row.get("tools"), list):
         row["tools"] = _without_nulls(row["tools"])
@@ -408,7 +408,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _described(value: Any) -> str:
-    """Stand in for a value of Parquet that JSON doesn't have, such as an image's bytes or a time."""
+    """Text for a value of Parquet that JSON can't hold, such as an image's bytes or a time."""
     return f"{len(value)} bytes" if isinstance(value, bytes) else str(value)
 
 

@@ -1,4 +1,4 @@
-"""The verifier's tokenizer, and the chat template and template variables that the user may choose."""
+"""The verifier's tokenizer, its fingerprints, and the chat template and variables that the user may choose."""
 
 import hashlib
 import json
@@ -31,12 +31,12 @@ _PROBE = (
     "It's 2,048 tokens\n\n\tdef area(r): return 3.14159 * r**2  # naïve, “quoted” \u2014 100%\r\n"
     "Größe, señor, привет, 你好世界, こんにちは, مرحبا, 🙂👍🏽 <b>&amp;</b> snake_case CamelCase 1234567   end "
 )
-"""Text of many kinds, which shows how a tokenizer normalizes and cuts it."""
+"""Text of many kinds, by whose token ids tokenizers are told apart."""
 
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """How chats become text: the same in preparing data, training, measuring and serving.
+    """Chat template and its variables, which must be the same in preparing data, training, measuring and serving.
 
     Args:
         template: text of the chat template that was chosen; None is the tokenizer's own.
@@ -82,7 +82,7 @@ class ChatOptions:
 
 
 def load_tokenizer(model: str, trust_remote_code: bool, chat_template: str | None = None) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a hub name or a folder, with a chat template of one's choice if one is given.
+    """Load the tokenizer of a hub name or a folder, and replace its chat template if one is given.
 
     Raises:
         PeagleError: that is not possible.
@@ -143,14 +143,14 @@ def read_template_kwargs(value: dict[str, Any] | str | None) -> dict[str, Any]:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of what decides over token ids: the vocabulary, the special tokens and the chat template."""
+    """SHA-256 of the vocabulary, the special tokens and the chat template."""
     special_tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     content = [sorted(tokenizer.get_vocab().items()), special_tokens, tokenizer.chat_template]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def tokenization_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """32 hex digits of SHA-256 of how text becomes tokens: the merges, and what becomes of a text with some of all.
+    """32 hex digits of SHA-256 of how text becomes tokens: the merges, and the token ids of a text of many kinds.
 
     Two tokenizers may have the same vocabulary and cut text differently.
     """
@@ -162,5 +162,5 @@ def tokenization_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def vocabulary_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """32 hex digits of SHA-256 of what token ids mean: the vocabulary with its added tokens."""
+    """32 hex digits of SHA-256 of the vocabulary with its added tokens, which says what token ids mean."""
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:32]

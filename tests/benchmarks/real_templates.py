@@ -121,10 +121,10 @@ def main(folder: str) -> None:
         ]
         for chat, masked in zip(chats, ChatTokenizer(tokenizer).mask(chats), strict=True):
             answers = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
-            found = [index for row in masked.rows for index in row.messages]
+            found = [index for row in masked.samples for index in row.messages]
             found += [entry.message for entry in masked.left_out if entry.message is not None]
             lost += len(answers) - len(set(found)) + len(found) - len(set(found))
-            for row in masked.rows:
+            for row in masked.samples:
                 verdicts += judge(tokenizer, chat.messages, chat.tools, row)
         print(path.stem, dict(of_this), flush=True)
     print(f"{len(files)} templates, {len(KINDS)} kinds of chats: {dict(statuses)}")
