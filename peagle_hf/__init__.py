@@ -46,6 +46,7 @@ _MODULE_OF = {
     "prepare": "data.prepare",
     "push": "hub.push",
     "regenerate": "data.regenerate",
+    "register_loss": "training.losses",
     "register_verifier": "verifier.parts",
     "save_adapter": "training.adapters",
     "start_linearly": "training.initialization",
@@ -80,6 +81,7 @@ if TYPE_CHECKING:
     from .training.arguments import PeagleTrainingArguments
     from .training.export import VllmExportCallback
     from .training.initialization import start_linearly
+    from .training.losses import register_loss
     from .training.push_callback import PushToHubCallback
     from .training.run import build_datasets, build_drafter, checkpoint_to_resume, train
     from .training.trainer import PeagleTrainer

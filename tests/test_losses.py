@@ -1,10 +1,16 @@
 """The chunked losses against the plain formulas with whole logits."""
 
+import json
+import runpy
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from site_hooks import blocks
 from torch.nn import functional as F
 
-from peagle_hf import PeagleError
+from peagle_hf import PeagleError, register_loss
 from peagle_hf.training import losses
 
 N, U, H, V = 37, 11, 8, 23
@@ -219,3 +225,40 @@ def test_16_bit_gradients_are_scaled_without_rounding_the_scale(divisor):
     for one, part in zip(whole, scaled, strict=True):
         ratio = (part.double() * divisor * one.double()).sum() / one.double().square().sum()
         assert ratio == pytest.approx(1, abs=5e-4)
+
+
+@pytest.fixture
+def own_losses(monkeypatch):
+    """Forget afterwards what a test registers."""
+    monkeypatch.setattr(losses, "DIVERGENCES", dict(losses.DIVERGENCES))
+
+
+def test_a_loss_from_outside_the_package_trains(own_losses, monkeypatch, tmp_path, tiny_verifier, tiny_data):
+    """The script of docs/training.md: at most 15 lines, whose gradient is that of its distance."""
+    page = Path(__file__).parents[1] / "docs" / "training.md"
+    [script] = [block.code for block in blocks(page.read_text()) if "register_loss(" in block.code]
+    assert len([line for line in script.splitlines() if line]) <= 15
+    (tmp_path / "own_loss.py").write_text(script)
+    flags = (
+        f"--loss-fn hellinger --verifier-name-or-path {tiny_verifier} --data-path {tiny_data} --num-depths 3 "
+        f"--save-path {tmp_path} --num-layers 2 --total-seq-len 64 --epochs 4 --logging-steps 1 --use-cpu"
+    )
+    monkeypatch.setattr(sys, "argv", ["own_loss.py", *flags.split(), "--draft-vocab-size", "64"])
+    runpy.run_path(str(tmp_path / "own_loss.py"))
+    state = json.loads(max(tmp_path.glob("[0-9]/trainer_state.json")).read_text())
+    logged = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+    assert 0 < logged[-1] < logged[0] < 1  # the largest value of the squared distance
+
+    student, head, *rest = inputs(torch.float64)
+    torch.autograd.gradcheck(
+        lambda student, head: losses.distillation_loss(student, head, *rest, {"hellinger": 1.0})[0], (student, head)
+    )
+    assert losses.parse_loss('{"hellinger": 1, "tv": 0.5}') == {"hellinger": 1.0, "tv": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("my loss", "can't name a loss"), ("", "can't name a loss"), ("tv", "comes with peagle_hf")]
+)
+def test_names_that_no_loss_may_have(own_losses, name, message):
+    with pytest.raises(PeagleError, match=message):
+        register_loss(name, losses.DIVERGENCES["tv"])

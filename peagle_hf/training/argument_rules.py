@@ -73,7 +73,7 @@ REFUSED = {
 """Arguments of the Trainer that have no meaning for a drafter or would do harm, and why."""
 
 REFUSED_PARAMETERS = {
-    "compute_loss_func": "losses are chosen by loss_fn; a new one is an entry of peagle_hf.training.losses.DIVERGENCES",
+    "compute_loss_func": "losses are chosen by loss_fn; a new one is added with peagle_hf.register_loss",
     "compute_metrics": "validation counts acceptance and never makes the logits whole",
     "preprocess_logits_for_metrics": "validation counts acceptance and never makes the logits whole",
 }

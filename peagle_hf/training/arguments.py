@@ -165,8 +165,8 @@ class PeagleTrainingArguments(TrainingArguments):
     loss_fn: str = field(
         default="kl_div",
         metadata={
-            "help": "Loss: kl_div, rkl, jsd, ce, tv, nla, lk_hybrid, or weights of several as JSON "
-            '(\'{"kl_div": 0.5, "tv": 0.5}\').'
+            "help": "Loss: kl_div, rkl, jsd, ce, tv, nla, lk_hybrid, a name of peagle_hf.register_loss, or weights of "
+            'several as JSON (\'{"kl_div": 0.5, "tv": 0.5}\').'
         },
     )
     depth_loss_decay: float = field(

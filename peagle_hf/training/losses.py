@@ -90,6 +90,31 @@ DIVERGENCES: dict[str, Divergence] = {
     "nla": _nla,
     "lk_hybrid": _lk_hybrid,
 }
+_BUILT_IN = frozenset(DIVERGENCES)
+
+
+def register_loss(name: str, divergence: Divergence) -> None:
+    """Add a loss that `loss_fn` (`--loss-fn`) then finds by its name, alone or weighted with others.
+
+    Call it before the training arguments are made: they check the name. Registering the same name again replaces the
+    earlier divergence, except for the losses of this library.
+
+    Args:
+        name: letters, digits and underscores, not beginning with a digit.
+        divergence: called with the logarithms of the verifier's and the drafter's probabilities, both float32 (or
+            float64) of shape [n, V] for n slots and a draft vocabulary of V tokens. Returns the divergence of each
+            slot, [n], and its gradient with respect to the drafter's logits, [n, V]. The gradient is asked for
+            because it is formed chunk by chunk, without a graph of autograd. On a GPU the function is compiled by
+            torch.compile, so it should consist of operations on tensors only.
+
+    Raises:
+        PeagleError: the name has other characters, or it is one of this library's own losses.
+    """
+    if not name.isidentifier():
+        raise PeagleError(f"{name!r} can't name a loss. Use letters, digits and underscores, such as 'my_loss'.")
+    if name in _BUILT_IN:
+        raise PeagleError(f"The loss {name!r} comes with peagle_hf and can't be replaced. Register another name.")
+    DIVERGENCES[name] = divergence
 
 
 def parse_loss(loss_fn: str) -> dict[str, float]:
@@ -111,7 +136,7 @@ def parse_loss(loss_fn: str) -> dict[str, float]:
         pass
     raise PeagleError(
         f"The loss {loss_fn!r} is not known. Use one of {', '.join(DIVERGENCES)}, or weights of several as JSON, such "
-        'as {"kl_div": 0.5, "tv": 0.5}.'
+        'as {"kl_div": 0.5, "tv": 0.5}. A loss of your own is added with peagle_hf.register_loss.'
     )
 
 
