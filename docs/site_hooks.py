@@ -1,5 +1,5 @@
-"""Pages that mkdocs makes with the site: the command line from its parsers, the code blocks that CI skips, and the
-faults that the tests inject."""
+"""Pages that mkdocs makes with the site: the architecture, the command line from its parsers, the code blocks that CI
+skips, and the faults that the tests inject."""
 
 import argparse
 import ast
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import architecture
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
@@ -73,6 +74,7 @@ def blocks(markdown: str) -> list[Block]:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages (mkdocs calls this)."""
+    files.append(File.generated(config, "architecture.md", content=architecture.page()))
     files.append(File.generated(config, "cli.md", content=command_line()))
     files.append(File.generated(config, "not-run.md", content=not_run()))
     files.append(File.generated(config, "faults.md", content=faults_page()))
