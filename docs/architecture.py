@@ -1,7 +1,7 @@
 """The architecture page: the packages, their imports and their modules, all read from the source of peagle_hf.
 
-A part is a package of peagle_hf or a module that lies directly in it. `__init__` (the public names) and `__main__` belong
-to no part.
+A part is a package of peagle_hf or a module that lies directly in it. `__init__` (the public names) and `__main__`
+belong to no part.
 """
 
 import ast
@@ -15,8 +15,8 @@ from peagle_hf.cli import COMMANDS
 PACKAGE = Path(__file__).parents[1] / "peagle_hf"
 INTRODUCTION = """# Architecture
 
-This page is made from the source when the site is built: the arrows are the imports, and the sentences are the docstrings'
-first ones. [How it works](design.md) explains the ideas, and the [glossary](glossary.md) the words.
+This page is made from the source when the site is built: the arrows are the imports, and the sentences are the first
+ones of the docstrings. [How it works](design.md) explains the ideas, and the [glossary](glossary.md) the words.
 
 ## Packages
 
@@ -46,7 +46,7 @@ WAY = [
 
 
 def modules() -> dict[str, tuple[Path, ast.Module]]:
-    """Every module's path and syntax tree by its name without `peagle_hf.`, such as `data.cache`; a package's is `data`."""
+    """Every module's path and syntax tree by its name without `peagle_hf.`: `data.cache`; `data` for a package."""
     found = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
@@ -139,7 +139,8 @@ STYLE = """<style>
 .architecture path { fill: none; stroke: var(--md-default-fg-color--light); stroke-width: 1.5; }
 .architecture marker path { fill: var(--md-default-fg-color--light); stroke: none; }
 </style>"""
-ARROW_HEAD = """<defs><marker id="head" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="8" markerHeight="8" orient="auto">
+ARROW_HEAD = """<defs>
+<marker id="head" viewBox="0 0 8 8" refX="8" refY="4" markerWidth="8" markerHeight="8" orient="auto">
 <path d="M0,0 L8,4 L0,8 z"/></marker></defs>"""
 
 
@@ -170,7 +171,8 @@ def _packages_picture(imported: dict[str, set[str]], low_modules: list[str]) -> 
 def _box(x: float, y: float, width: float, title: str, line: str) -> str:
     return (
         f'<rect x="{x - width / 2}" y="{y - BOX_HEIGHT / 2 + 1}" width="{width}" height="{BOX_HEIGHT - 2}"/>'
-        f'<text x="{x}" y="{y - 3}">{escape(title)}</text><text class="small" x="{x}" y="{y + 15}">{escape(line)}</text>'
+        f'<text x="{x}" y="{y - 3}">{escape(title)}</text>'
+        f'<text class="small" x="{x}" y="{y + 15}">{escape(line)}</text>'
     )
 
 
