@@ -1,4 +1,4 @@
-"""Acceptance from cached hidden states alone: no generation, no server, seconds on a GPU."""
+"""`peagle-hf acceptance`: estimate acceptance from cached hidden states, without generation or a server."""
 
 import logging
 import math
@@ -49,31 +49,36 @@ class AcceptanceArguments(Arguments):
         default=None, metadata={"help": "Folder of `peagle-hf extract`. Default: hidden_states in the data path."}
     )
     verifier: str | None = field(
-        default=None, metadata={"help": "Folder or hub name of the target; default: the one in the checkpoint."}
+        default=None, metadata={"help": "Folder or hub name of the verifier; default: the one in the checkpoint."}
     )
     num_speculative_tokens: int | None = field(
-        default=None, metadata={"help": "Tokens to draft at a time; default: as many as it was trained for."}
+        default=None, metadata={"help": "K, the tokens to draft at a time; default: the K that it was trained with."}
     )
     train_data_ratio: float | None = field(
         default=None,
-        metadata={"help": "Take the rows that a training with this --train-data-ratio kept back. Default: all rows."},
+        metadata={
+            "help": "Measure on the samples that a training with this ratio used for validation. Default: all samples."
+        },
     )
     seed: int | None = field(
         default=None,
         metadata={
-            "help": "Seed of that training, which decides what is kept back. Default: the one in the drafter's "
+            "help": "Seed of that training, which determines its validation samples. Default: the one in the drafter's "
             "training.json."
         },
     )
     skip_rows: list[int] | None = field(
         default=None,
         metadata={
-            "help": "Rows of the prepared dataset to leave out, such as those that extract --skip-rows left out."
+            "help": "Numbers of samples of the prepared dataset to leave out, such as those of extract --skip-rows."
         },
     )
-    total_seq_len: int = field(default=8192, metadata={"help": "Positions in a packed row; longer rows are cut."})
+    total_seq_len: int = field(
+        default=8192, metadata={"help": "Positions in a packed sequence; longer samples are cut."}
+    )
     dtype: str = field(
-        default="float32", metadata={"help": "Of the drafter and the verifier's head: float32, bfloat16 or float16."}
+        default="float32",
+        metadata={"help": "Precision of the drafter and the verifier's head: float32, bfloat16 or float16."},
     )
     verifier_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the verifier."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the verifier."})
@@ -97,8 +102,8 @@ class AcceptanceArguments(Arguments):
         check_ranges(self, {"num_speculative_tokens": (1, math.inf), "total_seq_len": (1, math.inf)})
         if self.train_data_ratio is not None and not 0 < self.train_data_ratio < 1:
             raise PeagleError(
-                f"--train-data-ratio is {self.train_data_ratio} but must be above 0 and below 1: with 1 nothing was "
-                "kept back. Leave it out to measure on all rows."
+                f"--train-data-ratio is {self.train_data_ratio} but must be above 0 and below 1: with 1 there are no "
+                "validation samples. Leave it out to measure on all samples."
             )
         if Path(self.output).is_dir():
             raise PeagleError(f"--output {self.output} is a folder. Name a JSON file for the report.")
@@ -107,19 +112,19 @@ class AcceptanceArguments(Arguments):
 
 
 def acceptance(arguments: AcceptanceArguments) -> dict[str, Any]:
-    """Measure a drafter on cached rows; write, log and return the report.
+    """Measure a drafter on cached samples; write, log and return the report.
 
-    At every learnt position the K tokens that the drafter proposes are compared with the verifier's argmax over its
-    whole vocabulary. The report holds, with the names of `evaluate`,
+    At every position that is trained on, the K tokens that the drafter proposes are compared with the verifier's most
+    likely token in its whole vocabulary. The report has, with the names of `evaluate`,
 
     - `acceptance_length` and `per_position_acceptance` of the drafts that decoding the text would make (see
-      `metrics.count_drafts`), and `conditional_acceptance`: accepted at position k / reached it, all before it being
-      accepted; behind them the counts `num_drafts`, `reached`, `accepted`;
-    - `every_anchor`: the same with every learnt position as a draft, and `accuracy`: right at position k / rows there,
-      whatever was proposed before it.
+      `metrics.count_drafts`), and `conditional_acceptance`: drafts accepted at position k / drafts that reach it,
+      because all before it are accepted; with the counts `num_drafts`, `reached`, `accepted`;
+    - `every_anchor`: the same with a draft at every position that is trained on, and `accuracy`: share of the slots of
+      depth k that are right, whatever was proposed before them.
 
     Raises:
-        PeagleError: the checkpoint, the verifier or the cached rows can't be read or don't fit each other.
+        PeagleError: the checkpoint, the verifier or the cache can't be read, or they don't fit each other.
     """
     folder = drafter_folder(arguments.model)
     name, link = drafter_name(arguments.model, folder)
@@ -162,14 +167,14 @@ def acceptance(arguments: AcceptanceArguments) -> dict[str, Any]:
 
 
 def _kept_back(arguments: AcceptanceArguments, folder: Path) -> list[int]:
-    """The rows on which the training of the drafter in this folder validated."""
+    """Numbers of the samples on which the training of this drafter validated."""
     seed = arguments.seed
     if seed is None:
         record = read_record(folder)
         if record is None:
             raise PeagleError(
-                f"{arguments.model} holds no training.json that tells the seed of its training, on which depends what "
-                "was kept back. Pass --seed."
+                f"{arguments.model} has no training.json with the seed of its training, which determines the "
+                "validation samples. Pass --seed."
             )
         seed = int(record["seed"])
     assert arguments.train_data_ratio is not None
@@ -178,12 +183,12 @@ def _kept_back(arguments: AcceptanceArguments, folder: Path) -> list[int]:
 
 @torch.no_grad()
 def count(drafter: PeagleForSpeculation, objective: Objective, dataset: HiddenStatesDataset) -> tuple[Tensor, Tensor]:
-    """The counts of `metrics.count_by_depth` [4, K] and `metrics.count_drafts` [2, K] over all rows, none dropped."""
+    """The counts of `metrics.count_by_depth` [4, K] and `metrics.count_drafts` [2, K] over all slots, none dropped."""
     drafter.eval()
     num_depths = drafter.config.num_depths
     collator = CODDataCollator.from_config(drafter.config, every_row=True)
     counters, drafts = torch.zeros(4, num_depths, dtype=torch.long), torch.zeros(2, num_depths, dtype=torch.long)
-    for number in progress_bar(range(len(dataset)), desc="Measuring", unit="row"):
+    for number in progress_bar(range(len(dataset)), desc="Measuring", unit="sequence"):
         outcomes = []
         for part in partition_every_row(collator([dataset[number]])):
             tensors = {name: value.to(drafter.device) for name, value in part.items() if name != "max_length"}
@@ -219,7 +224,7 @@ def table(report: dict[str, Any]) -> str:
             f"Drafter            {report['drafter']}{f', which {link} links to' if link else ''}, "
             f"{report['num_speculative_tokens']} tokens at a time",
             f"Verifier           {report['verifier']}, {report['dtype']}",
-            f"Measured           {report['num_rows']} rows of {report['data_path']}, from cached hidden states",
+            f"Measured           {report['num_rows']} samples of {report['data_path']}, from cached hidden states",
             "",
             f"Acceptance length  {report['acceptance_length']:6.3f}, in {report['num_drafts']} drafts",
             f"At every position  {every['acceptance_length']:6.3f}, in {every['num_drafts']}",

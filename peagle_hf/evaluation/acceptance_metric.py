@@ -8,12 +8,12 @@ import evaluate
 from peagle_hf.errors import PeagleError
 from peagle_hf.serving.client import summarize
 
-_DESCRIPTION = "Acceptance of speculative decoding, from how many tokens of each draft the verifier accepted."
+_DESCRIPTION = "Acceptance of speculative decoding, computed from the number of accepted tokens of each draft."
 
 _INPUTS = """
 Args:
-    predictions: accepted tokens of each draft, the verifier's own token not among them.
-    references: tokens that were drafted each time.
+    predictions: accepted tokens of each draft, without the verifier's own token.
+    references: drafted tokens of each draft.
 Returns:
     what `peagle_hf.serving.client.summarize` gives: `acceptance_length` (1 + accepted tokens / drafts),
     `acceptance_rate` (accepted / drafted tokens), `per_position_acceptance` (drafts accepted up to there / all drafts),

@@ -1,4 +1,4 @@
-"""`EvaluateArguments`: what `peagle-hf evaluate` is asked to measure."""
+"""`EvaluateArguments`: the arguments of `peagle-hf evaluate`."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from ..errors import PeagleError
 from ..redaction import public_command
 
 MAX_MODEL_LEN = 4096
-"""Longest prompt and answer together, in tokens, unless the verifier is shorter or the user says otherwise."""
+"""Default limit of prompt and answer together, in tokens; the verifier's own limit if that is lower."""
 MAX_SEED = 2**32 - 1
 
 
@@ -42,7 +42,7 @@ class EvaluateArguments(Arguments):
         metadata={"help": "More drafters for the same verifier, run on the same prompts and compared with --model."},
     )
     verifier: str | None = field(
-        default=None, metadata={"help": "Folder or hub name of the target; default: the one in the checkpoint."}
+        default=None, metadata={"help": "Folder or hub name of the verifier; default: the one in the checkpoint."}
     )
     max_prompts: int | None = field(
         default=None, metadata={"help": "Take at most this many of the prompts, evenly from their categories."}
@@ -51,17 +51,17 @@ class EvaluateArguments(Arguments):
     num_speculative_tokens: list[int] = field(
         default_factory=list,
         metadata={
-            "help": "Tokens to draft at a time, or several such numbers, ascending, each measured; the report's own "
-            "figures are those of the last. Default: as many as each drafter was trained for."
+            "help": "K, the tokens to draft at a time, or several such numbers, ascending; each is measured, and the "
+            "main figures of the report are those of the last. Default: the K that each drafter was trained with."
         },
     )
-    temperature: float = field(default=0.0, metadata={"help": "0 is greedy; only then are texts compared."})
-    seed: int = field(default=0, metadata={"help": "Seed of vLLM in the first round; later rounds have the next ones."})
+    temperature: float = field(default=0.0, metadata={"help": "0 is greedy decoding; texts are compared only then."})
+    seed: int = field(default=0, metadata={"help": "Seed of vLLM in the first round; each later round adds 1."})
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto",
         metadata={
-            "help": "Of both models; auto is float32 on CPU, the verifier's own on GPU. With --endpoint it only tells "
-            "the report what the servers run in."
+            "help": "Precision of both models; auto is float32 on a CPU, the verifier's own on a GPU. With --endpoint "
+            "it is only written into the report: the precision of the servers."
         },
     )
     max_model_len: int | None = field(
@@ -71,27 +71,27 @@ class EvaluateArguments(Arguments):
     concurrency: list[int] = field(
         default_factory=lambda: [16],
         metadata={
-            "help": "Chats at the same time (default: 16), or several such numbers, ascending, each measured in turn; "
-            "the report's own figures are those of the last."
+            "help": "Chats at the same time (default: 16), or several such numbers, ascending; each is measured, and "
+            "the main figures of the report are those of the last."
         },
     )
     rounds: int = field(
         default=1,
         metadata={
-            "help": "How often all is run, in processes of its own each time, without and with the drafters by turns. "
-            "Only from 2 rounds on can speeds be called different: the machine's load varies too."
+            "help": "Number of times that everything is measured, each time in new processes, alternating without and "
+            "with the drafters. Speeds can be called different only with 2 or more: the machine's load varies too."
         },
     )
     endpoint: str | None = field(
         default=None,
         metadata={
-            "help": "A server with the drafter, such as peagle-hf serve starts, to measure instead of vLLM in "
-            "processes of its own. Nobody else may use it meanwhile."
+            "help": "URL of a running server with the drafter, such as one of peagle-hf serve, to measure instead of "
+            "starting vLLM. Nobody else may use it meanwhile."
         },
     )
     baseline_endpoint: str | None = field(
         default=None,
-        metadata={"help": "With --endpoint, a server of the verifier alone to compare with. Default: no comparison."},
+        metadata={"help": "With --endpoint, URL of a server without drafter to compare with. Default: no comparison."},
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the verifier."})
     chat_template: str | None = field(default=None, metadata={"help": CHAT_TEMPLATE_OF_DRAFTER_HELP})
@@ -130,19 +130,23 @@ class EvaluateArguments(Arguments):
         if not 0 <= self.temperature < math.inf:
             raise PeagleError(f"--temperature is {self.temperature} but must be at least 0; 0 is greedy.")
         if not 0 <= self.seed <= MAX_SEED - self.rounds + 1:
-            raise PeagleError(f"--seed is {self.seed} but must be from 0 to {MAX_SEED}, less one for each later round.")
+            raise PeagleError(
+                f"--seed is {self.seed} but must be from 0 to {MAX_SEED - self.rounds + 1}: each later round adds 1."
+            )
         if len({self.model, *self.compare}) <= len(self.compare):
             raise PeagleError("--model and --compare name a drafter twice. Name each once.")
         if self.endpoint is None and self.baseline_endpoint:
-            raise PeagleError("--baseline-endpoint is for servers. Name the one with the drafter with --endpoint.")
+            raise PeagleError("--baseline-endpoint needs --endpoint, the server with the drafter. Add it.")
         if self.endpoint and (self.num_speculative_tokens or self.max_model_len or self.compare):
             raise PeagleError(
-                "A server has one drafter, and --num-speculative-tokens and --max-model-len of its own: leave these "
-                "and --compare out beside --endpoint, or let peagle-hf evaluate run vLLM itself."
+                "A running server has one drafter and its own --num-speculative-tokens and --max-model-len. Leave "
+                "these "
+                "and --compare out with --endpoint, or leave --endpoint out, so that peagle-hf evaluate starts vLLM "
+                "itself."
             )
 
     def command(self) -> str:
-        """The command line that says the same, without passwords."""
+        """The command line with these arguments, without passwords."""
         words = ["peagle-hf", "evaluate"]
         for argument in fields(self):
             value, default = getattr(self, argument.name), argument.default

@@ -1,7 +1,7 @@
-"""Acceptance and speed of drafters in real vLLM, and whether the text stays the same with them.
+"""Measure acceptance and speed of drafters in real vLLM, and check that the text stays the same with them.
 
-The prompts are given to servers that run already, or vLLM is run on them in child processes, once without a drafter and
-once for each drafter and number of tokens to draft.
+The prompts are sent to running servers, or vLLM runs them in child processes: once without a drafter, and once for each
+drafter and K.
 """
 
 import logging
@@ -31,40 +31,40 @@ logger = logging.getLogger(__name__)
 def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
     """Run the prompts in vLLM without and with the drafters; write, log and return the report.
 
-    Of a prompt with several turns, each turn follows the answers of the run without a drafter, so that all runs read
+    In a prompt with several turns, each turn follows the answers of the run without a drafter, so that all runs read
     the same text. `evaluation.json` holds the report:
 
     - `acceptance_length`: tokens per forward pass of the verifier, 1 + accepted tokens / drafts; `acceptance_rate`:
-      accepted / drafted tokens; `per_position_acceptance`: accepted at position k / drafts; and the counts behind them,
-      with a temperature those of all rounds together (greedy rounds draft the same).
+      accepted / drafted tokens; `per_position_acceptance`: accepted at position k / drafts; and the counts from which
+      they are computed; with a temperature above 0 those of all rounds together (greedy rounds draft the same).
     - `tokens_per_second`, `tokens_per_second_without`, `speed_up`: generated tokens over wall time, warmed up, the
-      median of the rounds. `is_speed_up_or_down`: whether that is a difference; null after one round.
-    - `intervals` of all these, [low, high]: see `intervals`. Those of speeds hold the intervals of all rounds. Fewer
-      than six prompts have none, and acceptance has none where a server doesn't count by request.
-    - `by_category`: the same for each kind of prompt; a prompt's share in the wall time is that in the time that all
-      prompts together were being answered.
+      median of the rounds. `is_speed_up_or_down`: whether the speeds differ; null after one round.
+    - `intervals` of all these, [low, high]: see `intervals`. Speed intervals are the union over rounds. There are none
+      with fewer than six prompts, and none for acceptance if a server doesn't count per request.
+    - `by_category`: the same for each kind of prompt; a prompt's share in the wall time is its share in the seconds of
+      all answers, which run side by side.
     - `by_concurrency`: acceptance and speed at each number of chats at a time, and `latency_seconds`,
       `latency_seconds_without`: mean, median and p99 from a request to its last token (`request`), to its first
       (`first_token`), and between two later ones on average (`output_token`), over all rounds.
     - `text_identical`, `num_identical`, `differences` (prompt, turn, first token that differs); null if sampled.
-    - `drafter`: the folder, `drafter_link`: the name that was given if that is a link (such as `checkpoint_best`, which
-      is followed once, at the start), `drafter_weights`: what tells its weights from others.
-    - `others`: all this for each other number of tokens at a time and drafter of `--compare`, with `difference` from
-      the report's own figures, or for another drafter from those of `--model` with as many tokens: its `value`,
-      `interval` and whether it `is_difference`, which it isn't if the interval holds 0 (for the ratio of speeds: 1).
+    - `drafter`: the folder, `drafter_link`: the name that was given if it is a link (such as `checkpoint_best`, which
+      is resolved once, at the start), `drafter_weights`: the fingerprint of its weights.
+    - `others`: all this for each other K and each drafter of `--compare`, with `difference`: another K is compared with
+      the main figures, another drafter with `--model` at the same K. A difference has `value`, `interval` and
+      `is_difference`, which is false if the interval contains 0 (for the ratio of speeds: 1).
     - `dropped_prompts`: what was left out of the suites, and why.
     - how it was measured: `command`, `num_prompts`, `max_tokens`, `seed`, `dtype`, `device`, `versions` and so on.
 
-    Without a server of the verifier alone all that is compared with it is null.
+    Without `--baseline-endpoint` every figure that compares with the verifier alone is null.
 
     Each finished run is kept in `evaluation.journal` in the output folder until the report is written. An evaluation
     that was interrupted and is started again measures only the runs that are missing; with other settings, prompts or
-    weights it measures all and logs why. More rounds than before are no other setting.
+    weights it measures everything and logs why. The number of rounds may change.
 
     Raises:
         PeagleError: vLLM isn't installed or fails, it would load a checkpoint wrongly, the prompts are malformed, or
-            the journal is damaged; a server is dead, serves another model or no drafter, was started anew, or is used
-            by others too.
+            the journal is damaged; a server is dead, serves another model or no drafter, was restarted, or is used by
+            others too.
     """
     drafters = follow_links(arguments)
     verifier = arguments.verifier or str(check_checkpoint(drafters[0].folder).verifier_name_or_path)
@@ -105,7 +105,7 @@ def _evaluate(
 
 
 def _report(task: Task, measured: Measured, num_drafters: int) -> dict[str, Any]:
-    """The report (see `evaluate`) but the prompts that were left out."""
+    """The report (see `evaluate`) without `dropped_prompts`."""
     arguments, trials = task.arguments, measured.trials
     is_greedy = arguments.temperature == 0
     entries = [
@@ -158,12 +158,12 @@ def _illustrate(report: dict[str, Any], output: Path) -> None:
 
 
 def _warn_of_other_options(drafters: Sequence[Drafter], options: ChatOptions) -> None:
-    """Say which drafters were trained on chats that became text otherwise than here."""
+    """Warn of drafters whose training used another chat template or other variables of it."""
     for drafter in drafters:
         trained = recorded_chat_options(drafter.folder)
         if trained not in (None, options):
             logger.warning(
-                "%s was trained with other chat options (%s) than it is measured with (%s), so on other text.",
+                "%s was trained with another chat template or other variables (%s) than it is measured with (%s).",
                 drafter.name,
                 trained and trained.fingerprint(),
                 options.fingerprint(),

@@ -1,4 +1,4 @@
-"""What runs of prompts say about drafters: acceptance, speed, differences and their intervals (see `intervals`).
+"""Figures from the runs of an evaluation: acceptance, speed, differences and their intervals (see `intervals`).
 
 Shape letters: P prompts, W rows of weights that say how often each prompt counts, K positions of a draft.
 """
@@ -29,10 +29,10 @@ SPEEDS = ("tokens_per_second", "tokens_per_second_without", "speed_up")
 
 @dataclass(frozen=True)
 class Trial:
-    """The runs of one drafter that proposes a certain number of tokens at a time.
+    """The runs of one drafter with one K.
 
     Args:
-        runs: for each number of chats at a time, by round.
+        runs: for each concurrency, by round.
     """
 
     drafter: str
@@ -41,11 +41,11 @@ class Trial:
 
 
 def entry(trial: Trial, without: list[list[Run]] | None, prompts: Sequence[Prompt], is_greedy: bool) -> dict[str, Any]:
-    """Describe a trial as a report does.
+    """The entry of a trial in the report.
 
     Args:
         without: the runs without a drafter, in the order of those of the trial; None if there are none.
-        is_greedy: the answers' texts are compared, and each round drafts the same.
+        is_greedy: greedy decoding: texts are compared, and only the first round is counted, as all draft the same.
     """
     pairs: list[tuple[list[Run], list[Run] | None]]
     pairs = list(zip(trial.runs, without, strict=True)) if without else [(runs, None) for runs in trial.runs]
@@ -73,13 +73,12 @@ def entry(trial: Trial, without: list[list[Run]] | None, prompts: Sequence[Promp
 def figures(
     runs: list[Run], without: list[Run] | None, prompts: Sequence[Prompt], category: str | None, is_greedy: bool
 ) -> dict[str, Any]:
-    """Give what was measured of a category, or of all prompts, with intervals.
+    """The figures of a category, or of all prompts (None), with intervals.
 
     Args:
         runs: by round.
         without: the same without a drafter.
-        is_greedy: each round drafts the same, so that the first one has all the counts there are; else the counts of
-            all rounds are added up.
+        is_greedy: count only the first round, as all draft the same; else the counts of all rounds are added.
     """
     indices, counted = _indices(prompts, category), runs[:1] if is_greedy else runs
     weights_WP = all_and_leave_one_out(len(indices))
@@ -114,7 +113,7 @@ def figures(
 
 
 def difference(trial: Trial, other: Trial, prompts: Sequence[Prompt], is_greedy: bool) -> dict[str, Any]:
-    """Give how much more a trial accepts than another on the same prompts, and how many times as fast it is."""
+    """The difference of acceptance lengths of two trials on the same prompts, and the ratio of their speeds."""
 
     def acceptance_length(category: str | None) -> dict[str, Any]:
         indices = _indices(prompts, category)
@@ -154,7 +153,7 @@ def difference(trial: Trial, other: Trial, prompts: Sequence[Prompt], is_greedy:
 
 
 def compare(prompts: Sequence[Prompt], without: Run | None, drafted: Run) -> dict[str, Any]:
-    """Find where each prompt's tokens differ for the first time; turns and tokens count from 0.
+    """The first differing token of each prompt; turns and tokens count from 0.
 
     Args:
         without: the run without a drafter; None if there is none or its texts are sampled.
@@ -182,7 +181,7 @@ def _indices(prompts: Sequence[Prompt], category: str | None) -> list[int]:
 
 
 def _counts(runs: list[Run], indices: list[int]) -> NDArray[np.int64] | None:
-    """The counters [P, 3 + K] of each prompt, all these rounds together; None where vLLM doesn't count by request."""
+    """The counters [P, 3 + K] of each prompt, summed over rounds; None if vLLM doesn't count per request."""
     counts = [run.drafting for run in runs]
     if any(count is None for count in counts):
         return None
@@ -190,9 +189,9 @@ def _counts(runs: list[Run], indices: list[int]) -> NDArray[np.int64] | None:
 
 
 def _acceptance_intervals(counts_PC: NDArray[np.int64], weights_WP: NDArray[np.int64]) -> dict[str, Any]:
-    """The intervals of all that `acceptance_rates` gives.
+    """The intervals of the figures of `acceptance_rates`.
 
-    The length is 1 + K times the share of accepted tokens among K for each draft.
+    The acceptance length is 1 + K times a share: accepted tokens among the K of each draft.
     """
     rates, degrees = acceptance_rates(weights_WP @ counts_PC), degrees_of_freedom([counts_PC[:, 0]])
     drafts, drafted = counts_PC[:, :2].sum(0).tolist()
@@ -206,13 +205,13 @@ def _acceptance_intervals(counts_PC: NDArray[np.int64], weights_WP: NDArray[np.i
 
 
 def _seconds(run: Run) -> NDArray[np.float64]:
-    """Each prompt's share [P] in the wall time, which is that in the seconds of all answers: many ran side by side."""
+    """Wall time of each prompt [P], in proportion to the seconds of its answers, as many run side by side."""
     in_flight = np.array([sum(answer.seconds for answer in chat) for chat in run.chats])
     return np.asarray(in_flight * (run.seconds / in_flight.sum()))
 
 
 def _speed(run: Run, indices: list[int], weights_WP: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Tokens a second [W] of these prompts."""
+    """Tokens per second [W] of these prompts."""
     tokens = np.array([sum(len(answer.token_ids) for answer in chat) for chat in run.chats])
     return np.asarray((weights_WP @ tokens[indices]) / (weights_WP @ _seconds(run)[indices]))
 
@@ -220,7 +219,7 @@ def _speed(run: Run, indices: list[int], weights_WP: NDArray[np.int64]) -> NDArr
 def _speeds(
     run: Run, without: Run | None, indices: list[int], weights_WP: NDArray[np.int64]
 ) -> dict[str, NDArray[np.float64]]:
-    """Those of `SPEEDS` [W] that can be given of these prompts."""
+    """The `SPEEDS` [W] of these prompts; without a baseline only the first."""
     speed = _speed(run, indices, weights_WP)
     if without is None:
         return {"tokens_per_second": speed}
@@ -233,7 +232,7 @@ def _speed_degrees(runs: Sequence[Run | None], indices: list[int]) -> float:
 
 
 def _over_rounds(intervals: list[list[float]]) -> list[float]:
-    """The interval that holds those of all rounds."""
+    """The union of the intervals of all rounds."""
     lows, highs = zip(*intervals, strict=True)
     return [min(lows), max(highs)]
 

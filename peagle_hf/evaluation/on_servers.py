@@ -1,4 +1,4 @@
-"""Measuring servers of vLLM that run already."""
+"""Measure running vLLM servers."""
 
 import logging
 import secrets
@@ -24,10 +24,10 @@ logger = logging.getLogger(__name__)
 
 
 def measure_servers(task: Task) -> Measured:
-    """Measure the servers of `--endpoint`, at each number of chats at a time first that without the drafter.
+    """Measure the servers, at each concurrency first the one without a drafter (`--baseline-endpoint`).
 
     Raises:
-        PeagleError: a server is dead, serves another model or no drafter, was started anew, or is used by others too.
+        PeagleError: a server is dead, serves another model or no drafter, was restarted, or is used by others too.
     """
     arguments, prompts = task.arguments, task.prompts
     (tried,) = task.drafting
@@ -42,7 +42,7 @@ def measure_servers(task: Task) -> Measured:
     by_category = client.ask(first, max_tokens=2, extra=fields).drafting is None
     if by_category:
         logger.warning(
-            "%s doesn't count by request, so acceptance gets no intervals, and the categories are run one by one. "
+            "%s doesn't count per request, so acceptance has no intervals, and the categories are run one by one. "
             "Start it with peagle-hf serve, or with --per-request-spec-decode-metrics summary.",
             client.url,
         )
@@ -86,26 +86,26 @@ def measure_servers(task: Task) -> Measured:
 
 
 def _open_servers(task: Task) -> tuple[Client, Client | None, int]:
-    """The server with the drafter, the one without if it is named, and how many tokens are drafted at a time."""
+    """The server with the drafter, the one without (None if it isn't named), and K."""
     arguments = task.arguments
     assert arguments.endpoint is not None
     client = Client(arguments.endpoint)
     baseline = Client(arguments.baseline_endpoint) if arguments.baseline_endpoint else None
-    # vLLM that is started with a drafter alone goes by the drafter's name.
+    # `vllm serve DRAFTER` serves the verifier under the name of the drafter.
     folder = str(task.drafting[0].drafter.folder)
     names = {canonical_path(name) for name in (task.verifier, arguments.model, folder)}
     for server in filter(None, (client, baseline)):
         if names.isdisjoint(canonical_path(name) for name in server.model.values()):
             raise PeagleError(
-                f"The vLLM server {server.url} runs {server.model['root']}, wanted is {task.verifier}. Start it with "
-                "that model, or name the right endpoint."
+                f"The vLLM server {server.url} runs {server.model['root']}, but the drafter's verifier is "
+                f"{task.verifier}. Start it with that model, or name the right endpoint."
             )
     counters = client.counters().drafting
     if not counters:
         raise PeagleError(f"{client.url} serves no drafter. Start it with peagle-hf serve {arguments.model}.")
     if baseline and baseline.counters().drafting:
         raise PeagleError(
-            f"{baseline.url} drafts too, so there is nothing to compare with. Start one for --baseline-endpoint with "
+            f"{baseline.url} has a drafter too, but --baseline-endpoint must be a server without one. Start it with "
             f"vllm serve {task.verifier}."
         )
     return client, baseline, len(counters) - len(DRAFT_COUNTERS)
@@ -122,15 +122,15 @@ def measure(
     by_category: bool = False,
     extra: dict[str, Any] | None = None,
 ) -> Run:
-    """Ask all prompts, so many chats at a time; nothing comes from the server's prefix cache.
+    """Run all prompts, `concurrency` chats at a time, without the server's prefix cache.
 
     Args:
-        answers: of each prompt by turn, for later turns to follow; default: the server's own.
-        by_category: end the chats of a category before the next begins, and read the server's counters in between.
+        answers: for each prompt the answers by turn that later turns follow; default: the server's own.
+        by_category: run one category after another, and read the server's counters in between.
         extra: more fields of each request.
 
     Raises:
-        PeagleError: the server fails, or generates more than it was asked for here: then others use it too.
+        PeagleError: the server fails, or it generates more than was requested here, because others use it too.
     """
 
     def converse(index: int) -> list[Answer]:
@@ -158,8 +158,10 @@ def measure(
         counted = client.since(before, asked)
         if counted.generated > asked:
             raise PeagleError(
-                f"{client.url} generated {counted.generated} tokens while {asked} were asked for here: others use it "
-                "too, and its counters don't tell whose tokens they count. Measure when nobody else does."
+                f"{client.url} generated {counted.generated} tokens, but only {asked} were requested by this "
+                "evaluation: "
+                "others use it too, and its counters don't tell whose tokens they count. Run it when nobody else uses "
+                "it."
             )
         if by_category:
             counters[category] = counted.drafting
@@ -176,12 +178,12 @@ def _converse(
     temperature: float,
     extra: dict[str, Any] | None,
 ) -> list[Answer]:
-    """Ask a prompt turn by turn; later turns follow the given answers, or else the server's own."""
+    """Run a prompt turn by turn; later turns follow the given answers, or else the server's own."""
     messages, said = list(prompt.system), []
     for turn, question in enumerate(prompt.turns):
         messages.append({"role": "user", "content": question})
         fields = {**PLAIN_SAMPLING, "cache_salt": secrets.token_hex(8), **(extra or {})}
-        if prompt.tools:  # which the model is told of; what it calls stays the text of its answer
+        if prompt.tools:  # described to the model; a call stays part of the answer's text
             fields |= {"tools": prompt.tools, "tool_choice": "none"}
         try:
             answer = client.ask(messages, max_tokens, temperature, fields)
@@ -190,8 +192,8 @@ def _converse(
         if answer.finish_reason == "length" and len(answer.token_ids) < max_tokens:
             raise PeagleError(
                 f"{client.url} cut the answer to turn {turn} of prompt {prompt.id} after {len(answer.token_ids)} "
-                f"of {max_tokens} tokens: prompt and answer are longer than its --max-model-len. Start it with "
-                "more, ask for fewer with --max-tokens, or take the prompt out."
+                f"of {max_tokens} tokens: prompt and answer are longer than its --max-model-len. Start it with a "
+                "larger one, lower --max-tokens, or take the prompt out."
             )
         said.append(answer)
         messages.append({"role": "assistant", "content": answer.text if given is None else given[turn]})
@@ -201,16 +203,16 @@ def _converse(
 def _request_fields(arguments: EvaluateArguments, options: ChatOptions) -> dict[str, Any]:
     """The fields of each request to a server that carry the chat options.
 
-    The template is one of them only where `--chat-template` names it: a server takes it from a request only if it was
-    started with --trust-request-chat-template. The one of the drafter's record is left to the server.
+    The template is among them only if `--chat-template` names it, because a server accepts it only if it was started
+    with --trust-request-chat-template. The template of the drafter's training must be known to the server.
     """
     fields: dict[str, Any] = {"chat_template_kwargs": options.kwargs} if options.kwargs else {}
     if arguments.chat_template is not None:
         fields["chat_template"] = options.template
     elif options.template is not None:
         logger.warning(
-            "The servers must have been started with the chat template of the drafter's training, as peagle-hf serve "
-            "does (the one of --baseline-endpoint too, with vLLM's --chat-template). Servers started with "
-            "--trust-request-chat-template are sent the one that --chat-template names."
+            "Make sure that the servers were started with the chat template of the drafter's training: peagle-hf serve "
+            "does that, and the server of --baseline-endpoint needs vLLM's --chat-template. To send a template with "
+            "each request instead, start the servers with --trust-request-chat-template and pass --chat-template."
         )
     return fields

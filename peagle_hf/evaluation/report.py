@@ -1,4 +1,4 @@
-"""What `peagle-hf evaluate` found, for people: text for a terminal, pictures, and one HTML file that needs no other."""
+"""The report of `peagle-hf evaluate` for readers: text for a terminal, pictures, and one self-contained HTML file."""
 
 import logging
 import os
@@ -17,7 +17,7 @@ from .intervals import MIN_PROMPTS
 logger = logging.getLogger(__name__)
 
 LONGEST_LABEL = 40
-"""Characters of a category or drafter in the text for a terminal; in a picture half of them."""
+"""Longest name of a category in the text for a terminal, in characters; in a picture half of that."""
 _GREY = "#9aa5b1"
 _COLOURS = ("#3b6ea8", "#e0a33e", "#5a9a68", "#c06c84", "#7a6bb0", "#5fb0b7")
 _STYLE = """
@@ -31,7 +31,7 @@ td { font-variant-numeric: tabular-nums } img { max-width: 100% }
 
 @dataclass(frozen=True)
 class Table:
-    """A table as a reader sees it."""
+    """A table of the report, as text."""
 
     title: str
     head: list[str]
@@ -44,7 +44,7 @@ def text(report: dict[str, Any]) -> str:
 
 
 def html(report: dict[str, Any]) -> str:
-    """The report as one HTML file, pictures inside; one that can't be drawn is left out with the reason."""
+    """The report as one HTML file with its pictures; a picture that can't be drawn is replaced by the reason."""
     tables = "\n".join(map(_html_table, _tables(report)))
     sentences = "\n".join(f"<p>{escape(sentence)}</p>" for sentence in _sentences(report))
     pictures = "\n".join(f"<p>{_html_picture(title, picture, report)}</p>" for title, picture in _PICTURES)
@@ -56,12 +56,12 @@ def html(report: dict[str, Any]) -> str:
 
 
 def draw(report: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Draw all pictures of the report beside each other, as a PNG; bars have the intervals."""
+    """Draw all pictures of the report side by side into a PNG; error bars are the intervals."""
     _save([picture for _, picture in _PICTURES], report, path, (6.5, 4.2), 150)
 
 
 def _entries(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """The report's own figures and all others, each with a short name."""
+    """The main entry of the report and all others, each with a short name."""
     entries = [report, *report["others"]]
     drafters = list(dict.fromkeys(entry["drafter"] for entry in entries))
     if len(entries) == 1:
@@ -198,7 +198,7 @@ def _measured_rows(report: dict[str, Any]) -> list[list[str]]:
     dropped = report["dropped_prompts"]
     return [
         ["Command", report["command"]],
-        *(["Drafter", f"{folder}, which {link} linked to when this began"] for folder, link in links.items()),
+        *(["Drafter", f"{folder}, the folder that {link} linked to at the start"] for folder, link in links.items()),
         ["Verifier", f"{report['verifier']}, {report['dtype']} on {report['device']}"],
         [
             "Prompts",
@@ -208,15 +208,15 @@ def _measured_rows(report: dict[str, Any]) -> list[list[str]]:
         ["Answers", f"at most {report['max_tokens']} tokens, {sampling}; {report['concurrency']} chats at a time"],
         [
             "Seed of vLLM",
-            "the server's own" if seed is None else f"{seed}{', then one more each round' * (rounds > 1)}",
+            "the server's own" if seed is None else f"{seed}{', and 1 more in each later round' * (rounds > 1)}",
         ],
         ["Versions", ", ".join(f"{name} {version}" for name, version in report["versions"].items())],
         [
             "Intervals",
-            f"{method['confidence']:.0%}, for other prompts like these ({method['name']}); those of speeds hold the "
-            "intervals of all rounds",
+            f"{method['confidence']:.0%}, for other prompts of the same kind ({method['name']}); speed intervals are "
+            "the union over rounds",
         ],
-        ["Rounds", f"{rounds}{': how much speeds differ from one to the next is not known' * (rounds == 1)}"],
+        ["Rounds", f"{rounds}{': how much speeds vary between rounds is not known' * (rounds == 1)}"],
     ]
 
 
@@ -237,7 +237,7 @@ def _sentences(report: dict[str, Any]) -> list[str]:
 def _speed_sentence(report: dict[str, Any]) -> str:
     speed, speed_without = report["tokens_per_second"], report["tokens_per_second_without"]
     if speed_without is None:
-        return f"Speed: {speed:.1f} tokens/s with the drafter; without it wasn't measured."
+        return f"Speed: {speed:.1f} tokens/s with the drafter; the speed without it was not measured."
     sentence = (
         f"Speed: {speed:.1f} tokens/s with the drafter, {speed_without:.1f} without: "
         f"{_figure(report, 'speed_up', '.2f')} times as fast."
@@ -248,23 +248,25 @@ def _speed_sentence(report: dict[str, Any]) -> str:
             "real."
         )
     if not report["is_speed_up_or_down"]:
-        return sentence + " That is no difference."
+        return sentence + "  That is no difference: the interval contains 1."
     if speed < speed_without:
         sentence += (
             " The drafter slows vLLM down here: drafting and verifying "
-            f"{report['num_speculative_tokens']} tokens costs time, on a CPU most of all, and too few are accepted."
+            f"{report['num_speculative_tokens']} tokens takes time, especially on a CPU, and too few are accepted."
         )
     return sentence
 
 
 def _text_sentence(entry: dict[str, Any], report: dict[str, Any]) -> str:
     if entry["text_identical"] is None:
-        return "Text: not compared, because it is sampled or was only generated with the drafter."
+        return "Text: not compared, because it is sampled or was generated only with the drafter."
     if entry["text_identical"]:
         return f"Text: identical with and without the drafter for all {entry['num_prompts']} prompts."
     places = [f"{shown(place['id'])} (turn {place['turn']}, token {place['token']})" for place in entry["differences"]]
     hint = (
-        "" if report["dtype"] == "float32" else f" Near-ties fall either way in {report['dtype']}: try --dtype float32."
+        ""
+        if report["dtype"] == "float32"
+        else f" In {report['dtype']} greedy text can change with the batch composition: try --dtype float32."
     )
     return (
         f"Text: DIFFERENT with the drafter for {entry['num_prompts'] - entry['num_identical']} of "
@@ -283,7 +285,7 @@ def _aligned(table: Table) -> str:
 
 
 def _width(line: str) -> int:
-    """Columns of a terminal: letters of East Asia and pictures take two, marks on other letters none."""
+    """Columns in a terminal: East Asian characters and emoji take two, combining marks none."""
     wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in line)
     return len(line) + wide - sum(unicodedata.category(letter) in ("Mn", "Me", "Cf") for letter in line)
 
@@ -317,7 +319,7 @@ def _save(
     from matplotlib.figure import Figure
 
     with rc_context({"text.usetex": False}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"Glyph \d+", UserWarning)  # a letter that the font hasn't becomes a box
+        warnings.filterwarnings("ignore", r"Glyph \d+", UserWarning)  # a character that the font lacks becomes a box
         figure = Figure(figsize=(size[0] * len(pictures), size[1]), layout="constrained")
         for axes, picture in zip(figure.subplots(1, len(pictures), squeeze=False)[0], pictures, strict=True):
             picture(axes, report)
@@ -325,7 +327,7 @@ def _save(
 
 
 def shown(name: str, longest: int = LONGEST_LABEL) -> str:
-    """A name from the data as one line: white space is one space, control characters are escaped, the end is cut."""
+    """A name from the data in one line: white space as one space, control characters escaped, cut to `longest`."""
     line = " ".join(name.split())
     line = "".join(repr(letter)[1:-1] if unicodedata.category(letter) in ("Cc", "Cs") else letter for letter in line)
     if not line:
@@ -371,7 +373,7 @@ def _draw_speeds(axes: Any, report: dict[str, Any]) -> None:
         series.insert(0, ("no drafter", speeds(report, "tokens_per_second_without")))
     concurrency = [str(run["concurrency"]) for run in report["by_concurrency"]]
     _bars(axes, concurrency, series, "{:.1f}", baseline)
-    axes.set(xlabel="Chats at a time", ylabel="Tokens a second", title="Speed")
+    axes.set(xlabel="Chats at a time", ylabel="Tokens per second", title="Speed")
 
 
 _Picture = Callable[[Any, dict[str, Any]], None]
@@ -394,8 +396,8 @@ def _bars(
 
     Args:
         series: name and, for each group, value and interval.
-        form: of the numbers on the bars, which are there as long as there is room.
-        baseline: the first series is that without a drafter.
+        form: format of the numbers on the bars, which are drawn if there is room.
+        baseline: the first series was measured without a drafter.
     """
     width = 0.8 / len(series)
     for number, (label, values) in enumerate(series):

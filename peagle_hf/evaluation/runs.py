@@ -1,4 +1,4 @@
-"""Runs of an evaluation: the answers to all prompts at one number of chats at a time, and the file that keeps them."""
+"""Runs of an evaluation (the answers to all prompts at one concurrency) and the file that keeps finished ones."""
 
 import json
 import logging
@@ -19,13 +19,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Run:
-    """The answers to all prompts, so many chats at a time.
+    """The answers to all prompts, `concurrency` chats at a time.
 
     Args:
-        chats: of each prompt its answers by turn.
-        seconds: of the whole.
-        counters: what the server as a whole counted (see `Counters.drafting`) by category of prompts, where answers
-            have no counts of their own.
+        chats: for each prompt, its answers by turn.
+        seconds: wall time of the whole run.
+        counters: the server's total counts (see `Counters.drafting`) by category of prompts, if answers have no counts
+            of their own.
     """
 
     concurrency: int
@@ -35,7 +35,7 @@ class Run:
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> "Run":
-        """The run of which `dataclasses.asdict` gave these fields."""
+        """The inverse of `dataclasses.asdict`."""
         chats = [[Answer(**answer) for answer in chat] for chat in fields["chats"]]
         return cls(**{**fields, "chats": chats})
 
@@ -45,7 +45,8 @@ class Run:
 
     @property
     def drafting(self) -> list[list[int]] | None:
-        """What was drafted for each prompt, all turns together; None where vLLM doesn't count by request."""
+        """The counts of each prompt (see `Counters.drafting`), all turns together; None if vLLM doesn't count per
+        request."""
         counts = [[answer.drafting for answer in chat if answer.drafting is not None] for chat in self.chats]
         if any(len(chat) < len(answers) for chat, answers in zip(counts, self.chats, strict=True)):
             return None
@@ -67,28 +68,30 @@ class Run:
 
 
 def check_counts(answers: Sequence[Answer], counted: Sequence[int]) -> None:
-    """Make sure that what vLLM counts of each request adds up to what it counts of all.
+    """Make sure that vLLM's counts per request add up to its total counters.
 
     Raises:
-        PeagleError: it doesn't.
+        PeagleError: they don't.
     """
     added = np.sum([answer.drafting for answer in answers if answer.drafting is not None], axis=0).tolist()
     if added != list(counted):
         raise PeagleError(
-            f"vLLM's counts of single requests add up to {added} (drafts, draft tokens, accepted tokens, and these by "
-            f"position), but its counters say {list(counted)}. This vLLM counts otherwise than 0.32; use that one."
+            f"The speculative-decoding counters of this vLLM don't add up: its counts per request sum to {added} "
+            "(drafts, "
+            f"drafted tokens, accepted tokens, and these by position), its total counters say {list(counted)}. Use "
+            "vLLM 0.32."
         )
 
 
 class FinishedRuns:
-    """A file of runs, each under a name that says which one it is.
+    """A file of finished runs, each under its name (see `task.name_of_run`).
 
-    The first line holds the settings of all runs, each later line one run. A line that a crash has cut off is dropped.
-    A file with other settings is replaced, and the log says which settings changed.
+    The first line holds the settings of all runs, each later line one run. A last line that a crash has cut off is
+    dropped. A file with other settings is replaced, and the log says which settings changed.
 
     Args:
         path: the file; its folder must exist.
-        settings: everything that decides what a run of a certain name measures, as JSON values.
+        settings: everything but a run's name that determines its figures, as JSON values.
 
     Raises:
         PeagleError: the file is damaged or can't be written.
@@ -111,12 +114,13 @@ class FinishedRuns:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise PeagleError(
                 f"{path}, which holds the finished runs of an evaluation that was interrupted, is damaged "
-                f"({type(error).__name__}: {error}). Remove it and run the same command again: all is measured anew."
+                f"({type(error).__name__}: {error}). Remove it and run the same command again to measure everything "
+                "again."
             ) from error
         if found != settings:
             if found is not None:
                 logger.warning(
-                    "%d finished runs in %s are discarded and all is measured anew, because %s.",
+                    "%d finished runs in %s are discarded and everything is measured again, because %s.",
                     len(self._runs),
                     path,
                     "; ".join(_changes(found, settings)),
@@ -128,17 +132,17 @@ class FinishedRuns:
             with writing(path):
                 os.truncate(path, len(complete) + 1)
         if self._runs:
-            logger.info("%d runs were finished earlier and are taken from %s.", len(self._runs), path)
+            logger.info("%d runs that were finished earlier are read from %s.", len(self._runs), path)
 
     def __contains__(self, name: str) -> bool:
         return name in self._runs
 
     def __getitem__(self, name: str) -> tuple[Run, dict[str, Any]]:
-        """A finished run, and what it was measured on."""
+        """A finished run, and the device and versions on which it was measured."""
         return self._runs[name]
 
     def add(self, name: str, run: Run, measured_on: dict[str, Any]) -> None:
-        """Keep a run: after a crash it is there, or (while this method writes) it isn't."""
+        """Append a run; it is on disk when this returns, and a crash meanwhile leaves the earlier runs."""
         self._runs[name] = run, measured_on
         line = json.dumps({"name": name, "run": asdict(run), "measured_on": measured_on})
         with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
@@ -147,7 +151,7 @@ class FinishedRuns:
             os.fsync(file.fileno())
 
     def remove(self) -> None:
-        """Remove the file, once the report holds all that it says."""
+        """Remove the file, once the report is written."""
         self.path.unlink(missing_ok=True)
 
 

@@ -1,4 +1,4 @@
-"""The prompts of an evaluation: one or several suites, merged and put in turn."""
+"""The prompts of an evaluation, read from one or several suites, with their categories interleaved."""
 
 import logging
 from collections import Counter, defaultdict
@@ -16,13 +16,13 @@ logger = logging.getLogger(__name__)
 
 
 def load_prompts(arguments: EvaluateArguments, dropped: list[dict[str, str]]) -> list[Prompt]:
-    """The prompts of all suites, one of each category in turn, so that no category has a time of its own.
+    """Read the prompts of all suites and interleave their categories, so that all run under the same conditions.
 
-    Where there are several suites, prompts and categories are named after theirs, and a prompt that an earlier suite
-    holds too is left out.
+    With several suites, names of prompts and categories begin with that of their suite, and a prompt that an earlier
+    suite has too is left out.
 
     Args:
-        dropped: receives what is left out, and why.
+        dropped: receives the prompts that are left out, with the reasons.
     """
     names = _suite_names(arguments.suite)
     by_category: dict[str, list[Prompt]] = defaultdict(list)
@@ -34,7 +34,9 @@ def load_prompts(arguments: EvaluateArguments, dropped: list[dict[str, str]]) ->
         for drop in unusable:
             logger.warning("%s is left out: %s.", drop.get("place", drop["id"]), drop["reason"])
         if not prompts:
-            raise PeagleError(f"{source_name(suite)} holds no prompt that can be run. Name a file with user turns.")
+            raise PeagleError(
+                f"{source_name(suite)} has no prompt that can be run. Name a file whose prompts have user turns."
+            )
         prefix, repeated = f"{name}/" if len(names) > 1 else "", Counter[str]()
         for prompt in prompts:
             first = suite_of.setdefault(prompt.digest, name)
@@ -58,7 +60,7 @@ def load_prompts(arguments: EvaluateArguments, dropped: list[dict[str, str]]) ->
 
 
 def _suite_names(suites: Sequence[str]) -> list[str]:
-    """Short names for suites: of a file the name without its ending, with as many folders as it takes to differ.
+    """Short, distinct names of suites: of a file its name without ending, with parent folders where names are equal.
 
     Raises:
         PeagleError: a suite is named twice.

@@ -1,4 +1,4 @@
-"""What an evaluation measures, and what it gives: drafters, each with a number of tokens, on the same prompts."""
+"""The task of an evaluation, drafters with their K on the same prompts, and its results."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from .figures import Trial
 from .runs import FinishedRuns, Run
 
 FINISHED_RUNS = "evaluation.journal"
-"""In the output folder while an evaluation runs, and after one that was interrupted."""
+"""File of finished runs in the output folder, until the report is written."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ class Drafter:
     """A drafter to measure.
 
     Args:
-        name: the folder as reports call it, or the name on the hub.
+        name: the folder as reports show it, or the name on the hub.
         link: the name that was given, if that is a link to the folder.
         folder: the real path.
-        weights: see `target.weights_of`.
+        weights: see `fingerprint.weights_of`.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Drafter:
 
 @dataclass(frozen=True)
 class Drafting:
-    """A drafter with a number of tokens, and what vLLM must be told of it (see `model.served.speculative_config`)."""
+    """A drafter with a K, as vLLM's `--speculative-config` (see `model.served.speculative_config`)."""
 
     drafter: Drafter
     config: dict[str, Any]
@@ -55,7 +55,7 @@ class Drafting:
 
 @dataclass(frozen=True)
 class Task:
-    """What is measured, on which prompts, and how these become text."""
+    """The drafters to measure, the prompts, and the chat options by which these become text."""
 
     arguments: EvaluateArguments
     verifier: str
@@ -67,12 +67,12 @@ class Task:
         """The runs that an interrupted evaluation of the same task has finished.
 
         Args:
-            measured_on: what else decides the figures, such as device and versions, as JSON values.
+            measured_on: other conditions of the figures, such as device and versions, as JSON values.
         """
         return FinishedRuns(Path(self.arguments.output) / FINISHED_RUNS, self._settings() | measured_on)
 
     def _settings(self) -> dict[str, Any]:
-        """All that decides what a run measures, beside its own name; without passwords."""
+        """Everything but a run's name that determines its figures, without passwords."""
         arguments, names = self.arguments, ("concurrency", "max_tokens", "temperature", "seed", "dtype")
         content = json.dumps([[prompt.id, prompt.category, prompt.digest] for prompt in self.prompts])
         return {
@@ -90,10 +90,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Measured:
-    """What an evaluation has measured.
+    """The results of an evaluation.
 
     Args:
-        without: the runs without a drafter, by number of chats at a time and round; None without such a server.
+        without: the runs without a drafter, by concurrency and round; None if no server without a drafter is named.
         trials: one for each `Drafting`, in the same order.
         measured_on: `dtype`, `device` and `versions`.
         finished: the file of finished runs, to be removed when the report is written.
@@ -111,7 +111,7 @@ def name_of_run(number_of_round: int, concurrency: int, number: int) -> str:
 
 
 def follow_links(arguments: EvaluateArguments) -> list[Drafter]:
-    """The drafters, `--model` first, each looked up once: `checkpoint_best` may move while it is measured.
+    """Resolve the drafters once, `--model` first: training may move `checkpoint_best` while it is measured.
 
     Raises:
         PeagleError: two names lead to the same folder.
@@ -131,7 +131,7 @@ def follow_links(arguments: EvaluateArguments) -> list[Drafter]:
 
 
 def drafting_of(arguments: EvaluateArguments, drafters: Sequence[Drafter], verifier: str) -> list[Drafting]:
-    """All that is to be tried, drafter by drafter; those of `--model` first.
+    """All pairs of drafter and K to measure, drafter by drafter; those of `--model` first.
 
     Raises:
         PeagleError: vLLM would load a checkpoint wrongly, or it is for another verifier.

@@ -1,8 +1,8 @@
-"""vLLM in a process of its own, which answers prompts and counts drafts.
+"""vLLM in a child process, which answers prompts and counts drafts.
 
-Memory is given back with the process, and a crash in there is a message here. `python -m
-peagle_hf.evaluation.vllm_process` is that process: it reads the engine's arguments and then its job as lines of JSON
-from standard input, and answers in such lines.
+The memory is free when the process ends, and a crash of vLLM becomes an error message of the parent. `python -m
+peagle_hf.evaluation.vllm_process` is the child: it reads the engine's arguments and then its job as lines of JSON from
+standard input, and answers in such lines.
 """
 
 import json
@@ -35,14 +35,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job:
-    """What vLLM is to do.
+    """The job of a vLLM process.
 
     Args:
-        prompts: in the order in which they are asked.
-        concurrency: how many chats at a time, each in turn.
-        options: by which the chats become text.
-        answers: for each number of chats at a time, of each prompt by turn, what later turns follow; default: vLLM's
-            own.
+        prompts: in the order in which they are run.
+        concurrency: numbers of chats at a time, measured one after another.
+        options: chat template and variables.
+        answers: for each concurrency and prompt, the answers by turn that later turns follow; default: vLLM's own.
     """
 
     prompts: list[Prompt]
@@ -54,12 +53,12 @@ class Job:
 
 
 class VllmProcess:
-    """vLLM in a child process, which loads its models when the block begins and does one job when it is told to.
+    """vLLM in a child process: it loads its models when the block begins, and `run` gives it its job.
 
     Args:
         engine: arguments of `vllm.LLM`.
-        log: where all that vLLM says goes.
-        what: is measured, for messages, such as "with the drafter".
+        log: file for vLLM's output.
+        what: the end of "vLLM failed …" in messages, such as "with the drafter".
     """
 
     def __init__(self, engine: dict[str, Any], environment: dict[str, str], log: Path, what: str):
@@ -98,8 +97,8 @@ class VllmProcess:
         """Do the job.
 
         Args:
-            keep: called with the answers at each number of chats at a time, as soon as these are there, and with what
-                they were measured on: `dtype`, `device`, `versions`.
+            keep: called with the run of each concurrency as soon as it is finished, and with its `dtype`, `device` and
+                `versions`.
 
         Raises:
             PeagleError: vLLM fails, or a prompt is too long.
@@ -117,7 +116,7 @@ class VllmProcess:
     def _send(self, content: dict[str, Any]) -> None:
         assert self._process is not None
         assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # it has failed, which reading will show
+        with suppress(BrokenPipeError):  # vLLM has failed: `_receive` raises the error
             self._process.stdin.write(json.dumps(content) + "\n")
             self._process.stdin.flush()
 
@@ -130,8 +129,8 @@ class VllmProcess:
             end = self.log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)[-30:]
             logger.error("%s", "".join(end))
             raise PeagleError(
-                f"vLLM failed {self.what} (exit status {status}); the end of what it said is above, all of it "
-                f"in {self.log}. Where memory ran out, lower --concurrency or --max-model-len."
+                f"vLLM failed {self.what} (exit status {status}); the end of its output is above, all of it is in "
+                f"{self.log}. If memory ran out, lower --concurrency or --max-model-len."
             )
         message: dict[str, Any] = json.loads(line)
         if "error" in message:
@@ -181,7 +180,7 @@ def _work(receive: Callable[[], dict[str, Any]], send: Callable[..., object]) ->
 
 
 class _Conversations:
-    """All chats of a job, held so many at a time: as one ends, the next begins."""
+    """All chats of a job, `concurrency` at a time: when one ends, the next begins."""
 
     def __init__(self, llm: Any, job: Job, max_model_len: int, answers: Sequence[Sequence[str]] | None):
         self.job, self.max_model_len, self.answers = job, max_model_len, answers
@@ -206,7 +205,7 @@ class _Conversations:
         """The prompt of a chat's next turn.
 
         Raises:
-            PeagleError: with the answer it would be longer than the engine takes, or the chat template refuses it.
+            PeagleError: prompt and answer don't fit into the engine's context, or the chat template refuses the prompt.
         """
         prompt, chat = self.job.prompts[index], self.chats[index]
         said = [answer.text for answer in chat] if self.answers is None else self.answers[index]
@@ -272,7 +271,7 @@ def _read_counters(llm: Any) -> list[int]:
 
 
 def _main() -> None:
-    # Whatever libraries print goes to standard error, so that standard output carries nothing but messages.
+    # What libraries print goes to standard error, so that standard output has only messages.
     channel: IO[str] = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
@@ -282,7 +281,7 @@ def _main() -> None:
     def receive() -> dict[str, Any]:
         line = sys.stdin.readline()
         if not line:
-            raise SystemExit  # nobody wants anything any more
+            raise SystemExit  # the parent has closed the pipe
         return dict(json.loads(line))
 
     try:
