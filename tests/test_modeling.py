@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
@@ -352,6 +352,7 @@ def test_a_configuration_needs_no_arguments_and_only_a_saved_one_must_be_complet
     fields = json.loads((tmp_path / "config.json").read_text())
     assert fields["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 5
     assert not config.differences(AutoConfig.from_pretrained(tmp_path))
+    save_file({"lm_head.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(PeagleError, match=r"speculators_config\.verifier\.name_or_path is missing"):
         check_checkpoint(tmp_path)
     del fields["mask_token_id"]

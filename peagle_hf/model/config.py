@@ -156,23 +156,7 @@ class PeagleConfig(PreTrainedConfig):
             tokenizer = AutoTokenizer.from_pretrained(verifier, revision=revision, trust_remote_code=trust_remote_code)
             mask_token_id, reason = choose_mask_token(tokenizer, target.vocab_size)
             logger.info("Mask token: %d, %s.", mask_token_id, reason)
-        model_type = draft_arch or (target.model_type if target.model_type in DRAFT_MODEL_TYPES else "llama")
-        _check_draft_model_type(model_type)
-        layer_class: Any = CONFIG_MAPPING[model_type]
-        layer_config = layer_class(
-            vocab_size=target.vocab_size,
-            hidden_size=target.hidden_size,
-            intermediate_size=getattr(target, "intermediate_size", None) or 4 * target.hidden_size,
-            num_hidden_layers=num_layers,
-            num_attention_heads=target.num_attention_heads,
-            num_key_value_heads=getattr(target, "num_key_value_heads", None) or target.num_attention_heads,
-            head_dim=getattr(target, "head_dim", None) or target.hidden_size // target.num_attention_heads,
-            max_position_embeddings=target.max_position_embeddings,
-            rms_norm_eps=getattr(target, "rms_norm_eps", 1e-6),
-            rope_parameters=_rope_parameters(target),
-            tie_word_embeddings=False,
-            **_window_fields(model_type, sliding_window, num_layers),
-        )
+        layer_config = _layer_config(target, draft_arch, num_layers, sliding_window)
         if len(layer_ids) != VLLM_AUX_HIDDEN_STATES:
             layer_config.num_aux_hidden_states = len(layer_ids)
         return cls(
@@ -217,32 +201,31 @@ class PeagleConfig(PreTrainedConfig):
     def _check_values(self) -> None:
         vocab_size, hidden_size = self.transformer_layer_config.vocab_size, self.transformer_layer_config.hidden_size
         rotated = (self.transformer_layer_config.rope_parameters or {}).get("partial_rotary_factor", 1.0)
-        problems = {
-            f"draft_vocab_size {self.draft_vocab_size} is not in 1..{vocab_size}, the verifier's vocabulary": (
-                not 1 <= self.draft_vocab_size <= vocab_size
-            ),
-            f"mask_token_id {self.mask_token_id} is outside the vocabulary of {vocab_size}": (
-                not 0 <= self.mask_token_id < vocab_size
-            ),
-            f"eagle_aux_hidden_state_layer_ids {self.eagle_aux_hidden_state_layer_ids} must be distinct ids >= 0": (
-                not self.eagle_aux_hidden_state_layer_ids
-                or min(self.eagle_aux_hidden_state_layer_ids) < 0
-                or len(set(self.eagle_aux_hidden_state_layer_ids)) != len(self.eagle_aux_hidden_state_layer_ids)
-            ),
-            "fc_norm is not supported: vLLM ignores it for P-EAGLE drafters": self.fc_norm,
-            "norm_output is not supported: vLLM ignores it for P-EAGLE drafters": self.norm_output,
-            f"target_hidden_size {self.target_hidden_size} differs from the drafter's {hidden_size}": (
-                self.target_hidden_size not in (None, hidden_size)
-            ),
-            f"partial_rotary_factor {rotated} is not supported: drafters rotate whole heads": rotated != 1.0,
-            f"num_depths {self.num_depths} must be at least 1": self.num_depths < 1,
-            f"down_sample_ratio {self.down_sample_ratio} is not in (0, 1]": not 0 < self.down_sample_ratio <= 1,
-            f"down_sample_ratio_min {self.down_sample_ratio_min} is not in [0, 1]": (
-                not 0 <= self.down_sample_ratio_min <= 1
-            ),
-            f"max_anchors {self.max_anchors} must be at least 1": self.max_anchors is not None and self.max_anchors < 1,
-        }
-        wrong = [problem for problem, present in problems.items() if present]
+        layer_ids = self.eagle_aux_hidden_state_layer_ids
+        wrong = []
+        if not 1 <= self.draft_vocab_size <= vocab_size:
+            wrong.append(
+                f"draft_vocab_size {self.draft_vocab_size} is not in 1..{vocab_size}, the verifier's vocabulary"
+            )
+        if not 0 <= self.mask_token_id < vocab_size:
+            wrong.append(f"mask_token_id {self.mask_token_id} is outside the vocabulary of {vocab_size}")
+        if not layer_ids or min(layer_ids) < 0 or len(set(layer_ids)) != len(layer_ids):
+            wrong.append(f"eagle_aux_hidden_state_layer_ids {layer_ids} must be distinct ids >= 0")
+        for name in ("fc_norm", "norm_output"):
+            if getattr(self, name):
+                wrong.append(f"{name} is not supported: vLLM ignores it for P-EAGLE drafters")
+        if self.target_hidden_size not in (None, hidden_size):
+            wrong.append(f"target_hidden_size {self.target_hidden_size} differs from the drafter's {hidden_size}")
+        if rotated != 1.0:
+            wrong.append(f"partial_rotary_factor {rotated} is not supported: drafters rotate whole heads")
+        if self.num_depths < 1:
+            wrong.append(f"num_depths {self.num_depths} must be at least 1")
+        if not 0 < self.down_sample_ratio <= 1:
+            wrong.append(f"down_sample_ratio {self.down_sample_ratio} is not in (0, 1]")
+        if not 0 <= self.down_sample_ratio_min <= 1:
+            wrong.append(f"down_sample_ratio_min {self.down_sample_ratio_min} is not in [0, 1]")
+        if self.max_anchors is not None and self.max_anchors < 1:
+            wrong.append(f"max_anchors {self.max_anchors} must be at least 1")
         if wrong:
             raise PeagleError(
                 f"The drafter's configuration can't be used: {'; '.join(wrong)}. Correct it and try again."
@@ -306,6 +289,30 @@ def choose_mask_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tu
         if token_id is not None:
             return token_id, f"the tokenizer's {kind} token"
     raise PeagleError("The tokenizer has no mask, unused, pad or eos token. Pass --mask-token-id with one to use.")
+
+
+def _layer_config(
+    target: PreTrainedConfig, draft_arch: str | None, num_layers: int, sliding_window: int | None
+) -> PreTrainedConfig:
+    """The configuration of draft layers that have the sizes of the verifier's own layers."""
+    model_type = draft_arch or (target.model_type if target.model_type in DRAFT_MODEL_TYPES else "llama")
+    _check_draft_model_type(model_type)
+    layer_class: Any = CONFIG_MAPPING[model_type]
+    layer_config: PreTrainedConfig = layer_class(
+        vocab_size=target.vocab_size,
+        hidden_size=target.hidden_size,
+        intermediate_size=getattr(target, "intermediate_size", None) or 4 * target.hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=target.num_attention_heads,
+        num_key_value_heads=getattr(target, "num_key_value_heads", None) or target.num_attention_heads,
+        head_dim=getattr(target, "head_dim", None) or target.hidden_size // target.num_attention_heads,
+        max_position_embeddings=target.max_position_embeddings,
+        rms_norm_eps=getattr(target, "rms_norm_eps", 1e-6),
+        rope_parameters=_rope_parameters(target),
+        tie_word_embeddings=False,
+        **_window_fields(model_type, sliding_window, num_layers),
+    )
+    return layer_config
 
 
 def _rope_parameters(target: PreTrainedConfig) -> dict[str, Any]:

@@ -42,6 +42,7 @@ from .drafter import PeagleForSpeculation
 # transformers 5.24 renamed a model's `past_key_values` to `cache`.
 RENAMED = "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 CACHE = "cache" if RENAMED else "past_key_values"
+ONCE_EACH_TOKEN = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
 PREPARED_BY_GENERATE = {"attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep"}
 
 
@@ -92,88 +93,135 @@ def draft_and_verify(
     """
     _check(model, drafter, len(input_ids), logits_processor, generation_config, model_kwargs)
     num_tokens = num_speculative_tokens or drafter.config.num_depths
-    layer_ids = drafter.config.eagle_aux_hidden_state_layer_ids
-    attention_mask = model_kwargs.get("attention_mask")
+    decoding = _Decoding(model, drafter, input_ids, logits_processor, generation_config, model_kwargs, num_tokens)
+    num_drafts, accepted_by_position = decoding.run(stopping_criteria)
+    pad_token = generation_config._pad_token_tensor
+    padding = 0 if pad_token is None else int(pad_token)
+    sequences = pad_sequence(decoding.texts, batch_first=True, padding_value=padding)
+    if not generation_config.return_dict_in_generate:
+        return sequences
+    return DraftAndVerifyOutput(sequences, num_drafts, accepted_by_position.tolist())
 
-    def probabilities(texts: list[Tensor], logits: Tensor) -> Tensor:
-        """What the next token is drawn from after each text, [B, V], from the logits there."""
-        logits = process(logits_processor, texts, logits)
-        if generation_config.do_sample:
-            # Anything is a proposal where a processor forbids the whole draft vocabulary.
-            return logits.softmax(-1).nan_to_num(1 / logits.shape[1])
-        return torch.zeros_like(logits).scatter_(1, logits.argmax(1, keepdim=True), 1.0)
 
-    def verify(block: Tensor, mask: Tensor, drafts: Tensor) -> Tensor:
-        """The verifier's distributions [B, drafts + 1, V] at the end of the block, and its states in `streams`."""
-        num_logits = drafts.shape[1] + 1
-        logits = model(
-            input_ids=block,
-            attention_mask=mask.long(),
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, -block.shape[1] :],
+class _Decoding:
+    """The texts of one call of `draft_and_verify`, and the caches of both models.
+
+    Attributes:
+        texts: B sequences, int64 [any], that grow.
+        block: int64 [B, any], the tokens that the verifier reads next; its end are the `drafts`.
+        mask: bool [B, S], which places of the caches and of the block are part of the texts.
+        drafts: int64 [B, K], empty in the first round.
+        chances: [B, K, V], the distributions that the drafts were drawn from.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        drafter: PeagleForSpeculation,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        num_tokens: int,
+    ):
+        self.model, self.drafter, self.num_tokens = model, drafter, num_tokens
+        self.logits_processor, self.do_sample = logits_processor, generation_config.do_sample
+        self.takes_num_logits = "logits_to_keep" in model_kwargs
+        self.layer_ids = drafter.config.eagle_aux_hidden_state_layer_ids
+        self.verifier_cache, self.drafter_cache = DynamicCache(), DynamicCache()
+        attention_mask = model_kwargs.get("attention_mask")
+        self.texts = list(input_ids)
+        self.block, self.drafts = input_ids, input_ids[:, :0]
+        self.mask = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).bool()
+        self.chances = torch.zeros(len(input_ids), 0, drafter.config.vocab_size, device=input_ids.device)
+
+    def run(self, stopping_criteria: StoppingCriteriaList) -> tuple[int, Tensor]:
+        """Let the texts grow until all have ended.
+
+        Returns:
+            the number of drafts, and of each position the number of drafts in which it was accepted, int64 [K].
+        """
+        running = torch.ones(len(self.texts), dtype=torch.bool, device=self.block.device)
+        num_drafts, accepted_by_position = 0, torch.zeros(self.num_tokens, dtype=torch.long)
+        positions = torch.arange(self.num_tokens, device=running.device)
+        with recorded_streams(self.model, self.layer_ids, self.drafter.dtype) as streams:
+            while True:
+                num_accepted, next_tokens = accept(self.drafts, self.chances, self.verify())
+                num_accepted = torch.where(running, num_accepted, 0)
+                if self.drafts.shape[1]:
+                    num_drafts += int(running.sum())
+                    accepted_by_position += (num_accepted[:, None] > positions).sum(0).cpu()
+                self.grow(running, num_accepted, next_tokens, stopping_criteria)
+                if not running.any():
+                    return num_drafts, accepted_by_position
+                shifted = self.drop_rejected(num_accepted, next_tokens)
+                states = torch.cat([streams[id_].to(self.drafter.device) for id_ in self.layer_ids], dim=-1)
+                self.drafts, self.chances = self.draft(shifted, states[:, : shifted.shape[1]])
+                self.block = torch.cat([next_tokens[:, None], self.drafts], dim=1)
+                self.mask = F.pad(self.mask, (0, self.block.shape[1]), value=True)
+
+    def verify(self) -> Tensor:
+        """The verifier's distributions [B, K + 1, V] at the drafts and after them; its states go to the streams."""
+        num_logits = self.drafts.shape[1] + 1
+        logits = self.model(
+            input_ids=self.block,
+            attention_mask=self.mask.long(),
+            position_ids=(self.mask.cumsum(1) - 1).clamp(min=0)[:, -self.block.shape[1] :],
             use_cache=True,
-            **{CACHE: verifier_cache},
-            **({"logits_to_keep": num_logits} if "logits_to_keep" in model_kwargs else {}),
+            **{CACHE: self.verifier_cache},
+            **({"logits_to_keep": num_logits} if self.takes_num_logits else {}),
         ).logits[:, -num_logits:]
-        logits = logits.to(input_ids.device, torch.float32)
-        return torch.stack([probabilities(append(texts, drafts[:, :k]), logits[:, k]) for k in range(num_logits)], 1)
+        logits = logits.to(self.block.device, torch.float32)
+        texts = [append(self.texts, self.drafts[:, :k]) for k in range(num_logits)]
+        return torch.stack([self.probabilities(texts[k], logits[:, k]) for k in range(num_logits)], 1)
 
-    def draft(block: Tensor, states: Tensor, mask: Tensor, texts: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def draft(self, block: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
         """K tokens [B, K] and their distributions [B, K, V], which are zero outside the draft vocabulary."""
-        device, token_ids = drafter.device, drafter.draft_token_ids
-        scores = drafter.draft(block.to(device), states, mask.to(device), num_tokens, drafter_cache)
+        drafter, device, token_ids = self.drafter, self.drafter.device, self.drafter.draft_token_ids
+        mask = self.mask.to(device)
+        scores = drafter.draft(block.to(device), states, mask, self.num_tokens, self.drafter_cache)
         logits = scores.new_full((*scores.shape[:2], drafter.config.vocab_size), -torch.inf, dtype=torch.float32)
         logits[:, :, slice(None) if token_ids is None else token_ids] = scores.float()
         drafts, chances = block[:, :0], []
         for at_depth in logits.to(block.device).unbind(1):
-            chances.append(probabilities(append(texts, drafts), at_depth))
+            chances.append(self.probabilities(append(self.texts, drafts), at_depth))
             drafts = torch.cat([drafts, chances[-1].multinomial(1)], dim=1)
         return drafts, torch.stack(chances, dim=1)
 
-    texts = list(input_ids)
-    running = torch.ones(len(texts), dtype=torch.bool, device=input_ids.device)
-    num_drafts, accepted_by_position = 0, torch.zeros(num_tokens, dtype=torch.long)
-    verifier_cache, drafter_cache = DynamicCache(), DynamicCache()
-    block, drafts = input_ids, input_ids[:, :0]  # drafts are the end of a block
-    mask = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).bool()
-    chances = torch.zeros(len(texts), 0, drafter.config.vocab_size, device=input_ids.device)
-    with recorded_streams(model, layer_ids, drafter.dtype) as streams:
-        while True:
-            target_chances = verify(block, mask, drafts)
-            num_accepted, next_tokens = accept(drafts, chances, target_chances)
-            num_accepted = torch.where(running, num_accepted, 0)
-            if drafts.shape[1]:
-                num_drafts += int(running.sum())
-                positions = torch.arange(num_tokens, device=running.device)
-                accepted_by_position += (num_accepted[:, None] > positions).sum(0).cpu()
+    def probabilities(self, texts: list[Tensor], logits: Tensor) -> Tensor:
+        """The distribution of the next token after each text, [B, V], from the logits there."""
+        logits = process(self.logits_processor, texts, logits)
+        if self.do_sample:
+            # Where a processor forbids the whole draft vocabulary, any distribution will do as a proposal.
+            return logits.softmax(-1).nan_to_num(1 / logits.shape[1])
+        return torch.zeros_like(logits).scatter_(1, logits.argmax(1, keepdim=True), 1.0)
 
-            for number in running.nonzero().flatten().tolist():
-                new = torch.cat([drafts[number, : num_accepted[number]], next_tokens[number, None]])
-                for token in new:
-                    texts[number] = torch.cat([texts[number], token[None]])
-                    if stopping_criteria(texts[number][None], None).all():
-                        running[number] = False
-                        break
-            if not running.any():
-                break
+    def grow(
+        self, running: Tensor, num_accepted: Tensor, next_tokens: Tensor, stopping_criteria: StoppingCriteriaList
+    ) -> None:
+        """Append the accepted drafts and the next token to the running texts; those that end stop running."""
+        for number in running.nonzero().flatten().tolist():
+            new = torch.cat([self.drafts[number, : num_accepted[number]], next_tokens[number, None]])
+            for token in new:
+                self.texts[number] = torch.cat([self.texts[number], token[None]])
+                if stopping_criteria(self.texts[number][None], None).all():
+                    running[number] = False
+                    break
 
-            num_rejected = drafts.shape[1] - int(num_accepted.max())
-            if num_rejected:
-                verifier_cache.crop(-num_rejected)
-            start, stop = mask.shape[1] - block.shape[1], mask.shape[1] - num_rejected
-            last = mask.shape[1] - drafts.shape[1] - 1 + num_accepted
-            mask = mask[:, :stop] & (torch.arange(stop, device=mask.device) <= last[:, None])
-            shifted = torch.cat([block[:, 1:], next_tokens[:, None]], dim=1)
-            shifted = shifted.scatter(1, last[:, None] - start, next_tokens[:, None])[:, : stop - start]
-            states = torch.cat([streams[id_].to(drafter.device) for id_ in layer_ids], dim=-1)[:, : stop - start]
-            drafts, chances = draft(shifted, states, mask, texts)
-            block = torch.cat([next_tokens[:, None], drafts], dim=1)
-            mask = F.pad(mask, (0, block.shape[1]), value=True)
+    def drop_rejected(self, num_accepted: Tensor, next_tokens: Tensor) -> Tensor:
+        """Remove what all sequences reject from the cache, and mask what only some reject.
 
-    pad_token = generation_config._pad_token_tensor
-    sequences = pad_sequence(texts, batch_first=True, padding_value=0 if pad_token is None else int(pad_token))
-    if not generation_config.return_dict_in_generate:
-        return sequences
-    return DraftAndVerifyOutput(sequences, num_drafts, accepted_by_position.tolist())
+        Returns:
+            int64 [B, places of the block that are left], the token that the drafter sees at each: the one after it.
+        """
+        num_rejected = self.drafts.shape[1] - int(num_accepted.max())
+        if num_rejected:
+            self.verifier_cache.crop(-num_rejected)
+        start, stop = self.mask.shape[1] - self.block.shape[1], self.mask.shape[1] - num_rejected
+        last = self.mask.shape[1] - self.drafts.shape[1] - 1 + num_accepted
+        self.mask = self.mask[:, :stop] & (torch.arange(stop, device=self.mask.device) <= last[:, None])
+        shifted = torch.cat([self.block[:, 1:], next_tokens[:, None]], dim=1)
+        return shifted.scatter(1, last[:, None] - start, next_tokens[:, None])[:, : stop - start]
 
 
 def accept(drafts: Tensor, chances: Tensor, target_chances: Tensor) -> tuple[Tensor, Tensor]:
@@ -229,22 +277,23 @@ def _check(
     kinds = {type(layer) for layer in DynamicCache(config=config).layers}
     superfluous = sorted(model_kwargs.keys() - PREPARED_BY_GENERATE)
     ours = (drafter.config.hidden_size, drafter.config.vocab_size)
-    problems = {
-        f"the drafter was made for hidden size {ours[0]} and vocabulary {ours[1]}, the verifier has "
-        f"{config.hidden_size} and {config.vocab_size}": ours != (config.hidden_size, config.vocab_size),
-        "the verifier keeps more than keys and values, and can't take back what it has read": (
-            not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
-        ),
-        "the verifier has a sliding window, so prompts must come one at a time": (
-            DynamicSlidingWindowLayer in kinds and num_sequences > 1
-        ),
-        f"arguments are not supported: {', '.join(superfluous)}": superfluous,
-        "beam search is not supported": generation_config.num_beams != 1,
-        "guidance_scale and SynthID watermarks are not supported: they need to see each token once, in its order": any(
-            isinstance(processor, SynthIDTextWatermarkLogitsProcessor | UnbatchedClassifierFreeGuidanceLogitsProcessor)
-            for processor in logits_processor
-        ),
-    }
-    wrong = [problem for problem, present in problems.items() if present]
+    wrong = []
+    if ours != (config.hidden_size, config.vocab_size):
+        wrong.append(
+            f"the drafter was made for hidden size {ours[0]} and vocabulary {ours[1]}, the verifier has "
+            f"{config.hidden_size} and {config.vocab_size}"
+        )
+    if not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
+        wrong.append(
+            "the verifier keeps more than keys and values, so rejected tokens can't be removed from its cache"
+        )
+    if DynamicSlidingWindowLayer in kinds and num_sequences > 1:
+        wrong.append("the verifier has a sliding window, so prompts must come one at a time")
+    if superfluous:
+        wrong.append(f"arguments are not supported: {', '.join(superfluous)}")
+    if generation_config.num_beams != 1:
+        wrong.append("beam search is not supported")
+    if any(isinstance(processor, ONCE_EACH_TOKEN) for processor in logits_processor):
+        wrong.append("guidance_scale and SynthID watermarks are not supported: they must see each token once, in order")
     if wrong:
-        raise PeagleError(f"Draft and verify can't be used here: {'; '.join(wrong)}.")
+        raise PeagleError(f"draft_and_verify can't run: {'; '.join(wrong)}.")

@@ -113,28 +113,27 @@ def _check_config(path: Path) -> PeagleConfig:
     methods = speculators_config.get("proposal_methods") or [{}]
     layer_ids = fields.get("eagle_aux_hidden_state_layer_ids") or []
     layer_config = fields.get("transformer_layer_config") or {}
-    problems = {
-        "model_type must be 'speculators' or absent: vLLM refuses any other": (
-            fields.get("model_type", "speculators") != "speculators"
-        ),
-        "speculators_model_type must be 'peagle'": fields.get("speculators_model_type") != "peagle",
-        "eagle_aux_hidden_state_layer_ids is missing": not layer_ids,
-        "norm_before_residual is missing, and vLLM would take it as false": "norm_before_residual" not in fields,
-        "speculators_config.proposal_methods[0].speculative_tokens is missing": (
-            methods[0].get("speculative_tokens") is None
-        ),
-        "speculators_config.verifier.name_or_path is missing": (
-            not (speculators_config.get("verifier") or {}).get("name_or_path")
-        ),
-        f"transformer_layer_config.num_aux_hidden_states must be {len(layer_ids)}, the number of auxiliary layers": (
-            len(layer_ids) not in (0, layer_config.get("num_aux_hidden_states", VLLM_AUX_HIDDEN_STATES))
-        ),
-    }
-    wrong = [problem for problem, present in problems.items() if present]
+    wrong = []
+    if fields.get("model_type", "speculators") != "speculators":
+        wrong.append("model_type must be 'speculators' or absent: vLLM refuses any other")
+    if fields.get("speculators_model_type") != "peagle":
+        wrong.append("speculators_model_type must be 'peagle'")
+    if not layer_ids:
+        wrong.append("eagle_aux_hidden_state_layer_ids is missing")
+    if "norm_before_residual" not in fields:
+        wrong.append("norm_before_residual is missing, and vLLM would take it as false")
+    if methods[0].get("speculative_tokens") is None:
+        wrong.append("speculators_config.proposal_methods[0].speculative_tokens is missing")
+    if not (speculators_config.get("verifier") or {}).get("name_or_path"):
+        wrong.append("speculators_config.verifier.name_or_path is missing")
+    if len(layer_ids) not in (0, layer_config.get("num_aux_hidden_states", VLLM_AUX_HIDDEN_STATES)):
+        wrong.append(
+            f"transformer_layer_config.num_aux_hidden_states must be {len(layer_ids)}, the number of auxiliary layers"
+        )
     if wrong:
-        raise PeagleError(f"vLLM would not serve this drafter rightly: in {path}, {'; '.join(wrong)}. Correct it.")
+        raise PeagleError(f"vLLM would not serve this drafter as trained: in {path}, {'; '.join(wrong)}. Correct it.")
     try:
-        return PeagleConfig(**fields)
+        return PeagleConfig.from_dict(fields)
     except (PeagleError, StrictDataclassError, TypeError) as error:
         raise PeagleError(f"{path}: {' '.join(str(error).split())}") from error
 
