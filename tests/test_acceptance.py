@@ -107,7 +107,7 @@ def test_the_rows_kept_back_are_those_of_the_drafters_own_training(trained, tmp_
     assert _kept_back(arguments, checkpoint) == splits[arguments.seed]
     unknown = tmp_path / "unknown"
     unknown.mkdir()
-    with pytest.raises(PeagleError, match=r"unknown holds no training\.json.*Pass --seed"):
+    with pytest.raises(PeagleError, match=r"unknown has no training\.json.*Pass --seed"):
         _kept_back(AcceptanceArguments(str(unknown), str(folder), "a.json", train_data_ratio=0.5), unknown)
 
 

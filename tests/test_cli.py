@@ -156,13 +156,13 @@ def test_importing_the_package_registers_the_auto_classes():
         (["prepar"], "Did you mean prepare?"),
         (["train", "--learning-rte", "1"], "unknown flag --learning-rte. Did you mean --learning-rate?"),
         (["train", "--learning_rte=1"], "Did you mean --learning-rate?"),
-        (["extract", "--bogus-thing"], "`peagle-hf extract --help` names all"),
+        (["extract", "--bogus-thing"], "`peagle-hf extract --help` lists all"),
         (["train", "--num-layers", "many"], "invalid int value: 'many'"),
         (["train", "--num-layers"], "expected one argument"),
         (["prepare", "--model", "m", "--data", "a", "b", "--output", "o", "left"], "unexpected argument 'left'"),
         (["launch-vllm", "--hidden-states-path", "x"], "required: MODEL"),
         (["cache", "show", "folder"], "invalid choice: 'show'"),
-        (["train", "--loss-fn", '{"kl_div": }'], "--loss-fn is no valid JSON"),
+        (["train", "--loss-fn", '{"kl_div": }'], "--loss-fn is not valid JSON"),
         (["train", "--optim-args"], "expected one argument"),
     ],
 )
@@ -253,7 +253,7 @@ def test_a_yaml_file_says_what_flags_say(tmp_path, monkeypatch):
         (b"- a", "must hold a mapping"),
         (b"", "must hold a mapping"),
         (b"a: [", "not valid YAML"),
-        (b"lr: 1\nlr: 2", "the key 'lr' stands twice"),
+        (b"lr: 1\nlr: 2", "the key 'lr' appears twice"),
         (b"1: 2", "the key 1"),
         ("größe: 1".encode("latin-1"), "not UTF-8 text (byte 2)"),
         (None, "no file"),
@@ -515,4 +515,4 @@ def test_messages_about_flags_name_them_once_and_the_wrong_value(capsys):
     assert "--model/--drafter, --repo-id\n" in printed(capsys, "push", code=2)
     argv = ["--model", "m", "--data", "d", "--chat-template", "{% if x %}", "--output", "out"]
     assert parse_arguments(PrepareArguments, argv).chat_template == "{% if x %}"
-    assert "no valid JSON" in printed(capsys, "prepare", *argv, "--chat-template-kwargs", "{a}", code=2)
+    assert "not valid JSON" in printed(capsys, "prepare", *argv, "--chat-template-kwargs", "{a}", code=2)

@@ -726,8 +726,10 @@ def test_a_row_that_always_fails_is_left_out_by_name_and_training_goes_on(online
     assert "left out by --skip-rows: 3" in caplog.text
     record = trainer.record()
     assert record["skipped_rows"] == [3]
-    assert "| rows left out | 3 |" in str(model_card(trainer.config, "me/drafter", None, record))
-    assert "| rows left out |" not in str(model_card(trainer.config, "me/drafter", None, record | {"skipped_rows": []}))
+    assert "| samples left out | 3 |" in str(model_card(trainer.config, "me/drafter", None, record))
+    assert "| samples left out |" not in str(
+        model_card(trainer.config, "me/drafter", None, record | {"skipped_rows": []})
+    )
 
 
 def test_leaving_out_rows_moves_no_other_row(online, server, data, tokens):

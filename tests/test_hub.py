@@ -270,8 +270,8 @@ def test_the_card_says_what_was_measured(trained, evaluation):
         "| accepted, of all drafts | 31.2% | 10.3% | 2.2% |",
         "| acceptance length | 1.438 (1.401 to 1.474) |",
         "| acceptance rate | 14.6% |",
-        "| tokens a second with the drafter | 123.4 |",
-        "| tokens a second without | 98.7 |",
+        "| tokens per second with the drafter | 123.4 |",
+        "| tokens per second without | 98.7 |",
         "| texts that are the same with and without | 16/17 |",
         "| maths | 9 | 1.521 | 17.4% |",
         "| a \\| b c | 8 | 1.312 | 11.1% |",
@@ -281,7 +281,7 @@ def test_the_card_says_what_was_measured(trained, evaluation):
         "| COD sampling | K 3, r 0.7, r_min 0.2, anchors all |",
         "| loss | tv |",
         f"| epochs, steps | 1, {record['steps']} |",
-        "| rows a step, positions a row | 2, 64 |",
+        "| packed sequences per step, positions in each | 2, 64 |",
         "cosine from 0.001 |",
         "| precision, seed | float32, 42 |",
         f"| hardware | 1 x CPU, {torch.get_num_threads()} threads |",
@@ -338,7 +338,7 @@ def test_minutes_count_over_a_resumed_run(train_flags):
         ({"verifier_name": "/data/verifier"}, TOKEN, "is no name on the hub"),
         ({}, None, "hf auth login"),
         ({}, "hf_wrong", "Invalid user token"),
-        ({}, READ_TOKEN, "may read and not write"),
+        ({}, READ_TOKEN, "may only read, not write"),
         ({"hub_model_id": "a/b/c"}, TOKEN, "Repo id must"),
     ],
 )
@@ -395,10 +395,10 @@ def test_what_vllm_would_not_serve_is_not_pushed(hub, trained, evaluation, tmp_p
     other = shutil.copytree(trained, tmp_path / "other")
     weights = load_file(other / "model.safetensors")
     save_file(weights | {"norm.weight": -weights["norm.weight"]}, other / "model.safetensors")
-    with pytest.raises(PeagleError, match="is about other weights"):
+    with pytest.raises(PeagleError, match="evaluates a different checkpoint"):
         push(PushArguments(str(other), "my-lab/d", str(evaluation), VERIFIER))
     evaluation.write_text("{}")
-    with pytest.raises(PeagleError, match=r"no report of peagle-hf evaluate"):
+    with pytest.raises(PeagleError, match=r"not a report of peagle-hf evaluate"):
         push(PushArguments(str(trained), "my-lab/d", str(evaluation), VERIFIER))
     assert "my-lab/d" not in hub.repos
 

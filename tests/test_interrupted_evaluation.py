@@ -90,7 +90,7 @@ def test_a_killed_evaluation_asks_only_what_is_missing_and_gives_the_same_report
         one.requests.clear()
     caplog.set_level(logging.INFO, logger="peagle_hf")
     report = evaluate(arguments(output=str(moved)))
-    assert "4 runs were finished earlier" in caplog.text
+    assert "4 runs that were finished earlier" in caplog.text
     assert len(baseline.requests) == 2 * REQUESTS
     assert len(server.requests) == 1 + 2 * REQUESTS  # and one that finds out how it counts
     assert not (moved / FINISHED_RUNS).exists()
@@ -122,7 +122,7 @@ def test_what_changed_is_named_and_all_is_measured_anew(arguments, server, suite
         interrupt(arguments(), server)
         caplog.clear()
         evaluate(arguments(rounds=1, **change))
-        assert "are discarded and all is measured anew, because" in caplog.text
+        assert "are discarded and everything is measured again, because" in caplog.text
         assert words in caplog.text
         assert len(server.requests) == 1 + 2 * REQUESTS
     interrupt(arguments(), server)
@@ -160,7 +160,7 @@ def test_other_weights_are_measured_anew(arguments, server, drafter, tmp_path, c
     assert report["drafter"] == str(tmp_path / "2")
     assert report["drafter_link"] == str(best)
     page = (tmp_path / "out" / "evaluation.html").read_text()
-    assert f"{tmp_path / '2'}, which {best} linked to when this began" in page
+    assert f"{tmp_path / '2'}, the folder that {best} linked to at the start" in page
 
 
 @pytest.mark.fault("The journal of an evaluation is damaged", "An error names the file and says to remove it.")

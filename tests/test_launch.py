@@ -283,7 +283,7 @@ def test_a_launch_that_fails_leaves_the_record_of_the_server_that_runs(stand_in,
     write_server_record(output, str(tiny_verifier), SLOTS, name)
     record = (output / "server.json").read_text()
     arguments.vllm_args = ["--port", str(server.port)]
-    with pytest.raises(PeagleError, match=f"Another program listens at port {server.port} already"):
+    with pytest.raises(PeagleError, match=f"Another program already listens at port {server.port}"):
         launch(arguments)
     arguments.vllm_args = ["--port", str(free_port())]
     with pytest.raises(PeagleError, match=rf"server {name} writes to .* too, and extracts the layers \[2, 3, 4, 7\]"):

@@ -166,8 +166,8 @@ def test_servers_are_asked_with_the_template_variables_of_the_training(
         assert report["chat_template_kwargs"] == kwargs
         assert report["chat_template"].startswith("sha256 ")
         assert json.loads(journals[-1].splitlines()[0])["settings"]["chat_template_kwargs"] == kwargs
-        assert ("was trained with other chat options" in caplog.text) == bool(changes)
-        assert ("must have been started with the chat template" in caplog.text) == (template is None)
+        assert ("was trained with another chat template or other variables" in caplog.text) == bool(changes)
+        assert ("Make sure that the servers were started with the chat template" in caplog.text) == (template is None)
     assert "--chat-template-kwargs '{}'" in report["command"]
     evaluate(arguments(model=arguments().model))
     assert "chat_template_kwargs" not in server.requests[-1]
@@ -221,7 +221,7 @@ def test_servers_give_the_report_that_vllm_in_process_gives(arguments, server, b
     card = model_card(
         check_checkpoint(drafter), "my-lab/d", None, None, read_evaluation(output / "evaluation.json", drafter)
     ).text
-    assert "| tokens a second without |" in card
+    assert "| tokens per second without |" in card
     assert server.url not in card
 
 
@@ -242,7 +242,7 @@ def test_without_a_baseline_nothing_is_compared(arguments, drafter, capsys):
     report = evaluate(arguments())
     assert report["tokens_per_second_without"] is report["text_identical"] is None
     assert report["by_concurrency"][0]["latency_seconds_without"] is None
-    assert "without it wasn't measured" in capsys.readouterr().out
+    assert "the speed without it was not measured" in capsys.readouterr().out
     path = Path(arguments().output) / "evaluation.json"
     card = model_card(check_checkpoint(drafter), "my-lab/d", None, None, read_evaluation(path, drafter)).text
     assert "a second without" not in card
@@ -345,9 +345,9 @@ def test_as_many_requests_as_are_wanted_are_in_flight(arguments, server):
         ("error", "the engine died"),
         ("breaks off", "the answer breaks off"),
         ("no token ids", "no token ids"),
-        ("uncounted", "started anew in between, or several servers answer there"),
-        ("started anew", "started anew in between"),
-        ("others", "generated 41 tokens while 20 were asked for here: others use it too"),
+        ("uncounted", "restarted in between, or several servers answer there"),
+        ("started anew", "restarted in between"),
+        ("others", "generated 41 tokens, but only 20 were requested by this evaluation: others use it too"),
         ("miscounts", r"add up to \[.*\] .* counters say"),
     ],
 )
@@ -364,16 +364,16 @@ def test_a_server_that_fails_or_counts_others_is_no_measure(arguments, server, p
     "An error names the server before anything is measured.",
 )
 def test_servers_that_are_dead_or_others_are_refused(arguments, server, baseline, drafter, servable_verifier):
-    with pytest.raises(PeagleError, match=r"127\.0\.0\.1:9/v1 can't be asked for its model.*peagle-hf serve"):
+    with pytest.raises(PeagleError, match=r"127\.0\.0\.1:9/v1 doesn't tell its model.*peagle-hf serve"):
         evaluate(arguments(endpoint="http://127.0.0.1:9"))
     with pytest.raises(PeagleError, match=r"serves no drafter\. Start it with peagle-hf serve"):
         evaluate(arguments(endpoint=baseline.url))
-    with pytest.raises(PeagleError, match="drafts too"):
+    with pytest.raises(PeagleError, match="has a drafter too"):
         evaluate(arguments(baseline_endpoint=server.url))
     with pytest.raises(PeagleError, match="names 2 servers"):
         evaluate(arguments(endpoint=f"{server.url},{baseline.url}"))
     baseline.model = str(servable_verifier)
-    with pytest.raises(PeagleError, match=f"runs {servable_verifier}, wanted is"):
+    with pytest.raises(PeagleError, match=f"runs {servable_verifier}, but the drafter's verifier is"):
         evaluate(arguments(baseline_endpoint=baseline.url))
     server.model = str(drafter)  # as `vllm serve DRAFTER` calls itself
     evaluate(arguments(max_tokens=2))
@@ -382,8 +382,8 @@ def test_servers_that_are_dead_or_others_are_refused(arguments, server, baseline
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"num_speculative_tokens": [2]}, "A server has one drafter"),
-        ({"compare": ["other"]}, "A server has one drafter"),
+        ({"num_speculative_tokens": [2]}, "A running server has one drafter"),
+        ({"compare": ["other"]}, "A running server has one drafter"),
         ({"endpoint": None, "baseline_endpoint": "http://localhost:8001"}, "is for servers"),
         ({"concurrency": [0]}, "--concurrency is 0 but needs positive"),
         ({"concurrency": [4, 1]}, "--concurrency is 4 1 but needs .* ascending"),
@@ -436,10 +436,12 @@ def test_a_chat_without_a_drafter_or_beside_others_says_so(server, baseline, mon
     assert "other users' answers included; 4 tokens" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         chat(monkeypatch, "a b c\n", "--endpoint", "http://127.0.0.1:9")
-    assert "can't be asked for its model" in capsys.readouterr().err
+    assert "doesn't tell its model" in capsys.readouterr().err
 
 
-@pytest.mark.fault("An answer of a chat fails or is stopped with Ctrl-C", "The chat goes on without that answer.")
+@pytest.mark.fault(
+    "An answer of a chat fails or is stopped with Ctrl-C", "The conversation continues without that message."
+)
 def test_an_answer_that_fails_or_is_stopped_ends_neither_the_chat_nor_stays_in_it(server, monkeypatch, capsys):
     def fault(message: str) -> str | None:
         if message == "stop":
@@ -455,7 +457,7 @@ def test_an_answer_that_fails_or_is_stopped_ends_neither_the_chat_nor_stays_in_i
     shown = capsys.readouterr()
     asked = [[message["content"] for message in request["messages"]] for request in server.requests]
     assert asked[-1] == ["a b c", "w0 w1 w2 w3 ", "d e"]
-    assert shown.out.count("[Stopped; the conversation goes on without this message.]") == 1
+    assert shown.out.count("[Stopped; the conversation continues without this message.]") == 1
     reasons = [line for line in shown.err.splitlines() if line.startswith("[No answer")]
     wanted = ("the prompt is too long", "the answer breaks off", "the engine died", "characters that can't be sent")
     assert all(words in reason for words, reason in zip(wanted, reasons, strict=True))

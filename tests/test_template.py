@@ -87,7 +87,7 @@ def test_the_command_and_its_page(tmp_path, capsys):
     [
         ([], "needs --model"),
         (["--chat-template", "tool"], "is neither a template of .* \\(it has default\\) nor a file"),
-        (["--chat-template-kwargs", "{"], "chat-template-kwargs is no valid JSON"),
+        (["--chat-template-kwargs", "{"], "chat-template-kwargs is not valid JSON"),
         (["--chat-template-kwargs", "[1]"], "must be a JSON object"),
         (["--chat-template-kwargs", '{"messages": 1}'], "can't set messages"),
     ],

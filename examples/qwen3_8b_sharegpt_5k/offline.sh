@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # The tutorial's run: a drafter for Qwen3-8B from 5,000 ShareGPT chats, hidden states cached first, then five epochs, then
-# acceptance in vLLM on 80 prompts of up to 256 tokens. Rerun after an interruption, it goes on where it stopped.
+# acceptance in vLLM on 80 prompts of up to 256 tokens. After an interruption, run it again: it continues
+# where it stopped.
 #
 # The tutorial of vLLM's speculators gives about 50 minutes on four H100 for its own such run, and these results on
 # SpecBench: acceptance rate 13.35 %, acceptance length 1.53, by position 40.84, 10.84, 1.58, 0.15 %. The prompts here are
-# others (examples/data/eval_prompts.jsonl); name a file of the same shape in PROMPTS to compare like with like.
+# others (examples/data/eval_prompts.jsonl); for a fair comparison name a file with SpecBench's prompts in PROMPTS.
 #
 # Not run here with Qwen3-8B, for lack of a GPU; the tests run it with SmolLM2-135M-Instruct and a few chats. On several
-# GPUs: LAUNCH="torchrun --standalone --nproc-per-node 4 -m peagle_hf". Disk: 32 KiB a token for Qwen3-8B.
+# GPUs: LAUNCH="torchrun --standalone --nproc-per-node 4 -m peagle_hf". Disk: 32 KiB per token for Qwen3-8B.
 set -euo pipefail
 ROOT=$(cd "$(dirname "$0")/../.." && pwd)
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The tutorial's run online: as offline.sh, but a vLLM server makes the hidden states while training asks for them, so
-# that none are cached on disk. The server takes SERVER_GPUS and training TRAIN_GPUS; acceptance is measured after both.
+# The tutorial's run online: like offline.sh, but training asks a vLLM server for the hidden states, so that none are
+# cached on disk. The server uses SERVER_GPUS, training uses TRAIN_GPUS; acceptance is measured after both.
 #
-# Not run here, for lack of GPUs. What to compare the result with, and on which prompts: see offline.sh.
+# Not run here, for lack of GPUs. offline.sh says what to compare the result with.
 set -euo pipefail
 ROOT=$(cd "$(dirname "$0")/../.." && pwd)
 

@@ -12,7 +12,7 @@ from ..console import MISUSED, check_one_process, command_line, log_lines_above_
 
 @dataclass(frozen=True)
 class Command:
-    """Where a command's function and its arguments dataclass live, imported when the command is used.
+    """A command: the module of its function and of its dataclass of arguments, imported when the command is used.
 
     Args:
         examples: command lines without the program's name, for `--help`.
@@ -33,7 +33,7 @@ class Command:
         return getattr(module, self.function), getattr(module, self.arguments)
 
     def usage(self) -> str:
-        """What may stand behind the command's name."""
+        """What follows the command's name in a command line."""
         needed = {one.name for one in fields(self.load()[1]) if one.default is MISSING}
         first = [name.upper() if name in needed else f"[{name.upper()}]" for name in self.positional]
         return " ".join([*(first or ["[config.yaml]"]), "[--flag value ...]", *(["[-- ...]"] if self.rest else [])])
@@ -102,7 +102,7 @@ COMMANDS = {
         "training.run",
         "train",
         "PeagleTrainingArguments",
-        "train a drafter on the cache",
+        "train a drafter on cached hidden states",
         (
             "train --verifier-name-or-path Qwen/Qwen3-8B --data-path out --save-path out/checkpoints --epochs 5",
             "train --data-path out --save-path out/checkpoints --num-layers 4 --num-depths 4 --lr 6e-4 --memory-report",
@@ -124,14 +124,14 @@ COMMANDS = {
         "serving.chat",
         "chat",
         "ChatArguments",
-        "chat with a server, and see how much it accepts",
+        "chat with a server and see the acceptance of its drafts",
         ("chat", "chat --endpoint http://localhost:8001/v1 --temperature 0"),
     ),
     "acceptance": Command(
         "evaluation.acceptance",
         "acceptance",
         "AcceptanceArguments",
-        "measure acceptance on cached states",
+        "estimate acceptance from cached hidden states",
         (
             "acceptance --model out/checkpoints/checkpoint_best --data-path answers --output acceptance.json",
             "acceptance --model out/checkpoints/0 --data-path out --output kept.json --train-data-ratio 0.9",
@@ -161,14 +161,14 @@ COMMANDS = {
         "cli.pipeline",
         "run",
         "RunArguments",
-        "all steps of a pipeline.yaml, going on where it stopped",
+        "run all steps of a pipeline.yaml, continuing where it stopped",
         ("run pipeline.yaml", "run pipeline.yaml --output elsewhere"),
     ),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command; see `console` for what errors and signals do."""
+    """Run a command; `console.command_line` turns errors and signals into messages and exit codes."""
     name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if name == "help" and rest:
         name, rest = rest[0], ["--help"]
@@ -213,7 +213,7 @@ def _usage() -> str:
             *lines,
             "",
             "peagle-hf help <command>   the flags of a command, with examples",
-            "peagle-hf --version        the versions that a report of a problem should name",
+            "peagle-hf --version        the versions to name in a bug report",
             "",
             "Every command also takes --quiet, --verbose and --print-config.",
             "Exit codes: 0 done, 1 an error, 2 a wrong command line, 130 interrupted, 143 ended by SIGTERM.",

@@ -1,4 +1,4 @@
-"""Command lines and YAML files, parsed into the dataclass of a command."""
+"""Parse command lines and YAML files into the dataclass of a command."""
 
 import argparse
 import difflib
@@ -22,7 +22,7 @@ from ..errors import PeagleError
 Parsed = TypeVar("Parsed")
 GENERAL = "General"
 SECTION = "MAPPING"
-"""Placeholder of a flag whose value is a mapping of its own, such as a step of a pipeline."""
+"""Metavar of a flag whose value is a mapping, such as a step of a pipeline."""
 TRAINER = "Arguments of transformers.TrainingArguments"
 
 
@@ -36,20 +36,20 @@ def parse_arguments(
 ) -> Parsed:
     """Parse a command line into a dataclass: an optional YAML file first, whose values flags override.
 
-    Keys of the file are flag names without the dashes, aliases and negations (`no_linear_start: true`) included; an
-    unknown key or flag is an error. A flag takes the place of all values that the file gives, also of a list; a list's
-    flag that is repeated adds to the list.
+    Keys of the file are flag names without the dashes, including aliases and negations (`no_linear_start: true`). An
+    unknown key or flag is an error. A flag replaces the file's value, also a whole list; repeating a list's flag adds
+    to the list.
 
     Args:
         arguments: the dataclass, such as `PeagleTrainingArguments`.
         argv: default: the process's own arguments.
         prog: the program's name in messages.
-        positional: fields that may be given without their flags, in this order, anywhere between the flags.
-        usage: what may follow the program's name, for `--help`.
+        positional: fields whose values may be given without flags, in this order, anywhere between the flags.
+        usage: what follows the program's name in `--help`.
         examples: command lines that `--help` shows.
 
     Raises:
-        PeagleError: the YAML file can't be read, or values are refused.
+        PeagleError: the YAML file can't be read, or the dataclass refuses a value.
         SystemExit: 2 for an unknown or incomplete flag; 0 for `--help`, `--help-all` and `--print-config`.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -61,17 +61,17 @@ def parse_arguments(
 
 
 def parse_mapping(arguments: type[Parsed], content: Mapping[str, Any], source: str, prog: str) -> Parsed:
-    """Parse a mapping, such as a section of a pipeline, into a dataclass, as `parse_arguments` does a YAML file.
+    """Parse a mapping, such as a section of a pipeline, like the YAML file of `parse_arguments`.
 
     Args:
-        source: where the mapping stands, for messages.
+        source: name of the mapping in messages.
     """
     parser = CommandParser(arguments, prog=prog)
     return parser.parse(parser.read_mapping(content, source), [])
 
 
 def field_names(arguments: type, content: Mapping[str, Any]) -> dict[str, Any]:
-    """A mapping with the names of fields in place of other spellings of their flags."""
+    """The mapping with each key replaced by the name of the field that it sets."""
     parser = CommandParser(arguments)
     return {parser.field_of(f"--{key}") or key: value for key, value in content.items()}
 
@@ -79,8 +79,8 @@ def field_names(arguments: type, content: Mapping[str, Any]) -> dict[str, Any]:
 class CommandParser(HfArgumentParser):
     """The flags of a dataclass, in groups, each shown once and with dashes.
 
-    HfArgumentParser makes them; what is added: flags of lists that extend, positional fields, groups, `--help-all` for
-    the Trainer's own, suggestions for misspelt flags, and mappings (YAML files) as another source of values.
+    In addition to HfArgumentParser: repeatable flags for lists, positional fields, groups, `--help-all` for the
+    Trainer's own arguments, suggestions for misspelt flags, and mappings (YAML files) as another source of values.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class CommandParser(HfArgumentParser):
         self._title_of = {name: title for title, names in _groups(arguments).items() for name in names}
         self._positional = positional
         self._arguments = arguments
-        # HfArgumentParser takes one value for a field such as `report_to: str | list[str]`; here it takes several.
+        # HfArgumentParser accepts one value for a field such as `report_to: str | list[str]`; these may have several.
         hints = get_type_hints(arguments)
         self._one_or_more = {name for name, hint in hints.items() if {str, list[str]} <= set(get_args(hint))}
         epilog = "\n".join(["examples:", *(f"  {example}" for example in examples)]) if examples else None
@@ -122,7 +122,7 @@ class CommandParser(HfArgumentParser):
             self._groups = {title: self.add_argument_group(title) for title in [*titles, GENERAL, TRAINER]}
         group = self._groups[self._title_of.get(name, GENERAL)]
         if kwargs.get("action") == "store_false":
-            kwargs["help"] = argparse.SUPPRESS  # shown beside the flag that it negates
+            kwargs["help"] = argparse.SUPPRESS  # shown together with the flag that it negates
         if name in self._one_or_more:
             kwargs["nargs"] = "+"
         if kwargs.get("nargs") == "+":
@@ -130,7 +130,7 @@ class CommandParser(HfArgumentParser):
         if kwargs.get("type") is dict or get_origin(kwargs.get("type")) is dict:
             kwargs["type"] = json.loads
         if name in self._positional:
-            kwargs["required"] = False  # it may come without its flag: `parse` asks for it
+            kwargs["required"] = False  # it may be given without its flag: `parse` checks it
         return group.add_argument(*flags, **kwargs)
 
     def field_of(self, flag: str) -> str | None:
@@ -151,7 +151,7 @@ class CommandParser(HfArgumentParser):
                 continue
             if action.nargs == 0:
                 if not isinstance(value, bool):
-                    self.error(f"{source}: {key} is a switch. Write `{key}: true` or leave it out.")
+                    self.error(f"{source}: {key} is a switch. Write `{key}: true` or `{key}: false`.")
                 opposite = f"--{action.dest}=true" if isinstance(action, argparse._StoreFalseAction) else None
                 if value or opposite:
                     given.append((action.dest, f"--{key}" if value else str(opposite)))
@@ -164,7 +164,7 @@ class CommandParser(HfArgumentParser):
         return given
 
     def parse(self, given: list[tuple[str, str]], argv: Sequence[str]) -> Any:
-        """Make the dataclass from a mapping's flags (see `read_mapping`) and a command line, which wins."""
+        """Make the dataclass from a mapping's flags (see `read_mapping`) and a command line, which takes precedence."""
         words = self._split(argv)
         replaced = {name for name, _ in words}
         namespace = self.parse_args(
@@ -194,21 +194,21 @@ class CommandParser(HfArgumentParser):
         return parsed
 
     def _check_json(self, name: str, flag: str, value: str) -> None:
-        is_template = value.startswith(("{%", "{{", "{#"))  # Jinja, which whoever reads it names better
+        is_template = value.startswith(("{%", "{{", "{#"))  # Jinja, whose own errors are clearer
         if value.startswith("{") and not is_template and name not in getattr(self._arguments, "TEXTS", ()):
             try:
                 json.loads(value)
             except json.JSONDecodeError as error:
-                self.error(f"{flag} is no valid JSON: {error}.")
+                self.error(f"{flag} is not valid JSON: {error}.")
 
     def _lacks(self, name: str, namespace: argparse.Namespace) -> bool:
         (one,) = (one for one in fields(self._arguments) if one.name == name)
         return one.default is MISSING and getattr(namespace, name) is None
 
     def _split(self, argv: Sequence[str]) -> list[tuple[str, str]]:
-        """A command line as pairs of a field and a word `--flag=value`, each of which is complete.
+        """Split a command line into pairs of a field and a word `--flag=value`.
 
-        A word that is no flag's value is the next positional field.
+        A word that isn't the value of a flag is the value of the next positional field.
         """
         rest, found, free = list(argv), list[tuple[str, str]](), list[str]()
         while rest:
@@ -229,11 +229,11 @@ class CommandParser(HfArgumentParser):
             if free and name not in given:
                 found.append((name, f"--{name}={free.pop(0)}"))
         if free:
-            self.error(f"unexpected argument {free[0]!r}: every value follows the flag that it belongs to.")
+            self.error(f"unexpected argument {free[0]!r}: every value must follow its flag.")
         return found
 
     def _values_of(self, action: argparse.Action, rest: list[str]) -> list[str]:
-        """Take from the words that follow a flag those that are its values."""
+        """Remove the values of a flag from the words that follow it, and return them."""
         if action.nargs == 0:
             return []
         if action.nargs == "?":
@@ -246,28 +246,28 @@ class CommandParser(HfArgumentParser):
         while rest and not rest[0].startswith("--") and (action.type is str or _is(action.type, rest[0])):
             taken.append(rest.pop(0))
         if not taken and rest and not rest[0].startswith("--"):
-            taken.append(rest.pop(0))  # the first word is the flag's in any case, so that it is what an error names
+            taken.append(rest.pop(0))  # a first word that doesn't fit is taken too, so that the error names it
         return taken
 
     def _suggestion(self, flag: str, prefix: str = "--") -> str:
-        """Words that name the flag that was probably meant, or that say where all of them stand."""
+        """A sentence that suggests the closest flag, or `--help` if none is close."""
         dashed = flag.replace("_", "-")
         known = [option for option in self._option_string_actions if "_" not in option and option.startswith("--")]
         close = difflib.get_close_matches(dashed, known, n=1, cutoff=0.7)
         if close:
             name = close[0] if prefix else close[0].removeprefix("--").replace("-", "_")
             return f" Did you mean {name}?"
-        return f" `{self.prog} --help` names all."
+        return f" `{self.prog} --help` lists all."
 
     def error(self, message: str) -> NoReturn:
-        message = re.sub(r"^argument (?:\S+/)?(--[\w-]+):", r"\1:", message)  # one spelling of the flag is enough
+        message = re.sub(r"^argument (?:\S+/)?(--[\w-]+):", r"\1:", message)  # show one spelling of the flag only
         message = re.sub(r"--\w+_\w+/(?=--)", "", message)
         print(f"{self.prog}: {message}", file=sys.stderr)
         raise SystemExit(MISUSED)
 
 
 class _Extend(argparse.Action):
-    """Collects the values of a list's flag, also when it is repeated, in place of the default."""
+    """Collect the values of a list's flag, which may be repeated; they replace the default."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         before = getattr(namespace, self.dest)
@@ -285,7 +285,7 @@ class _ShowHelp(argparse.Action):
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Each flag once, with dashes, beside its negation; defaults where they say something."""
+    """Show each flag once, with dashes and its negation, and its default unless that is empty or off."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         options = [option for option in action.option_strings if "_" not in option]
@@ -318,12 +318,12 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 def _spellings(flag: str) -> tuple[str, ...]:
-    """A flag as it was given, with underscores and with dashes."""
+    """A flag as it was given, with underscores, and with dashes."""
     return (flag, f"--{flag[2:].replace('-', '_')}", flag_of(flag[2:])) if flag.startswith("--") else (flag,)
 
 
 def _groups(arguments: type) -> Mapping[str, tuple[str, ...]]:
-    """The groups of a dataclass, and for one that extends `TrainingArguments` that of all fields it leaves out."""
+    """Field names by group: the dataclass's `GROUPS`, and one group of all other fields."""
     own: Mapping[str, tuple[str, ...]] = getattr(arguments, "GROUPS", {})
     named = {name for names in own.values() for name in names}
     others = tuple(one.name for one in fields(arguments) if one.name not in named)
@@ -331,7 +331,7 @@ def _groups(arguments: type) -> Mapping[str, tuple[str, ...]]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's core schema: `2e-3` is a number and `no` a word; a key that stands twice is an error."""
+    """YAML 1.2's core schema: `2e-3` is a number and `no` is text; a repeated key is an error."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
 
@@ -341,7 +341,7 @@ class _Loader(yaml.SafeLoader):
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, str) and key in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                    None, None, f"the key {key!r} appears twice", key_node.start_mark
                 )
             seen.add(key) if isinstance(key, str) else None
         return super().construct_mapping(node, deep)
@@ -364,7 +364,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML mapping with text keys.
 
     Raises:
-        PeagleError: the file can't be read, or holds something else; the message names it and the place.
+        PeagleError: the file can't be read or isn't such a mapping; the message names the file and the line.
     """
     try:
         content = yaml.load(Path(path).expanduser().read_text(encoding="utf-8"), _Loader)
@@ -382,12 +382,12 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise PeagleError(f"{path} must hold a mapping of arguments, such as `num_layers: 2`.")
     for key in content:
         if not isinstance(key, str):
-            raise PeagleError(f"{path} has the key {key!r}, which is no name of a flag.")
+            raise PeagleError(f"{path} has the key {key!r}, which isn't the name of a flag.")
     return content
 
 
 def flags(content: Mapping[str, Any]) -> list[str]:
-    """The command line that says the same as a mapping; null or an empty list leaves an argument at its default."""
+    """The command line with the values of a mapping; null or an empty list leaves an argument at its default."""
     argv: list[str] = []
     for key, value in content.items():
         if value is None or value == []:

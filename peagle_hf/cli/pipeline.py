@@ -1,4 +1,4 @@
-"""`peagle-hf run`: the steps of a pipeline from one YAML file, going on where it stopped."""
+"""`peagle-hf run`: run the steps of a pipeline from one YAML file, continuing where it stopped."""
 
 import hashlib
 import json
@@ -28,14 +28,14 @@ from .parsing import SECTION, field_names, parse_mapping
 logger = logging.getLogger(__name__)
 STEPS = ("regenerate", "prepare", "extract", "train", "evaluate")
 LENGTHS = {"num_train_epochs", "max_steps"}
-"""Arguments with which a finished training goes on."""
+"""Arguments that may change for a finished training, which then continues."""
 
 
 @dataclass
 class RunArguments(Arguments):
-    """A pipeline: the arguments of each step, by step, as a YAML file holds them; a step left out is not run."""
+    """A pipeline: the arguments of each step, as in its YAML file; a step without arguments is not run."""
 
-    output: str = field(metadata={"help": "Folder that remembers which steps are finished (pipeline.json)."})
+    output: str = field(metadata={"help": "Folder of pipeline.json, the record of finished steps."})
     regenerate: dict | str | None = field(
         default=None, metadata={"help": "Arguments of peagle-hf regenerate.", "metavar": SECTION}
     )
@@ -58,7 +58,7 @@ class RunArguments(Arguments):
         super().__post_init__()
         for step in STEPS:
             section = getattr(self, step)
-            with suppress(json.JSONDecodeError):  # text that is no JSON is refused below
+            with suppress(json.JSONDecodeError):  # text that isn't JSON is refused below
                 section = json.loads(section) if isinstance(section, str) else section
             if section is not None and not isinstance(section, dict):
                 raise PeagleError(
@@ -69,16 +69,16 @@ class RunArguments(Arguments):
 
 
 def run(arguments: RunArguments) -> None:
-    """Run a pipeline's steps in order; a finished one is done again if something has changed, and the log says what.
+    """Run a pipeline's steps in order; a finished step runs again if it changed, and the log says what changed.
 
-    That is its arguments, what it reads (by content, wherever it is now) or what it has written. A step that is done
-    again is left to its command, which keeps what it can still use, goes on where it was cut off and refuses to mix
-    what doesn't belong together. All arguments are parsed before the first step starts.
+    A step has changed if its arguments, the content of its input or its output have. Its command decides what it can
+    still use: it continues where it was interrupted, and refuses to mix data that doesn't belong together. All
+    arguments are parsed before the first step starts.
 
     Raises:
-        PeagleError: a step is to be done again whose output would stay as it is: training that would go on from its
-            last checkpoint with other arguments or data (more epochs alone are fine), or a file that was changed by
-            hand. Another process runs a pipeline with the same output folder.
+        PeagleError: a changed step would keep its old output: training would continue from its last checkpoint with
+            other arguments or data (except for more epochs), or a file was changed by hand. Or another process runs a
+            pipeline with the same output folder.
     """
     sections = {step: section for step in STEPS if (section := getattr(arguments, step)) is not None}
     parsed: dict[str, Any] = {
@@ -88,7 +88,7 @@ def run(arguments: RunArguments) -> None:
     with locked_folder(arguments.output, "Wait until it has ended, or name another output.", "run"):
         remove_leftovers(arguments.output, r"pipeline\.json|(config|run)\.yaml")
         write_config(arguments, config_path(arguments.output, "run"), "run")
-        for step, section in public_settings(sections).items():  # they are recorded
+        for step, section in public_settings(sections).items():  # without passwords, as they are recorded
             _run_step(step, parsed[step], section, Path(arguments.output) / "pipeline.json")
 
 
@@ -106,7 +106,7 @@ def _run_step(step: str, arguments: Any, section: dict[str, Any], record: Path) 
     else:
         logger.info("%s", step)
     if record.exists():
-        write_json(record, finished)  # until it has ended, the step isn't finished
+        write_json(record, finished)  # the step is unfinished until it has ended
     started = time.monotonic()
     COMMANDS[step].load()[0](arguments)
     finished[step] = asdict(state.after(step, arguments))
@@ -116,12 +116,12 @@ def _run_step(step: str, arguments: Any, section: dict[str, Any], record: Path) 
 
 @dataclass(frozen=True)
 class _State:
-    """What a step was told, has read and has written, as JSON holds it.
+    """The arguments, input and output of a step, as JSON values.
 
     Args:
-        arguments: those that name no place, by field.
-        read: for each thing that it reads, the fingerprints of its parts.
-        written: the same of what it writes.
+        arguments: those that aren't paths, by field.
+        read: for each input, the fingerprints of its parts.
+        written: the same for each output.
     """
 
     arguments: dict[str, Any]
@@ -138,10 +138,10 @@ class _State:
         return cls(*json.loads(json.dumps([told, *states])))
 
     def after(self, step: str, arguments: Any) -> "_State":
-        """The state once the step has ended. Its inputs are those that it began with, and aren't read again.
+        """The state after the step has ended, with the input that it began with.
 
-        But for hidden states, which a training with a server adds to, and for models with a name on the hub, which are
-        known by their commit only once the step has downloaded them.
+        Only two kinds of input are read again: hidden states, because a training with a server adds some, and models
+        with a name on the hub, because their commit is known only once the step has downloaded them.
         """
         reads, writes = _PLACES[step]
         anew = {
@@ -153,7 +153,7 @@ class _State:
         return replace(self, read=self.read | read, written=written)
 
     def differences(self, before: dict[str, Any]) -> list[str]:
-        """What has changed since a step was finished, as parts of a sentence."""
+        """Changes since the step was finished, as parts of a sentence."""
         if not before.keys() >= {"arguments", "read", "written"}:
             return ["an earlier version of peagle_hf didn't record what it had read and written"]
         changes = [f"{name} changed" for name in self.changed_arguments(before)]
@@ -172,7 +172,7 @@ class _State:
         return [what for what in {**self.read, **then} if self.read.get(what) != then.get(what)]
 
     def changed_outputs(self, before: dict[str, Any]) -> tuple[list[str], list[str]]:
-        """Parts that aren't there any more, and parts that are other ones."""
+        """Names of parts that are missing, and of parts that differ."""
         now, then = (
             {name: part for parts in one.values() for name, part in parts.items()}
             for one in (self.written, before["written"])
@@ -186,16 +186,16 @@ def _few(names: list[str]) -> str:
 
 
 def _require_fresh(step: str, arguments: Any, state: _State, before: dict[str, Any]) -> None:
-    """Refuse what would leave an output that doesn't go with the arguments, the data or itself.
+    """Refuse to rerun a step whose output would not match its arguments and input afterwards.
 
     Raises:
-        PeagleError: training would go on from the checkpoints of a training that finished with others, or a file that
-            the command takes for its own complete work was changed.
+        PeagleError: training would continue from checkpoints of other arguments or data, or a file that the command
+            would keep as complete was changed.
     """
     if step not in ("train", "regenerate") or "written" not in before:
         return
     _, changed = state.changed_outputs(before)
-    changed = [name for name in changed if name != BEST]  # a link that training itself has moved on
+    changed = [name for name in changed if name != BEST]  # training itself moves this link
     if changed:
         raise PeagleError(
             f"{_few(changed)} changed since {step} was finished, by hand or by another program, and peagle-hf {step} "
@@ -208,14 +208,13 @@ def _require_fresh(step: str, arguments: Any, state: _State, before: dict[str, A
     ]
     if step == "train" and arguments.resume and reasons and newest_checkpoint(arguments.output_dir):
         raise PeagleError(
-            f"{', '.join(reasons)} changed since train was finished, but it would go on from the checkpoints in "
-            f"{arguments.output_dir}, where nothing is left to do. Remove that folder to train anew, or name another "
-            "one in the section train."
+            f"{', '.join(reasons)} changed since train was finished, but its checkpoints in {arguments.output_dir} "
+            "would be kept. Remove that folder to train again, or name another one in the section train."
         )
 
 
 def _place(step: str, arguments: Any, name: str) -> Any:
-    """A step's argument that names a place, or the place that it stands for where it isn't given."""
+    """The path in a step's argument, or the default path if it isn't given."""
     value = getattr(arguments, name)
     if value is not None:
         return value
@@ -229,7 +228,7 @@ def _place(step: str, arguments: Any, name: str) -> Any:
 
 
 def _states_of(places: "_Places", step: str, arguments: Any) -> dict[str, dict[str, str]]:
-    """The fingerprints of what is in some places of a step, by what it is."""
+    """The fingerprints of a step's inputs or outputs, by their names in messages."""
     states = {}
     for what, (name, state_of) in places.items():
         value = _place(step, arguments, name)
@@ -239,7 +238,7 @@ def _states_of(places: "_Places", step: str, arguments: Any) -> dict[str, dict[s
 
 
 def _parts(values: list[Any], state_of: Callable[[Path], dict[str, str]]) -> dict[str, str]:
-    """The fingerprints of some places; what is no place of this machine, such as a hub name, stands for itself."""
+    """The fingerprints of paths; for a name on the hub its commit, or the name itself."""
     parts: dict[str, str] = {}
     for number, value in enumerate(values):
         path = Path(str(value))
@@ -255,7 +254,7 @@ def _parts(values: list[Any], state_of: Callable[[Path], dict[str, str]]) -> dic
 
 
 def _model(folder: Path) -> dict[str, str]:
-    """Weights and tokenizer."""
+    """Fingerprints of weights and tokenizer."""
     files = [path for path in sorted(folder.iterdir()) if path.name.startswith(_TOKENIZER_FILES)]
     return {"weights": str(weights_of(folder))} | {path.name: file_fingerprint(path) for path in files}
 
@@ -283,7 +282,7 @@ def _prepared(folder: Path) -> dict[str, str]:
 
 
 def _hidden_states(folder: Path) -> dict[str, str]:
-    """The manifest but for the place of the verifier, and the sizes of all files."""
+    """A digest of the manifest, without the verifier's path, and of the sizes of all files."""
     with os.scandir(folder) as entries:
         sizes = sorted((entry.name, entry.stat().st_size) for entry in entries if STATES_FILE.fullmatch(entry.name))
     if not sizes:
@@ -357,4 +356,4 @@ _PLACES: dict[str, tuple[_Places, _Places]] = {
         {"the report": ("output", _report)},
     ),
 }
-"""Of each step the arguments that name what it reads and what it writes, and how the state of that is told."""
+"""For each step its inputs and outputs: name in messages, argument with the path, and fingerprint function."""

@@ -1,4 +1,4 @@
-"""The card of a drafter on the hub, made of what was recorded in training and measured in vLLM, and of nothing else."""
+"""The model card of a drafter on the hub, from the records of its training and the report of its evaluation."""
 
 import json
 import logging
@@ -28,7 +28,7 @@ _EVALUATION = (
     *("dtype", "device", "versions", "acceptance_length", "acceptance_rate", "per_position_acceptance"),
     *("tokens_per_second", "tokens_per_second_without", "num_identical", "by_category"),
 )
-"""What the card takes from an evaluation."""
+"""Fields of an evaluation's report that the card shows."""
 
 
 def read_evaluation(path: str | os.PathLike[str], model: str | os.PathLike[str]) -> dict[str, Any]:
@@ -45,15 +45,15 @@ def read_evaluation(path: str | os.PathLike[str], model: str | os.PathLike[str])
                 float(figures[name])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PeagleError(
-            f"{path} is no report of peagle-hf evaluate, or damaged ({type(error).__name__}: {error}). Name its "
+            f"{path} is not a report of peagle-hf evaluate, or is damaged ({type(error).__name__}: {error}). Name its "
             "evaluation.json, or run peagle-hf evaluate again."
         ) from error
     if not rates:
-        raise PeagleError(f"{path} holds no acceptance: vLLM drafted nothing. Run peagle-hf evaluate again.")
+        raise PeagleError(f"{path} has no acceptance, because vLLM drafted nothing. Run peagle-hf evaluate again.")
     if weights is None or not has_weights(weights, model):
         raise PeagleError(
-            f"{path} is about other weights than those in {model} (it measured {report['drafter']}). Run peagle-hf "
-            f"evaluate --model {model}."
+            f"{path} evaluates a different checkpoint than {model}: {report['drafter']}. Run peagle-hf evaluate "
+            f"--model {model}."
         )
     return report
 
@@ -72,20 +72,20 @@ def model_card(
     tags: Iterable[str] = (),
     datasets: Iterable[str] = (),
 ) -> ModelCard:
-    """Write the card; what was not recorded or not measured is said to be so.
+    """Write the model card; it says what was not recorded or not measured.
 
     Args:
         config: the drafter's.
-        repo_id: where the card is going to be.
-        verifier: the base model's name on the hub; None if it isn't there.
+        repo_id: the repository of the card.
+        verifier: the verifier's name on the hub; None if it isn't there.
         record: of the training, see `read_record`.
         evaluation: the report of `peagle-hf evaluate`.
-        chat_options: how the chats of the training became text; default: what the record says.
+        chat_options: chat template and variables of the training; default: those of the record.
         name: the title; default: that of the repository.
         license: of the drafter, if known.
         language: of the data, if known.
-        tags: beside those that mark a speculator.
-        datasets: beside the hub's data sets that the record names.
+        tags: in addition to those of every drafter.
+        datasets: in addition to the hub's data sets that the record names.
     """
     data = ((record or {}).get("data") or {}).get("data", [])
     data_names = list(map(_data_name, data))
@@ -121,7 +121,7 @@ def model_card(
 
 
 def _data_name(data: str) -> str:
-    """A data set of the hub as `org/name:split`, of a local file nothing but the name."""
+    """A data set of the hub as `org/name:split`; a local file by its name, without its folder."""
     return Path(data).name if is_local_file(data) else BUILT_IN_DATASETS.get(data, data)
 
 
@@ -158,13 +158,13 @@ def _serve(config: PeagleConfig, repo_id: str, verifier: str | None, options: Ch
         )
     if options.kwargs:
         flags += f" --default-chat-template-kwargs {shlex.quote(json.dumps(options.kwargs))}"
-        said += "It was trained with the chat template's variables that stand in the command. "
+        said += "It was trained with the variables of the chat template that the command sets. "
     if said:
-        said += "With others it drafts for text that it wasn't trained on.\n\n"
+        said += "With others, its drafts are accepted less often.\n\n"
     return (
         f"{said}```bash\nvllm serve {repo_id}{flags}\n```\n\n"
-        "finds the verifier in `config.json`. The same with the verifier named, and with fewer tokens at a time if "
-        "`num_speculative_tokens` is lowered:\n\n"
+        "finds the verifier in `config.json`. This command names the verifier; lower `num_speculative_tokens` in it to "
+        "draft fewer tokens at a time:\n\n"
         f"```bash\nvllm serve {verifier or 'VERIFIER'}{flags} --speculative-config {named}\n```"
     )
 
@@ -186,10 +186,10 @@ def _acceptance(report: dict[str, Any]) -> str:
     figures = [
         ("acceptance length", _estimate(report, "acceptance_length", ".3f")),
         ("acceptance rate", _estimate(report, "acceptance_rate", ".1%")),
-        ("tokens a second with the drafter", _estimate(report, "tokens_per_second", ".1f")),
+        ("tokens per second with the drafter", _estimate(report, "tokens_per_second", ".1f")),
     ]
     if report["tokens_per_second_without"] is not None:
-        figures.append(("tokens a second without", _estimate(report, "tokens_per_second_without", ".1f")))
+        figures.append(("tokens per second without", _estimate(report, "tokens_per_second_without", ".1f")))
     if report["num_identical"] is not None:
         figures.append(
             ("texts that are the same with and without", f"{report['num_identical']}/{report['num_prompts']}")
@@ -222,11 +222,14 @@ def _training(config: PeagleConfig, record: dict[str, Any], data_names: Sequence
         ["", ""],
         [
             ("data", ", ".join([*data_names, *numbers]) or "not recorded"),
-            *([("rows left out", ", ".join(map(str, left_out)))] if left_out else []),
+            *([("samples left out", ", ".join(map(str, left_out)))] if left_out else []),
             ("COD sampling", _sampling(config)),
             ("loss", record["loss"]),
             ("epochs, steps", f"{record['epochs']:g}, {record['steps']:,}"),
-            ("rows a step, positions a row", f"{record['rows_per_step']}, {record['total_seq_len'] or 'not recorded'}"),
+            (
+                "packed sequences per step, positions in each",
+                f"{record['rows_per_step']}, {record['total_seq_len'] or 'not recorded'}",
+            ),
             ("optimizer", record["optimizer"]),
             ("precision, seed", f"{record['precision']}, {record['seed']}"),
             ("hardware", f"{record['processes']} x {record['device']}"),
@@ -241,8 +244,9 @@ def _validation(record: dict[str, Any] | None) -> str:
     if not metrics:
         return "Not measured."
     rows = [(name.replace("_", " "), f"{value:.4f}") for name, value in metrics.items()]
-    return "On rows that were not trained on, by the Trainer and not in vLLM; depth 0 is the first token.\n\n" + _table(
-        ["", ""], rows
+    return (
+        "On samples that were not trained on, by the Trainer and not in vLLM; depth 0 is the first token.\n\n"
+        + _table(["", ""], rows)
     )
 
 
@@ -259,7 +263,7 @@ def _drafter(config: PeagleConfig) -> str:
 
 
 def _sampling(config: PeagleConfig) -> str:
-    anchors = "all" if config.max_anchors is None else f"at most {config.max_anchors} a document"
+    anchors = "all" if config.max_anchors is None else f"at most {config.max_anchors} per sample"
     ratios = f"r {config.down_sample_ratio:g}, r_min {config.down_sample_ratio_min:g}"
     return f"K {config.num_depths}, {ratios}, anchors {anchors}"
 
@@ -277,7 +281,7 @@ def _percent(share: float) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table in Markdown; whatever a cell holds, such as the name of a category, stays in its cell."""
+    """A Markdown table; line breaks and `|` in cells, such as names of categories, are escaped."""
     texts = ([" ".join(str(cell).split()).replace("|", "\\|") for cell in row] for row in (head, *rows))
     head_line, *lines = ["| " + " | ".join(cells) + " |" for cells in texts]
     return "\n".join([head_line, "| " + " | ".join(["---"] * len(head)) + " |", *lines])

@@ -1,4 +1,4 @@
-"""Uploading a drafter to the Hugging Face hub: what vLLM serves and its card, and nothing else."""
+"""`peagle-hf push`: upload a drafter's weights, configuration and model card to the Hugging Face hub."""
 
 import json
 import logging
@@ -31,7 +31,7 @@ class PushArguments(Arguments):
             "help": "The drafter: a checkpoint folder, such as checkpoints/checkpoint_best.",
         }
     )
-    repo_id: str = field(metadata={"help": "Where it goes, as org/name; made if it isn't there."})
+    repo_id: str = field(metadata={"help": "Repository on the hub, as org/name; created if it doesn't exist."})
     evaluation: str | None = field(
         default=None, metadata={"help": "evaluation.json of peagle-hf evaluate, for the card. Default: not measured."}
     )
@@ -43,10 +43,10 @@ class PushArguments(Arguments):
         },
     )
     private: bool = field(
-        default=False, metadata={"help": "Make a private repository. Default: as the organization has it."}
+        default=False, metadata={"help": "Create a private repository. Default: the organization's setting."}
     )
     revision: str | None = field(
-        default=None, metadata={"help": "Branch to upload to, made if need be. Default: main."}
+        default=None, metadata={"help": "Branch to upload to, created if it doesn't exist. Default: main."}
     )
     license: str | None = field(default=None, metadata={"help": "The drafter's license, for the card."})
 
@@ -57,7 +57,7 @@ class PushArguments(Arguments):
 
     @property
     def command(self) -> str:
-        """The command line that says the same."""
+        """The command line with these arguments."""
         flags = {name: value for name, value in asdict(self).items() if value}
         return " ".join(["peagle-hf push", *(f"{flag_of(name)} {shlex.quote(str(flags[name]))}" for name in flags)])
 
@@ -70,19 +70,19 @@ def push(
 ) -> CommitInfo:
     """Upload `config.json`, `model.safetensors` and the card `README.md` in one commit.
 
-    With them go a chat template and its variables, if the training data was prepared with chosen ones.
+    A chat template and its variables are uploaded too, if the training data was prepared with chosen ones.
 
     Args:
         token: default: that of `hf auth login` or HF_TOKEN.
-        message: of the commit.
-        card: default: see `model_card.model_card`.
+        message: commit message.
+        card: default: see `card.model_card`.
 
     Returns:
         The commit, with its `commit_url`.
 
     Raises:
         PeagleError: the folder is no drafter that vLLM serves, its verifier is a local path, the evaluation is about
-            another drafter, or the hub refuses; says how to do it later.
+            another drafter, or the upload fails; the message has the command to repeat it.
     """
     folder = Path(arguments.model).resolve()  # checkpoint_best may move meanwhile
     config = check_checkpoint(folder)
@@ -91,7 +91,7 @@ def push(
     chat_options = recorded_chat_options(folder)
     fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     fields["speculators_config"]["verifier"]["name_or_path"] = verifier
-    with hub_errors(f"The checkpoint is whole in {arguments.model}; upload it later with: {arguments.command}"):
+    with hub_errors(f"The checkpoint is complete in {arguments.model}; upload it later with: {arguments.command}"):
         repo_id = open_repo(arguments.repo_id, verifier, arguments.private or None, token)
         card = card or model_card(
             config,
@@ -123,13 +123,14 @@ def push(
 
 
 def open_repo(repo_id: str, verifier: str, private: bool | None = None, token: str | None = None) -> str:
-    """Make the repository if it isn't there, and make sure that an upload has a chance.
+    """Create the repository if it doesn't exist, after checking the token and the verifier's name.
 
     Returns:
-        The repository's whole name, with the user where none was named.
+        The full name of the repository, with the user if none was named.
 
     Raises:
-        PeagleError: no token, one that is refused or may only read, no such verifier, or no hub to be reached.
+        PeagleError: there is no token, it is refused or may only read, the hub has no such verifier, or the hub can't
+            be reached.
     """
     with hub_errors(
         token_remedy="Log in with `hf auth login`, or set HF_TOKEN to a token that may write to it, and run the same "
@@ -138,7 +139,7 @@ def open_repo(repo_id: str, verifier: str, private: bool | None = None, token: s
         api = hub_api()
         access = api.whoami(token=token).get("auth", {}).get("accessToken", {})
         if access.get("role") == "read":
-            raise PeagleError(f"The hub's token {access.get('displayName')} may read and not write to {repo_id}.")
+            raise PeagleError(f"The hub token {access.get('displayName')} may only read, not write to {repo_id}.")
         if not api.repo_exists(verifier, token=token):
             raise PeagleError(f"The hub has no model {verifier}, the drafter's verifier. Correct --verifier-name.")
         return api.create_repo(repo_id, private=private, exist_ok=True, token=token).repo_id
@@ -150,11 +151,11 @@ def hub_api() -> HfApi:
 
 @contextmanager
 def hub_errors(remedy: str = "", token_remedy: str = "") -> Iterator[None]:
-    """Turn whatever goes wrong with the hub, the network or the token into a `PeagleError` that says what to do.
+    """Turn errors of the hub, the network or the token into a `PeagleError` that says what to do.
 
     Args:
-        remedy: the end of the message, whatever is wrong.
-        token_remedy: the end of the message where the hub has answered, so that the token may be what is wrong.
+        remedy: end of every message.
+        token_remedy: end of the message if the hub has answered, so that the token may be the cause.
     """
     try:
         yield

@@ -1,6 +1,6 @@
-"""`training.json` beside a drafter's weights: how it was trained, and how its chats became text.
+"""`training.json` beside a drafter's weights: how it was trained, with which chat template and variables.
 
-`PeagleTrainer` writes it; the card, `serve`, `chat` and `evaluate` read it.
+`PeagleTrainer` writes it; the model card, `serve` and `evaluate` read it.
 """
 
 import json
@@ -32,16 +32,16 @@ def read_record(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
                 return dict(json.loads(path.read_text(encoding="utf-8")))
             except (ValueError, TypeError) as error:
                 raise PeagleError(
-                    f"{path} is damaged ({error}). Copy it from another checkpoint of the same training, or remove it: "
-                    "then how the drafter was trained is not recorded."
+                    f"{path} is damaged ({error}). Copy it from another checkpoint of the same training, or remove it; "
+                    "without it the card says that the training was not recorded."
                 ) from error
     return None
 
 
 def recorded_chat_options(folder: str | os.PathLike[str]) -> ChatOptions | None:
-    """How the chats became text that a drafter was trained on: by its record, or by the files that `push` uploaded.
+    """The chat template and variables of a drafter's training, from its record or from the files that `push` uploaded.
 
-    None where that isn't known.
+    None if they aren't known.
 
     Raises:
         PeagleError: a file is damaged.
@@ -66,9 +66,9 @@ def chosen_chat_options(
     chat_template: str | None,
     chat_template_kwargs: dict[str, Any] | str | None,
 ) -> ChatOptions:
-    """The chat template and variables for a drafter: those that its training had, unless others are named.
+    """The chat template and variables to use with a drafter: those of its training, unless others are named.
 
-    What comes from the record is logged.
+    What is taken from the record is logged.
 
     Raises:
         PeagleError: the record is damaged, there is no such template, or the variables are no JSON object.
@@ -91,7 +91,7 @@ def chosen_chat_options(
 
 
 def chat_option_files(options: ChatOptions | None) -> dict[str, bytes]:
-    """The files beside a drafter on the hub that tell its chat options, by name; none where nothing was chosen."""
+    """Name and content of the files that record chat options beside a drafter on the hub; none for the defaults."""
     files: dict[str, bytes] = {}
     options = options or ChatOptions()
     if options.template is not None:
@@ -102,6 +102,6 @@ def chat_option_files(options: ChatOptions | None) -> dict[str, bytes]:
 
 
 def chat_options_of(record: dict[str, Any]) -> ChatOptions | None:
-    """The chat template and variables in a record of `read_record`; None where an earlier version wrote none."""
+    """The chat template and variables in a record of `read_record`; None if an earlier version wrote none."""
     kwargs = record.get("chat_template_kwargs")
     return None if kwargs is None else ChatOptions(record.get("chat_template"), kwargs)

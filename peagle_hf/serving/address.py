@@ -1,4 +1,4 @@
-"""The address at which vLLM will answer, read from its own flags, and whether a server answers there."""
+"""The address of a vLLM server, read from vLLM's own flags, and whether the server answers there."""
 
 import errno
 import os
@@ -28,7 +28,7 @@ class Address:
 
     Args:
         host: empty for all interfaces.
-        uses_tls: it speaks HTTPS.
+        uses_tls: the server speaks HTTPS.
         is_tcp: False for a server without an HTTP port: a Unix socket or a headless node.
     """
 
@@ -42,7 +42,7 @@ class Address:
         """The address that vLLM's flags, or the file of its `--config`, name.
 
         Raises:
-            PeagleError: the port is none.
+            PeagleError: the port isn't a number from 1 to 65535.
         """
         flags = _options(vllm_args)
         options = {**_config_file(flags.get("config")), **flags}
@@ -60,7 +60,7 @@ class Address:
         """Make sure that no other program listens there: vLLM would share the port with it, or fail late.
 
         Raises:
-            PeagleError: one does.
+            PeagleError: another program does.
         """
         if not self.is_tcp:
             return
@@ -69,12 +69,12 @@ class Address:
             tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 tried.bind((self.host, self.port))
-            except OSError as error:  # anything else is for vLLM to say
+            except OSError as error:  # vLLM itself reports anything else
                 if error.errno == errno.EADDRINUSE:
                     raise self._taken() from error
 
     def is_answered_by(self, session: int) -> bool:
-        """Whether a server of these processes answers there, and no other program.
+        """Whether a server among the processes of this session answers there, and no other program.
 
         Raises:
             PeagleError: another program listens at the same address.
@@ -94,7 +94,7 @@ class Address:
     def _is_healthy(self) -> bool:
         host = "localhost" if self.host in EVERYWHERE else f"[{self.host}]" if ":" in self.host else self.host
         url = f"{'https' if self.uses_tls else 'http'}://{host}:{self.port}/health"
-        # The certificate is the server's own business, and so is a proxy of this machine.
+        # This only asks the server on this machine, so its certificate isn't checked and no proxy is used.
         context = ssl._create_unverified_context() if self.uses_tls else None
         opener = urllib.request.build_opener(
             urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
@@ -105,13 +105,13 @@ class Address:
 
     def _taken(self) -> PeagleError:
         return PeagleError(
-            f"Another program listens at port {self.port} already, perhaps another vLLM server. Stop it, or choose "
+            f"Another program already listens at port {self.port}, perhaps another vLLM server. Stop it, or choose "
             f"another port after the separator: -- --port {self.port % 65535 + 1}."
         )
 
 
 def _options(words: Sequence[str]) -> dict[str, str]:
-    """Flags with their first value, by name with underscores; the last of several counts."""
+    """Flags with their first value, by name with underscores; of a repeated flag the last counts."""
     options: dict[str, str] = {}
     for word, following in pairwise([*words, ""]):
         if word.startswith("--"):
@@ -121,7 +121,7 @@ def _options(words: Sequence[str]) -> dict[str, str]:
 
 
 def _config_file(path: str | None) -> dict[str, Any]:
-    """The options of vLLM's own YAML file; what is wrong with it is for vLLM to say."""
+    """The options of vLLM's own YAML file; empty if it is invalid, which vLLM itself reports."""
     with suppress(OSError, ValueError, yaml.YAMLError):
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) if path else None
         if isinstance(content, dict):

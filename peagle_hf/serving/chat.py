@@ -1,4 +1,4 @@
-"""A chat with a vLLM server that shows what the drafter was worth in each answer."""
+"""`peagle-hf chat`: chat with a vLLM server, with the acceptance of the drafts under each answer."""
 
 import math
 import sys
@@ -17,10 +17,10 @@ from .client import Answer, Client, Counters, summarize
 class ChatArguments(Arguments):
     """Arguments of `peagle-hf chat`."""
 
-    endpoint: str = field(default=DEFAULT_URL, metadata={"help": "The server, such as peagle-hf serve starts."})
+    endpoint: str = field(default=DEFAULT_URL, metadata={"help": "URL of the server, such as one of peagle-hf serve."})
     max_tokens: int = field(default=1024, metadata={"help": "Longest answer, in tokens."})
     temperature: float | None = field(
-        default=None, metadata={"help": "0 is greedy. Default: what the server takes for the model."}
+        default=None, metadata={"help": "0 is greedy. Default: the server's own for this model."}
     )
     system: str | None = field(default=None, metadata={"help": "A system message."})
     chat_template_kwargs: dict | str | None = field(
@@ -46,10 +46,10 @@ class ChatArguments(Arguments):
 
 
 def chat(arguments: ChatArguments) -> None:
-    """Answer the lines of standard input until it ends, each knowing the ones before.
+    """Send the lines of standard input, as messages of one conversation, to the server and print its answers.
 
-    Under each answer stands how much of what was drafted the verifier accepted, by the server's counters. A message
-    that gets no answer, because the server fails or the user interrupts it, is no part of the conversation.
+    The acceptance of the drafts, from the server's counters, is printed under each answer. A message that gets no
+    answer, because the server fails or the user interrupts it, is left out of the conversation.
 
     Raises:
         PeagleError: the server can't be reached at the start, or standard input isn't a terminal and a message got no
@@ -79,10 +79,10 @@ def chat(arguments: ChatArguments) -> None:
             )
         except PeagleError as error:
             num_failed += 1
-            print(f"\n[No answer, and the conversation goes on without this message: {error}]", file=sys.stderr)
+            print(f"\n[No answer; the conversation continues without this message: {error}]", file=sys.stderr)
             continue
         except KeyboardInterrupt:
-            print("\n[Stopped; the conversation goes on without this message.]")
+            print("\n[Stopped; the conversation continues without this message.]")
             continue
         conversation += [question, {"role": "assistant", "content": answer.text}]
         with suppress(KeyboardInterrupt):
@@ -97,7 +97,7 @@ def _show(text: str) -> None:
 
 
 def _counters(client: Client) -> Counters | None:
-    """What the server has counted; None where it counts nothing."""
+    """The server's counters; None if it has none."""
     try:
         return client.counters()
     except PeagleError:
@@ -105,7 +105,7 @@ def _counters(client: Client) -> Counters | None:
 
 
 def _acceptance(client: Client, before: Counters | None, answer: Answer) -> str:
-    """What was accepted of an answer's drafts, in words."""
+    """The acceptance of an answer's drafts, in words."""
     if before is None:
         return "the server doesn't count drafts"
     try:

@@ -1,4 +1,4 @@
-"""A vLLM server from outside: answers that come in a stream, what its counters say of them, and how fast they came."""
+"""A client of a vLLM server: streamed answers with their times, and the server's counters of drafts."""
 
 import re
 import time
@@ -16,19 +16,19 @@ from ..errors import PeagleError
 DRAFT_COUNTERS = ("spec_decode_num_drafts", "spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens")
 POSITION_COUNTER = "spec_decode_num_accepted_tokens_per_pos"
 TIMEOUT_SECONDS = 600.0
-"""Longest pause of an answer."""
+"""How long to wait for the next part of an answer."""
 SETTLE_SECONDS = 5.0
-"""How long after an answer a server may take to count it."""
+"""How long to wait until the counters include an answer."""
 _SAMPLE = re.compile(r'^vllm:(\w+)_total\{(?:.*\bposition="(\d+)")?.*\} ([\d.eE+]+)$', re.M)
 
 
 @dataclass(frozen=True)
 class Counters:
-    """What a server has counted since it started, over all its engines.
+    """The totals of a server since its start, over all its engines.
 
     Args:
-        generated: tokens.
-        drafting: drafts, draft tokens, accepted tokens, then accepted tokens by position; empty without a drafter.
+        generated: generated tokens.
+        drafting: drafts, drafted tokens, accepted tokens, then accepted tokens by position; empty without a drafter.
     """
 
     generated: int
@@ -37,12 +37,12 @@ class Counters:
 
 @dataclass
 class Answer:
-    """An answer, why it ends, when it came and what was drafted for it.
+    """An answer, with its times and the counts of its drafts.
 
     Args:
         first_token_seconds: from the request to the first token.
         seconds: from the request to the last token.
-        drafting: what `Counters.drafting` would be of this answer alone; None where vLLM doesn't count by request.
+        drafting: `Counters.drafting` of this answer alone; None if vLLM doesn't count per request.
     """
 
     text: str = ""
@@ -54,10 +54,10 @@ class Answer:
 
 
 class Client:
-    """A server that is asked by chat messages.
+    """A vLLM server that answers chat messages.
 
     Args:
-        endpoint: its address, with or without `/v1`.
+        endpoint: its URL, with or without `/v1`.
 
     Raises:
         PeagleError: nothing answers there, or openai isn't installed.
@@ -66,19 +66,19 @@ class Client:
     def __init__(self, endpoint: str):
         urls = endpoint_urls(endpoint)
         if len(urls) > 1:
-            raise PeagleError(f"{endpoint} names {len(urls)} servers; each has counters of its own. Name one.")
+            raise PeagleError(f"{endpoint} names {len(urls)} servers, and each has its own counters. Name one.")
         (self.url,) = urls
         self._server = Server(self.url, TIMEOUT_SECONDS, max_retries=0)
         try:
             self.model = self._server.model
         except EndpointError as error:
             raise PeagleError(
-                f"The vLLM server {self.url} can't be asked for its model: {error}. Start one with peagle-hf serve and "
-                "wait until it is ready, or correct the endpoint."
+                f"The vLLM server {self.url} doesn't tell its model: {error}. Start one with peagle-hf serve and wait "
+                "until it is ready, or correct the endpoint."
             ) from error
 
     def version(self) -> str:
-        """Of vLLM."""
+        """The version of vLLM."""
         return str(self._get("version", dict[str, object], lambda page: page["version"]))
 
     def counters(self) -> Counters:
@@ -102,10 +102,10 @@ class Client:
         return Counters(counts["generation_tokens"], [counts[name] for name in names])
 
     def since(self, earlier: Counters, num_tokens: int) -> Counters:
-        """What was counted since, once these tokens at least are.
+        """The counts since `earlier`; waits until they include `num_tokens` generated tokens.
 
         Raises:
-            PeagleError: the counters don't go on from the earlier ones.
+            PeagleError: the counters don't continue from the earlier ones.
         """
         deadline = time.monotonic() + SETTLE_SECONDS
         while True:
@@ -116,8 +116,8 @@ class Client:
             late = time.monotonic() > deadline
             if started_anew or (late and difference.generated < num_tokens):
                 raise PeagleError(
-                    f"{self.url} generated {num_tokens} tokens but counted {difference.generated}: it was started anew "
-                    "in between, or several servers answer there. Measure one server that keeps running."
+                    f"{self.url} generated {num_tokens} tokens but counted {difference.generated}: it was restarted in "
+                    "between, or several servers answer there. Measure one server that keeps running."
                 )
             if difference.generated >= num_tokens:
                 return difference
@@ -136,7 +136,7 @@ class Client:
         Args:
             temperature: default: the server's.
             extra: more fields of vLLM's request.
-            on_text: called with every piece of the answer, reasoning included, as it comes.
+            on_text: called with every part of the answer, reasoning included, as it arrives.
 
         Raises:
             PeagleError: no answer came, or only a part.
@@ -151,7 +151,7 @@ class Client:
                 stream = self._server.client.chat.completions.create(
                     **request,
                     stream=True,
-                    stream_options={"include_usage": True},  # what is drafted comes with it
+                    stream_options={"include_usage": True},  # the counts of drafts come with the usage
                     extra_body={"return_token_ids": True, **(extra or {})},
                 )
                 with stream:
@@ -179,14 +179,14 @@ class Client:
             with self._server.reasons():
                 return read(self._server.client.get(f"{self.url.removesuffix('/v1')}/{page}", cast_to=kind))
         except EndpointError as error:
-            raise PeagleError(f"The vLLM server {self.url} can't be asked for its {page}: {error}.") from error
+            raise PeagleError(f"The vLLM server {self.url} doesn't answer at {page}: {error}.") from error
 
 
 def drafting_counts(histogram: Sequence[int], num_draft_tokens: int) -> list[int]:
-    """The counts of `Counters.drafting` from those that vLLM keeps of a request.
+    """Convert vLLM's counts of a request to those of `Counters.drafting`.
 
     Args:
-        histogram: how many drafts had none, one, two … tokens accepted.
+        histogram: number of drafts with 0, 1, 2 … accepted tokens.
     """
     accepted = sum(number * count for number, count in enumerate(histogram))
     by_position = [sum(histogram[position + 1 :]) for position in range(len(histogram) - 1)]
@@ -199,7 +199,7 @@ def _drafting(metrics: dict[str, Any] | None) -> list[int] | None:
 
 
 def acceptance_rates(counts: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
-    """Acceptance by counts [..., 3 + K]."""
+    """Acceptance length, rate and rate by position from counts [..., 3 + K] (see `Counters.drafting`)."""
     drafts, drafted, accepted = np.moveaxis(counts[..., :3], -1, 0)
     return {
         "acceptance_length": 1 + accepted / np.maximum(drafts, 1),
@@ -209,10 +209,10 @@ def acceptance_rates(counts: NDArray[np.int64]) -> dict[str, NDArray[np.float64]
 
 
 def summarize(counters: Sequence[list[int]]) -> dict[str, Any]:
-    """Turn vLLM's counters, summed over the runs, into acceptance.
+    """Acceptance and counts from vLLM's counters, summed over runs.
 
     Args:
-        counters: of each run, drafts, draft tokens, accepted tokens, then accepted tokens by position.
+        counters: for each run, drafts, drafted tokens, accepted tokens, then accepted tokens by position.
     """
     counts = np.sum(list(counters), axis=0)
     return {

@@ -1,4 +1,4 @@
-"""The environment of a process that runs vLLM."""
+"""Environment variables of a process that runs vLLM."""
 
 import json
 import os
@@ -13,20 +13,20 @@ from ..errors import PeagleError
 
 
 def vllm_environment(python: str | None = None, needs_vllm: bool = True) -> dict[str, str]:
-    """The environment for a process that runs vLLM: this process's own, and on a CPU what vLLM needs to be quick there.
+    """The environment of this process, and on a CPU the variables that make vLLM fast there.
 
-    Variables that are set already stay as they are; `VLLM_CPU_KVCACHE_SPACE` (GiB, here 1) is the one to raise where
-    vLLM finds too little room for the KV cache.
+    Variables that are already set are kept. Raise `VLLM_CPU_KVCACHE_SPACE` (GiB, 1 by default here) if vLLM reports too
+    little room for the KV cache.
 
     Args:
         python: the interpreter that will run vLLM; default: this one.
-        needs_vllm: False to describe a run on another machine: where vLLM isn't installed here, it is one with a GPU.
+        needs_vllm: False to describe a run on another machine; if vLLM isn't installed here, that is one with a GPU.
 
     Raises:
-        PeagleError: vLLM isn't installed there.
+        PeagleError: vLLM isn't installed for that interpreter.
     """
     try:
-        has_vllm, has_gpu, prefix = _about_this_python() if python is None else _about(python)
+        has_vllm, has_gpu, prefix = _probe_this_python() if python is None else _probe_python(python)
     except PeagleError:
         if needs_vllm:
             raise
@@ -54,17 +54,17 @@ def vllm_environment(python: str | None = None, needs_vllm: bool = True) -> dict
 
 
 def available_cores() -> int:
-    """Cores that this process may use; where the system doesn't say (macOS, Windows) all of the machine's."""
+    """Number of cores that this process may use; on macOS and Windows all cores of the machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _about_this_python() -> tuple[bool, bool, str]:
-    """Whether it has vLLM and sees a GPU, and where it is installed."""
+def _probe_this_python() -> tuple[bool, bool, str]:
+    """Whether this interpreter has vLLM and sees a GPU, and the folder where it is installed."""
     return find_spec("vllm") is not None, torch.cuda.is_available(), sysconfig.get_path("data")
 
 
-def _about(python: str) -> tuple[bool, bool, str]:
-    """The same of another interpreter."""
+def _probe_python(python: str) -> tuple[bool, bool, str]:
+    """The same for another interpreter."""
     code = (
         "import json, sysconfig, torch; from importlib.util import find_spec; print(json.dumps("
         '[find_spec("vllm") is not None, torch.cuda.is_available(), sysconfig.get_path("data")]))'

@@ -1,4 +1,4 @@
-"""Run vLLM's OpenAI-compatible server: so that it gives hidden states (step 2), or with a drafter (step 7)."""
+"""`peagle-hf launch-vllm` and `serve`: run vLLM as a server of hidden states, or of a verifier with its drafter."""
 
 import getpass
 import hashlib
@@ -41,9 +41,9 @@ logger = logging.getLogger(__name__)
 
 PLUGIN_FOLDER = Path(__file__).parent / "vllm_plugin"
 POLL_SECONDS = 1.0
-"""Pause between two looks at whether the server is ready."""
+"""Pause between two checks whether the server is ready."""
 DRY_RUN_HELP = "Print the command and stop."
-VLLM_PYTHON_HELP = "The Python that vLLM is installed in (default: the one that runs this)."
+VLLM_PYTHON_HELP = "The Python interpreter that has vLLM (default: this one)."
 TRUST_HELP = "Let the verifier run code from its repository, in vLLM too."
 
 
@@ -55,7 +55,7 @@ class LaunchArguments(Arguments):
         metadata={"aliases": ["--verifier"], "help": "The verifier, a hub name or a folder; the flag may be left out."}
     )
     hidden_states_path: str = field(
-        metadata={"help": "Folder that the server writes to. Who asks it must see the folder under the same path."}
+        metadata={"help": "Folder that the server writes to; its clients must see the folder under the same path."}
     )
     target_layer_ids: list[int] | None = field(
         default=None,
@@ -66,8 +66,8 @@ class LaunchArguments(Arguments):
     include_last_layer: bool = field(
         default=True,
         metadata={
-            "help": "Give the last layer's states after those of --target-layer-ids. Training needs them: "
-            "--no-include-last-layer is for a list that ends with the last layer already."
+            "help": "Extract the last layer's states too, after those of --target-layer-ids. Training needs them; use "
+            "--no-include-last-layer only if the list already ends with the last layer."
         },
     )
     dry_run: bool = field(default=False, metadata={"help": DRY_RUN_HELP})
@@ -99,10 +99,10 @@ class ServeArguments(Arguments):
         },
     )
     verifier: str | None = field(
-        default=None, metadata={"help": "Folder or hub name of the target; default: the one in the checkpoint."}
+        default=None, metadata={"help": "Folder or hub name of the verifier; default: the one in the checkpoint."}
     )
     num_speculative_tokens: int | None = field(
-        default=None, metadata={"help": "Tokens to draft at a time; default: as many as it was trained for."}
+        default=None, metadata={"help": "K, the tokens to draft at a time; default: the K that it was trained with."}
     )
     dry_run: bool = field(default=False, metadata={"help": DRY_RUN_HELP})
     vllm_python: str | None = field(default=None, metadata={"help": VLLM_PYTHON_HELP})
@@ -123,9 +123,9 @@ class ServeArguments(Arguments):
 
 
 def launch(arguments: LaunchArguments) -> None:
-    """Run the server until it ends or is told to; with it end all processes that it has started.
+    """Run a vLLM server of hidden states until it ends or is stopped; then no process of it is left.
 
-    `server.json` in its folder says which layers it extracts, from when it answers until it ends.
+    While it answers, `server.json` in its folder says which layers it extracts.
 
     Raises:
         PeagleError: vLLM isn't installed, the verifier can't be read or has no such layers, the port is taken, or the
@@ -155,7 +155,7 @@ def launch(arguments: LaunchArguments) -> None:
 
 
 def serve(arguments: ServeArguments) -> None:
-    """Serve the verifier with its drafter until told to stop; with vLLM end all processes that it has started.
+    """Serve the verifier with its drafter in vLLM until it ends or is stopped; then no process of it is left.
 
     Raises:
         PeagleError: vLLM isn't installed, it would load the checkpoint wrongly, the verifier is another than the
@@ -174,7 +174,7 @@ def serve(arguments: ServeArguments) -> None:
 
 
 def _record_when_ready(process: subprocess.Popen, address: Address, folder: Path, model: str, slots: list[int]) -> int:
-    """Wait for the server's end, and write its record once it answers; gives its exit status.
+    """Write the server's record once it answers, and wait for its end; returns its exit status.
 
     Raises:
         PeagleError: another server answers at the same address.
@@ -185,7 +185,7 @@ def _record_when_ready(process: subprocess.Popen, address: Address, folder: Path
             is_ready = True
             write_server_record(folder, model, slots, server_name(address.port))
             logger.info(
-                "The server answers at port %d; %s says what it extracts.", address.port, folder / SERVER_RECORD
+                "The server answers at port %d; %s says which layers it extracts.", address.port, folder / SERVER_RECORD
             )
         if time.monotonic() - swept > SWEEP_SECONDS:
             remove_unwanted(folder)
@@ -199,11 +199,11 @@ def _record_when_ready(process: subprocess.Popen, address: Address, folder: Path
 
 def _check_status(status: int, hint: str = "") -> None:
     if status:
-        raise PeagleError(f"vLLM ended with status {status}. What it said is above; correct the flags after --.{hint}")
+        raise PeagleError(f"vLLM ended with status {status}. Its output is above; correct the flags after --.{hint}")
 
 
 def server_command(arguments: LaunchArguments, on_cpu: bool) -> tuple[list[str], list[int]]:
-    """The command line of vLLM, and the layers that it will extract: the auxiliary ones, then the last.
+    """The command line of vLLM, and the layers that it extracts: the auxiliary ones, then the last.
 
     Raises:
         PeagleError: the verifier can't be read or has no such layers.
@@ -240,8 +240,8 @@ def _slots(arguments: LaunchArguments) -> list[int]:
         if not arguments.dry_run or not wanted:
             raise
         logger.warning(
-            "%s The number of its last layer isn't known so, which the server must extract too: the command below has "
-            "the layers %s only. Name the last layer at the end of --target-layer-ids, with --no-include-last-layer.",
+            "%s So the number of its last layer, which the server must extract too, isn't known: the command below has "
+            "the layers %s only. Add the last layer to --target-layer-ids, with --no-include-last-layer.",
             error,
             wanted,
         )
@@ -251,17 +251,17 @@ def _slots(arguments: LaunchArguments) -> list[int]:
         wanted = wanted[:-1]
     elif not arguments.include_last_layer:
         raise PeagleError(
-            f"--no-include-last-layer needs --target-layer-ids that end with {last}, the verifier's last layer: "
-            "drafters learn from its states. Leave the flag out to have them added."
+            f"--no-include-last-layer needs --target-layer-ids that end with {last}, the verifier's last layer, "
+            "because training needs its states. Leave the flag out to add that layer."
         )
     return [*check_layer_ids(wanted, config), last]
 
 
 def drafting_command(arguments: ServeArguments, on_cpu: bool) -> list[str]:
-    """The command line of vLLM with the drafter, once that is found to be sound.
+    """Check the drafter and return vLLM's command line with it.
 
     Raises:
-        PeagleError: vLLM would load the checkpoint wrongly, or the verifier is another than it was made for.
+        PeagleError: vLLM would load the checkpoint wrongly, or it was made for another verifier.
     """
     folder = drafter_folder(arguments.model)
     verifier = arguments.verifier or str(check_checkpoint(folder).verifier_name_or_path)
@@ -273,7 +273,7 @@ def drafting_command(arguments: ServeArguments, on_cpu: bool) -> list[str]:
 
 
 def _chat_flags(arguments: ServeArguments, folder: Path, verifier: str) -> dict[str, str]:
-    """The flags by which vLLM writes chats as the drafter's training did, or as the arguments say."""
+    """vLLM's flags for the chat template and its variables: those of the drafter's training, or of the arguments."""
     chosen = chosen_chat_options(
         folder, verifier, arguments.trust_remote_code, arguments.chat_template, arguments.chat_template_kwargs
     )
@@ -286,7 +286,7 @@ def _chat_flags(arguments: ServeArguments, folder: Path, verifier: str) -> dict[
 
 
 def _template_file(name: str | None, template: str) -> Path:
-    """A file with a chat template: the one that the user named, else one among the temporary files, named after it."""
+    """A file with this chat template: the one that the user named, else a temporary file named after its content."""
     with suppress(OSError, ValueError):
         if name is not None and Path(name).read_text(encoding="utf-8") == template:
             return Path(name).absolute()
@@ -301,7 +301,7 @@ def _vllm_command(
     arguments: LaunchArguments | ServeArguments, model: str, options: dict[str, str], on_cpu: bool
 ) -> list[str]:
     if on_cpu:
-        # The CPU builds go by another name, by which `vllm serve` doesn't find its own version.
+        # `vllm serve` can't find the version of the CPU builds, which have another package name.
         server = ["vllm.entrypoints.openai.api_server", "--model", model, "--enforce-eager"]
     else:
         server = ["vllm.entrypoints.cli.main", "serve", model]

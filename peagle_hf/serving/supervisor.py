@@ -1,4 +1,4 @@
-"""Run a program, such as vLLM, so that none of its processes outlives this one."""
+"""Run a program, such as vLLM, and end all of its processes with this one."""
 
 import os
 import signal
@@ -16,31 +16,31 @@ from .vllm_plugin.peagle_guard import KILL_SECONDS, end_session
 
 GUARD = Path(__file__).parent / "vllm_plugin" / "peagle_guard.py"
 GRACE_SECONDS = 15.0
-"""How long a program may take to end by itself when it is told to."""
+"""Seconds that a program has to end after SIGTERM before it is killed."""
 
 
 @contextmanager
 def supervised(command: Sequence[str], environment: Mapping[str, str], **streams: Any) -> Iterator[subprocess.Popen]:
     """Run a program until the block ends; then no process of it is left.
 
-    The program gets SIGTERM and `GRACE_SECONDS` to end, then its whole session is killed. That happens however the
-    block ends: also when this process gets SIGTERM or SIGHUP, which become `SystemExit` with status 128 + n here unless
-    they are handled already, and when it is killed: a small process in between (`vllm_plugin/peagle_guard.py`) notices
-    that.
+    The program gets SIGTERM and `GRACE_SECONDS` to end, then its whole session is killed. This happens however the
+    block ends. SIGTERM and SIGHUP to this process become `SystemExit` with status 128 + n, unless they are already
+    handled. If this process is killed, a small process in between (`vllm_plugin/peagle_guard.py`) notices and ends the
+    program.
 
     Args:
         streams: `stdin`, `stdout`, `stderr` and `text` of `subprocess.Popen`.
 
     Returns:
-        The process in between: its exit status is the program's, 128 + n where signal n ended it.
+        The process in between. Its exit status is the program's, or 128 + n if signal n ended it.
 
     Raises:
-        PeagleError: this system has no sessions of processes, as Windows.
+        PeagleError: the system has no sessions of processes, like Windows.
     """
     if not hasattr(os, "setsid"):
         raise PeagleError(
-            "vLLM can't be run from here: that takes process groups and signals as Linux has them, and vLLM itself "
-            "doesn't run on Windows. Use Linux (WSL too)."
+            "vLLM can't be run on this system: it needs the process groups and signals of Linux. Use Linux, or WSL on "
+            "Windows."
         )
     watched, held = os.pipe()
     guard = [sys.executable, str(GUARD), str(watched), str(GRACE_SECONDS), *command]
@@ -62,7 +62,7 @@ def _end(process: subprocess.Popen) -> None:
     try:
         with suppress(subprocess.TimeoutExpired):
             process.wait(GRACE_SECONDS + KILL_SECONDS)
-    finally:  # somebody is impatient, or the guard itself was killed
+    finally:  # interrupted again, or the guard itself was killed
         end_session(process.pid)
         process.wait()
         if process.stdout is not None:
@@ -71,7 +71,7 @@ def _end(process: subprocess.Popen) -> None:
 
 @contextmanager
 def _signals_end_this() -> Iterator[None]:
-    """Turn SIGTERM and SIGHUP into `SystemExit`, so that what must be ended is."""
+    """Turn SIGTERM and SIGHUP into `SystemExit`, so that `finally` blocks run."""
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
         raise SystemExit(128 + number)

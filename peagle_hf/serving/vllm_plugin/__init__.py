@@ -1,1 +1,1 @@
-"""Code that runs in or around vLLM's own processes and needs nothing of this project but this folder."""
+"""Code that runs in or around vLLM's own processes; it imports nothing else of this package."""

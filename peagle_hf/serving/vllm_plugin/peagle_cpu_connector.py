@@ -1,4 +1,4 @@
-"""vLLM's hidden-state connector for a CPU, where the stock one asks for CUDA streams and pinned memory and dies.
+"""A connector by which vLLM writes hidden states on a CPU; vLLM's own needs CUDA streams and pinned memory.
 
 vLLM imports it as a top-level module: the folder is on the server's PYTHONPATH (see `peagle_hf.serving.launch`).
 """
@@ -12,7 +12,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.example_hidden_states_connecto
 
 
 class CpuHiddenStatesConnector(ExampleHiddenStatesConnector):
-    """As the stock connector; states are copied out of the cache at once and written by its threads."""
+    """Like vLLM's own connector, but states are copied out of the cache immediately, and its threads write them."""
 
     def _submit_async_write(self, pending: PendingSave) -> None:
         if not self._is_tp_rank_zero:
@@ -34,7 +34,7 @@ class CpuHiddenStatesConnector(ExampleHiddenStatesConnector):
 
 
 class _Done:
-    """Stands for the CUDA event of a copy that is finished."""
+    """Replaces the CUDA event of a finished copy."""
 
     def synchronize(self) -> None: ...
 

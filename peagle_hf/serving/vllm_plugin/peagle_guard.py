@@ -1,10 +1,11 @@
-"""Runs a program and ends it, with all that it has started, when it is told to or when who started it has died.
+"""Run a program and end it, with all processes that it has started, on a signal or when the supervisor has died.
 
 `python peagle_guard.py DESCRIPTOR GRACE_SECONDS COMMAND...` leads a session of its own (see
 `peagle_hf.serving.supervisor`).
-DESCRIPTOR is the reading end of a pipe, whose other end only the supervisor has: it closes when the supervisor wants
-the program to end or has died, also by SIGKILL. SIGINT, SIGTERM and SIGHUP are passed on to the program. It then has
-GRACE_SECONDS to end; what is left of the session is killed. The exit status is the program's, 128 + n for signal n.
+DESCRIPTOR is the reading end of a pipe whose other end only the supervisor holds: it is closed when the supervisor ends
+the program or has died, even by SIGKILL. SIGINT, SIGTERM and SIGHUP are passed on to the program. It then has
+GRACE_SECONDS to end; what is left of the session is killed. The exit status is the program's, or 128 + n if signal n
+ended it.
 """
 
 import os
@@ -18,7 +19,7 @@ from contextlib import suppress
 import psutil
 
 KILL_SECONDS = 10.0
-"""How long processes may take to be gone after SIGKILL."""
+"""Seconds to wait for processes to disappear after SIGKILL."""
 
 
 def run(supervisor: int, grace_seconds: float, command: list[str]) -> int:
@@ -51,7 +52,7 @@ def run(supervisor: int, grace_seconds: float, command: list[str]) -> int:
 
 
 def end_session(session: int) -> None:
-    """Kill all processes of a session but this one, and what they have started in other sessions."""
+    """Kill all processes of a session except this one, and their descendants in other sessions."""
     deadline = time.monotonic() + KILL_SECONDS
     while time.monotonic() < deadline:
         members = [process for process in psutil.process_iter() if _is_member(process, session)]
