@@ -38,7 +38,7 @@ WAY = [
     ("data.dataset.HiddenStatesDataset", "packed sequences of several samples"),
     ("data.collator.CODDataCollator", "slots: pairs of anchor and depth"),
     ("model.drafter.PeagleForSpeculation", "the drafter's state of each slot"),
-    ("training.losses.distillation_loss", "loss and gradient, from which the optimizer trains the weights"),
+    ("training.objective.Objective", "loss and counters, from which the Trainer updates the weights"),
     ("training.export.VllmExportCallback", "a checkpoint that vLLM loads"),
     ("serving.launch.serve", "drafts, which the verifier checks"),
 ]
