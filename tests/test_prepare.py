@@ -752,7 +752,7 @@ def test_long_rows_are_cut_and_counted(arguments, caplog):
     assert set(prepared(folder)["seq_len"]) == {full_length - 3}
     counts = json.loads((folder / "prepare.json").read_text())["counts"]
     assert (counts["truncated_rows"], counts["cut_tokens"]) == (5, 5 * 3)
-    assert f"5 rows cut after {full_length - 3} tokens" in caplog.text
+    assert f"5 samples cut after {full_length - 3} tokens" in caplog.text
 
 
 def test_rows_with_too_little_to_learn_are_reported(arguments):

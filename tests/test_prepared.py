@@ -72,7 +72,7 @@ def test_lost_rows_are_noticed(arguments):
     record = json.loads((folder / "prepare.json").read_text())
     del record["files"]  # as earlier versions wrote it
     (folder / "prepare.json").write_text(json.dumps(record))
-    with pytest.raises(PeagleError, match=r"hold 4 rows, but prepare\.json counts 6"):
+    with pytest.raises(PeagleError, match=r"hold 4 samples, but prepare\.json counts 6"):
         load_prepared(folder)
 
 
