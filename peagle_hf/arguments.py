@@ -1,4 +1,4 @@
-"""Command lines and YAML files, parsed into the dataclass of a command; and back into a YAML file."""
+"""Dataclasses of command arguments: checks of paths and ranges, and writing them as a YAML file."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
@@ -17,11 +17,11 @@ CONFIG = "config.yaml"
 
 @dataclass
 class Arguments:
-    """Base of the commands' dataclasses: a field that is a path may begin with `~/`, and no name may be empty.
+    """Base class of the commands' arguments: expands `~/` at the beginning of a path, and refuses empty names.
 
     Class attributes:
         GROUPS: titles under which `--help` shows the fields, and the names of these fields.
-        TEXTS: fields that hold text rather than names or paths, and are taken as they are.
+        TEXTS: fields that hold text rather than names or paths: they are not checked.
 
     Raises:
         PeagleError: a name is empty.
@@ -35,7 +35,7 @@ class Arguments:
 
 
 def check_names(arguments: Any, names: Sequence[str]) -> None:
-    """Replace `~/` at the beginning of the named fields' values, or of a list's items, by the home folder.
+    """Expand `~/` at the beginning of the named fields' values, or of a list's items, to the home folder.
 
     Raises:
         PeagleError: such a value is empty.
@@ -51,11 +51,11 @@ def check_names(arguments: Any, names: Sequence[str]) -> None:
 
 
 def check_ranges(arguments: Any, ranges: Mapping[str, tuple[float, float]]) -> None:
-    """Refuse numbers outside of their limits, None and lists included.
+    """Make sure that numbers are within their limits; None is allowed, and lists are checked item by item.
 
     Args:
         arguments: a command's dataclass.
-        ranges: for each field its least and its greatest value, both allowed; `math.inf` where there is none.
+        ranges: the least and the greatest allowed value of each field; `math.inf` for no limit.
 
     Raises:
         PeagleError: names the flag, its value and the limits.
@@ -74,7 +74,7 @@ def flag_of(name: str) -> str:
 
 
 def config_text(arguments: Any) -> str:
-    """A dataclass as a YAML file that `parse_arguments` reads back: the values that differ from their defaults.
+    """A dataclass as YAML that `parse_arguments` reads back; it has the values that differ from their defaults.
 
     Tokens and passwords are left out.
     """
@@ -88,9 +88,9 @@ def config_text(arguments: Any) -> str:
 
 
 def config_path(folder: str | Path, command: str) -> Path:
-    """Where a command keeps its arguments in an output folder.
+    """The file of a command's arguments in its output folder.
 
-    `config.yaml`, or `<command>.yaml` where another command that shares the folder has its own `config.yaml`.
+    That is `config.yaml`, or `<command>.yaml` if another command has its `config.yaml` in the same folder.
     """
     path = Path(folder) / CONFIG
     is_another = path.exists() and not path.read_bytes().startswith(_config_header(command).encode())
@@ -98,7 +98,7 @@ def config_path(folder: str | Path, command: str) -> Path:
 
 
 def write_config(arguments: Any, path: Path, command: str) -> None:
-    """Write the YAML file (see `config_path`) that, as the first argument, runs the same command again."""
+    """Write the YAML file (see `config_path`) with which `peagle-hf <command> FILE` runs the same command again."""
     with atomic_path(path) as temporary:
         temporary.write_text(_config_header(command) + config_text(arguments), encoding="utf-8")
 
@@ -108,9 +108,9 @@ def _config_header(command: str) -> str:
 
 
 def plain(value: Any) -> Any:
-    """A value as YAML and JSON hold it: an enumeration's value, a list of them.
+    """A value in a form that YAML and JSON can hold: of an enumeration its value, of a tuple a list.
 
-    An object that no file can hold, such as a `datasets.Dataset`, is described.
+    Of an object that no file can hold, such as a `datasets.Dataset`, the type is named.
     """
     if isinstance(value, Enum):
         return value.value
@@ -120,7 +120,7 @@ def plain(value: Any) -> Any:
 
 
 def default_of(one: "Field[Any]") -> Any:
-    """The value of a dataclass's field that isn't given; `dataclasses.MISSING` if it must be."""
+    """The default of a dataclass's field; `dataclasses.MISSING` if it has none."""
     return one.default_factory() if one.default_factory is not MISSING else one.default
 
 

@@ -1,9 +1,9 @@
-"""What every command does with the terminal: log lines, progress bars, signals, errors and exit codes.
+"""The terminal side of every command: log lines, progress bars, signals, error messages and exit codes.
 
 | exit code | meaning |
 |---|---|
 | 0 | done |
-| 1 | a `PeagleError`, or an error that nobody foresaw |
+| 1 | a `PeagleError`, or an unexpected error |
 | 2 | a wrong command line |
 | 129 | ended by SIGHUP while vLLM ran |
 | 130 | interrupted with Ctrl-C |
@@ -46,10 +46,10 @@ _sigterm_handler: Callable[[int, FrameType | None], None] | None = None
 
 @contextmanager
 def command_line(prog: str, argv: Sequence[str] = ()) -> Iterator[None]:
-    """Run the block as a program: whatever ends it becomes one paragraph on stderr and an exit code.
+    """Run the block as a program: an error that ends it becomes one paragraph on stderr and an exit code.
 
-    Log lines of `peagle_hf` are shown, progress bars only where stderr is a terminal. An error that nobody foresaw is
-    named in one paragraph; its traceback goes to a log file that the paragraph names.
+    Log lines of `peagle_hf` are shown, progress bars only if stderr is a terminal. The traceback of an unexpected error
+    goes to a log file that the paragraph names.
 
     Args:
         prog: the program's name in messages.
@@ -86,7 +86,7 @@ def command_line(prog: str, argv: Sequence[str] = ()) -> Iterator[None]:
 
 
 def set_verbosity(level: int) -> None:
-    """Show log lines of `peagle_hf` from this level of `logging` on; above INFO progress bars are off too."""
+    """Show log lines of `peagle_hf` from this level of `logging` upwards; above INFO also hide progress bars."""
     global _verbosity
     _verbosity = level
     logging.getLogger(__package__).setLevel(level)
@@ -97,12 +97,12 @@ def set_verbosity(level: int) -> None:
 
 
 def is_quiet() -> bool:
-    """Whether only warnings, errors and results are to be shown."""
+    """Whether only warnings, errors and results are shown (`--quiet`)."""
     return _verbosity > logging.INFO
 
 
 def progress_bar(iterable: Iterable[Any] | None = None, *, disable: bool = False, **kwargs: Any) -> Any:
-    """A `tqdm` bar that is off where stderr is no terminal, and with `--quiet`."""
+    """A `tqdm` bar that is hidden if stderr is no terminal, and with `--quiet`."""
     from tqdm import tqdm
 
     return tqdm(iterable, disable=True if disable or is_quiet() else None, **kwargs)
@@ -119,7 +119,7 @@ def log_lines_above_bars() -> Iterator[None]:
 
 
 def versions() -> str:
-    """The versions of this package, Python and the libraries that matter, in one line."""
+    """The versions of this package, Python and `REPORTED_PACKAGES`, in one line."""
     found = [f"Python {platform.python_version()}"]
     for name in REPORTED_PACKAGES:
         try:
@@ -130,7 +130,7 @@ def versions() -> str:
 
 
 def end_processes() -> None:
-    """Let the processes of a distributed run end together: one that is still waited for would abort the others."""
+    """Let the processes of a distributed run end together: one that ends early would abort the others."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
         gc.collect()  # a model that is still wrapped keeps threads of the process group alive
@@ -139,7 +139,7 @@ def end_processes() -> None:
 
 
 def check_one_process(command: str) -> None:
-    """Refuse a command that doesn't divide its work among processes.
+    """Make sure that torchrun or accelerate didn't start several processes of a command that can't share its work.
 
     Raises:
         PeagleError: torchrun or accelerate has started this process beside others, which all would do the same work
@@ -175,13 +175,13 @@ def _end_at_sigterm(prog: str) -> None:
 
     try:
         signal.signal(signal.SIGTERM, end)
-    except ValueError:  # not in the main thread: whoever runs this there handles signals
+    except ValueError:  # not in the main thread, where no handler can be set
         return
     _sigterm_handler = end
 
 
 def _end_forked_at_once() -> None:
-    """Let SIGTERM end a forked worker process at once, also while it waits for a lock: it has nothing to clean up."""
+    """Let SIGTERM kill a forked worker process at once, also while it waits for a lock: it has nothing to clean up."""
     if _sigterm_handler is not None and signal.getsignal(signal.SIGTERM) is _sigterm_handler:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -191,7 +191,7 @@ if hasattr(os, "register_at_fork"):  # not on Windows
 
 
 def _unexpected(error: Exception, prog: str, argv: Sequence[str]) -> str:
-    """One paragraph about an error that nobody foresaw, whose traceback goes to a file."""
+    """One paragraph about an unexpected error; its traceback is written to a file that the paragraph names."""
     what = " ".join(f"unexpected error: {type(error).__name__}: {error}".split())[:500]
     whose = "This is a defect of peagle_hf or of a library that it uses."
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
@@ -212,5 +212,5 @@ def _unexpected(error: Exception, prog: str, argv: Sequence[str]) -> str:
 
 
 def estimate(value: float, interval: Sequence[float] | None, form: str) -> str:
-    """A figure, and its interval in brackets if it has one."""
+    """A number as text, with its interval in brackets if it has one."""
     return f"{value:{form}}" + (f" ({interval[0]:{form}} to {interval[1]:{form}})" if interval else "")

@@ -25,10 +25,10 @@ def linear(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 
 def use_onednn(module: nn.Module) -> None:
-    """Let a module's linear layers call `linear`; their parameters stay the same objects under the same names.
+    """Replace a module's linear layers by `OneDnnLinear`; their parameters stay the same objects under the same names.
 
     Args:
-        module: its descendants that are exactly `nn.Linear` are replaced, those of an adapter included.
+        module: its descendants of the exact type `nn.Linear` are replaced, those of an adapter included.
     """
     for parent in list(module.modules()):
         for name, layer in parent.named_children():
@@ -37,11 +37,11 @@ def use_onednn(module: nn.Module) -> None:
 
 
 def pack_linear_layers(module: nn.Module) -> None:
-    """Make a module's float32 linear layers on a CPU fast for good, where their weights don't change any more.
+    """Reorder the weights of a module's float32 linear layers on a CPU once, if they don't change any more.
 
-    They are put into the order in which oneDNN reads them, which `linear` does at each product. A layer's usual weight
-    is given up, so no memory is needed; who asks for `weight` gets a copy in the usual order. Layers that compute
-    something of their own, as some quantised ones do, stay as they are.
+    The new order is that in which oneDNN reads them; `linear` would reorder them at each product. It replaces the
+    usual weight, so no memory is needed; `weight` returns a copy in the usual order. Layers with a forward of their
+    own, as some quantised ones have, stay as they are.
     """
     for parent in list(module.modules()):
         for name, layer in parent.named_children():
@@ -118,8 +118,8 @@ def _(states: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor
 def keep_freed_memory() -> None:
     """Let the C library keep memory that is freed instead of giving it back to the kernel, which clears it each time.
 
-    For large tensors on a CPU under Linux's glibc: a training step is about a tenth faster with it. Elsewhere it does
-    nothing.
+    This is for large tensors on a CPU under Linux's glibc, where it makes a training step about 10 % faster. Elsewhere
+    it does nothing.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

@@ -1,11 +1,11 @@
-"""The one exception that a user is meant to read."""
+"""`PeagleError`, the exception whose message is written for users."""
 
 
 class PeagleError(ValueError):
-    """Input that cannot be used, or a state of the disk that needs the user.
+    """Input that can't be used, or a file, disk or server that the user must fix.
 
-    The message is one paragraph: it names the file, row or field that is wrong and says what to do. The command line
-    prints it without a traceback and exits with status 1; in Python it is an ordinary `ValueError`.
+    The message is one paragraph: what happened, in which file, row or field, and what to do. The command line prints
+    it without a traceback and exits with status 1; in Python it is an ordinary `ValueError`.
     """
 
     def __init__(self, message: str = ""):

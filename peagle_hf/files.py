@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees half of one."""
+"""Files and folders: atomic writing, locks against other writers, JSON, and paths that survive a move."""
 
 import errno
 import json
@@ -27,23 +27,23 @@ _UNWRITABLE = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL),
 )
-"""Errors of the operating system that say that the place itself is wrong."""
+"""Errors of the operating system that are about the path itself, not about what is written."""
 
 _HELD: set[str] = set()
-"""The locks that this process holds (see `locked_file`)."""
+"""Real paths of the locks that this process holds (see `locked_file`)."""
 
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary path beside `path`, a file or a folder, that takes its place when the block ends well.
+    """Yield a temporary path beside `path`; it is renamed to `path` if the block succeeds and removed if it fails.
 
-    The temporary name starts with a dot and ends at random, so that two writers do not meet, on whichever machines, and
-    is removed when the block fails. A folder takes the place of an older folder of the same name, which is moved out of
-    the way first and removed last; a file never takes the place of a folder. Parent folders are made, and removed again
-    when the block fails.
+    The block writes a file or a folder there. The temporary name starts with a dot and has a random part, so that two
+    writers on any machines don't collide. A folder replaces an older folder of the same name, which is renamed first
+    and removed last; a file never replaces a folder. Missing parent folders are made, and removed again if the block
+    fails.
 
     Raises:
-        PeagleError: no space is left, the folder cannot be written to, or a file is to be written where a folder is.
+        PeagleError: no space is left, the folder can't be written to, or a file is to be written where a folder is.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -67,10 +67,10 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Say in plain words that `path` couldn't be written, if that is why the block fails.
+    """Turn an error of the block into a `PeagleError` about `path` if the disk is full or the path can't be written.
 
     Raises:
-        PeagleError: no space is left, or the folder cannot be written to.
+        PeagleError: no space is left, or the folder can't be written to.
     """
     try:
         yield
@@ -80,20 +80,20 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
         if is_full or "No space left" in str(error) or "unexpected pos" in str(error):
             raise PeagleError(
                 f"No space is left on the disk of {path}; nothing of it was written, and what was written earlier is "
-                "whole. Free some space, or name an output folder on another disk, and run the same command again."
+                "complete. Free some space, or name an output folder on another disk, and run the same command again."
             ) from error
         if isinstance(error, OSError) and error.errno in _UNWRITABLE:
             raise PeagleError(
-                f"{path} can't be written: {error.strerror}. Name another place, or change the permissions of this one."
+                f"{path} can't be written: {error.strerror}. Name another path, or change the permissions of this one."
             ) from error
         raise
 
 
 def check_writable(folder: str | os.PathLike[str]) -> None:
-    """Make sure that `folder` can be made, if it isn't there, and written into; it is left as it was.
+    """Make sure that files can be written into `folder`, or that it can be made; nothing is left behind.
 
     Raises:
-        PeagleError: that is not possible.
+        PeagleError: they can't.
     """
     with suppress(_Tried), writing(folder), _folders_made(Path(folder)):
         tempfile.TemporaryFile(dir=folder).close()
@@ -106,7 +106,7 @@ class _Tried(Exception):
 
 @contextmanager
 def _folders_made(folder: Path) -> Iterator[None]:
-    """Make a folder and its parents; those of them that were made here and are empty are removed if the block fails."""
+    """Make a folder and its parents. If the block fails, those that were made here are removed if they are empty."""
     made = [one for one in (folder, *folder.parents) if not one.exists()]
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -121,10 +121,11 @@ def _folders_made(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def locked_folder(folder: str | os.PathLike[str], remedy: str, share: str = "") -> Iterator[None]:
-    """Make `folder` and keep other processes from writing into it while the block runs; see `locked_file`.
+    """Make `folder` and lock it against other processes that write into it; see `locked_file`.
 
     Args:
-        share: names a part of the folder's content that this process writes alone, while others write the rest.
+        share: name of the part of the folder's content that is locked; other processes may lock other parts. Empty
+            stands for the whole folder.
     """
     lock_path = Path(folder) / f".{share}.lock".replace("..", ".")
     with _folders_made(Path(folder)), _locked(lock_path, folder, remedy):
@@ -133,14 +134,14 @@ def locked_folder(folder: str | os.PathLike[str], remedy: str, share: str = "") 
 
 @contextmanager
 def locked_file(path: str | os.PathLike[str], remedy: str) -> Iterator[None]:
-    """Keep other processes from writing `path` while the block runs, on all machines that see its disk.
+    """Lock `path` against other processes that write it, on all machines that see its disk, while the block runs.
 
-    The operating system frees the lock when its process ends, however it ends. On a disk without such locks a file with
-    host and process id stands for it, which is taken over when that process of the same host has ended. A process may
-    take a lock again that it holds.
+    The operating system releases the lock when its process ends, however it ends. On a disk without such locks a file
+    with host and process id is the lock; it is taken over if that process ran on the same host and has ended. A process
+    may take a lock again that it holds.
 
     Args:
-        remedy: what to do about another writer, as a sentence.
+        remedy: what to do if another process holds the lock, as a sentence.
 
     Raises:
         PeagleError: another process holds the lock; names its host and process id.
@@ -161,7 +162,7 @@ def _locked(lock_path: Path, written: str | os.PathLike[str], remedy: str) -> It
         try:
             lock = _acquired(lock_path)
         except filelock.Timeout as error:
-            # Where the disk has no locks, a file that isn't empty stands for one, and outlives a process elsewhere.
+            # On a disk without locks a file that isn't empty is the lock, and outlives a process of another machine.
             files = (lock_path.with_name(f"{lock_path.name}.soft"), lock_path)
             stands_for_a_lock = next((path for path in files if path.exists() and path.stat().st_size), None)
             ended = f" If that process has ended, remove {stands_for_a_lock}." if stands_for_a_lock else ""
@@ -203,12 +204,16 @@ def _described(holder: Path) -> str:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder so that no half of it is ever seen under its name."""
+    """Remove a folder so that no partly removed folder is ever seen under its name."""
     shutil.rmtree(_set_aside(folder))
 
 
 def remove_leftovers(folder: str | os.PathLike[str], names: str) -> None:
-    """Remove what killed processes left of temporary files and folders, for names that match a regular expression."""
+    """Remove temporary files and folders of killed processes.
+
+    Args:
+        names: regular expression of the names that the files were to get.
+    """
     for path in Path(folder).glob(".*"):
         if re.fullmatch(rf"\.({names})\.[0-9a-f]+\.(tmp|old)", path.name):
             _remove(path)
@@ -217,7 +222,7 @@ def remove_leftovers(folder: str | os.PathLike[str], names: str) -> None:
 def save_file(
     tensors: "dict[str, Tensor]", path: str | os.PathLike[str], metadata: dict[str, str] | None = None
 ) -> None:
-    """`safetensors.torch.save_file`, with the permissions that other new files have (see `allow_as_umask`)."""
+    """Like `safetensors.torch.save_file`, with the permissions of other new files (see `allow_as_umask`)."""
     from safetensors.torch import save_file
 
     save_file(tensors, path, metadata)
@@ -225,9 +230,9 @@ def save_file(
 
 
 def allow_as_umask(path: str | os.PathLike[str]) -> None:
-    """Give a file the permissions of a new one: safetensors 0.8 lets nobody but the owner read what it writes.
+    """Give a file the permissions of a new one: files of safetensors 0.8 are readable by their owner only.
 
-    A server or a colleague under another account is to read checkpoints and hidden states, where the umask allows it.
+    Servers and colleagues under other accounts shall read checkpoints and hidden states, if the umask allows it.
     """
     os.chmod(path, 0o666 & ~_UMASK)
 
@@ -258,8 +263,13 @@ def read_json(path: str | os.PathLike[str], remedy: str) -> dict[str, Any]:
     return content
 
 
-def with_places(record: dict[str, Any], name: str, folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """A record whose field `name` is a folder, if it is one, as it is found after a move: see `found_place`."""
+def add_relative_path(record: dict[str, Any], name: str, folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Add `<name>_from_here` to a record whose field `name` is an existing folder: its path relative to `folder`.
+
+    Args:
+        folder: where the record will be written. If both folders move together, `resolve_relative_path` finds the
+            other one again.
+    """
     value = record.get(name)
     if not isinstance(value, str) or not os.path.isdir(value):
         return record
@@ -267,11 +277,11 @@ def with_places(record: dict[str, Any], name: str, folder: str | os.PathLike[str
     return record | {name: place, f"{name}_from_here": os.path.relpath(place, os.path.realpath(folder))}
 
 
-def found_place(record: dict[str, Any], name: str, folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The record without what `with_places` has added, the field `name` as the folder is found now.
+def resolve_relative_path(record: dict[str, Any], name: str, folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Undo `add_relative_path`: remove `<name>_from_here`, and set the field `name` to the folder's path now.
 
-    If the folder of the record and that which it names were moved together, it is found from the record's own folder,
-    else where it was.
+    If the relative path exists from the record's own folder, it wins: both folders were moved together. Otherwise the
+    absolute path stays.
     """
     record = dict(record)
     from_here = record.pop(f"{name}_from_here", None)

@@ -1,4 +1,4 @@
-"""Fingerprints of weights and files: what a model or a data file holds, told by a sample that is quick to read.
+"""Fingerprints of model weights and files: hashes of blocks sampled from their content, quick to compute.
 
 A fingerprint depends on contents alone. A folder that was copied, moved or downloaded again keeps it, and a file that
 was changed in place gets another one, even if its size and its time of modification stay as they were.
@@ -16,36 +16,30 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
-from transformers.utils import (
-    CONFIG_NAME,
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    WEIGHTS_INDEX_NAME,
-    WEIGHTS_NAME,
-)
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from .errors import PeagleError
 
 BLOCKS, BLOCK_BYTES = 8, 4096
-"""Of each tensor this many blocks of this size are read, spread evenly from its first byte to its last."""
+"""Number and size of the blocks that are read of each tensor, spread evenly from its first byte to its last."""
 PIECE_BYTES, SMALL_BYTES = 1 << 20, 1 << 22
-"""A file whose tensors can't be told apart is sampled in pieces of this size, as if each were a tensor; a small one is
-read as a whole."""
+"""A file whose tensors can't be told apart is sampled in pieces of `PIECE_BYTES`, as if each were a tensor. A file of
+at most `SMALL_BYTES` is read as a whole."""
 READERS = 16
-"""Blocks that are read at a time: on a network disk the waiting is what takes long."""
+"""Blocks that are read at the same time: on a network disk most of the time is latency."""
 NOT_OF_THE_WEIGHTS = ("_name_or_path", "transformers_version")
-"""Fields of config.json that say where a model came from, not what it computes."""
+"""Fields of config.json that say where a model came from, not what it computes, and aren't compared."""
 END_BYTES = 1 << 20
-"""What earlier versions of peagle_hf read of both ends of each file."""
+"""Bytes at both ends of each file that earlier versions of peagle_hf read."""
 
 
 class _Piece(NamedTuple):
-    """A part of a file that is sampled on its own, such as a tensor.
+    """A part of a file that is sampled on its own, usually a tensor.
 
     Args:
-        name: what the fingerprint calls it.
-        path: the file.
-        start: its first byte.
+        name: its name in the fingerprint.
+        path: of the file.
+        start: offset of its first byte.
         size: in bytes.
     """
 
@@ -56,12 +50,15 @@ class _Piece(NamedTuple):
 
 
 def weights_of(name_or_path: str | os.PathLike[str], revision: str | None = None) -> str | None:
-    """What tells a model's weights from others: of a folder a fingerprint, of one on the hub the commit.
+    """Identify a model's weights: by a fingerprint for a folder, by the commit for a model of the hub.
 
-    A fingerprint is `config <16 hex digits> weights <16 hex digits>`. The first part is of config.json (and of the
-    code of the model's own that it names), the second of every tensor's name, dtype, shape and values, of which
-    `BLOCKS` blocks a tensor are read: some 10 MB of a model of 16 GB. It doesn't depend on how the tensors are spread
-    over files. None where a model of the hub isn't in the hub's cache.
+    A fingerprint is `config <16 hex digits> weights <16 hex digits>`. The first part hashes config.json (and the
+    model's own code if config.json names some), the second every tensor's name, dtype, shape and values, of which
+    `BLOCKS` blocks a tensor are read: some 10 MB of a model of 16 GB. It doesn't depend on how the tensors are
+    distributed over files.
+
+    Returns:
+        The fingerprint or the commit; None if a model of the hub isn't in the hub's cache.
 
     Raises:
         PeagleError: a file of the folder can't be read.
@@ -78,17 +75,18 @@ def has_weights(
     revision: str | None = None,
     made_by: str | None = None,
 ) -> bool | None:
-    """Whether a model has the weights that were recorded by `weights_of`, by that of an earlier version too.
+    """Whether a model has the weights that `weights_of` recorded, also in an earlier version of peagle_hf.
 
-    Earlier versions read only both ends of each file, so that what they recorded fits a model that was changed in
-    between as well. A commit of the hub is compared with another commit or a folder by what they hold, if both are on
-    this machine.
+    Earlier versions read only both ends of each file, so their records also match a model that was changed in
+    between. A commit of the hub is compared with another commit, or a folder, by fingerprints if both are on this
+    machine.
 
     Args:
+        recorded: what `weights_of` returned then.
         made_by: the name of the model whose weights were recorded.
 
     Returns:
-        None where the weights weren't known then, or aren't all on this machine now.
+        None if the weights weren't known then, or aren't all on this machine now.
     """
     folder = _folder(name_or_path, revision)
     if recorded is None:
@@ -108,13 +106,13 @@ def has_weights(
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether all of a model's weights are there: the hub's cache may hold only its configuration, or some shards."""
+    """Whether all files of a model's weights exist: the hub's cache may hold only the configuration or some shards."""
     files = _weight_files(folder)
     return bool(files) and all(file.exists() for file in files)
 
 
 def _folder(name_or_path: str | os.PathLike[str], revision: str | None) -> Path | None:
-    """A model's folder: its own, or that of its commit in the hub's cache; None if it isn't there."""
+    """A model's folder, or that of its commit in the hub's cache; None if it isn't on this machine."""
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
     try:
@@ -137,7 +135,7 @@ def _fingerprint(folder: Path) -> str:
 
 
 def file_fingerprint(path: str | os.PathLike[str]) -> str:
-    """What tells a file's content from others: its size and a digest of samples, of all of it if it is small.
+    """Fingerprint of a file's content: its size and a digest of sampled blocks, or of all of it if it is small.
 
     Raises:
         OSError: it can't be read.
@@ -152,7 +150,7 @@ def _digest(content: Any) -> str:
 
 
 def _config_of(folder: Path) -> list[Any]:
-    """What decides over a model's results beside its weights; the order of its fields doesn't count."""
+    """The fields of config.json that a model's results depend on, and digests of the model's own code."""
     path = folder / CONFIG_NAME
     config = json.loads(path.read_bytes()) if path.exists() else {}
     code = sorted(folder.glob("*.py")) if "auto_map" in config else []
@@ -161,7 +159,7 @@ def _config_of(folder: Path) -> list[Any]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The files that transformers would load, in its order of preference; else all that look like weights."""
+    """The weight files that transformers would load, in its order of preference; else all with their endings."""
     for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
         path = folder / name
         if path.exists() and path.suffix == ".json":
@@ -172,7 +170,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _pieces(path: Path) -> list[_Piece]:
-    """The tensors of a file; of one that is neither safetensors nor of torch's zip format, pieces of equal size."""
+    """The tensors of a safetensors file or of torch's zip format; of other files pieces of equal size."""
     size = path.stat().st_size
     if path.suffix == ".safetensors":
         with open(path, "rb") as file:
@@ -200,7 +198,7 @@ def _equal_pieces(path: Path, size: int) -> list[_Piece]:
 
 
 def _samples(pieces: Iterable[_Piece]) -> list[tuple[str, str]]:
-    """Of each piece, by name, a digest of its blocks."""
+    """Name and digest of the blocks of each piece, sorted by name."""
     pieces = sorted(pieces, key=lambda piece: piece.name)
     descriptors: dict[Path, int] = {}
     try:
@@ -236,7 +234,7 @@ def _read(descriptor: int, start: int, size: int) -> bytes:
 
 
 def _ends_of(folder: Path) -> str:
-    """The fingerprint of earlier versions: config.json, and the sizes and both ends of all safetensors."""
+    """Fingerprint as in earlier versions: of config.json, and of the sizes and both ends of all safetensors."""
     digest = hashlib.sha256()
     for path in sorted([*folder.glob("config.json"), *folder.glob("*.safetensors")]):
         size = path.stat().st_size

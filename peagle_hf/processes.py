@@ -1,4 +1,4 @@
-"""What the processes of one training agree on, so that none of them waits for another that has failed."""
+"""Agreement among the processes of one training, so that none waits for another that has failed."""
 
 import os
 import socket
@@ -18,12 +18,12 @@ _SIGNS_OF_A_LOST_PROCESS = ("gloo", "nccl", "connection closed", "connection res
 
 
 def is_launched() -> bool:
-    """Whether torchrun or accelerate has started this process, maybe beside others."""
+    """Whether torchrun or accelerate has started this process, alone or with others."""
     return "LOCAL_RANK" in os.environ and "RANK" in os.environ
 
 
 def connect_on_cpu(timeout: float) -> None:
-    """Connect the processes of a training on CPUs, which transformers would do with a time-out of its own.
+    """Connect the processes of a training on CPUs, with our own time-out instead of that of transformers.
 
     Args:
         timeout: seconds that a process waits for the others.
@@ -33,7 +33,7 @@ def connect_on_cpu(timeout: float) -> None:
 
 
 def are_several() -> bool:
-    """Whether this process is one of several of a training, which are connected."""
+    """Whether this process is one of several connected processes of a training."""
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
@@ -48,10 +48,10 @@ def _gloo_beside(world: Any) -> Any:
 
 
 def on_first(work: Callable[[], Result]) -> Result:
-    """Run `work` on the first process only and give its result, or its failure, to all of them.
+    """Run `work` on the first process only; return its result, or raise its error, on all of them.
 
     Raises:
-        PeagleError: it failed, or a process has ended; on all processes.
+        PeagleError: `work` failed, or a process has ended; raised on all processes.
     """
     if not are_several():
         return work()
@@ -75,7 +75,7 @@ def on_first(work: Callable[[], Result]) -> Result:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Run the block on all processes; if it fails on one of them, all end with its reason instead of waiting for it.
+    """Run the block on all processes; if it fails on one of them, raise on all of them instead of waiting for it.
 
     Raises:
         PeagleError: it failed on another process, which the message names.
@@ -104,7 +104,7 @@ def require_same(value: Any, what: str, remedy: str) -> None:
         remedy: what to do if they differ, as a sentence.
 
     Raises:
-        PeagleError: it isn't; on all processes.
+        PeagleError: it isn't; raised on all processes.
     """
     if not are_several():
         return
@@ -127,10 +127,10 @@ def gather(value: Any) -> list[tuple[str, Any]]:
 
 @contextmanager
 def lost_process_explained() -> Iterator[None]:
-    """Say in plain words that the block failed because another process has ended or doesn't answer.
+    """Turn an error of the block into a `PeagleError` if its cause is another process that has ended or hangs.
 
     Raises:
-        PeagleError: it did.
+        PeagleError: another process has ended or doesn't answer.
     """
     try:
         yield

@@ -23,14 +23,14 @@ def is_secret(name: str) -> bool:
 def public_url(url: str) -> str:
     """An endpoint, `URL[,URL...]`, without user names, passwords and secret query values; otherwise unchanged.
 
-    All that stands between `://` and the last `@` of a URL is left out, since a user name may be a token.
+    Everything between `://` and the last `@` of a URL is removed, since a user name may be a token.
     """
     parts = re.split(r"(,\s*(?=\w+://))", url)
     return "".join(_QUERY.sub(rf"\g<1>{MASK}", _USER_INFO.sub("", part)) for part in parts)
 
 
 def public_command(words: Sequence[str]) -> list[str]:
-    """A command line whose secrets are masked, for printing and for records; it has as many words.
+    """A command line with masked secrets, for printing and for records; it keeps its number of words.
 
     Masked are the values of flags and variables whose name ends with a word such as key, token or password
     (`--api-key VALUE`, `--hf-token=VALUE`, `HF_TOKEN=VALUE`; several values too), the same names in JSON values and in
@@ -51,7 +51,7 @@ def public_command(words: Sequence[str]) -> list[str]:
 
 
 def public_settings(settings: Any, name: str = "") -> Any:
-    """A mapping of settings, also within another, whose secrets are masked as in `public_command`."""
+    """A nested mapping of settings with its secrets masked as in `public_command`."""
     if isinstance(settings, Mapping):
         return {key: public_settings(value, str(key)) for key, value in settings.items()}
     if isinstance(settings, list | tuple):

@@ -137,7 +137,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(train_flags, tmp_path, monkeypa
         )
         patch.setattr("torch.save", full(torch.save, lambda content, path: path))
         patch.setattr(TrainerState, "save_to_json", full(TrainerState.save_to_json, lambda state, path: path))
-        with pytest.raises(PeagleError, match=r"No space is left on the disk of .*/1; .*earlier is whole"):
+        with pytest.raises(PeagleError, match=r"No space is left on the disk of .*/1; .*earlier is complete"):
             run(cut)
     assert {"0", "checkpoint_best"} <= set(os.listdir(tmp_path / "full"))
     assert not [name for name in os.listdir(tmp_path / "full") if "1" in name]

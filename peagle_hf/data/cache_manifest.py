@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..errors import PeagleError
-from ..files import canonical_path, found_place, read_json, with_places, write_json
+from ..files import add_relative_path, canonical_path, read_json, resolve_relative_path, write_json
 from ..fingerprint import has_weights, weights_of
 from .cache_storage import FP8_STORAGES, LEARNT_STORAGES, STORAGES, Storage
 
@@ -96,7 +96,7 @@ class Manifest:
             f"A manifest of hidden states needs the fields {names}. Put the right file back, or remove the folder and "
             "run peagle-hf extract again."
         )
-        content = found_place(read_json(path, remedy), "verifier", folder)
+        content = resolve_relative_path(read_json(path, remedy), "verifier", folder)
         try:
             version = content.pop("format_version")
             if version > FORMAT_VERSION:
@@ -114,7 +114,7 @@ class Manifest:
 
     def write(self, folder: str | os.PathLike[str]) -> None:
         """Write it into the folder, atomically."""
-        write_json(Path(folder) / MANIFEST, with_places(asdict(self), "verifier", folder))
+        write_json(Path(folder) / MANIFEST, add_relative_path(asdict(self), "verifier", folder))
 
     def bytes_of(self, num_tokens: int, num_last: int) -> int:
         """Bytes of the tensors of `num_tokens` tokens, if the last layer's states of `num_last` of them are stored."""

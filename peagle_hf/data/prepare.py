@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..arguments import Arguments, check_ranges, config_path, write_config
 from ..errors import PeagleError
-from ..files import atomic_path, locked_folder, remove_leftovers, with_places, write_json
+from ..files import add_relative_path, atomic_path, locked_folder, remove_leftovers, write_json
 from .loss_mask import ChatTokenizer
 from .prepared_dataset import (
     CHAT_TEMPLATE_FILE,
@@ -227,7 +227,7 @@ def _prepare(
             if arguments.chat_template is not None:
                 (folder / CHAT_TEMPLATE_FILE).write_text(str(tokenizer.chat_template), encoding="utf-8")
             record = origin | made | {"files": fingerprints_of_files(folder)}
-            write_json(folder / PREPARE_RECORD, with_places(record, "model", output))
+            write_json(folder / PREPARE_RECORD, add_relative_path(record, "model", output))
         finish_move(output)
     if arguments.token_freq_path is not None:
         with atomic_path(arguments.token_freq_path) as temporary:

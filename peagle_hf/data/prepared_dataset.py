@@ -15,7 +15,7 @@ import numpy as np
 
 from ..arguments import CONFIG, config_path
 from ..errors import PeagleError
-from ..files import found_place, read_json
+from ..files import read_json, resolve_relative_path
 from ..fingerprint import file_fingerprint
 from ..verifier.draft_vocabulary import load_token_freq
 from .cache_storage import cache_folder, cached_rows
@@ -99,7 +99,7 @@ def read_prepare_record(data_path: str | os.PathLike[str]) -> dict[str, Any]:
     for name in ("counts", "files"):
         if not isinstance(record.get(name, {}), dict):
             raise PeagleError(f"{path} is damaged (its {name} are no object). Put it back, or remove it.")
-    return found_place(record, "model", data_path)
+    return resolve_relative_path(record, "model", data_path)
 
 
 def rows_fingerprint(data_path: str | os.PathLike[str]) -> str:

@@ -15,7 +15,7 @@ from ..errors import PeagleError
 
 
 def load_token_freq(path: str | os.PathLike[str]) -> Tensor | dict[int, int]:
-    """Read `token_freq.pt`: how often each token id is learnt, a tensor indexed by id or a dict.
+    """Read `token_freq.pt`: how often each token id is trained on, as a tensor indexed by id or a dict.
 
     Raises:
         PeagleError: there is no such file, or it holds something else.
@@ -32,9 +32,9 @@ def load_token_freq(path: str | os.PathLike[str]) -> Tensor | dict[int, int]:
 
 
 def draft_vocabulary(token_freq: Tensor | Mapping[int, int], size: int, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Choose the `size` most frequent tokens, the lower id first among equals, and map them.
+    """Choose the `size` most frequent tokens, among equally frequent ones the lower ids, and map them.
 
-    Where fewer tokens were seen, the lowest unused ids fill up.
+    If fewer tokens have a count, the lowest of the other ids are added.
 
     Returns:
         d2t int64 [Vd], the verifier's id of draft token i minus i, ids ascending; t2d bool [V], the drafted ids.

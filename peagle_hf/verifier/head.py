@@ -18,16 +18,16 @@ from .weights import VerifierWeights
 
 
 class VerifierHead(nn.Module):
-    """The verifier's final norm and LM head, frozen: what turns its last residual stream into logits.
+    """The verifier's final norm and LM head, frozen: they turn its last residual stream into logits.
 
-    Everything is a non-persistent buffer, so that nothing of it enters a state dict.
+    All tensors are non-persistent buffers, so that none of them enters a state dict.
 
     Args:
         norm: the verifier's own final norm module.
         weight: [V, H].
         bias: [V].
-        softcap: logits become softcap * tanh(logits / softcap).
-        scale: what the logits are multiplied by.
+        softcap: bound of the logits, which become softcap * tanh(logits / softcap); None for none.
+        scale: factor of the logits, before the softcap.
     """
 
     weight: Tensor
@@ -58,7 +58,7 @@ class VerifierHead(nn.Module):
         revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> "VerifierHead":
-        """Read the norm and the head, and no other weight, of a local or hub verifier.
+        """Read only the norm and the head of a local or hub verifier.
 
         Args:
             dtype: of the weights; None keeps the checkpoint's.
@@ -84,7 +84,7 @@ class VerifierHead(nn.Module):
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "VerifierHead":
-        """The head of a loaded verifier, which stays as it is; the weight is shared."""
+        """The head of a loaded verifier, which isn't changed; the weight is shared with it."""
         parts = verifier_parts(model)
         weight, bias = (getattr(parts.head, name, None) for name in ("weight", "bias"))
         assert weight is not None
@@ -97,7 +97,7 @@ class VerifierHead(nn.Module):
         )
 
     def restrict(self, token_ids: Tensor) -> "VerifierHead":
-        """The same head for some tokens only, int64 [Vd]; its norm is shared with this one."""
+        """The head for the tokens `token_ids` only, int64 [Vd]; the norm is shared with this one."""
         bias = None if self.bias is None else self.bias[token_ids]
         return VerifierHead(self.norm, self.weight[token_ids], bias, self.softcap, self.scale)
 
@@ -106,7 +106,7 @@ class VerifierHead(nn.Module):
         return self.norm(hidden.to(self.weight.dtype))
 
     def logits(self, normed: Tensor) -> Tensor:
-        """Logits [..., V] of normed states [..., H], as the verifier itself gives them."""
+        """The verifier's own logits [..., V] of normed states [..., H]."""
         logits = linear(normed, self.weight, self.bias)
         if self.scale != 1.0:
             logits = logits * self.scale
@@ -119,7 +119,7 @@ def load_embedding(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Tensor:
-    """Read the verifier's token embeddings [V, H], and no other weight; None as dtype keeps the checkpoint's.
+    """Read only the verifier's token embeddings [V, H]; None as dtype keeps the checkpoint's.
 
     Raises:
         PeagleError: as `VerifierHead.from_pretrained`.
@@ -129,15 +129,15 @@ def load_embedding(
 
 
 CHECKED_TOKENS = 16
-"""So many tokens show whether the verifier's logits are what training takes them for."""
+"""Tokens on which the verifier's logits are compared with those of `VerifierHead`."""
 
 
 @torch.inference_mode()
 def check_logits(model: PreTrainedModel) -> None:
-    """Make sure that the verifier's own logits are those that training will compute from its last residual stream.
+    """Make sure that `VerifierHead` computes the verifier's own logits from its last residual stream.
 
     Raises:
-        PeagleError: they aren't, as the architecture does something that `VerifierHead` doesn't know.
+        PeagleError: it doesn't: the architecture computes logits in a way that `VerifierHead` doesn't know.
     """
     vocab_size = model.config.get_text_config(decoder=True).vocab_size
     ids_BT = torch.arange(CHECKED_TOKENS, device=model.device)[None] % vocab_size

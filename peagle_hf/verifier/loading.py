@@ -25,7 +25,7 @@ from .weights import readable
 def load_verifier_config(
     name_or_path: str | os.PathLike[str], revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedConfig:
-    """Read the verifier's configuration, of a multimodal model the part for text.
+    """Read the verifier's configuration; of a multimodal model the text part.
 
     Raises:
         PeagleError: there is none, or it isn't a language model's.
@@ -41,10 +41,10 @@ def load_verifier_config(
 
 
 def hub_verifier(name_or_path: str | None, hub_name: str | None = None) -> str:
-    """The name by which others find a verifier on the hub: `hub_name`, or else the one that was trained with.
+    """The verifier's name on the hub: `hub_name` if given, otherwise the name that was trained with.
 
     Raises:
-        PeagleError: it is a folder, or can't be a name on the hub.
+        PeagleError: that is a folder, or no valid name on the hub.
     """
     verifier = str(hub_name or name_or_path)
     try:
@@ -61,10 +61,10 @@ def hub_verifier(name_or_path: str | None, hub_name: str | None = None) -> str:
 
 
 def default_aux_layer_ids(num_layers: int) -> list[int]:
-    """Choose the residual streams that the drafter reads, by number of layers passed (0 = embeddings).
+    """The default auxiliary layers, whose residual streams the drafter reads, by number of layers passed.
 
-    [2, n // 2, n - 3] as speculators and vLLM do. A verifier of fewer than 7 layers gets distinct ids all the same:
-    [1, (n + 1) // 2, n - 1] from 4 layers on, else the last three of 0 .. n (two of them if there is only one layer).
+    [2, n // 2, n - 3] of n layers, as in speculators and vLLM; 0 would be the embeddings. For fewer than 7 layers these
+    would not be distinct: then [1, (n + 1) // 2, n - 1] from 4 layers on, else the last three of 0 .. n.
     """
     if num_layers >= 7:
         return [2, num_layers // 2, num_layers - 3]
@@ -83,10 +83,10 @@ def load_verifier(
     """Load the whole verifier, in evaluation mode.
 
     Args:
-        dtype: or its name; "auto" is the checkpoint's own.
+        dtype: a dtype or its name; "auto" is the checkpoint's own.
 
     Raises:
-        PeagleError: it can't be read, has no safetensors, lacks weights, or is quantised in a way that can't be run.
+        PeagleError: it can't be read, has no safetensors, lacks weights, or has a quantisation that can't be run here.
     """
     config = _load_config(name_or_path, revision, trust_remote_code)
     check_quantization(name_or_path, config)
@@ -143,7 +143,7 @@ def _auto_class(config: PreTrainedConfig) -> type[AutoModelForCausalLM] | type[A
 def verifier_without_weights(
     name_or_path: str | os.PathLike[str], revision: str | None, trust_remote_code: bool
 ) -> PreTrainedModel:
-    """The verifier without its weights (on the meta device): module names, norm class, tied or not."""
+    """The verifier's modules without weights (on the meta device), for their names, types and tied parameters."""
     config = _load_config(name_or_path, revision, trust_remote_code)
     # Under ZeRO-3 transformers would cut even a model without weights into shards, unless told that this is done.
     with readable(name_or_path), set_zero3_state(), torch.device("meta"):
@@ -151,10 +151,10 @@ def verifier_without_weights(
 
 
 def check_layer_ids(wanted: list[int] | None, config: PreTrainedConfig) -> list[int]:
-    """The auxiliary layers that are wanted of a verifier, or the default ones.
+    """The auxiliary layers to extract: `wanted`, or the default ones.
 
     Raises:
-        PeagleError: it has no such layers, or one is named twice.
+        PeagleError: the verifier has no such layers, or one is named twice.
     """
     num_layers = config.num_hidden_layers
     layer_ids = default_aux_layer_ids(num_layers) if wanted is None else wanted

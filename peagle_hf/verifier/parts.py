@@ -19,17 +19,17 @@ FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm")
 
 @dataclass(frozen=True)
 class VerifierParts:
-    """Where in a verifier the things are that a drafter needs.
+    """The modules of a verifier that a drafter needs, and how its logits are computed.
 
     Its logits are softcap * tanh(z / softcap), or z without a softcap, with z = logit_scale * head(final_norm(stream)).
 
     Args:
         decoder: the module that runs all layers when called with `input_ids` and `use_cache`.
-        layers: its layers in order; what enters layer l is the residual stream after l layers.
-        final_norm: what the residual stream enters after the last layer.
-        head: the linear map from there to logits, with `weight` and perhaps `bias`.
-        logit_scale: what logits are multiplied by.
-        logit_softcap: what they are bounded by.
+        layers: its layers in order; the input of layer l is the residual stream after l layers.
+        final_norm: the norm whose input is the residual stream after the last layer.
+        head: the linear layer from the normed stream to logits, with `weight` and perhaps `bias`.
+        logit_scale: factor of the logits.
+        logit_softcap: bound of the logits, None for none.
     """
 
     decoder: nn.Module
@@ -44,17 +44,17 @@ _PARTS_OF: dict[str, Callable[[Any], VerifierParts]] = {}
 
 
 def register_verifier(model_type: str, parts_of: Callable[[Any], VerifierParts]) -> None:
-    """Make an architecture usable as a verifier whose decoder has other names than transformers' usual ones.
+    """Support a verifier architecture whose modules have other names than the usual ones of transformers.
 
     Args:
-        model_type: of its configuration, of a multimodal model that of the part for text.
-        parts_of: finds the parts of a model of this type, loaded or still without weights.
+        model_type: of its configuration; of a multimodal model that of the text part.
+        parts_of: finds the parts in a model of this type, with or without weights.
     """
     _PARTS_OF[model_type] = parts_of
 
 
 def verifier_parts(model: PreTrainedModel) -> VerifierParts:
-    """Find a verifier's parts, as `register_verifier` was told or by transformers' usual names.
+    """Find a verifier's parts: by the function registered for its type, or by the usual names of transformers.
 
     Raises:
         PeagleError: the architecture has other names and isn't registered, or what is registered doesn't fit it.
@@ -88,7 +88,7 @@ def _usual_parts(model: PreTrainedModel) -> VerifierParts:
 
 
 def _logit_scale(config: PreTrainedConfig) -> float:
-    """What the architecture multiplies its logits by; some divide by a field that others multiply by."""
+    """Factor of the logits in this architecture; some divide by the field that others multiply by."""
     if config.model_type.startswith(("granite", "minicpm3")):
         return 1.0 / getattr(config, "logits_scaling", 1.0)
     fields = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
@@ -99,13 +99,13 @@ def _logit_scale(config: PreTrainedConfig) -> float:
 def recorded_streams(
     model: PreTrainedModel, layer_ids: Iterable[int], dtype: torch.dtype
 ) -> Iterator[dict[int, Tensor]]:
-    """Record the residual streams [B, T, H] after so many layers, none of them normed, at every forward pass.
+    """Record residual streams [B, T, H], not normed, in every forward pass within the block.
 
     Args:
-        layer_ids: 0 means the embeddings, the number of layers the input of the final norm.
+        layer_ids: numbers of layers passed: 0 is the embeddings, the number of all layers the final norm's input.
 
     Yields:
-        The streams of the latest pass by layer id.
+        The streams of the latest forward pass, by layer id.
     """
     parts = verifier_parts(model)
     readers = [*parts.layers, parts.final_norm]
@@ -126,12 +126,17 @@ def recorded_streams(
 
 
 def residual_streams(model: PreTrainedModel, layer_ids: Sequence[int], ids_BT: Tensor, dtype: torch.dtype) -> Tensor:
-    """The residual streams [B, T, A+1, H] after `layer_ids` layers (0 = embeddings) and after the last layer.
+    """Run the decoder; returns the residual streams [B, T, A+1, H] after `layer_ids` layers and after the last one.
 
-    None of them is normed, the one after the last layer neither.
+    None of them is normed, also not the one after the last layer.
+
+    Args:
+        layer_ids: numbers of layers passed; 0 is the embeddings.
+        ids_BT: token ids, int64 [B, T], padded on the right.
+        dtype: of the result.
     """
     parts = verifier_parts(model)
-    slots = [*layer_ids, len(parts.layers)]
-    with recorded_streams(model, slots, dtype) as streams:
+    all_ids = [*layer_ids, len(parts.layers)]
+    with recorded_streams(model, all_ids, dtype) as streams:
         parts.decoder(input_ids=ids_BT.to(model.device), use_cache=False)
-    return torch.stack([streams[slot] for slot in slots], dim=2)
+    return torch.stack([streams[layer_id] for layer_id in all_ids], dim=2)

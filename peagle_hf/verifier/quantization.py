@@ -1,4 +1,4 @@
-"""Verifiers with quantised weights: which methods can be used here, and how single tensors become dense again."""
+"""Verifiers with quantised weights: the supported methods, and reading single tensors as dense ones."""
 
 import re
 from collections.abc import Iterable
@@ -20,15 +20,15 @@ METHODS: dict[str, tuple[str, ...]] = {
     "gptq": ("gptqmodel", "optimum"),
     "bitsandbytes": ("bitsandbytes",),
 }
-"""The values of `quant_method` that a verifier in this process may have, and the modules that transformers needs."""
+"""Supported values of `quant_method`, and the Python modules that transformers needs for each."""
 _OF_QUANTISED_WEIGHTS = re.compile(
     r"(weight|proj)_(packed|scale|scale_inv|zero_point|blocks|scales)$|^(qweight|qzeros)$"
 )
-"""The last part of the name of a tensor that only a quantised checkpoint has."""
+"""Last parts of tensor names that only quantised checkpoints have."""
 
 
 def quantization_of(config: PreTrainedConfig) -> dict[str, Any] | None:
-    """What a verifier's configuration says of its quantised weights, with a `quant_method`; None if it has none."""
+    """The quantisation settings in a verifier's configuration, with a `quant_method`; None if it isn't quantised."""
     for one in (config, config.get_text_config(decoder=True)):
         settings: dict[str, Any] | None = getattr(one, "quantization_config", None)
         if settings:
@@ -38,10 +38,10 @@ def quantization_of(config: PreTrainedConfig) -> dict[str, Any] | None:
 
 
 def check_quantization(name: object, config: PreTrainedConfig) -> None:
-    """Refuse, before it is loaded, a verifier whose quantised weights can't be run in this process.
+    """Make sure, before a verifier is loaded, that its quantised weights can be run in this process.
 
     Raises:
-        PeagleError: its method isn't one of `METHODS`, or needs a package that isn't installed; says what else to do.
+        PeagleError: its method isn't one of `METHODS`, or needs a package that isn't installed.
     """
     settings = quantization_of(config)
     if settings is None:
@@ -65,7 +65,7 @@ def check_quantization(name: object, config: PreTrainedConfig) -> None:
 
 
 def ask_for_dense_weights(config: PreTrainedConfig) -> None:
-    """Let a verifier that is loaded with this configuration have dense weights from the start, where it is possible.
+    """Set a configuration so that the verifier is loaded with dense weights, if its method allows that.
 
     compressed-tensors would make them dense only when the whole model runs, but extraction runs its decoder alone.
     """
@@ -75,7 +75,7 @@ def ask_for_dense_weights(config: PreTrainedConfig) -> None:
 
 
 def check_loaded(name: object, unexpected_keys: Iterable[str]) -> None:
-    """Refuse a checkpoint whose quantised weights were taken for ordinary ones, as its configuration names no method.
+    """Make sure that a checkpoint without quantisation settings was not quantised all the same.
 
     Raises:
         PeagleError: it holds scales or packed weights, but its configuration doesn't say how they are quantised.
@@ -89,10 +89,10 @@ def check_loaded(name: object, unexpected_keys: Iterable[str]) -> None:
 
 
 def finish_dense_layers(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
-    """Make layers ordinary again whose weights became dense while loading.
+    """Restore the ordinary forward of layers whose weights became dense while loading.
 
-    Linear layers of compressed-tensors that round their inputs too keep doing so, as the verifier does when it is
-    served. Weights that were made bfloat16, whatever was asked for, get the `dtype` of the others.
+    Linear layers of compressed-tensors that also round their inputs keep doing so, as when the verifier is served.
+    Weights that were loaded as bfloat16, whatever was asked for, are converted to `dtype`.
     """
     is_dense = not getattr(model, "is_quantized", False)
     for parameter in model.parameters():
@@ -106,12 +106,13 @@ def finish_dense_layers(model: PreTrainedModel, dtype: torch.dtype | None) -> No
 
 
 def dense_weight(name: object, model: PreTrainedModel, module: nn.Module, tensors: dict[str, Tensor]) -> Tensor:
-    """The weight of one module of a quantised verifier.
+    """Decompress the weight of one module of a quantised verifier.
 
     Args:
-        model: the verifier, which may be without weights.
-        module: one of its modules, for messages and for what its configuration says of it.
-        tensors: what the checkpoint holds of the module, by the last part of the name.
+        name: of the verifier, for messages.
+        model: the verifier, with or without weights.
+        module: the module of `model`.
+        tensors: the checkpoint's tensors of the module, by the last part of their name.
 
     Raises:
         PeagleError: it is quantised otherwise than with compressed-tensors.

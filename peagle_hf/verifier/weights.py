@@ -1,4 +1,4 @@
-"""Reading single tensors of a verifier's checkpoint, by the modules that they belong to."""
+"""Reading single tensors of a verifier's checkpoint, found by the module that they belong to."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from .quantization import dense_weight
 
 DENSE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 WRAPPERS = {"model", "language_model", "text_model"}
-"""Parts of a parameter's name that a checkpoint may order otherwise, leave out or add."""
+"""Parts of a parameter's name that a checkpoint may have in another order, omit or add."""
 
 
 class VerifierWeights:
@@ -36,7 +36,7 @@ class VerifierWeights:
         self.file_of_key = self._keys()
 
     def _keys(self) -> dict[str, str]:
-        """The file that holds each tensor, by the tensor's key."""
+        """The name of the file of each tensor, by the tensor's key."""
         with readable(self.name_or_path):
             try:
                 file = self._path(SAFE_WEIGHTS_NAME)
@@ -54,10 +54,10 @@ class VerifierWeights:
         return str(cached_file(self.name_or_path, file, revision=self.revision))
 
     def of(self, module: nn.Module) -> dict[str, str]:
-        """The checkpoint's key of each tensor of a module by its last part; of a quantised one there are more of them.
+        """The checkpoint's keys of a module's tensors, by their last part; quantised modules have several tensors.
 
-        The module is that whose name differs least, and only in wrappers. So "language_model.model.norm.weight" in the
-        file is "model.language_model.norm.weight" in the module.
+        Names in the checkpoint may differ from the module's name only in `WRAPPERS`; the one that differs least is
+        taken. So "language_model.model.norm.weight" in the file is "model.language_model.norm.weight" in the model.
         """
         parts = self.module_names[module].split(".")
         found: dict[str, dict[str, str]] = {}
@@ -72,7 +72,11 @@ class VerifierWeights:
         return found[exact] if exact in found else found[nearest[0]] if len(nearest) == 1 else {}
 
     def read(self, module: nn.Module, parameter: str) -> Tensor:
-        """Read a module's parameter from the checkpoint, dense; the module itself stays as it is."""
+        """Read a module's parameter from the checkpoint as a dense tensor; the module itself isn't changed.
+
+        Raises:
+            PeagleError: the checkpoint has no such tensor, or one of another shape.
+        """
         name = f"{self.module_names[module]}.{parameter}"
         shape = tuple(module.get_parameter(parameter).shape)
         keys = self.of(module)
@@ -100,6 +104,7 @@ class VerifierWeights:
 
 @contextmanager
 def readable(name_or_path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn errors of reading a verifier within the block into a `PeagleError` that names it."""
     try:
         yield
     except PeagleError:
