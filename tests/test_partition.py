@@ -77,5 +77,5 @@ def test_one_part_is_the_batch_itself():
 
 def test_a_document_too_long_for_a_part_is_refused():
     batch = make_batch(make_config(), LENGTHS)
-    with pytest.raises(PeagleError, match="parts of 20 rows"):
+    with pytest.raises(PeagleError, match="parts of 20 slots"):
         partition_by_rows(batch, 20)

@@ -1,4 +1,7 @@
-"""`CODDataCollator`: documents in, one packed sequence of rows out."""
+"""`CODDataCollator`: samples the slots (anchor, depth) of samples and packs them into one sequence.
+
+Shape letters: T tokens of a sample.
+"""
 
 import hashlib
 from dataclasses import dataclass
@@ -13,26 +16,26 @@ from ..model.slots import every_row, learnt_positions, sample_rows
 
 @dataclass
 class CODDataCollator:
-    """Pack documents into one sequence, sample their rows by COD, and say what each row is to predict.
+    """Pack samples into one sequence, draw their slots by COD, and label each slot with the token that it predicts.
 
-    A document's rows depend on nothing but (seed, epoch, sample id): not on packing, batch size, worker or rank.
+    The slots of a sample depend only on (seed, epoch, sample id), not on packing, batch size, worker or rank.
 
     Args:
         num_depths: K.
-        down_sample_ratio: r of `cod.sample_rows`.
-        down_sample_ratio_min: r_min.
-        max_anchors: see `cod.sample_rows`.
-        seed: of the sampling.
-        every_row: drop nothing, whatever the ratios say (see `cod.every_row`): for evaluation.
+        down_sample_ratio: `ratio` of `model.slots.sample_rows`.
+        down_sample_ratio_min: its `ratio_min`.
+        max_anchors: see `model.slots.sample_rows`.
+        seed: of the drawing.
+        every_row: keep all slots and ignore the ratios (see `model.slots.every_row`), for evaluation.
 
     Returns (from the call):
-        the keyword arguments of `PeagleForSpeculation.forward`.
+        A batch as keyword arguments of `PeagleForSpeculation.forward`.
 
     Examples:
         >>> tokens, states = torch.arange(6), torch.zeros(6, 4)
-        >>> document = {"sample_id": 0, "input_ids": tokens, "loss_mask": tokens > 1}
-        >>> document |= {"hidden_states": states, "target_states": states[2:5]}
-        >>> batch = CODDataCollator(num_depths=2, down_sample_ratio=1.0)([{"epoch": 0, "documents": [document]}])
+        >>> sample = {"sample_id": 0, "input_ids": tokens, "loss_mask": tokens > 1}
+        >>> sample |= {"hidden_states": states, "target_states": states[2:5]}
+        >>> batch = CODDataCollator(num_depths=2, down_sample_ratio=1.0)([{"epoch": 0, "documents": [sample]}])
         >>> batch["input_ids"]
         tensor([[1, 2, 3, 4]])
         >>> batch["depths"]
@@ -50,7 +53,7 @@ class CODDataCollator:
 
     @classmethod
     def from_config(cls, config: PeagleConfig, seed: int = 0, every_row: bool = False) -> "CODDataCollator":
-        """The collator that a drafter's configuration asks for."""
+        """A collator with the settings of a drafter's configuration."""
         return cls(
             num_depths=config.num_depths,
             down_sample_ratio=config.down_sample_ratio,
@@ -61,17 +64,17 @@ class CODDataCollator:
         )
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
-        documents = [
-            self._rows(feature["epoch"], document) for feature in features for document in feature["documents"]
-        ]
-        lengths = [document["input_ids"].numel() for document in documents]
+        samples = [self._slots(feature["epoch"], sample) for feature in features for sample in feature["documents"]]
+        lengths = [sample["input_ids"].numel() for sample in samples]
         offsets = torch.tensor([0, *lengths]).cumsum(0).tolist()
 
         def pack(name: str, shift: bool = False) -> Tensor:
-            """All documents' depth-0 rows, then all their rollouts."""
-            parts = [
-                document[name] + (offset if shift else 0) for document, offset in zip(documents, offsets, strict=False)
-            ]
+            """Concatenate the depth-0 slots of all samples, then their slots of greater depths.
+
+            Args:
+                shift: add to each sample's values the position where it begins in the sequence.
+            """
+            parts = [sample[name] + (offset if shift else 0) for sample, offset in zip(samples, offsets, strict=False)]
             return torch.cat(
                 [part[:length] for part, length in zip(parts, lengths, strict=True)]
                 + [part[length:] for part, length in zip(parts, lengths, strict=True)]
@@ -82,40 +85,43 @@ class CODDataCollator:
         targets = anchors + depths
         learnt_rows = (labels != -100).nonzero().flatten()
         learnt_rows = learnt_rows[targets[learnt_rows].argsort(stable=True)]
-        # Depth 0 has every learnt position, so the targets are just those.
+        # Depth 0 has every position that is trained on, so the targets are just those.
         _, target_index = targets[learnt_rows].unique(return_inverse=True)
-        document_ids = torch.repeat_interleave(torch.arange(len(documents)), torch.tensor(lengths))
+        document_ids = torch.repeat_interleave(torch.arange(len(samples)), torch.tensor(lengths))
 
         batch = {
-            "input_ids": torch.cat([document["input_ids"] for document in documents]),
-            "hidden_states": torch.cat([document["hidden_states"] for document in documents]),
+            "input_ids": torch.cat([sample["input_ids"] for sample in samples]),
+            "hidden_states": torch.cat([sample["hidden_states"] for sample in samples]),
             "document_ids": document_ids,
             "anchors": anchors,
             "depths": depths,
             "position_ids": positions,
             "labels": labels,
             "learnt_rows": learnt_rows,
-            "target_states": torch.cat([document["target_states"] for document in documents]),
+            "target_states": torch.cat([sample["target_states"] for sample in samples]),
             "target_index": target_index,
         }
         return {name: tensor.unsqueeze(0) for name, tensor in batch.items()} | {"max_length": max(lengths)}
 
-    def _rows(self, epoch: int, document: dict[str, Any]) -> dict[str, Tensor]:
-        """One document in shifted positions: i sees x[i+1] and g[i] and predicts x[i+2] from y[i+1] (see `cod`)."""
-        tokens, mask = document["input_ids"].long(), document["loss_mask"].bool()
+    def _slots(self, epoch: int, sample: dict[str, Any]) -> dict[str, Tensor]:
+        """The slots of a sample, in shifted positions: i sees x[i+1] and g[i] and predicts x[i+2] from y[i+1].
+
+        See `model.slots` for the letters.
+        """
+        tokens, mask = sample["input_ids"].long(), sample["loss_mask"].bool()
         learnt = learnt_positions(mask)
         if self.every_row:
             anchors, depths = every_row(learnt, self.num_depths)
         else:
-            generator = torch.Generator().manual_seed(sample_seed(self.seed, epoch, document["sample_id"]))
+            generator = torch.Generator().manual_seed(sample_seed(self.seed, epoch, sample["sample_id"]))
             anchors, depths = sample_rows(
                 learnt, self.num_depths, self.down_sample_ratio, self.down_sample_ratio_min, generator, self.max_anchors
             )
         targets = anchors + depths
         return {
             "input_ids": tokens[1:-1],
-            "hidden_states": document["hidden_states"][:-2],
-            "target_states": document["target_states"],
+            "hidden_states": sample["hidden_states"][:-2],
+            "target_states": sample["target_states"],
             "anchors": anchors,
             "depths": depths,
             "labels": torch.where(learnt[targets], tokens[targets + 2], -100),
@@ -123,6 +129,6 @@ class CODDataCollator:
 
 
 def sample_seed(seed: int, epoch: int, sample_id: int) -> int:
-    """A 63-bit seed that depends on all three numbers and on nothing else."""
+    """A seed of 63 bits from the three numbers."""
     digest = hashlib.blake2b(f"{seed}/{epoch}/{sample_id}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

@@ -1,10 +1,10 @@
 """Sequence partitioning: cut a batch into smaller ones whose losses and gradients add up to its own.
 
-Every rollout stays whole and brings the depth-0 rows that it may attend to, from the start of its document on; those
-that belong to an earlier part are there without a label (P-EAGLE, arXiv 2602.01469, Algorithm 1). So a part needs
-nothing of another, and its memory is that of its own rows.
+Every rollout stays whole. Its part also has the depth-0 slots that it may attend to, from the beginning of its sample;
+those that belong to an earlier part have no label (P-EAGLE, arXiv 2602.01469, Algorithm 1). So the parts are
+independent of each other, and each needs memory for its own slots only.
 
-Shape letters: L positions, R rows, N learnt rows.
+Shape letters: L positions, R slots, N slots that are trained on.
 """
 
 import math
@@ -17,11 +17,11 @@ import torch
 from ..errors import PeagleError
 
 ROWS_A_POSITION = 4
-"""About as many rows a position as COD leaves."""
+"""Slots for each position that COD keeps, about."""
 
 
 def partition(batch: dict[str, Any], num_parts: int) -> list[dict[str, Any]]:
-    """Cut a batch of `CODDataCollator` into at most `num_parts` batches, the largest as small as can be.
+    """Cut a batch of `CODDataCollator` into at most `num_parts` batches, with the largest as small as possible.
 
     Loss sums (with the whole batch's `num_items_in_batch`) and counters of the parts add up to the batch's.
     """
@@ -40,39 +40,39 @@ def partition(batch: dict[str, Any], num_parts: int) -> list[dict[str, Any]]:
 
 
 def partition_by_rows(batch: dict[str, Any], max_rows: int) -> list[dict[str, Any]]:
-    """Cut a batch into batches of at most `max_rows` rows.
+    """Cut a batch into batches of at most `max_rows` slots.
 
     Raises:
-        PeagleError: one rollout and the positions before it in its document have more rows than that.
+        PeagleError: a rollout and the positions before it in its sample have more slots than that.
     """
     costs = _Costs(batch)
     cuts = costs.cuts(max_rows)
     if cuts is None:
         raise PeagleError(
-            f"{costs.num_positions} positions can't be partitioned into parts of {max_rows} rows: a part holds all "
-            "positions of its document up to its last anchor. Use a smaller --total-seq-len."
+            f"{costs.num_positions} positions can't be partitioned into parts of {max_rows} slots: a part holds all "
+            "positions of its sample up to its last anchor. Use a smaller --total-seq-len."
         )
     return _cut(batch, cuts)
 
 
 def partition_every_row(batch: dict[str, Any], num_parts: int = 1) -> list[dict[str, Any]]:
-    """Cut a batch with nothing dropped so that its parts are about as large as those of a batch of training.
+    """Cut a batch of evaluation, which has all slots, into parts about as large as those of a training batch.
 
     Args:
-        num_parts: into how many parts batches of training are cut.
+        num_parts: number of parts of a training batch.
     """
     num_positions, num_rows = batch["input_ids"].shape[1], batch["anchors"].shape[1]
     return partition(batch, num_parts * math.ceil(num_rows / (ROWS_A_POSITION * num_positions)))
 
 
 def without_labels(batch: dict[str, Any]) -> dict[str, Any]:
-    """The batch with nothing to learn, for a process that has fewer parts than another."""
+    """The batch without labels, for a process that has fewer parts than another."""
     empty = {name: batch[name][:, :0] for name in ("learnt_rows", "target_states", "target_index")}
     return {**batch, **empty, "labels": torch.full_like(batch["labels"], -100)}
 
 
 class _Costs:
-    """How many rows a part from one position to another has."""
+    """The number of slots of a part from one position to another."""
 
     def __init__(self, batch: dict[str, Any]):
         document_ids = batch["document_ids"][0]
@@ -86,7 +86,10 @@ class _Costs:
         self.total = self.rows_before[-1]
 
     def cuts(self, max_rows: int) -> list[int] | None:
-        """Where parts of at most `max_rows` rows, each as long as can be, begin and end; None if there are none."""
+        """The positions where parts of at most `max_rows` slots, each as long as possible, begin and end.
+
+        None if one position alone needs more slots.
+        """
         cuts = [0]
         while cuts[-1] < self.num_positions:
             start = cuts[-1]
@@ -112,7 +115,7 @@ def _cut(batch: dict[str, Any], cuts: list[int] | None) -> list[dict[str, Any]]:
 def _part(
     batch: dict[str, Any], context: int, start: int, stop: int, first_rollout: int, last_rollout: int
 ) -> dict[str, Any]:
-    """The rows of the anchors in start .. stop - 1, and the positions context .. start - 1 for them to attend to."""
+    """The slots of the anchors start .. stop - 1, and the positions context .. start - 1 for them to attend to."""
     num_positions, device = batch["input_ids"].shape[1], batch["input_ids"].device
     rows = torch.cat(
         [
