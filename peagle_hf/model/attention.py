@@ -1,7 +1,7 @@
-"""Two ways to attend within `cod.Spans`: document by document with SDPA (any device), or FlexAttention (GPU).
+"""Two ways to attend within `slots.Spans`: document by document with SDPA (any device), or FlexAttention (GPU).
 
-For FlexAttention the block mask is written from the least and greatest bounds of each block of rows, and the large
-rectangles that need no mask (many rows that all see a long stretch of their document) go to a faster kernel.
+For FlexAttention the block mask is written from the least and greatest bounds of each block of slots, and the large
+rectangles that need no mask (many slots that all see a long stretch of their document) go to a faster kernel.
 """
 
 from collections.abc import Callable
@@ -26,20 +26,20 @@ Attend = Callable[[Tensor, Tensor, Tensor, Kept], Tensor]
 BLOCK = 128
 """Rows in a block of the block mask; `block_attention` wants whole blocks."""
 STRIPE = 2048
-"""Query rows of a rectangle."""
+"""Query slots of a rectangle."""
 KEY_UNIT = 512
 """The keys of a rectangle are a multiple of this, so that the kernel meets few shapes."""
 
 
 @torch.compiler.disable  # How it cuts depends on the documents, for which the compiler would stop with a warning.
 def document_attention(spans: Spans, query_documents: Tensor, key_documents: Tensor, max_length: int) -> Attend:
-    """Attention as two dense SDPAs a document, so that the cost grows with a document's rows, not with the batch's.
+    """Attention as two dense SDPAs a document, so that the cost grows with a document's slots, not with the batch's.
 
     One is for its positions, which see no rollout, the other for its rollouts.
 
     Args:
-        spans: of the Q query rows.
-        query_documents: integer [Q], -1 for padding, whose rows give zeros.
+        spans: of the Q query slots.
+        query_documents: integer [Q], -1 for padding, whose slots give zeros.
         key_documents: integer [R].
         max_length: positions of the longest document, or more.
     """
@@ -50,9 +50,9 @@ def document_attention(spans: Spans, query_documents: Tensor, key_documents: Ten
     key_counts = torch.bincount(key_documents + 1, minlength=num_documents + 1).tolist()
     keys_of_document = key_order.split(key_counts)[1:]
     masks = []
-    for group, rows in enumerate(query_order.split(query_counts)[2:]):
-        sees = Spans(*(bound[rows, None] for bound in spans)).sees(keys_of_document[group // 2])
-        last_seen = sees.any(0).nonzero().amax().item() if rows.numel() else -1
+    for group, slots in enumerate(query_order.split(query_counts)[2:]):
+        sees = Spans(*(bound[slots, None] for bound in spans)).sees(keys_of_document[group // 2])
+        last_seen = sees.any(0).nonzero().amax().item() if slots.numel() else -1
         masks.append(sees[:, : last_seen + 1])
     num_padding = sum(query_counts[:2])
     inverse = query_order.argsort()
@@ -61,12 +61,12 @@ def document_attention(spans: Spans, query_documents: Tensor, key_documents: Ten
         padding, *queries = query.index_select(2, query_order).split([num_padding, *query_counts[2:]], dim=2)
         keys, values = (states.index_select(2, key_order).split(key_counts, dim=2)[1:] for states in (key, value))
         outputs = [torch.zeros_like(padding)]
-        for group, (rows, mask) in enumerate(zip(queries, masks, strict=True)):
+        for group, (slots, mask) in enumerate(zip(queries, masks, strict=True)):
             if mask.numel():
                 seen_keys, seen_values = (states[group // 2][:, :, : mask.shape[1]] for states in (keys, values))
                 is_grouped = query.shape[1] != key.shape[1]
                 outputs.append(
-                    F.scaled_dot_product_attention(rows, seen_keys, seen_values, attn_mask=mask, enable_gqa=is_grouped)
+                    F.scaled_dot_product_attention(slots, seen_keys, seen_values, attn_mask=mask, enable_gqa=is_grouped)
                 )
         return torch.cat(outputs, dim=2).index_select(2, inverse)
 
@@ -76,7 +76,7 @@ def document_attention(spans: Spans, query_documents: Tensor, key_documents: Ten
 def block_attention(spans: Spans, query_documents: Tensor, key_documents: Tensor, max_length: int) -> Attend:
     """FlexAttention under a block mask, with the rectangles that need no mask taken out of it.
 
-    Queries and keys are whole blocks (pad by repeating the last row). On a CPU FlexAttention is uncompiled, slow, and
+    Queries and keys are whole blocks (pad by repeating the last slot). On a CPU FlexAttention is uncompiled, slow, and
     has no backward pass.
     """
     num_keys = key_documents.numel()
@@ -102,12 +102,12 @@ ATTENTION = {"sdpa": document_attention, "flex_attention": block_attention}
 class Rectangle(NamedTuple):
     """Rows that all see all of some keys."""
 
-    rows: slice
+    queries: slice
     keys: slice
 
 
 def find_rectangles(spans: Spans) -> list[Rectangle]:
-    """For every `STRIPE` query rows of growing context the part that all of them see, if it is as long as a stripe."""
+    """For every `STRIPE` query slots of growing context the part that all of them see, if it is as long as a stripe."""
     starts, stops = (bound.view(-1, BLOCK) for bound in spans[:2])
     bounds = torch.stack([starts.amax(1), stops.amin(1)], dim=1).tolist()
     rectangles = []
@@ -130,7 +130,7 @@ def find_rectangles(spans: Spans) -> list[Rectangle]:
 
 
 def block_mask(spans: Spans, num_keys: int, rectangles: list[Rectangle]) -> BlockMask:
-    """The mask of the spans without the rectangles, from the least and greatest bounds of each block of rows.
+    """The mask of the spans without the rectangles, from the least and greatest bounds of each block of slots.
 
     A pair of blocks is left out only if nothing in it is visible, and goes without a mask only if everything is.
     """
@@ -141,8 +141,8 @@ def block_mask(spans: Spans, num_keys: int, rectangles: list[Rectangle]) -> Bloc
     visible = (least.context_start < end_key) & (first_key < most.context_stop)
     visible |= (least.own_start < end_key) & (first_key < most.own_stop)
     whole = (most.context_start <= first_key) & (end_key <= least.context_stop)
-    for rows, keys in rectangles:
-        visible[rows.start // BLOCK : rows.stop // BLOCK, keys.start // BLOCK : keys.stop // BLOCK] = False
+    for slots, keys in rectangles:
+        visible[slots.start // BLOCK : slots.stop // BLOCK, keys.start // BLOCK : keys.stop // BLOCK] = False
 
     def sees(_batch: Tensor, _head: Tensor, query_index: Tensor, key_index: Tensor) -> Tensor:
         return Spans(*(bound[query_index] for bound in spans)).sees(key_index)
@@ -160,7 +160,7 @@ def block_mask(spans: Spans, num_keys: int, rectangles: list[Rectangle]) -> Bloc
 
 
 def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks each row of blocks visits, and which."""
+    """How many blocks of keys each block of queries visits, and which."""
     indices = blocks.byte().argsort(dim=1, descending=True, stable=True)
     return blocks.sum(1, dtype=torch.int32)[None, None], indices.int()[None, None]
 
@@ -217,14 +217,14 @@ class RectangleAttention(torch.autograd.Function):
         query, key, value, near, near_norm, output, norm = ctx.saved_tensors
         query_grad = torch.zeros_like(query)
         key_grad, value_grad = torch.zeros_like(key, dtype=torch.float32), torch.zeros_like(value, dtype=torch.float32)
-        for rows, keys in ctx.rectangles:
-            query_grad[:, :, rows], key_part, value_part = KERNELS[query.device.type].backward(
-                _part(output_grad, rows),
-                _part(query, rows),
+        for slots, keys in ctx.rectangles:
+            query_grad[:, :, slots], key_part, value_part = KERNELS[query.device.type].backward(
+                _part(output_grad, slots),
+                _part(query, slots),
                 _part(key, keys),
                 _part(value, keys),
-                _part(output, rows),
-                norm[:, :, rows].contiguous(),
+                _part(output, slots),
+                norm[:, :, slots].contiguous(),
             )
             key_grad[:, :, keys] += key_part
             value_grad[:, :, keys] += value_part
@@ -236,25 +236,25 @@ def _merge_rectangles(
     query: Tensor, key: Tensor, value: Tensor, near: Tensor, near_norm: Tensor, rectangles: list[Rectangle]
 ) -> tuple[Tensor, Tensor]:
     output, norm = near.clone(), near_norm.clone()
-    for rows, keys in rectangles:
-        part, part_norm = KERNELS[query.device.type].forward(_part(query, rows), _part(key, keys), _part(value, keys))
-        output[:, :, rows], norm[:, :, rows] = _merge(near[:, :, rows], near_norm[:, :, rows], part, part_norm)
+    for slots, keys in rectangles:
+        part, part_norm = KERNELS[query.device.type].forward(_part(query, slots), _part(key, keys), _part(value, keys))
+        output[:, :, slots], norm[:, :, slots] = _merge(near[:, :, slots], near_norm[:, :, slots], part, part_norm)
     return output, norm
 
 
-def _part(states: Tensor, rows: slice) -> Tensor:
-    """Some rows of [1, heads, R, D], with strides that don't tell R, since kernels are chosen by strides too."""
-    return states[0, :, rows].unsqueeze(0)
+def _part(states: Tensor, slots: slice) -> Tensor:
+    """Some slots of [1, heads, R, D], with strides that don't tell R, since kernels are chosen by strides too."""
+    return states[0, :, slots].unsqueeze(0)
 
 
-@fuse_on_gpu(rows_dim=2)
+@fuse_on_gpu(dynamic_dim=2)
 def _merge(output: Tensor, norm: Tensor, part: Tensor, part_norm: Tensor) -> tuple[Tensor, Tensor]:
     merged_norm = torch.logaddexp(norm, part_norm)
     weight, part_weight = (torch.exp(each - merged_norm).unsqueeze(-1) for each in (norm, part_norm))
     return (output * weight + part * part_weight).to(output.dtype), merged_norm
 
 
-@fuse_on_gpu(rows_dim=2)
+@fuse_on_gpu(dynamic_dim=2)
 def _near_gradients(
     output_grad: Tensor, near: Tensor, near_norm: Tensor, output: Tensor, norm: Tensor
 ) -> tuple[Tensor, Tensor]:

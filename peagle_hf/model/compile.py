@@ -11,11 +11,11 @@ from torch._functorch import config as autograd_compiler
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def fuse_on_gpu(rows_dim: int) -> Callable[[Function], Function]:
+def fuse_on_gpu(dynamic_dim: int) -> Callable[[Function], Function]:
     """Compile the decorated function at its first call with CUDA tensors; on a CPU it runs as it is.
 
     Args:
-        rows_dim: the dimension of the tensor arguments whose size changes from call to call; one compilation serves
+        dynamic_dim: the dimension of the tensor arguments whose size changes from call to call; one compilation serves
             all sizes. The others, and all of a parameter's, are compiled in.
     """
 
@@ -32,8 +32,8 @@ def fuse_on_gpu(rows_dim: int) -> Callable[[Function], Function]:
             if not tensors or torch.compiler.is_compiling():
                 return function(*args)
             for tensor in tensors:
-                if tensor.shape[rows_dim] > 1:
-                    torch._dynamo.maybe_mark_dynamic(tensor, rows_dim)
+                if tensor.shape[dynamic_dim] > 1:
+                    torch._dynamo.maybe_mark_dynamic(tensor, dynamic_dim)
             # Between matrix products recomputing costs less time than keeping costs memory.
             with autograd_compiler.patch(aggressive_recomputation=True):
                 return compiled()(*args)

@@ -284,9 +284,7 @@ def _check(
             f"{config.hidden_size} and {config.vocab_size}"
         )
     if not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
-        wrong.append(
-            "the verifier keeps more than keys and values, so rejected tokens can't be removed from its cache"
-        )
+        wrong.append("the verifier keeps more than keys and values, so rejected tokens can't be removed from its cache")
     if DynamicSlidingWindowLayer in kinds and num_sequences > 1:
         wrong.append("the verifier has a sliding window, so prompts must come one at a time")
     if superfluous:

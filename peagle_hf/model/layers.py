@@ -28,7 +28,7 @@ OWN_LOGIT = 8.0
 class RMSNorm(LlamaRMSNorm):
     """RMSNorm in float32 whose result has the input's dtype, also when the weight is float32."""
 
-    @fuse_on_gpu(rows_dim=1)
+    @fuse_on_gpu(dynamic_dim=1)
     def forward(self, hidden_states: Tensor) -> Tensor:
         return super().forward(hidden_states).to(hidden_states.dtype)
 
@@ -142,22 +142,22 @@ class PeagleLayer(nn.Module):
         output = slots.attend(self)(query, key, value, kept)
         return residual, output.transpose(1, 2).flatten(2)
 
-    @fuse_on_gpu(rows_dim=1)
+    @fuse_on_gpu(dynamic_dim=1)
     def first_inputs(self, states: Tensor, embeds: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
         normed = self.hidden_norm(states)
         residual = spread(normed if self.norm_before_residual else states, cos.shape[1])
         inputs = torch.cat([self.input_layernorm(embeds), normed], dim=-1)
         return residual, self.self_attn.query(inputs, cos, sin), *self.self_attn.key_value(inputs, cos, sin)
 
-    @fuse_on_gpu(rows_dim=1)
+    @fuse_on_gpu(dynamic_dim=1)
     def query(self, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return self.self_attn.query(self.input_layernorm(states), cos, sin)
 
-    @fuse_on_gpu(rows_dim=1)
+    @fuse_on_gpu(dynamic_dim=1)
     def key_value(self, states: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         return self.self_attn.key_value(self.input_layernorm(states), cos, sin)
 
-    @fuse_on_gpu(rows_dim=1)
+    @fuse_on_gpu(dynamic_dim=1)
     def feed_forward(self, residual: Tensor, attended: Tensor) -> Tensor:
         states = residual + self.self_attn.o_proj(attended)
         return states + self.mlp(self.post_attention_layernorm(states))

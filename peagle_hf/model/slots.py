@@ -1,12 +1,14 @@
-"""COD (conditional drop) sampling, the layout of rows that it gives, and which row may attend to which.
+"""COD (conditional drop) sampling, the order of the slots that it gives, and which slot may attend to which.
 
-Shifted positions: of a document's tokens x[0..T] and verifier states g, y, position i holds the token x[i+1] and the
-states g[i], and predicts x[i+2] from the target distribution at y[i+1]. A *row* is a pair (anchor a, depth d): at depth
-0 it has the real token and states of position a; at depth d >= 1 it has the mask token and `mask_hidden` and predicts
-what position a + d predicts, d tokens further on. The rows of one anchor are its *rollout*: what the drafter proposes
-in one forward pass after the verifier has accepted everything up to the anchor.
+Positions are shifted. Of a sample's tokens x[0..T] and the verifier's states g (auxiliary) and y (last), position i
+holds the token x[i+1] and the states g[i], and predicts x[i+2] from the target distribution at y[i+1].
 
-Shape letters: T positions of a document, L positions of a packed batch, R rows, Q query rows.
+A *slot* is a pair of an anchor a and a depth d. At depth 0 it holds the real token and states of position a. At depth
+d >= 1 it holds the mask token and `mask_hidden`, and predicts what position a + d predicts, d tokens further on. The
+slots of one anchor are its *rollout*: what the drafter proposes in one forward pass after the verifier has accepted
+everything up to the anchor.
+
+Shape letters: T positions of a sample, L positions of a packed sequence, R slots, Q query slots.
 """
 
 from collections.abc import Callable
@@ -17,7 +19,7 @@ from torch import Tensor
 
 
 def learnt_positions(loss_mask: Tensor) -> Tensor:
-    """Which of a document's positions are learnt, bool [T]: those that see and predict a token of the reply.
+    """Which of a sample's positions are trained on, bool [T]: those that see and predict a token of the reply.
 
     Args:
         loss_mask: bool [T+2], of its tokens.
@@ -26,7 +28,7 @@ def learnt_positions(loss_mask: Tensor) -> Tensor:
 
 
 def target_tokens(loss_mask: Tensor) -> Tensor:
-    """The tokens whose last states teach a learnt position, bool, as many as in `loss_mask`."""
+    """The tokens whose last states are the targets of trained positions, bool, as many as in `loss_mask`."""
     return torch.nn.functional.pad(learnt_positions(loss_mask), (1, 1))
 
 
@@ -38,22 +40,22 @@ def sample_rows(
     generator: torch.Generator,
     max_anchors: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sample the rows of one document (P-EAGLE, arXiv 2602.01469, section on conditional drop).
+    """Draw the slots of one sample (P-EAGLE, arXiv 2602.01469, section on conditional drop).
 
     Depth 0 keeps every position. Depth d >= 1 keeps a random `int(max(0, |S| - d) * max(ratio^d, ratio_min))` of the
-    positions that depth d - 1 leaves reachable, S being the learnt positions; depths therefore nest, and every row at
-    depth d has the rows of depths 0 .. d-1 at the same anchor.
+    positions that depth d - 1 leaves reachable, S being the trained positions; depths therefore nest, and every slot at
+    depth d has the slots of depths 0 .. d-1 at the same anchor.
 
     Args:
-        learnt_T: bool [T], the positions whose prediction is learnt.
+        learnt_T: bool [T], the positions that are trained on.
         num_depths: K.
         ratio: r in (0, 1].
         ratio_min: r_min in [0, 1].
         generator: the only source of randomness.
-        max_anchors: S is first cut to so many random positions; None keeps all.
+        max_anchors: upper limit on S, which is first cut to random positions; None keeps all.
 
     Returns:
-        anchors and depths, int64 [R]: the T rows of depth 0 in order, then the rollouts sorted by anchor and depth.
+        anchors and depths, int64 [R]: the T slots of depth 0 in order, then the rollouts sorted by anchor and depth.
 
     Examples:
         >>> learnt = torch.tensor([False, True, True, True, True])
@@ -89,7 +91,7 @@ def sample_rows(
 
 
 def every_row(learnt_T: Tensor, num_depths: int) -> tuple[Tensor, Tensor]:
-    """The rows of one document with nothing dropped: every rollout of a learnt position, up to where learning ends.
+    """The slots of one sample with nothing dropped: the rollouts of all trained positions, up to where training ends.
 
     Args:
         learnt_T: bool [T].
@@ -119,15 +121,15 @@ def _draw(pool: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 
 class Spans(NamedTuple):
-    """The rows that each of Q rows may attend to, as two half-open ranges of row numbers, int32 [Q] each.
+    """The slots that each of Q slots may attend to, as two half-open ranges of slot numbers, int32 [Q] each.
 
-    A row sees its context, the depth-0 rows of its document up to its own anchor (within a window of its own place, if
-    there is one), and the rows of its own rollout up to its own depth. As depth-0 rows come first and rollouts are
+    A slot sees its context, the depth-0 slots of its sample up to its own anchor (within a window of its own place, if
+    there is one), and the slots of its own rollout up to its own depth. As depth-0 slots come first and rollouts are
     sorted, both are ranges.
 
-    Worked example, one document of four positions, rollout rows (1,1), (1,2), (2,1); x = may be attended to:
+    Worked example, one sample of four positions, rollout slots (1,1), (1,2), (2,1); x = may be attended to:
 
-        row number    0    1    2    3    4    5    6
+        slot number    0    1    2    3    4    5    6
         query \\ key  0,0  1,0  2,0  3,0  1,1  1,2  2,1    context  own
         1,0            x    x                              0:2      4:4
         1,1            x    x              x               0:2      4:5
@@ -144,19 +146,19 @@ class Spans(NamedTuple):
         return Spans(*map(function, self))
 
     def sees(self, keys: Tensor) -> Tensor:
-        """Whether each row may attend to the rows with these numbers, which broadcast against the spans."""
+        """Whether each slot may attend to the slots with these numbers, which broadcast against the spans."""
         context = (self.context_start <= keys) & (keys < self.context_stop)
         return context | ((self.own_start <= keys) & (keys < self.own_stop))
 
 
 def find_spans(anchors_R: Tensor, depths_R: Tensor, document_ids_L: Tensor, window: int | None = None) -> Spans:
-    """What the rows of a packed batch may attend to.
+    """Which slots each slot of a packed sequence may attend to.
 
     Args:
-        anchors_R: rows in the order of `CODDataCollator`: the positions, then all rollouts by anchor and depth.
+        anchors_R: slots in the order of `CODDataCollator`: the positions, then all rollouts by anchor and depth.
         depths_R: int64.
         document_ids_L: -1 for padding, which sees nothing and is seen by nothing.
-        window: a row sees positions after its own place (anchor + depth) - `window` only, and always its own anchor.
+        window: a slot sees positions after its own place (anchor + depth) - `window` only, and always its own anchor.
     """
     num_positions = document_ids_L.numel()
     positions = torch.arange(num_positions, device=document_ids_L.device)

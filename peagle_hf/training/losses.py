@@ -1,7 +1,7 @@
 """Distillation losses straight from hidden states: logits live one chunk at a time.
 
-Shape letters: N learnt rows, U different target positions (U <= N), H hidden size, V draft vocabulary; n and u are the
-rows and target positions of one chunk. p is the verifier's distribution, q the drafter's.
+Shape letters: N trained slots, U different target positions (U <= N), H hidden size, V draft vocabulary; n and u are
+the slots and target positions of one chunk. p is the verifier's distribution, q the drafter's.
 """
 
 import json
@@ -17,20 +17,20 @@ from ..errors import PeagleError
 from ..model.compile import fuse_on_gpu
 
 CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 2048 * 151936}
-"""At most so many logits (rows x vocabulary) of the drafter are alive at once, by device type.
+"""Upper limit on the drafter's logits (slots x vocabulary) that are alive at once, by device type.
 
-On a GPU 2,048 rows of Qwen3's vocabulary: the product that gives the gradient then has 256 tiles of 128 x 256, two
+On a GPU 2,048 slots of Qwen3's vocabulary: the product that gives the gradient then has 256 tiles of 128 x 256, two
 rounds over an H100's 132 multiprocessors.
 """
 
-SCALED_ROWS = 4096
+SCALED_SLOTS = 4096
 """Rows of a 16-bit gradient that are scaled in float32 at a time."""
 
 Divergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(log p, log q), each [n, V] -> (the divergence of each row [n], its gradient to q's logits [n, V])."""
+"""(log p, log q), each [n, V] -> (the divergence of each slot [n], its gradient to q's logits [n, V])."""
 
-RowWeights = Callable[[Tensor], Tensor]
-"""The drafter's probability of the verifier's most likely token, [N] -> how much each row counts in the loss, [N]."""
+SlotWeights = Callable[[Tensor], Tensor]
+"""The drafter's probability of the verifier's most likely token, [N] -> how much each slot counts in the loss, [N]."""
 
 
 def _kl_div(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,48 +147,48 @@ def distillation_loss(
     teacher_logits: Callable[[Tensor], Tensor],
     target_N: Tensor,
     weights: Mapping[str, float],
-    row_weights: RowWeights | None = None,
+    slot_weights: SlotWeights | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum over rows of a weighted sum of divergences between the verifier's and the drafter's distributions.
+    """The sum over slots of a weighted sum of divergences between the verifier's and the drafter's distributions.
 
     Softmaxes are float32 at least, whatever the inputs are. With gradients on, the gradients are formed in the same
     pass and no logits are kept for the backward pass. Row weights are constants to the gradient. The hidden states'
-    gradient is multiplied by them after the pass. The gradient of a trained head is a sum over rows, which needs the
+    gradient is multiplied by them after the pass. The gradient of a trained head is a sum over slots, which needs the
     weights before: then a first pass computes the probabilities alone.
 
     Args:
-        student_NH: the drafter's normed hidden states of the learnt rows, sorted by target position.
+        student_NH: the drafter's normed hidden states of the trained slots, sorted by target position.
         head_VH: the drafter's head.
-        teacher_UH: what `teacher_logits` turns into the verifier's logits, one row a target position.
+        teacher_UH: what `teacher_logits` turns into the verifier's logits, one row for each target position.
         teacher_logits: [u, H] -> [u, V].
-        target_N: int64, the row of `teacher_UH` that each row learns from, ascending.
+        target_N: int64, the row of `teacher_UH` that each slot learns from, ascending.
         weights: of `DIVERGENCES`, by name (see `parse_loss`).
-        row_weights: how much each row counts. Default: all alike.
+        slot_weights: how much each slot counts. Default: all alike.
 
     Returns:
         the sum (float32 scalar at least), the drafter's argmax [N] and the verifier's [U], int64 draft token numbers.
     """
     return _DistillationLoss.apply(
-        student_NH, head_VH, teacher_UH, teacher_logits, target_N, dict(weights), row_weights
+        student_NH, head_VH, teacher_UH, teacher_logits, target_N, dict(weights), slot_weights
     )
 
 
 def chunks(target_N: Tensor, num_targets: int, vocab_size: int) -> Iterator[tuple[slice, slice]]:
-    """Cut the target positions so that a chunk has at most `CHUNK_ELEMENTS` logits if it can: (targets, rows)."""
-    max_rows = CHUNK_ELEMENTS[target_N.device.type] // vocab_size
+    """Cut the target positions so that a chunk has at most `CHUNK_ELEMENTS` logits if it can: (targets, slots)."""
+    max_slots = CHUNK_ELEMENTS[target_N.device.type] // vocab_size
     boundaries = torch.arange(num_targets + 1, device=target_N.device)
-    row_of_target = torch.searchsorted(target_N, boundaries).tolist()
+    slot_of_target = torch.searchsorted(target_N, boundaries).tolist()
     start = 0
     while start < num_targets:
-        stop = max(start + 1, bisect_right(row_of_target, row_of_target[start] + max_rows) - 1)
-        yield slice(start, stop), slice(row_of_target[start], row_of_target[stop])
+        stop = max(start + 1, bisect_right(slot_of_target, slot_of_target[start] + max_slots) - 1)
+        yield slice(start, stop), slice(slot_of_target[start], slot_of_target[stop])
         start = stop
 
 
 class _DistillationLoss(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, student_NH, head_VH, teacher_UH, teacher_logits, target_N, weights, row_weights
+        ctx, student_NH, head_VH, teacher_UH, teacher_logits, target_N, weights, slot_weights
     ):
         student_needed, head_needed = ctx.needs_input_grad[:2]
         precision = torch.promote_types(student_NH.dtype, torch.float32)
@@ -199,36 +199,36 @@ class _DistillationLoss(torch.autograd.Function):
         head_grad = torch.zeros_like(head_VH, dtype=precision) if head_needed else None
         head = head_VH.to(student_NH.dtype)
         weighted_NH = student_NH
-        if head_needed and row_weights is not None:
+        if head_needed and slot_weights is not None:
             chances = verifier_token_chances(student_NH, head, teacher_UH, teacher_logits, target_N)
-            weighted_NH = (student_NH * row_weights(chances)[:, None]).to(student_NH.dtype)
-        for targets, rows in chunks(target_N, teacher_UH.shape[0], head.shape[0]):
-            teacher_uV, student_nV = teacher_logits(teacher_UH[targets]), linear(student_NH[rows], head)
-            target_n = target_N[rows] - targets.start
+            weighted_NH = (student_NH * slot_weights(chances)[:, None]).to(student_NH.dtype)
+        for targets, slots in chunks(target_N, teacher_UH.shape[0], head.shape[0]):
+            teacher_uV, student_nV = teacher_logits(teacher_UH[targets]), linear(student_NH[slots], head)
+            target_n = target_N[slots] - targets.start
             teacher_norm_u, teacher_top_U[targets] = _normalizers(teacher_uV)
-            student_norm_n, student_top_N[rows] = _normalizers(student_nV)
-            chance_N[rows] = _chance_of(teacher_top_U[targets][target_n], student_nV, student_norm_n)
-            loss_N[rows], logits_grad_nV = _divergence(
+            student_norm_n, student_top_N[slots] = _normalizers(student_nV)
+            chance_N[slots] = _chance_of(teacher_top_U[targets][target_n], student_nV, student_norm_n)
+            loss_N[slots], logits_grad_nV = _divergence(
                 student_nV, student_norm_n, teacher_uV, teacher_norm_u, target_n, weights
             )
             if student_grad is not None:
-                student_grad[rows] = linear(logits_grad_nV, head.T)
+                student_grad[slots] = linear(logits_grad_nV, head.T)
             if head_grad is not None:
-                head_grad += linear(logits_grad_nV.T, weighted_NH[rows].T).to(precision)
-        row_weight_N = None
-        if row_weights is not None:
-            row_weight_N = row_weights(chance_N)
-            loss_N = loss_N * row_weight_N
-        ctx.save_for_backward(student_grad, None if head_grad is None else head_grad.to(head_VH.dtype), row_weight_N)
+                head_grad += linear(logits_grad_nV.T, weighted_NH[slots].T).to(precision)
+        slot_weight_N = None
+        if slot_weights is not None:
+            slot_weight_N = slot_weights(chance_N)
+            loss_N = loss_N * slot_weight_N
+        ctx.save_for_backward(student_grad, None if head_grad is None else head_grad.to(head_VH.dtype), slot_weight_N)
         ctx.mark_non_differentiable(student_top_N, teacher_top_U)
         return loss_N.sum(), student_top_N, teacher_top_U
 
     @staticmethod
     def backward(ctx, loss_grad, *_):  # type: ignore[no-untyped-def]
-        student_grad, head_grad, row_weight_N = ctx.saved_tensors
-        row_scale = loss_grad if row_weight_N is None else loss_grad * row_weight_N[:, None]
+        student_grad, head_grad, slot_weight_N = ctx.saved_tensors
+        slot_scale = loss_grad if slot_weight_N is None else loss_grad * slot_weight_N[:, None]
         return (
-            None if student_grad is None else _scaled(student_grad, row_scale),
+            None if student_grad is None else _scaled(student_grad, slot_scale),
             None if head_grad is None else _scaled(head_grad, loss_grad),
             *[None] * 5,
         )
@@ -243,7 +243,7 @@ def _scaled(grad_NH: Tensor, scale: Tensor) -> Tensor:
     if grad_NH.dtype == scale.dtype:
         return grad_NH * scale
     scaled_NH = torch.empty_like(grad_NH)
-    parts = (tensor.split(SCALED_ROWS) for tensor in (grad_NH, scale.expand(len(grad_NH), 1), scaled_NH))
+    parts = (tensor.split(SCALED_SLOTS) for tensor in (grad_NH, scale.expand(len(grad_NH), 1), scaled_NH))
     for part, factor, scaled in zip(*parts, strict=True):
         scaled.copy_(part.to(factor.dtype) * factor)
     return scaled_NH
@@ -259,21 +259,21 @@ def verifier_token_chances(
 ) -> Tensor:
     """The drafter's probability of the verifier's most likely token, [N]; arguments as of `distillation_loss`."""
     chance_N = student_NH.new_empty(student_NH.shape[0], dtype=torch.promote_types(student_NH.dtype, torch.float32))
-    for targets, rows in chunks(target_N, teacher_UH.shape[0], head_VH.shape[0]):
+    for targets, slots in chunks(target_N, teacher_UH.shape[0], head_VH.shape[0]):
         _, teacher_top_u = _normalizers(teacher_logits(teacher_UH[targets]))
-        student_nV = linear(student_NH[rows], head_VH)
+        student_nV = linear(student_NH[slots], head_VH)
         student_norm_n, _ = _normalizers(student_nV)
-        chance_N[rows] = _chance_of(teacher_top_u[target_N[rows] - targets.start], student_nV, student_norm_n)
+        chance_N[slots] = _chance_of(teacher_top_u[target_N[slots] - targets.start], student_nV, student_norm_n)
     return chance_N
 
 
 def _chance_of(token_n: Tensor, logits_nV: Tensor, norm_n: Tensor) -> Tensor:
-    """The probability [n] of one token a row."""
+    """The probability [n] of one token for each slot."""
     return (logits_nV.gather(-1, token_n[:, None]).squeeze(-1).to(norm_n.dtype) - norm_n).exp()
 
 
 def _normalizers(logits_nV: Tensor) -> tuple[Tensor, Tensor]:
-    """The log-sum-exp and the argmax of each row."""
+    """The log-sum-exp and the argmax of each slot."""
     if logits_nV.is_cuda and logits_nV.dtype != torch.float64:
         from ..model.kernels import row_statistics
 
@@ -281,7 +281,7 @@ def _normalizers(logits_nV: Tensor) -> tuple[Tensor, Tensor]:
     return logits_nV.to(torch.promote_types(logits_nV.dtype, torch.float32)).logsumexp(-1), logits_nV.argmax(-1)
 
 
-@fuse_on_gpu(rows_dim=0)
+@fuse_on_gpu(dynamic_dim=0)
 def _divergence(
     student_nV: Tensor,
     student_norm_n: Tensor,
@@ -290,7 +290,7 @@ def _divergence(
     target_n: Tensor,
     weights: dict[str, float],
 ) -> tuple[Tensor, Tensor]:
-    """The weighted sum of the divergences of each row [n], and its gradient to the student's logits."""
+    """The weighted sum of the divergences of each slot [n], and its gradient to the student's logits."""
     log_q = student_nV.to(student_norm_n.dtype) - student_norm_n[:, None]
     log_p = teacher_uV[target_n].to(teacher_norm_u.dtype) - teacher_norm_u[target_n][:, None]
     parts = [(weight, *DIVERGENCES[name](log_p, log_q)) for name, weight in weights.items()]
@@ -302,15 +302,15 @@ def _divergence(
 def survival_weights(
     chance_N: Tensor, anchors_N: Tensor, depths_N: Tensor, num_positions: int, num_depths: int, alpha: float
 ) -> Tensor:
-    r"""How much each row counts by what it adds to the length that its rollout is expected to be accepted for.
+    r"""Weight of each slot in the loss: what it adds to the expected accepted length of its rollout (D-PACE).
 
-    With \(q_i\) the drafter's probability of the verifier's token at depth i, a row at depth j counts
-    \(w_j = \sum_{m \ge j} \prod_{i \le m} ((1 - \alpha) q_i + \alpha)\), over the learnt rows of its rollout that COD
-    kept: deep rows count where the drafter is likely to get there, and shallow ones as much as depends on them (after
+    With \(q_i\) the drafter's probability of the verifier's token at depth i, the slot at depth j weighs
+    \(w_j = \sum_{m \ge j} \prod_{i \le m} ((1 - \alpha) q_i + \alpha)\), over the trained slots of its rollout that COD
+    kept: deep slots count where the drafter is likely to get there, and shallow ones as much as depends on them (after
     D-PACE's weights of the positions of a block). A rollout is never cut, so no weight depends on how a batch is cut.
 
     Args:
-        chance_N: q of the learnt rows.
+        chance_N: q of the trained slots.
         anchors_N: int64, below `num_positions`.
         depths_N: int64, below `num_depths`; a rollout has each at most once.
         alpha: in [0, 1]; 0 takes q as it is, 1 makes every chance 1.

@@ -25,9 +25,9 @@ def is_metric(name: str) -> bool:
 def reached_slots(
     correct_R: Tensor, follows_R: Tensor, learnt_R: Tensor, anchors_R: Tensor, depths_R: Tensor, num_depths: int
 ) -> Tensor:
-    """Which rows are *reached*: learnt, and at all earlier depths of the rollout drafter, verifier and text agree.
+    """Which slots are *reached*: learnt, and at all earlier depths of the rollout drafter, verifier and text agree.
 
-    A row that is reached and correct is *accepted*: what a greedy verifier would do with this rollout. Where the text
+    A slot that is reached and correct is *accepted*: what a greedy verifier would do with this rollout. Where the text
     says something else than the verifier, how a greedy verifier would go on isn't known, so the rollout is followed no
     further.
 
@@ -35,14 +35,14 @@ def reached_slots(
         correct_R: bool, whether the drafter's token is the verifier's.
         follows_R: bool, whether the text's token is the verifier's.
         learnt_R: bool.
-        anchors_R: int64, rows in the order of `cod.sample_rows` (depth 0 at its own index, rollouts by anchor, depth).
+        anchors_R: int64, slots in the order of `slots.sample_slots` (depth 0 first, then rollouts by anchor and depth).
         depths_R: int64.
 
     Returns:
         bool [R].
     """
-    rows = torch.arange(depths_R.numel(), device=depths_R.device)
-    before = torch.where(depths_R == 1, anchors_R, rows - 1)
+    slots = torch.arange(depths_R.numel(), device=depths_R.device)
+    before = torch.where(depths_R == 1, anchors_R, slots - 1)
     goes_on = correct_R & follows_R
     reached = learnt_R & (depths_R == 0)
     for depth in range(1, num_depths):
@@ -51,7 +51,7 @@ def reached_slots(
 
 
 def count_by_depth(correct_R: Tensor, learnt_R: Tensor, reached_R: Tensor, depths_R: Tensor, num_depths: int) -> Tensor:
-    """Count rows by depth for `summarize`; counts of several batches or ranks add up.
+    """Count slots by depth for `summarize`; counts of several batches or ranks add up.
 
     Returns:
         int64 [4, K]: learnt, correct, reached, accepted.
@@ -67,12 +67,12 @@ def outcomes_by_anchor(
     """What becomes of the rollout of each of the N learnt anchors, for `count_drafts`.
 
     Returns:
-        int64 [4, N]: document, place in it, how many of the rollout's rows are reached and how many accepted.
+        int64 [4, N]: document, place in it, how many of the rollout's slots are reached and how many accepted.
     """
     num_positions = document_ids_L.numel()
-    rows_2L = torch.zeros(2, num_positions, dtype=torch.long, device=anchors_R.device)
-    rows_2L.index_add_(1, anchors_R, torch.stack([reached_R, reached_R & correct_R]).long())
-    outcomes = torch.cat([torch.stack([document_ids_L, position_ids_R[:num_positions]]), rows_2L])
+    slots_2L = torch.zeros(2, num_positions, dtype=torch.long, device=anchors_R.device)
+    slots_2L.index_add_(1, anchors_R, torch.stack([reached_R, reached_R & correct_R]).long())
+    outcomes = torch.cat([torch.stack([document_ids_L, position_ids_R[:num_positions]]), slots_2L])
     return outcomes[:, reached_R[:num_positions]]
 
 
@@ -83,7 +83,7 @@ def count_drafts(outcomes_4N: Tensor, num_depths: int) -> Tensor:
     decoding meets harder anchors than all anchors are on average.
 
     Args:
-        outcomes_4N: of `outcomes_by_anchor`, anchors in order, with nothing dropped (`cod.every_row`).
+        outcomes_4N: of `outcomes_by_anchor`, anchors in order, with nothing dropped (`slots.every_slot`).
 
     Returns:
         int64 [2, K]: reached, accepted.
@@ -106,10 +106,10 @@ def count_drafts(outcomes_4N: Tensor, num_depths: int) -> Tensor:
 def summarize(counters: Tensor) -> dict[str, float]:
     r"""Turn counters [4, K] into the logged metrics.
 
-    `accuracy_d`: correct / learnt rows at depth d. `acceptance_d`: the share of drafts of which depth d and all before
-    it are accepted, \(\prod_{j \le d} c_j\) with \(c_j\) = accepted / reached at depth j; what vLLM reports as the
+    `accuracy_d`: correct / trained slots at depth d. `acceptance_d`: the share of drafts of which depth d and all
+    before it are accepted, \(\prod_{j \le d} c_j\) with \(c_j\) = accepted / reached at depth j; what vLLM reports as the
     per-position acceptance rate. `acceptance_length` is \(1 + \sum_d \prod_{j \le d} c_j\), tokens a verifier step
-    yields. Depths with no row are left out.
+    yields. Depths with no slot are left out.
     """
     metrics: dict[str, float] = {}
     learnt, correct, reached, accepted = counters.double().cpu().tolist()
