@@ -5,8 +5,7 @@ import torch
 from torch.nn.attention.flex_attention import create_mask
 from torch.nn.functional import scaled_dot_product_attention
 
-from peagle_hf.model import attention
-from peagle_hf.model import slots as cod
+from peagle_hf.model import attention, slots
 
 
 def long_document(length, num_depths=4, seed=0, documents=1):
@@ -15,12 +14,12 @@ def long_document(length, num_depths=4, seed=0, documents=1):
     learnt = torch.ones(length, dtype=torch.bool)
     heads, tails = [], []
     for index in range(documents):
-        anchors, depths = cod.sample_rows(learnt, num_depths, 0.7, 0.2, generator)
+        anchors, depths = slots.sample_slots(learnt, num_depths, 0.7, 0.2, generator)
         heads.append((anchors[:length] + index * length, depths[:length]))
         tails.append((anchors[length:] + index * length, depths[length:]))
     anchors, depths = (torch.cat(parts) for parts in zip(*heads, *tails, strict=True))
     document_ids = torch.arange(documents).repeat_interleave(length)
-    return cod.find_spans(anchors, depths, document_ids)
+    return slots.find_spans(anchors, depths, document_ids)
 
 
 def padded(spans, multiple):

@@ -69,7 +69,7 @@ def test_alignment_of_tokens_states_labels_and_targets(dataset, collate):
             assert position == target
             learnt = bool(mask[target + 1] and mask[target + 2])
             assert label == (tokens[target + 2].item() if learnt else -100)
-            where = (batch["learnt_rows"][0] == row).nonzero().flatten()
+            where = (batch["trained_slots"][0] == row).nonzero().flatten()
             assert where.numel() == learnt
             if learnt:
                 state = batch["target_states"][0, batch["target_index"][0, where[0]]]
@@ -107,7 +107,7 @@ def test_fillers_even_out_the_processes_and_teach_nothing(dataset, collate):
     assert [request.is_filler for request in requests[-3:]] == [False, True, True]
     batch = collate([dataset[requests[-1]]])
     assert (batch["labels"] == -100).all()
-    assert batch["learnt_rows"].shape == batch["target_index"].shape == (1, 0)
+    assert batch["trained_slots"].shape == batch["target_index"].shape == (1, 0)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

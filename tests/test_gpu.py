@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import write_answers
-from test_linear_start import new_drafter, widen
+from test_initialization import new_drafter, widen
 from test_modeling import make_batch, make_config, make_pair
 from test_trainer import losses as logged_losses
 from test_trainer import run

@@ -2,7 +2,7 @@
 
 import torch
 
-from peagle_hf.model.slots import sample_rows
+from peagle_hf.model.slots import sample_slots
 from peagle_hf.training.metrics import COUNTERS, count_by_depth, count_drafts, reached_slots, summarize
 
 K = 4
@@ -10,9 +10,9 @@ K = 4
 
 def counted(seed=0):
     generator = torch.Generator().manual_seed(seed)
-    learnt_positions = torch.rand(40, generator=generator) > 0.3
-    anchors, depths = sample_rows(learnt_positions, K, 0.9, 0.5, generator)
-    learnt = learnt_positions[anchors + depths]
+    trained_positions = torch.rand(40, generator=generator) > 0.3
+    anchors, depths = sample_slots(trained_positions, K, 0.9, 0.5, generator)
+    learnt = trained_positions[anchors + depths]
     correct = torch.rand(anchors.numel(), generator=generator) > 0.3
     follows = torch.rand(anchors.numel(), generator=generator) > 0.1
     return correct, follows, learnt, anchors, depths

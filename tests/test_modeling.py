@@ -78,9 +78,9 @@ def test_loss_and_gradients_equal_those_of_speculators():
     anchors, depths = anchors[order], depths[order]
     targets = anchors + depths
     learnt = batch["loss_mask"][0, targets] == 1
-    learnt_rows = learnt.nonzero().flatten()
-    learnt_rows = learnt_rows[targets[learnt_rows].argsort(stable=True)]
-    positions, index = targets[learnt_rows].unique(return_inverse=True)
+    trained_slots = learnt.nonzero().flatten()
+    trained_slots = trained_slots[targets[trained_slots].argsort(stable=True)]
+    positions, index = targets[trained_slots].unique(return_inverse=True)
     inputs = {
         "input_ids": batch["input_ids"],
         "hidden_states": batch["hidden_states"],
@@ -89,11 +89,11 @@ def test_loss_and_gradients_equal_those_of_speculators():
         "document_ids": batch["document_ids"],
         "position_ids": targets[None],
         "labels": torch.where(learnt, 0, -100)[None],
-        "learnt_rows": learnt_rows[None],
+        "trained_slots": trained_slots[None],
         "target_states": batch["verifier_last_hidden_states"][:, positions],
         "target_index": index[None],
     }
-    output = objective(drafter, inputs, num_items_in_batch=learnt_rows.numel() + 1e-5)
+    output = objective(drafter, inputs, num_items_in_batch=trained_slots.numel() + 1e-5)
     expected = json.loads((FIXTURE / "expected.json").read_text())
     assert output.loss.item() == pytest.approx(expected["loss"], rel=1e-5)
     learnt_by_depth = [expected["metrics"][f"position_{depth}_acc_total"] for depth in range(4)]
@@ -126,7 +126,7 @@ def test_save_then_auto_load_gives_equal_outputs(tmp_path, model_type, draft_voc
     assert isinstance(loaded, PeagleForSpeculation)
     assert isinstance(AutoConfig.from_pretrained(tmp_path), PeagleConfig)
     batch = make_batch(config)
-    for name in ("labels", "learnt_rows", "target_states", "target_index"):
+    for name in ("labels", "trained_slots", "target_states", "target_index"):
         del batch[name]
     assert torch.equal(drafter(**batch).logits, loaded.eval()(**batch).logits)
 
@@ -206,8 +206,8 @@ def test_one_packed_step_equals_documents_one_by_one(model_type, num_layers, win
         documents = make_documents(config, (17, 23))
         batch = CODDataCollator.from_config(config)([{"epoch": 0, "documents": [documents[index]]}])
         output = objective(drafter, batch)
-        rows += batch["learnt_rows"].numel()
-        loss += output.loss.item() * batch["learnt_rows"].numel()
+        rows += batch["trained_slots"].numel()
+        loss += output.loss.item() * batch["trained_slots"].numel()
         counters += output.counters
     assert packed.loss.item() == pytest.approx(loss / rows, rel=1e-5)
     assert torch.equal(packed.counters, counters)

@@ -5,7 +5,7 @@ import torch
 from test_modeling import make_batch, make_config, make_pair
 
 from peagle_hf import PeagleError
-from peagle_hf.data.partition import partition, partition_by_rows, without_labels
+from peagle_hf.data.partition import partition, partition_by_slots, without_labels
 
 LENGTHS = (37, 12, 58)
 
@@ -61,16 +61,16 @@ def test_parts_add_up_to_the_whole(lengths, num_parts, window, dpace_alpha):
 def test_no_part_is_larger_than_asked_and_fewer_parts_would_be():
     batch = make_batch(make_config(), LENGTHS)
     for max_rows in (90, 130, 200):
-        parts = partition_by_rows(batch, max_rows)
+        parts = partition_by_slots(batch, max_rows)
         assert all(part["anchors"].numel() <= max_rows for part in parts)
     smallest = max(part["anchors"].numel() for part in partition(batch, 3))
-    assert len(partition_by_rows(batch, smallest - 1)) > 3
+    assert len(partition_by_slots(batch, smallest - 1)) > 3
 
 
 def test_one_part_is_the_batch_itself():
     batch = make_batch(make_config(), LENGTHS)
     assert partition(batch, 1) == [batch]
-    (only,) = partition_by_rows(batch, batch["anchors"].numel())
+    (only,) = partition_by_slots(batch, batch["anchors"].numel())
     for name, value in batch.items():
         torch.testing.assert_close(only[name], value, rtol=0, atol=0)
 
@@ -78,4 +78,4 @@ def test_one_part_is_the_batch_itself():
 def test_a_document_too_long_for_a_part_is_refused():
     batch = make_batch(make_config(), LENGTHS)
     with pytest.raises(PeagleError, match="parts of 20 slots"):
-        partition_by_rows(batch, 20)
+        partition_by_slots(batch, 20)

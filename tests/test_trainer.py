@@ -28,7 +28,7 @@ from peagle_hf import (
 from peagle_hf.cli import main
 from peagle_hf.cli.parsing import flags
 from peagle_hf.data.extract import ExtractArguments, extract
-from peagle_hf.data.partition import partition_every_row
+from peagle_hf.data.partition import partition_every_slot
 from peagle_hf.data.prepare import PrepareArguments, prepare
 from peagle_hf.evaluation.acceptance import count
 from peagle_hf.training.checkpoints import checkpoints_by_step, epoch_folders
@@ -272,7 +272,7 @@ def test_evaluation_drops_no_row(train_flags):
     assert {name: evaluated[f"eval_{name}"] for name in expected} == expected
     assert evaluated["eval_anchor_acceptance_length"] == summarize(counters)["acceptance_length"]
     packed = [trainer.eval_dataset[number] for number in range(len(trainer.eval_dataset))]
-    assert len(partition_every_row(trainer.eval_collator(packed))) > 1
+    assert len(partition_every_slot(trainer.eval_collator(packed))) > 1
     # The reply's first token isn't learnt.
     runs = [int(document["loss_mask"].sum()) - 1 for row in packed for document in row["documents"]]
     assert counters[0].tolist() == [sum(max(0, learnt - depth) for learnt in runs) for depth in range(8)]

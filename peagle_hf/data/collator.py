@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..model.config import PeagleConfig
-from ..model.slots import every_row, learnt_positions, sample_rows
+from ..model.slots import every_slot, sample_slots, trained_positions
 
 
 @dataclass
@@ -22,11 +22,11 @@ class CODDataCollator:
 
     Args:
         num_depths: K.
-        down_sample_ratio: `ratio` of `model.slots.sample_rows`.
+        down_sample_ratio: `ratio` of `model.slots.sample_slots`.
         down_sample_ratio_min: its `ratio_min`.
-        max_anchors: see `model.slots.sample_rows`.
+        max_anchors: see `model.slots.sample_slots`.
         seed: of the drawing.
-        every_row: keep all slots and ignore the ratios (see `model.slots.every_row`), for evaluation.
+        every_slot: keep all slots and ignore the ratios (see `model.slots.every_slot`), for evaluation.
 
     Returns (from the call):
         A batch as keyword arguments of `PeagleForSpeculation.forward`.
@@ -49,10 +49,10 @@ class CODDataCollator:
     down_sample_ratio_min: float = 0.2
     max_anchors: int | None = None
     seed: int = 0
-    every_row: bool = False
+    every_slot: bool = False
 
     @classmethod
-    def from_config(cls, config: PeagleConfig, seed: int = 0, every_row: bool = False) -> "CODDataCollator":
+    def from_config(cls, config: PeagleConfig, seed: int = 0, every_slot: bool = False) -> "CODDataCollator":
         """A collator with the settings of a drafter's configuration."""
         return cls(
             num_depths=config.num_depths,
@@ -60,7 +60,7 @@ class CODDataCollator:
             down_sample_ratio_min=config.down_sample_ratio_min,
             max_anchors=config.max_anchors,
             seed=seed,
-            every_row=every_row,
+            every_slot=every_slot,
         )
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
@@ -83,10 +83,10 @@ class CODDataCollator:
         anchors, depths, labels = pack("anchors", shift=True), pack("depths"), pack("labels")
         positions = pack("anchors") + depths
         targets = anchors + depths
-        learnt_rows = (labels != -100).nonzero().flatten()
-        learnt_rows = learnt_rows[targets[learnt_rows].argsort(stable=True)]
+        trained_slots = (labels != -100).nonzero().flatten()
+        trained_slots = trained_slots[targets[trained_slots].argsort(stable=True)]
         # Depth 0 has every position that is trained on, so the targets are just those.
-        _, target_index = targets[learnt_rows].unique(return_inverse=True)
+        _, target_index = targets[trained_slots].unique(return_inverse=True)
         document_ids = torch.repeat_interleave(torch.arange(len(samples)), torch.tensor(lengths))
 
         batch = {
@@ -97,7 +97,7 @@ class CODDataCollator:
             "depths": depths,
             "position_ids": positions,
             "labels": labels,
-            "learnt_rows": learnt_rows,
+            "trained_slots": trained_slots,
             "target_states": torch.cat([sample["target_states"] for sample in samples]),
             "target_index": target_index,
         }
@@ -109,12 +109,12 @@ class CODDataCollator:
         See `model.slots` for the letters.
         """
         tokens, mask = sample["input_ids"].long(), sample["loss_mask"].bool()
-        learnt = learnt_positions(mask)
-        if self.every_row:
-            anchors, depths = every_row(learnt, self.num_depths)
+        learnt = trained_positions(mask)
+        if self.every_slot:
+            anchors, depths = every_slot(learnt, self.num_depths)
         else:
             generator = torch.Generator().manual_seed(sample_seed(self.seed, epoch, sample["sample_id"]))
-            anchors, depths = sample_rows(
+            anchors, depths = sample_slots(
                 learnt, self.num_depths, self.down_sample_ratio, self.down_sample_ratio_min, generator, self.max_anchors
             )
         targets = anchors + depths

@@ -39,7 +39,7 @@ def partition(batch: dict[str, Any], num_parts: int) -> list[dict[str, Any]]:
     return _cut(batch, costs.cuts(most))
 
 
-def partition_by_rows(batch: dict[str, Any], max_rows: int) -> list[dict[str, Any]]:
+def partition_by_slots(batch: dict[str, Any], max_rows: int) -> list[dict[str, Any]]:
     """Cut a batch into batches of at most `max_rows` slots.
 
     Raises:
@@ -55,7 +55,7 @@ def partition_by_rows(batch: dict[str, Any], max_rows: int) -> list[dict[str, An
     return _cut(batch, cuts)
 
 
-def partition_every_row(batch: dict[str, Any], num_parts: int = 1) -> list[dict[str, Any]]:
+def partition_every_slot(batch: dict[str, Any], num_parts: int = 1) -> list[dict[str, Any]]:
     """Cut a batch of evaluation, which has all slots, into parts about as large as those of a training batch.
 
     Args:
@@ -67,7 +67,7 @@ def partition_every_row(batch: dict[str, Any], num_parts: int = 1) -> list[dict[
 
 def without_labels(batch: dict[str, Any]) -> dict[str, Any]:
     """The batch without labels, for a process that has fewer parts than another."""
-    empty = {name: batch[name][:, :0] for name in ("learnt_rows", "target_states", "target_index")}
+    empty = {name: batch[name][:, :0] for name in ("trained_slots", "target_states", "target_index")}
     return {**batch, **empty, "labels": torch.full_like(batch["labels"], -100)}
 
 
@@ -127,8 +127,8 @@ def _part(
     labels[:, : start - context] = -100
     number_of_row = torch.full((batch["anchors"].shape[1],), -1, device=device)
     number_of_row[rows[start - context :]] = torch.arange(start - context, rows.numel(), device=device)
-    learnt_rows = number_of_row[batch["learnt_rows"][0]]
-    kept = learnt_rows >= 0
+    trained_slots = number_of_row[batch["trained_slots"][0]]
+    kept = trained_slots >= 0
     targets, target_index = batch["target_index"][0, kept].unique(return_inverse=True)
     return {
         "input_ids": batch["input_ids"][:, context:stop],
@@ -138,7 +138,7 @@ def _part(
         "depths": batch["depths"][:, rows],
         "position_ids": batch["position_ids"][:, rows],
         "labels": labels,
-        "learnt_rows": learnt_rows[kept][None],
+        "trained_slots": trained_slots[kept][None],
         "target_states": batch["target_states"][:, targets],
         "target_index": target_index[None],
         "max_length": batch["max_length"],

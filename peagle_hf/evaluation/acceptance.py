@@ -17,7 +17,7 @@ from ..data.cache_manifest import check_cache
 from ..data.cache_storage import cache_folder
 from ..data.collator import CODDataCollator
 from ..data.dataset import HiddenStatesDataset, split_rows
-from ..data.partition import partition_every_row
+from ..data.partition import partition_every_slot
 from ..errors import PeagleError
 from ..files import write_json
 from ..hub.training_json import read_record
@@ -186,11 +186,11 @@ def count(drafter: PeagleForSpeculation, objective: Objective, dataset: HiddenSt
     """The counts of `metrics.count_by_depth` [4, K] and `metrics.count_drafts` [2, K] over all slots, none dropped."""
     drafter.eval()
     num_depths = drafter.config.num_depths
-    collator = CODDataCollator.from_config(drafter.config, every_row=True)
+    collator = CODDataCollator.from_config(drafter.config, every_slot=True)
     counters, drafts = torch.zeros(4, num_depths, dtype=torch.long), torch.zeros(2, num_depths, dtype=torch.long)
     for number in progress_bar(range(len(dataset)), desc="Measuring", unit="sequence"):
         outcomes = []
-        for part in partition_every_row(collator([dataset[number]])):
+        for part in partition_every_slot(collator([dataset[number]])):
             tensors = {name: value.to(drafter.device) for name, value in part.items() if name != "max_length"}
             output = objective(drafter, tensors | {"max_length": part["max_length"]})
             assert output.outcomes is not None  # the drafter is in evaluation

@@ -222,7 +222,7 @@ class PeagleForSpeculation(PreTrainedModel):
         depths: Tensor,
         document_ids: Tensor,
         position_ids: Tensor,
-        learnt_rows: Tensor | None = None,
+        trained_slots: Tensor | None = None,
         max_length: int | None = None,
         head_function: HeadFunction | None = None,
     ) -> Any:
@@ -235,7 +235,7 @@ class PeagleForSpeculation(PreTrainedModel):
             depths: int64 [1, R].
             document_ids: int64 [1, L], -1 for padding.
             position_ids: int64 [1, R], place in the sample, anchor + depth.
-            learnt_rows: int64 [1, N], numbers of the slots to compute in the last layer; default: all R.
+            trained_slots: int64 [1, N], numbers of the slots to compute in the last layer; default: all R.
             max_length: positions of the longest sample, known without asking the device; default: L.
             head_function: given the normed states [N, H] and the head's weight [Vd, H]; its result is returned.
 
@@ -246,7 +246,7 @@ class PeagleForSpeculation(PreTrainedModel):
             anchors[0],
             depths[0],
             document_ids[0],
-            None if learnt_rows is None else learnt_rows[0],
+            None if trained_slots is None else trained_slots[0],
             document_ids.numel() if max_length is None else max_length,
             self.config._attn_implementation,
         )

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 
-def learnt_positions(loss_mask: Tensor) -> Tensor:
+def trained_positions(loss_mask: Tensor) -> Tensor:
     """Which of a sample's positions are trained on, bool [T]: those that see and predict a token of the reply.
 
     Args:
@@ -29,10 +29,10 @@ def learnt_positions(loss_mask: Tensor) -> Tensor:
 
 def target_tokens(loss_mask: Tensor) -> Tensor:
     """The tokens whose last states are the targets of trained positions, bool, as many as in `loss_mask`."""
-    return torch.nn.functional.pad(learnt_positions(loss_mask), (1, 1))
+    return torch.nn.functional.pad(trained_positions(loss_mask), (1, 1))
 
 
-def sample_rows(
+def sample_slots(
     learnt_T: Tensor,
     num_depths: int,
     ratio: float,
@@ -59,7 +59,7 @@ def sample_rows(
 
     Examples:
         >>> learnt = torch.tensor([False, True, True, True, True])
-        >>> anchors, depths = sample_rows(learnt, 3, ratio=1.0, ratio_min=0.2, generator=torch.Generator())
+        >>> anchors, depths = sample_slots(learnt, 3, ratio=1.0, ratio_min=0.2, generator=torch.Generator())
         >>> list(zip(anchors.tolist(), depths.tolist()))[:5]
         [(0, 0), (1, 0), (2, 0), (3, 0), (4, 0)]
         >>> list(zip(anchors.tolist(), depths.tolist()))[5:]
@@ -90,7 +90,7 @@ def sample_rows(
     )
 
 
-def every_row(learnt_T: Tensor, num_depths: int) -> tuple[Tensor, Tensor]:
+def every_slot(learnt_T: Tensor, num_depths: int) -> tuple[Tensor, Tensor]:
     """The slots of one sample with nothing dropped: the rollouts of all trained positions, up to where training ends.
 
     Args:
@@ -98,10 +98,10 @@ def every_row(learnt_T: Tensor, num_depths: int) -> tuple[Tensor, Tensor]:
         num_depths: K.
 
     Returns:
-        anchors and depths as `sample_rows`.
+        anchors and depths as `sample_slots`.
 
     Examples:
-        >>> anchors, depths = every_row(torch.tensor([False, True, True, True]), 3)
+        >>> anchors, depths = every_slot(torch.tensor([False, True, True, True]), 3)
         >>> list(zip(anchors.tolist(), depths.tolist()))[4:]
         [(1, 1), (1, 2), (2, 1)]
     """

@@ -106,17 +106,18 @@ def _moments(
     mine = range(process.process_index, num_rows, process.num_processes)
     collator = CODDataCollator(num_depths=1)
     second_FF = torch.zeros(num_features, num_features, dtype=torch.float64, device=device)
+    piece = _piece(num_features)
     cross_HF = torch.zeros(size, num_features, dtype=torch.float64, device=device)
 
     def add_up() -> None:
         for number in progress_bar(mine, desc="Linear start", unit="row", disable=not process.is_local_main_process):
             batch = collator([dataset[number]])
-            learnt, targets = (batch[name][0].split(_piece(num_features)) for name in ("learnt_rows", "target_states"))
-            for rows, targets_PH in zip(learnt, targets, strict=True):
-                states_PS = batch["hidden_states"][0, rows].to(device).double()
+            trained, targets = (batch[name][0].split(piece) for name in ("trained_slots", "target_states"))
+            for slots, targets_PH in zip(trained, targets, strict=True):
+                states_PS = batch["hidden_states"][0, slots].to(device).double()
                 if drafter.config.norm_before_fc:
                     states_PS = F.rms_norm(states_PS, (states_size,), eps=eps)
-                embeds_PH = drafter.embed_tokens(batch["input_ids"][0, rows].to(device)).double()
+                embeds_PH = drafter.embed_tokens(batch["input_ids"][0, slots].to(device)).double()
                 features_PF = torch.cat([states_PS, F.rms_norm(embeds_PH, (size,), eps=eps)], dim=1)
                 second_FF.addmm_(features_PF.T, features_PF)
                 cross_HF.addmm_(head.normalize(targets_PH.to(device)).double().T, features_PF)

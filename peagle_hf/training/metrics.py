@@ -107,9 +107,9 @@ def summarize(counters: Tensor) -> dict[str, float]:
     r"""Turn counters [4, K] into the logged metrics.
 
     `accuracy_d`: correct / trained slots at depth d. `acceptance_d`: the share of drafts of which depth d and all
-    before it are accepted, \(\prod_{j \le d} c_j\) with \(c_j\) = accepted / reached at depth j; what vLLM reports as the
-    per-position acceptance rate. `acceptance_length` is \(1 + \sum_d \prod_{j \le d} c_j\), tokens a verifier step
-    yields. Depths with no slot are left out.
+    before it are accepted, \(\prod_{j \le d} c_j\) with \(c_j\) = accepted / reached at depth j. vLLM calls it the
+    per-position acceptance rate. `acceptance_length` is \(1 + \sum_d \prod_{j \le d} c_j\), the tokens that a forward
+    pass of the verifier yields. Depths without a slot are left out.
     """
     metrics: dict[str, float] = {}
     learnt, correct, reached, accepted = counters.double().cpu().tolist()

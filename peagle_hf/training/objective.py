@@ -102,7 +102,7 @@ class Objective:
             batch: of `CODDataCollator`: the arguments of `PeagleForSpeculation.forward`, and
                 labels: int64 [1, R], the token that a slot is to predict, -100 where it isn't trained on;
                 target_states: [1, U, H], the verifier's last states, before its final norm, of the target positions;
-                target_index: int64 [1, N], which target position each of `learnt_rows` has, ascending.
+                target_index: int64 [1, N], which target position each of `trained_slots` has, ascending.
             num_items_in_batch: what the summed loss is divided by; default: N.
         """
         inputs = {name: value for name, value in batch.items() if name not in FOR_THE_LOSS}
@@ -148,7 +148,7 @@ class Objective:
 
     def _slot_weights(self, batch: Mapping[str, Any], chance_N: Tensor) -> Tensor:
         """How much each trained slot counts, [N], given the drafter's probability of the verifier's token."""
-        trained = batch["learnt_rows"][0]
+        trained = batch["trained_slots"][0]
         anchors_N, depths_N = batch["anchors"][0, trained], batch["depths"][0, trained]
         weight_N = self.depth_loss_decay ** depths_N.to(chance_N.dtype)
         if self.dpace_alpha is None:
@@ -160,7 +160,7 @@ class Objective:
         self, batch: Mapping[str, Any], is_training: bool, student_N: Tensor, teacher_N: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """The counters and the outcomes of `ObjectiveOutput`."""
-        labels, trained = batch["labels"][0], batch["learnt_rows"][0]
+        labels, trained = batch["labels"][0], batch["trained_slots"][0]
         anchors, depths = batch["anchors"][0], batch["depths"][0]
         trained_R = labels != -100
         correct_R, follows_R = torch.zeros_like(trained_R), torch.zeros_like(trained_R)

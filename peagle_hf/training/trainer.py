@@ -41,7 +41,7 @@ from ..cpu import keep_freed_memory
 from ..data.collator import CODDataCollator
 from ..data.dataset import EpochSampler, HiddenStatesDataset
 from ..data.errors import RowError, on_all_processes
-from ..data.partition import partition, partition_by_rows, partition_every_row, without_labels
+from ..data.partition import partition, partition_by_slots, partition_every_slot, without_labels
 from ..data.prepared_dataset import read_chat_options, read_prepare_record
 from ..data.tokenizer import ChatOptions
 from ..errors import PeagleError
@@ -256,7 +256,7 @@ class PeagleTrainer(Trainer):
             self.data_collator = CODDataCollator.from_config(self.config, seed=self.args.seed)
         self.eval_collator = self.data_collator
         if isinstance(self.data_collator, CODDataCollator):
-            self.eval_collator = replace(self.data_collator, every_row=True)
+            self.eval_collator = replace(self.data_collator, every_slot=True)
         if is_deepspeed_zero3_enabled():
             from deepspeed.utils import set_z3_leaf_modules
 
@@ -667,10 +667,10 @@ class PeagleTrainer(Trainer):
 
     def _parts(self, inputs: dict[str, Any], is_training: bool = True) -> list[dict[str, Any]]:
         if self.args.sequence_partitions == "auto":
-            parts = partition_by_rows(inputs, self._rows_that_fit)
+            parts = partition_by_slots(inputs, self._rows_that_fit)
         else:
             num_parts = int(self.args.sequence_partitions)
-            parts = partition(inputs, num_parts) if is_training else partition_every_row(inputs, num_parts)
+            parts = partition(inputs, num_parts) if is_training else partition_every_slot(inputs, num_parts)
         if self.is_sharded:
             # Every pass gathers the shards of all processes, so all must run equally many.
             counts = self.accelerator.gather(torch.tensor([len(parts)], device=self.args.device))
@@ -749,16 +749,16 @@ class PeagleTrainer(Trainer):
         if isinstance(eval_dataset, Dataset):
             # With persistent workers the Trainer would take the loader of the data set that it first validated on.
             return self.get_test_dataloader(eval_dataset)
-        with self._every_row():
+        with self._every_slot():
             return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
         check_dataset(test_dataset)
-        with self._every_row():
+        with self._every_slot():
             return super().get_test_dataloader(test_dataset)
 
     @contextmanager
-    def _every_row(self) -> Iterator[None]:
+    def _every_slot(self) -> Iterator[None]:
         """Loaders made here drop no row, neither by COD nor for a batch that isn't full."""
         collator, self.data_collator = self.data_collator, self.eval_collator
         drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False

@@ -287,7 +287,7 @@ def layer_fields(sizes: Sizes, case: Case) -> dict:
 
 def flops(sizes: Sizes, case: Case, batch: dict[str, torch.Tensor]) -> float:
     """Floating-point operations that one step can't do without: matrix products and attention's visible pairs."""
-    rows, learnt = batch["anchors"].numel(), batch["learnt_rows"].numel()
+    rows, learnt = batch["anchors"].numel(), batch["trained_slots"].numel()
     targets, positions = batch["target_states"].shape[1], batch["input_ids"].numel() + 1
     query, key, size = sizes.heads * sizes.head_dim, sizes.key_heads * sizes.head_dim, sizes.hidden
     products = positions * 2 * size * (query + 2 * key) + (sizes.layers - 1) * rows * size * 2 * key
@@ -296,7 +296,7 @@ def flops(sizes: Sizes, case: Case, batch: dict[str, torch.Tensor]) -> float:
     seen = batch["position_ids"] + 1
     if case.window:
         seen = seen.clamp(max=case.window)
-    pairs = (sizes.layers - 1) * int(seen.sum()) + int(seen[0, batch["learnt_rows"][0]].sum())
+    pairs = (sizes.layers - 1) * int(seen.sum()) + int(seen[0, batch["trained_slots"][0]].sum())
     head = (2 * learnt + targets) * size * case.draft_vocab
     return 2 * (3 * products + 2 * positions * 3 * size * size + head) + 3.5 * 4 * query * pairs
 

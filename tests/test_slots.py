@@ -7,24 +7,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peagle_hf.model import attention
-from peagle_hf.model import slots as cod
+from peagle_hf.model import attention, slots
 
 
 def sample(learnt, num_depths=4, ratio=0.7, ratio_min=0.2, seed=0, max_anchors=None):
     generator = torch.Generator().manual_seed(seed)
-    return cod.sample_rows(torch.tensor(learnt), num_depths, ratio, ratio_min, generator, max_anchors)
+    return slots.sample_slots(torch.tensor(learnt), num_depths, ratio, ratio_min, generator, max_anchors)
 
 
 def test_doctests():
-    assert doctest.testmod(cod).attempted > 0
-    assert doctest.testmod(cod).failed == 0
+    assert doctest.testmod(slots).attempted > 0
+    assert doctest.testmod(slots).failed == 0
 
 
 @settings(max_examples=100, deadline=None)
 @given(learnt=st.lists(st.booleans(), min_size=1, max_size=40), num_depths=st.integers(1, 9))
 def test_every_row_is_every_rollout_up_to_where_learning_ends(learnt, num_depths):
-    anchors, depths = cod.every_row(torch.tensor(learnt), num_depths)
+    anchors, depths = slots.every_slot(torch.tensor(learnt), num_depths)
     length = len(learnt)
     expected = [(position, 0) for position in range(length)]
     expected += [
@@ -85,7 +84,7 @@ def random_rows(seed):
     parts, offset = [], 0
     for document, length in enumerate([9, 5, 12]):
         learnt = torch.rand(length, generator=generator) > 0.3
-        anchors, depths = cod.sample_rows(learnt, 4, 0.9, 0.3, generator)
+        anchors, depths = slots.sample_slots(learnt, 4, 0.9, 0.3, generator)
         parts.append((anchors + offset, depths, torch.full_like(anchors, document), length))
         offset += length
     parts.append((torch.arange(3) + offset, torch.zeros(3, dtype=torch.long), torch.full((3,), -1), 3))
@@ -111,7 +110,7 @@ def rule(rows, window):
 
 def spans_of(rows, window):
     anchors, depths, documents = rows
-    return cod.find_spans(anchors, depths, documents[: 9 + 5 + 12 + 3], window)
+    return slots.find_spans(anchors, depths, documents[: 9 + 5 + 12 + 3], window)
 
 
 @pytest.mark.parametrize("window", [None, 1, 4])

@@ -156,7 +156,8 @@ def test_a_linear_start_needs_little_more_than_its_matrix(tiny_verifier, tiny_da
     drafter.fc = torch.nn.Linear(width, size, bias=False)
     widen(monkeypatch, torch.randn(3 * size, width))
     matrix = 8 * (width + size) * (width + 2 * size)
-    assert matrix < peak_of(lambda: start_linearly(drafter, dataset)) < 1.2 * matrix
+    head = load_head(drafter)
+    assert matrix < peak_of(lambda: start_linearly(drafter, dataset, head)) < 1.2 * matrix
 
 
 @pytest.mark.fault("the device has no memory left in the linear start", "It ends with what it needs and what to do.")
@@ -182,9 +183,11 @@ def test_factors_give_the_closest_map_of_their_rank(rank):
     torch.testing.assert_close(error, torch.linalg.svdvals(matrix)[rank:].norm(), rtol=1e-4, atol=1e-5)
 
 
-def test_a_start_without_the_verifiers_head_is_refused(tiny_verifier, tiny_data):
-    drafter = PeagleForSpeculation(PeagleConfig.from_verifier(str(tiny_verifier)))
-    with pytest.raises(PeagleError, match="load_verifier"):
+def test_a_start_for_no_verifier_is_refused(tiny_verifier, tiny_data):
+    config = PeagleConfig.from_verifier(str(tiny_verifier))
+    config.speculators_config["verifier"]["name_or_path"] = None
+    drafter = PeagleForSpeculation(config)
+    with pytest.raises(PeagleError, match="names no verifier"):
         start_linearly(drafter, HiddenStatesDataset(tiny_data, total_seq_len=64))
 
 
