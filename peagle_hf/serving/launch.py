@@ -133,7 +133,7 @@ def launch(arguments: LaunchArguments) -> None:
     """
     address = Address.of(arguments.vllm_args)
     environment = vllm_environment(arguments.vllm_python, needs_vllm=not arguments.dry_run)
-    command, slots = server_command(arguments, _on_cpu(environment))
+    command, layer_ids = server_command(arguments, _on_cpu(environment))
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PLUGIN_FOLDER), environment.get("PYTHONPATH")]))
     _show(command, environment)
     if arguments.dry_run:
@@ -143,10 +143,10 @@ def launch(arguments: LaunchArguments) -> None:
     address.check_free()
     if address.is_tcp:
         remove_server_record(folder, server_name(address.port))  # of one that was killed
-        check_other_servers(folder, arguments.model, slots)
+        check_other_servers(folder, arguments.model, layer_ids)
     try:
         with supervised(command, environment) as process:
-            status = _record_when_ready(process, address, folder, arguments.model, slots)
+            status = _record_when_ready(process, address, folder, arguments.model, layer_ids)
     finally:
         if address.is_tcp:
             remove_server_record(folder, server_name(address.port))
@@ -173,7 +173,9 @@ def serve(arguments: ServeArguments) -> None:
         _check_status(status, f" vLLM 0.32 knows the flag {chat_flags[-1]}; older ones may not." if chat_flags else "")
 
 
-def _record_when_ready(process: subprocess.Popen, address: Address, folder: Path, model: str, slots: list[int]) -> int:
+def _record_when_ready(
+    process: subprocess.Popen, address: Address, folder: Path, model: str, layer_ids: list[int]
+) -> int:
     """Write the server's record once it answers, and wait for its end; returns its exit status.
 
     Raises:
@@ -183,7 +185,7 @@ def _record_when_ready(process: subprocess.Popen, address: Address, folder: Path
     while (status := process.poll()) is None:
         if not is_ready and address.is_answered_by(process.pid):
             is_ready = True
-            write_server_record(folder, model, slots, server_name(address.port))
+            write_server_record(folder, model, layer_ids, server_name(address.port))
             logger.info(
                 "The server answers at port %d; %s says which layers it extracts.", address.port, folder / SERVER_RECORD
             )
@@ -208,11 +210,11 @@ def server_command(arguments: LaunchArguments, on_cpu: bool) -> tuple[list[str],
     Raises:
         PeagleError: the verifier can't be read or has no such layers.
     """
-    slots = _slots(arguments)
+    layer_ids = _extracted_layers(arguments)
     extraction = {
         "method": "extract_hidden_states",
         "num_speculative_tokens": 1,
-        "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids": sorted(set(slots))}},
+        "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids": sorted(set(layer_ids))}},
     }
     folder = os.path.abspath(arguments.hidden_states_path)
     connector: dict[str, Any] = {
@@ -226,10 +228,10 @@ def server_command(arguments: LaunchArguments, on_cpu: bool) -> tuple[list[str],
             "kv_connector_module_path": "peagle_cpu_connector",
         }
     options = {"--speculative-config": json.dumps(extraction), "--kv-transfer-config": json.dumps(connector)}
-    return _vllm_command(arguments, arguments.model, options, on_cpu), slots
+    return _vllm_command(arguments, arguments.model, options, on_cpu), layer_ids
 
 
-def _slots(arguments: LaunchArguments) -> list[int]:
+def _extracted_layers(arguments: LaunchArguments) -> list[int]:
     """The layers to extract, the last one at the end."""
     wanted = arguments.target_layer_ids
     if arguments.dry_run and wanted and not arguments.include_last_layer:
