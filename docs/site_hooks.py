@@ -29,28 +29,28 @@ CLI_INTRODUCTION = """# Command line
 - **Flags** may be written with dashes or underscores. The flag of a list may be repeated: `--suite a --suite b`. Every
   command takes `--quiet`, `--verbose` and `--print-config`.
 - **A YAML file** as the first argument holds flag names without the dashes (`no_linear_start: true` works too), and
-  flags win over it. Numbers are those of YAML 1.2: `lr: 2e-3` is a number. `~/` is the home folder.
-- **`config.yaml`** in the output folder of prepare, extract, train and evaluate holds the arguments that made it,
-  without passwords and tokens. It can be given back to the same command: `peagle-hf train checkpoints/config.yaml`.
-  Where another command's `config.yaml` is in the folder already, the file is `<command>.yaml`, such as `train.yaml`.
-- **`--dry-run`** of prepare, extract, train, launch-vllm and serve says what would be read, run and written.
-- **Exit codes**: 0 done; 1 an error, named in one paragraph; 2 a wrong command line; 130 interrupted with Ctrl-C; 141
-  the program that read the output has ended; 143 (129) ended by SIGTERM (SIGHUP). An error that nobody foresaw names a
+  flags take precedence over it. Numbers follow YAML 1.2: `lr: 2e-3` is a number. `~/` is the home folder.
+- **`config.yaml`** in the output folder of prepare, extract, train and evaluate holds its arguments,
+  without passwords and tokens, and can be given to the same command again: `peagle-hf train checkpoints/config.yaml`.
+  If the folder already has the `config.yaml` of another command, the file is `<command>.yaml`, such as `train.yaml`.
+- **`--dry-run`** of prepare, extract, train, launch-vllm and serve prints what would be read, run and written.
+- **Exit codes**: 0 done; 1 an error, described in one paragraph; 2 a wrong command line; 130 interrupted with Ctrl-C;
+  141 the reader of a pipe has ended; 143 (129) ended by SIGTERM (SIGHUP). For an unexpected error the message names a
   log file with the traceback.
-- **Progress bars** are off where standard error is no terminal.
+- **Progress bars** are shown only if standard error is a terminal.
 """
 NOT_RUN_INTRODUCTION = """# What CI does not run
 
 The tests run the code blocks of the README and of the [tutorial](tutorial.md), in order, with SmolLM2-135M-Instruct in
-place of Qwen3-8B and a dozen chats in place of ShareGPT. All but these:
+place of Qwen3-8B and a dozen chats in place of ShareGPT. These blocks aren't run:
 
 | page | begins | not run because |
 |---|---|---|
 """
-FAULTS_INTRODUCTION = """# Faults that are tried
+FAULTS_INTRODUCTION = """# Faults that the tests inject
 
-Each row is a test that injects the fault and checks what happens. This page is made from the tests' marks when the site
-is built.
+Each line is a test that injects the fault and checks what happens. This page is made from the marks of the tests when
+the site is built.
 """
 FAULTS_HEADER = """
 | how the fault is injected | what happens | test |
