@@ -88,7 +88,7 @@ def parts_in_order(imported: dict[str, set[str]]) -> list[str]:
     Raises:
         graphlib.CycleError: two parts import each other, directly or through others; it names them.
     """
-    return list(TopologicalSorter(imported).static_order())
+    return list(TopologicalSorter({part: sorted(imported[part]) for part in sorted(imported)}).static_order())
 
 
 def page() -> str:
@@ -137,6 +137,7 @@ STYLE = """<style>
 .architecture .small { fill: var(--md-default-fg-color--light); font-size: 11.5px; font-weight: 400; }
 .architecture .label { font-size: 13.5px; font-weight: 400; text-anchor: start; }
 .architecture path { fill: none; stroke: var(--md-default-fg-color--light); stroke-width: 1.5; }
+td:first-child code { white-space: nowrap; }
 .architecture marker path { fill: var(--md-default-fg-color--light); stroke: none; }
 </style>"""
 ARROW_HEAD = """<defs>
@@ -229,8 +230,8 @@ def _table(part: str, found: dict[str, tuple[Path, ast.Module]], imported: dict[
     if part:
         others = [f"`{target}`" for target in parts_in_order(imported) if target in imported[part]]
         table += f"{_first_sentence(found[part][1])} Imports {', '.join(others)}.\n\n"
-    table += "| module | |\n|---|---|\n"
+    table += "| module | what it holds |\n|---|---|\n"
     for name, (path, tree) in found.items():
         if (name.startswith(f"{part}.") if part else True) and path.name != "__init__.py":
-            table += f"| `{path.relative_to(PACKAGE)}` | {_first_sentence(tree)} |\n"
+            table += f"| `{path.relative_to(PACKAGE / part)}` | {_first_sentence(tree)} |\n"
     return table
