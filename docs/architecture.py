@@ -162,7 +162,7 @@ def _packages_picture(imported: dict[str, set[str]], low_modules: list[str]) -> 
             count = sum(path.name != "__init__.py" for path in (PACKAGE / part).rglob("*.py"))
             shapes.append(_box(x, y, BOX_WIDTH, part, f"{count} modules"))
     for part, targets in reduced.items():
-        for target in targets:
+        for target in sorted(targets):
             shapes.append(_arrow(centre[part], centre[target]))
     names = ", ".join(low_modules)
     shapes.append(_box(width / 2, height - BOX_HEIGHT / 2, width - 2, names, "modules for all packages"))
