@@ -348,7 +348,7 @@ def test_as_many_requests_as_are_wanted_are_in_flight(arguments, server):
         ("uncounted", "restarted in between, or several servers answer there"),
         ("started anew", "restarted in between"),
         ("others", "generated 41 tokens, but only 20 were requested by this evaluation: others use it too"),
-        ("miscounts", r"add up to \[.*\] .* counters say"),
+        ("miscounts", r"sum to \[.*\] .* counters say"),
     ],
 )
 def test_a_server_that_fails_or_counts_others_is_no_measure(arguments, server, prompts, fault, words, monkeypatch):
@@ -384,7 +384,7 @@ def test_servers_that_are_dead_or_others_are_refused(arguments, server, baseline
     [
         ({"num_speculative_tokens": [2]}, "A running server has one drafter"),
         ({"compare": ["other"]}, "A running server has one drafter"),
-        ({"endpoint": None, "baseline_endpoint": "http://localhost:8001"}, "is for servers"),
+        ({"endpoint": None, "baseline_endpoint": "http://localhost:8001"}, "needs --endpoint"),
         ({"concurrency": [0]}, "--concurrency is 0 but needs positive"),
         ({"concurrency": [4, 1]}, "--concurrency is 4 1 but needs .* ascending"),
         ({"concurrency": []}, "--concurrency is empty but needs"),
