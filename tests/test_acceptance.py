@@ -23,7 +23,7 @@ from peagle_hf import (
     train,
 )
 from peagle_hf.data.cache_manifest import Manifest
-from peagle_hf.data.dataset import split_rows
+from peagle_hf.data.prepared_dataset import split_rows
 from peagle_hf.evaluation.acceptance import _kept_back
 from peagle_hf.hub.training_json import read_record
 from peagle_hf.training.metrics import summarize

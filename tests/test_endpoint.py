@@ -25,12 +25,13 @@ from peagle_hf.cli.parsing import flags
 from peagle_hf.data.cache_manifest import Manifest
 from peagle_hf.data.cache_storage import cached_rows, check_file, row_path
 from peagle_hf.data.collator import CODDataCollator
-from peagle_hf.data.dataset import HiddenStatesDataset, load_prepared, split_rows
+from peagle_hf.data.dataset import HiddenStatesDataset
 from peagle_hf.data.endpoint import concurrently, endpoint_urls
 from peagle_hf.data.endpoint_folder import OwnRequests, remove_unwanted, write_server_record
 from peagle_hf.data.endpoint_states import Endpoint
 from peagle_hf.data.errors import EndpointError, RefusedEndpointError, RowError
 from peagle_hf.data.extract import ExtractArguments, extract
+from peagle_hf.data.prepared_dataset import load_prepared, split_rows
 from peagle_hf.hub.card import model_card
 from peagle_hf.training.checkpoints import checkpoints_by_step
 from peagle_hf.training.run import build_datasets

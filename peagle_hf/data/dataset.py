@@ -16,7 +16,6 @@ from torch.utils.data import Dataset, Sampler
 
 from ..errors import PeagleError
 from ..model.slots import target_tokens
-from ..verifier.draft_vocabulary import load_token_freq
 from .cache_manifest import Manifest, origin_of
 from .cache_storage import (
     CachedStates,
@@ -31,7 +30,7 @@ from .cache_storage import (
 from .endpoint import concurrently
 from .endpoint_states import Endpoint
 from .errors import row_errors
-from .prepared_dataset import column, load_prepared, rows_fingerprint
+from .prepared_dataset import check_skip_rows, column, load_prepared, rows_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -113,19 +112,31 @@ class HiddenStatesDataset(Dataset):
         rows = self._present(rows, on_missing)
         self._origin = self._check_cache(rows)
         lengths = column(self.data, "seq_len")
+        wanted = self._trainable(rows, lengths)
+        order = torch.randperm(len(wanted), generator=torch.Generator().manual_seed(seed)).tolist()
+        shuffled = [wanted[index] for index in order]
+        sizes = [min(lengths[row] - 2, total_seq_len) for row in shuffled]
+        self.plan = [[shuffled[index] for index in bin_] for bin_ in first_fit(sizes, total_seq_len)]
+
+    def _trainable(self, rows: Sequence[int], lengths: list[int]) -> list[int]:
+        """Those of the rows whose sample has something to train on; what is left out or cut is logged.
+
+        Raises:
+            PeagleError: there is none.
+        """
         long_enough = [row for row in rows if lengths[row] >= MIN_TOKENS]
-        cut = [row for row in long_enough if lengths[row] - 2 > total_seq_len]
-        unlearnt = {row for row, count in zip(cut, self._count_learnt(cut), strict=True) if not count}
-        wanted = [row for row in long_enough if row not in unlearnt]
-        self.num_truncated = len(cut) - len(unlearnt)
+        cut = [row for row in long_enough if lengths[row] - 2 > self.total_seq_len]
+        untrainable = {row for row, count in zip(cut, self._count_learnt(cut), strict=True) if not count}
+        wanted = [row for row in long_enough if row not in untrainable]
+        self.num_truncated = len(cut) - len(untrainable)
         if not wanted:
             raise PeagleError(
-                f"{data_path} has no sample of at least {MIN_TOKENS} tokens with something to train on in its first "
-                f"{total_seq_len} tokens. Prepare more data, or raise --total-seq-len."
+                f"{self.data_path} has no sample of at least {MIN_TOKENS} tokens with something to train on in its "
+                f"first {self.total_seq_len} tokens. Prepare more data, or raise --total-seq-len."
             )
         if not any(self._targets(row).any() for row in wanted if row not in self.skip_rows):
             raise PeagleError(
-                f"None of the {len(wanted)} samples of {data_path} has a token to train on: the first token of an "
+                f"None of the {len(wanted)} samples of {self.data_path} has a token to train on: the first token of an "
                 "answer always comes from the verifier, and no answer has a second one. Prepare data with longer "
                 "answers."
             )
@@ -133,26 +144,23 @@ class HiddenStatesDataset(Dataset):
             logger.warning(
                 "%d samples of %s are left out: they are shorter than %d tokens.",
                 len(rows) - len(long_enough),
-                data_path,
+                self.data_path,
                 MIN_TOKENS,
             )
-        if unlearnt:
+        if untrainable:
             logger.warning(
                 "%d samples are left out: nothing to train on in their first %d positions. Raise --total-seq-len.",
-                len(unlearnt),
-                total_seq_len,
+                len(untrainable),
+                self.total_seq_len,
             )
         if self.num_truncated:
             logger.warning(
                 "%d of %d samples are longer than total_seq_len %d and are cut; raise --total-seq-len to keep them.",
                 self.num_truncated,
                 len(wanted),
-                total_seq_len,
+                self.total_seq_len,
             )
-        order = torch.randperm(len(wanted), generator=torch.Generator().manual_seed(seed)).tolist()
-        shuffled = [wanted[index] for index in order]
-        sizes = [min(lengths[row] - 2, total_seq_len) for row in shuffled]
-        self.plan = [[shuffled[index] for index in bin_] for bin_ in first_fit(sizes, total_seq_len)]
+        return wanted
 
     def check_layers(self, aux_layer_ids: Sequence[int]) -> None:
         """Make sure that the cached states are of the auxiliary layers that the drafter will read when it is served.
@@ -400,20 +408,6 @@ class EpochSampler(Sampler[SequenceRequest]):
         yield from (SequenceRequest(epoch, order[0], is_filler=True) for _ in range(self.num_fillers))
 
 
-def check_skip_rows(skip_rows: Sequence[int] | None, num_rows: int, data_path: str | os.PathLike[str]) -> set[int]:
-    """The rows that --skip-rows names, as a set.
-
-    Raises:
-        PeagleError: the prepared dataset has no such row.
-    """
-    if outside := sorted(row for row in skip_rows or () if not 0 <= row < num_rows):
-        raise PeagleError(
-            f"--skip-rows names row {outside[0]}, but the rows of {data_path} are 0 to {num_rows - 1}. Name rows of "
-            "the prepared dataset, as the errors about them do."
-        )
-    return set(skip_rows or ())
-
-
 def _are_finite(states: torch.Tensor) -> bool:
     """Whether all values are finite; on a CPU in a tenth of the time of `torch.isfinite(states).all()`."""
     return states.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(states))).all())
@@ -422,41 +416,6 @@ def _are_finite(states: torch.Tensor) -> bool:
 def _names(rows: Sequence[int]) -> str:
     names = [f"hs_{row}.safetensors" for row in rows[:MAX_NAMED]]
     return ", ".join(names) + (", …" if len(rows) > MAX_NAMED else "")
-
-
-def learnt_share(data_path: str | os.PathLike[str]) -> float:
-    """The share of a prepared dataset's tokens that is trained on, 0 .. 1."""
-    frequencies = load_token_freq(Path(data_path) / "token_freq.pt")
-    counts = frequencies.values() if isinstance(frequencies, dict) else frequencies.tolist()
-    return sum(counts) / max(1, sum(column(load_prepared(data_path), "seq_len")))
-
-
-def split_rows(data_path: str | os.PathLike[str], train_ratio: float, seed: int = 0) -> tuple[list[int], list[int]]:
-    """Split the samples of a prepared dataset into training and validation, whole conversations at a time.
-
-    Args:
-        train_ratio: share of the conversations for training, in (0, 1]; 1 leaves validation empty.
-
-    Returns:
-        The rows for training and those for validation.
-
-    Raises:
-        PeagleError: the ratio is out of range or would leave a side empty.
-    """
-    if not 0 < train_ratio <= 1:
-        raise PeagleError(f"train_data_ratio is {train_ratio}; it must be in (0, 1], 1 meaning no validation.")
-    data = load_prepared(data_path)
-    conversations = column(data, "conversation_id") if "conversation_id" in data.column_names else range(len(data))
-    distinct = sorted(set(conversations))
-    order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(seed)).tolist()
-    held_out = {distinct[index] for index in order[: len(distinct) - int(len(distinct) * train_ratio)]}
-    train = [row for row, conversation in enumerate(conversations) if conversation not in held_out]
-    if not train or (train_ratio < 1 and not held_out):
-        raise PeagleError(
-            f"{len(distinct)} conversations can't be split at train_data_ratio {train_ratio} with something on either "
-            "side. Prepare more data or change --train-data-ratio."
-        )
-    return train, [row for row, conversation in enumerate(conversations) if conversation in held_out]
 
 
 def first_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:

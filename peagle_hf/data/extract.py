@@ -33,13 +33,12 @@ from .cache_storage import (
     row_path,
     write_states,
 )
-from .dataset import check_skip_rows
 from .endpoint import MAX_RETRIES, REQUEST_TIMEOUT, check_length, check_requests, endpoint_urls, served_model
 from .endpoint_folder import check_layers, remove_unfetched, require_layers
 from .endpoint_states import Endpoint
 from .extract_from_servers import extract_from_servers
 from .extract_in_process import extract_in_process, load_for_extraction
-from .prepared_dataset import load_prepared, read_prepare_record, rows_fingerprint
+from .prepared_dataset import check_skip_rows, load_prepared, read_prepare_record, rows_fingerprint
 
 if TYPE_CHECKING:
     import datasets

@@ -7,11 +7,12 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from ..arguments import CONFIG, config_path
 from ..errors import PeagleError
@@ -281,3 +282,52 @@ def finish_move(output: Path) -> None:
             os.replace(path, output / path.name)
     os.replace(source / PREPARE_RECORD, output / PREPARE_RECORD)
     source.rmdir()
+
+
+def check_skip_rows(skip_rows: Sequence[int] | None, num_rows: int, data_path: str | os.PathLike[str]) -> set[int]:
+    """The rows that --skip-rows names, as a set.
+
+    Raises:
+        PeagleError: the prepared dataset has no such row.
+    """
+    if outside := sorted(row for row in skip_rows or () if not 0 <= row < num_rows):
+        raise PeagleError(
+            f"--skip-rows names row {outside[0]}, but the rows of {data_path} are 0 to {num_rows - 1}. Name rows of "
+            "the prepared dataset, as the errors about them do."
+        )
+    return set(skip_rows or ())
+
+
+def learnt_share(data_path: str | os.PathLike[str]) -> float:
+    """The share of a prepared dataset's tokens that is trained on, 0 .. 1."""
+    frequencies = load_token_freq(Path(data_path) / "token_freq.pt")
+    counts = frequencies.values() if isinstance(frequencies, dict) else frequencies.tolist()
+    return sum(counts) / max(1, sum(column(load_prepared(data_path), "seq_len")))
+
+
+def split_rows(data_path: str | os.PathLike[str], train_ratio: float, seed: int = 0) -> tuple[list[int], list[int]]:
+    """Split the samples of a prepared dataset into training and validation, whole conversations at a time.
+
+    Args:
+        train_ratio: share of the conversations for training, in (0, 1]; 1 leaves validation empty.
+
+    Returns:
+        The rows for training and those for validation.
+
+    Raises:
+        PeagleError: the ratio is out of range or would leave a side empty.
+    """
+    if not 0 < train_ratio <= 1:
+        raise PeagleError(f"train_data_ratio is {train_ratio}; it must be in (0, 1], 1 meaning no validation.")
+    data = load_prepared(data_path)
+    conversations = column(data, "conversation_id") if "conversation_id" in data.column_names else range(len(data))
+    distinct = sorted(set(conversations))
+    order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(seed)).tolist()
+    held_out = {distinct[index] for index in order[: len(distinct) - int(len(distinct) * train_ratio)]}
+    train = [row for row, conversation in enumerate(conversations) if conversation not in held_out]
+    if not train or (train_ratio < 1 and not held_out):
+        raise PeagleError(
+            f"{len(distinct)} conversations can't be split at train_data_ratio {train_ratio} with something on either "
+            "side. Prepare more data or change --train-data-ratio."
+        )
+    return train, [row for row, conversation in enumerate(conversations) if conversation in held_out]

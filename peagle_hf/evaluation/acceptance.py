@@ -16,8 +16,9 @@ from ..console import progress_bar
 from ..data.cache_manifest import check_cache
 from ..data.cache_storage import cache_folder
 from ..data.collator import CODDataCollator
-from ..data.dataset import HiddenStatesDataset, split_rows
+from ..data.dataset import HiddenStatesDataset
 from ..data.partition import partition_every_slot
+from ..data.prepared_dataset import split_rows
 from ..errors import PeagleError
 from ..files import write_json
 from ..hub.training_json import read_record

@@ -16,8 +16,8 @@ from transformers.utils import is_in_notebook
 
 from ..arguments import check_names, check_ranges, flag_of, plain
 from ..console import is_quiet
-from ..data.dataset import learnt_share
 from ..data.endpoint import DEFAULT_URL, MAX_RETRIES, REQUEST_TIMEOUT, endpoint_urls
+from ..data.prepared_dataset import learnt_share
 from ..errors import PeagleError
 from ..model.config import PeagleConfig
 from ..processes import connect_on_cpu, is_launched

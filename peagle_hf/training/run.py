@@ -11,11 +11,11 @@ from transformers.trainer_utils import SaveStrategy
 
 from ..data.cache_manifest import Manifest, check_cache, check_folder
 from ..data.cache_storage import cache_folder, cached_rows
-from ..data.dataset import GENERATED_DTYPE, HiddenStatesDataset, split_rows
+from ..data.dataset import GENERATED_DTYPE, HiddenStatesDataset
 from ..data.endpoint import endpoint_urls, served_model
 from ..data.endpoint_folder import check_layers, remove_unfetched, require_layers, served_layers
 from ..data.endpoint_states import Endpoint
-from ..data.prepared_dataset import load_prepared, read_prepare_record
+from ..data.prepared_dataset import load_prepared, read_prepare_record, split_rows
 from ..errors import PeagleError
 from ..files import canonical_path, check_writable
 from ..model.config import PeagleConfig

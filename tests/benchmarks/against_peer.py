@@ -188,7 +188,7 @@ def train_peer(job: dict) -> Measured:
     from speculators.train.config import TrainConfig
     from speculators.train.distributed_batch_sampler import MultipackDistributedBatchSamplerV2
 
-    from peagle_hf.data.dataset import column, load_prepared, split_rows
+    from peagle_hf.data.prepared_dataset import column, load_prepared, split_rows
 
     train_rows, held_out = split_rows(job["data"], TRAIN_RATIO, job["seed"])
     data = Path(job["folder"]) / "data"
@@ -268,7 +268,7 @@ def fit_peer(on_gpu: bool) -> None:
 def link_rows(source: Path, target: Path, rows: list[int]) -> None:
     """A prepared dataset of these rows, in this order, and links to their hidden states."""
     from peagle_hf.data.cache_storage import row_path
-    from peagle_hf.data.dataset import load_prepared
+    from peagle_hf.data.prepared_dataset import load_prepared
 
     load_prepared(source).select(rows).with_format("torch").save_to_disk(target)
     states = target / "hidden_states"

@@ -24,7 +24,7 @@ TEMPLATE = (
 PLAN = """
 import sys
 from peagle_hf import HiddenStatesDataset
-from peagle_hf.data.dataset import split_rows
+from peagle_hf.data.prepared_dataset import split_rows
 dataset = HiddenStatesDataset(sys.argv[1], rows=split_rows(sys.argv[1], 0.99)[0])
 print(len(dataset), "packed rows")
 """
