@@ -161,7 +161,7 @@ def test_extraction_stores_every_kind(storage, arguments, caplog):
     assert 0 < used - tensors < 8 * 512, "the headers"
     assert extract(arguments).num_kept == 8
     arguments.storage = STORAGES[STORAGES.index(storage) - 1]
-    with pytest.raises(PeagleError, match=f"storage '{storage}' there, '{arguments.storage}' wanted"):
+    with pytest.raises(PeagleError, match=f"storage is '{storage}', wanted is '{arguments.storage}'"):
         extract(arguments)
 
 
@@ -189,7 +189,7 @@ def test_learnt_files_of_another_loss_mask_are_refused_and_made_again(arguments,
     manifest = Manifest.read(output)
     replace(manifest, rows=None).write(output)  # as earlier versions wrote it
     dataset = HiddenStatesDataset(tmp_path / "all", output)
-    with pytest.raises(PeagleError, match=r"hs_\d\.safetensors: The last layer's states of \d tokens are wanted"):
+    with pytest.raises(PeagleError, match=r"hs_\d\.safetensors: The last layer's states of \d tokens are needed"):
         dataset[0]
     arguments.output, arguments.preprocessed_data, arguments.validate_outputs = str(output), str(tmp_path / "all"), True
     assert extract(arguments).made_again.keys() == set(range(8))

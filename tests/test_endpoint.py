@@ -750,7 +750,7 @@ def test_leaving_out_rows_moves_no_other_row(online, server, data, tokens):
     for wrong in ([6], [-1]):
         with pytest.raises(PeagleError, match=rf"--skip-rows names row {wrong[0]}, but the rows of .* are 0 to 5"):
             HiddenStatesDataset(data, skip_rows=wrong)
-    with pytest.raises(PeagleError, match="nothing to learn"):
+    with pytest.raises(PeagleError, match="has a token to train on"):
         HiddenStatesDataset(data, on_missing="generate", endpoint=skipping.endpoint, skip_rows=range(6))
 
 

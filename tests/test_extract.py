@@ -113,7 +113,7 @@ def test_a_verifier_with_new_weights_is_another_one(llama: Path, arguments: Extr
     arguments = replace(arguments, model=str(mine))
     extract.extract(replace(arguments, max_samples=1))
     save_verifier(mine, tiny("llama", rope_theta=5e5))
-    with pytest.raises(PeagleError, match=r"revision 'config \w+ .*' there, 'config \w+ .*' wanted.*another config"):
+    with pytest.raises(PeagleError, match=r"revision is 'config \w+ .*', wanted is 'config \w+ .*'.*another config"):
         extract.extract(arguments)
 
 
@@ -243,16 +243,16 @@ def test_states_of_another_verifier_or_other_layers_are_not_mixed(arguments: Ext
         extract.extract(replace(arguments, model=str(tmp_path / "other")))
     assert arguments.model in str(error.value)
     assert str(tmp_path / "other") in str(error.value)
-    with pytest.raises(PeagleError, match=r"aux_layer_ids \[1, 2, 3\] there, \[0, 2, 3\] wanted"):
+    with pytest.raises(PeagleError, match=r"aux_layer_ids is \[1, 2, 3\], wanted is \[0, 2, 3\]"):
         extract.extract(replace(arguments, target_layer_ids=[0, 2, 3]))
-    with pytest.raises(PeagleError, match="dtype 'bfloat16' there, 'float32' wanted"):
+    with pytest.raises(PeagleError, match="dtype is 'bfloat16', wanted is 'float32'"):
         extract.extract(replace(arguments, dtype="float32"))
     prepared = Path(arguments.preprocessed_data, "prepare.json")
     prepared.write_text('{"tokenizer_fingerprint": "abc", "chat_template_kwargs": {}}')
-    with pytest.raises(PeagleError, match=r"chat_template_kwargs \{'think': False\} there, \{\} wanted"):
+    with pytest.raises(PeagleError, match=r"chat_template_kwargs is \{'think': False\}, wanted is \{\}"):
         extract.extract(arguments)
     prepared.write_text('{"tokenizer_fingerprint": "xyz"}')
-    with pytest.raises(PeagleError, match="tokenizer_fingerprint 'abc' there, 'xyz' wanted"):
+    with pytest.raises(PeagleError, match="tokenizer_fingerprint is 'abc', wanted is 'xyz'"):
         extract.extract(arguments)
     assert cached_rows(output) == {0}
 

@@ -896,9 +896,9 @@ def test_a_chosen_chat_template_and_its_variables(arguments, tmp_path):
     assert record["chat_template"] == chosen.chat_template
     assert record["chat_template_kwargs"] == {"greeting": "Hello there, "}
     inspect_data(DataArguments("inspect", str(folder)))
-    with pytest.raises(PeagleError, match=r"made otherwise: .*chat_template_kwargs was"):
+    with pytest.raises(PeagleError, match=r"made with other settings: .*chat_template_kwargs was"):
         prepare(changed(chosen, chat_template_kwargs={"greeting": "Hi"}))
-    with pytest.raises(PeagleError, match="made otherwise: tokenizer_fingerprint was"):
+    with pytest.raises(PeagleError, match="made with other settings: tokenizer_fingerprint was"):
         prepare(arguments)
 
 
@@ -916,7 +916,7 @@ def test_a_folder_whose_files_changed_is_another_dataset(arguments, tmp_path):
     write_lines(folder / "a.jsonl", [{"messages": HELLO}])
     prepare(changed(arguments, data=[str(folder)]))
     write_lines(folder / "b.jsonl", [{"messages": HELLO}])
-    with pytest.raises(PeagleError, match=r"made otherwise: the content of .*chats has changed"):
+    with pytest.raises(PeagleError, match=r"made with other settings: the content of .*chats has changed"):
         prepare(changed(arguments, data=[str(folder)]))
 
 
@@ -973,7 +973,7 @@ def test_another_dataset_is_replaced_only_when_asked(arguments, change):
         write_lines(Path(arguments.data[0]), [{"messages": HELLO}])
     else:
         make_tokenizer(MARKED).save_pretrained(arguments.model)
-    with pytest.raises(PeagleError, match=rf"made otherwise: {change}.* Pass --overwrite"):
+    with pytest.raises(PeagleError, match=rf"made with other settings: {change}.* Pass --overwrite"):
         prepare(arguments)
     assert contents(folder) == before | {"notes.txt": b"mine"}
 

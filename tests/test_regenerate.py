@@ -586,7 +586,7 @@ def test_tools_are_on_offer_and_their_results_are_not_made_up(target, tmp_path):
     assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
     text = AutoTokenizer.from_pretrained(folder).decode(row["input_ids"])
     assert text.startswith("<|start|>tools\nlook<|end|>\n<|start|>user\nWho sings?<|end|>")
-    assert reasons_of(output) == {"b": "a user turn follows the result of a tool, which can't be asked for anew"}
+    assert reasons_of(output) == {"b": "a user turn follows a tool result, which can't be regenerated"}
 
 
 def test_no_path_of_this_machine_is_written(target, prompts, tmp_path):
@@ -821,7 +821,7 @@ def test_other_arguments_are_refused(target, prompts, tmp_path):
         PeagleError, match=r"chats\.jsonl belongs to .* \(temperature: 0\.0 there, 0\.5 now\)"
     ) as refused:
         run(target, output, prompts=str(prompts), temperature=0.5)
-    assert f"remove {output} to make it anew. Answers in" in str(refused.value)
+    assert f"remove {output} to regenerate it. Answers in" in str(refused.value)
 
     other = shutil.copytree(target, tmp_path / "other-model")
     with pytest.raises(PeagleError, match=f"model: {target.name} there, other-model now"):

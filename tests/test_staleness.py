@@ -199,7 +199,7 @@ def test_manifests_of_earlier_versions_are_compared_by_their_own_fingerprint(ext
     assert extract(extracted).num_kept == 19
     assert extract(extracted).num_kept == 20
     fine_tune(verifier)  # tensors of a tiny model are within the ends that were read
-    with pytest.raises(PeagleError, match=r"revision 'sha256 \w+' there, 'config .*' wanted"):
+    with pytest.raises(PeagleError, match=r"revision is 'sha256 \w+', wanted is 'config .*'"):
         extract(extracted)
 
 
@@ -226,9 +226,7 @@ def test_states_of_other_rows_are_refused_before_training_and_made_again(extract
     other = write_prepared(tmp_path / "other", [12 + index for index in range(20)], seed=7)
     states = Path(extracted.preprocessed_data) / "hidden_states"
     arguments = training(train_flags, extracted, data_path=str(other), hidden_states_path=str(states))
-    with pytest.raises(
-        PeagleError, match=rf"16 of the files in {states} are not those .* other tokens.*another dataset"
-    ):
+    with pytest.raises(PeagleError, match=rf"16 of the files in {states} are not of .* other tokens.*another dataset"):
         build_datasets(arguments)
     again = replace(extracted, preprocessed_data=str(other), output=str(states))
     assert len(extract(again).made_again) == 20
@@ -269,7 +267,7 @@ def test_prepare_notices_changed_inputs(words, tmp_path):
     arguments = PrepareArguments(model=str(tmp_path / "model"), data=[chats], output=str(tmp_path / "out"))
     prepare(arguments)
     CHANGES[words](tmp_path)
-    with pytest.raises(PeagleError, match=f"made otherwise: {words}"):
+    with pytest.raises(PeagleError, match=f"made with other settings: {words}"):
         prepare(arguments)
     assert prepare(replace(arguments, overwrite=True))
 

@@ -121,7 +121,7 @@ class Journal:
             except (ValueError, KeyError, TypeError) as error:
                 raise PeagleError(
                     f"{self.path}, line {number} is damaged, or of another version ({type(error).__name__}: {error}). "
-                    "Take the line out to keep the other answers, or remove the file to have all prompts answered anew."
+                    "Remove the line to keep the other answers, or the file to have all prompts answered again."
                 ) from error
             offset += len(line)
             if left == 0:

@@ -138,7 +138,7 @@ class Manifest:
         skipped = {"rows", "format_version", "revision", *({"verifier"} if same_weights is not None else ())}
         pairs = [(one.name, getattr(self, one.name), getattr(wanted, one.name)) for one in fields(self)]
         differing = [
-            f"{name} {here!r} there, {there!r} wanted"
+            f"{name} is {here!r}, wanted is {there!r}"
             for name, here, there in pairs
             if name not in skipped
             and here is not None
@@ -146,7 +146,7 @@ class Manifest:
             and canonical_path(here) != canonical_path(there)
         ]
         if same_weights is False:
-            differing.insert(0, f"revision {self.revision!r} there, {wanted.revision!r} wanted")
+            differing.insert(0, f"revision is {self.revision!r}, wanted is {wanted.revision!r}")
         if not differing:
             return
         changed = ""
@@ -157,13 +157,13 @@ class Manifest:
             )
         elif same_weights is None:
             changed = (
-                "Whether the two have the same weights can't be told here, since not all of them are on this machine. "
-                f"If they have, write the new name as verifier into {Path(folder) / MANIFEST}. "
+                "The weights of the two can't be compared, since not all of them are on this machine. If they are the "
+                f"same, write the new name as verifier into {Path(folder) / MANIFEST}. "
             )
         raise PeagleError(
-            f"The hidden states in {folder} are of another kind: {'; '.join(differing)}. {changed}Name the folder that "
-            "belongs to what is wanted, or another one for peagle-hf extract to fill; to go back to a revision on the "
-            "hub pass --revision, in training --verifier-revision."
+            f"The hidden states in {folder} don't fit: {'; '.join(differing)}. {changed}Name the folder with the "
+            "states that are wanted, or another one for peagle-hf extract to fill. Another revision of the hub is "
+            "named with --revision, in training with --verifier-revision."
         )
 
 

@@ -1,4 +1,4 @@
-"""`CODDataCollator`: samples the slots (anchor, depth) of samples and packs them into one sequence.
+"""`CODDataCollator`: draws the slots (anchor, depth) of samples and packs them into one sequence.
 
 Shape letters: T tokens of a sample.
 """

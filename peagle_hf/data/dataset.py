@@ -172,8 +172,8 @@ class HiddenStatesDataset(Dataset):
         if manifest is not None and manifest.aux_layer_ids != list(aux_layer_ids):
             raise PeagleError(
                 f"The hidden states in {self.hidden_states_path} are those of the layers {manifest.aux_layer_ids}, but "
-                f"the drafter reads {list(aux_layer_ids)}. Make it with target_layer_ids={manifest.aux_layer_ids}, or "
-                "extract the others into another folder."
+                f"the drafter reads {list(aux_layer_ids)}. Make the drafter with target_layer_ids="
+                f"{manifest.aux_layer_ids}, or extract its layers into another folder."
             )
 
     def _check_cache(self, rows: Sequence[int]) -> str | None:
@@ -218,7 +218,11 @@ class HiddenStatesDataset(Dataset):
         if not missing:
             return rows
         if on_missing == "generate":
-            logger.info("%d of %d samples will be asked of the vLLM server.", len(missing), len(rows))
+            logger.info(
+                "%d of %d samples have no file; the vLLM server is asked for their hidden states.",
+                len(missing),
+                len(rows),
+            )
             return rows
         if on_missing == "raise":
             raise PeagleError(self._advice(present))

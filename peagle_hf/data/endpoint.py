@@ -169,8 +169,8 @@ def served_model(
         if canonical_path(wanted) not in {canonical_path(name) for name in found.values()}:
             raise PeagleError(
                 f"The vLLM server {url} runs {found['root']}, wanted is {wanted}. Start it with that model, or name "
-                "the right endpoint. (A model that is merely called otherwise there can be given its name here with "
-                "vLLM's --served-model-name.)"
+                "the right endpoint. If it is the same model under another name, start the server with vLLM's "
+                f"--served-model-name {wanted}."
             )
     assert wanted is not None
     return wanted
@@ -244,7 +244,7 @@ class Server:
             import openai
         except ImportError as error:
             raise PeagleError(
-                "Asking a vLLM server takes the openai package. Install it with pip install 'peagle-hf[endpoint]'."
+                "Requests to a vLLM server need the openai package. Install it with pip install 'peagle-hf[endpoint]'."
             ) from error
         (self.url,) = endpoint_urls(url)
         credentials = _CREDENTIALS.get(self.url)

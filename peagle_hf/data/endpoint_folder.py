@@ -193,7 +193,7 @@ class OwnRequests:
         """Create and lock this client's marker file, and only then give it its name; each name is used once."""
         if fcntl is None:
             raise PeagleError(
-                "Hidden states from a vLLM server take file locks (flock), which Windows doesn't have. Extract them "
+                "Hidden states from a vLLM server need file locks (flock), which Windows doesn't have. Extract them "
                 "without --endpoint, which runs the verifier in this process, or use Linux (WSL too)."
             )
         self.client = secrets.token_hex(8)
@@ -213,8 +213,8 @@ class OwnRequests:
             os.close(descriptor)
             temporary.unlink(missing_ok=True)
             raise PeagleError(
-                f"Files in {self.folder} can't be locked with flock ({error.strerror}), by which server and client "
-                "know who still needs a file. Name a folder on a local disk or on NFS 4 (Lustre: mount with -o flock)."
+                f"Files in {self.folder} can't be locked with flock ({error.strerror}). Server and client need locks "
+                "to know which files are in use. Name a folder on a local disk or NFS 4 (Lustre: mount -o flock)."
             ) from error
         temporary.rename(marker)
         self._marker = descriptor

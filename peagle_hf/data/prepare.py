@@ -241,7 +241,7 @@ def _plan(arguments: PrepareArguments, is_there: bool) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         for number, data in enumerate(arguments.data):
             if not is_local_file(data):
-                lines.append(f"would read {source_name(data)}, of which the length isn't known before it is there")
+                lines.append(f"would read {source_name(data)}, whose length is known only after the download")
                 num_rows = None
                 continue
             (folder := Path(scratch) / str(number)).mkdir()

@@ -42,7 +42,7 @@ _CHECKED_FILES = ("data-*.arrow", DATASET_INFO, DATASET_STATE, "token_freq.pt", 
 _OWN_FILES = (PREPARE_RECORD, *_CHECKED_FILES, SKIPPED, f"{INSPECTION}.html", f"{INSPECTION}.json")
 UNMOVED = ".prepared"
 """Folder in which `prepare` makes a dataset. When it is complete, its files are moved out of it, the record last."""
-REMEDY = "Run the same peagle-hf prepare command again: it makes a damaged dataset anew and keeps its hidden states."
+REMEDY = "Run the same peagle-hf prepare command again: it replaces a damaged dataset and keeps its hidden states."
 
 
 def load_prepared(data_path: str | os.PathLike[str]) -> "datasets.Dataset":
@@ -59,8 +59,8 @@ def load_prepared(data_path: str | os.PathLike[str]) -> "datasets.Dataset":
         raise PeagleError(f"{folder} is not a prepared dataset. Make it with peagle-hf prepare --output {folder}.")
     if (folder / UNMOVED / PREPARE_RECORD).exists():
         raise PeagleError(
-            f"{folder} is not complete: peagle-hf prepare was stopped while it put the files of a new dataset into "
-            f"place, and some are in {folder / UNMOVED} still. Run it again, which does the rest."
+            f"{folder} is not complete: peagle-hf prepare was stopped while it moved the files of a new dataset into "
+            f"place, and some are still in {folder / UNMOVED}. Run it again to finish."
         )
     record = read_prepare_record(folder)
     for name in (DATASET_INFO, DATASET_STATE):
@@ -206,7 +206,7 @@ def is_made(output: Path, origin: dict[str, Any], overwrite: bool) -> bool:
     changes = _changes(read_prepare_record(output), origin) if record_path.exists() else ["it has no record"]
     if changes and not overwrite:
         raise PeagleError(
-            f"{output} holds a dataset that was made otherwise: {'; '.join(changes)}. "
+            f"{output} holds a dataset made with other settings: {'; '.join(changes)}. "
             "Pass --overwrite to replace it, or name another --output."
         )
     if changes:
@@ -220,7 +220,7 @@ def is_made(output: Path, origin: dict[str, Any], overwrite: bool) -> bool:
         load_prepared(output)
         load_token_freq(output / "token_freq.pt")
     except PeagleError as error:
-        logger.warning("The dataset is made anew: %s", error)
+        logger.warning("The dataset is prepared again: %s", error)
         return False
     return True
 

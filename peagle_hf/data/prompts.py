@@ -101,7 +101,7 @@ def _check_answerable(prompt: Prompt, roles: list[str]) -> None:
     if _SURROGATE.search(json.dumps([prompt.system, prompt.turns, prompt.tools], ensure_ascii=False)):
         raise Unlearnable("it holds half a surrogate pair, which is no text")
     if "tool" in roles and "user" in roles[roles.index("tool") :]:
-        raise Unlearnable("a user turn follows the result of a tool, which can't be asked for anew")
+        raise Unlearnable("a user turn follows a tool result, which can't be regenerated")
 
 
 def _label(row: dict[str, Any], names: Sequence[str], default: str) -> str:

@@ -300,7 +300,7 @@ def _settings_of(output: Path, report_path: Path) -> dict[str, Any]:
             else f"its report {report_path} is damaged ({type(error).__name__}: {error})"
         )
         raise PeagleError(
-            f"{output} exists already, but {problem}. Name another --output, or remove {output} to make it anew."
+            f"{output} exists already, but {problem}. Name another --output, or remove {output} to regenerate it."
         ) from error
 
 
@@ -312,7 +312,7 @@ def _require_same_settings(settings: dict[str, Any], found: dict[str, Any], outp
         kept = f" Answers in {journal_path} that are still valid will be used." if journal_path.exists() else ""
         raise PeagleError(
             f"{output} belongs to a run with other arguments ({'; '.join(changes)}). Give the same arguments as then, "
-            f"name another --output, or remove {output} to make it anew.{kept}"
+            f"name another --output, or remove {output} to regenerate it.{kept}"
         )
 
 
@@ -336,8 +336,8 @@ def _log_changes(journal: Journal, answer_settings: dict[str, Any]) -> None:
     ]
     if changes:
         logger.warning(
-            "The latest answers in %s were made with other arguments (%s). Prompts are asked anew where their answers "
-            "depend on these; a run with the old arguments would find the old answers, which stay in the file.",
+            "The latest answers in %s were made with other arguments (%s). Prompts are answered again if their answers "
+            "depend on these. The old answers stay in the file, for runs with the old arguments.",
             journal.path,
             "; ".join(changes),
         )

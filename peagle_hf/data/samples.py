@@ -193,15 +193,15 @@ def _read_tokens(
     if row.get("tokenizer") not in (None, vocabulary):
         raise PeagleError(
             f"{place}: the input_ids are of another tokenizer, that of {row.get('model') or 'an unknown model'}. Name "
-            "that model with --model, make the rows anew with peagle-hf regenerate, or take `input_ids` out of the "
-            "rows so that their `messages` are tokenized."
+            "that model with --model, run peagle-hf regenerate with this one, or remove `input_ids` from the rows so "
+            "that their `messages` are tokenized."
         )
     if row.get("chat_options") not in (None, chat_options.fingerprint()):
         raise PeagleError(
             f"{place}: the input_ids were written with other chat options ({row['chat_options']}) than those here "
             f"({chat_options.fingerprint()}), which the drafter would be measured and served with. Give peagle-hf "
-            "prepare the --chat-template and --chat-template-kwargs that peagle-hf regenerate had, or make the rows "
-            "anew."
+            "prepare the --chat-template and --chat-template-kwargs that peagle-hf regenerate had, or run peagle-hf "
+            "regenerate again with those given here."
         )
     for name, limit in (("input_ids", num_ids), ("loss_mask", 2)):
         values = row[name]
@@ -222,6 +222,12 @@ def _read_tokens(
 
 
 def _candidate_features() -> "datasets.Features":
+    """The columns of a candidate; those that don't apply to it are null.
+
+    A sample has `input_ids`, `loss_mask`, `seq_len`, `num_cut` (tokens that were cut off) and `content` (a hash of ids
+    and mask). What is left out has a `reason`. Both have `number` (row of the data), `conversation_id`, `place` (for
+    people) and the counts of `ANSWER_COLUMNS`.
+    """
     from datasets import Features, List, Value
 
     return Features(

@@ -251,7 +251,7 @@ class _reading:
         if isinstance(error, EOFError | OSError | lzma.LZMAError) and not isinstance(error, FileNotFoundError):
             raise PeagleError(
                 f"{self.path} can't be read to its end ({error}). It is damaged, not complete or not what its ending "
-                "says: make or fetch it again."
+                "says: create or download it again."
             ) from error
 
 
@@ -357,7 +357,8 @@ def _parquet_items(path: Path) -> Iterator[tuple[int, Any]]:
             yield from ((number, _without_filler(row)) for number, row in enumerate(rows))
     except (pyarrow.ArrowException, OSError, EOFError) as error:
         raise PeagleError(
-            f"{path} can't be read as a Parquet file ({error}). It is damaged or not complete: make or fetch it again."
+            f"{path} can't be read as a Parquet file ({error}). It is damaged or not complete: create or download "
+            "it again."
         ) from error
 
 

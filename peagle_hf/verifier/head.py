@@ -154,6 +154,6 @@ def check_logits(model: PreTrainedModel) -> None:
     if found.shape != own.shape or (found - own).abs().max() > tolerance:
         raise PeagleError(
             f"The logits of {type(model).__name__} are not what its final norm, head, logit scale {head.scale} and "
-            f"softcap {head.softcap} give, so a drafter would learn something else. Say how they come about with "
-            "peagle_hf.register_verifier, as docs/how-to/verifiers.md shows."
+            f"softcap {head.softcap} give, so a drafter would learn something else. Register how they are computed "
+            "with peagle_hf.register_verifier, as docs/how-to/verifiers.md shows."
         )

@@ -53,8 +53,8 @@ def check_quantization(name: object, config: PreTrainedConfig) -> None:
     )
     if method not in METHODS:
         raise PeagleError(
-            f"The verifier {name} is quantised with {method}, which can't be run in this process; what can are "
-            f"{', '.join(METHODS)}. Name the model that it was made from, or one quantised otherwise. {served}"
+            f"The verifier {name} is quantised with {method}, which can't be run in this process. Supported are "
+            f"{', '.join(METHODS)}. Name the model that it was made from, or a copy with such a quantisation. {served}"
         )
     if missing := [module for module in METHODS[method] if find_spec(module) is None]:
         raise PeagleError(

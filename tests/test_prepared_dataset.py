@@ -56,7 +56,7 @@ def test_the_same_command_makes_a_damaged_dataset_anew(arguments, name, damage, 
     assert str(folder) in str(error.value)
     assert "peagle-hf prepare" in str(error.value)
     prepare(arguments)
-    assert "The dataset is made anew" in caplog.text
+    assert "The dataset is prepared again" in caplog.text
     assert prepared(folder) == whole
     assert load_token_freq(folder / "token_freq.pt")
     assert (folder / "hidden_states" / "hs_0.safetensors").exists()
