@@ -29,7 +29,7 @@ from ..verifier.loading import load_verifier
 from .chats import Unlearnable
 from .endpoint import ask_any, concurrently, endpoint_urls, served_model
 from .errors import EndpointError, RefusedEndpointError
-from .tokenizer import ChatOptions, load_tokenizer
+from .tokenizer import ChatOptions, load_tokenizer, several_chat_templates
 
 _PLACEHOLDER = "PLACEHOLDER"
 
@@ -85,10 +85,7 @@ class ChatModel(ABC):
                 "Name a chat model, or add a chat_template.jinja to its folder."
             )
         if isinstance(self.tokenizer.chat_template, dict) and "default" not in self.tokenizer.chat_template:
-            raise PeagleError(
-                f"The tokenizer of {name} has several chat templates and none of them is the default: "
-                f"{', '.join(self.tokenizer.chat_template)}. Name one with --chat-template."
-            )
+            raise several_chat_templates(self.tokenizer)
         self.end_ids = {self.tokenizer.eos_token_id} if ends is None else {ends} if isinstance(ends, int) else set(ends)
         self.max_length: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
 

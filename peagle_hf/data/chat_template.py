@@ -15,6 +15,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..errors import PeagleError
 from .chats import Chat, Unlearnable
+from .tokenizer import several_chat_templates
 
 # A letter of Unicode's private use area, with which no answer and no chat template begins or ends.
 PROBE = "\ue000"
@@ -127,10 +128,7 @@ class ChatRenderer:
         try:
             return self._tokenizer.get_chat_template(tools=[{}] if has_tools else None)
         except ValueError as error:
-            raise PeagleError(
-                f"The tokenizer of {self._tokenizer.name_or_path} has several chat templates and none of them is the "
-                f"default: {', '.join(self._tokenizer.chat_template)}. Name one with --chat-template."
-            ) from error
+            raise several_chat_templates(self._tokenizer) from error
 
     def kind(self, has_tools: bool) -> TemplateKind:
         """The template's properties, probed once with tools and once without."""

@@ -118,6 +118,14 @@ def read_chat_template(tokenizer: PreTrainedTokenizerBase, name_or_file: str) ->
         ) from error
 
 
+def several_chat_templates(tokenizer: PreTrainedTokenizerBase) -> PeagleError:
+    """The error about a tokenizer whose named chat templates have no default."""
+    return PeagleError(
+        f"The tokenizer of {tokenizer.name_or_path} has several chat templates and none of them is the default: "
+        f"{', '.join(tokenizer.chat_template)}. Name one with --chat-template."
+    )
+
+
 def read_template_kwargs(value: dict[str, Any] | str | None) -> dict[str, Any]:
     """The variables for a chat template, from a YAML mapping or JSON text.
 
