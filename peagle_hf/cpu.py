@@ -64,6 +64,8 @@ class OneDnnLinear(nn.Linear):
 
 
 class _PackedLinear(nn.Module):
+    """A linear layer whose weight is stored in the order in which oneDNN reads it."""
+
     def __init__(self, layer: nn.Linear):
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
@@ -79,6 +81,8 @@ class _PackedLinear(nn.Module):
 
 
 class _Linear(torch.autograd.Function):
+    """Linear layer by oneDNN, forward and backward."""
+
     @staticmethod
     def forward(ctx, states, weight, bias):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(states, weight)

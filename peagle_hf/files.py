@@ -20,7 +20,7 @@ from .errors import PeagleError
 if TYPE_CHECKING:
     from torch import Tensor
 
-_UMASK = os.umask(0)  # It can only be read by setting it, which here no other thread sees.
+_UMASK = os.umask(0)  # The umask can only be read by setting it; during the import no other thread runs.
 os.umask(_UMASK)
 
 _UNWRITABLE = (
@@ -75,7 +75,7 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # safetensors keeps the operating system's words at least, torch only notices that its file is too short.
+        # safetensors raises an error of its own with the system's message; torch reports a file of the wrong size.
         is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         if is_full or "No space left" in str(error) or "unexpected pos" in str(error):
             raise PeagleError(
@@ -153,6 +153,7 @@ def locked_file(path: str | os.PathLike[str], remedy: str) -> Iterator[None]:
 
 @contextmanager
 def _locked(lock_path: Path, written: str | os.PathLike[str], remedy: str) -> Iterator[None]:
+    """Hold the lock file while the block runs; a file beside it names the holder for other processes."""
     key = os.path.realpath(lock_path)
     if key in _HELD:
         yield
@@ -182,6 +183,7 @@ def _locked(lock_path: Path, written: str | os.PathLike[str], remedy: str) -> It
 
 
 def _acquired(lock_path: Path) -> filelock.BaseFileLock:
+    """Take a lock of the operating system, or a lock file if the disk has no locks."""
     try:
         lock: filelock.BaseFileLock = filelock.FileLock(lock_path)
         lock.acquire(timeout=0)

@@ -184,7 +184,7 @@ def _pieces(path: Path) -> list[_Piece]:
         ]
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            # The archive's own checksums are of all values, unless whoever saved it has switched them off.
+            # The archive's checksums cover all values, unless they were switched off when it was saved.
             return [
                 _Piece(f"{entry.filename} {entry.CRC}", path, entry.header_offset, entry.compress_size)
                 for entry in archive.infolist()
@@ -205,7 +205,7 @@ def _samples(pieces: Iterable[_Piece]) -> list[tuple[str, str]]:
         for piece in pieces:
             if piece.path not in descriptors:
                 descriptors[piece.path] = os.open(piece.path, os.O_RDONLY)
-                if hasattr(os, "posix_fadvise"):  # else the kernel reads on behind each block
+                if hasattr(os, "posix_fadvise"):  # otherwise the kernel reads ahead after each block
                     os.posix_fadvise(descriptors[piece.path], 0, 0, os.POSIX_FADV_RANDOM)
         with ThreadPoolExecutor(READERS) as pool:
             digests = pool.map(lambda piece: _sample(descriptors[piece.path], piece), pieces)

@@ -153,6 +153,7 @@ class CachedStates:
 
     def _quantized(self) -> "CachedStates":
         # Neither abs() nor a comparison needs a second copy of the states.
+        """The same states in float8, with one scale for each token."""
         highest = torch.maximum(self.states.amax((1, 2)), -self.states.amin((1, 2))).float()
         last = self.last
         if last is not None:
@@ -362,6 +363,7 @@ def file_layout(
 
 
 def _layout(file: Any) -> FileLayout:
+    """The layout of an open file, by the dtypes and shapes in its header."""
     parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
     found = {name: (part.get_dtype(), part.get_shape()) for name, part in parts.items()}
     is_learnt = AUX_STATES in found

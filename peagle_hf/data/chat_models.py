@@ -183,7 +183,7 @@ class LocalChatModel(ChatModel):
         own = "float32" if dtype == "auto" and device == "cpu" else dtype
         self.model: Any = load_verifier(name, own, device, trust_remote_code=trust_remote_code)
         pack_linear_layers(self.model)
-        # What else the checkpoint recommends, such as a repetition penalty, would take the text off the model's own.
+        # Other recommendations of the checkpoint, such as a repetition penalty, would change the model's own text.
         self.model.generation_config = GenerationConfig()
 
     @torch.inference_mode()

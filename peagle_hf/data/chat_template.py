@@ -137,6 +137,7 @@ class ChatRenderer:
         return self._kinds[has_tools]
 
     def _probe(self, has_tools: bool) -> TemplateKind:
+        """Render a question, an answer and both with markers as their text, and see what stands around the markers."""
         tools = [_PROBE_TOOL] if has_tools else None
 
         def text_of(*messages: dict[str, Any], prompted: bool = False) -> str | None:

@@ -155,6 +155,7 @@ def _raw_messages(row: dict[str, Any], place: str, preference: str | None) -> tu
 
 
 def _list_of_messages(value: Any, place: str, name: str) -> tuple[list[Any], list[str]]:
+    """The messages of a list, with pairs of question and answer split, and the field of each."""
     value = _decoded(value, place, name) if isinstance(value, str) and value.lstrip().startswith("[") else value
     if not isinstance(value, list):
         raise wrong_value(place, name, "a list of messages", value)
@@ -226,6 +227,7 @@ def _exclusion(fields: dict[str, Any]) -> str | None:
 
 
 def _read_message(message: Any, place: str, field: str) -> dict[str, Any]:
+    """A message with its role, content, reasoning and tool calls in the form that chat templates take."""
     if not isinstance(message, dict):
         raise wrong_value(place, field, "an object with a role and a content", message)
     if not message.keys() & {"content", "value", "tool_calls", "function_call", "refusal"}:
@@ -293,6 +295,7 @@ def _decoded_call(value: Any, field: str) -> list[Any]:
 
 
 def _read_tool_calls(calls: Any, place: str, field: str) -> list[dict[str, Any]]:
+    """Tool calls with their arguments as objects, also if the row has them as JSON text."""
     if isinstance(calls, str) and calls.lstrip().startswith("["):
         calls = _decoded(calls, place, field)
     if not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):

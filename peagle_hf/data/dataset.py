@@ -211,6 +211,7 @@ class HiddenStatesDataset(Dataset):
         return origin_of(manifest)
 
     def _present(self, rows: Sequence[int], on_missing: OnMissing) -> Sequence[int]:
+        """The rows to load: those without a file are left out, asked for or an error, as `on_missing` says."""
         if left_out := sorted(self.skip_rows.intersection(rows)):
             logger.info("Samples of %s left out by --skip-rows: %s.", self.data_path, ", ".join(map(str, left_out)))
         present = cached_rows(self.hidden_states_path) | self.skip_rows
@@ -349,6 +350,7 @@ class HiddenStatesDataset(Dataset):
         return generated
 
     def _load_sample(self, row: int, generated: CachedStates | None = None) -> dict[str, Any]:
+        """A sample with its states, of which tokens, weights and layers are checked; cut after `total_seq_len`."""
         sample = self.data[row]
         length = min(len(sample["input_ids"]), self.total_seq_len + 2)
         tokens = torch.as_tensor(sample["input_ids"])[:length].long()

@@ -191,8 +191,8 @@ def answer_prompts(answers: Answers, prompts: list[Prompt], lengths: list[int]) 
     verifier = answers.verifier
     unanswerable: dict[int, str] = {}
     waiting = _without_answers(answers, prompts, unanswerable)
-    # The composition of a batch changes rounding. A run that goes on has the same batches: those before are complete,
-    # as the prompts of one have equally many turns, and the order is not that of the file.
+    # The composition of a batch changes rounding, so a run that continues another has the same batches: the order
+    # doesn't depend on the file, and the prompts of a batch have equally many turns, so a batch is finished as a whole.
     waiting.sort(key=lambda index: (len(prompts[index].turns), lengths[index], prompts[index].digest))
     groups = groupby(waiting, key=lambda index: len(prompts[index].turns))
     batches = [batch for _, group in groups for batch in _batches(list(group), verifier.batch_size)]
@@ -318,6 +318,7 @@ class Dialogue:
         return self.samples
 
     def _end_sample(self, messages: list[dict[str, Any]]) -> None:
+        """Append a sample of the tokens so far, and begin another one."""
         self.samples.append(
             {
                 "id": self.prompt.id,

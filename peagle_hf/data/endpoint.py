@@ -305,7 +305,7 @@ class Server:
                 temperature=0,
                 extra_headers={"X-Request-Id": request},
             )
-            answer.choices[0]  # an answer without one is none of vLLM's
+            answer.choices[0]  # vLLM's answers have one
             parameters = getattr(answer, "kv_transfer_params", None) or {}
             path = parameters.get("hidden_states_path")
         if not isinstance(path, str):
@@ -331,7 +331,7 @@ class Server:
                 max_tokens=max_tokens,
                 extra_body={
                     **PLAIN_SAMPLING,
-                    "ignore_eos": True,  # which of its end ids a server knows depends on how it was started
+                    "ignore_eos": True,  # a server may know other end ids, depending on how it was started
                     "stop_token_ids": sorted(end_ids),
                     "return_token_ids": True,
                     **fields,
@@ -403,7 +403,7 @@ class Server:
 
         try:
             client = self.client.with_options(timeout=HEALTH_TIMEOUT, max_retries=0)
-            with suppress(openai.NotFoundError):  # it answers, but is no vLLM itself
+            with suppress(openai.NotFoundError):  # it answers, but not as vLLM: a proxy, perhaps
                 client.get(f"{self.url.removesuffix('/v1')}/health", cast_to=str)
             self.is_resting = False
         except openai.OpenAIError:

@@ -271,7 +271,7 @@ def written(path: Path, timeout: float) -> Iterator[bool]:
     """
     try:
         descriptor = os.open(f"{path}.lock", os.O_RDONLY)
-    except FileNotFoundError:  # a server that was told to lock nothing
+    except FileNotFoundError:  # the server was started without file locks
         yield True
         return
     try:

@@ -75,6 +75,7 @@ class Endpoint:
         )
 
     def _fetch(self, server: Server, token_ids: list[int], dtype: torch.dtype) -> Tensor:
+        """Ask one server and read its file; errors get advice on what to do."""
         try:
             with _own_requests(self.folder, os.getpid()).request() as request:
                 return self._read(server.ask(token_ids, request), token_ids, dtype)
@@ -136,6 +137,7 @@ class Endpoint:
             ) from error
 
     def _states(self, tensors: dict[str, Tensor], token_ids: list[int], dtype: torch.dtype) -> Tensor:
+        """The states [T, L, H] in a server's file, after checks of layers, tokens and values."""
         lacking = {"hidden_states", "token_ids"} - tensors.keys()
         if lacking:
             raise EndpointError(

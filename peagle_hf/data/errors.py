@@ -128,7 +128,7 @@ def on_all_processes(fetch: Callable[[], Result]) -> Result:
     except RowError as error:
         failure = error
     except RuntimeError as error:
-        if "DataLoader" not in str(error):  # PyTorch's words where a worker was killed or gave no answer in time
+        if "DataLoader" not in str(error):  # PyTorch's message if a worker was killed or timed out
             raise
         failure = RowError(
             None,

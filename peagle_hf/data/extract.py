@@ -412,6 +412,7 @@ def _plan(output: Path, manifest: Manifest, data: "datasets.Dataset", missing: d
 
 
 def _check_arguments(arguments: ExtractArguments) -> None:
+    """Make sure that the arguments are in range and fit together."""
     at_least_1 = ("max_samples", "max_batch_tokens", "concurrency", "max_consecutive_errors", "world_size")
     check_ranges(arguments, dict.fromkeys(at_least_1, (1, math.inf)))
     check_requests(arguments.request_timeout, arguments.max_retries)

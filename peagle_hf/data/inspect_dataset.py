@@ -205,6 +205,7 @@ def inspect_data(arguments: DataArguments) -> DataReport:
 
 
 def _tokenizer(arguments: DataArguments, folder: Path, record: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """The tokenizer of the dataset, checked against the fingerprint in the record."""
     model = arguments.model or record.get("model")
     if model is None:
         raise PeagleError(

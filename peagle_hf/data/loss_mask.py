@@ -246,6 +246,7 @@ class ChatTokenizer:
         return best
 
     def _plan_form(self, chat: Chat, excluded: dict[int, str], kind: TemplateKind) -> _Plan:
+        """Find the samples of a chat whose messages are in one form."""
         plan = _Plan()
         hidden: str | None = None
         seen = 0
@@ -410,6 +411,7 @@ def _closed(answer: _Answer, text: str, messages: list[dict[str, Any]], kind: Te
 
 
 def _formed(chat: Chat, form: _Form, roles_of_parts: frozenset[str]) -> Chat:
+    """The chat with its messages in a form, and their contents as parts for the roles that need that."""
     messages = []
     for message in chat.messages:
         if calls := message.get("tool_calls"):

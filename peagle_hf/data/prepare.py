@@ -403,6 +403,7 @@ def _count(
 
 
 def _log_counts(counts: dict[str, Any], arguments: PrepareArguments) -> None:
+    """Log the numbers of samples, tokens and copies, and each source's share of a mixture."""
     logger.info(
         "%(rows)d samples from %(conversations_read)d of %(conversations_in_data)d conversations: %(tokens)d tokens, "
         "%(learnt_tokens)d of them trained on; %(truncated_rows)d samples cut after %(seq_length)d tokens.",
@@ -432,6 +433,7 @@ def _log_counts(counts: dict[str, Any], arguments: PrepareArguments) -> None:
 
 
 def _log_answers(answers: dict[str, int], skipped: list[dict[str, Any]]) -> None:
+    """Log how many answers are trained on, cut and left out, and why."""
     beyond = ", %(beyond_max_samples)d beyond --max-samples" if answers["beyond_max_samples"] else ""
     logger.info(
         f"Of %(all)d answers %(learnt)d are trained on whole, %(cut)d cut{beyond} and %(left_out)d left out.", answers

@@ -69,7 +69,7 @@ def load_prepared(data_path: str | os.PathLike[str]) -> "datasets.Dataset":
         _check_file(folder / name, recorded)
     try:
         data = load_from_disk(str(folder))
-    except Exception as error:  # of datasets and Arrow, which have many for files that they can't read
+    except Exception as error:  # datasets and Arrow raise many kinds for a file that they can't read
         damaged = next((path for path in sorted(folder.glob("data-*.arrow")) if not _can_be_opened(path)), folder)
         raise PeagleError(f"{damaged} is damaged ({' '.join(str(error).split())}). {REMEDY}") from error
     if lacking := {"input_ids", "loss_mask", "seq_len"} - set(data.column_names):

@@ -164,6 +164,7 @@ def distinct(prompts: list[Prompt], excluded: list[Prompt], dropped: list[dict[s
 
 
 def _near_excluded(prompts: list[Prompt], sets: list[np.ndarray], excluded: list[Prompt]) -> Iterable[bool]:
+    """For each prompt whether it resembles an excluded one."""
     texts = {text for prompt in excluded for text in (" ".join(prompt.turns), prompt.turns[0])}
     turns = [_turns_5_grams(prompt) for prompt in prompts]
     known = _NearDuplicates([*map(_word_5_grams, sorted(texts)), *sets, *(own for one in turns for own in one)])
@@ -203,7 +204,7 @@ class _NearDuplicates:
         ranks = np.empty(len(shared), dtype=np.int32)
         ranks[order] = np.arange(len(shared))
         self.shared = [np.sort(ranks[_positions(own, shared)]) for own in sets]
-        # Of each rank, the added sets that have it and its place in them lie from `starts` on, `lengths` of them.
+        # The sets that contain rank r, and its place in each, are at `starts[r]` .. `starts[r] + lengths[r] - 1`.
         self.starts = np.concatenate([[0], np.cumsum(counts[order] + 1)])
         self.lengths = np.zeros(len(shared), dtype=np.int32)
         self.smallest = np.full(len(shared), np.iinfo(np.int32).max // 2, dtype=np.int32)

@@ -328,6 +328,7 @@ def _answer_settings(arguments: RegenerateArguments) -> dict[str, Any]:
 
 
 def _log_changes(journal: Journal, answer_settings: dict[str, Any]) -> None:
+    """Warn if the journal's latest answers were made with other settings."""
     before = journal.settings or {}
     changes = [
         f"{name}: {before[name]} there, {value} now"

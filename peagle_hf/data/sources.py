@@ -126,6 +126,7 @@ def data_sha256(data: "str | datasets.Dataset") -> str | None:
 
 
 def _open_local(data: str, folder: Path) -> Source:
+    """Open a file, a folder of files, or a dataset saved by `datasets`; files are copied into `folder` as Arrow."""
     from datasets import Dataset, DatasetDict, Features, Value, load_from_disk
     from datasets.arrow_writer import ArrowWriter
 

@@ -102,7 +102,7 @@ def load_verifier(
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # which are refused below, in words
+            ignore_mismatched_sizes=True,  # refused below with a message
         )
     model, found = loaded
     if mismatched := sorted(found["mismatched_keys"]):
@@ -145,7 +145,7 @@ def verifier_without_weights(
 ) -> PreTrainedModel:
     """The verifier's modules without weights (on the meta device), for their names, types and tied parameters."""
     config = _load_config(name_or_path, revision, trust_remote_code)
-    # Under ZeRO-3 transformers would cut even a model without weights into shards, unless told that this is done.
+    # Under ZeRO-3 transformers would shard even a model without weights, unless it is told that this is done already.
     with readable(name_or_path), set_zero3_state(), torch.device("meta"):
         return _auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
 

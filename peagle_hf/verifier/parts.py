@@ -70,6 +70,7 @@ def verifier_parts(model: PreTrainedModel) -> VerifierParts:
 
 
 def _usual_parts(model: PreTrainedModel) -> VerifierParts:
+    """The parts by the names that most decoders of transformers give them."""
     decoder = model.get_decoder()
     if not hasattr(decoder, "layers"):
         decoder = getattr(decoder, "model", decoder)
