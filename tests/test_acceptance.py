@@ -77,7 +77,7 @@ def test_every_anchor_is_counted_by_the_definition(trained, tiny_verifier, tmp_p
     dataset = HiddenStatesDataset(folder)
     expected = {name: [0] * num_depths for name in ("learnt", "correct", "reached", "accepted")}
     for row in range(ANSWERS):
-        for outcome in draft_at_every_anchor(drafter, verifier, dataset._document(row), num_depths).values():
+        for outcome in draft_at_every_anchor(drafter, verifier, dataset._load_sample(row), num_depths).values():
             reached = True
             for depth, (is_correct, follows) in enumerate(outcome):
                 expected["learnt"][depth] += 1
@@ -140,7 +140,7 @@ def test_generation_drafts_and_accepts_what_the_cached_states_say(
     monkeypatch.setattr("peagle_hf.data.partition.ROWS_A_POSITION", 1)
     checkpoint, folder = trained
     data = HiddenStatesDataset(folder)
-    documents = [data._document(row) for row in range(ANSWERS)]
+    documents = [data._load_sample(row) for row in range(ANSWERS)]
     prompts = [document["input_ids"][~document["loss_mask"]] for document in documents]
     longest = max(map(len, prompts))
     ids = torch.stack([F.pad(prompt, (longest - len(prompt), 0), value=3) for prompt in prompts])

@@ -132,15 +132,15 @@ def build(folder: Path, job: dict[str, Any]) -> tuple[Any, Any, Any]:
 class NormedStates(HiddenStatesDataset):
     """A dataset whose auxiliary states are each divided by their root mean square."""
 
-    def _document(self, row: int, generated: Any = None) -> dict[str, Any]:
-        document = super()._document(row, generated)
-        states, size = document["hidden_states"], document["target_states"].shape[-1]
+    def _load_sample(self, row: int, generated: Any = None) -> dict[str, Any]:
+        sample = super()._load_sample(row, generated)
+        states, size = sample["hidden_states"], sample["target_states"].shape[-1]
         normed = F.rms_norm(states.float().unflatten(-1, (-1, size)), (size,))
-        return document | {"hidden_states": normed.flatten(-2).to(states.dtype)}
+        return sample | {"hidden_states": normed.flatten(-2).to(states.dtype)}
 
 
 def set_weights(job: dict[str, Any]) -> None:
-    """Other row weights than the library's, if the job asks for them."""
+    """Other slot weights than the library's, if the job asks for them."""
 
     def weights(chance: Any, anchors: Any, depths: Any, num_positions: int, num_depths: int, alpha: float) -> Any:
         sizes = num_positions, num_depths
