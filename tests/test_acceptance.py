@@ -116,7 +116,7 @@ def test_a_cache_of_other_layers_is_refused(trained, tmp_path):
     states = Path(shutil.copytree(folder / "hidden_states", tmp_path / "states"))
     manifest = replace(Manifest.read(states), aux_layer_ids=[1, 2, 3])
     manifest.write(states)
-    with pytest.raises(PeagleError, match=r"aux_layer_ids \[1, 2, 3\] there"):
+    with pytest.raises(PeagleError, match=r"aux_layer_ids is \[1, 2, 3\]"):
         acceptance(AcceptanceArguments(str(checkpoint), str(folder), str(tmp_path / "a.json"), str(states)))
 
 

@@ -44,7 +44,7 @@ COLUMNS = (
 class WholeFiles(HiddenStatesDataset):
     """A reader that takes every byte of a file into memory; of plain files."""
 
-    def _document(self, row, generated):
+    def _load_sample(self, row, generated):
         sample = self.data[row]
         tensors = load(row_path(self.hidden_states_path, row).read_bytes())
         mask = torch.as_tensor(sample["loss_mask"])[: self.total_seq_len + 2].bool()
