@@ -57,6 +57,7 @@ BASE: dict[str, Any] = {
     "dataloader_num_workers": 1,
     "dataloader_persistent_workers": True,
 }
+STORED = ("--storage", "learnt", "--target-layer-ids")
 LAYERS = {"states": [2, 15, 27], "late": [20, 25, 29], "five": [2, 8, 15, 21, 27]}
 OWN_FIELDS = ("name", "states", "normed", "divide", "starts")
 """Of a job; the others are training arguments."""
@@ -67,41 +68,47 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 def data(options: argparse.Namespace) -> None:
     folder = Path(options.folder)
+    prepare_text(options.verifier, options.invented, folder)
+    waited = [
+        extract(folder, name, "--output", str(folder / name / layers), *STORED, *map(str, ids))
+        for layers, ids in LAYERS.items()
+        for name in ("train", "selected", "tested")
+    ]
+    if any(process.wait() for process in waited):
+        raise SystemExit("The extraction failed.")
+
+
+def prepare_text(verifier: str, invented: str, folder: Path) -> None:
+    """The prepared datasets train, selected and tested in `folder`; generates the answers to the test prompts."""
     folder.mkdir(parents=True, exist_ok=True)
-    with gzip.open(options.invented, "rt") as file:
+    with gzip.open(invented, "rt") as file:
         chats = file.readlines()
     chosen = set(random.Random(SELECTION_SEED).sample(range(len(chats)), NUM_SELECTION))
     for name, wanted in (("invented", False), ("selection", True)):
         lines = [chat for number, chat in enumerate(chats) if (number in chosen) == wanted]
         (folder / f"{name}.jsonl").write_text("".join(lines))
-    (folder / "verifier.txt").write_text(str(Path(options.verifier).absolute()))
+    (folder / "verifier.txt").write_text(str(Path(verifier).absolute()))
 
     def call(*arguments: str) -> None:
         subprocess.run([sys.executable, "-m", "peagle_hf", *arguments], check=True)
 
     def prepare(name: str, *sources: Path) -> None:
         files = [str(source) for source in sources]
-        target = ("--model", options.verifier, "--output", str(folder / name), "--seq-length", "2046")
+        target = ("--model", verifier, "--output", str(folder / name), "--seq-length", "2046")
         call("prepare", *target, "--data", *files)
-
-    def extract(name: str, layers: str) -> subprocess.Popen[bytes]:
-        where = ["--model", options.verifier, "--data-path", str(folder / name)]
-        where += ["--output", str(folder / name / layers)]
-        ids = map(str, LAYERS[layers])
-        command = [sys.executable, "-m", "peagle_hf", "extract", *where, "--storage", "learnt"]
-        return subprocess.Popen([*command, "--target-layer-ids", *ids])
 
     prepare("train", EXAMPLES / "data/train_chats.jsonl", folder / "invented.jsonl")
     prepare("selected", folder / "selection.jsonl")
-    waited = [extract(name, "states") for name in ("train", "selected")]
     test = ("--prompts", str(EXAMPLES / "data/test_prompts.jsonl"), "--output", str(folder / "test.jsonl"))
     answers = ("--max-new-tokens", "128", "--min-answer-tokens", "0", "--max-repetition", "1", "--dtype", "float32")
-    call("regenerate", "--model", options.verifier, *test, *answers, "--batch-size", "160")
+    call("regenerate", "--model", verifier, *test, *answers, "--batch-size", "160")
     prepare("tested", folder / "test.jsonl")
-    waited += [extract("tested", "states")]
-    waited += [extract(name, layers) for layers in ("late", "five") for name in ("train", "selected", "tested")]
-    if any(process.wait() for process in waited):
-        raise SystemExit("The extraction failed.")
+
+
+def extract(folder: Path, name: str, *flags: str) -> subprocess.Popen[bytes]:
+    """Start caching the verifier's states of one of the datasets."""
+    where = ["--model", (folder / "verifier.txt").read_text(), "--data-path", str(folder / name)]
+    return subprocess.Popen([sys.executable, "-m", "peagle_hf", "extract", *where, *flags])
 
 
 def saved(folder: Path, job: dict[str, Any]) -> Path:
