@@ -218,9 +218,10 @@ def measure(options: argparse.Namespace) -> None:
 @torch.no_grad()
 def count_by_prompt(drafter: Any, dataset: Any) -> torch.Tensor:
     """As `peagle_hf.evaluation.acceptance.count`, but of each row of the dataset, int64 [rows, 2, K]."""
+    from peagle_hf.metrics import count_drafts
+
     from peagle_hf.data.collator import CODDataCollator
     from peagle_hf.data.partition import partition_every_row
-    from peagle_hf.metrics import count_drafts
 
     drafter.eval()
     num_depths = drafter.config.num_depths
