@@ -94,7 +94,7 @@ def train_ours(folder: Path, job: Job, drafter_folder: Path, clock: Clock) -> di
 
     from peagle_hf import HiddenStatesDataset, PeagleTrainer, PeagleTrainingArguments, start_linearly
     from peagle_hf.cli.parsing import flags, parse_arguments
-    from peagle_hf.training import build_drafter
+    from peagle_hf.training.run import build_drafter
 
     class Steps(TrainerCallback):
         def on_step_end(self, *arguments: Any, **options: Any) -> None:
@@ -122,7 +122,7 @@ def train_peer(folder: Path, job: Job, drafter_folder: Path, clock: Clock) -> di
     from speculators.train.config import TrainConfig
     from speculators.train.distributed_batch_sampler import MultipackDistributedBatchSamplerV2
 
-    from peagle_hf.data.dataset import load_prepared
+    from peagle_hf.data.prepared_dataset import load_prepared
 
     prepared = load_prepared(folder / "train")
     lengths = [int(length) for length in prepared["seq_len"]]
@@ -201,37 +201,37 @@ def train(options: argparse.Namespace) -> None:
 
 def measure(options: argparse.Namespace) -> None:
     """Counts of reached and accepted positions, of every selection and test prompt, from cached states in float32."""
-    from peagle_hf import HiddenStatesDataset, PeagleForSpeculation
+    from peagle_hf import HiddenStatesDataset, PeagleForSpeculation, VerifierHead
+    from peagle_hf.training.objective import Objective
 
     folder, device = Path(options.folder), "cuda" if torch.cuda.is_available() else "cpu"
     drafter = PeagleForSpeculation.from_pretrained(options.drafter, dtype=torch.float32).to(device)
     if device == "cuda":
         drafter.set_attn_implementation("flex_attention")
-    drafter.load_verifier((folder / "verifier.txt").read_text(), False, False, torch.float32)
+    objective = Objective(drafter, VerifierHead.from_pretrained((folder / "verifier.txt").read_text(), torch.float32))
     result = {}
     for name in ("selected", "tested"):
         dataset = HiddenStatesDataset(folder / name, None, BASE["total_seq_len"])
-        result[name] = count_by_prompt(drafter, dataset).tolist()
+        result[name] = count_by_prompt(drafter, objective, dataset).tolist()
     Path(options.output).write_text(json.dumps(result))
 
 
 @torch.no_grad()
-def count_by_prompt(drafter: Any, dataset: Any) -> torch.Tensor:
-    """As `peagle_hf.evaluation.acceptance.count`, but of each row of the dataset, int64 [rows, 2, K]."""
-    from peagle_hf.metrics import count_drafts
-
+def count_by_prompt(drafter: Any, objective: Any, dataset: Any) -> torch.Tensor:
+    """As `peagle_hf.evaluation.acceptance.count`, but of each sample of the dataset, int64 [samples, 2, K]."""
     from peagle_hf.data.collator import CODDataCollator
-    from peagle_hf.data.partition import partition_every_row
+    from peagle_hf.data.partition import partition_every_slot
+    from peagle_hf.training.metrics import count_drafts
 
     drafter.eval()
     num_depths = drafter.config.num_depths
-    collator = CODDataCollator.from_config(drafter.config, every_row=True)
+    collator = CODDataCollator.from_config(drafter.config, every_slot=True)
     counts = torch.zeros(len(dataset.data), 2, num_depths, dtype=torch.long)
     for number, rows in enumerate(dataset.plan):
         outcomes = []
-        for part in partition_every_row(collator([dataset[number]])):
+        for part in partition_every_slot(collator([dataset[number]])):
             tensors = {name: value.to(drafter.device) for name, value in part.items() if name != "max_length"}
-            outcomes.append(drafter(**tensors, max_length=part["max_length"]).outcomes.cpu())
+            outcomes.append(objective(drafter, tensors | {"max_length": part["max_length"]}).outcomes.cpu())
         of_all = torch.cat(outcomes, dim=1)
         for document, row in enumerate(rows):
             counts[row] += count_drafts(of_all[:, of_all[0] == document], num_depths)
