@@ -133,14 +133,14 @@ def killed_at_each_change(monkeypatch, tmp_path, flags, step, callbacks=()):
     def save_often(trainer, model, trial):
         if trainer.state.global_step != step or found:
             return save(trainer, model, trial)
-        output, export = Path(trainer.args.output_dir), trainer._export_callback
+        output, export = Path(trainer.args.output_dir), trainer.export_callback
         copies(output, before)
-        is_superseding = bool(trainer._superseded)
+        is_superseding = bool(trainer.current_run.superseded)
         while True:
             folder = copies(before, tmp_path / f"killed-{len(found)}")
             found.append(folder)
             trainer.args.output_dir, export.run_folder = str(folder), folder
-            trainer._superseded = remains_of_run(folder) if is_superseding else []
+            trainer.current_run.superseded = remains_of_run(folder) if is_superseding else []
             with monkeypatch.context() as patch:
                 killer = Killer(patch, len(found))
                 try:

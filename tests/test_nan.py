@@ -6,35 +6,36 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 from test_trainer import run
+from test_trainer_arguments import trainer_of
+from transformers import Trainer
 
 from peagle_hf import PeagleError, PeagleTrainer, PeagleTrainingArguments
 from peagle_hf.data.collator import CODDataCollator
 from peagle_hf.files import save_file
 from peagle_hf.training.checkpoints import checkpoints_by_step
-from peagle_hf.training.nan_check import NanCheck
 from peagle_hf.training.run import train
 
 
 def poison(monkeypatch, step, value, what):
     """At a step make the loss, or one gradient, a number that isn't finite."""
-    compute_loss, clip = PeagleTrainer.compute_loss, PeagleTrainer._clip_grad_norm
+    compute_loss, backward = PeagleTrainer.compute_loss, Trainer.training_step
 
     def loss_of(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss = compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
         return loss * value if self.state.global_step + 1 == step else loss
 
-    def clipped(self, model):
+    def gradient_of(self, model, *args):
+        loss = backward(self, model, *args)
         if self.state.global_step + 1 == step:
             next(iter(model.parameters())).grad.view(-1)[0] = value
-        return clip(self, model)
+        return loss
 
     if what == "loss":
         monkeypatch.setattr(PeagleTrainer, "compute_loss", loss_of)
     else:
-        monkeypatch.setattr(PeagleTrainer, "_clip_grad_norm", clipped)
+        monkeypatch.setattr(Trainer, "training_step", gradient_of)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +98,7 @@ def test_a_validation_that_is_not_finite_ends_training(train_flags, monkeypatch)
 
     def nan_from_the_second_epoch(self, *args, **kwargs):
         if self.state.global_step == 10:
-            self._eval_loss += math.nan
+            self.validation.loss += math.nan
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(PeagleTrainer, "prediction_step", nan_from_the_second_epoch)
@@ -122,13 +123,8 @@ def test_a_cached_row_that_is_not_finite_is_named(train_flags, tmp_path, slot, w
 
 def test_the_scaler_of_float16_tries_infinities_in_peace(train_flags, monkeypatch):
     """Without a GPU there is no scaler, so only the rule is tried: gradients aren't judged in float16."""
-    args = PeagleTrainingArguments(**train_flags)
-    args.fp16 = True
-    trainer = PeagleTrainer.__new__(PeagleTrainer)
-    trainer.args = args
-    trainer._nan_check = NanCheck()
-    monkeypatch.setattr(
-        "transformers.Trainer._get_grad_norm", lambda self, model, grad_norm=None: torch.tensor(math.inf)
-    )
-    assert trainer._get_grad_norm(None) == math.inf
-    assert trainer._nan_check.first_bad() is None
+    poison(monkeypatch, 1, math.inf, "gradient")
+    trainer = trainer_of(train_flags, {"max_steps": 1, "eval_strategy": "no"})
+    trainer.args.fp16 = True
+    trainer.train()
+    assert trainer.current_run.nan_check.first_bad() is None

@@ -17,14 +17,13 @@ from test_trainer import ROOT, logged, losses, run, weights
 from peagle_hf import PeagleError, PeagleTrainingArguments
 from peagle_hf.files import locked_folder
 from peagle_hf.training.checkpoints import checkpoints_by_step, newest_checkpoint
-from peagle_hf.training.record import (
+from peagle_hf.training.record import RUN_RECORD, RunRecord
+from peagle_hf.training.resume_rules import (
     BY_CONTENT,
     EQUIVALENT,
     FREE,
     ON_RESUME,
     REFUSED,
-    RUN_RECORD,
-    RunRecord,
     changes_between,
     check_resume,
 )
@@ -38,7 +37,7 @@ def again(train_flags, **changes):
 def test_every_argument_is_free_refused_or_equivalent():
     """Also of a later transformers: a new argument must be put into the table."""
     names = {one.name for one in fields(PeagleTrainingArguments)}
-    assert not names - ON_RESUME.keys(), "put these into run_record.ON_RESUME"
+    assert not names - ON_RESUME.keys(), "put these into resume_rules.ON_RESUME"
     assert set(ON_RESUME.values()) == {FREE, REFUSED, BY_CONTENT, EQUIVALENT}
 
 

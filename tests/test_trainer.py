@@ -367,7 +367,7 @@ def test_a_seed_of_the_data_changes_the_order_of_rows_alone(train_flags):
     def rows(**changes):
         args = PeagleTrainingArguments(**{**train_flags, "train_data_ratio": 1, **changes})
         trainer = PeagleTrainer(build_drafter(args), args, train_dataset=build_datasets(args)[0])
-        return [request.number for request in trainer._get_train_sampler()]
+        return [request.number for request in trainer.get_train_dataloader().batch_sampler.sampler]
 
     assert rows() == rows(data_seed=42)
     assert sorted(rows()) == sorted(rows(data_seed=7))

@@ -47,9 +47,9 @@ def test_each_log_counts_the_steps_since_the_last_one(train_flags, monkeypatch):
     for number, entry in enumerate(logs):
         expected = summarize(sum(trainer.counted[2 * number : 2 * number + 2]))
         assert {name: entry[name] for name in expected} == expected
-    assert trainer._train_counters.shape == (len(COUNTERS), 3)
-    assert not trainer._train_counters.any()
-    assert trainer._pace.positions == 0
+    assert trainer.current_run.counters.shape == (len(COUNTERS), 3)
+    assert not trainer.current_run.counters.any()
+    assert trainer.current_run.throughput.positions == 0
 
 
 def test_each_validation_counts_its_own_rows(train_flags):
@@ -70,7 +70,7 @@ def test_workers_that_persist_do_not_validate_a_later_trial_with_the_depths_of_a
     assert trainer.get_eval_dataloader() is loader
     assert loader.collate_fn.num_depths == 3
     trainer.model.config.num_depths = 2
-    trainer._take_up_model()
+    trainer.configure_model()
     assert trainer.get_eval_dataloader().collate_fn.num_depths == 2
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import check_vllm_source
 import pytest
-import torch
+from test_trainer_arguments import trainer_of
 
-from peagle_hf import PeagleTrainer, PeagleTrainingArguments
+from peagle_hf import PeagleTrainingArguments
 
 
 @pytest.mark.parametrize("name", ["activation_checkpointing", "gradient_checkpointing"])
@@ -27,14 +27,11 @@ def test_either_name_of_checkpointing_works_without_a_warning(tmp_path, name):
         assert args.activation_checkpointing is args.gradient_checkpointing is False
 
 
-def test_only_the_process_that_saves_writes(tmp_path, monkeypatch):
+def test_only_the_process_that_saves_writes(train_flags, tmp_path, monkeypatch):
     """From transformers 5.23 on the Trainer calls `_save` on every process."""
-    args = PeagleTrainingArguments(output_dir=str(tmp_path / "run"), use_cpu=True)
+    trainer = trainer_of(train_flags)
     monkeypatch.setattr(PeagleTrainingArguments, "should_save", property(lambda self: False))
-    trainer = PeagleTrainer.__new__(PeagleTrainer)
-    trainer.args, trainer.model = args, torch.nn.Linear(1, 1)
-    trainer.is_distributed_loading_by_transformers = False
-    trainer._save(str(tmp_path / "checkpoint"))
+    trainer.save_model(str(tmp_path / "checkpoint"))
     assert not (tmp_path / "checkpoint").exists()
 
 

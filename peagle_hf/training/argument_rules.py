@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.training_args import OptimizerNames
 
-from ..arguments import default_of, flag_of, plain
+from ..arguments import check_ranges, default_of, flag_of, plain
 from ..errors import PeagleError
 
 logger = logging.getLogger(__name__)
@@ -211,6 +212,25 @@ CONTRADICTIONS: tuple[tuple[Callable[[Any], bool], str], ...] = (
 )
 """Arguments that can't be, alone or together, and what is said of them; `args` stands for all of them."""
 
+_RANGES = {
+    **dict.fromkeys(("num_layers", "num_depths", "max_anchors", "sliding_window", "draft_vocab_size"), (1, math.inf)),
+    **dict.fromkeys(("lora_r", "per_device_train_batch_size", "per_device_eval_batch_size"), (1, math.inf)),
+    **dict.fromkeys(("gradient_accumulation_steps", "save_total_limit", "total_seq_len"), (1, math.inf)),
+    **dict.fromkeys(("mask_token_id", "max_retries", "dataloader_num_workers", "weight_decay"), (0, math.inf)),
+    **dict.fromkeys(("max_grad_norm", "warmup_steps", "eval_delay", "target_layer_ids"), (0, math.inf)),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "lora_dropout"), (0, 1)),
+    **dict.fromkeys(("seed", "data_seed"), (0, 2**32 - 1)),
+    "down_sample_ratio": (0, 1),
+    "down_sample_ratio_min": (0, 1),
+    "dpace_alpha": (0, 1),
+    "train_data_ratio": (0, 1),
+}
+"""The least and the greatest values of arguments that are numbers."""
+_ABOVE_0 = (
+    *("num_train_epochs", "learning_rate", "depth_loss_decay", "dpace_alpha", "logging_steps", "save_steps"),
+    *("eval_steps", "memory_budget", "train_data_ratio", "down_sample_ratio", "request_timeout"),
+)
+
 _CHECKPOINTING = {"use_reentrant", "preserve_rng_state", "determinism_check", "early_stop", "debug", "offload"}
 _ACCELERATOR = {"non_blocking", "use_configured_state"}
 
@@ -244,6 +264,20 @@ def check_names_of_trainer(args: TrainingArguments) -> None:
         if is_given(args, name):
             reason = REFUSED.get(name, "it is new in this transformers, and this peagle_hf was made before it")
             raise PeagleError(f"{flag_of(name)} can't be used here: {reason}.")
+
+
+def check_numbers(args: Any) -> None:
+    """Refuse numbers out of their ranges.
+
+    Raises:
+        PeagleError: names the flag and its range.
+    """
+    check_ranges(args, _RANGES)
+    for name in _ABOVE_0:
+        value = getattr(args, name)
+        is_unused = name == "num_train_epochs" and args.max_steps > 0
+        if value is not None and not is_unused and not 0 < value < math.inf:
+            raise PeagleError(f"{flag_of(name)} is {value} but must be above 0.")
 
 
 def check_contradictions(args: TrainingArguments) -> None:

@@ -1,6 +1,5 @@
 """`PeagleTrainingArguments`: the Trainer's arguments, defaults that suit a drafter, and the drafter's own fields."""
 
-import math
 import os
 import sys
 from dataclasses import dataclass, field, fields
@@ -14,7 +13,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.training_args import OptimizerNames
 from transformers.utils import is_in_notebook
 
-from ..arguments import check_names, check_ranges, flag_of, plain
+from ..arguments import check_names, plain
 from ..console import is_quiet
 from ..data.endpoint import DEFAULT_URL, MAX_RETRIES, REQUEST_TIMEOUT, endpoint_urls
 from ..data.prepared_dataset import learnt_share
@@ -25,6 +24,7 @@ from ..verifier.loading import hub_verifier
 from .argument_rules import (
     check_contradictions,
     check_names_of_trainer,
+    check_numbers,
     check_optimizer,
     check_scheduler,
     check_tracker,
@@ -37,32 +37,6 @@ from .losses import parse_loss
 from .memory import GIB, MemoryPlan, cut_to_fit, device_memory
 from .optimizer import MUON
 
-_RANGES = {
-    **dict.fromkeys(("num_layers", "num_depths", "max_anchors", "sliding_window", "draft_vocab_size"), (1, math.inf)),
-    **dict.fromkeys(("lora_r", "per_device_train_batch_size", "per_device_eval_batch_size"), (1, math.inf)),
-    **dict.fromkeys(("gradient_accumulation_steps", "save_total_limit", "total_seq_len"), (1, math.inf)),
-    **dict.fromkeys(("mask_token_id", "max_retries", "dataloader_num_workers", "weight_decay"), (0, math.inf)),
-    **dict.fromkeys(("max_grad_norm", "warmup_steps", "eval_delay", "target_layer_ids"), (0, math.inf)),
-    **dict.fromkeys(("adam_beta1", "adam_beta2", "lora_dropout"), (0, 1)),
-    **dict.fromkeys(("seed", "data_seed"), (0, 2**32 - 1)),
-    "down_sample_ratio": (0, 1),
-    "down_sample_ratio_min": (0, 1),
-    "dpace_alpha": (0, 1),
-    "train_data_ratio": (0, 1),
-}
-"""The least and the greatest values of arguments that are numbers."""
-_ABOVE_0 = (
-    *(
-        "num_train_epochs",
-        "learning_rate",
-        "depth_loss_decay",
-        "dpace_alpha",
-        "logging_steps",
-        "save_steps",
-        "eval_steps",
-    ),
-    *("memory_budget", "train_data_ratio", "down_sample_ratio", "request_timeout"),
-)
 GENERATE_WORKERS = min(4, os.cpu_count() or 1)
 
 
@@ -418,12 +392,7 @@ class PeagleTrainingArguments(TrainingArguments):
         check_names(self, [name for name in PeagleTrainingArguments.__annotations__ if name != "GROUPS"])
         check_names_of_trainer(self)
         parse_loss(self.loss_fn)
-        check_ranges(self, _RANGES)
-        for name in _ABOVE_0:
-            value = getattr(self, name)
-            is_unused = name == "num_train_epochs" and self.max_steps > 0
-            if value is not None and not is_unused and not 0 < value < math.inf:
-                raise PeagleError(f"{flag_of(name)} is {value} but must be above 0.")
+        check_numbers(self)
         self.sequence_partitions = str(self.sequence_partitions)
         check_contradictions(self)
         if self.on_missing == "generate" and self.dataloader_num_workers == 0:

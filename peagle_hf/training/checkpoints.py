@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.constants import FSDP_MODEL_NAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import TrainerState, TrainingArguments
@@ -271,7 +272,9 @@ def resumable_folder(checkpoint: str | os.PathLike[str]) -> Path:
 
 
 @contextmanager
-def trainer_view(checkpoint: Path, run_folder: Path, is_adapter: bool) -> Iterator[Path]:
+def trainer_view(
+    checkpoint: Path, run_folder: Path, is_adapter: bool, has_optimizer: bool, has_fsdp_weights: bool = False
+) -> Iterator[Path]:
     """A temporary folder in which a checkpoint's files have the names that the Trainer's loaders look for.
 
     Its files are links, or copies where the disk has none. Each process makes its own.
@@ -279,6 +282,9 @@ def trainer_view(checkpoint: Path, run_folder: Path, is_adapter: bool) -> Iterat
     Args:
         run_folder: where the temporary folder is made.
         is_adapter: an adapter is trained.
+        has_optimizer: the Trainer is to find the optimizer and the schedule; else they are there under the names of
+            this library only.
+        has_fsdp_weights: the weights are to be there once more in accelerate's file of FSDP.
 
     Raises:
         PeagleError: the checkpoint is of an adapter and `is_adapter` is false, or the other way round.
@@ -296,9 +302,13 @@ def trainer_view(checkpoint: Path, run_folder: Path, is_adapter: bool) -> Iterat
             )
         if is_adapter:
             (view / WEIGHTS).unlink(missing_ok=True)
+        if has_fsdp_weights:
+            torch.save(load_file(view / WEIGHTS), view / f"{FSDP_MODEL_NAME}.bin")
         for theirs, ours in _TRAINER_NAMES.items():
-            if (view / ours).exists():
+            if has_optimizer and (view / ours).exists():
                 _link_or_copy(view / ours, view / theirs)
+            elif not has_optimizer and (view / theirs).exists() and theirs != "optimizer.bin":  # of an earlier version
+                (view / theirs).replace(view / ours)
         yield view
     finally:
         shutil.rmtree(view, ignore_errors=True)

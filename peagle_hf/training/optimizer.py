@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainingArguments
+
+from ..errors import PeagleError
 
 MUON = "muon"
 """The name that `--optim` knows it by."""
@@ -69,6 +72,34 @@ class MuonWithAdamW(torch.optim.Optimizer):
             part.param_groups, part.state = [group], self.state  # anew, as loading a state dict replaces both
             part.step()
         return None
+
+
+def make_muon(model: nn.Module, args: TrainingArguments) -> MuonWithAdamW:
+    """The optimizer of a model with the arguments' settings, as the Trainer makes those that it knows.
+
+    Raises:
+        PeagleError: the model has nothing to train.
+    """
+    require_trained(model)
+    return MuonWithAdamW(
+        model.named_parameters(),
+        lr=args.learning_rate,
+        weight_decay=args.weight_decay,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+    )
+
+
+def require_trained(model: nn.Module) -> None:
+    """Refuse a drafter of which nothing is trained.
+
+    Raises:
+        PeagleError: no weight requires a gradient.
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise PeagleError(
+            "No weight of the drafter is to be trained: none has requires_grad. Set it on those that are."
+        )
 
 
 def settings_of(optimizer: Any) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What a training run is made from: recorded in `run.json` before its first step, and compared when it is resumed.
+"""What a training run is made from (`run.json`, written before its first step), and how far it came (`training.json`).
 
 The output folder has the record, and so has each checkpoint, which knows by it what it is from wherever it is copied.
 Nothing is compared by a path: data, verifier, cache and drafter are compared by their content.
@@ -6,133 +6,41 @@ Nothing is compared by a path: data, verifier, cache and drafter are compared by
 
 import hashlib
 import json
-import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence, Sized
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+import time
+from collections.abc import Mapping, Sized
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from peft import PeftModel
 from torch import nn
+from transformers import SchedulerType
+from transformers.training_args import OptimizerNames
 
 from .. import __version__
-from ..arguments import flag_of, plain
+from ..arguments import plain
 from ..data.cache_manifest import Manifest
 from ..data.dataset import HiddenStatesDataset
-from ..data.prepared_dataset import rows_fingerprint
+from ..data.prepared_dataset import read_chat_options, read_prepare_record, rows_fingerprint
+from ..data.tokenizer import ChatOptions
 from ..errors import PeagleError
-from ..files import locked_folder, read_json, write_json
+from ..files import read_json, write_json
 from ..fingerprint import weights_of
-from ..model.config import PeagleConfig
-from ..processes import together
 from ..redaction import public_settings
 from .arguments import PeagleTrainingArguments
+from .optimizer import MUON
+from .sharding import sharding_of
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from .trainer import PeagleTrainer
 
 RUN_RECORD = "run.json"
 FORMAT_VERSION = 1
 
-FREE, REFUSED, EQUIVALENT = "free", "refused", "equivalent"
-BY_CONTENT = "refused by content"
-"""Refused as well, but not because the argument differs: the record compares what the argument leads to."""
-
-
-def _names(rule: str, names: str) -> dict[str, str]:
-    return dict.fromkeys(names.split(), rule)
-
-
-ON_RESUME: dict[str, str] = {
-    # The schedule and the settings of the optimizer, which take effect from the resumed step on.
-    **_names(FREE, "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio max_grad_norm"),
-    **_names(FREE, "weight_decay adam_beta1 adam_beta2 adam_epsilon num_train_epochs max_steps"),
-    # What is validated, saved, logged and uploaded, and when.
-    **_names(FREE, "do_eval eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size"),
-    **_names(FREE, "eval_accumulation_steps eval_do_concat_batches eval_use_gather_object prediction_loss_only"),
-    **_names(FREE, "bf16_full_eval fp16_full_eval batch_eval_metrics include_for_metrics do_predict"),
-    **_names(FREE, "metric_for_best_model greater_is_better load_best_model_at_end"),
-    **_names(FREE, "save_strategy save_steps save_total_limit save_only_model save_on_each_node export_dtype"),
-    **_names(FREE, "save_safetensors enable_jit_checkpoint output_dir overwrite_output_dir logging_dir"),
-    **_names(FREE, "logging_strategy logging_steps logging_first_step logging_nan_inf_filter log_on_each_node"),
-    **_names(FREE, "log_level log_level_replica disable_tqdm include_num_input_tokens_seen include_tokens_per_second"),
-    **_names(FREE, "report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id"),
-    **_names(FREE, "skip_memory_metrics push_to_hub hub_token hub_private_repo hub_model_id hub_strategy"),
-    **_names(FREE, "hub_always_push hub_revision verifier_name push_to_hub_token push_to_hub_model_id"),
-    # How it is computed, with the same result up to rounding.
-    **_names(FREE, "use_cpu no_cuda use_mps_device tf32 torch_compile torch_compile_backend torch_compile_mode"),
-    **_names(FREE, "gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing"),
-    **_names(FREE, "activation_checkpointing_kwargs keep_attention sequence_partitions memory_budget"),
-    **_names(FREE, "torch_empty_cache_steps use_cache full_determinism debug jit_mode_eval"),
-    **_names(FREE, "dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers"),
-    **_names(FREE, "dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order"),
-    **_names(FREE, "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend"),
-    **_names(FREE, "ddp_timeout local_rank fsdp fsdp_config deepspeed parallelism_config"),
-    # Where the rows come from, which are compared themselves, and how servers are asked.
-    **_names(FREE, "on_missing vllm_endpoint on_generate server_hidden_states_path request_timeout max_retries"),
-    **_names(FREE, "skip_rows"),  # which leave all other samples in their places
-    # What concerns one start of a run only.
-    **_names(FREE, "resume resume_from_checkpoint ignore_data_skip restore_callback_states_from_checkpoint do_train"),
-    **_names(FREE, "memory_report dry_run linear_start trust_remote_code"),
-    # The samples of a step.
-    **_names(EQUIVALENT, "per_device_train_batch_size gradient_accumulation_steps"),
-    **_names(REFUSED, "seed data_seed train_data_ratio total_seq_len dataloader_drop_last auto_find_batch_size"),
-    **_names(REFUSED, "train_sampling_strategy group_by_length length_column_name accelerator_config"),
-    **_names(REFUSED, "remove_unused_columns label_names average_tokens_across_devices"),
-    # The loss, the optimizer's kind and the precision.
-    **_names(REFUSED, "loss_fn depth_loss_decay per_position_loss_weight dpace_alpha optim optim_args bf16 fp16"),
-    **_names(REFUSED, "optim_target_modules label_smoothing_factor neftune_noise_alpha use_liger_kernel"),
-    **_names(REFUSED, "liger_kernel_config"),
-    # What is trained.
-    **_names(REFUSED, "speculator_type train_head lora_r lora_alpha lora_dropout lora_modules_to_save"),
-    **_names(BY_CONTENT, "data_path hidden_states_path verifier_name_or_path verifier_revision from_pretrained"),
-    **_names(BY_CONTENT, "token_freq_path num_layers draft_arch draft_vocab_size mask_token_id target_layer_ids"),
-    **_names(BY_CONTENT, "norm_before_residual norm_before_fc sliding_window embed_requires_grad"),
-    **_names(BY_CONTENT, "num_depths down_sample_ratio down_sample_ratio_min max_anchors"),
-}
-"""What becomes of another value of an argument when a run is resumed.
-
-`FREE`: it takes effect from the resumed step on, and the log says so. `REFUSED`: the run isn't resumed. `EQUIVALENT`:
-it is taken if each step still has the same samples: 1 process with 2 accumulation steps and 2 processes with 1 have.
-"""
-
-_UNMENTIONED = {
-    *(
-        "output_dir",
-        "overwrite_output_dir",
-        "logging_dir",
-        "run_name",
-        "resume",
-        "resume_from_checkpoint",
-        "local_rank",
-    ),
-    *("disable_tqdm", "hub_token", "push_to_hub_token", "dry_run", "memory_report", "project", "eval_on_start"),
-}
-"""Free arguments that the log doesn't mention when they change."""
-
 _PATHS = ("data_path", "hidden_states_path", "output_dir", "from_pretrained", "token_freq_path", "logging_dir")
-_REMEDY = (
-    "Give the earlier values again to go on with that run. To train with the new ones start another run: in the same "
-    "folder with --no-resume, with another --save-path, or from this checkpoint's weights with --from-pretrained."
-)
-
-
-@contextmanager
-def only_training(args: PeagleTrainingArguments) -> Iterator[None]:
-    """Keep other trainings out of the output folder while the block runs, on all processes of this one.
-
-    Raises:
-        PeagleError: another training is under way there; on all processes.
-    """
-    with ExitStack() as stack:
-        with together():
-            if args.should_save:
-                remedy = "Wait until that training has ended, or train into another --save-path."
-                stack.enter_context(locked_folder(args.output_dir, remedy))
-        yield
 
 
 @dataclass(frozen=True)
@@ -223,220 +131,81 @@ def arguments_of(args: PeagleTrainingArguments) -> dict[str, Any]:
     return dict(json.loads(json.dumps(values, default=str)))
 
 
-def describe_run(
-    args: PeagleTrainingArguments,
-    config: PeagleConfig,
-    model: nn.Module,
-    train_dataset: Any,
-    eval_dataset: Any,
-    optimizer: str,
-    sharding: str,
-    device: str,
-) -> RunRecord:
+def describe_run(trainer: "PeagleTrainer") -> RunRecord:
     """The record of a run that is about to start or to go on; reads the prepared samples once.
 
-    Args:
-        optimizer: the class of one that is the user's, else the name in `optim`.
+    The settings of optimizer and schedule come later (see `resume_rules.note_settings`).
     """
-    evaluated = eval_dataset
-    if isinstance(eval_dataset, Mapping):
-        evaluated = {str(name): _samples(one) for name, one in eval_dataset.items()}
-    elif eval_dataset is not None:
-        evaluated = _samples(eval_dataset)
+    args, dataset, config = trainer.args, trainer.train_dataset, trainer.config
+    evaluated: Any = trainer.eval_dataset
+    if isinstance(evaluated, Mapping):
+        evaluated = {str(name): _samples(one) for name, one in evaluated.items()}
+    elif evaluated is not None:
+        evaluated = _samples(evaluated)
     manifest: Any = None
-    if isinstance(train_dataset, HiddenStatesDataset):
-        manifest = Manifest.read(train_dataset.hidden_states_path)
-    states = manifest and {"dtype": manifest.dtype, "storage": manifest.storage}
+    if isinstance(dataset, HiddenStatesDataset):
+        manifest = Manifest.read(dataset.hidden_states_path)
+    model = trainer.accelerator.unwrap_model(trainer.model)
     start = args.from_pretrained
     return RunRecord(
         arguments=arguments_of(args),
-        data=rows_fingerprint(train_dataset.data_path) if isinstance(train_dataset, HiddenStatesDataset) else None,
-        samples=_samples(train_dataset),
+        data=rows_fingerprint(dataset.data_path) if isinstance(dataset, HiddenStatesDataset) else None,
+        samples=_samples(dataset),
         validation_samples=evaluated,
-        packing=packing_of(train_dataset),
+        packing=packing_of(dataset),
         verifier=_weights(config.verifier_name_or_path, args.verifier_revision),
-        hidden_states=states,
+        hidden_states=manifest and {"dtype": manifest.dtype, "storage": manifest.storage},
         start="new" if start is None else _weights(start, None) or start,
         draft_vocabulary=_draft_vocabulary(model),
         trained=_trained(model),
         adapter=_adapter(model),
-        optimizer=optimizer,
+        optimizer=trainer.own_optimizer or (MUON if args.optim == MUON else str(OptimizerNames(args.optim).value)),
         rows_per_step=args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps,
         processes=args.world_size,
-        sharding=sharding,
-        precision="bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
-        device=device,
-        versions={
-            "peagle_hf": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        sharding=sharding_of(trainer),
+        precision=_precision(args),
+        device=_device_name(args),
+        versions=_versions(),
     )
 
 
-def changes_between(before: RunRecord, now: RunRecord) -> tuple[dict[str, list[Any]], list[str]]:
-    """What is another than before and may be, as [before, now] by name, and what may not, as phrases."""
-    taken: dict[str, list[Any]] = {}
-    refused: list[str] = []
-    for name in sorted(before.arguments.keys() & now.arguments.keys()):
-        old, new = before.arguments[name], now.arguments[name]
-        rule = ON_RESUME.get(name, REFUSED)
-        if isinstance(old, dict) and isinstance(new, dict):  # another version of a library may know more keys
-            common = old.keys() & new.keys()
-            old, new = ({key: one[key] for key in sorted(common)} for one in (old, new))
-        if old == new or rule == BY_CONTENT:
-            continue
-        if rule == REFUSED:
-            refused.append(f"{flag_of(name)} was {_shown(old)}, is {_shown(new)}")
-        elif name not in _UNMENTIONED:
-            taken[name] = [old, new]
-    named = {name for name in before.arguments if any(phrase.startswith(f"{flag_of(name)} ") for phrase in refused)}
-    for name, words in _WORDS.items():
-        old, new = getattr(before, name), getattr(now, name)
-        if old is not None and new is not None and old != new and not named & _EXPLAINED_BY.get(name, set()):
-            refused.append(f"{words} {_shown(old)}, {_shown(new)} now")
-            named.add(name)
-    if before.hidden_states and now.hidden_states and not refused:
-        refused += [
-            f"the {name} of the hidden states was {_shown(old)}, is {_shown(new)}"
-            for name, old in before.hidden_states.items()
-            if old is not None and (new := now.hidden_states.get(name)) is not None and new != old
-        ]
-    refused += _other_steps(before, now, taken)
-    refused += _other_sharding(before, now)
-    for name in ("device", "processes", "sharding", "versions"):
-        old, new = getattr(before, name), getattr(now, name)
-        if old is not None and old != new:
-            taken[name] = [old, new]
-    return taken, refused
-
-
-_WORDS = {
-    "data": "the prepared samples were",
-    "samples": "the training samples among them were",
-    "validation_samples": "the validation samples among them were",
-    "packing": "the packed sequences were",
-    "verifier": "the verifier's weights were",
-    "start": "the drafter of --from-pretrained was",
-    "draft_vocabulary": "the draft vocabulary was",
-    "adapter": "the adapter was",
-    "trained": "the trained parameters were",
-    "optimizer": "the optimizer was",
-    "precision": "the precision was",
-}
-"""Fields of the record that must stay, with the words that name them in a message."""
-
-_ROWS = {"seed", "train_data_ratio", "total_seq_len"}
-_ADAPTER = {"lora_r", "lora_alpha", "lora_dropout", "lora_modules_to_save"}
-_EXPLAINED_BY = {
-    "samples": {*_ROWS, "data"},
-    "validation_samples": {*_ROWS, "data", "samples"},
-    "packing": {*_ROWS, "data", "samples"},
-    "draft_vocabulary": {"data"},
-    "adapter": _ADAPTER,
-    "trained": {*_ADAPTER, "train_head", "adapter"},
-    "optimizer": {"optim"},
-    "precision": {"bf16", "fp16"},
-}
-"""Arguments and fields whose difference explains that of a field, of which no more need be said then."""
-
-
-def _other_steps(before: RunRecord, now: RunRecord, taken: dict[str, list[Any]]) -> list[str]:
-    """Refuse steps of other samples; `taken` says what of batch size and accumulation changed."""
-    if before.rows_per_step is None or now.rows_per_step is None:
-        return []
-    described = [
-        f"{one.rows_per_step} packed sequences a step ({one.processes or '?'} processes x "
-        f"--per-device-train-batch-size {one.arguments.get('per_device_train_batch_size', '?')} x "
-        f"--gradient-accumulation-steps {one.arguments.get('gradient_accumulation_steps', '?')})"
-        for one in (before, now)
-    ]
-    if before.rows_per_step != now.rows_per_step:
-        per_device = now.rows_per_step // now.arguments["gradient_accumulation_steps"]
-        steps, rest = divmod(before.rows_per_step, per_device)
-        advice = "" if rest else f": with --gradient-accumulation-steps {steps} each step has the same ones"
-        return [f"there were {described[0]}, there are {described[1]} now{advice}"]
-    divided = ("per_device_train_batch_size", "gradient_accumulation_steps")
-    is_other = before.processes != now.processes or any(name in taken for name in divided)
-    if is_other and (now.arguments.get("lora_dropout") or now.arguments.get("dataloader_drop_last")):
-        dropout = "--lora-dropout would drop other values" if now.arguments.get("lora_dropout") else ""
-        reason = dropout or "--dataloader-drop-last would leave out other sequences"
-        return [f"there were {described[0]}, there are {described[1]} now: as many, but {reason}"]
-    return []
-
-
-def _other_sharding(before: RunRecord, now: RunRecord) -> list[str]:
-    """Refuse optimizer states that can't be divided anew: those of ZeRO and of FSDP1 are in shards."""
-    old, new = before.sharding, now.sharding
-    if old is None or new is None or old == new or not any("ZeRO" in one or one == "FSDP1" for one in (old, new)):
-        return []
-    was, would_be = ("whole" if one == "none" else f"divided by {one}" for one in (old, new))
-    return [f"the optimizer's states were {was}, would be {would_be} now, and can't be converted"]
-
-
-def check_resume(folder: Path, before: RunRecord, now: RunRecord, step: int, others: Sequence[str] = ()) -> RunRecord:
-    """Compare a run with the one that it goes on from, log what changed, and give its record from here on.
-
-    Args:
-        folder: the checkpoint.
-        before: its record.
-        step: its optimizer steps.
-        others: more that differs and must not, as phrases.
-
-    Raises:
-        PeagleError: names all that differs and must not, and what to do.
-    """
-    taken, refused = changes_between(before, now)
-    if refused := [*others, *refused]:
-        raise PeagleError(f"{folder} can't be resumed, as it is of another run: {'; '.join(refused)}. {_REMEDY}")
-    if taken:
-        _log_changes(taken)
-    if before.format_version == 0:
-        unknown = [words.rpartition(" ")[0] for name, words in _WORDS.items() if getattr(before, name) is None]
-        logger.warning(
-            "%s was written by a version of peagle_hf that recorded less. Not compared, so make sure that they are the "
-            "same: %s.",
-            folder,
-            ", ".join(unknown),
-        )
-    changes = [*before.changes, *([{"step": step, **taken}] if taken else [])]
-    return replace(now, changes=changes)
-
-
-def note_settings(
-    now: RunRecord, before: RunRecord | None, optimizer: list[dict[str, Any]], schedule: dict[str, Any]
-) -> RunRecord:
-    """Add what the optimizer and the schedule are set to, which is known once they are made; log what changed of it."""
-    taken: dict[str, list[Any]] = {}
-    if before is not None and before.optimizer_settings is not None and before.schedule is not None:
-        if len(before.optimizer_settings) != len(optimizer):
-            raise PeagleError(
-                f"The optimizer had {len(before.optimizer_settings)} groups of parameters and has {len(optimizer)} "
-                f"now, so that its states can't be loaded. {_REMEDY}"
-            )
-        known = set(now.changes[-1]) if now.changes else set()
-        for old, new in zip([*before.optimizer_settings, before.schedule], [*optimizer, schedule], strict=True):
-            for name in sorted(old.keys() | new.keys()):
-                if old.get(name) != new.get(name) and not _ALSO_CALLED.get(name, {name}) & known:
-                    taken[name] = [old.get(name), new.get(name)]
-    if taken:
-        _log_changes(taken)
-    changes = [*now.changes, *([taken] if taken else [])]
-    return replace(now, optimizer_settings=optimizer, schedule=schedule, changes=changes)
-
-
-_ALSO_CALLED = {
-    "lr": {"learning_rate"},
-    "betas": {"adam_beta1", "adam_beta2"},
-    "eps": {"adam_epsilon"},
-    "class": {"lr_scheduler_type"},
-}
-"""Settings of an optimizer or schedule that arguments give, whose change is logged already."""
-
-
-def _log_changes(taken: Mapping[str, list[Any]]) -> None:
-    listed = ", ".join(f"{name} {_shown(old)} -> {_shown(new)}" for name, (old, new) in taken.items())
-    logger.info("Changed since the run began, and in effect from here on: %s.", listed)
+def describe_training(trainer: "PeagleTrainer") -> dict[str, Any]:
+    """The content of `training.json`: see `PeagleTrainer.record`."""
+    args, dataset, state, run = trainer.args, trainer.train_dataset, trainer.state, trainer.current_run
+    origin: dict[str, Any] = {}
+    options: ChatOptions | None = None
+    if isinstance(dataset, HiddenStatesDataset) and (origin := read_prepare_record(dataset.data_path)):
+        options = read_chat_options(dataset.data_path)
+    optimizer = "Muon and AdamW" if args.optim == MUON else OptimizerNames(args.optim).value
+    schedule = f"{SchedulerType(args.lr_scheduler_type).value} from {args.learning_rate:g}"
+    validation = {
+        name.removeprefix("eval_"): value
+        for entry in state.log_history
+        if entry["step"] == state.global_step
+        for name, value in entry.items()
+        if name.startswith(("eval_loss", "eval_accuracy", "eval_acceptance"))
+    }
+    return {
+        "data": {name: origin[name] for name in ("data", "counts") if name in origin} or None,
+        "chat_template": options and options.template,
+        "chat_template_kwargs": options and options.kwargs,
+        "loss": args.loss_fn,
+        "depth_loss_decay": args.depth_loss_decay,
+        "dpace_alpha": args.dpace_alpha if args.per_position_loss_weight == "dpace" else None,
+        "epochs": state.epoch or 0.0,
+        "steps": state.global_step,
+        "rows_per_step": args.world_size * args.train_batch_size * args.gradient_accumulation_steps,
+        "total_seq_len": getattr(dataset, "total_seq_len", None),
+        "optimizer": f"{own}, given to the trainer" if (own := trainer.own_optimizer) else f"{optimizer}, {schedule}",
+        "precision": _precision(args),
+        "seed": args.seed,
+        "skipped_rows": sorted(set(args.skip_rows or ())),
+        "device": _device_name(args),
+        "processes": args.world_size,
+        "seconds": run.seconds_before + time.monotonic() - run.started,
+        "validation": validation or None,
+        "versions": _versions(),
+    }
 
 
 def record_of_earlier_version(training: Mapping[str, Any]) -> RunRecord:
@@ -459,6 +228,19 @@ def record_of_earlier_version(training: Mapping[str, Any]) -> RunRecord:
         format_version=0,
         versions=training.get("versions"),
     )
+
+
+def _precision(args: PeagleTrainingArguments) -> str:
+    return "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
+
+
+def _device_name(args: PeagleTrainingArguments) -> str:
+    on_gpu = args.device.type == "cuda"
+    return torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+
+
+def _versions() -> dict[str, str]:
+    return {"peagle_hf": __version__, "transformers": transformers.__version__, "torch": torch.__version__}
 
 
 def _samples(dataset: Any) -> str | None:
@@ -512,7 +294,3 @@ def _relative(path: str, folder: str) -> str:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
-
-
-def _shown(value: Any) -> str:
-    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

@@ -29,7 +29,7 @@ from .checkpoints import newest_checkpoint, recover, resumable_folder
 from .initialization import start_linearly
 from .memory import report
 from .objective import load_head
-from .record import only_training
+from .resuming import only_training
 from .trainer import PeagleTrainer
 from .warm_start import continued_config, load_drafter, sampling
 

@@ -1,36 +1,77 @@
-"""Weights and optimizer states of a model that FSDP2 has divided among processes, whole as one process has them.
+"""How weights and optimizer states are divided among processes, and those of FSDP2 whole, as one process has them.
 
 So checkpoints have the same files however they were trained, and any number of processes goes on from them.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import load_file
+import torch
+from peft import PeftModel
 from torch import distributed, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
-    set_model_state_dict,
     set_optimizer_state_dict,
 )
 from torch.optim import Optimizer
 
+from ..errors import PeagleError
 
-def sharding_of(trainer_state: Any, processes: int) -> str:
-    """How weights and optimizer states are divided: "none", "FSDP1", "FSDP2", or "ZeRO-2 of 4 processes".
+if TYPE_CHECKING:
+    from .trainer import PeagleTrainer
 
-    Args:
-        trainer_state: accelerate's, once the trainer is made.
-    """
-    fsdp = getattr(trainer_state, "fsdp_plugin", None)
+
+def sharding_of(trainer: "PeagleTrainer") -> str:
+    """How weights and optimizer states are divided: "none", "FSDP1", "FSDP2", or "ZeRO-2 of 4 processes"."""
+    state: Any = trainer.accelerator.state
+    fsdp = getattr(state, "fsdp_plugin", None)
     if fsdp is not None:
         return f"FSDP{fsdp.fsdp_version}"
-    deepspeed = getattr(trainer_state, "deepspeed_plugin", None)
+    deepspeed = getattr(state, "deepspeed_plugin", None)
     if deepspeed is not None:
-        return f"ZeRO-{deepspeed.zero_stage} of {processes} processes"
+        return f"ZeRO-{deepspeed.zero_stage} of {trainer.args.world_size} processes"
     return "none"
+
+
+def is_fsdp2(trainer: "PeagleTrainer") -> bool:
+    return trainer.is_fsdp_enabled and sharding_of(trainer) == "FSDP2"
+
+
+def require_whole_weights(trainer: "PeagleTrainer") -> None:
+    """Refuse settings under which checkpoints would hold shards of the weights, and adapters that are in shards.
+
+    Raises:
+        PeagleError: names the setting to change.
+    """
+    state: Any = trainer.accelerator.state
+    saves_shards = False
+    if trainer.is_fsdp_enabled:
+        saves_shards = "FULL_STATE_DICT" not in str(state.fsdp_plugin.state_dict_type)
+    elif trainer.is_deepspeed_enabled:
+        config = state.deepspeed_plugin.hf_ds_config
+        gathers = config.get_value("zero_optimization.stage3_gather_16bit_weights_on_model_save")
+        saves_shards = config.is_zero3() and not gathers
+    if saves_shards:
+        raise PeagleError(
+            "Checkpoints would hold shards of the weights, which neither vLLM nor a resume on other processes can "
+            "read. Save whole weights: with FSDP set fsdp_state_dict_type to FULL_STATE_DICT, with ZeRO-3 "
+            "zero3_save_16bit_model (stage3_gather_16bit_weights_on_model_save) to true."
+        )
+    if isinstance(trainer.model, PeftModel) and trainer.is_sharded:
+        raise PeagleError("An adapter can't be merged out of shards. Train it with DDP instead of FSDP or ZeRO.")
+
+
+def bare_optimizer(trainer: "PeagleTrainer") -> Any:
+    """The optimizer without accelerate's wrapper."""
+    return getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+
+
+def gradient_norm(model: Any) -> Any:
+    """The norm of the gradient of all parameters, after the backward pass: a tensor, a DTensor under FSDP2."""
+    if hasattr(model, "get_global_grad_norm"):  # DeepSpeed's engine, which has stepped in the backward pass
+        return model.get_global_grad_norm()
+    return torch.nn.utils.get_total_norm([one.grad for one in model.parameters() if one.grad is not None])
 
 
 def gather_optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
@@ -67,9 +108,3 @@ def scatter_optimizer_state(model: nn.Module, optimizer: Optimizer, whole: Mappi
         }
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_optimizer_state_dict(model, optimizer, named, options=options)
-
-
-def scatter_weights(model: nn.Module, weights: Path) -> None:
-    """Load a file of whole weights, which only the first process reads; all processes must call it."""
-    whole: dict[str, Any] = load_file(weights) if distributed.get_rank() == 0 else {}
-    set_model_state_dict(model, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
