@@ -5,35 +5,13 @@ accelerate launch examples/train.py --verifier-name-or-path Qwen/Qwen3-8B --data
 
 import sys
 
-from peagle_hf import (
-    CODDataCollator,
-    PeagleTrainer,
-    PeagleTrainingArguments,
-    VllmExportCallback,
-    build_datasets,
-    build_drafter,
-    checkpoint_to_resume,
-    command_line,
-    parse_arguments,
-    start_linearly,
-)
+from peagle_hf import PeagleTrainingArguments, build_trainer, checkpoint_to_resume, command_line, parse_arguments
 
 
 def main() -> None:
     args = parse_arguments(PeagleTrainingArguments)
-    drafter = build_drafter(args)
-    train_dataset, eval_dataset = build_datasets(args)
     resumed = checkpoint_to_resume(args)
-    if args.linear_start and not (args.from_pretrained or resumed):
-        start_linearly(drafter.to(args.device), train_dataset)
-    trainer = PeagleTrainer(
-        model=drafter,
-        args=args,
-        data_collator=CODDataCollator.from_config(drafter.config, seed=args.seed),
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        callbacks=[VllmExportCallback(args.export_dtype)],
-    )
+    trainer = build_trainer(args, resumed)
     trainer.train(resume_from_checkpoint=resumed)
 
 

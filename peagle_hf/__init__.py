@@ -34,6 +34,7 @@ _MODULE_OF = {
     "add_adapter": "training.adapters",
     "build_datasets": "training.run",
     "build_drafter": "training.run",
+    "build_trainer": "training.run",
     "checkpoint_to_resume": "training.run",
     "draft_and_verify": "model.generation",
     "command_line": "console",
@@ -83,7 +84,7 @@ if TYPE_CHECKING:
     from .training.initialization import start_linearly
     from .training.losses import register_loss
     from .training.push_callback import PushToHubCallback
-    from .training.run import build_datasets, build_drafter, checkpoint_to_resume, train
+    from .training.run import build_datasets, build_drafter, build_trainer, checkpoint_to_resume, train
     from .training.trainer import PeagleTrainer
     from .verifier.head import VerifierHead
     from .verifier.parts import VerifierParts, register_verifier

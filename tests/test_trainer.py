@@ -34,25 +34,14 @@ from peagle_hf.evaluation.acceptance import count
 from peagle_hf.training.checkpoints import checkpoints_by_step, epoch_folders
 from peagle_hf.training.metrics import summarize
 from peagle_hf.training.record import record_of_earlier_version
-from peagle_hf.training.run import build_datasets, build_drafter, train
+from peagle_hf.training.run import build_datasets, build_drafter, build_trainer, train
 from peagle_hf.verifier.head import load_embedding
 
 ROOT = Path(__file__).parents[1]
 
 
 def run(train_flags, callbacks=(), resume=None, **changes):
-    args = PeagleTrainingArguments(**{**train_flags, **changes})
-    drafter = build_drafter(args)
-    train_dataset, eval_dataset = build_datasets(args)
-    if not args.from_pretrained:
-        start_linearly(drafter, train_dataset)
-    trainer = PeagleTrainer(
-        model=drafter,
-        args=args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        callbacks=[VllmExportCallback(args.export_dtype), *callbacks],
-    )
+    trainer = build_trainer(PeagleTrainingArguments(**{**train_flags, **changes}), callbacks=callbacks)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 

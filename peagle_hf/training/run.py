@@ -2,11 +2,12 @@
 
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import SaveStrategy
 
 from ..data.cache_manifest import Manifest, check_cache, check_folder
@@ -57,22 +58,8 @@ def train(args: PeagleTrainingArguments) -> PeagleTrainer | None:
 
 
 def _train(args: PeagleTrainingArguments) -> PeagleTrainer:
-    with together():
-        drafter = build_drafter(args)
-        train_dataset, eval_dataset = build_datasets(args)
     resumed = checkpoint_to_resume(args)
-    if args.linear_start and not (args.from_pretrained or resumed):
-        assert isinstance(drafter, PeagleForSpeculation)  # an adapter is of a trained one
-        with together():
-            drafter.to(args.device)  # type: ignore[arg-type]
-            head = load_head(drafter, None, args.verifier_revision, args.trust_remote_code)
-            start_linearly(drafter, train_dataset, head)
-    trainer = PeagleTrainer(
-        model=drafter,
-        args=args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-    )
+    trainer = build_trainer(args, resumed)
     trainer.train(resume_from_checkpoint=resumed)
     if args.should_save and newest_checkpoint(args.output_dir) is None:
         raise PeagleError(
@@ -80,6 +67,35 @@ def _train(args: PeagleTrainingArguments) -> PeagleTrainer:
             "of it. Pass --save-strategy epoch."
         )
     return trainer
+
+
+def build_trainer(
+    args: PeagleTrainingArguments, resumed: str | None = None, callbacks: Sequence[TrainerCallback] = ()
+) -> PeagleTrainer:
+    """The trainer of the run that the arguments describe, with its drafter and data sets, on all processes.
+
+    Args:
+        resumed: the checkpoint that it will go on from, if it does: then the drafter needs no linear start.
+
+    Raises:
+        PeagleError: see `build_drafter` and `build_datasets`; on all processes.
+    """
+    with together():
+        drafter = build_drafter(args)
+        train_dataset, eval_dataset = build_datasets(args)
+    if args.linear_start and not (args.from_pretrained or resumed):
+        assert isinstance(drafter, PeagleForSpeculation)  # an adapter is of a trained one
+        with together():
+            drafter.to(args.device)  # type: ignore[arg-type]
+            head = load_head(drafter, None, args.verifier_revision, args.trust_remote_code)
+            start_linearly(drafter, train_dataset, head)
+    return PeagleTrainer(
+        model=drafter,
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        callbacks=list(callbacks),
+    )
 
 
 def plan(args: PeagleTrainingArguments) -> str:
