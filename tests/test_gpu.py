@@ -17,7 +17,7 @@ from peagle_hf import HiddenStatesDataset, start_linearly
 from peagle_hf.model import attention
 from peagle_hf.model.drafter import PeagleLayer
 from peagle_hf.training import losses
-from peagle_hf.training.throughput import Pace
+from peagle_hf.training.throughput import Throughput
 
 FIND = attention.find_rectangles
 
@@ -158,7 +158,7 @@ def test_loader_wait_is_that_of_the_gpu():
     square = torch.rand(8192, 8192, device=device)
     for kernels, low, high in ((100, 0.0, 0.2), (0, 0.8, 1.0)):
         (square @ square).sum().item()
-        pace = Pace(device)
+        pace = Throughput(device)
         for _ in range(kernels):
             square @ square
         with pace.waiting():
@@ -173,7 +173,7 @@ def test_what_is_measured_does_not_pile_up_and_takes_nothing_from_others():
     device = torch.device("cuda", torch.cuda.current_device())
     torch.empty(1 << 28, dtype=torch.uint8, device=device)
     peak = torch.cuda.max_memory_allocated(device)
-    pace = Pace(device)
+    pace = Throughput(device)
     for _ in range(50):
         with pace.waiting():
             time.sleep(0.002)

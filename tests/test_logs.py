@@ -25,7 +25,7 @@ from peagle_hf.data.dataset import HiddenStatesDataset
 from peagle_hf.evaluation import acceptance_metric
 from peagle_hf.serving.client import summarize
 from peagle_hf.training import metrics
-from peagle_hf.training.throughput import Pace
+from peagle_hf.training.throughput import Throughput
 
 DEPTHS = range(3)
 STEPS = 10
@@ -87,7 +87,7 @@ class Clock:
 def test_pace_is_that_of_the_time_since_the_last_log(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(time, "perf_counter", clock)
-    pace = Pace(torch.device("cpu"))
+    pace = Throughput(torch.device("cpu"))
     for positions, wait, work in ((300, 1.0, 2.0), (500, 2.0, 3.0)):
         with pace.waiting():
             clock.now += wait

@@ -65,7 +65,7 @@ REFUSED = {
     "include_for_metrics": "validation counts acceptance and never makes the logits whole",
     "batch_eval_metrics": "validation counts acceptance and never makes the logits whole",
     "hub_always_push": "training waits for each upload, so that none is ever left out",
-    "ignore_data_skip": "a resumed run goes on at the row where it stopped, which costs no time",
+    "ignore_data_skip": "a resumed run continues at the packed sequence where it stopped, which costs no time",
     "dataloader_in_order": "batches would come as the workers finish them, and no seed would fix a run",
     "ddp_static_graph": "what a batch's documents attend to changes the graph",
     "parallelism_config": "training runs on one process, or several with DDP, FSDP or DeepSpeed",
@@ -153,7 +153,7 @@ NEEDS = (
         "--fsdp",
     ),
 )
-"""What is refused where it would do nothing."""
+"""Arguments that are named in a warning where they have no effect."""
 
 CONTRADICTIONS: tuple[tuple[Callable[[Any], bool], str], ...] = (
     (
@@ -169,7 +169,7 @@ CONTRADICTIONS: tuple[tuple[Callable[[Any], bool], str], ...] = (
     ),
     (
         lambda args: args.remove_unused_columns,
-        "--remove-unused-columns must stay False: the collator needs all that a row has.",
+        "--remove-unused-columns must stay False: the collator needs all columns of a sample.",
     ),
     (
         lambda args: args.lora_r is not None and args.from_pretrained is None,
@@ -210,7 +210,7 @@ CONTRADICTIONS: tuple[tuple[Callable[[Any], bool], str], ...] = (
         "then do nothing. Lower the one or raise the other.",
     ),
 )
-"""Arguments that can't be, alone or together, and what is said of them; `args` stands for all of them."""
+"""Values that are refused, alone or together, and the message; `args` in it stands for all arguments."""
 
 _RANGES = {
     **dict.fromkeys(("num_layers", "num_depths", "max_anchors", "sliding_window", "draft_vocab_size"), (1, math.inf)),
@@ -237,7 +237,7 @@ _ACCELERATOR = {"non_blocking", "use_configured_state"}
 
 @contextmanager
 def refused_arguments() -> Iterator[None]:
-    """Turn what the Trainer says of arguments that it can't use, or of a missing library, into a `PeagleError`."""
+    """Raise the Trainer's errors about arguments and missing libraries as `PeagleError`."""
     try:
         yield
     except PeagleError:
@@ -281,7 +281,7 @@ def check_numbers(args: Any) -> None:
 
 
 def check_contradictions(args: TrainingArguments) -> None:
-    """Refuse arguments that can't be, alone or together (see `CONTRADICTIONS`).
+    """Refuse values that are impossible, alone or together (see `CONTRADICTIONS`).
 
     Raises:
         PeagleError: names the flags.
@@ -327,7 +327,7 @@ def check_values(args: Any) -> None:
     for name, value in vars(args.accelerator_config).items():
         if name not in _ACCELERATOR and value != getattr(default, name):
             raise PeagleError(
-                f"--accelerator-config sets {name}, but may set {' and '.join(sorted(_ACCELERATOR))} only: rows are "
+                f"--accelerator-config sets {name}, but may set {' and '.join(sorted(_ACCELERATOR))} only: data are "
                 "shared between processes by the trainer itself, and accumulated by --gradient-accumulation-steps."
             )
     _check_compiler(args)

@@ -145,20 +145,20 @@ class PeagleTrainingArguments(TrainingArguments):
     )
     depth_loss_decay: float = field(
         default=1.0,
-        metadata={"help": "In the training loss the rows of depth d count this to the power d. 1: all rows alike."},
+        metadata={"help": "Weight of a slot of depth d in the training loss: this to the power d. 1: all slots alike."},
     )
     per_position_loss_weight: Literal["dpace", "uniform"] = field(
         default="dpace",
         metadata={
-            "help": "How rows count in the training loss. dpace: by what a row adds to the expected acceptance length "
-            "of its rollout, by the drafter's own probabilities. uniform: all alike."
+            "help": "Weights of slots in the training loss. dpace: by what a slot adds to the expected acceptance "
+            "length of its rollout, by the drafter's own probabilities. uniform: all alike."
         },
     )
     dpace_alpha: float = field(
         default=0.5,
         metadata={
             "help": "In (0, 1]: dpace takes (1 - alpha) q + alpha for the drafter's probability q of the verifier's "
-            "token, so that deep rows count where q is still small."
+            "token, so that deep slots count where q is still small."
         },
     )
     train_head: bool = field(default=False, metadata={"help": "Also train the drafter's head."})
@@ -198,14 +198,14 @@ class PeagleTrainingArguments(TrainingArguments):
     activation_checkpointing_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Options of activation checkpointing, as JSON: those of transformers."}
     )
-    total_seq_len: int = field(default=8192, metadata={"help": "Positions in a packed row."})
+    total_seq_len: int = field(default=8192, metadata={"help": "Positions in a packed sequence."})
     train_data_ratio: float = field(
         default=0.9, metadata={"help": "Share of the conversations to train on; the rest validates. 1: no validation."}
     )
     on_missing: Literal["raise", "skip", "warn", "generate"] = field(
         default="raise",
         metadata={
-            "help": "What to do about rows without cached hidden states; generate asks a vLLM server for them while "
+            "help": "What to do about samples without cached hidden states; generate asks a vLLM server for them while "
             "training, a few steps ahead: it takes at least one loader worker (default: up to four)."
         },
     )
@@ -275,8 +275,10 @@ class PeagleTrainingArguments(TrainingArguments):
     logging_steps: float = field(
         default=10, metadata={"help": "Log every so many steps.", "aliases": ["--log_freq", "--log-freq"]}
     )
-    per_device_train_batch_size: int = field(default=1, metadata={"help": "Packed rows a device and step."})
-    per_device_eval_batch_size: int = field(default=1, metadata={"help": "Packed rows a device and validation step."})
+    per_device_train_batch_size: int = field(default=1, metadata={"help": "Packed sequences per device and step."})
+    per_device_eval_batch_size: int = field(
+        default=1, metadata={"help": "Packed sequences per device and validation step."}
+    )
     eval_strategy: IntervalStrategy | str = field(default="epoch", metadata={"help": "When to validate."})
     save_strategy: SaveStrategy | str = field(default="epoch", metadata={"help": "When to save."})
     metric_for_best_model: str | None = field(
@@ -396,7 +398,7 @@ class PeagleTrainingArguments(TrainingArguments):
         self.sequence_partitions = str(self.sequence_partitions)
         check_contradictions(self)
         if self.on_missing == "generate" and self.dataloader_num_workers == 0:
-            self.dataloader_num_workers = GENERATE_WORKERS  # so that the next rows are asked for during a step
+            self.dataloader_num_workers = GENERATE_WORKERS  # which request the next samples during a step
         if self.push_to_hub and self.verifier_name_or_path:
             hub_verifier(self.verifier_name_or_path, self.verifier_name)
         if self.train_data_ratio == 1:
@@ -440,7 +442,7 @@ class PeagleTrainingArguments(TrainingArguments):
             check_tracker(tracker)
 
     def _post_init_with_muon(self) -> None:
-        """The Trainer's own checks, which don't know this name."""
+        """Run the Trainer's own checks, which don't know the optimizer muon, under the name of one that they know."""
         uses_deepspeed = bool(self.deepspeed) or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
         if self.optim is None:
             self.optim = "adamw_torch_fused" if uses_deepspeed or self.lora_r is not None else MUON
@@ -472,7 +474,7 @@ class PeagleTrainingArguments(TrainingArguments):
         self.bf16 = bool(self.bf16)
 
     def memory_plan(self, config: PeagleConfig) -> MemoryPlan:
-        """What the arguments mean for memory; for a CPU, or without mixed precision, it is an estimate from below."""
+        """The settings that memory depends on; on a CPU, or without mixed precision, the prediction is too low."""
         kept = "keep_attention" if self.keep_attention else "whole"
         is_prepared = (Path(self.data_path) / "token_freq.pt").exists()
         has_momentum = self.optim in ("sgd", "rmsprop") and "momentum" in (self.optim_args or "")
@@ -494,5 +496,5 @@ class PeagleTrainingArguments(TrainingArguments):
         return plan if self.sequence_partitions != "auto" or budget is None else cut_to_fit(plan, budget)
 
     def usable_memory(self) -> int | None:
-        """Bytes that a process may use on its device; None where nobody has said."""
+        """Bytes that a process may use on its device; None on a CPU without --memory-budget."""
         return device_memory(self.device) if self.memory_budget is None else round(self.memory_budget * GIB)

@@ -139,7 +139,7 @@ def _put_back(hidden: Path) -> None:
 
 
 def recover(run_folder: str | os.PathLike[str]) -> None:
-    """Undo what a process left half done in a folder of checkpoints when it was killed.
+    """Repair a folder of checkpoints after a process was killed while saving.
 
     Checkpoints that were about to be superseded get their names back if the one to supersede them isn't in its place.
     """
@@ -198,7 +198,7 @@ def _step_of(folder: Path) -> int:
 
 
 def newest_checkpoint(run_folder: str | os.PathLike[str]) -> Path | None:
-    """The checkpoint that a run would go on from; None if there is none."""
+    """The checkpoint that a run would be resumed from; None if there is none."""
     found = checkpoints_by_step(run_folder)
     return found[max(found)] if found else None
 
@@ -217,7 +217,7 @@ def trainer_state(folder: Path) -> dict[str, Any]:
 
 
 def check_resumed(folder: Path, run_folder: str | os.PathLike[str]) -> None:
-    """Make sure that a run which goes on from a checkpoint mixes with no other run in its folder.
+    """Make sure that the checkpoints of a resumed run don't mix with those of another run in its folder.
 
     Raises:
         PeagleError: the folder has checkpoints, and the one to resume from isn't their newest.
@@ -240,7 +240,7 @@ def check_resumed(folder: Path, run_folder: str | os.PathLike[str]) -> None:
 
 
 def resumable_folder(checkpoint: str | os.PathLike[str]) -> Path:
-    """The real path of a checkpoint, once it is sure that it has all that training goes on from.
+    """The real path of a checkpoint, after checking that all files are there from which training is resumed.
 
     Raises:
         PeagleError: it is no checkpoint, holds the model only, or a file is missing or damaged.
@@ -315,9 +315,9 @@ def trainer_view(
 
 
 def release(view: Path) -> None:
-    """Remove from a `trainer_view` what is loaded before the first step, so that it keeps no removed checkpoint's disk.
+    """Remove the files of a `trainer_view` that are loaded by now, as links keep the disk space of removed checkpoints.
 
-    What stays are the states of the random number generators, which the Trainer loads last.
+    The states of the random number generators stay: the Trainer loads them last.
     """
     for path in view.glob("*"):
         if path.is_dir():
@@ -377,12 +377,12 @@ def remove_over_limit(run_folder: Path, limit: int, kept: set[Path]) -> None:
 
 
 def _content(folder: Path) -> Path:
-    """Where the files that training goes on from are."""
+    """The folder with the files that training is resumed from."""
     return folder / EARLIER_VERSION if (folder / EARLIER_VERSION).is_dir() else folder
 
 
 def _problems(content: Path) -> Iterator[str]:
-    """What is missing or damaged of the files that training goes on from."""
+    """Missing and damaged files among those that training is resumed from, as phrases."""
     for path in sorted(path for path in content.rglob("*") if path.is_file()):
         try:
             if path.suffix == ".json":

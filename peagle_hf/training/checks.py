@@ -1,4 +1,4 @@
-"""What `PeagleTrainer` refuses before the first step, and not after an epoch."""
+"""Checks of `PeagleTrainer` before the first step: parameters, data sets, model and metric."""
 
 import copy
 import logging

@@ -1,4 +1,4 @@
-"""One call of `PeagleTrainer.train`: what it goes on from, its records, and what happens at the Trainer's events."""
+"""`CurrentRun`: the state of one call of `PeagleTrainer.train`, and its work at the events of the Trainer's loop."""
 
 import logging
 import math
@@ -32,7 +32,7 @@ from .nan_check import NanCheck, listed, rows_of
 from .record import RunRecord, describe_run, packing_of, record_of_earlier_version
 from .resume_rules import check_resume, note_settings
 from .resuming import find_best_again, load_best, load_optimizer_and_schedule, settings_as_made, view_of
-from .throughput import Pace
+from .throughput import Throughput
 from .warm_start import configuration_changes
 
 if TYPE_CHECKING:
@@ -41,22 +41,22 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 VALIDATION_OWED = "validation_owed"
-"""In the log history of a checkpoint: its step's validation ended with a row that failed, and is still to be done."""
+"""Marks a step in the log history whose validation failed at a sample and has to be repeated when resuming."""
 
 
 class NothingLeft(Exception):
-    """The checkpoint that training goes on from is of the last step or of a later one."""
+    """The resumed checkpoint is already at the last step or beyond."""
 
 
 class CurrentRun(TrainerCallback):
-    """What `PeagleTrainer` keeps of a call of `train`, and does at the events of its loop, before other callbacks.
+    """The state of one call of `PeagleTrainer.train`, and the first callback at the events of the Trainer's loop.
 
     Attributes:
-        resumed_from: the checkpoint that training goes on from; None if it begins anew.
-        record: what the run is made from, None before training.
-        before: the same of the run that it goes on from.
-        superseded: what the first checkpoint takes the place of: an earlier run in the same folder.
-        owes_validation: the validation of the last step is still to be done.
+        resumed_from: the checkpoint that training is resumed from; None for a new run.
+        record: the inputs of this run; None before training.
+        before: the record in the resumed checkpoint.
+        superseded: folders of an earlier run, which are removed when this run saves its first checkpoint.
+        owes_validation: the validation of the last step failed at a sample and has to be repeated.
         counters: int64 [4, K], of all batches since the last log (see `metrics.count_by_depth`).
         throughput: of the time since the last log.
         seconds_before: wall time of training before `resumed_from` was saved.
@@ -87,7 +87,7 @@ class CurrentRun(TrainerCallback):
         self.counters = torch.zeros(len(COUNTERS), 0, dtype=torch.long, device=args.device)
         if self._trainer.model is not None:  # between the trials of a search there is none
             self.counters = self.counters.new_zeros(len(COUNTERS), self._trainer.config.num_depths)
-        self.nan_check, self.throughput = NanCheck(), Pace(args.device)
+        self.nan_check, self.throughput = NanCheck(), Throughput(args.device)
 
     @property
     def folder(self) -> Path:
@@ -154,7 +154,7 @@ class CurrentRun(TrainerCallback):
 
     @contextmanager
     def failures_explained(self) -> Iterator[None]:
-        """Say what would help where memory runs out; save what was trained where a row fails."""
+        """If memory runs out, advise; if a sample can't be read, save the last finished step before raising."""
         trainer, args = self._trainer, self._trainer.args
         try:
             yield
@@ -171,7 +171,7 @@ class CurrentRun(TrainerCallback):
             raise PeagleError(f"The Trainer refuses these arguments: {' '.join(str(error).split())}") from error
 
     def _save_what_was_trained(self) -> str:
-        """Save the last finished step, which the next run goes on from, on all processes; says so in a clause."""
+        """Save the last finished step on all processes; returns a clause that says where, for the error message."""
         trainer, step, folder = self._trainer, self._trainer.state.global_step, self.folder
         if step == 0:
             return "Training ended before its first step"
@@ -188,9 +188,9 @@ class CurrentRun(TrainerCallback):
         )
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, train_dataloader: Any, **_: Any
     ) -> None:
-        """Complete the record, and load of a checkpoint what the Trainer doesn't."""
+        """Complete the record, and load the checkpoint's optimizer and schedule, which the Trainer doesn't see."""
         trainer = self._trainer
         self._has_begun = True
         trainer.export_callback.run_folder = self.folder
@@ -209,13 +209,11 @@ class CurrentRun(TrainerCallback):
                     state.global_step,
                     state.max_steps,
                 )
-        steps_an_epoch = max(1, math.ceil(len(kwargs["train_dataloader"]) / args.gradient_accumulation_steps))
+        steps_an_epoch = max(1, math.ceil(len(train_dataloader) / args.gradient_accumulation_steps))
         self._epoch = state.global_step // steps_an_epoch
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Tell the sampler its epoch: the Trainer can't where rows are skipped and processes share them.
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Set the sampler's epoch: the Trainer can't reach it when it skips batches on several processes.
 
         Raises:
             NothingLeft: all steps are done; the Trainer would take one more.
@@ -226,30 +224,23 @@ class CurrentRun(TrainerCallback):
         self._epoch += 1
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any
     ) -> None:
         """Add the drafter's metrics, before any other callback sees the log."""
         trainer = self._trainer
         if trainer.is_in_train:
             self.require_finite()
-        if logs is not None and "loss" in logs:
+        if "loss" in logs:
             metrics = summarize(trainer.accelerator.reduce(self.counters, reduction="sum"))
             metrics |= self.throughput.take(trainer.accelerator.gather)
             self.counters.zero_()
             logs |= metrics
             state.log_history[-1] |= metrics
-        if logs is not None and "train_runtime" in logs:
+        if "train_runtime" in logs:
             # This log is the last. Next the Trainer would load the best itself, from files of other names.
             self._best_at_end, state.best_model_checkpoint = state.best_model_checkpoint, None
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self._best_at_end is not None:
             state.best_model_checkpoint = self._best_at_end
             if args.load_best_model_at_end:
@@ -293,7 +284,7 @@ class CurrentRun(TrainerCallback):
 
 
 class OwedValidation(TrainerCallback):
-    """Do the validation that a failed row ended in an earlier run, before the first step.
+    """Repeat the validation that failed at a sample in an earlier run, before the first step.
 
     The choice of the best checkpoint and saving follow, as if the step that is resumed from had just ended.
     """
@@ -301,9 +292,7 @@ class OwedValidation(TrainerCallback):
     def __init__(self, trainer: "PeagleTrainer", trial: Any, ignore_keys: list[str] | None):
         self._trainer, self._trial, self._ignore_keys = trainer, trial, ignore_keys
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         trainer = self._trainer
         trainer.current_run.owes_validation = False
         state.log_history = [entry for entry in state.log_history if VALIDATION_OWED not in entry]

@@ -1,4 +1,4 @@
-"""Validation: the sums over all batches of a data set, and what they say."""
+"""Validation: sums of losses and counts over the batches of a data set, and the metrics made from them."""
 
 from collections.abc import Callable, Iterator
 from typing import Any

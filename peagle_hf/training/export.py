@@ -1,4 +1,4 @@
-"""`VllmExportCallback`: when a checkpoint is saved, `checkpoint_best`, and the run's curves."""
+"""`VllmExportCallback`: decides when a checkpoint is saved, keeps `checkpoint_best`, and draws the run's curves."""
 
 import logging
 from pathlib import Path
@@ -52,7 +52,7 @@ class VllmExportCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Do what an interrupted run had no time for."""
+        """Update `checkpoint_best` and the checkpoints over the limit, in case the run was interrupted before that."""
         self._saved_step, self._is_described = None, False
         if not state.is_world_process_zero:
             return

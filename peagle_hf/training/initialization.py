@@ -1,4 +1,4 @@
-"""Where a new drafter starts from: a linear prediction of the verifier's next state, instead of noise.
+"""The linear start: a new drafter begins with a linear prediction of the verifier's next state instead of noise.
 
 Shape letters: P positions, F features, which are S of the auxiliary states and H of the embedding, N value channels.
 """
@@ -24,33 +24,33 @@ from .objective import load_head
 logger = logging.getLogger(__name__)
 
 RIDGE = 0.01
-"""What is added to the variance of every feature, as a share of it."""
+"""Ridge penalty: this share of each feature's variance is added to it."""
 POSITIONS_A_FEATURE = 16
-"""So many times the number of features are enough positions."""
+"""Stop reading after this many positions per regression feature."""
 
 
 @torch.no_grad()
 def start_linearly(
     drafter: PeagleForSpeculation, dataset: HiddenStatesDataset, head: VerifierHead | None = None
 ) -> None:
-    """Let a new drafter predict the verifier's next state from the start as well as a linear map can.
+    """Set a new drafter's first weights so that it predicts the verifier's next state as well as a linear map can.
 
-    By ridge regression over learnt positions, from what the drafter reads there (the verifier's auxiliary states and
-    the embedding of the token that followed, normed) to the verifier's normed last state at the position after, of
-    which its head makes the distribution to be drafted. The map of the auxiliary states becomes `fc`. That of the
-    embedding is added to the first layer's `v_proj` and `o_proj`, as much of it as their rank allows: attention starts
-    out at the row's own position. What is drafted deeper starts as it was. The same rows give the same start. Several
-    processes share the rows, and each ends with the same drafter.
+    A ridge regression over the positions that are trained on maps what the drafter reads there (the verifier's
+    auxiliary states and the normed embedding of the token that followed) to the verifier's normed last state at the
+    next position, from which the verifier's head makes the distribution to be drafted. The map of the auxiliary states
+    becomes `fc`. The map of the embedding is added to the first layer's `v_proj` and `o_proj`, as far as their rank
+    allows: at the start, attention looks mostly at the slot's own position. Depths from 1 on start as they were. The
+    same samples give the same start. Several processes share the samples, and each ends with the same drafter.
 
     Args:
         drafter: as it was made, with its verifier's embeddings (see `PeagleForSpeculation.load_verifier`). All is
-            computed on its device, in float64, so that it makes no difference how the rows are packed. It takes up to
-            1.2 times the memory of a float64 matrix [F, F + H] (see `memory.linear_start_bytes`).
-        dataset: the rows to train on. The first ones are read, until there are 16 positions a feature.
+            computed on its device, in float64, so that the packing makes no difference. It takes up to 1.2 times the
+            memory of a float64 matrix [F, F + H] (see `memory.linear_start_bytes`).
+        dataset: to train on. Its first packed sequences are read, until there are 16 positions per feature.
         head: the verifier's; default: read from the verifier that the drafter's configuration names.
 
     Raises:
-        PeagleError: the verifier or the rows can't be read, are of other layers or hold NaN, or the
+        PeagleError: the verifier or the samples can't be read, are of other layers or hold NaN, or the
             device's memory is too small.
     """
     dataset.check_layers(drafter.config.eagle_aux_hidden_state_layer_ids)
@@ -131,7 +131,7 @@ def _moments(
 
 
 def _piece(num_features: int) -> int:
-    """How many positions, or columns of a map, are worked on at a time, for a small share of all features' memory."""
+    """Positions, or columns of a map, in one chunk of work, so that it takes little of the features' memory."""
     return max(1, num_features // 32)
 
 

@@ -1,7 +1,8 @@
-"""What a training step needs on the device, predicted from the configuration, and which flags help if it is too much.
+"""Predicts the device memory of a training step from the configuration, and names the flags that lower it.
 
-The model is linear: something fixed, and something for each row of the largest part that is run at once. It describes
-one process on a GPU in bf16 mixed precision, without sharding. Shape letters: L positions, R rows, H hidden size.
+The prediction is linear: a fixed number of bytes, and a number for each slot of the largest part that is run at once.
+It describes one process on a GPU in bf16 mixed precision, without sharding. Shape letters: L positions, R slots, H
+hidden size.
 """
 
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from .optimizer import MUON
 GIB = 1 << 30
 FLOAT, HALF = 4, 2
 MOST_PARTITIONS = 64
-"""More make the largest part hardly smaller: it holds all positions."""
+"""Upper limit on parts: every part repeats its prefix, so more parts barely shrink the largest."""
 _ADAMW_32 = "adamw_torch adamw_torch_fused adamw_torch_xla adamw_torch_npu_fused adamw_anyprecision paged_adamw_32bit"
 _NOT_KNOWN = "galore_adamw galore_adamw_8bit galore_adafactor apollo_adamw lomo adalomo grokadamw"
 STATE_BYTES: dict[str, int | None] = {
@@ -38,21 +39,21 @@ STATE_BYTES: dict[str, int | None] = {
     **dict.fromkeys(_NOT_KNOWN.split(), None),
     **dict.fromkeys((f"{name}_layerwise" for name in _NOT_KNOWN.split()[:4]), None),
 }
-"""Bytes of state that an optimizer keeps of a trained weight; None where that depends on more than the weights."""
+"""Bytes of optimizer state per trained weight; None where that depends on more than the number of weights."""
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What the prediction depends on.
+    """The settings that the prediction depends on.
 
     Args:
-        positions: L of a packed row.
-        batch_size: packed rows of a device's batch.
-        learnt_share: of the positions.
+        positions: L of a packed sequence.
+        batch_size: packed sequences in a device's batch.
+        learnt_share: share of the positions that are trained on.
         optimizer: as `optim` of the arguments.
         checkpointing: "none", "keep_attention" or "whole".
         partitions: parts that a batch is cut into.
-        accumulates: gradients of earlier micro-batches are there during the forward pass.
+        accumulates: gradients of earlier micro-batches are in memory during the forward pass.
         train_head: as in `PeagleForSpeculation.attach_verifier`.
         lora_r: rank of an adapter that is trained on all linear layers instead of their weights.
         linear_start: whether the drafter starts from a linear fit, which is over before the first step.
@@ -79,7 +80,7 @@ class MemoryPlan:
 
     @property
     def rows(self) -> int:
-        """R of the whole batch: the positions, and what COD keeps of the learnt ones at each further depth."""
+        """R of the whole batch: one slot per position, and what COD keeps of the trained ones at each further depth."""
         config = self.config
         kept = [max(config.down_sample_ratio**d, config.down_sample_ratio_min) for d in range(1, config.num_depths)]
         return round(self.num_positions * (1 + self.learnt_share * sum(kept)))
@@ -90,7 +91,7 @@ class MemoryPlan:
         if self.partitions == 1:
             return self.rows
         rollouts = self.rows - self.num_positions
-        # Equal parts of n rows: each brings its prefix, so that the k-th has the rollouts of fewer positions.
+        # Equal parts of n slots: each brings its prefix, so that the k-th has the rollouts of fewer positions.
         least, most = self.num_positions, self.rows
         while least < most:
             middle = (least + most) // 2
@@ -172,7 +173,7 @@ def linear_start_bytes(config: PeagleConfig) -> int:
 
 
 def bytes_a_row(plan: MemoryPlan) -> int:
-    """What the forward pass keeps of a row for the backward pass, and what the backward pass of a layer works with."""
+    """Activation bytes per slot: kept by the forward pass, and used by the backward pass of one layer."""
     layer = plan.config.transformer_layer_config
     size, inner, num_layers = layer.hidden_size, layer.intermediate_size, layer.num_hidden_layers
     query, key = layer.num_attention_heads * layer.head_dim, layer.num_key_value_heads * layer.head_dim
@@ -188,7 +189,7 @@ def bytes_a_row(plan: MemoryPlan) -> int:
 
 
 def rows_that_fit(plan: MemoryPlan, budget: int) -> int:
-    """How many rows can be run at once within `budget` bytes.
+    """How many slots can be run at once within `budget` bytes.
 
     Raises:
         PeagleError: the weights, their gradients and the optimizer's states alone are more than the budget.
@@ -211,7 +212,7 @@ def rows_that_fit(plan: MemoryPlan, budget: int) -> int:
 
 
 def cut_to_fit(plan: MemoryPlan, budget: int) -> MemoryPlan:
-    """The plan in as few parts as fit within `budget` bytes; in many where no number does."""
+    """The plan in as few parts as fit within `budget` bytes, or in the most parts if no number fits."""
     for partitions in range(1, MOST_PARTITIONS + 1):
         plan = replace(plan, partitions=partitions)
         if estimate(plan).total <= budget:
@@ -220,7 +221,7 @@ def cut_to_fit(plan: MemoryPlan, budget: int) -> MemoryPlan:
 
 
 def report(plan: MemoryPlan, budget: int | None) -> str:
-    """A table of what goes where, and what to change if it is more than `budget` bytes."""
+    """A table of bytes by kind, and the flags to change if the total is more than `budget` bytes."""
     predicted = estimate(plan)
     is_known = predicted.optimizer is not None
     shares = {
@@ -231,7 +232,7 @@ def report(plan: MemoryPlan, budget: int | None) -> str:
         **({"verifier's whole head, from validation on": predicted.whole_head} if predicted.whole_head else {}),
         **({"linear start, before the first step": predicted.linear_start} if predicted.linear_start else {}),
         f"inputs of {plan.num_positions:,} positions": predicted.inputs,
-        f"activations of {plan.rows_at_once:,} rows at once": predicted.activations,
+        f"activations of {plan.rows_at_once:,} slots at once": predicted.activations,
         "logits of one chunk": predicted.loss,
     }
     lines = [f"{name:<44}{size / GIB:>8.2f} GiB" for name, size in shares.items()]
@@ -248,7 +249,7 @@ def report(plan: MemoryPlan, budget: int | None) -> str:
 
 
 def advice(plan: MemoryPlan, budget: int) -> str:
-    """The flags that would help, each with the peak that is predicted with it and all before it, until it fits."""
+    """The flags that lower the peak, each with the peak predicted with it and all flags before it, until it fits."""
     steps = [
         ("--activation-checkpointing", replace(plan, checkpointing="keep_attention")),
         ("--sequence-partitions 4", replace(plan, checkpointing="keep_attention", partitions=max(4, plan.partitions))),

@@ -1,4 +1,4 @@
-"""What a drafter needs before it is trained or validated, beside its weights."""
+"""Prepares a drafter for training as the arguments say: precision, attention, and the objective."""
 
 from collections.abc import Callable
 from functools import wraps

@@ -1,4 +1,4 @@
-"""Which step a NaN or an infinity came with, found without waiting for the device at each step."""
+"""Finds the step whose loss or gradient is NaN or infinite, without waiting for the device at each step."""
 
 from collections.abc import Sequence
 from copy import copy
@@ -12,7 +12,7 @@ from ..data.dataset import EpochSampler, HiddenStatesDataset
 from .arguments import PeagleTrainingArguments
 
 MOST_NAMED = 20
-"""Samples that a message names."""
+"""Upper limit on the samples that a message names."""
 
 
 class Value(NamedTuple):
@@ -28,10 +28,10 @@ class Value(NamedTuple):
 
 
 class NanCheck:
-    """Collects whether values are finite as flags on their device, and looks at them when it is asked to."""
+    """Collects on the device whether losses and gradients are finite; `first_bad` reads the flags."""
 
     MOST = 1000
-    """Flags that are kept; more are looked at at once, so that they don't pile up where nothing is logged or saved."""
+    """Upper limit on flags: then they are checked, so that they don't pile up where nothing is logged or saved."""
 
     def __init__(self) -> None:
         self._values: list[Value] = []
@@ -72,7 +72,7 @@ class NanCheck:
 def rows_of(
     value: Value, dataset: HiddenStatesDataset, sampler: EpochSampler, args: PeagleTrainingArguments
 ) -> list[int]:
-    """The prepared rows that a value was made from: those of one batch of this process, or of a step of all processes.
+    """The samples, by number, that a value was made from: of one batch of this process, or of a step of all processes.
 
     Args:
         sampler: that of the training.
@@ -92,6 +92,6 @@ def rows_of(
 
 
 def listed(rows: Sequence[int]) -> str:
-    """Numbers of rows in a message, which names no more than `MOST_NAMED`."""
+    """Numbers of samples for a message, `MOST_NAMED` at most."""
     more = f" and {len(rows) - MOST_NAMED} more" if len(rows) > MOST_NAMED else ""
     return ", ".join(map(str, rows[:MOST_NAMED])) + more

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from ..errors import PeagleError
 
 MUON = "muon"
-"""The name that `--optim` knows it by."""
+"""The value of `--optim` for `MuonWithAdamW`."""
 
 _TABLES = {"embed_tokens", "lm_head"}
 
@@ -119,7 +119,7 @@ def settings_of_schedule(schedule: Any) -> dict[str, Any]:
 
 
 _PLACES = {"base_lrs", "_last_lr", "last_epoch", "_step_count", "lr_lambdas", "best", "num_bad_epochs"}
-"""What a schedule's state holds of its place and rates, beside its settings."""
+"""Entries of a schedule's state that hold its progress and rates, not its settings."""
 
 
 def set_settings(optimizer: Any, before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""Which parts a batch is run in, one after another, so that a step fits into the device's memory."""
+"""Sequence partitions of `PeagleTrainer`: a batch is run in parts, so that a step fits into the device's memory."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""What `PeagleTrainer` uploads to the hub: the drafter as vLLM serves it, and its card."""
+"""Uploads of `PeagleTrainer` to the hub: the drafter as vLLM serves it, and its card."""
 
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""What a training run is made from (`run.json`, written before its first step), and how far it came (`training.json`).
+"""Records of a training: `run.json`, the inputs of a run, and `training.json`, how a drafter was trained so far.
 
-The output folder has the record, and so has each checkpoint, which knows by it what it is from wherever it is copied.
-Nothing is compared by a path: data, verifier, cache and drafter are compared by their content.
+`run.json` is written into the output folder before the first step, and into each checkpoint, so that a checkpoint has
+it wherever it is copied. Nothing is compared by a path: data, verifier, cache and drafter are compared by content.
 """
 
 import hashlib
@@ -45,12 +45,12 @@ _PATHS = ("data_path", "hidden_states_path", "output_dir", "from_pretrained", "t
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run is made from, as JSON values; a field that is None isn't known and isn't compared.
+    """The inputs of a run, as JSON values; a field that is None isn't known and isn't compared.
 
     Attributes:
         arguments: all of `PeagleTrainingArguments` but secrets; paths as seen from the output folder.
         data: fingerprint of the prepared samples (see `data.prepared_dataset.rows_fingerprint`).
-        samples: number and digest of the rows among them that are trained on.
+        samples: number and digest of those that are trained on.
         validation_samples: the same of those that it validates on, by the name of the data set.
         packing: number and digest of the packed sequences.
         verifier: its fingerprint or commit (see `fingerprint.weights_of`).
@@ -68,7 +68,7 @@ class RunRecord:
         precision: of the computation.
         device: its name.
         versions: of the libraries.
-        changes: what became another at resumed steps: {"step": …, "<field>": [before, after]}.
+        changes: settings that changed when the run was resumed: {"step": …, "<field>": [before, after]}.
     """
 
     arguments: dict[str, Any]
@@ -209,7 +209,7 @@ def describe_training(trainer: "PeagleTrainer") -> dict[str, Any]:
 
 
 def record_of_earlier_version(training: Mapping[str, Any]) -> RunRecord:
-    """What the `training.json` of a checkpoint without `run.json` says of its run."""
+    """The record of a run as far as `training.json` tells it, for a checkpoint without `run.json`."""
     names = {
         "seed": "seed",
         "total_seq_len": "total_seq_len",

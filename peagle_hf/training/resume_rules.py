@@ -1,4 +1,4 @@
-"""A run that is resumed with something else than before: what is refused, and what takes effect and is noted."""
+"""The rules of resuming: which arguments and inputs may differ from the earlier part of the run, and which may not."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ ON_RESUME: dict[str, str] = {
     # The schedule and the settings of the optimizer, which take effect from the resumed step on.
     **_names(FREE, "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio max_grad_norm"),
     **_names(FREE, "weight_decay adam_beta1 adam_beta2 adam_epsilon num_train_epochs max_steps"),
-    # What is validated, saved, logged and uploaded, and when.
+    # Validation, saving, logging and uploads.
     **_names(FREE, "do_eval eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size"),
     **_names(FREE, "eval_accumulation_steps eval_do_concat_batches eval_use_gather_object prediction_loss_only"),
     **_names(FREE, "bf16_full_eval fp16_full_eval batch_eval_metrics include_for_metrics do_predict"),
@@ -46,10 +46,10 @@ ON_RESUME: dict[str, str] = {
     **_names(FREE, "dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order"),
     **_names(FREE, "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend"),
     **_names(FREE, "ddp_timeout local_rank fsdp fsdp_config deepspeed parallelism_config"),
-    # Where the rows come from, which are compared themselves, and how servers are asked.
+    # Sources of hidden states and requests to servers; the samples are compared themselves.
     **_names(FREE, "on_missing vllm_endpoint on_generate server_hidden_states_path request_timeout max_retries"),
     **_names(FREE, "skip_rows"),  # which leave all other samples in their places
-    # What concerns one start of a run only.
+    # Arguments of one start of a run only.
     **_names(FREE, "resume resume_from_checkpoint ignore_data_skip restore_callback_states_from_checkpoint do_train"),
     **_names(FREE, "memory_report dry_run linear_start trust_remote_code"),
     # The samples of a step.
@@ -61,14 +61,14 @@ ON_RESUME: dict[str, str] = {
     **_names(REFUSED, "loss_fn depth_loss_decay per_position_loss_weight dpace_alpha optim optim_args bf16 fp16"),
     **_names(REFUSED, "optim_target_modules label_smoothing_factor neftune_noise_alpha use_liger_kernel"),
     **_names(REFUSED, "liger_kernel_config"),
-    # What is trained.
+    # The drafter and its trained weights.
     **_names(REFUSED, "speculator_type train_head lora_r lora_alpha lora_dropout lora_modules_to_save"),
     **_names(BY_CONTENT, "data_path hidden_states_path verifier_name_or_path verifier_revision from_pretrained"),
     **_names(BY_CONTENT, "token_freq_path num_layers draft_arch draft_vocab_size mask_token_id target_layer_ids"),
     **_names(BY_CONTENT, "norm_before_residual norm_before_fc sliding_window embed_requires_grad"),
     **_names(BY_CONTENT, "num_depths down_sample_ratio down_sample_ratio_min max_anchors"),
 }
-"""What becomes of another value of an argument when a run is resumed.
+"""The rule for each argument whose value differs when a run is resumed.
 
 `FREE`: it takes effect from the resumed step on, and the log says so. `REFUSED`: the run isn't resumed. `EQUIVALENT`:
 it is taken if each step still has the same samples: 1 process with 2 accumulation steps and 2 processes with 1 have.
@@ -95,7 +95,7 @@ _REMEDY = (
 
 
 def changes_between(before: RunRecord, now: RunRecord) -> tuple[dict[str, list[Any]], list[str]]:
-    """What is another than before and may be, as [before, now] by name, and what may not, as phrases."""
+    """Compare two records: allowed differences as [before, now] by name, and refused differences as phrases."""
     taken: dict[str, list[Any]] = {}
     refused: list[str] = []
     for name in sorted(before.arguments.keys() & now.arguments.keys()):
@@ -162,7 +162,7 @@ _EXPLAINED_BY = {
 
 
 def _other_steps(before: RunRecord, now: RunRecord, taken: dict[str, list[Any]]) -> list[str]:
-    """Refuse steps of other samples; `taken` says what of batch size and accumulation changed."""
+    """Refuse steps that would have other samples; `taken` holds changes of batch size and accumulation."""
     if before.rows_per_step is None or now.rows_per_step is None:
         return []
     described = [
@@ -226,7 +226,7 @@ def check_resume(folder: Path, before: RunRecord, now: RunRecord, step: int, oth
 def note_settings(
     now: RunRecord, before: RunRecord | None, optimizer: list[dict[str, Any]], schedule: dict[str, Any]
 ) -> RunRecord:
-    """Add what the optimizer and the schedule are set to, which is known once they are made; log what changed of it."""
+    """Add the settings of the optimizer and the schedule to a record, and log those that changed."""
     taken: dict[str, list[Any]] = {}
     if before is not None and before.optimizer_settings is not None and before.schedule is not None:
         if len(before.optimizer_settings) != len(optimizer):
@@ -251,7 +251,7 @@ _ALSO_CALLED = {
     "eps": {"adam_epsilon"},
     "class": {"lr_scheduler_type"},
 }
-"""Settings of an optimizer or schedule that arguments give, whose change is logged already."""
+"""Settings of an optimizer or schedule that come from arguments, whose change is logged already."""
 
 
 def _log_changes(taken: Mapping[str, list[Any]]) -> None:

@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: which one, what of it is loaded when, and what of this run is another than there."""
+"""Resuming: choosing the checkpoint, loading its optimizer and schedule, and finding the best step again."""
 
 import logging
 from collections.abc import Iterator
@@ -54,7 +54,7 @@ def only_training(args: PeagleTrainingArguments) -> Iterator[None]:
 
 
 def checkpoint_to_go_on_from(trainer: "PeagleTrainer", wanted: str | bool | None, trial: Any) -> Path | None:
-    """The checkpoint that training goes on from, the same one on all processes; None if it begins anew.
+    """The checkpoint that training is resumed from, the same one on all processes; None for a new run.
 
     Args:
         wanted: as `resume_from_checkpoint` of `PeagleTrainer.train`.

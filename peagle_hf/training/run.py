@@ -1,4 +1,4 @@
-"""`peagle-hf train`: the drafter, the rows and the run that the arguments describe."""
+"""`peagle-hf train`: builds the drafter, the data sets and the trainer that the arguments describe, and trains."""
 
 import logging
 import math
@@ -38,9 +38,9 @@ logger = logging.getLogger(__name__)
 
 
 def train(args: PeagleTrainingArguments) -> PeagleTrainer | None:
-    """Train a drafter on cached hidden states, going on from the output folder's newest checkpoint if there is one.
+    """Train a drafter on cached hidden states; resumes from the output folder's newest checkpoint if there is one.
 
-    With `memory_report` or `dry_run` print what is to be expected instead and return None.
+    With `memory_report` or `dry_run`, print a prediction instead and return None.
     """
     if args.memory_report:
         print(report(args.memory_plan(build_config(args)), args.usable_memory()))
@@ -99,7 +99,7 @@ def build_trainer(
 
 
 def plan(args: PeagleTrainingArguments) -> str:
-    """What a training with these arguments would read and write, and how many steps it would take."""
+    """A report of the data, steps and checkpoints of a training with these arguments, for `--dry-run`."""
     config = build_config(args)
     with torch.device("meta"):
         num_weights = sum(parameter.numel() for parameter in PeagleForSpeculation(config).parameters())
@@ -232,7 +232,7 @@ def build_drafter(args: PeagleTrainingArguments) -> PeagleForSpeculation | PeftM
 
 
 def build_datasets(args: PeagleTrainingArguments) -> tuple[HiddenStatesDataset, HiddenStatesDataset | None]:
-    """The training and validation rows that the arguments describe; no validation with `train_data_ratio` 1."""
+    """The training and validation data that the arguments describe; no validation with `train_data_ratio` 1."""
     return _datasets(args, build_endpoint(args) if args.on_missing == "generate" else None)
 
 
@@ -258,7 +258,7 @@ def _datasets(
 
 
 def build_endpoint(args: PeagleTrainingArguments) -> Endpoint:
-    """The vLLM servers that missing rows are asked of; if these are to be kept, the cache gets its manifest here.
+    """The vLLM servers that generate missing hidden states; writes the cache's manifest if these are to be kept.
 
     Raises:
         PeagleError: a server can't be reached, or runs another model or other layers, or its layers aren't known.
@@ -294,7 +294,7 @@ def build_endpoint(args: PeagleTrainingArguments) -> Endpoint:
 
 
 def _endpoint(args: PeagleTrainingArguments, config: PeagleConfig) -> Endpoint:
-    """The servers that the arguments name, without asking them anything."""
+    """The servers that the arguments name; sends no request."""
     num_layers = load_verifier_config(_verifier(args), args.verifier_revision, args.trust_remote_code).num_hidden_layers
     return Endpoint(
         endpoint_urls(args.vllm_endpoint),
@@ -307,7 +307,7 @@ def _endpoint(args: PeagleTrainingArguments, config: PeagleConfig) -> Endpoint:
 
 
 def _verifier(args: PeagleTrainingArguments) -> str:
-    """The verifier that is named, else the one that made the hidden states, else the one of the prepared data."""
+    """The verifier of the arguments, or else of the hidden states, or else of the prepared data."""
     if args.verifier_name_or_path:
         return args.verifier_name_or_path
     manifest = Manifest.read(_cache_folder(args))

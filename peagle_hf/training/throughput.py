@@ -1,4 +1,4 @@
-"""How fast training goes, and what holds it up: positions a second, the wait for data, memory."""
+"""Throughput of training: positions per second, share of time waiting for data, peak memory."""
 
 import time
 from collections import deque
@@ -11,8 +11,8 @@ from torch import Tensor
 from .memory import GIB
 
 
-class Pace:
-    """Measures a process's training between two logs, without a wait for the GPU before the second one.
+class Throughput:
+    """Measures a process's training between two logs; only the second log waits for the GPU.
 
     Attributes:
         positions: trained on since the last log; the training loop counts them up.
@@ -34,7 +34,7 @@ class Pace:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around the loading of data. On a GPU its own wait counts: what is loaded while it works costs nothing."""
+        """Time the loading of data. On a GPU its idle time counts: data loaded while it computes cost nothing."""
         if self._on_gpu:
             before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             before.record()
@@ -49,7 +49,7 @@ class Pace:
             self._waited += time.perf_counter() - started
 
     def take(self, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """What was measured since the last call, over all processes.
+        """The measurements since the last call, over all processes.
 
         `tokens_per_second`: positions trained on over wall time, validation and saving included, summed.
         `loader_wait`: the share of that time, 0 to 1, that went by waiting for data, on average. `memory_gib`: the most
@@ -73,5 +73,5 @@ class Pace:
 
 
 def elapsed(before: torch.cuda.Event, after: torch.cuda.Event) -> float:
-    """Seconds of the GPU between two events that it has reached."""
+    """Seconds between two events that the GPU has reached."""
     return before.elapsed_time(after) / 1000

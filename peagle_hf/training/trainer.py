@@ -54,11 +54,11 @@ class PeagleTrainer(Trainer):
 
     Logs also `accuracy_d`, `acceptance_d` and `acceptance_length` (see `metrics.summarize`), over all steps since the
     last log and all ranks; in evaluation with the prefix `eval_`. In training also `tokens_per_second`, `loader_wait`
-    and `memory_gib` (see `throughput.Pace`).
+    and `memory_gib` (see `throughput.Throughput`).
 
-    Evaluation drops no row: every learnt position starts a rollout of all K depths. `eval_acceptance_d` and
+    Evaluation drops no slot: every trained position starts a rollout of all K depths. `eval_acceptance_d` and
     `eval_acceptance_length` are of the drafts that decoding the text would make (see `metrics.count_drafts`),
-    `eval_anchor_acceptance_length` is the mean over all positions. `eval_loss` is the mean over all rows, so that it
+    `eval_anchor_acceptance_length` is the mean over all positions. `eval_loss` is the mean over all slots, so that it
     depends neither on COD's ratios nor on the seed; the training loss, in which depths count as often as they are
     sampled, is another number.
 
@@ -191,7 +191,7 @@ class PeagleTrainer(Trainer):
         Raises:
             PeagleError: the folder can't be resumed from, the output folder has checkpoints of another run, a loss or
                 a gradient is no finite number, or the device's memory is too small; says what would help.
-            RowError: a row's hidden states can't be had; what was trained is saved, and a rerun goes on from there.
+            RowError: a sample's hidden states can't be had; the last step is saved, and a rerun resumes there.
         """
         run = self.current_run
         with only_training(self.args):
@@ -232,7 +232,7 @@ class PeagleTrainer(Trainer):
         elif id(dataset) in self._eval_loaders:
             return self._eval_loaders[id(dataset)]
         dataset.check_layers(self.config.eagle_aux_hidden_state_layer_ids)
-        # Without fillers accelerate would repeat rows until all processes have equally many.
+        # Without fillers accelerate would repeat packed sequences until all processes have equally many.
         multiple = self.args.world_size * batch_size if self.args.world_size > 1 else 1
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         sampler = EpochSampler(len(dataset), seed, multiple, shuffle=is_training)
@@ -252,7 +252,7 @@ class PeagleTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], torch.Tensor | int | None]:
-        """Like the Trainer's, but if a row of one process fails, all processes raise its `RowError`."""
+        """Like the Trainer's, but if a sample fails on one process, all processes raise its `RowError`."""
         with self.current_run.throughput.waiting():
             batches = on_all_processes(lambda: list(islice(epoch_iterator, num_batches)))
             return super().get_batch_samples(iter(batches), num_batches, device)

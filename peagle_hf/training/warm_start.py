@@ -1,4 +1,4 @@
-"""Going on from a trained drafter: what is kept, what may change, and what is refused."""
+"""`--from-pretrained`: training continues from a drafter's weights; which settings may change, and which may not."""
 
 import logging
 from collections.abc import Iterator
@@ -51,7 +51,7 @@ def continued_config(args: PeagleTrainingArguments, drafter: str, verifier: str)
 
 
 def sampling(args: PeagleTrainingArguments) -> dict[str, Any]:
-    """What the arguments say of `SAMPLING`."""
+    """The arguments of `SAMPLING` that are given."""
     return {name: value for name in SAMPLING if (value := getattr(args, name)) is not None}
 
 
@@ -83,7 +83,7 @@ def load_drafter(name_or_path: str, config: PeagleConfig) -> PeagleForSpeculatio
 
 
 def configuration_changes(folder: Path, config: PeagleConfig, is_verifier_known: bool) -> list[str]:
-    """What of a drafter and its sampling is another than in a checkpoint, as phrases.
+    """The settings of a drafter and its sampling that differ from a checkpoint's, as phrases.
 
     Args:
         is_verifier_known: the verifiers are compared by their weights, so that their names and paths may differ.
