@@ -188,7 +188,7 @@ class CurrentRun(TrainerCallback):
         )
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, train_dataloader: Any, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Complete the record, and load the checkpoint's optimizer and schedule, which the Trainer doesn't see."""
         trainer = self._trainer
@@ -209,7 +209,7 @@ class CurrentRun(TrainerCallback):
                     state.global_step,
                     state.max_steps,
                 )
-        steps_an_epoch = max(1, math.ceil(len(train_dataloader) / args.gradient_accumulation_steps))
+        steps_an_epoch = max(1, math.ceil(len(kwargs["train_dataloader"]) / args.gradient_accumulation_steps))
         self._epoch = state.global_step // steps_an_epoch
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -223,11 +223,9 @@ class CurrentRun(TrainerCallback):
         self._trainer.train_sampler.set_epoch(self._epoch)
         self._epoch += 1
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add the drafter's metrics, before any other callback sees the log."""
-        trainer = self._trainer
+        trainer, logs = self._trainer, kwargs["logs"]
         if trainer.is_in_train:
             self.require_finite()
         if "loss" in logs:
