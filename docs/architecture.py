@@ -39,7 +39,7 @@ WAY = [
     ("data.collator.CODDataCollator", "slots: pairs of anchor and depth"),
     ("model.drafter.PeagleForSpeculation", "the drafter's state of each slot"),
     ("training.objective.Objective", "loss and counters, from which the Trainer updates the weights"),
-    ("training.export.VllmExportCallback", "a checkpoint that vLLM loads"),
+    ("training.export_callback.VllmExportCallback", "a checkpoint that vLLM loads"),
     ("serving.launch.serve", "drafts, which the verifier checks"),
 ]
 """The functions and classes that a chat passes through, and what each of them makes of it."""

@@ -29,7 +29,7 @@ _MODULE_OF = {
     "RegenerateArguments": "data.regenerate",
     "VerifierHead": "verifier.head",
     "VerifierParts": "verifier.parts",
-    "VllmExportCallback": "training.export",
+    "VllmExportCallback": "training.export_callback",
     "acceptance": "evaluation.acceptance",
     "add_adapter": "training.adapters",
     "build_datasets": "training.run",
@@ -80,7 +80,7 @@ if TYPE_CHECKING:
     from .model.generation import draft_and_verify
     from .training.adapters import add_adapter, load_adapter, merge_adapter, save_adapter
     from .training.arguments import PeagleTrainingArguments
-    from .training.export import VllmExportCallback
+    from .training.export_callback import VllmExportCallback
     from .training.initialization import start_linearly
     from .training.losses import register_loss
     from .training.push_callback import PushToHubCallback

@@ -37,7 +37,7 @@ MEMBERS = {
     "Metric": "name",
     "Counter": "value",
     "Vector": "values",
-    # peagle_hf.serving.launch, peagle_hf.model.served, and the flags that the documentation names
+    # peagle_hf.serving.launch, peagle_hf.model.served_checkpoint, and the flags that the documentation names
     "EngineArgs": "data_parallel_size disable_log_stats dtype enable_prefix_caching enforce_eager kv_transfer_config "
     "max_model_len max_num_batched_tokens max_num_seqs model per_request_spec_decode_metrics seed served_model_name "
     "speculative_config tensor_parallel_size trust_remote_code",

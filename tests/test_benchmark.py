@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from peagle_hf.model.served import check_checkpoint
+from peagle_hf.model.served_checkpoint import check_checkpoint
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 BENCHMARK = BENCHMARKS / "training_step.py"

@@ -19,7 +19,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from peagle_hf import PeagleConfig, PeagleError, PeagleTrainer, PeagleTrainingArguments, VllmExportCallback
-from peagle_hf.model.served import check_checkpoint
+from peagle_hf.model.served_checkpoint import check_checkpoint
 from peagle_hf.training.checkpoints import (
     EARLIER_VERSION,
     checkpoints_by_step,

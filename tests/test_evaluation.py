@@ -23,7 +23,7 @@ from peagle_hf.evaluation.figures import Trial, compare, difference, figures
 from peagle_hf.evaluation.report import draw, html, text
 from peagle_hf.evaluation.runs import Run
 from peagle_hf.evaluation.suites import load_prompts
-from peagle_hf.model.served import check_checkpoint, speculative_config
+from peagle_hf.model.served_checkpoint import check_checkpoint, speculative_config
 from peagle_hf.serving.client import Answer, summarize
 from peagle_hf.serving.environment import vllm_environment
 

@@ -17,7 +17,7 @@ from transformers.modeling_utils import safe_save_file
 from peagle_hf import PeagleError, PeagleTrainingArguments
 from peagle_hf.cli.parsing import flags
 from peagle_hf.files import atomic_path, check_writable, write_json
-from peagle_hf.model.served import check_checkpoint
+from peagle_hf.model.served_checkpoint import check_checkpoint
 from peagle_hf.training.checkpoints import checkpoints_by_step
 from peagle_hf.training.run import train
 

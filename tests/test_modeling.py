@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel
 
 from peagle_hf import CODDataCollator, PeagleConfig, PeagleError, PeagleForSpeculation, VerifierHead
 from peagle_hf.model import layers
-from peagle_hf.model.served import check_checkpoint
+from peagle_hf.model.served_checkpoint import check_checkpoint
 from peagle_hf.training import losses
 from peagle_hf.training.objective import Objective
 

@@ -19,7 +19,7 @@ from peagle_hf import (
     build_datasets,
     build_drafter,
 )
-from peagle_hf.model.served import check_checkpoint
+from peagle_hf.model.served_checkpoint import check_checkpoint
 from peagle_hf.training.losses import parse_loss
 
 

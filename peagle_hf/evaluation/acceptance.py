@@ -23,7 +23,7 @@ from ..errors import PeagleError
 from ..files import write_json
 from ..hub.training_json import read_record
 from ..model.drafter import PeagleForSpeculation
-from ..model.served import check_checkpoint, drafter_folder, drafter_name
+from ..model.served_checkpoint import check_checkpoint, drafter_folder, drafter_name
 from ..training.metrics import count_drafts
 from ..training.objective import Objective
 from ..verifier.head import VerifierHead

@@ -15,7 +15,7 @@ from ..data.sources import source_name
 from ..data.tokenizer import ChatOptions
 from ..files import atomic_path, locked_folder, write_json
 from ..hub.training_json import chosen_chat_options, recorded_chat_options
-from ..model.served import check_checkpoint
+from ..model.served_checkpoint import check_checkpoint
 from .arguments import EvaluateArguments
 from .figures import difference, entry
 from .in_processes import measure_processes

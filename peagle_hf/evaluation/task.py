@@ -11,7 +11,7 @@ from ..data.prompts import Prompt
 from ..data.tokenizer import ChatOptions
 from ..errors import PeagleError
 from ..fingerprint import weights_of
-from ..model.served import check_checkpoint, drafter_folder, drafter_name, speculative_config
+from ..model.served_checkpoint import check_checkpoint, drafter_folder, drafter_name, speculative_config
 from ..redaction import public_url
 from .arguments import EvaluateArguments
 from .figures import Trial
@@ -43,7 +43,7 @@ class Drafter:
 
 @dataclass(frozen=True)
 class Drafting:
-    """A drafter with a K, as vLLM's `--speculative-config` (see `model.served.speculative_config`)."""
+    """A drafter with a K, as vLLM's `--speculative-config` (see `model.served_checkpoint.speculative_config`)."""
 
     drafter: Drafter
     config: dict[str, Any]

@@ -18,7 +18,7 @@ from ..errors import PeagleError
 from ..fingerprint import has_weights
 from ..model.config import PeagleConfig
 from ..model.drafter import HUB_TAGS
-from ..model.served import speculative_config
+from ..model.served_checkpoint import speculative_config
 from .training_json import chat_options_of
 
 logger = logging.getLogger(__name__)

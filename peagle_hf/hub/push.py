@@ -13,7 +13,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard
 
 from ..arguments import Arguments, flag_of
 from ..errors import PeagleError
-from ..model.served import check_checkpoint
+from ..model.served_checkpoint import check_checkpoint
 from ..verifier.loading import hub_verifier
 from .card import model_card, read_evaluation
 from .training_json import chat_option_files, read_record, recorded_chat_options

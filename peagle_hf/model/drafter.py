@@ -22,8 +22,8 @@ from ..verifier.head import VerifierHead, load_embedding
 from ..verifier.loading import hub_verifier
 from .attention import ATTENTION
 from .config import PeagleConfig
+from .forward_slots import DraftSlots, PackedSlots, PassSlots
 from .layers import PeagleAttention, PeagleLayer, RMSNorm
-from .passes import DraftSlots, PackedSlots, PassSlots
 
 HUB_TAGS = ("speculative-decoding", "speculators", "eagle3", "p-eagle", "vllm")
 

@@ -17,7 +17,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 from .attention import Kept
 from .compile import fuse_on_gpu
 from .config import PeagleConfig
-from .passes import PassSlots
+from .forward_slots import PassSlots
 
 RECOMPUTED_SLOTS = 16384
 """Slots whose feed-forward part is recomputed at a time under activation checkpointing."""

@@ -30,7 +30,7 @@ from ..data.tokenizer import CHAT_KWARGS_OF_DRAFTER_HELP, CHAT_TEMPLATE_OF_DRAFT
 from ..errors import PeagleError
 from ..files import atomic_path, check_writable
 from ..hub.training_json import chosen_chat_options
-from ..model.served import check_checkpoint, drafter_folder, speculative_config
+from ..model.served_checkpoint import check_checkpoint, drafter_folder, speculative_config
 from ..redaction import public_command
 from ..verifier.loading import check_layer_ids, load_verifier_config
 from .address import Address

@@ -33,7 +33,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from ..errors import PeagleError
 from ..files import allow_as_umask, atomic_path, read_json, remove_folder, remove_leftovers, save_file, write_json
 from ..model.drafter import PeagleForSpeculation
-from ..model.served import check_checkpoint
+from ..model.served_checkpoint import check_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def checkpoint_name(state: TrainerState, is_ending: bool) -> str:
     return f"checkpoint-{state.global_step}"
 
 
-def finish_checkpoint(folder: Path, dtype: torch.dtype, merged: PeagleForSpeculation | None = None) -> None:
+def export_served_weights(folder: Path, dtype: torch.dtype, merged: PeagleForSpeculation | None = None) -> None:
     """Turn what the Trainer's functions have written into `folder` into a checkpoint.
 
     Args:
@@ -216,7 +216,7 @@ def trainer_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def check_resumed(folder: Path, run_folder: str | os.PathLike[str]) -> None:
+def check_no_later_checkpoints(folder: Path, run_folder: str | os.PathLike[str]) -> None:
     """Make sure that the checkpoints of a resumed run don't mix with those of another run in its folder.
 
     Raises:

@@ -18,7 +18,7 @@ from .checkpoints import (
     OPTIMIZER,
     SCHEDULER,
     best_checkpoint,
-    check_resumed,
+    check_no_later_checkpoints,
     checkpoints_by_step,
     metric_name,
     newest_checkpoint,
@@ -86,7 +86,7 @@ def _chosen(trainer: "PeagleTrainer", wanted: str | bool | None, trial: Any) -> 
     if not wanted:
         return None
     folder = resumable_folder(wanted)
-    check_resumed(folder, run_folder)
+    check_no_later_checkpoints(folder, run_folder)
     return folder
 
 

@@ -21,7 +21,7 @@ from .checkpoints import (
     ADAPTER,
     FULL_PRECISION,
     checkpoint_name,
-    finish_checkpoint,
+    export_served_weights,
     put_in_place,
     trainer_state,
 )
@@ -77,7 +77,7 @@ def written_to(trainer: "PeagleTrainer", folder: Path, superseded: Sequence[Path
             with together():
                 if should_save:
                     merged = merge_adapter(model) if isinstance(model, PeftModel) else None
-                    finish_checkpoint(temporary, trainer.export_callback.dtype, merged)
+                    export_served_weights(temporary, trainer.export_callback.dtype, merged)
                     put_in_place(temporary, folder, superseded)
         except BaseException:
             if should_save:

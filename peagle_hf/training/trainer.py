@@ -30,19 +30,26 @@ from ..verifier.head import VerifierHead
 from .argument_rules import refused_arguments
 from .arguments import PeagleTrainingArguments
 from .checkpoints import checkpoints_by_step, metric_name
-from .checks import check_dataset, check_drafter, check_metric, check_parameters, check_there_is_a_step, name_metric
 from .current_run import VALIDATION_OWED, CurrentRun, NothingLeft
-from .evaluation import FailingTogether, Validation
-from .export import VllmExportCallback
+from .export_callback import VllmExportCallback
 from .model_setup import build_objective, configure_drafter, in_float32
 from .optimizer import MUON, make_muon, require_trained
-from .parts import Partitioner, without_reduction
 from .publishing import make_repo, upload, write_card
 from .push_callback import PushToHubCallback
 from .record import describe_training
 from .resuming import checkpoint_to_go_on_from, note_best, only_training
 from .saving import save_checkpoint
+from .sequence_partitions import Partitioner, without_reduction
 from .sharding import gradient_norm, require_whole_weights
+from .trainer_checks import (
+    check_dataset,
+    check_drafter,
+    check_metric,
+    check_parameters,
+    check_there_is_a_step,
+    name_metric,
+)
+from .validation import FailingTogether, Validation
 
 
 class PeagleTrainer(Trainer):
