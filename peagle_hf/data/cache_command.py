@@ -77,7 +77,7 @@ class CacheReport:
         manifest: its manifest, None if it has none.
         storages: number of usable files of each storage kind.
         dtypes: number of usable files of each dtype, as stored.
-        num_rows: usable files, one a sample.
+        num_rows: number of usable files; each holds one sample.
         num_tokens: tokens in the usable files.
         num_bytes: size of the usable files.
         missing: rows of prepared samples without a file; None if the prepared dataset isn't known.
@@ -133,8 +133,8 @@ def cache(arguments: CacheArguments) -> CacheReport | None:
         )
     if arguments.action == "verify" and (report.missing or report.unusable):
         raise PeagleError(
-            f"{len(report.unusable)} files of {arguments.folder} can't be used and {len(report.missing or ())} rows "
-            "have none. Run peagle-hf extract with --validate-outputs, which extracts only those."
+            f"{len(report.unusable)} files of {arguments.folder} can't be used and {len(report.missing or ())} "
+            "samples have no file. Run peagle-hf extract with --validate-outputs, which extracts only those."
         )
     return report
 

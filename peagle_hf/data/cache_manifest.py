@@ -170,7 +170,7 @@ class Manifest:
 def origin_of(manifest: Manifest | None) -> str | None:
     """The weights and layers that each file of a folder names in its metadata; None if the weights aren't known.
 
-    By it a file of another folder is noticed.
+    Readers compare it, so a file that was copied from another folder is noticed.
     """
     if manifest is None or manifest.revision is None:
         return None

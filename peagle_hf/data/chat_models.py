@@ -142,7 +142,7 @@ class ChatModel(ABC):
         )
 
     def user_turn(self) -> tuple[list[int], set[int]]:
-        """The token ids up to a user's first words, and the ids of which any ends a user's turn.
+        """The token ids up to a user's first words, and the set of ids that end a user's turn.
 
         Raises:
             PeagleError: the chat template writes no tag before a user's words.

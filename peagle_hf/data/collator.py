@@ -29,7 +29,8 @@ class CODDataCollator:
         every_slot: keep all slots and ignore the ratios (see `model.slots.every_slot`), for evaluation.
 
     Returns (from the call):
-        A batch as keyword arguments of `PeagleForSpeculation.forward`.
+        A batch for `training.objective.Objective`: the keyword arguments of `PeagleForSpeculation.forward`, and labels
+        and targets.
 
     Examples:
         >>> tokens, states = torch.arange(6), torch.zeros(6, 4)

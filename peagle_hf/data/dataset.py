@@ -132,7 +132,7 @@ class HiddenStatesDataset(Dataset):
         if not wanted:
             raise PeagleError(
                 f"{self.data_path} has no sample of at least {MIN_TOKENS} tokens with something to train on in its "
-                f"first {self.total_seq_len} tokens. Prepare more data, or raise --total-seq-len."
+                f"first {self.total_seq_len} positions. Prepare more data, or raise --total-seq-len."
             )
         if not any(self._targets(row).any() for row in wanted if row not in self.skip_rows):
             raise PeagleError(
@@ -350,7 +350,7 @@ class HiddenStatesDataset(Dataset):
         return generated
 
     def _load_sample(self, row: int, generated: CachedStates | None = None) -> dict[str, Any]:
-        """A sample with its states, of which tokens, weights and layers are checked; cut after `total_seq_len`."""
+        """Load a sample and its states, cut after `total_seq_len` positions; tokens, weights and layers are checked."""
         sample = self.data[row]
         length = min(len(sample["input_ids"]), self.total_seq_len + 2)
         tokens = torch.as_tensor(sample["input_ids"])[:length].long()

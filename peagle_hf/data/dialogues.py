@@ -273,7 +273,7 @@ class Dialogue:
     """A chat while it is being held: its messages, and the token ids that the verifier read and wrote.
 
     Answers keep the token ids that the verifier wrote; only the template's text between them is encoded. If the
-    template renders an earlier answer in other words than the verifier's, the history is encoded anew and starts
+    template renders an earlier answer in other words than the verifier's, the history is encoded again and starts
     another sample.
     """
 

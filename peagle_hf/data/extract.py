@@ -69,7 +69,7 @@ class ExtractArguments(Arguments):
         metadata={"help": "Folder for the hidden states (default: hidden_states in the preprocessed data)."},
     )
     max_samples: int | None = field(
-        default=None, metadata={"help": "Extract only the first samples, as many as this (default: all)."}
+        default=None, metadata={"help": "Extract only this many samples, the first ones (default: all)."}
     )
     skip_rows: list[int] | None = field(
         default=None,

@@ -89,7 +89,7 @@ def extract_from_servers(
 
 
 def _failed_samples(failed: dict[int, str], num_samples: int, record: Path, ended: str) -> PeagleError:
-    """The error that ends an extraction of which servers failed some samples.
+    """The error raised at the end of an extraction in which servers failed some samples.
 
     Args:
         failed: rows of the samples in the order in which they failed, and why.

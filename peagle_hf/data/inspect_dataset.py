@@ -62,7 +62,7 @@ class DataArguments(Arguments):
     )
     rows: list[int] | None = field(
         default=None,
-        metadata={"help": f"Samples to show in full, by row (default: the first {NUM_EXAMPLES}, in random order)."},
+        metadata={"help": f"Rows of the samples to show in full (default: the first {NUM_EXAMPLES})."},
     )
     model: str | None = field(
         default=None,

@@ -59,7 +59,7 @@ class MaskedSample:
         input_ids: int32 [T].
         loss_mask: int8 [T], 1 for tokens that are trained on.
         ends: of each answer that is trained on in this sample the number of tokens up to its end.
-        marked: indices of the messages of which the template's own {% generation %} marks leave out a part.
+        marked: indices of the messages that the template's {% generation %} marks cover only in part.
         messages: index of each answer in `Chat.messages`; empty for data that was tokenized already.
     """
 

@@ -16,8 +16,8 @@ import torch
 
 from ..errors import PeagleError
 
-ROWS_A_POSITION = 4
-"""Slots for each position that COD keeps, about."""
+SLOTS_PER_POSITION = 4
+"""Approximate number of slots that COD keeps for each position."""
 
 
 def partition(batch: dict[str, Any], num_parts: int) -> list[dict[str, Any]]:
@@ -39,17 +39,17 @@ def partition(batch: dict[str, Any], num_parts: int) -> list[dict[str, Any]]:
     return _cut(batch, costs.cuts(most))
 
 
-def partition_by_slots(batch: dict[str, Any], max_rows: int) -> list[dict[str, Any]]:
-    """Cut a batch into batches of at most `max_rows` slots.
+def partition_by_slots(batch: dict[str, Any], max_slots: int) -> list[dict[str, Any]]:
+    """Cut a batch into batches of at most `max_slots` slots.
 
     Raises:
         PeagleError: a rollout and the positions before it in its sample have more slots than that.
     """
     costs = _Costs(batch)
-    cuts = costs.cuts(max_rows)
+    cuts = costs.cuts(max_slots)
     if cuts is None:
         raise PeagleError(
-            f"{costs.num_positions} positions can't be partitioned into parts of {max_rows} slots: a part holds all "
+            f"{costs.num_positions} positions can't be partitioned into parts of {max_slots} slots: a part holds all "
             "positions of its sample up to its last anchor. Use a smaller --total-seq-len."
         )
     return _cut(batch, cuts)
@@ -62,7 +62,7 @@ def partition_every_slot(batch: dict[str, Any], num_parts: int = 1) -> list[dict
         num_parts: number of parts of a training batch.
     """
     num_positions, num_rows = batch["input_ids"].shape[1], batch["anchors"].shape[1]
-    return partition(batch, num_parts * math.ceil(num_rows / (ROWS_A_POSITION * num_positions)))
+    return partition(batch, num_parts * math.ceil(num_rows / (SLOTS_PER_POSITION * num_positions)))
 
 
 def without_labels(batch: dict[str, Any]) -> dict[str, Any]:
@@ -85,15 +85,15 @@ class _Costs:
         self.rows_before = [position + rollouts for position, rollouts in enumerate(self.rollouts_before)]
         self.total = self.rows_before[-1]
 
-    def cuts(self, max_rows: int) -> list[int] | None:
-        """The positions where parts of at most `max_rows` slots, each as long as possible, begin and end.
+    def cuts(self, max_slots: int) -> list[int] | None:
+        """The positions where parts of at most `max_slots` slots, each as long as possible, begin and end.
 
         None if one position alone needs more slots.
         """
         cuts = [0]
         while cuts[-1] < self.num_positions:
             start = cuts[-1]
-            room = max_rows + self.document_start[start] + self.rollouts_before[start]
+            room = max_slots + self.document_start[start] + self.rollouts_before[start]
             stop = bisect_right(self.rows_before, room) - 1
             if stop <= start:
                 return None

@@ -158,7 +158,7 @@ def prepare(arguments: PrepareArguments) -> Path:
     With `weights` each conversation is drawn from a source with the probability of its weight, as
     `datasets.interleave_datasets` does, none of them twice, until a source runs out or there are `max_samples` samples.
 
-    A dataset made from the same input in the same way is kept, or made anew if a file of it is missing, truncated or
+    A dataset made from the same input in the same way is kept, or made again if a file of it is missing, truncated or
     damaged. Another dataset in the folder is an error unless `overwrite` is set. That replaces only files of
     `prepare`, and never under a cache of hidden states, which would no longer fit. The new files replace the old ones
     when all of them are complete.

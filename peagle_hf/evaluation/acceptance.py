@@ -142,6 +142,7 @@ def acceptance(arguments: AcceptanceArguments) -> dict[str, Any]:
     cache = cache_folder(arguments.data_path, arguments.hidden_states_path)
     layer_ids = config.eagle_aux_hidden_state_layer_ids
     check_cache(cache, verifier, load_verifier_config(verifier, *source), layer_ids, arguments.verifier_revision)
+    drafter.requires_grad_(False)  # nothing is trained, so no gradient of the head is formed and its memory is shared
     objective = Objective(drafter, VerifierHead.from_pretrained(verifier, dtype, *source))
     rows = _kept_back(arguments, folder) if arguments.train_data_ratio is not None else None
     skipped = arguments.skip_rows or []

@@ -248,7 +248,7 @@ def _speed_sentence(report: dict[str, Any]) -> str:
             "real."
         )
     if not report["is_speed_up_or_down"]:
-        return sentence + "  That is no difference: the interval contains 1."
+        return sentence + " That is no difference: the interval contains 1."
     if speed < speed_without:
         sentence += (
             " The drafter slows vLLM down here: drafting and verifying "

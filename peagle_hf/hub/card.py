@@ -160,7 +160,7 @@ def _serve(config: PeagleConfig, repo_id: str, verifier: str | None, options: Ch
         flags += f" --default-chat-template-kwargs {shlex.quote(json.dumps(options.kwargs))}"
         said += "It was trained with the variables of the chat template that the command sets. "
     if said:
-        said += "With others, its drafts are accepted less often.\n\n"
+        said += "With others it sees text of a kind that it wasn't trained on, so expect fewer accepted tokens.\n\n"
     return (
         f"{said}```bash\nvllm serve {repo_id}{flags}\n```\n\n"
         "finds the verifier in `config.json`. This command names the verifier; lower `num_speculative_tokens` in it to "

@@ -143,10 +143,10 @@ class PeagleConfig(PreTrainedConfig):
         """The configuration of a new drafter, its decoder layers sized like the verifier's own.
 
         Args:
-            verifier: hub name or folder of the target model.
+            verifier: hub name or folder of the verifier.
             draft_arch: "llama" or "qwen3"; default: the verifier's where it is one of the two, else llama.
             mask_token_id: default: see `choose_mask_token`; which one is logged.
-            target_layer_ids: default: see `target.default_aux_layer_ids`.
+            target_layer_ids: default: see `verifier.loading.default_aux_layer_ids`.
             sliding_window: of every draft layer, in tokens; None means full attention.
         """
         target = load_verifier_config(verifier, revision=revision, trust_remote_code=trust_remote_code)

@@ -73,7 +73,7 @@ class Client:
             self.model = self._server.model
         except EndpointError as error:
             raise PeagleError(
-                f"The vLLM server {self.url} doesn't tell its model: {error}. Start one with peagle-hf serve and wait "
+                f"The vLLM server {self.url} can't be asked which model it runs: {error}. Start one with peagle-hf serve and wait "
                 "until it is ready, or correct the endpoint."
             ) from error
 
@@ -179,7 +179,7 @@ class Client:
             with self._server.reasons():
                 return read(self._server.client.get(f"{self.url.removesuffix('/v1')}/{page}", cast_to=kind))
         except EndpointError as error:
-            raise PeagleError(f"The vLLM server {self.url} doesn't answer at {page}: {error}.") from error
+            raise PeagleError(f"The vLLM server {self.url} gave no usable /{page}: {error}.") from error
 
 
 def drafting_counts(histogram: Sequence[int], num_draft_tokens: int) -> list[int]:

@@ -168,9 +168,9 @@ def distillation_loss(
     Returns:
         the sum (float32 scalar at least), the drafter's argmax [N] and the verifier's [U], int64 draft token numbers.
     """
-    return _DistillationLoss.apply(
-        student_NH, head_VH, teacher_UH, teacher_logits, target_N, dict(weights), slot_weights
-    )
+    # An autograd function sees whether the head is trained, but not whether gradients are off.
+    head = head_VH if torch.is_grad_enabled() else head_VH.detach()
+    return _DistillationLoss.apply(student_NH, head, teacher_UH, teacher_logits, target_N, dict(weights), slot_weights)
 
 
 def chunks(target_N: Tensor, num_targets: int, vocab_size: int) -> Iterator[tuple[slice, slice]]:

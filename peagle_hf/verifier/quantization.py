@@ -115,7 +115,7 @@ def dense_weight(name: object, model: PreTrainedModel, module: nn.Module, tensor
         tensors: the checkpoint's tensors of the module, by the last part of their name.
 
     Raises:
-        PeagleError: it is quantised otherwise than with compressed-tensors.
+        PeagleError: its quantisation isn't compressed-tensors.
     """
     settings = quantization_of(model.config) or {}
     path = next(path for path, one in model.named_modules() if one is module)
