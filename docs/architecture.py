@@ -46,7 +46,7 @@ WAY = [
 
 
 def modules() -> dict[str, tuple[Path, ast.Module]]:
-    """Every module's path and syntax tree by its name without `peagle_hf.`: `data.cache_storage`; `data` for a package."""
+    """Every module's path and syntax tree by its name without `peagle_hf.`, such as `data.cache_storage`."""
     found = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(PACKAGE).with_suffix("").parts

@@ -361,7 +361,7 @@ def test_verify_reads_everything_and_fails_with_the_list(broken, capsys):
     assert stopped.value.code == 1
     printed = capsys.readouterr()
     assert "4 files" in printed.err
-    assert "1 rows have none" in printed.err
+    assert "1 samples have no file" in printed.err
     for row, reason in ((4, "can't be opened"), (5, "other tokens"), (6, "not finite"), (7, "instead of")):
         assert re.search(rf"hs_{row}\.safetensors: .*{reason}", printed.out)
 

@@ -364,7 +364,7 @@ def test_a_server_that_fails_or_counts_others_is_no_measure(arguments, server, p
     "An error names the server before anything is measured.",
 )
 def test_servers_that_are_dead_or_others_are_refused(arguments, server, baseline, drafter, servable_verifier):
-    with pytest.raises(PeagleError, match=r"127\.0\.0\.1:9/v1 doesn't tell its model.*peagle-hf serve"):
+    with pytest.raises(PeagleError, match=r"127\.0\.0\.1:9/v1 can't be asked which model it runs.*peagle-hf serve"):
         evaluate(arguments(endpoint="http://127.0.0.1:9"))
     with pytest.raises(PeagleError, match=r"serves no drafter\. Start it with peagle-hf serve"):
         evaluate(arguments(endpoint=baseline.url))
@@ -436,7 +436,7 @@ def test_a_chat_without_a_drafter_or_beside_others_says_so(server, baseline, mon
     assert "other users' answers included; 4 tokens" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         chat(monkeypatch, "a b c\n", "--endpoint", "http://127.0.0.1:9")
-    assert "doesn't tell its model" in capsys.readouterr().err
+    assert "can't be asked which model it runs" in capsys.readouterr().err
 
 
 @pytest.mark.fault(

@@ -184,7 +184,7 @@ class ExtractReport:
     Args:
         output: the cache folder.
         manifest: what is in it.
-        num_rows: samples asked for, all of which are cached now.
+        num_rows: samples that the arguments select; all are cached now.
         num_kept: those of them that were cached before.
         made_again: rows of the samples whose file could not be used, and why.
         num_tokens: tokens that went through the verifier.

@@ -143,7 +143,7 @@ class PeagleForSpeculation(PreTrainedModel):
         return None if self.d2t is None else torch.arange(self.d2t.numel(), device=self.d2t.device) + self.d2t
 
     def set_draft_vocabulary(self, d2t: Tensor, t2d: Tensor) -> None:
-        """Set the vocabulary maps, d2t int64 [Vd] and t2d bool [V] (see `verifier.draft_vocabulary.draft_vocabulary`)."""
+        """Set the vocabulary maps, d2t int64 [Vd] and t2d bool [V] (see `verifier.draft_vocabulary`)."""
         sizes = (self.config.draft_vocab_size, self.config.vocab_size)
         if self.d2t is None or self.t2d is None or (d2t.numel(), t2d.numel()) != sizes:
             raise PeagleError(

@@ -73,8 +73,8 @@ class Client:
             self.model = self._server.model
         except EndpointError as error:
             raise PeagleError(
-                f"The vLLM server {self.url} can't be asked which model it runs: {error}. Start one with peagle-hf serve and wait "
-                "until it is ready, or correct the endpoint."
+                f"The vLLM server {self.url} can't be asked which model it runs: {error}. Start one with peagle-hf "
+                "serve and wait until it is ready, or correct the endpoint."
             ) from error
 
     def version(self) -> str:
