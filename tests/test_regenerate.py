@@ -854,7 +854,7 @@ def test_damaged_files_are_named(target, prompts, tmp_path):
     ):
         content = b"".join([*lines[: number - 1], bad, *lines[number:]])
         journal.write_bytes(content)
-        with pytest.raises(PeagleError, match=rf"chats\.journal, line {number} is damaged, .* Take the line out"):
+        with pytest.raises(PeagleError, match=rf"chats\.journal, line {number} is damaged, .* Remove the line"):
             run(target, output, prompts=str(prompts))
         assert journal.read_bytes() == content
 
