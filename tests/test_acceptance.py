@@ -65,7 +65,7 @@ def draft_at_every_anchor(drafter, verifier, document, num_depths):
 @pytest.mark.parametrize("num_depths", [DEPTHS, 6])
 def test_every_anchor_is_counted_by_the_definition(trained, tiny_verifier, tmp_path, num_depths, monkeypatch):
     checkpoint, folder = trained
-    monkeypatch.setattr("peagle_hf.data.partition.ROWS_A_POSITION", 2)  # so that rows are partitioned
+    monkeypatch.setattr("peagle_hf.data.partition.SLOTS_PER_POSITION", 2)  # so that rows are partitioned
     report_path = tmp_path / "acceptance.json"
     flags = {"model": checkpoint, "data-path": folder, "output": report_path, "num-speculative-tokens": num_depths}
     cli.main(["acceptance", *(part for name, value in flags.items() for part in (f"--{name}", str(value)))])
@@ -137,7 +137,7 @@ def test_generation_drafts_and_accepts_what_the_cached_states_say(
     trained, tiny_verifier, tmp_path, monkeypatch, capsys
 ):
     """The answers' cached states give the very counts of generating them, up to the last draft of each."""
-    monkeypatch.setattr("peagle_hf.data.partition.ROWS_A_POSITION", 1)
+    monkeypatch.setattr("peagle_hf.data.partition.SLOTS_PER_POSITION", 1)
     checkpoint, folder = trained
     data = HiddenStatesDataset(folder)
     documents = [data._load_sample(row) for row in range(ANSWERS)]
