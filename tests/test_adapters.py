@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_trainer import StopAt, losses, run
 from transformers import LlamaForCausalLM
 
-from peagle_hf import PeagleConfig, PeagleError, PeagleForSpeculation, PeagleTrainingArguments
+from peagle_hf import PeagleConfig, PeagleError, PeagleForSpeculation, PeagleTrainer, PeagleTrainingArguments
 from peagle_hf.training.adapters import MASK_HIDDEN, add_adapter, load_adapter, merge_adapter, save_adapter
 
 
@@ -55,6 +55,17 @@ def test_an_adapter_learns_saves_and_exports(trained):
     restored.load_state_dict(before)
     PeftModel.from_pretrained(restored, str(folder / "adapter"))
     assert torch.equal(restored.mask_hidden, after["mask_hidden"])
+
+
+def test_an_adapter_of_peft_alone_is_saved_with_mask_hidden(trained, tmp_path):
+    """A `PeftModel` that the user has made, without `add_adapter`."""
+    _, adapter_flags = trained
+    trainer = run(adapter_flags, max_steps=1)
+    drafter = trainer.model.merge_and_unload()
+    plain = get_peft_model(drafter, LoraConfig(r=2, target_modules=["o_proj"]))
+    other = PeagleTrainer(plain, trainer.args, train_dataset=trainer.train_dataset, eval_dataset=trainer.eval_dataset)
+    other.save_model(str(tmp_path))
+    assert torch.equal(load_file(tmp_path / "adapter_model.safetensors")[MASK_HIDDEN], drafter.mask_hidden)
 
 
 def test_resuming_an_adapter_is_bit_equal(trained, tmp_path):

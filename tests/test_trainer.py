@@ -77,6 +77,55 @@ def test_of_several_validations_the_first_makes_the_best(train_flags):
     assert len(logged(trainer, "eval_seen_acceptance_length")) == 2
 
 
+@pytest.mark.fault("a drafter whose verifier was never loaded", "Training is refused and names load_verifier.")
+def test_a_drafter_that_is_not_ready_is_refused(train_flags):
+    """Its embeddings and head would be random numbers, or be trained although the arguments say otherwise."""
+    args = PeagleTrainingArguments(**train_flags, eval_strategy="no")
+    drafter = PeagleForSpeculation(PeagleConfig.from_verifier(args.verifier_name_or_path, num_layers=1))
+    with pytest.raises(PeagleError, match="load_verifier"):
+        PeagleTrainer(drafter, args, train_dataset=build_datasets(args)[0])
+
+
+def test_a_saved_model_has_the_records_of_its_training(train_flags, tmp_path):
+    trainer = run(train_flags, max_steps=1, save_strategy="no")
+    trainer.save_model(str(tmp_path / "saved"))
+    record = json.loads((tmp_path / "saved" / "training.json").read_text())
+    assert record["steps"] == 1
+    assert (tmp_path / "saved" / "run.json").exists()
+
+
+def test_the_mode_of_the_objective_is_the_drafters(train_flags):
+    """DeepSpeed's engine stays in training mode when the drafter within is set to evaluation."""
+    trainer = run(train_flags, max_steps=1, save_strategy="no")
+    batch = trainer.eval_collator([trainer.eval_dataset[0]])
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, drafter):
+            super().__init__()
+            self.drafter = drafter
+
+        def forward(self, **inputs):
+            return self.drafter(**inputs)
+
+    wrapped = Wrapper(trainer.model)
+    trainer.model.eval()
+    assert wrapped.training
+    with torch.no_grad():
+        assert trainer.distillation(wrapped, batch).outcomes is not None
+
+
+def test_a_second_training_keeps_the_objective_of_the_drafter(train_flags):
+    """It isn't compared with the head again, which may be in shards by then."""
+    trainer = run(train_flags, max_steps=1)
+    before = trainer.distillation
+    trainer.args.max_steps, trainer.args.depth_loss_decay = 2, 0.5
+    with pytest.raises(PeagleError, match="depth-loss-decay"):
+        trainer.train(resume_from_checkpoint=True)
+    trainer.args.depth_loss_decay = 1.0
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.distillation is before
+
+
 def test_a_drafter_of_other_layers_than_the_caches_is_refused(train_flags):
     args = PeagleTrainingArguments(**train_flags)
     dataset, _ = build_datasets(args)

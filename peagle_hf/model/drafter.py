@@ -55,6 +55,9 @@ class PeagleForSpeculation(PreTrainedModel):
 
     `forward` runs the slots of a packed sequence, `draft` proposes the next K tokens. The loss is that of
     `peagle_hf.training.objective`. `save_pretrained` writes what vLLM serves.
+
+    Attributes:
+        is_ready_to_train: whether `load_verifier` or `set_trained` has been called.
     """
 
     config_class = PeagleConfig
@@ -88,6 +91,7 @@ class PeagleForSpeculation(PreTrainedModel):
         else:
             self.d2t = self.t2d = None
         use_onednn(self)
+        self.is_ready_to_train = False
         self.model_tags = list(HUB_TAGS)
         self._check_attention()
         self.post_init()
@@ -195,6 +199,7 @@ class PeagleForSpeculation(PreTrainedModel):
         for module in (self.embed_tokens, self.lm_head):
             if not module.weight.requires_grad:
                 module.to(dtype)
+        self.is_ready_to_train = True
 
     def restricted(self, head: VerifierHead) -> VerifierHead:
         """The verifier's head over the draft vocabulary."""

@@ -6,7 +6,7 @@ can't name. `peft.PeftModel.from_pretrained` restores it as well.
 
 import os
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -22,44 +22,35 @@ WEIGHTS = "adapter_model.safetensors"
 MASK_HIDDEN = "base_model.model.mask_hidden"
 
 
-class AdaptedDrafter(PeftModel):
-    """A drafter with an adapter, which is saved together with `mask_hidden`."""
-
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:  # type: ignore[override]
-        """Save the adapter and `mask_hidden` in the layout of PEFT.
-
-        Args:
-            options: of `peft.PeftModel.save_pretrained`.
-        """
-        super().save_pretrained(str(save_directory), **options)
-        path = Path(save_directory) / WEIGHTS
-        if not options.get("is_main_process", True):
-            return
-        mask_hidden = cast(PeagleForSpeculation, self.get_base_model()).mask_hidden
-        tensors = {**load_file(path), MASK_HIDDEN: mask_hidden.detach().cpu().contiguous()}
-        with atomic_path(path) as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt"})
-
-
-def add_adapter(drafter: PeagleForSpeculation, config: PeftConfig) -> AdaptedDrafter:
+def add_adapter(drafter: PeagleForSpeculation, config: PeftConfig) -> PeftModel:
     """Freeze the drafter but for `mask_hidden`, and add an adapter; train the result with `PeagleTrainer`.
 
     Load the verifier's head before (`PeagleForSpeculation.load_verifier`).
     """
-    model = AdaptedDrafter(drafter, config)
+    model = cast(PeftModel, get_peft_model(drafter, config))
     use_onednn(model)
     drafter.mask_hidden.requires_grad_(True)
     return model
 
 
-def save_adapter(model: AdaptedDrafter, folder: str | os.PathLike[str]) -> None:
+def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
     """Save the adapter with `mask_hidden` in the layout of PEFT."""
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
+    add_mask_hidden(model, folder)
+
+
+def add_mask_hidden(model: PeftModel, folder: str | os.PathLike[str]) -> None:
+    """Add `mask_hidden` to the weights of an adapter that `peft` has saved into a folder."""
+    path = Path(folder) / WEIGHTS
+    mask_hidden = cast(PeagleForSpeculation, model.get_base_model()).mask_hidden
+    tensors = {**load_file(path), MASK_HIDDEN: mask_hidden.detach().cpu().contiguous()}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
 
 
 def load_adapter(
     drafter: PeagleForSpeculation, folder: str | os.PathLike[str], is_trainable: bool = False
-) -> AdaptedDrafter:
+) -> PeftModel:
     """Put a saved adapter on its drafter.
 
     Raises:
@@ -69,7 +60,7 @@ def load_adapter(
     if not path.exists():
         raise PeagleError(f"{folder} holds no {WEIGHTS}. Name a folder that save_adapter wrote.")
     try:
-        model = cast(AdaptedDrafter, AdaptedDrafter.from_pretrained(drafter, str(folder), is_trainable=is_trainable))
+        model = PeftModel.from_pretrained(drafter, str(folder), is_trainable=is_trainable)
         fitting = {name: tensor.shape for name, tensor in get_peft_model_state_dict(model).items()}
         fitting[MASK_HIDDEN] = drafter.mask_hidden.shape
         found = {name: tensor.shape for name, tensor in load_file(path).items()}

@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,7 +65,7 @@ class CurrentRun(TrainerCallback):
     """
 
     def __init__(self, trainer: "PeagleTrainer"):
-        self._trainer = trainer
+        self._trainer: PeagleTrainer = weakref.proxy(trainer)  # a cycle would keep the memory of a deleted trainer
         self.begin(None, None)
 
     def begin(self, resumed_from: Path | None, trial: Any) -> None:
@@ -165,7 +166,7 @@ class CurrentRun(TrainerCallback):
             ) from error
         except RowError as error:
             raise error.ended(self._save_what_was_trained()) from error
-        except (ValueError, TypeError, ImportError, NotImplementedError) as error:
+        except (ValueError, TypeError, ImportError, RuntimeError) as error:
             if self._has_begun or isinstance(error, PeagleError):
                 raise
             raise PeagleError(f"The Trainer refuses these arguments: {' '.join(str(error).split())}") from error

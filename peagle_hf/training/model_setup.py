@@ -9,6 +9,7 @@ from peft import PeftModel
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from ..errors import PeagleError
 from ..model.drafter import PeagleForSpeculation, PeagleLayer
 from ..verifier.head import VerifierHead
 from .arguments import PeagleTrainingArguments
@@ -30,19 +31,37 @@ def configure_drafter(model: nn.Module, args: PeagleTrainingArguments) -> None:
     train_in_float32(model)
 
 
-def build_objective(model: nn.Module, args: PeagleTrainingArguments, head: VerifierHead | None) -> Objective:
+def build_objective(
+    model: nn.Module, args: PeagleTrainingArguments, head: VerifierHead | None, earlier: Objective | None = None
+) -> Objective:
     """The objective that the arguments describe.
 
     Args:
         model: the drafter, maybe within an adapter, before it is wrapped or sharded.
         head: of the drafter's verifier; default: read from the folder or hub name in the drafter's configuration.
+        earlier: is configured again and returned if it is of the same drafter, which may be sharded by now.
+
+    Raises:
+        PeagleError: the drafter isn't ready to be trained, or its verifier can't be read.
     """
     drafter: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    if head is None:
-        dtype = torch.bfloat16 if args.bf16 else torch.float32
-        head = load_head(drafter, dtype, args.verifier_revision, args.trust_remote_code)
     dpace_alpha = args.dpace_alpha if args.per_position_loss_weight == "dpace" else None
+    if earlier is not None and earlier.drafter is drafter:
+        earlier.configure(args.loss_fn, args.depth_loss_decay, dpace_alpha)
+        return earlier
+    if not drafter.is_ready_to_train:
+        raise PeagleError(
+            "The drafter doesn't know its verifier yet: which of its weights are trained isn't set. Call "
+            "drafter.load_verifier(name_or_path) before training."
+        )
+    if head is None:
+        head = load_head(drafter, head_dtype(args), args.verifier_revision, args.trust_remote_code)
     return Objective(drafter, head, args.loss_fn, args.depth_loss_decay, dpace_alpha)
+
+
+def head_dtype(args: PeagleTrainingArguments) -> torch.dtype:
+    """The precision of the verifier's head in a training."""
+    return torch.bfloat16 if args.bf16 else torch.float32
 
 
 def train_in_float32(model: nn.Module) -> None:

@@ -63,7 +63,8 @@ class Objective:
     that equals the verifier's shares its memory.
 
     Args:
-        drafter: where it will be trained or measured, on its device and before it is wrapped or sharded.
+        drafter: to be trained or measured, before it is wrapped or sharded. Its mode, training or evaluation, decides
+            whether slots are weighted and over which vocabulary the verifier's token is taken.
         head: the verifier's final norm and head.
         loss_fn: see `losses.parse_loss`.
         depth_loss_decay: in training a slot of depth d counts this to the power d.
@@ -82,23 +83,25 @@ class Objective:
         dpace_alpha: float | None = None,
     ):
         drafter.check_head(head)
-        self.loss_weights = parse_loss(loss_fn)
-        self.depth_loss_decay, self.dpace_alpha = depth_loss_decay, dpace_alpha
-        self.config = drafter.config
+        self.drafter, self.config = drafter, drafter.config
         self.draft_token_ids = drafter.draft_token_ids
         self.verifier_head, self.draft_head = head, drafter.restricted(head)
-        trained = drafter.lm_head.weight
-        if not trained.requires_grad and torch.equal(self.draft_head.weight.to(trained), trained):
-            self.draft_head.weight = trained.detach()
+        own = drafter.lm_head.weight
+        self._heads_are_equal = not own.requires_grad and torch.equal(self.draft_head.weight.to(own), own)
+        self.configure(loss_fn, depth_loss_decay, dpace_alpha)
+
+    def configure(self, loss_fn: str, depth_loss_decay: float, dpace_alpha: float | None) -> None:
+        """Set the loss, as the arguments of the class do."""
+        self.loss_weights = parse_loss(loss_fn)
+        self.depth_loss_decay, self.dpace_alpha = depth_loss_decay, dpace_alpha
 
     def __call__(
-        self, drafter: nn.Module, batch: Mapping[str, Any], num_items_in_batch: Tensor | int | None = None
+        self, model: nn.Module, batch: Mapping[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> ObjectiveOutput:
         """Run the drafter over a batch and give its loss and its counts.
 
         Args:
-            drafter: the one of the constructor, which may be wrapped by now; its mode, training or evaluation, decides
-                whether slots are weighted and over which vocabulary the verifier's token is taken.
+            model: the drafter, or what it has been wrapped into.
             batch: of `CODDataCollator`: the arguments of `PeagleForSpeculation.forward`, and
                 labels: int64 [1, R], the token that a slot is to predict, -100 where it isn't trained on;
                 target_states: [1, U, H], the verifier's last states, before its final norm, of the target positions;
@@ -106,10 +109,11 @@ class Objective:
             num_items_in_batch: what the summed loss is divided by; default: N.
         """
         inputs = {name: value for name, value in batch.items() if name not in FOR_THE_LOSS}
-        compare = partial(self._compare, batch, drafter.training)
-        loss, student_N, teacher_N = drafter(**inputs, head_function=compare)
+        is_training = self.drafter.training  # a wrapper, such as DeepSpeed's, may be in another mode
+        compare = partial(self._compare, batch, is_training)
+        loss, student_N, teacher_N = model(**inputs, head_function=compare)
         divisor = torch.as_tensor(student_N.numel() if num_items_in_batch is None else num_items_in_batch)
-        counters, outcomes = self._count(batch, drafter.training, student_N, teacher_N)
+        counters, outcomes = self._count(batch, is_training, student_N, teacher_N)
         return ObjectiveOutput(loss / divisor.clamp(min=1), counters, outcomes)
 
     def _compare(
@@ -124,7 +128,10 @@ class Objective:
             states: [N, H], the drafter's.
             weight: [Vd, H], of its head.
         """
-        head = self.draft_head.to(states.device)
+        head = self.draft_head
+        if self._heads_are_equal and not weight.requires_grad:
+            head.weight = weight.detach()  # the weight that a sharded forward pass has gathered, instead of a copy
+        head.to(states.device)
         index = batch["target_index"][0]
         with torch.no_grad():
             teacher = head.normalize(batch["target_states"][0])
@@ -134,7 +141,7 @@ class Objective:
             states, weight, teacher, head.logits, index, self.loss_weights, slot_weights
         )
         if self.draft_token_ids is not None:
-            token_ids = self.draft_token_ids.to(states.device)
+            token_ids = self.draft_token_ids = self.draft_token_ids.to(states.device)
             student_N = token_ids[student_N]
             teacher_U = token_ids[teacher_U] if is_training else self._tokens_of_verifier(teacher)
         return loss, student_N, teacher_U[index]

@@ -98,24 +98,32 @@ def loads_states_itself(trainer: "PeagleTrainer") -> bool:
 @contextmanager
 def view_of(trainer: "PeagleTrainer", checkpoint: Path) -> Iterator[Path]:
     """A temporary folder in which the Trainer finds what it loads of a checkpoint (see `checkpoints.trainer_view`)."""
-    with trainer_view(
-        checkpoint,
-        Path(trainer.args.output_dir),
-        is_adapter=isinstance(trainer.model, PeftModel),
-        has_optimizer=loads_states_itself(trainer),
-        has_fsdp_weights=is_fsdp2(trainer) and trainer.args.process_index == 0,
-    ) as view:
+    with ExitStack() as stack:
+        with together():  # a process whose disk is full must not leave the others waiting
+            view = stack.enter_context(
+                trainer_view(
+                    checkpoint,
+                    Path(trainer.args.output_dir),
+                    is_adapter=isinstance(trainer.model, PeftModel),
+                    has_optimizer=loads_states_itself(trainer),
+                    has_fsdp_weights=is_fsdp2(trainer) and trainer.args.process_index == 0,
+                )
+            )
         yield view
 
 
 def settings_as_made(trainer: "PeagleTrainer") -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The settings of the optimizer and of the schedule as the arguments of this run make them.
 
-    Where the Trainer has loaded those of a checkpoint already they are made once more, to be looked at.
+    Where the Trainer has loaded those of a checkpoint already they are made once more, to be looked at; not if
+    DeepSpeed's configuration makes them, which arguments don't change.
     """
     optimizer: Any = trainer.optimizer
     schedule: Any = trainer.lr_scheduler
-    if loads_states_itself(trainer) and trainer.current_run.resumed_from is not None:
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    is_by_deepspeed = plugin is not None and plugin.deepspeed_config.keys() & {"optimizer", "scheduler"}
+    is_loaded = loads_states_itself(trainer) and trainer.current_run.resumed_from is not None
+    if is_loaded and not is_by_deepspeed:
         trainer.optimizer = trainer.lr_scheduler = None
         try:
             new = trainer.create_optimizer()

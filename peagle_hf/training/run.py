@@ -29,6 +29,7 @@ from .arguments import PeagleTrainingArguments
 from .checkpoints import newest_checkpoint, recover, resumable_folder
 from .initialization import start_linearly
 from .memory import report
+from .model_setup import head_dtype
 from .objective import load_head
 from .resuming import only_training
 from .trainer import PeagleTrainer
@@ -87,7 +88,7 @@ def build_trainer(
         assert isinstance(drafter, PeagleForSpeculation)  # an adapter is of a trained one
         with together():
             drafter.to(args.device)  # type: ignore[arg-type]
-            head = load_head(drafter, None, args.verifier_revision, args.trust_remote_code)
+            head = load_head(drafter, head_dtype(args), args.verifier_revision, args.trust_remote_code)
             start_linearly(drafter, train_dataset, head)
     return PeagleTrainer(
         model=drafter,

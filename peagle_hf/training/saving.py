@@ -16,7 +16,7 @@ from transformers.trainer_callback import ExportableState
 from ..files import write_json, writing
 from ..hub.training_json import RECORD
 from ..processes import together
-from .adapters import merge_adapter
+from .adapters import add_mask_hidden, merge_adapter
 from .checkpoints import (
     ADAPTER,
     FULL_PRECISION,
@@ -70,9 +70,7 @@ def written_to(trainer: "PeagleTrainer", folder: Path, superseded: Sequence[Path
                 with together():
                     trainer.save_model(str(weights), _internal_call=True)
                     if should_save:
-                        write_json(temporary / RECORD, trainer.record())
-                        if trainer.current_run.record is not None:
-                            trainer.current_run.record.write(temporary)
+                        write_records(trainer, temporary)
                 yield temporary
             with together():
                 if should_save:
@@ -83,6 +81,25 @@ def written_to(trainer: "PeagleTrainer", folder: Path, superseded: Sequence[Path
             if should_save:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+def complete_saved_model(trainer: "PeagleTrainer", folder: Path, is_checkpoint: bool) -> None:
+    """Add what `Trainer.save_model` leaves out: `mask_hidden` beside an adapter, and the records of the training.
+
+    Args:
+        is_checkpoint: the folder is part of a checkpoint, which has the records elsewhere.
+    """
+    if isinstance(trainer.model, PeftModel):
+        add_mask_hidden(trainer.model, folder)
+    if not is_checkpoint:
+        write_records(trainer, folder)
+
+
+def write_records(trainer: "PeagleTrainer", folder: Path) -> None:
+    """Write how the drafter was trained: `training.json` for its card, and `run.json` for going on from it."""
+    write_json(folder / RECORD, trainer.record())
+    if trainer.current_run.record is not None:
+        trainer.current_run.record.write(folder)
 
 
 def _keep_best(folder: Path, best_step: int | None, step: int) -> None:

@@ -67,11 +67,19 @@ def bare_optimizer(trainer: "PeagleTrainer") -> Any:
     return getattr(trainer.optimizer, "optimizer", trainer.optimizer)
 
 
-def gradient_norm(model: Any) -> Any:
-    """The norm of the gradient of all parameters, after the backward pass: a tensor, a DTensor under FSDP2."""
+def gradient_norm(trainer: "PeagleTrainer", model: Any) -> Any:
+    """The norm of the gradient of all parameters, after the backward pass: a tensor, a DTensor under FSDP2.
+
+    All processes get the same one, so that they end together if it isn't finite.
+    """
     if hasattr(model, "get_global_grad_norm"):  # DeepSpeed's engine, which has stepped in the backward pass
         return model.get_global_grad_norm()
-    return torch.nn.utils.get_total_norm([one.grad for one in model.parameters() if one.grad is not None])
+    norm = torch.nn.utils.get_total_norm([one.grad for one in model.parameters() if one.grad is not None])
+    if trainer.is_fsdp_enabled and not is_fsdp2(trainer):  # FSDP1: each process has the gradients of its shard
+        squared = norm.square()
+        distributed.all_reduce(squared)
+        norm = squared.sqrt()
+    return norm
 
 
 def gather_optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback
-from transformers.trainer_utils import BestRun, EvalLoopOutput, HPSearchBackend
+from transformers.trainer_utils import EvalLoopOutput
 
 from ..console import is_quiet
 from ..cpu import keep_freed_memory
@@ -38,7 +38,7 @@ from .publishing import make_repo, upload, write_card
 from .push_callback import PushToHubCallback
 from .record import describe_training
 from .resuming import checkpoint_to_go_on_from, note_best, only_training
-from .saving import save_checkpoint
+from .saving import complete_saved_model, save_checkpoint
 from .sequence_partitions import Partitioner, without_reduction
 from .sharding import gradient_norm, require_whole_weights
 from .trainer_checks import (
@@ -71,7 +71,6 @@ class PeagleTrainer(Trainer):
 
     Attributes:
         current_run: the state of the current, or last, call of `train`.
-        train_sampler: of the last training.
         own_optimizer: the class of an optimizer that the user has given; None if the arguments choose it.
     """
 
@@ -106,9 +105,9 @@ class PeagleTrainer(Trainer):
         given = optimizer_cls_and_kwargs[0] if optimizer_cls_and_kwargs else type(optimizers[0])
         self.own_optimizer = None if given is type(None) else given.__name__
         self._collator_is_own, self._verifier_head = data_collator is None, verifier_head
-        if args.push_to_hub and args.process_index == 0:  # before the Trainer does it, which knows of no verifier
-            config = getattr(model, "config", None)
-            make_repo(args, getattr(config, "verifier_name_or_path", args.verifier_name_or_path))
+        config = getattr(model, "config", None)
+        if args.push_to_hub and args.process_index == 0 and config is not None:  # before the Trainer, without a check
+            make_repo(args, config.verifier_name_or_path)
         with refused_arguments():
             super().__init__(
                 model=model,
@@ -173,7 +172,8 @@ class PeagleTrainer(Trainer):
             self.eval_collator = replace(self.data_collator, every_slot=True)
         configure_drafter(self.model, args)
         # Not "objective": a hyperparameter search of the Trainer keeps its score under that name.
-        self.distillation = build_objective(self.accelerator.unwrap_model(self.model), args, self._verifier_head)
+        drafter = self.accelerator.unwrap_model(self.model)
+        self.distillation = build_objective(drafter, args, self._verifier_head, getattr(self, "distillation", None))
         self._verifier_head = self.distillation.verifier_head
         self._partitioner = Partitioner(args, self.config, self.accelerator, self.is_sharded)
         self._eval_loaders: dict[int, DataLoader] = {}
@@ -209,7 +209,7 @@ class PeagleTrainer(Trainer):
             if self.own_optimizer is None:
                 self.optimizer = None  # it is made anew, since arguments may differ from those of an earlier call
             with lost_process_explained(), run.failures_explained():
-                if trial is None and self.model is not None:  # after a search `model_init` makes one later
+                if trial is None and self.model_init is None:  # which makes the model later
                     run.take_up()
                 with run.going_on(ignore_keys_for_eval) as view:
                     try:
@@ -252,7 +252,7 @@ class PeagleTrainer(Trainer):
             loader = super()._get_dataloader(dataset, description, batch_size, lambda _: sampler)
         finally:
             self.data_collator, self.args.dataloader_drop_last = given
-        if self.args.dataloader_persistent_workers:
+        if self.args.dataloader_persistent_workers and dataloader_key is not None:  # of a validation, not of a test
             self._eval_loaders[id(dataset)] = loader
         return loader
 
@@ -281,7 +281,7 @@ class PeagleTrainer(Trainer):
         run.nan_check.note_loss(step, loss)
         # The scaler of float16 tries for infinities, and leaves out the steps that bring them.
         if self.accelerator.sync_gradients and not self.args.fp16:
-            run.nan_check.note_gradient(step, gradient_norm(model))
+            run.nan_check.note_gradient(step, gradient_norm(self, model))
         if run.nan_check.is_full:
             run.require_finite()
         return loss
@@ -345,26 +345,19 @@ class PeagleTrainer(Trainer):
         save_checkpoint(self, run_folder)
         note_best(self, on_first(lambda: checkpoints_by_step(run_folder)))
 
-    def hyperparameter_search(
-        self,
-        hp_space: Callable[[Any], dict[str, Any]] | None = None,
-        compute_objective: Callable[[dict[str, float]], Any] | None = None,
-        n_trials: int = 20,
-        direction: str | list[str] | None = None,
-        backend: str | HPSearchBackend | None = None,
-        hp_name: Callable[[Any], str] | None = None,
-        **kwargs: Any,
-    ) -> BestRun | list[BestRun]:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Like the Trainer's, with the records of the training; of an adapter with `mask_hidden`."""
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            complete_saved_model(self, Path(output_dir or self.args.output_dir), is_checkpoint=_internal_call)
+
+    def hyperparameter_search(  # type: ignore[no-untyped-def]
+        self, hp_space=None, compute_objective=None, n_trials=20, direction=None, *args, **kwargs
+    ):
         """Like the Trainer's, but the objective defaults to `metric_for_best_model`, to be improved."""
-        return super().hyperparameter_search(
-            hp_space,
-            compute_objective or (lambda metrics: metrics[metric_name(self.args)]),
-            n_trials,
-            direction or ("maximize" if self.args.greater_is_better else "minimize"),
-            backend,
-            hp_name,
-            **kwargs,
-        )
+        compute_objective = compute_objective or (lambda metrics: metrics[metric_name(self.args)])
+        direction = direction or ("maximize" if self.args.greater_is_better else "minimize")
+        return super().hyperparameter_search(hp_space, compute_objective, n_trials, direction, *args, **kwargs)
 
     def create_model_card(  # type: ignore[override]
         self,
