@@ -18,7 +18,7 @@ _HAS_PACKING = _HAS_LINEAR and hasattr(torch.ops.mkldnn, "_reorder_linear_weight
 
 def linear(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`: states [..., K], weight [N, K] and bias [N] give [..., N]."""
-    if _is_suited(states, weight, bias) and not torch.is_autocast_enabled("cpu"):
+    if states.is_cpu and _is_suited(states, weight, bias) and not torch.is_autocast_enabled("cpu"):
         result: Tensor = _Linear.apply(states, weight, bias)
         return result
     return F.linear(states, weight, bias)
