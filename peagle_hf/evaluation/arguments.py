@@ -140,9 +140,8 @@ class EvaluateArguments(Arguments):
         if self.endpoint and (self.num_speculative_tokens or self.max_model_len or self.compare):
             raise PeagleError(
                 "A running server has one drafter and its own --num-speculative-tokens and --max-model-len. Leave "
-                "these "
-                "and --compare out with --endpoint, or leave --endpoint out, so that peagle-hf evaluate starts vLLM "
-                "itself."
+                "these and --compare out with --endpoint, or leave --endpoint out, so that peagle-hf evaluate starts "
+                "vLLM itself."
             )
 
     def command(self) -> str:

@@ -159,9 +159,8 @@ def measure(
         if counted.generated > asked:
             raise PeagleError(
                 f"{client.url} generated {counted.generated} tokens, but only {asked} were requested by this "
-                "evaluation: "
-                "others use it too, and its counters don't tell whose tokens they count. Run it when nobody else uses "
-                "it."
+                "evaluation: others use it too, and its counters don't tell whose tokens they count. Run it when "
+                "nobody else uses it."
             )
         if by_category:
             counters[category] = counted.drafting

@@ -77,9 +77,8 @@ def check_counts(answers: Sequence[Answer], counted: Sequence[int]) -> None:
     if added != list(counted):
         raise PeagleError(
             f"The speculative-decoding counters of this vLLM don't add up: its counts per request sum to {added} "
-            "(drafts, "
-            f"drafted tokens, accepted tokens, and these by position), its total counters say {list(counted)}. Use "
-            "vLLM 0.32."
+            "(drafts, drafted tokens, accepted tokens, and these by position), its total counters say "
+            f"{list(counted)}. Use vLLM 0.32."
         )
 
 

@@ -227,8 +227,8 @@ class _Conversations:
         if len(ids) + self.job.max_tokens > self.max_model_len:
             raise PeagleError(
                 f"Turn {len(chat)} of prompt {prompt.id} has {len(ids)} tokens; with an answer of "
-                f"{self.job.max_tokens} that is more than --max-model-len {self.max_model_len}. Raise "
-                "it, or take the prompt out."
+                f"{self.job.max_tokens} that is more than --max-model-len {self.max_model_len}. Raise it, or take the "
+                "prompt out."
             )
         return {"prompt_token_ids": ids}
 
