@@ -33,7 +33,7 @@ MEMBERS = {
     "RequestOutput": "metrics outputs request_id",
     "RequestStateStats": "first_token_latency",
     "CompletionOutput": "finish_reason spec_decode_metrics text token_ids",
-    "RequestSpecDecodeMetrics": "histogram num_draft_tokens",
+    "RequestSpecDecodeMetrics": "histogram num_draft_tokens per_step_accepted per_step_drafted",
     "Metric": "name",
     "Counter": "value",
     "Vector": "values",
@@ -61,7 +61,7 @@ MEMBERS = {
     "ChatCompletionResponseStreamChoice": "delta finish_reason token_ids",
     "DeltaMessage": "content reasoning",
     "PerRequestMetrics": "speculative_decoding",
-    "SpeculativeDecodingMetrics": "acceptance_histogram num_draft_tokens",
+    "SpeculativeDecodingMetrics": "acceptance_histogram num_draft_tokens per_step_accepted per_step_drafted",
 }
 """Fields, methods and attributes by class, whichever file a release keeps it in."""
 
@@ -82,7 +82,7 @@ STRINGS = """
     vllm:spec_decode_num_accepted_tokens vllm:spec_decode_num_accepted_tokens_per_pos
     VLLM_API_KEY VLLM_CPU_KVCACHE_SPACE VLLM_ENABLE_V1_MULTIPROCESSING VLLM_NO_USAGE_STATS VLLM_TARGET_DEVICE
     ExampleHiddenStatesConnector hidden_states_path kv_producer shared_storage_path token_ids
-    eagle3 extract_hidden_states peagle summary
+    detailed eagle3 extract_hidden_states peagle
     PeagleLlamaForCausalLM PeagleQwen3ForCausalLM
     draft_vocab_size eagle_aux_hidden_state_layer_ids mask_token_id norm_before_fc norm_before_residual
     num_aux_hidden_states speculative_tokens speculators_model_type

@@ -259,7 +259,8 @@ class FakeDraftingVllm(FakeVllm):
     """Answers chats in a stream and counts drafts, as vLLM with a drafter of three tokens does, or `drafts` not at all.
 
     An answer to N words has N + 1 tokens, at most `max_tokens`, with ids from `first` on: the first token, then drafts
-    of which none, one and two tokens are accepted by turns. `by_request`: say what was drafted with each answer too.
+    of which none, one and two tokens are accepted by turns. `by_request`: say what was drafted with each answer too;
+    `by_draft`: and what was accepted of each draft.
     `fault` is asked with the last message: see `_post`.
     """
 
@@ -271,7 +272,7 @@ class FakeDraftingVllm(FakeVllm):
         first: int = 0,
     ):
         super().__init__(Path(), model, [], 0)
-        self.drafts, self.chat_fault, self.first, self.by_request = drafts, fault, first, drafts
+        self.drafts, self.chat_fault, self.first, self.by_request, self.by_draft = drafts, fault, first, drafts, True
         self.requests: list[dict] = []
         self.generated = 0
         self.counts = [0] * 6
@@ -315,7 +316,7 @@ class FakeDraftingVllm(FakeVllm):
         tokens = [self.first + place for place in range(2 if fault == "cut" else length)]
         handler.start_stream()
         self._send(handler, tokens[:1], last=len(tokens) == 1, fault=fault)
-        place, histogram = 1, [0] * 4
+        place, histogram, accepted_by_step = 1, [0] * 4, []
         for accepted in itertools.cycle((0, 1, 2)):
             if place >= len(tokens):
                 break
@@ -330,11 +331,14 @@ class FakeDraftingVllm(FakeVllm):
                 counted = [1, 3, accepted, *(int(accepted > position) for position in range(3))]
                 self.counts = [one + other for one, other in zip(self.counts, counted, strict=True)]
             histogram[accepted] += fault != "miscounts"
+            accepted_by_step.append(accepted)
             chunk = tokens[place : place + accepted + 1]
             place += len(chunk)
             self._send(handler, chunk, last=place == len(tokens), fault=fault)
         if self.by_request:
             drafted = {"acceptance_histogram": histogram, "num_draft_tokens": 3 * sum(histogram)}
+            if self.by_draft and accepted_by_step:  # vLLM leaves out what is empty
+                drafted |= {"per_step_accepted": accepted_by_step, "per_step_drafted": [3] * len(accepted_by_step)}
             usage = {"prompt_tokens": 1, "completion_tokens": place, "total_tokens": place + 1}
             metrics = {"speculative_decoding": drafted}
             handler.send_event(

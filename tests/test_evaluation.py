@@ -450,6 +450,28 @@ def test_vllm_counts_what_the_chain_and_the_drafter_must_give(drafter, tmp_path,
 
 
 @pytest.mark.vllm
+def test_vllm_counts_the_drafts_of_each_segment(drafter, tmp_path):
+    """The template thinks from w5 to w6, so of w5 w6 w7 w5 w6 w7 ... only w7 is text.
+
+    The first two drafts begin at w6 (the end of a thought) and at w7, and nothing is right. Then they begin by turns at
+    w5, which is right, and at w7: 19 times each, until the last one begins at the last token.
+    """
+    template = tmp_path / "template.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ 'w5 ' + m.reasoning_content + ' w6 ' if m.reasoning_content else '' }}"
+        "{{ m.content }} {% endfor %}"
+    )
+    rows = [{"turns": ["w9 w7"]}]
+    report = evaluate(arguments(drafter, tmp_path, rows, max_tokens=60, chat_template=str(template)))
+    names = ("num_drafts", "num_draft_tokens", "num_accepted_tokens", "per_position_acceptance")
+    assert {name: [row[count] for count in names] for name, row in report["by_segment"].items()} == {
+        "reasoning": [20, 60, 19, [19 / 20, 0, 0]],
+        "text": [20, 60, 0, [0, 0, 0]],
+    }
+    assert (report["num_drafts"], report["num_accepted_tokens"]) == (40, 19)
+
+
+@pytest.mark.vllm
 @pytest.mark.slow
 def test_several_numbers_of_tokens_and_checkpoints_are_compared_on_the_same_prompts(drafter, tmp_path):
     """The drafter never gets a second token right, and the other one is its copy."""

@@ -258,7 +258,7 @@ def test_a_server_that_only_counts_as_a_whole_gives_no_intervals_of_acceptance(
     assert by_request["is_speed_up_or_down"] in (True, False)
     server.by_request = False
     report = evaluate(arguments(baseline_endpoint=baseline.url))
-    assert "--per-request-spec-decode-metrics summary" in caplog.text
+    assert "--per-request-spec-decode-metrics detailed" in caplog.text
     assert set(report["intervals"]) == {"tokens_per_second", "tokens_per_second_without", "speed_up"}
     names = ("acceptance_length", "num_drafts", "num_accepted_tokens", "per_position_acceptance")
     for name in names:
@@ -519,7 +519,8 @@ def test_a_drafter_is_not_served_with_impossible_values():
 @pytest.fixture(scope="module")
 def served(drafter, tmp_path_factory):
     log = tmp_path_factory.mktemp("served") / "vllm.log"
-    with VllmServer(["peagle_hf", "serve", str(drafter), "--"], ["--dtype", "float32"], log) as served:
+    flags = ["--dtype", "float32", "--trust-request-chat-template"]
+    with VllmServer(["peagle_hf", "serve", str(drafter), "--"], flags, log) as served:
         yield served
 
 
@@ -538,7 +539,12 @@ def test_a_real_server_counts_what_vllm_in_process_counts(served, drafter, tmp_p
     ]
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = {"model": str(drafter), "suite": [str(prompts)], "max_tokens": 60}
+    template = tmp_path / "template.jinja"  # in which w5 begins a thought and w6 ends it
+    template.write_text(
+        "{% for m in messages %}{{ 'w5 ' + m.reasoning_content + ' w6 ' if m.reasoning_content else '' }}"
+        "{{ m.content }} {% endfor %}"
+    )
+    flags = {"model": str(drafter), "suite": [str(prompts)], "max_tokens": 60, "chat_template": str(template)}
     here = evaluate(EvaluateArguments(**flags, output=str(tmp_path / "here"), dtype="float32"))
     there = evaluate(
         EvaluateArguments(**flags, output=str(tmp_path / "there"), endpoint=served.url, concurrency=[1, 4])
@@ -548,6 +554,9 @@ def test_a_real_server_counts_what_vllm_in_process_counts(served, drafter, tmp_p
         for name in ("num_drafts", "num_accepted_tokens", "per_position_acceptance"):
             assert same[name] == row[name]
         assert same["intervals"].get("acceptance_length") == row["intervals"].get("acceptance_length")
+    assert there["by_segment"] == here["by_segment"]
+    assert sum(row["num_drafts"] for row in there["by_segment"].values()) == there["num_drafts"]
+    assert there["by_segment"]["reasoning"]["num_accepted_tokens"] == there["num_accepted_tokens"]
     assert there["by_category"]["cycle"]["acceptance_length"] == 1 + 58 / 119
     assert there["num_speculative_tokens"] == here["num_speculative_tokens"] == 3
     assert there["versions"]["vllm"] == here["versions"]["vllm"]

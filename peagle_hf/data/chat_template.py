@@ -59,7 +59,7 @@ class TemplateKind:
     special_token: re.Pattern[str]
 
 
-_PROBE_TOOL = {
+PROBE_TOOL = {
     "type": "function",
     "function": {
         "name": "probe",
@@ -138,7 +138,7 @@ class ChatRenderer:
 
     def _probe(self, has_tools: bool) -> TemplateKind:
         """Render a question, an answer and both with markers as their text, and see what stands around the markers."""
-        tools = [_PROBE_TOOL] if has_tools else None
+        tools = [PROBE_TOOL] if has_tools else None
 
         def text_of(*messages: dict[str, Any], prompted: bool = False) -> str | None:
             try:

@@ -22,6 +22,7 @@ from .in_processes import measure_processes
 from .intervals import CONFIDENCE, METHOD
 from .on_servers import measure_servers
 from .report import draw, html, text
+from .segments import Segmenter
 from .suites import load_prompts
 from .task import Drafter, Drafting, Measured, Task, drafting_of, follow_links
 
@@ -43,6 +44,11 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
       with fewer than six prompts, and none for acceptance if a server doesn't count per request.
     - `by_category`: the same for each kind of prompt; a prompt's share in the wall time is its share in the seconds of
       all answers, which run side by side.
+    - `by_segment`, if the chat template marks reasoning or tool calls: acceptance within the `reasoning`, within each
+      `tool_call` and in the rest of the `text`. A draft counts where its first token lies, so the counts of all
+      segments sum to the whole; `num_prompts` have a draft there. Null if a server doesn't count per draft.
+      `segment_markers` has the text with which a segment opens and closes (null: at the end of the answer),
+      `answers_begin_in` the segment that the generation prompt opens, or `text`.
     - `by_concurrency`: acceptance and speed at each number of chats at a time, and `latency_seconds`,
       `latency_seconds_without`: mean, median and p99 from a request to its last token (`request`), to its first
       (`first_token`), and between two later ones on average (`output_token`), over all rounds.
@@ -93,9 +99,10 @@ def _evaluate(
         arguments.chat_template_kwargs,
     )
     _warn_of_other_options(drafters, options)
+    segmenter = Segmenter.of(verifier, arguments.trust_remote_code, options)
     task = Task(arguments, verifier, drafting, prompts, options)
     measured = measure_processes(task) if arguments.endpoint is None else measure_servers(task)
-    report = _report(task, measured, len(drafters)) | {"dropped_prompts": dropped}
+    report = _report(task, measured, len(drafters), segmenter) | {"dropped_prompts": dropped}
     write_json(output / "evaluation.json", report)
     print(text(report), flush=True)
     logger.info("\nWritten to %s.", output / "evaluation.json")
@@ -104,12 +111,12 @@ def _evaluate(
     return report
 
 
-def _report(task: Task, measured: Measured, num_drafters: int) -> dict[str, Any]:
+def _report(task: Task, measured: Measured, num_drafters: int, segmenter: Segmenter | None) -> dict[str, Any]:
     """The report (see `evaluate`) without `dropped_prompts`."""
     arguments, trials = task.arguments, measured.trials
     is_greedy = arguments.temperature == 0
     entries = [
-        {**tried.drafter.description(), **entry(trial, measured.without, task.prompts, is_greedy)}
+        {**tried.drafter.description(), **entry(trial, measured.without, task.prompts, is_greedy, segmenter)}
         for tried, trial in zip(task.drafting, trials, strict=True)
     ]
     per_drafter = len(trials) // num_drafters
@@ -130,6 +137,7 @@ def _report(task: Task, measured: Measured, num_drafters: int) -> dict[str, Any]
         "max_tokens": arguments.max_tokens,
         "temperature": arguments.temperature,
         **task.options.description(),
+        **(segmenter.description() if segmenter else {}),
         "seed": arguments.seed if arguments.endpoint is None else None,
         "rounds": arguments.rounds,
         "interval_method": {"confidence": CONFIDENCE, "name": METHOD},

@@ -23,6 +23,7 @@ from .intervals import (
     share_interval,
 )
 from .runs import Run
+from .segments import Segmenter
 
 SPEEDS = ("tokens_per_second", "tokens_per_second_without", "speed_up")
 
@@ -40,12 +41,19 @@ class Trial:
     runs: list[list[Run]]
 
 
-def entry(trial: Trial, without: list[list[Run]] | None, prompts: Sequence[Prompt], is_greedy: bool) -> dict[str, Any]:
+def entry(
+    trial: Trial,
+    without: list[list[Run]] | None,
+    prompts: Sequence[Prompt],
+    is_greedy: bool,
+    segmenter: Segmenter | None = None,
+) -> dict[str, Any]:
     """The entry of a trial in the report.
 
     Args:
         without: the runs without a drafter, in the order of those of the trial; None if there are none.
         is_greedy: greedy decoding: texts are compared, and only the first round is counted, as all draft the same.
+        segmenter: of the chat template; None if that marks no segments: then the entry has no `by_segment`.
     """
     pairs: list[tuple[list[Run], list[Run] | None]]
     pairs = list(zip(trial.runs, without, strict=True)) if without else [(runs, None) for runs in trial.runs]
@@ -58,6 +66,7 @@ def entry(trial: Trial, without: list[list[Run]] | None, prompts: Sequence[Promp
             name: figures(last, baseline, prompts, name, is_greedy)
             for name in sorted({prompt.category for prompt in prompts})
         },
+        **({} if segmenter is None else {"by_segment": segment_figures(last, segmenter, is_greedy)}),
         "by_concurrency": [
             {
                 "concurrency": runs[0].concurrency,
@@ -86,9 +95,7 @@ def figures(
     intervals: dict[str, Any] = {}
     counts_PC = _counts(counted, indices)
     if counts_PC is not None:
-        summary = summarize(counts_PC.tolist())
-        if enough and summary["num_drafts"]:
-            intervals = _acceptance_intervals(counts_PC, weights_WP)
+        summary, intervals = summarize(counts_PC.tolist()), _acceptance_intervals(counts_PC)
     else:
         by_category = chain.from_iterable((run.counters or {}).items() for run in counted)
         summary = summarize([counts for name, counts in by_category if category in (None, name)])
@@ -110,6 +117,32 @@ def figures(
         "is_speed_up_or_down": is_difference(intervals.get("speed_up"), 1) if len(runs) > 1 else None,
         "intervals": intervals,
     }
+
+
+def segment_figures(runs: list[Run], segmenter: Segmenter, is_greedy: bool) -> dict[str, Any] | None:
+    """The acceptance within each segment of the answers, with intervals, over the prompts that have a draft there.
+
+    Args:
+        runs: by round.
+        is_greedy: see `figures`.
+
+    Returns:
+        None if vLLM doesn't count per draft.
+    """
+    counts = [segmenter.counts(run) for run in (runs[:1] if is_greedy else runs)]
+    by_segment = {}
+    for name in segmenter.names:
+        of_rounds = [by_name[name] for by_name in counts if by_name is not None]
+        if len(of_rounds) < len(counts):
+            return None
+        counts_PC = np.sum(of_rounds, axis=0)
+        drafted_PC = counts_PC[counts_PC[:, 0] > 0]
+        by_segment[name] = {
+            "num_prompts": len(drafted_PC),
+            **summarize(counts_PC.tolist()),
+            "intervals": _acceptance_intervals(drafted_PC),
+        }
+    return by_segment
 
 
 def difference(trial: Trial, other: Trial, prompts: Sequence[Prompt], is_greedy: bool) -> dict[str, Any]:
@@ -188,11 +221,14 @@ def _counts(runs: list[Run], indices: list[int]) -> NDArray[np.int64] | None:
     return np.sum([np.array(count, np.int64)[indices] for count in counts], axis=0)
 
 
-def _acceptance_intervals(counts_PC: NDArray[np.int64], weights_WP: NDArray[np.int64]) -> dict[str, Any]:
-    """The intervals of the figures of `acceptance_rates`.
+def _acceptance_intervals(counts_PC: NDArray[np.int64]) -> dict[str, Any]:
+    """The intervals of the figures of `acceptance_rates`; none with too few prompts or without drafts.
 
     The acceptance length is 1 + K times a share: accepted tokens among the K of each draft.
     """
+    if len(counts_PC) < MIN_PROMPTS or not counts_PC[:, 0].any():
+        return {}
+    weights_WP = all_and_leave_one_out(len(counts_PC))
     rates, degrees = acceptance_rates(weights_WP @ counts_PC), degrees_of_freedom([counts_PC[:, 0]])
     drafts, drafted = counts_PC[:, :2].sum(0).tolist()
     most = counts_PC.shape[1] - 3

@@ -31,7 +31,7 @@ def measure_processes(task: Task) -> Measured:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     finished = task.finished_runs(
         {name: value for name, value in engine.items() if name not in ("model", "trust_remote_code")}
-        | {"device": device, "versions": _versions()}
+        | {"counts": "by draft", "device": device, "versions": _versions()}
     )
     without: list[list[Run]] = [[] for _ in arguments.concurrency]
     trials = [

@@ -39,16 +39,16 @@ def measure_servers(task: Task) -> Measured:
     }
     fields = _request_fields(arguments, task.options)
     first = [{"role": "user", "content": prompts[0].turns[0]}]
-    by_category = client.ask(first, max_tokens=2, extra=fields).drafting is None
+    answer = client.ask(first, max_tokens=2, extra=fields)
+    counts = "by category" if answer.drafting is None else "by request" if answer.drafts is None else "by draft"
+    by_category = counts == "by category"
     if by_category:
         logger.warning(
             "%s doesn't count per request, so acceptance has no intervals, and the categories are run one by one. "
-            "Start it with peagle-hf serve, or with --per-request-spec-decode-metrics summary.",
+            "Start it with peagle-hf serve, or with --per-request-spec-decode-metrics detailed.",
             client.url,
         )
-    finished = task.finished_runs(
-        {"num_speculative_tokens": number, "counts_by_request": not by_category, **measured_on}
-    )
+    finished = task.finished_runs({"num_speculative_tokens": number, "counts": counts, **measured_on})
     drafted: list[list[Run]] = [[] for _ in arguments.concurrency]
     without: list[list[Run]] = [[] for _ in arguments.concurrency]
     total = arguments.rounds * len(arguments.concurrency) * len(prompts) * (2 if baseline else 1)

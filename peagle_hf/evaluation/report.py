@@ -12,6 +12,7 @@ from io import BytesIO
 from typing import Any
 
 from ..console import estimate
+from ..data.answer_markers import TEXT
 from .intervals import MIN_PROMPTS
 
 logger = logging.getLogger(__name__)
@@ -127,6 +128,15 @@ def _tables(report: dict[str, Any]) -> list[Table]:
     return [
         acceptance,
         *by_category,
+        *[
+            Table(
+                "By segment of the answers" if len(entries) == 1 else f"By segment of the answers: {label}",
+                ["Segment", "Prompts", "Drafts", "Acceptance length", "Acceptance rate"],
+                segment_rows(entry),
+            )
+            for label, entry in entries
+            if segment_rows(entry)
+        ],
         Table(
             "Speed; times are mean, median and 99th percentile",
             ["Chats at a time", "", "Tokens/s", "Speed-up", "Request, s", "To first token, s", "Between tokens, ms"],
@@ -134,6 +144,23 @@ def _tables(report: dict[str, Any]) -> list[Table]:
         ),
         *(differences if report["others"] else []),
         Table("How it was measured", ["", ""], _measured_rows(report)),
+    ]
+
+
+def segment_rows(entry: dict[str, Any]) -> list[list[str]]:
+    """The table of acceptance by segment; empty if nothing was drafted outside the plain text, or it isn't known."""
+    segments = {name: row for name, row in (entry.get("by_segment") or {}).items() if row["num_drafts"]}
+    if segments.keys() <= {TEXT}:
+        return []
+    return [
+        [
+            name.replace("_", " "),
+            str(row["num_prompts"]),
+            str(row["num_drafts"]),
+            _figure(row, "acceptance_length", ".3f"),
+            _figure(row, "acceptance_rate", ".1%"),
+        ]
+        for name, row in segments.items()
     ]
 
 
@@ -216,8 +243,19 @@ def _measured_rows(report: dict[str, Any]) -> list[list[str]]:
             f"{method['confidence']:.0%}, for other prompts of the same kind ({method['name']}); speed intervals are "
             "the union over rounds",
         ],
+        *([["Segments", _markers(report)]] if report.get("segment_markers") else []),
         ["Rounds", f"{rounds}{': how much speeds vary between rounds is not known' * (rounds == 1)}"],
     ]
+
+
+def _markers(report: dict[str, Any]) -> str:
+    """The segments of answers, in words."""
+    markers = [
+        f"{name.replace('_', ' ')} from {opening} to {'the end of the answer' if closing is None else closing}"
+        for name, (opening, closing) in report["segment_markers"].items()
+    ]
+    begin = report["answers_begin_in"]
+    return "; ".join(markers + ([f"answers begin in {begin}"] if begin != TEXT else []))
 
 
 def _sentences(report: dict[str, Any]) -> list[str]:
@@ -226,6 +264,12 @@ def _sentences(report: dict[str, Any]) -> list[str]:
     for label, entry in labelled:
         prefix = f"{label}: " if len(labelled) > 1 else ""
         sentences.append(prefix + _text_sentence(entry, report))
+    if report.get("segment_markers") and report["by_segment"] is None:
+        sentences.append(
+            f"Acceptance in {' and '.join(report['segment_markers']).replace('_', ' ')} isn't known, because the "
+            "server doesn't count per draft. Start it with peagle-hf serve, or with --per-request-spec-decode-metrics "
+            "detailed."
+        )
     for label, entry in labelled[1:]:
         difference = entry["difference"]
         row, other = difference["acceptance_length"], labels[tuple(difference["from"].values())]

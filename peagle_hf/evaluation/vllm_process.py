@@ -26,7 +26,7 @@ from ..console import progress_bar
 from ..data.prompts import Prompt
 from ..data.tokenizer import ChatOptions
 from ..errors import PeagleError
-from ..serving.client import DRAFT_COUNTERS, POSITION_COUNTER, Answer, drafting_counts
+from ..serving.client import DRAFT_COUNTERS, POSITION_COUNTER, Answer, drafting_counts, drafts_in_order
 from ..serving.supervisor import supervised
 from .runs import Run, check_counts
 
@@ -145,7 +145,7 @@ def _work(receive: Callable[[], dict[str, Any]], send: Callable[..., object]) ->
 
     engine = receive()
     drafts = "speculative_config" in engine
-    llm = vllm.LLM(**engine, per_request_spec_decode_metrics="summary" if drafts else "none")
+    llm = vllm.LLM(**engine, per_request_spec_decode_metrics="detailed" if drafts else "none")
     on_gpu = torch.cuda.is_available()
     send(
         measured_on={
@@ -248,7 +248,11 @@ class _Conversations:
 
     def _take(self, index: int, output: Any, seconds: float) -> None:
         (answer,) = output.outputs
-        drafted = answer.spec_decode_metrics
+        counted = answer.spec_decode_metrics
+        drafting = drafts = None
+        if counted is not None:
+            drafting = drafting_counts(counted.histogram, counted.num_draft_tokens)
+            drafts = drafts_in_order(counted.histogram, counted.per_step_accepted, counted.per_step_drafted)
         self.chats[index].append(
             Answer(
                 text=answer.text,
@@ -256,7 +260,8 @@ class _Conversations:
                 finish_reason=answer.finish_reason,
                 first_token_seconds=output.metrics.first_token_latency,
                 seconds=seconds,
-                drafting=drafted and drafting_counts(drafted.histogram, drafted.num_draft_tokens),
+                drafting=drafting,
+                drafts=drafts,
             )
         )
 

@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..console import estimate
+from ..data.answer_markers import TEXT
 from ..data.prepared_dataset import CHAT_TEMPLATE_FILE
 from ..data.sources import BUILT_IN_DATASETS, is_local_file
 from ..data.tokenizer import ChatOptions
@@ -40,7 +41,8 @@ def read_evaluation(path: str | os.PathLike[str], model: str | os.PathLike[str])
     try:
         report = json.loads(Path(path).read_text(encoding="utf-8"))
         weights, rates = report["drafter_weights"], report["per_position_acceptance"]
-        for figures in [{name: report[name] for name in _EVALUATION}, *report["by_category"].values()]:
+        of_parts = [*report["by_category"].values(), *(report.get("by_segment") or {}).values()]
+        for figures in [{name: report[name] for name in _EVALUATION}, *of_parts]:
             for name in ("num_prompts", "acceptance_length", "acceptance_rate"):
                 float(figures[name])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -194,8 +196,18 @@ def _acceptance(report: dict[str, Any]) -> str:
         figures.append(
             ("texts that are the same with and without", f"{report['num_identical']}/{report['num_prompts']}")
         )
-    by_category = _table(
-        ["prompts", "number", "acceptance length", "acceptance rate"],
+    sections = [measured, by_position, _table(["", ""], figures), _parts("prompts", report["by_category"])]
+    segments = {name: row for name, row in (report.get("by_segment") or {}).items() if row["num_drafts"]}
+    if segments.keys() - {TEXT}:
+        segments = {name.replace("_", " "): row for name, row in segments.items()}
+        sections.append(_parts("drafts that begin in", segments))
+    return "\n\n".join(sections)
+
+
+def _parts(what: str, rows: dict[str, dict[str, Any]]) -> str:
+    """A table of the acceptance of each category or segment."""
+    return _table(
+        [what, "number of prompts", "acceptance length", "acceptance rate"],
         [
             [
                 name,
@@ -203,10 +215,9 @@ def _acceptance(report: dict[str, Any]) -> str:
                 _estimate(row, "acceptance_length", ".3f"),
                 _estimate(row, "acceptance_rate", ".1%"),
             ]
-            for name, row in report["by_category"].items()
+            for name, row in rows.items()
         ],
     )
-    return "\n\n".join([measured, by_position, _table(["", ""], figures), by_category])
 
 
 def _estimate(figures: dict[str, Any], name: str, form: str) -> str:

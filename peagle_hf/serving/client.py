@@ -43,6 +43,8 @@ class Answer:
         first_token_seconds: from the request to the first token.
         seconds: from the request to the last token.
         drafting: `Counters.drafting` of this answer alone; None if vLLM doesn't count per request.
+        drafts: for each of its drafts, in order, the number of accepted and of drafted tokens; None if vLLM doesn't
+            count per draft.
     """
 
     text: str = ""
@@ -51,6 +53,7 @@ class Answer:
     first_token_seconds: float = 0.0
     seconds: float = 0.0
     drafting: list[int] | None = None
+    drafts: list[list[int]] | None = None
 
 
 class Client:
@@ -156,7 +159,11 @@ class Client:
                 )
                 with stream:
                     for chunk in stream:
-                        answer.drafting = answer.drafting or _drafting(getattr(chunk, "metrics", None))
+                        if counted := (getattr(chunk, "metrics", None) or {}).get("speculative_decoding"):
+                            histogram, drafted = counted["acceptance_histogram"], counted["num_draft_tokens"]
+                            answer.drafting = drafting_counts(histogram, drafted)
+                            steps = counted.get("per_step_accepted"), counted.get("per_step_drafted")
+                            answer.drafts = drafts_in_order(histogram, *steps)
                         for choice in chunk.choices:
                             token_ids = getattr(choice, "token_ids", None) or []
                             answer.seconds = time.perf_counter() - started
@@ -193,9 +200,18 @@ def drafting_counts(histogram: Sequence[int], num_draft_tokens: int) -> list[int
     return [sum(histogram), num_draft_tokens, accepted, *by_position]
 
 
-def _drafting(metrics: dict[str, Any] | None) -> list[int] | None:
-    counts = (metrics or {}).get("speculative_decoding")
-    return counts and drafting_counts(counts["acceptance_histogram"], counts["num_draft_tokens"])
+def drafts_in_order(
+    histogram: Sequence[int], accepted: Sequence[int] | None, drafted: Sequence[int] | None
+) -> list[list[int]] | None:
+    """Convert vLLM's counts per verify step of a request to `Answer.drafts`.
+
+    Args:
+        histogram: see `drafting_counts`.
+        accepted: accepted tokens by step; empty or None if vLLM counts with `summary`, or drafted nothing.
+        drafted: drafted tokens by step.
+    """
+    drafts = [list(step) for step in zip(accepted or [], drafted or [], strict=True)]
+    return drafts if len(drafts) == sum(histogram) else None
 
 
 def acceptance_rates(counts: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:

@@ -269,7 +269,7 @@ def drafting_command(arguments: ServeArguments, on_cpu: bool) -> list[str]:
     verifier = arguments.verifier or str(check_checkpoint(folder).verifier_name_or_path)
     config = check_checkpoint(folder, verifier, arguments.trust_remote_code)
     drafting = speculative_config(folder, config, arguments.num_speculative_tokens)
-    options = {"--speculative-config": json.dumps(drafting), "--per-request-spec-decode-metrics": "summary"}
+    options = {"--speculative-config": json.dumps(drafting), "--per-request-spec-decode-metrics": "detailed"}
     options |= _chat_flags(arguments, folder, verifier)
     return _vllm_command(arguments, verifier, options, on_cpu)
 
