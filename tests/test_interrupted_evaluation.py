@@ -68,7 +68,12 @@ def test_a_killed_evaluation_asks_only_what_is_missing_and_gives_the_same_report
     arguments, server, baseline, tmp_path, caplog
 ):
     """It is killed in the fifth of eight runs: four are finished and aren't asked again."""
-    command = [sys.executable, "-m", "peagle_hf", *shlex.split(arguments().command())[1:]]
+    template = tmp_path / "template.jinja"  # in which w5 begins a thought
+    template.write_text(
+        "{% for m in messages %}{{ 'w5 ' + m.reasoning + ' w7 ' if m.reasoning else '' }}{{ m.content }} {% endfor %}"
+    )
+    thinking = {"chat_template": str(template)}
+    command = [sys.executable, "-m", "peagle_hf", *shlex.split(arguments(**thinking).command())[1:]]
     process = None
 
     def kill(message: str) -> None:
@@ -89,12 +94,13 @@ def test_a_killed_evaluation_asks_only_what_is_missing_and_gives_the_same_report
     for one in (server, baseline):
         one.requests.clear()
     caplog.set_level(logging.INFO, logger="peagle_hf")
-    report = evaluate(arguments(output=str(moved)))
+    report = evaluate(arguments(output=str(moved), **thinking))
     assert "4 runs that were finished earlier" in caplog.text
     assert len(baseline.requests) == 2 * REQUESTS
     assert len(server.requests) == 1 + 2 * REQUESTS  # and one that finds out how it counts
     assert not (moved / FINISHED_RUNS).exists()
-    assert without_times(report) == without_times(evaluate(arguments(output=str(tmp_path / "whole"))))
+    assert without_times(report) == without_times(evaluate(arguments(output=str(tmp_path / "whole"), **thinking)))
+    assert report["by_segment"]["reasoning"]["num_drafts"] > 0
     assert report["intervals"].keys() > {"acceptance_length", "speed_up"}
 
 
