@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from chat_templates import CHATML, END, PATTERNS, make_tokenizer
 from fake_vllm import FakeDraftingVllm
-from peagle_hf.model.served import check_checkpoint
 
 from peagle_hf import EvaluateArguments, PeagleError, evaluate
 from peagle_hf.data.answer_markers import AnswerMarkers, Marker, find_answer_markers
@@ -17,6 +16,7 @@ from peagle_hf.evaluation.intervals import MIN_PROMPTS
 from peagle_hf.evaluation.runs import Run
 from peagle_hf.evaluation.segments import Segmenter
 from peagle_hf.hub.card import model_card, read_evaluation
+from peagle_hf.model.served_checkpoint import check_checkpoint
 from peagle_hf.serving.client import Answer
 
 THINK, CALL, NOTHING = ("<think>", "</think>"), ("<call>", "</call>"), None
