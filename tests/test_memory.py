@@ -23,11 +23,11 @@ from peagle_hf.training.memory import (
     GIB,
     STATE_BYTES,
     MemoryPlan,
-    bytes_a_row,
+    bytes_per_slot,
     cut_to_fit,
     estimate,
     report,
-    rows_that_fit,
+    slots_that_fit,
 )
 from peagle_hf.training.run import build_config
 
@@ -64,7 +64,7 @@ def test_rows_are_what_the_collator_gives():
     config = make_config(num_depths=4)
     batch = make_batch(config, (150,))
     plan = MemoryPlan(config, 148, learnt_share=((batch["labels"] != -100) & (batch["depths"] == 0)).sum().item() / 148)
-    assert plan.rows == pytest.approx(batch["anchors"].numel(), rel=0.05)
+    assert plan.slots == pytest.approx(batch["anchors"].numel(), rel=0.05)
 
 
 def test_what_costs_less_is_predicted_to_cost_less():
@@ -81,8 +81,8 @@ def test_what_costs_less_is_predicted_to_cost_less():
     ]
     assert totals == sorted(totals, reverse=True)
     assert estimate(replace(plan, partitions=4)).total < estimate(plan).total
-    assert replace(plan, partitions=4).rows_at_once < plan.rows
-    assert bytes_a_row(replace(plan, checkpointing="whole")) < bytes_a_row(plan)
+    assert replace(plan, partitions=4).slots_at_once < plan.slots
+    assert bytes_per_slot(replace(plan, checkpointing="whole")) < bytes_per_slot(plan)
 
 
 def test_the_advice_ends_with_what_fits():
@@ -97,13 +97,13 @@ def test_the_advice_ends_with_what_fits():
 
 def test_a_budget_below_the_weights_is_refused():
     with pytest.raises(PeagleError, match=r"(?s)Whatever the batch is.*--optim adamw_bnb_8bit"):
-        rows_that_fit(MemoryPlan(qwen3_8b(), 8192), 10 * GIB)
-    assert rows_that_fit(MemoryPlan(qwen3_8b(), 8192), 40 * GIB) > 8192
+        slots_that_fit(MemoryPlan(qwen3_8b(), 8192), 10 * GIB)
+    assert slots_that_fit(MemoryPlan(qwen3_8b(), 8192), 40 * GIB) > 8192
 
 
 def test_a_larger_batch_is_advised_to_shrink_before_its_rows():
     plan = MemoryPlan(qwen3_8b(), 8192, batch_size=4)
-    assert plan.rows == MemoryPlan(qwen3_8b(), 32768).rows
+    assert plan.slots == MemoryPlan(qwen3_8b(), 32768).slots
     lines = report(plan, 1 * GIB).splitlines()
     start = lines.index("To need less, turn these on, one after another:") + 1
     flags = [line.split()[0] for line in lines[start:]]
@@ -171,7 +171,7 @@ def estimate_for_parts(train_flags):
     args = PeagleTrainingArguments(**train_flags)
     plan = replace(args.memory_plan(build_config(args)), accumulates=True)
     predicted = estimate(plan)
-    return (predicted.total - predicted.activations + plan.rows * bytes_a_row(plan) * 2 / 3) / GIB
+    return (predicted.total - predicted.activations + plan.slots * bytes_per_slot(plan) * 2 / 3) / GIB
 
 
 def test_auto_partitions_on_a_cpu_want_a_budget(train_flags):
@@ -203,7 +203,7 @@ def test_every_optimizer_is_counted_or_said_to_be_unknown():
             assert f"The states of {name.value} aren't known" in report(with_it, 900 * GIB)
             assert report(with_it, 900 * GIB).endswith("Without those states it fits.")
             with pytest.raises(PeagleError, match=f"states of {name.value} take isn't known"):
-                rows_that_fit(with_it, 900 * GIB)
+                slots_that_fit(with_it, 900 * GIB)
         else:
             assert name.value in STATE_BYTES
     assert estimate(replace(plan, optimizer="ademamix")).optimizer == 3 * estimate(plan).weights

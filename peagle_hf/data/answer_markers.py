@@ -24,6 +24,17 @@ _CODE_START = re.compile(r"[\[{(\"'].*|<\S*\Z", re.S)
 _CODE_END = re.compile(r"\A[\s\]})\"',]+")
 
 
+def drafted_segments(entry: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The segments that are worth showing of an entry of an evaluation's report, by name in words.
+
+    Empty if nothing was drafted outside the plain text, or if the counts by segment aren't known.
+    """
+    drafted = {name: figures for name, figures in (entry.get("by_segment") or {}).items() if figures["num_drafts"]}
+    if drafted.keys() <= {TEXT}:
+        return {}
+    return {name.replace("_", " "): figures for name, figures in drafted.items()}
+
+
 @dataclass(frozen=True)
 class Marker:
     """What encloses a segment. White space in an answer doesn't matter where a marker is looked for.

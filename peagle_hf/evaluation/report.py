@@ -12,7 +12,7 @@ from io import BytesIO
 from typing import Any
 
 from ..console import estimate
-from ..data.answer_markers import TEXT
+from ..data.answer_markers import TEXT, drafted_segments
 from .intervals import MIN_PROMPTS
 
 logger = logging.getLogger(__name__)
@@ -132,10 +132,10 @@ def _tables(report: dict[str, Any]) -> list[Table]:
             Table(
                 "By segment of the answers" if len(entries) == 1 else f"By segment of the answers: {label}",
                 ["Segment", "Prompts", "Drafts", "Acceptance length", "Acceptance rate"],
-                segment_rows(entry),
+                _segment_rows(segments),
             )
             for label, entry in entries
-            if segment_rows(entry)
+            if (segments := drafted_segments(entry))
         ],
         Table(
             "Speed; times are mean, median and 99th percentile",
@@ -147,20 +147,17 @@ def _tables(report: dict[str, Any]) -> list[Table]:
     ]
 
 
-def segment_rows(entry: dict[str, Any]) -> list[list[str]]:
-    """The table of acceptance by segment; empty if nothing was drafted outside the plain text, or it isn't known."""
-    segments = {name: row for name, row in (entry.get("by_segment") or {}).items() if row["num_drafts"]}
-    if segments.keys() <= {TEXT}:
-        return []
+def _segment_rows(segments: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """The rows of the table of acceptance by segment."""
     return [
         [
-            name.replace("_", " "),
-            str(row["num_prompts"]),
-            str(row["num_drafts"]),
-            _figure(row, "acceptance_length", ".3f"),
-            _figure(row, "acceptance_rate", ".1%"),
+            name,
+            str(figures["num_prompts"]),
+            str(figures["num_drafts"]),
+            _figure(figures, "acceptance_length", ".3f"),
+            _figure(figures, "acceptance_rate", ".1%"),
         ]
-        for name, row in segments.items()
+        for name, figures in segments.items()
     ]
 
 

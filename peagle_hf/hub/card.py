@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..console import estimate
-from ..data.answer_markers import TEXT
+from ..data.answer_markers import drafted_segments
 from ..data.prepared_dataset import CHAT_TEMPLATE_FILE
 from ..data.sources import BUILT_IN_DATASETS, is_local_file
 from ..data.tokenizer import ChatOptions
@@ -197,9 +197,7 @@ def _acceptance(report: dict[str, Any]) -> str:
             ("texts that are the same with and without", f"{report['num_identical']}/{report['num_prompts']}")
         )
     sections = [measured, by_position, _table(["", ""], figures), _parts("prompts", report["by_category"])]
-    segments = {name: row for name, row in (report.get("by_segment") or {}).items() if row["num_drafts"]}
-    if segments.keys() - {TEXT}:
-        segments = {name.replace("_", " "): row for name, row in segments.items()}
+    if segments := drafted_segments(report):
         sections.append(_parts("drafts that begin in", segments))
     return "\n\n".join(sections)
 

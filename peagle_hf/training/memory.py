@@ -79,25 +79,25 @@ class MemoryPlan:
         return self.positions * self.batch_size
 
     @property
-    def rows(self) -> int:
+    def slots(self) -> int:
         """R of the whole batch: one slot per position, and what COD keeps of the trained ones at each further depth."""
         config = self.config
         kept = [max(config.down_sample_ratio**d, config.down_sample_ratio_min) for d in range(1, config.num_depths)]
         return round(self.num_positions * (1 + self.learnt_share * sum(kept)))
 
     @property
-    def rows_at_once(self) -> int:
+    def slots_at_once(self) -> int:
         """R of the largest part, which holds all positions up to its last anchor (see `data.partition`)."""
         if self.partitions == 1:
-            return self.rows
-        rollouts = self.rows - self.num_positions
+            return self.slots
+        rollouts = self.slots - self.num_positions
         # Equal parts of n slots: each brings its prefix, so that the k-th has the rollouts of fewer positions.
-        least, most = self.num_positions, self.rows
+        least, most = self.num_positions, self.slots
         while least < most:
             middle = (least + most) // 2
             reached = 0.0
             for _ in range(self.partitions):
-                reached = min(1.0, (middle + reached * rollouts) / self.rows)
+                reached = min(1.0, (middle + reached * rollouts) / self.slots)
             least, most = (least, middle) if reached >= 1 else (middle + 1, most)
         return most
 
@@ -149,8 +149,8 @@ def estimate(plan: MemoryPlan) -> MemoryEstimate:
     states = None if bytes_a_weight is None else trained * bytes_a_weight
     if plan.optimizer == MUON:
         states = weights * FLOAT + (trained - weights) * 2 * FLOAT
-    rows = plan.rows_at_once
-    chunk_rows = min(rows, CHUNK_ELEMENTS["cuda"] // config.draft_vocab_size)
+    slots = plan.slots_at_once
+    chunk_slots = min(slots, CHUNK_ELEMENTS["cuda"] // config.draft_vocab_size)
     return MemoryEstimate(
         weights=trained * FLOAT,
         gradients=trained * FLOAT,
@@ -160,8 +160,8 @@ def estimate(plan: MemoryPlan) -> MemoryEstimate:
         linear_start=linear_start_bytes(config) if plan.linear_start else 0,
         inputs=plan.num_positions * size * (config.num_aux_hidden_states + 3) * HALF,
         # The logits, their gradient, and the verifier's logits of the same targets.
-        loss=round(2.4 * chunk_rows * config.draft_vocab_size * HALF),
-        activations=rows * bytes_a_row(plan),
+        loss=round(2.4 * chunk_slots * config.draft_vocab_size * HALF),
+        activations=slots * bytes_per_slot(plan),
         accumulates=plan.accumulates or plan.partitions > 1,
     )
 
@@ -172,7 +172,7 @@ def linear_start_bytes(config: PeagleConfig) -> int:
     return round(1.2 * num_features * (num_features + config.hidden_size) * 2 * FLOAT)
 
 
-def bytes_a_row(plan: MemoryPlan) -> int:
+def bytes_per_slot(plan: MemoryPlan) -> int:
     """Activation bytes per slot: kept by the forward pass, and used by the backward pass of one layer."""
     layer = plan.config.transformer_layer_config
     size, inner, num_layers = layer.hidden_size, layer.intermediate_size, layer.num_hidden_layers
@@ -181,34 +181,34 @@ def bytes_a_row(plan: MemoryPlan) -> int:
     if plan.checkpointing == "none":
         kept, working = num_layers * (attention + feed_forward), 3 * inner
     elif plan.checkpointing == "keep_attention":
-        share = min(1.0, RECOMPUTED_SLOTS / plan.rows_at_once)
+        share = min(1.0, RECOMPUTED_SLOTS / plan.slots_at_once)
         kept, working = num_layers * (size + query), attention + 2 * query + round(share * 5 * inner)
     else:
         kept, working = num_layers * size, attention + feed_forward + 3 * inner
     return (kept + working + 2 * size) * HALF
 
 
-def rows_that_fit(plan: MemoryPlan, budget: int) -> int:
+def slots_that_fit(plan: MemoryPlan, budget: int) -> int:
     """How many slots can be run at once within `budget` bytes.
 
     Raises:
         PeagleError: the weights, their gradients and the optimizer's states alone are more than the budget.
     """
-    without_rows = replace(plan, accumulates=True, linear_start=False)
-    fixed = estimate(without_rows)
+    fixed_plan = replace(plan, accumulates=True, linear_start=False)
+    fixed = estimate(fixed_plan)
     if fixed.optimizer is None:
         raise PeagleError(
             f"How much memory the states of {plan.optimizer} take isn't known, so --sequence-partitions auto can't "
             "tell what fits. Give a number of parts."
         )
     room = budget - (fixed.total - fixed.activations)
-    rows = room // bytes_a_row(without_rows)
-    if rows < 1:
+    slots = room // bytes_per_slot(fixed_plan)
+    if slots < 1:
         raise PeagleError(
             f"Whatever the batch is, training needs {(budget - room) / GIB:.1f} GiB, but there are "
             f"{budget / GIB:.1f} GiB.\n{advice(plan, budget)}"
         )
-    return rows
+    return slots
 
 
 def cut_to_fit(plan: MemoryPlan, budget: int) -> MemoryPlan:
@@ -232,7 +232,7 @@ def report(plan: MemoryPlan, budget: int | None) -> str:
         **({"verifier's whole head, from validation on": predicted.whole_head} if predicted.whole_head else {}),
         **({"linear start, before the first step": predicted.linear_start} if predicted.linear_start else {}),
         f"inputs of {plan.num_positions:,} positions": predicted.inputs,
-        f"activations of {plan.rows_at_once:,} slots at once": predicted.activations,
+        f"activations of {plan.slots_at_once:,} slots at once": predicted.activations,
         "logits of one chunk": predicted.loss,
     }
     lines = [f"{name:<44}{size / GIB:>8.2f} GiB" for name, size in shares.items()]

@@ -83,7 +83,7 @@ class Objective:
         dpace_alpha: float | None = None,
     ):
         drafter.check_head(head)
-        self.drafter, self.config = drafter, drafter.config
+        self.drafter = drafter
         self.draft_token_ids = drafter.draft_token_ids
         self.verifier_head, self.draft_head = head, drafter.restricted(head)
         own = drafter.lm_head.weight
@@ -150,7 +150,7 @@ class Objective:
     def _tokens_of_verifier(self, teacher_UH: Tensor) -> Tensor:
         """The verifier's most likely token of its whole vocabulary, int64 [U], in chunks of logits."""
         head = self.verifier_head.to(teacher_UH.device)
-        chunks = teacher_UH.split(max(1, CHUNK_ELEMENTS[teacher_UH.device.type] // self.config.vocab_size))
+        chunks = teacher_UH.split(max(1, CHUNK_ELEMENTS[teacher_UH.device.type] // self.drafter.config.vocab_size))
         return torch.cat([head.logits(chunk).argmax(-1) for chunk in chunks])
 
     def _slot_weights(self, batch: Mapping[str, Any], chance_N: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ class Objective:
         weight_N = self.depth_loss_decay ** depths_N.to(chance_N.dtype)
         if self.dpace_alpha is None:
             return weight_N
-        sizes = batch["document_ids"].numel(), self.config.num_depths
+        sizes = batch["document_ids"].numel(), self.drafter.config.num_depths
         return weight_N * survival_weights(chance_N, anchors_N, depths_N, *sizes, self.dpace_alpha)
 
     def _count(
@@ -173,8 +173,8 @@ class Objective:
         correct_R, follows_R = torch.zeros_like(trained_R), torch.zeros_like(trained_R)
         correct_R[trained] = student_N == teacher_N
         follows_R[trained] = labels[trained] == teacher_N
-        reached_R = reached_slots(correct_R, follows_R, trained_R, anchors, depths, self.config.num_depths)
-        counters = count_by_depth(correct_R, trained_R, reached_R, depths, self.config.num_depths)
+        reached_R = reached_slots(correct_R, follows_R, trained_R, anchors, depths, self.drafter.config.num_depths)
+        counters = count_by_depth(correct_R, trained_R, reached_R, depths, self.drafter.config.num_depths)
         if is_training:
             return counters, None
         outcomes = outcomes_by_anchor(correct_R, reached_R, anchors, batch["document_ids"][0], batch["position_ids"][0])

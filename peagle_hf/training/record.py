@@ -191,7 +191,7 @@ def describe_training(trainer: "PeagleTrainer") -> dict[str, Any]:
         "chat_template_kwargs": options and options.kwargs,
         "loss": args.loss_fn,
         "depth_loss_decay": args.depth_loss_decay,
-        "dpace_alpha": args.dpace_alpha if args.per_position_loss_weight == "dpace" else None,
+        "dpace_alpha": trainer.distillation.dpace_alpha,
         "epochs": state.epoch or 0.0,
         "steps": state.global_step,
         "rows_per_step": args.world_size * args.train_batch_size * args.gradient_accumulation_steps,

@@ -84,6 +84,7 @@ def build_trainer(
     with together():
         drafter = build_drafter(args)
         train_dataset, eval_dataset = build_datasets(args)
+    head = None  # the trainer reads it from the verifier if none is given
     if args.linear_start and not (args.from_pretrained or resumed):
         assert isinstance(drafter, PeagleForSpeculation)  # an adapter is of a trained one
         with together():
@@ -96,6 +97,7 @@ def build_trainer(
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         callbacks=list(callbacks),
+        verifier_head=head,
     )
 
 

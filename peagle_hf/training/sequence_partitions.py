@@ -13,7 +13,7 @@ from ..data.partition import partition, partition_by_slots, partition_every_slot
 from ..errors import PeagleError
 from ..model.config import PeagleConfig
 from .arguments import PeagleTrainingArguments
-from .memory import rows_that_fit
+from .memory import slots_that_fit
 
 
 class Partitioner:
@@ -34,7 +34,7 @@ class Partitioner:
             PeagleError: the batch can't be cut so that each part fits into the memory.
         """
         if self._args.sequence_partitions == "auto":
-            parts = partition_by_slots(batch, self._rows_that_fit)
+            parts = partition_by_slots(batch, self._slots_that_fit)
         else:
             num_parts = int(self._args.sequence_partitions)
             parts = partition(batch, num_parts) if is_training else partition_every_slot(batch, num_parts)
@@ -45,14 +45,14 @@ class Partitioner:
         return parts
 
     @cached_property
-    def _rows_that_fit(self) -> int:
+    def _slots_that_fit(self) -> int:
         budget = self._args.usable_memory()
         if budget is None:
             raise PeagleError(
                 "sequence_partitions is auto, but how much memory a CPU may use is for you to say: pass "
                 "--memory-budget with a number of GiB."
             )
-        return rows_that_fit(self._args.memory_plan(self._config), budget)
+        return slots_that_fit(self._args.memory_plan(self._config), budget)
 
 
 @contextmanager
