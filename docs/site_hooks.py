@@ -7,14 +7,16 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import architecture
-from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
 
 from peagle_hf.cli import COMMANDS
 from peagle_hf.cli.parsing import GENERAL, TRAINER, CommandParser, HelpFormatter
+
+if TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
 
 ROOT = Path(__file__).parents[1]
 EXECUTED = ("README.md", "docs/tutorial.md")
@@ -72,8 +74,10 @@ def blocks(markdown: str) -> list[Block]:
     return [Block(found["language"], found["code"], found["reason"]) for found in BLOCK.finditer(markdown)]
 
 
-def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the generated pages (mkdocs calls this)."""
+def on_files(files: "Files", config: "MkDocsConfig") -> "Files":
+    """Add the generated pages (mkdocs calls this, which the tests that use this module don't need)."""
+    from mkdocs.structure.files import File
+
     files.append(File.generated(config, "architecture.md", content=architecture.page()))
     files.append(File.generated(config, "cli.md", content=command_line()))
     files.append(File.generated(config, "not-run.md", content=not_run()))

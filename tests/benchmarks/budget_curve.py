@@ -52,7 +52,7 @@ ATTEMPTS = 3
 
 
 def name_of(job: Job) -> str:
-    flags = "".join(f"-{name}{value:g}" for name, value in job.get("flags", {}).items())
+    flags = "".join(f"-{name}{value}" for name, value in job.get("flags", {}).items())
     return f"{job['who']}-lr{job['rate']:g}-steps{job['steps']}-seed{job['seed']}{flags}"
 
 
@@ -284,7 +284,11 @@ def run(options: argparse.Namespace) -> None:
         asked = folder / "long_steps"
         results = read(folder)
         done = {name_of(result) for result in results}
-        jobs = {name_of(job): job for job in wanted(results, int(asked.read_text()) if asked.exists() else LONG_STEPS)}
+        if options.jobs:
+            chosen = map(json.loads, Path(options.jobs).read_text().splitlines())
+        else:
+            chosen = wanted(results, int(asked.read_text()) if asked.exists() else LONG_STEPS)
+        jobs = {name_of(job): job for job in chosen}
         for name, (process, _) in list(running.items()):
             if name not in jobs and process.poll() is None:
                 os.killpg(process.pid, 9)
@@ -369,6 +373,7 @@ def main() -> None:
             stage.add_argument("names", nargs="+")
         if function is run:
             stage.add_argument("--processes", type=int, default=5, help="trainings at a time on each GPU")
+            stage.add_argument("--jobs", help="a file with a training a line, as JSON, to run instead of the curve's")
     options = parser.parse_args()
     options.stage(options)
 
