@@ -50,7 +50,7 @@ def test_matrices_take_muons_step_and_the_rest_adamws() -> None:
             [named[name] for name in named if named[name].ndim != 2], lr=1e-2, weight_decay=0.0, **options
         ),
         torch.optim.AdamW(
-            [named["embed_tokens.weight"], named["lm_head.weight"]], lr=1e-2, weight_decay=0.1, **options
+            [named["embed_tokens.weight"], named["lm_head.weight"]], lr=1e-2, weight_decay=0.0, **options
         ),
     ]
     for step in range(3):

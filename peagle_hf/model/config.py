@@ -144,7 +144,7 @@ class PeagleConfig(PreTrainedConfig):
 
         Args:
             verifier: hub name or folder of the verifier.
-            draft_arch: "llama" or "qwen3"; default: the verifier's where it is one of the two, else llama.
+            draft_arch: "llama" or "qwen3", the kind of the draft layers, not of the verifier; default: qwen3.
             mask_token_id: default: see `choose_mask_token`; which one is logged.
             target_layer_ids: default: see `verifier.loading.default_aux_layer_ids`.
             sliding_window: of every draft layer, in tokens; None means full attention.
@@ -156,7 +156,7 @@ class PeagleConfig(PreTrainedConfig):
             tokenizer = AutoTokenizer.from_pretrained(verifier, revision=revision, trust_remote_code=trust_remote_code)
             mask_token_id, reason = choose_mask_token(tokenizer, target.vocab_size)
             logger.info("Mask token: %d, %s.", mask_token_id, reason)
-        layer_config = _layer_config(target, draft_arch, num_layers, sliding_window)
+        layer_config = _layer_config(target, draft_arch or "qwen3", num_layers, sliding_window)
         if len(layer_ids) != VLLM_AUX_HIDDEN_STATES:
             layer_config.num_aux_hidden_states = len(layer_ids)
         return cls(
@@ -292,12 +292,11 @@ def choose_mask_token(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tu
 
 
 def _layer_config(
-    target: PreTrainedConfig, draft_arch: str | None, num_layers: int, sliding_window: int | None
+    target: PreTrainedConfig, draft_arch: str, num_layers: int, sliding_window: int | None
 ) -> PreTrainedConfig:
     """The configuration of draft layers that have the sizes of the verifier's own layers."""
-    model_type = draft_arch or (target.model_type if target.model_type in DRAFT_MODEL_TYPES else "llama")
-    _check_draft_model_type(model_type)
-    layer_class: Any = CONFIG_MAPPING[model_type]
+    _check_draft_model_type(draft_arch)
+    layer_class: Any = CONFIG_MAPPING[draft_arch]
     layer_config: PreTrainedConfig = layer_class(
         vocab_size=target.vocab_size,
         hidden_size=target.hidden_size,
@@ -310,7 +309,7 @@ def _layer_config(
         rms_norm_eps=getattr(target, "rms_norm_eps", 1e-6),
         rope_parameters=_rope_parameters(target),
         tie_word_embeddings=False,
-        **_window_fields(model_type, sliding_window, num_layers),
+        **_window_fields(draft_arch, sliding_window, num_layers),
     )
     return layer_config
 

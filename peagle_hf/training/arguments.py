@@ -35,7 +35,7 @@ from .argument_rules import (
 )
 from .losses import parse_loss
 from .memory import GIB, MemoryPlan, cut_to_fit, device_memory
-from .optimizer import MUON
+from .optimizer import MUON, MUON_WEIGHT_DECAY
 
 GENERATE_WORKERS = min(4, os.cpu_count() or 1)
 
@@ -82,7 +82,7 @@ class PeagleTrainingArguments(TrainingArguments):
     num_layers: int = field(default=4, metadata={"help": "Decoder layers of the drafter."})
     draft_arch: Literal["llama", "qwen3"] | None = field(
         default=None,
-        metadata={"help": "Kind of those layers. Default: the verifier's where it is one of the two, else llama."},
+        metadata={"help": "Kind of those layers. Default: that of --from-pretrained, else qwen3."},
     )
     num_depths: int | None = field(
         default=None,
@@ -265,6 +265,13 @@ class PeagleTrainingArguments(TrainingArguments):
             "muon; adamw_torch_fused with lora_r and under DeepSpeed."
         },
     )
+    weight_decay: float | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "Weight decay. muon applies it to the drafter's matrices only, the other optimizers to embeddings "
+            "and head too. Default: 1 with muon, 0 with the others."
+        },
+    )
     lr_scheduler_type: SchedulerType | str = field(
         default="cosine",
         metadata={
@@ -353,6 +360,7 @@ class PeagleTrainingArguments(TrainingArguments):
             "learning_rate",
             "lr_scheduler_type",
             "optim",
+            "weight_decay",
             "per_device_train_batch_size",
             "per_device_eval_batch_size",
             "total_seq_len",
@@ -450,6 +458,8 @@ class PeagleTrainingArguments(TrainingArguments):
         if self.optim not in names:
             raise PeagleError(f"optim is {self.optim!r}; it must be one of {', '.join(names)}.")
         is_muon = self.optim == MUON
+        if self.weight_decay is None:
+            self.weight_decay = MUON_WEIGHT_DECAY if is_muon else 0.0
         if is_muon and self.optim_args:
             raise PeagleError(f"optim_args {self.optim_args!r} are for the Trainer's own optimizers, not for {MUON}.")
         if is_muon and uses_deepspeed:

@@ -15,6 +15,9 @@ from ..errors import PeagleError
 MUON = "muon"
 """The value of `--optim` for `MuonWithAdamW`."""
 
+MUON_WEIGHT_DECAY = 1.0
+"""The weight decay of its matrices by default: what long trainings gained most from (docs/ablations.md)."""
+
 _TABLES = {"embed_tokens", "lm_head"}
 
 
@@ -22,7 +25,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
     """PyTorch's Muon for the matrices within the layers, its AdamW for embeddings, head, norms and the shared state.
 
     Muon's step is scaled as AdamW's is (`match_rms_adamw`, arXiv 2502.16982), so that both take one learning rate.
-    The parameter groups, matrices first, have the options of their optimizer; norms and vectors are never decayed.
+    The parameter groups are the matrices, the tables (embeddings and head), and norms and vectors. Only the matrices
+    are decayed: a row of a table whose token is rare would shrink with hardly a gradient to restore it.
     Where no matrix is trained, as with all layers frozen, AdamW is left alone.
 
     Args:
@@ -35,7 +39,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self,
         named_parameters: Iterable[tuple[str, nn.Parameter]],
         lr: float,
-        weight_decay: float = 0.0,
+        weight_decay: float = MUON_WEIGHT_DECAY,
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -46,8 +50,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
             if parameter.requires_grad:
                 is_matrix = parameter.ndim == 2 and _TABLES.isdisjoint(name.split("."))
                 (matrices if is_matrix else others).append(parameter)
-        decayed = [parameter for parameter in others if parameter.ndim == 2]
-        undecayed = [parameter for parameter in others if parameter.ndim != 2]
+        tables = [parameter for parameter in others if parameter.ndim == 2]
+        vectors = [parameter for parameter in others if parameter.ndim != 2]
         self._parts: list[torch.optim.Optimizer] = [
             *(
                 torch.optim.Muon(
@@ -57,8 +61,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
                 if parameters
             ),
             *(
-                torch.optim.AdamW(parameters, lr=lr, weight_decay=decay, betas=betas, eps=eps, fused=True)
-                for parameters, decay in ((decayed, weight_decay), (undecayed, 0.0))
+                torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, betas=betas, eps=eps, fused=True)
+                for parameters in (tables, vectors)
                 if parameters
             ),
         ]
