@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments
 
 from ..errors import PeagleError
+from .muon import Muon
 
 MUON = "muon"
 """The value of `--optim` for `MuonWithAdamW`."""
@@ -22,7 +23,7 @@ _TABLES = {"embed_tokens", "lm_head"}
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """PyTorch's Muon for the matrices within the layers, its AdamW for embeddings, head, norms and the shared state.
+    """Muon for the matrices within the layers, PyTorch's AdamW for embeddings, head, norms and the shared state.
 
     Muon's step is scaled as AdamW's is (`match_rms_adamw`, arXiv 2502.16982), so that both take one learning rate.
     The parameter groups are the matrices, the tables (embeddings and head), and norms and vectors. Only the matrices
@@ -33,6 +34,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         named_parameters: those of the model; what needs no gradient is left out.
         momentum: of Muon.
         betas: of AdamW, as `eps`.
+        process_group: as of `Muon`.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        process_group: Any = None,
     ):
         matrices: list[nn.Parameter] = []
         others: list[nn.Parameter] = []
@@ -54,9 +57,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         vectors = [parameter for parameter in others if parameter.ndim != 2]
         self._parts: list[torch.optim.Optimizer] = [
             *(
-                torch.optim.Muon(
-                    parameters, lr=lr, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn="match_rms_adamw"
-                )
+                Muon(parameters, lr=lr, weight_decay=weight_decay, momentum=momentum, process_group=process_group)
                 for parameters in (matrices,)
                 if parameters
             ),
@@ -91,6 +92,7 @@ def make_muon(model: nn.Module, args: TrainingArguments) -> MuonWithAdamW:
         weight_decay=args.weight_decay,
         betas=(args.adam_beta1, args.adam_beta2),
         eps=args.adam_epsilon,
+        process_group=distributed.group.WORLD if args.world_size > 1 else None,
     )
 
 
