@@ -60,15 +60,15 @@ def orthogonalize(
             scaled = _times(factor.mul_(1 / scale), scaled, is_wide)
             scale, factor = 1.0, None
             gram = _gram(scaled, is_wide, panels)
-        polynomial = symmetric_product(gram, gram, panels).mul_(c / scale**4).add_(gram, alpha=b / scale**2)
+        polynomial = symmetric_product(gram, gram, panels, c / scale**4, gram, b / scale**2)
         if number + 1 not in (restart, len(steps)):
             for _ in range(2):
-                gram = symmetric_product(gram, polynomial, panels).add_(gram, alpha=a)
+                gram = symmetric_product(gram, polynomial, panels, 1.0, gram, a)
         if factor is None:
             factor = polynomial
             factor.diagonal(dim1=1, dim2=2).add_(a)
         else:
-            factor = symmetric_product(factor, polynomial, panels).add_(factor, alpha=a)
+            factor = symmetric_product(factor, polynomial, panels, 1.0, factor, a)
     assert factor is not None
     return _times(factor.mul_(1 / scale), scaled, is_wide)
 
@@ -81,18 +81,27 @@ def _times(factor: Tensor, stack: Tensor, is_wide: bool) -> Tensor:
     return torch.bmm(factor, stack) if is_wide else torch.bmm(stack, factor)
 
 
-def symmetric_product(left: Tensor, right: Tensor, panels: int = PANELS) -> Tensor:
-    """left @ right, [B, m, n] times [B, n, m], where that is symmetric: computed from the diagonal on, and mirrored."""
+def symmetric_product(
+    left: Tensor,
+    right: Tensor,
+    panels: int = PANELS,
+    alpha: float = 1.0,
+    added: Tensor | None = None,
+    beta: float = 0.0,
+) -> Tensor:
+    """alpha left @ right + beta added, of [B, m, n], [B, n, m] and [B, m, m], where it and `added` are symmetric.
+
+    Each panel of rows is computed from the diagonal on, and mirrored.
+    """
     size = left.shape[1]
-    panels = min(panels, size // MIN_PANEL)
-    if panels < 2:
-        return torch.bmm(left, right)
     product = left.new_empty(left.shape[0], size, size)
+    panels = max(1, min(panels, size // MIN_PANEL))
     edges = [size * number // panels for number in range(panels + 1)]
     for start, end in pairwise(edges):
-        torch.bmm(left[:, start:end], right[:, :, start:], out=product[:, start:end, start:])
-        if end < size:
-            product[:, end:, start:end].copy_(product[:, start:end, end:].mT)
+        panel = product[:, start:end, start:]
+        before = panel if added is None else added[:, start:end, start:]
+        torch.baddbmm(before, left[:, start:end], right[:, :, start:], alpha=alpha, beta=beta, out=panel)
+        product[:, end:, start:end].copy_(panel[:, :, end - start :].mT)
     return product
 
 
