@@ -234,6 +234,7 @@ def make_report(*others, **changes):
         "interval_method": {"confidence": 0.95, "name": "jackknife"},
         "dropped_prompts": [],
         "concurrency": 2,
+        "counts": "by draft",
         "rounds": 2,
         "dtype": "float32",
         "device": "CPU",

@@ -338,7 +338,7 @@ def test_a_server_that_counts_by_request_only_is_named_with_the_remedy(arguments
     assert report["by_segment"] is None
     assert report["num_drafts"] == 8
     printed = capsys.readouterr().out
-    assert "Acceptance in reasoning isn't known, because the server doesn't count per draft." in printed
+    assert "Acceptance isn't known by segment, because the server counts per request, not per draft." in printed
     assert "--per-request-spec-decode-metrics detailed" in printed
     evaluation = read_evaluation(Path(arguments.output) / "evaluation.json", drafter)
     assert "drafts that begin in" not in model_card(check_checkpoint(drafter), "a/b", None, None, evaluation).text

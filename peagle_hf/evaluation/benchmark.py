@@ -41,12 +41,12 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
     - `tokens_per_second`, `tokens_per_second_without`, `speed_up`: generated tokens over wall time, warmed up, the
       median of the rounds. `is_speed_up_or_down`: whether the speeds differ; null after one round.
     - `intervals` of all these, [low, high]: see `intervals`. Speed intervals are the union over rounds. There are none
-      with fewer than six prompts, and none for acceptance if a server doesn't count per request.
+      with fewer than six prompts, and none for acceptance if vLLM doesn't count per request.
     - `by_category`: the same for each kind of prompt; a prompt's share in the wall time is its share in the seconds of
       all answers, which run side by side.
     - `by_segment`, if the chat template marks reasoning or tool calls: acceptance within the `reasoning`, within each
       `tool_call` and in the rest of the `text`. A draft counts where its first token lies, so the counts of all
-      segments sum to the whole; `num_prompts` have a draft there. Null if a server doesn't count per draft.
+      segments sum to the whole; `num_prompts` have a draft there. Null if vLLM doesn't count per draft.
       `segment_markers` has the text with which a segment opens and closes (null: at the end of the answer),
       `answers_begin_in` the segment that the generation prompt opens, or `text`.
     - `by_concurrency`: acceptance and speed at each number of chats at a time, and `latency_seconds`,
@@ -59,6 +59,8 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
       the main figures, another drafter with `--model` at the same K. A difference has `value`, `interval` and
       `is_difference`, which is false if the interval contains 0 (for the ratio of speeds: 1).
     - `dropped_prompts`: what was left out of the suites, and why.
+    - `counts`: how finely vLLM counts drafts: `by draft`, `by request`, or `by category`: its totals, between which
+      the categories run one by one (before vLLM 0.29).
     - how it was measured: `command`, `num_prompts`, `max_tokens`, `seed`, `dtype`, `device`, `versions` and so on.
 
     Without `--baseline-endpoint` every figure that compares with the verifier alone is null.
@@ -142,6 +144,7 @@ def _report(task: Task, measured: Measured, num_drafters: int, segmenter: Segmen
         "rounds": arguments.rounds,
         "interval_method": {"confidence": CONFIDENCE, "name": METHOD},
         "concurrency": arguments.concurrency[-1],
+        "counts": measured.counts,
         "command": arguments.command(),
         **measured.measured_on,
     }

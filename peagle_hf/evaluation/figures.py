@@ -97,8 +97,7 @@ def figures(
     if counts_PC is not None:
         summary, intervals = summarize(counts_PC.tolist()), _acceptance_intervals(counts_PC)
     else:
-        by_category = chain.from_iterable((run.counters or {}).items() for run in counted)
-        summary = summarize([counts for name, counts in by_category if category in (None, name)])
+        summary = summarize(_totals(counted, category))
     pairs: list[tuple[Run, Run | None]]
     pairs = list(zip(runs, without, strict=True)) if without else [(run, None) for run in runs]
     speeds = [_speeds(run, baseline, indices, weights_WP) for run, baseline in pairs]
@@ -150,9 +149,12 @@ def difference(trial: Trial, other: Trial, prompts: Sequence[Prompt], is_greedy:
 
     def acceptance_length(category: str | None) -> dict[str, Any]:
         indices = _indices(prompts, category)
+        both = [each.runs[-1][:1] if is_greedy else each.runs[-1] for each in (trial, other)]
+        one, reference = (_counts(runs, indices) for runs in both)
+        if one is None or reference is None:
+            lengths = [summarize(_totals(runs, category))["acceptance_length"] for runs in both]
+            return {"value": lengths[0] - lengths[1], "interval": None, "is_difference": None}
         weights_WP = all_and_leave_one_out(len(indices))
-        both = [_counts(each.runs[-1][:1] if is_greedy else each.runs[-1], indices) for each in (trial, other)]
-        one, reference = (counts for counts in both if counts is not None)
         values_W = (
             acceptance_rates(weights_WP @ one)["acceptance_length"]
             - acceptance_rates(weights_WP @ reference)["acceptance_length"]
@@ -219,6 +221,12 @@ def _counts(runs: list[Run], indices: list[int]) -> NDArray[np.int64] | None:
     if any(count is None for count in counts):
         return None
     return np.sum([np.array(count, np.int64)[indices] for count in counts], axis=0)
+
+
+def _totals(runs: list[Run], category: str | None) -> list[list[int]]:
+    """vLLM's total counters of a category, or of all (None), where it doesn't count per request."""
+    by_category = chain.from_iterable((run.counters or {}).items() for run in runs)
+    return [counts for name, counts in by_category if category in (None, name)]
 
 
 def _acceptance_intervals(counts_PC: NDArray[np.int64]) -> dict[str, Any]:

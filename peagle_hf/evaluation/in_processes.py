@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..serving.environment import vllm_environment
+from ..serving.environment import installed_vllm, vllm_environment
+from ..serving.installed import REQUEST_COUNTS, InstalledVllm, drafting_environment
 from ..verifier.loading import load_verifier_config
 from .arguments import MAX_MODEL_LEN, EvaluateArguments
 from .figures import Trial
-from .runs import FinishedRuns, Run
+from .runs import BY_CATEGORY, BY_DRAFT, FinishedRuns, Run
 from .task import Drafting, Measured, Task, name_of_run
 from .vllm_process import Job, VllmProcess
 
@@ -24,14 +25,16 @@ def measure_processes(task: Task) -> Measured:
     """Run vLLM in processes of its own, in each round first without a drafter.
 
     Raises:
-        PeagleError: vLLM isn't installed or fails, or a prompt is too long.
+        PeagleError: vLLM isn't installed, fails or lacks an argument, or a prompt is too long.
     """
     arguments, drafting = task.arguments, task.drafting
+    installed = installed_vllm()
+    counts = BY_DRAFT if installed.takes(REQUEST_COUNTS) else BY_CATEGORY
     engine = _engine_arguments(arguments, task.verifier)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     finished = task.finished_runs(
         {name: value for name, value in engine.items() if name not in ("model", "trust_remote_code")}
-        | {"counts": "by draft", "device": device, "versions": _versions()}
+        | {"counts": counts, "device": device, "versions": _versions()}
     )
     without: list[list[Run]] = [[] for _ in arguments.concurrency]
     trials = [
@@ -42,7 +45,8 @@ def measure_processes(task: Task) -> Measured:
     for number_of_round in range(1, arguments.rounds + 1):
         # The first process measures without a drafter, each other one measures one drafter.
         processes = [
-            _process(task, engine, number_of_round, number, tried) for number, tried in enumerate([None, *drafting])
+            _process(task, installed, engine, number_of_round, number, tried)
+            for number, tried in enumerate([None, *drafting])
         ]
         missing = [
             [concurrency for concurrency in arguments.concurrency if name(concurrency) not in finished]
@@ -54,7 +58,9 @@ def measure_processes(task: Task) -> Measured:
                 _load_two_at_once(needed, started)
             for number, process in enumerate(processes):
                 name, runs = partial(name_of_run, number_of_round, number=number), without
-                job = Job(task.prompts, missing[number], arguments.max_tokens, arguments.temperature, task.options)
+                job = Job(
+                    task.prompts, missing[number], arguments.max_tokens, arguments.temperature, counts, task.options
+                )
                 if number:
                     runs = trials[number - 1].runs
                     places = [arguments.concurrency.index(concurrency) for concurrency in missing[number]]
@@ -65,21 +71,27 @@ def measure_processes(task: Task) -> Measured:
                 for so_far, concurrency in zip(runs, arguments.concurrency, strict=True):
                     run, measured_on = finished[name(concurrency)]
                     so_far.append(run)
-    return Measured(without, trials, measured_on, finished)
+    return Measured(without, trials, measured_on, counts, finished)
 
 
 def _process(
-    task: Task, engine: dict[str, Any], number_of_round: int, number: int, tried: Drafting | None
+    task: Task,
+    installed: InstalledVllm,
+    engine: dict[str, Any],
+    number_of_round: int,
+    number: int,
+    tried: Drafting | None,
 ) -> VllmProcess:
     """The process, not started yet, that measures one drafter or the verifier alone in one round."""
-    log, what = "vllm_without_drafter", "without the drafter"
+    log, what, environment = "vllm_without_drafter", "without the drafter", vllm_environment()
     engine = engine | {"seed": task.arguments.seed + number_of_round - 1}
     if tried is not None:
-        engine |= {"speculative_config": tried.config}
+        engine |= {"speculative_config": tried.config, REQUEST_COUNTS: "detailed"}
+        environment = drafting_environment(environment)
         log = "vllm_with_drafter" if len(task.drafting) == 1 else f"vllm_with_drafter_{number}"
         what = "with the drafter"
     suffix = f"_round_{number_of_round}.log" if task.arguments.rounds > 1 else ".log"
-    return VllmProcess(engine, vllm_environment(), Path(task.arguments.output) / f"{log}{suffix}", what)
+    return VllmProcess(installed.known(engine), environment, Path(task.arguments.output) / f"{log}{suffix}", what)
 
 
 def _load_two_at_once(processes: list[VllmProcess], started: ExitStack) -> None:

@@ -3,7 +3,6 @@
 import logging
 import secrets
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from ..files import canonical_path
 from ..serving.client import DRAFT_COUNTERS, Answer, Client
 from .arguments import EvaluateArguments
 from .figures import Trial
-from .runs import Run, check_counts
+from .runs import BY_CATEGORY, BY_DRAFT, BY_REQUEST, Run, check_counts, coarse_counts, grouped
 from .task import Measured, Task, name_of_run
 
 logger = logging.getLogger(__name__)
@@ -40,14 +39,9 @@ def measure_servers(task: Task) -> Measured:
     fields = _request_fields(arguments, task.options)
     first = [{"role": "user", "content": prompts[0].turns[0]}]
     answer = client.ask(first, max_tokens=2, extra=fields)
-    counts = "by category" if answer.drafting is None else "by request" if answer.drafts is None else "by draft"
-    by_category = counts == "by category"
-    if by_category:
-        logger.warning(
-            "%s doesn't count per request, so acceptance has no intervals, and the categories are run one by one. "
-            "Start it with peagle-hf serve, or with --per-request-spec-decode-metrics detailed.",
-            client.url,
-        )
+    counts = BY_CATEGORY if answer.drafting is None else BY_REQUEST if answer.drafts is None else BY_DRAFT
+    if counts == BY_CATEGORY:
+        logger.warning("The categories are run one by one: %s", coarse_counts(counts, client.version(), is_server=True))
     finished = task.finished_runs({"num_speculative_tokens": number, "counts": counts, **measured_on})
     drafted: list[list[Run]] = [[] for _ in arguments.concurrency]
     without: list[list[Run]] = [[] for _ in arguments.concurrency]
@@ -66,7 +60,7 @@ def measure_servers(task: Task) -> Measured:
                 arguments.temperature,
                 concurrency,
                 progress.update,
-                by_category,
+                counts,
                 fields,
             )
             finished.add(name, measured, measured_on)
@@ -82,7 +76,7 @@ def measure_servers(task: Task) -> Measured:
                 name = name_of_run(number_of_round, concurrency, 1)
                 drafted[index].append(run(client, name, given, concurrency))
     trial = Trial(tried.drafter.name, number, drafted)
-    return Measured(without if baseline else None, [trial], measured_on, finished)
+    return Measured(without if baseline else None, [trial], measured_on, counts, finished)
 
 
 def _open_servers(task: Task) -> tuple[Client, Client | None, int]:
@@ -119,14 +113,14 @@ def measure(
     temperature: float,
     concurrency: int,
     report_progress: Callable[[int], object],
-    by_category: bool = False,
+    counts: str = BY_DRAFT,
     extra: dict[str, Any] | None = None,
 ) -> Run:
     """Run all prompts, `concurrency` chats at a time, without the server's prefix cache.
 
     Args:
         answers: for each prompt the answers by turn that later turns follow; default: the server's own.
-        by_category: run one category after another, and read the server's counters in between.
+        counts: with `BY_CATEGORY` one category is run after another, and the server's counters are read in between.
         extra: more fields of each request.
 
     Raises:
@@ -142,10 +136,8 @@ def measure(
     client.since(before, len(warmed_up.token_ids))
     chats: list[list[Answer]] = [[] for _ in prompts]
     counters, seconds = {}, 0.0
-    groups: dict[str, list[int]] = defaultdict(list)
-    for index, prompt in enumerate(prompts):
-        groups[prompt.category if by_category else ""].append(index)
-    for category, indices in groups.items():
+    by_category = counts == BY_CATEGORY
+    for category, indices in grouped(prompts, counts).items():
         before, started = client.counters(), time.perf_counter()
         for index, result in concurrently(converse, indices, min(concurrency, len(indices))):
             if isinstance(result, BaseException):

@@ -14,6 +14,7 @@ from typing import Any
 from ..console import estimate
 from ..data.answer_markers import TEXT, drafted_segments
 from .intervals import MIN_PROMPTS
+from .runs import BY_CATEGORY, BY_REQUEST, coarse_counts
 
 logger = logging.getLogger(__name__)
 
@@ -261,12 +262,9 @@ def _sentences(report: dict[str, Any]) -> list[str]:
     for label, entry in labelled:
         prefix = f"{label}: " if len(labelled) > 1 else ""
         sentences.append(prefix + _text_sentence(entry, report))
-    if report.get("segment_markers") and report["by_segment"] is None:
-        sentences.append(
-            f"Acceptance in {' and '.join(report['segment_markers']).replace('_', ' ')} isn't known, because the "
-            "server doesn't count per draft. Start it with peagle-hf serve, or with --per-request-spec-decode-metrics "
-            "detailed."
-        )
+    if (report["counts"] == BY_REQUEST and report.get("segment_markers")) or report["counts"] == BY_CATEGORY:
+        is_server = report["seed"] is None
+        sentences.append(coarse_counts(report["counts"], report["versions"]["vllm"], is_server))
     for label, entry in labelled[1:]:
         difference = entry["difference"]
         row, other = difference["acceptance_length"], labels[tuple(difference["from"].values())]

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,11 +11,17 @@ from typing import Any
 
 import numpy as np
 
+from ..data.prompts import Prompt
 from ..errors import PeagleError
 from ..files import atomic_path, writing
 from ..serving.client import Answer
 
 logger = logging.getLogger(__name__)
+
+BY_DRAFT, BY_REQUEST, BY_CATEGORY = "by draft", "by request", "by category"
+"""How finely drafts are counted: each one, those of each request, or vLLM's totals, read after each category."""
+COUNTS_REQUESTS_FROM = 0, 29
+"""The first vLLM that can count the drafts of each request."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,38 @@ class Run:
             ],
         }
         return {name: _distribution(seconds) if seconds else None for name, seconds in values.items()}
+
+
+def grouped(prompts: Sequence[Prompt], counts: str) -> dict[str, list[int]]:
+    """The numbers of the prompts that run together, by category if vLLM's totals are read; else all, under ""."""
+    groups: dict[str, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        groups.setdefault(prompt.category if counts == BY_CATEGORY else "", []).append(index)
+    return groups
+
+
+def coarse_counts(counts: str, version: str, is_server: bool) -> str:
+    """What isn't known because vLLM doesn't count each draft, and what to do about it; "" if it does.
+
+    Args:
+        counts: `BY_DRAFT`, `BY_REQUEST` or `BY_CATEGORY`.
+        version: of vLLM.
+    """
+    if counts == BY_DRAFT:
+        return ""
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    can_count = not numbers or tuple(map(int, numbers.groups())) >= COUNTS_REQUESTS_FROM
+    remedy = (
+        "Start it with peagle-hf serve, or with --per-request-spec-decode-metrics detailed."
+        if can_count and is_server
+        else f"vLLM {'.'.join(map(str, COUNTS_REQUESTS_FROM))} and newer count each draft."
+    )
+    if counts == BY_REQUEST:
+        return f"Acceptance isn't known by segment, because the server counts per request, not per draft. {remedy}"
+    return (
+        f"Acceptance has no intervals and isn't known by segment, because {'the server' if is_server else 'vLLM'} "
+        f"({version}) counts drafts in total only. {remedy}"
+    )
 
 
 def check_counts(answers: Sequence[Answer], counted: Sequence[int]) -> None:

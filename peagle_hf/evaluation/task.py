@@ -96,12 +96,14 @@ class Measured:
         without: the runs without a drafter, by concurrency and round; None if no server without a drafter is named.
         trials: one for each `Drafting`, in the same order.
         measured_on: `dtype`, `device` and `versions`.
+        counts: how finely vLLM counts drafts: `runs.BY_DRAFT`, `BY_REQUEST` or `BY_CATEGORY`.
         finished: the file of finished runs, to be removed when the report is written.
     """
 
     without: list[list[Run]] | None
     trials: list[Trial]
     measured_on: dict[str, Any]
+    counts: str
     finished: FinishedRuns
 
 

@@ -27,8 +27,9 @@ from ..data.prompts import Prompt
 from ..data.tokenizer import ChatOptions
 from ..errors import PeagleError
 from ..serving.client import DRAFT_COUNTERS, POSITION_COUNTER, Answer, drafting_counts, drafts_in_order
+from ..serving.installed import MODEL_RUNNER
 from ..serving.supervisor import supervised
-from .runs import Run, check_counts
+from .runs import BY_CATEGORY, BY_DRAFT, Run, check_counts, grouped
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ class Job:
     Args:
         prompts: in the order in which they are run.
         concurrency: numbers of chats at a time, measured one after another.
+        counts: `BY_DRAFT`, or `BY_CATEGORY`: then one category is run after another.
         options: chat template and variables.
         answers: for each concurrency and prompt, the answers by turn that later turns follow; default: vLLM's own.
     """
@@ -48,6 +50,7 @@ class Job:
     concurrency: list[int]
     max_tokens: int
     temperature: float
+    counts: str = BY_DRAFT
     options: ChatOptions = field(default_factory=ChatOptions)
     answers: list[list[list[str]]] | None = None
 
@@ -145,7 +148,12 @@ def _work(receive: Callable[[], dict[str, Any]], send: Callable[..., object]) ->
 
     engine = receive()
     drafts = "speculative_config" in engine
-    llm = vllm.LLM(**engine, per_request_spec_decode_metrics="detailed" if drafts else "none")
+    llm = vllm.LLM(**engine)
+    if drafts and getattr(llm.llm_engine.vllm_config, "use_v2_model_runner", False):
+        raise PeagleError(
+            "vLLM uses its second model runner, but drafts for P-EAGLE in the first one only. Set "
+            f"{MODEL_RUNNER}=0, and leave out what needs the second one."
+        )
     on_gpu = torch.cuda.is_available()
     send(
         measured_on={
@@ -170,13 +178,16 @@ def _work(receive: Callable[[], dict[str, Any]], send: Callable[..., object]) ->
     )
     for number, concurrency in enumerate(job.concurrency):
         conversations = _Conversations(llm, job, longest, job.answers[number] if job.answers else None)
-        before, started = _read_counters(llm), time.perf_counter()
-        conversations.hold(concurrency, lambda count: send(done=count))
-        seconds = time.perf_counter() - started
-        if drafts:
-            counted = [after - earlier for after, earlier in zip(_read_counters(llm), before, strict=True)]
-            check_counts([answer for chat in conversations.chats for answer in chat], counted)
-        send(run=asdict(Run(concurrency, conversations.chats, seconds)))
+        counters, seconds = {}, 0.0
+        for category, indices in grouped(prompts, job.counts).items():
+            before, started = _read_counters(llm), time.perf_counter()
+            conversations.hold(indices, concurrency, lambda count: send(done=count))
+            seconds += time.perf_counter() - started
+            counters[category] = [after - earlier for after, earlier in zip(_read_counters(llm), before, strict=True)]
+        by_category = drafts and job.counts == BY_CATEGORY
+        if drafts and not by_category:
+            check_counts([answer for chat in conversations.chats for answer in chat], counters[""])
+        send(run=asdict(Run(concurrency, conversations.chats, seconds, counters if by_category else None)))
 
 
 class _Conversations:
@@ -188,8 +199,8 @@ class _Conversations:
         self._engine, self._renderer, self._tokenizer = llm.llm_engine, llm.renderer, llm.get_tokenizer()
         self._asked: dict[str, tuple[int, float]] = {}
 
-    def hold(self, concurrency: int, report_progress: Callable[[int], object]) -> None:
-        waiting = deque(range(len(self.chats)))
+    def hold(self, indices: Sequence[int], concurrency: int, report_progress: Callable[[int], object]) -> None:
+        waiting = deque(indices)
         while waiting or self._asked:
             while waiting and len(self._asked) < concurrency:
                 self._ask(waiting.popleft())
@@ -248,7 +259,7 @@ class _Conversations:
 
     def _take(self, index: int, output: Any, seconds: float) -> None:
         (answer,) = output.outputs
-        counted = answer.spec_decode_metrics
+        counted = getattr(answer, "spec_decode_metrics", None)  # before vLLM 0.29 there is none
         drafting = drafts = None
         if counted is not None:
             drafting = drafting_counts(counted.histogram, counted.num_draft_tokens)

@@ -1,15 +1,17 @@
-"""Environment variables of a process that runs vLLM."""
+"""Which vLLM an interpreter has, and the environment variables of a process that runs it."""
 
 import json
 import os
 import subprocess
 import sysconfig
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from ..errors import PeagleError
+from .installed import InstalledVllm
 
 
 def vllm_environment(python: str | None = None, needs_vllm: bool = True) -> dict[str, str]:
@@ -26,14 +28,14 @@ def vllm_environment(python: str | None = None, needs_vllm: bool = True) -> dict
         PeagleError: vLLM isn't installed for that interpreter.
     """
     try:
-        has_vllm, has_gpu, prefix = _probe_this_python() if python is None else _probe_python(python)
+        folder, has_gpu, prefix = _probe_this_python() if python is None else _probe_python(python)
     except PeagleError:
         if needs_vllm:
             raise
-        has_vllm = False
-    if not has_vllm and not needs_vllm:
+        folder = None
+    if folder is None and not needs_vllm:
         return {"VLLM_NO_USAGE_STATS": "1"} | os.environ
-    if not has_vllm:
+    if folder is None:
         raise PeagleError(
             f"vLLM isn't installed in {'this Python' if python is None else python}. With a GPU: pip install "
             "'peagle-hf[vllm]'. On a CPU (Linux x86-64): `make install` in a copy of the repository builds an "
@@ -53,25 +55,39 @@ def vllm_environment(python: str | None = None, needs_vllm: bool = True) -> dict
     return environment | os.environ
 
 
+def installed_vllm(python: str | None = None) -> InstalledVllm:
+    """What the vLLM of an interpreter (default: this one) takes; nothing is known of it if there is none."""
+    try:
+        folder, *_ = _probe_this_python() if python is None else _probe_python(python)
+    except PeagleError:
+        folder = None
+    return InstalledVllm.at(None if folder is None else Path(folder))
+
+
 def available_cores() -> int:
     """Number of cores that this process may use; on macOS and Windows all cores of the machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _probe_this_python() -> tuple[bool, bool, str]:
-    """Whether this interpreter has vLLM and sees a GPU, and the folder where it is installed."""
-    return find_spec("vllm") is not None, torch.cuda.is_available(), sysconfig.get_path("data")
+def _probe_this_python() -> tuple[str | None, bool, str]:
+    """The folder of vLLM's package (None if it isn't installed), whether there is a GPU, and where packages lie."""
+    spec = find_spec("vllm")
+    folder = os.path.dirname(spec.origin) if spec and spec.origin else None
+    return folder, torch.cuda.is_available(), sysconfig.get_path("data")
 
 
-def _probe_python(python: str) -> tuple[bool, bool, str]:
+@cache
+def _probe_python(python: str) -> tuple[str | None, bool, str]:
     """The same for another interpreter."""
     code = (
-        "import json, sysconfig, torch; from importlib.util import find_spec; print(json.dumps("
-        '[find_spec("vllm") is not None, torch.cuda.is_available(), sysconfig.get_path("data")]))'
+        "import json, os, sysconfig, torch; from importlib.util import find_spec; spec = find_spec('vllm'); "
+        "folder = os.path.dirname(spec.origin) if spec and spec.origin else None; "
+        "print(json.dumps([folder, torch.cuda.is_available(), sysconfig.get_path('data')]))"
     )
     try:
         result = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
-        return tuple(json.loads(result.stdout.splitlines()[-1]))
+        folder, has_gpu, prefix = json.loads(result.stdout.splitlines()[-1])
+        return folder, has_gpu, prefix
     except (OSError, subprocess.CalledProcessError, ValueError, IndexError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         raise PeagleError(

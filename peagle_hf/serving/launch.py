@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..arguments import Arguments, check_ranges
+from ..arguments import Arguments, check_ranges, flag_of
 from ..data.endpoint_folder import (
     SERVER_RECORD,
     SWEEP_SECONDS,
@@ -34,7 +34,8 @@ from ..model.served_checkpoint import check_checkpoint, drafter_folder, speculat
 from ..redaction import public_command
 from ..verifier.loading import check_layer_ids, load_verifier_config
 from .address import Address
-from .environment import vllm_environment
+from .environment import installed_vllm, vllm_environment
+from .installed import REQUEST_COUNTS, drafting_environment
 from .supervisor import supervised
 
 logger = logging.getLogger(__name__)
@@ -158,19 +159,19 @@ def serve(arguments: ServeArguments) -> None:
     """Serve the verifier with its drafter in vLLM until it ends or is stopped; then no process of it is left.
 
     Raises:
-        PeagleError: vLLM isn't installed, it would load the checkpoint wrongly, the verifier is another than the
-            drafter was made for, the port is taken, or the server failed.
+        PeagleError: vLLM isn't installed, lacks an argument or is told to use its second model runner, it would load
+            the checkpoint wrongly, the verifier is another than the drafter was made for, the port is taken, or the
+            server failed.
     """
     address = Address.of(arguments.vllm_args)
-    environment = vllm_environment(arguments.vllm_python, needs_vllm=not arguments.dry_run)
+    environment = drafting_environment(vllm_environment(arguments.vllm_python, needs_vllm=not arguments.dry_run))
     command = drafting_command(arguments, _on_cpu(environment))
     _show(command, environment)
     if not arguments.dry_run:
         address.check_free()
         with supervised(command, environment) as process:
             status = process.wait()
-        chat_flags = [flag for flag in ("--chat-template", "--default-chat-template-kwargs") if flag in command]
-        _check_status(status, f" vLLM 0.32 knows the flag {chat_flags[-1]}; older ones may not." if chat_flags else "")
+        _check_status(status)
 
 
 def _record_when_ready(
@@ -199,9 +200,9 @@ def _record_when_ready(
     return status
 
 
-def _check_status(status: int, hint: str = "") -> None:
+def _check_status(status: int) -> None:
     if status:
-        raise PeagleError(f"vLLM ended with status {status}. Its output is above; correct the flags after --.{hint}")
+        raise PeagleError(f"vLLM ended with status {status}. Its output is above; correct the flags after --.")
 
 
 def server_command(arguments: LaunchArguments, on_cpu: bool) -> tuple[list[str], list[int]]:
@@ -227,7 +228,7 @@ def server_command(arguments: LaunchArguments, on_cpu: bool) -> tuple[list[str],
             "kv_connector": "CpuHiddenStatesConnector",
             "kv_connector_module_path": "peagle_cpu_connector",
         }
-    options = {"--speculative-config": json.dumps(extraction), "--kv-transfer-config": json.dumps(connector)}
+    options = {"speculative_config": extraction, "kv_transfer_config": connector}
     return _vllm_command(arguments, arguments.model, options, on_cpu), layer_ids
 
 
@@ -269,22 +270,22 @@ def drafting_command(arguments: ServeArguments, on_cpu: bool) -> list[str]:
     verifier = arguments.verifier or str(check_checkpoint(folder).verifier_name_or_path)
     config = check_checkpoint(folder, verifier, arguments.trust_remote_code)
     drafting = speculative_config(folder, config, arguments.num_speculative_tokens)
-    options = {"--speculative-config": json.dumps(drafting), "--per-request-spec-decode-metrics": "detailed"}
-    options |= _chat_flags(arguments, folder, verifier)
+    options = {"speculative_config": drafting, REQUEST_COUNTS: "detailed"}
+    options |= _chat_options(arguments, folder, verifier)
     return _vllm_command(arguments, verifier, options, on_cpu)
 
 
-def _chat_flags(arguments: ServeArguments, folder: Path, verifier: str) -> dict[str, str]:
-    """vLLM's flags for the chat template and its variables: those of the drafter's training, or of the arguments."""
+def _chat_options(arguments: ServeArguments, folder: Path, verifier: str) -> dict[str, Any]:
+    """The chat template and its variables for vLLM: those of the drafter's training, or of the arguments."""
     chosen = chosen_chat_options(
         folder, verifier, arguments.trust_remote_code, arguments.chat_template, arguments.chat_template_kwargs
     )
-    flags = {}
+    options: dict[str, Any] = {}
     if chosen.template is not None:
-        flags["--chat-template"] = str(_template_file(arguments.chat_template, chosen.template))
+        options["chat_template"] = str(_template_file(arguments.chat_template, chosen.template))
     if chosen.kwargs:
-        flags["--default-chat-template-kwargs"] = json.dumps(chosen.kwargs)
-    return flags
+        options["default_chat_template_kwargs"] = chosen.kwargs
+    return options
 
 
 def _template_file(name: str | None, template: str) -> Path:
@@ -300,21 +301,30 @@ def _template_file(name: str | None, template: str) -> Path:
 
 
 def _vllm_command(
-    arguments: LaunchArguments | ServeArguments, model: str, options: dict[str, str], on_cpu: bool
+    arguments: LaunchArguments | ServeArguments, model: str, options: dict[str, Any], on_cpu: bool
 ) -> list[str]:
+    """The command line of vLLM.
+
+    Args:
+        options: values of vLLM's arguments, by name with underscores; True for a switch.
+
+    Raises:
+        PeagleError: this vLLM lacks one that is needed.
+    """
     if on_cpu:
         # `vllm serve` can't find the version of the CPU builds, which have another package name.
-        server = ["vllm.entrypoints.openai.api_server", "--model", model, "--enforce-eager"]
+        server = ["vllm.entrypoints.openai.api_server", "--model", model]
+        options = {"enforce_eager": True, **options}
     else:
         server = ["vllm.entrypoints.cli.main", "serve", model]
-    return [
-        arguments.vllm_python or sys.executable,
-        "-m",
-        *server,
-        *(word for option, value in options.items() for word in (option, value)),
-        *(["--trust-remote-code"] if arguments.trust_remote_code else []),
-        *arguments.vllm_args,
-    ]
+    if arguments.trust_remote_code:
+        options = {**options, "trust_remote_code": True}
+    words = [arguments.vllm_python or sys.executable, "-m", *server]
+    for name, value in installed_vllm(arguments.vllm_python).known(options).items():
+        words.append(flag_of(name))
+        if value is not True:
+            words.append(json.dumps(value) if isinstance(value, dict) else str(value))
+    return [*words, *arguments.vllm_args]
 
 
 def _on_cpu(environment: dict[str, str]) -> bool:
