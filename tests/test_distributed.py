@@ -13,13 +13,21 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import write_prepared
 from safetensors.torch import load_file
 from test_trainer import ROOT, full_weights, losses, run
 
 from peagle_hf import PeagleTrainingArguments
 from peagle_hf.cli import COMMANDS, main
 from peagle_hf.cli.parsing import flags
+from peagle_hf.console import SHARED_COMMANDS
+from peagle_hf.data import extract_share
+from peagle_hf.data.cache_manifest import Manifest
+from peagle_hf.data.cache_storage import cached_rows, row_path
 from peagle_hf.data.dataset import HiddenStatesDataset
+from peagle_hf.data.extract import ExtractArguments, extract
+from peagle_hf.data.extract_share import Share, device_of, share_of
+from peagle_hf.errors import PeagleError
 from peagle_hf.training.checkpoints import newest_checkpoint
 from peagle_hf.training.record import RunRecord
 from peagle_hf.training.run import train
@@ -199,7 +207,7 @@ def test_gradients_are_reduced_once_a_step(train_flags, partitions):
     assert steps == reductions == 4
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "train"])
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in SHARED_COMMANDS])
 def test_commands_that_are_one_process_refuse_to_be_several(command, monkeypatch, capsys):
     """On every rank, before anything is read or written."""
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -209,7 +217,85 @@ def test_commands_that_are_one_process_refuse_to_be_several(command, monkeypatch
     assert ended.value.code == 1
     printed = capsys.readouterr().err
     assert printed.startswith(f"peagle-hf {command}: torchrun or accelerate has started 2 processes")
-    assert ("--rank and --world-size" in printed) == (command == "extract")
+
+
+def extraction(data, output):
+    return ["extract", *flags({"preprocessed_data": str(data), "output": str(output)})]
+
+
+def launched(data, output, *more, **options):
+    return torchrun(["-m", "peagle_hf"], *extraction(data, output), *more, **options)
+
+
+@pytest.fixture
+def prepared(tiny_verifier, tmp_path):
+    folder = write_prepared(tmp_path / "data", [12 + index for index in range(20)])
+    (folder / "prepare.json").write_text(json.dumps({"model": str(tiny_verifier)}))
+    return folder
+
+
+@pytest.mark.fault("One of two processes of an extraction is killed.", "The other ends, and a rerun makes the rest.")
+def test_processes_of_torchrun_share_an_extraction(prepared, tmp_path, capfd):
+    """The files are those of one process; the manifest is completed by both; what one rank says is said once."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    extract(ExtractArguments(preprocessed_data=str(prepared), output=str(one), max_batch_tokens=8))
+    killed = {"RANK_THAT_IS_KILLED": "1", "FILES_BEFORE": "4"}
+    batches = ("--max-batch-tokens", "8")
+    worker = [str(WORKERS / "killed_extraction.py")]
+    torchrun(worker, *extraction(prepared, two), *batches, environment=killed, ends_well=False)
+    kept = {row: row_path(two, row).stat().st_mtime_ns for row in cached_rows(two)}
+    assert 4 <= len(kept) < 20
+    capfd.readouterr()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "peagle_hf"]
+    done = subprocess.run(
+        [*command, *extraction(prepared, two), *batches],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=True,
+    )
+    assert done.stderr.count("samples are cached") == 1
+    assert f"{len(kept)} of 20 samples are cached; {20 - len(kept)} are to be extracted by 2 processes" in done.stderr
+    assert {row: row_path(two, row).stat().st_mtime_ns for row in kept} == kept
+    for row in range(20):
+        assert row_path(one, row).read_bytes() == row_path(two, row).read_bytes()
+    assert Manifest.read(one) == Manifest.read(two)
+    assert not list(two.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("flags_given", "environment", "said"),
+    [
+        ({"rank": 0}, {"RANK": "1"}, "--rank is 0, but the launcher .* has started this process with RANK 1"),
+        ({"world_size": 4}, {"RANK": "0"}, "--world-size is 4, but the launcher .* with WORLD_SIZE 2"),
+    ],
+)
+def test_flags_that_contradict_the_launcher_are_refused(monkeypatch, flags_given, environment, said):
+    for name, value in {"LOCAL_RANK": "0", "WORLD_SIZE": "2", **environment}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(extract_share, "connect_on_cpu", lambda timeout: None)
+    with pytest.raises(PeagleError, match=said):
+        share_of(ExtractArguments(**flags_given))
+
+
+def test_a_launcher_of_one_process_leaves_the_share_to_the_flags(monkeypatch):
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert share_of(ExtractArguments(rank=2, world_size=3)) == Share(2, 3)
+    assert share_of(ExtractArguments()) == Share()
+
+
+def test_each_process_of_a_machine_takes_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    share = Share(5, 8, is_launched=True)
+    assert device_of(None, share) == device_of("cuda", share) == "cuda:1"
+    assert (device_of("cuda:0", share), device_of("cpu", share), device_of(None, Share())) == ("cuda:0", "cpu", "cuda")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(PeagleError, match=r"it has 2 GPUs\. Start one process for each GPU"):
+        device_of(None, share)
 
 
 CONFIGURATIONS = {
@@ -251,8 +337,8 @@ def test_each_configuration_of_the_examples_trains_on_cpus_or_says_why_not(train
 FAILING = {
     "data": "Process 1 on .* has failed, so that all processes end: the disk of this machine is gone",
     "step": "the disk of this machine is gone",
-    "ends": "Another process of this training has ended",
-    "hangs": "didn't answer within the time that --ddp-timeout allows",
+    "ends": "Another process of this run has ended",
+    "hangs": r"didn't answer within the time that is allowed \(in training --ddp-timeout, in seconds\)",
 }
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from peagle_hf.data import cache_storage, extract, extract_in_process
+from peagle_hf.data import cache_storage, disk_space, extract, extract_in_process
 from peagle_hf.data.cache_manifest import Manifest
 from peagle_hf.data.cache_storage import cached_rows, check_file, read_states, row_path, write_states
 from peagle_hf.data.errors import RowError
@@ -339,11 +339,16 @@ def test_what_cannot_fit_on_the_disk_is_not_begun(
 ) -> None:
     caplog.set_level("INFO")
     usage = shutil.disk_usage(arguments.preprocessed_data)
-    monkeypatch.setattr(extract.shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(PeagleError, match="GiB are free"):
+    monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(PeagleError, match=r"GiB are free\. .* or fp8-learnt \(0\.\d KiB a token, 0\.00 GiB\)"):
         extract.extract(arguments)
     assert not (Path(arguments.preprocessed_data) / "hidden_states").exists()
     assert f"{sum(LENGTHS)} tokens need" in caplog.text
+    monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda path: usage._replace(free=12200))
+    with pytest.raises(PeagleError, match=r"fp8 \(.*, which fits\)"):
+        extract.extract(arguments)
+    extract.extract(replace(arguments, rank=0, world_size=2))
+    assert "All shares together need 0.00 GiB" in caplog.text
 
 
 @pytest.mark.fault(

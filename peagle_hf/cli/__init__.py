@@ -187,8 +187,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(name: str, argv: list[str]) -> None:
-    if name != "train":
-        check_one_process(name)
+    check_one_process(name)
     command = COMMANDS[name]
     passed_on: list[str] = []
     if command.rest and "--" in argv:

@@ -5,7 +5,6 @@ Shape letters: T tokens, A auxiliary layers, H the verifier's hidden size.
 
 import logging
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from ..console import progress_bar
 from ..errors import PeagleError
 from ..files import check_writable, locked_folder, remove_leftovers
 from ..model.slots import target_tokens
+from ..processes import gather, on_first
 from ..verifier.head import check_logits
 from ..verifier.loading import check_layer_ids, load_verifier_config
 from .cache_manifest import Manifest, check_folder, origin_of
@@ -33,20 +33,19 @@ from .cache_storage import (
     row_path,
     write_states,
 )
+from .disk_space import bytes_needed, check_disk, free_bytes, plan
 from .endpoint import MAX_RETRIES, REQUEST_TIMEOUT, check_length, check_requests, endpoint_urls, served_model
 from .endpoint_folder import check_layers, remove_unfetched, require_layers
 from .endpoint_states import Endpoint
 from .extract_from_servers import extract_from_servers
 from .extract_in_process import extract_in_process, load_for_extraction
+from .extract_share import Share, device_of, share_of
 from .prepared_dataset import check_skip_rows, load_prepared, read_prepare_record, rows_fingerprint
 
 if TYPE_CHECKING:
     import datasets
 
 logger = logging.getLogger(__name__)
-
-HEADER_BYTES = 512
-"""Upper limit of the header of a cached file, before its tensors."""
 
 
 @dataclass
@@ -91,12 +90,19 @@ class ExtractArguments(Arguments):
             "always added (default: those of the server, else 2, n/2 and n-3 of n layers)."
         },
     )
-    rank: int = field(
-        default=0, metadata={"help": "Which share of the samples to extract, from 0 on, of --world-size."}
+    rank: int | None = field(
+        default=None,
+        metadata={
+            "help": "Which share of the samples to extract, from 0 on, of --world-size (default: that of torchrun or "
+            "accelerate launch, else 0)."
+        },
     )
-    world_size: int = field(
-        default=1,
-        metadata={"help": "Into how many shares the samples are split, each extracted by a command of its own."},
+    world_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Into how many shares the samples are split, each extracted by a process of its own (default: the "
+            "processes of torchrun or accelerate launch, else 1)."
+        },
     )
     endpoint: str | None = field(
         default=None,
@@ -145,7 +151,10 @@ class ExtractArguments(Arguments):
         },
     )
     device: str | None = field(
-        default=None, metadata={"help": "Where the verifier runs (default: a GPU if there is one)."}
+        default=None,
+        metadata={
+            "help": "Where the verifier runs (default: a GPU if there is one, of several processes each its own)."
+        },
     )
     revision: str | None = field(default=None, metadata={"help": "The verifier's revision on the hub."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Let the verifier run code from its repository."})
@@ -211,38 +220,90 @@ def extract(arguments: ExtractArguments) -> ExtractReport:
     With an `endpoint` a sample that the servers fail is left out, and the others are extracted; the failed ones are
     listed with the reason in `failed.json` in the output folder (`failed_<rank>.json` with several ranks).
 
+    Started by torchrun or accelerate, the processes share the samples, each on the GPU of its local rank, and each
+    returns the report of all.
+
     Raises:
         PeagleError: verifier or data can't be read or don't fit each other, the folder holds states of another kind,
             they would not fit on the disk, the verifier's states aren't finite, its logits don't follow from them, or
-            the servers failed a sample.
+            the servers failed a sample; or another process has ended.
     """
     _check_arguments(arguments)
+    share = share_of(arguments)
+    with share.one_voice():
+        return _extract_share(arguments, share)
+
+
+def _extract_share(arguments: ExtractArguments, share: Share) -> ExtractReport:
+    """What `extract` does in one of its processes."""
     output = cache_folder(arguments.preprocessed_data, arguments.output)
     urls = endpoint_urls(arguments.endpoint) if arguments.endpoint else ()
     arguments = replace(arguments, model=_verifier_name(arguments, urls))
     server_folder = Path(arguments.server_hidden_states_path or output)
     manifest = _manifest(arguments, server_folder if urls else None)
     data = load_prepared(arguments.preprocessed_data).with_format(None)
-    lengths = _selected_samples(arguments, data)
+    selected = _selected_samples(arguments, data)
+    lengths = share.of(selected)
     present = cached_rows(output)
     check_folder(output, manifest, present)
     if arguments.dry_run:
+        lengths = selected if share.is_launched else lengths
         missing = {row: length for row, length in lengths.items() if row not in present}
-        print(_plan(output, manifest, data, missing))
+        if share.is_first or not share.is_launched:
+            print(plan(output, manifest, data, missing))
         return ExtractReport(output, manifest, len(lengths), len(lengths) - len(missing), {}, 0, 0.0)
     check_writable(output)
-    share = "extract" if arguments.world_size == 1 else f"extract-{arguments.rank}-of-{arguments.world_size}"
-    with locked_folder(output, "Wait until it has ended, or name another --output.", share):
+    if share.size > 1 and not share.is_launched:
+        _warn_of_other_shares(output, manifest, data, {row: selected[row] for row in selected if row not in present})
+    part = "extract" if share.size == 1 else f"extract-{share.rank}-of-{share.size}"
+    with locked_folder(output, "Wait until it has ended, or name another --output.", part):
         for folder in {output, server_folder}:
             remove_unfetched(folder, arguments.request_timeout)
-        if arguments.world_size == 1:
+        if share.size == 1:
             remove_leftovers(output, r"manifest\.json|(config|extract)\.yaml|failed\.json")
-        report = _extract_missing(arguments, manifest, output, data, lengths, server_folder, urls)
+        report = _extract_missing(arguments, share, manifest, output, data, lengths, server_folder, urls)
+        if share.is_launched:
+            report, lengths = _of_all_processes(report), selected
         are_all_compared = cached_rows(output) & set(range(len(data))) <= lengths.keys()
         existing = Manifest.read(output)
         if are_all_compared and existing is not None and existing.rows != manifest.rows:
             replace(existing, rows=manifest.rows).write(output)
     return report
+
+
+def _of_all_processes(report: ExtractReport) -> ExtractReport:
+    """The reports of all processes as one; the first process logs their number and speed."""
+    reports: list[ExtractReport] = [one for _, one in gather(report)]
+    num_tokens, seconds = sum(one.num_tokens for one in reports), max(one.seconds for one in reports)
+    if num_tokens:
+        logger.info(
+            "All %d processes: %d tokens in %.1f s: %.0f tokens/s.",
+            len(reports),
+            num_tokens,
+            seconds,
+            num_tokens / max(seconds, 1e-9),
+        )
+    return replace(
+        report,
+        num_rows=sum(one.num_rows for one in reports),
+        num_kept=sum(one.num_kept for one in reports),
+        made_again={row: reason for one in reports for row, reason in one.made_again.items()},
+        num_tokens=num_tokens,
+        seconds=seconds,
+    )
+
+
+def _warn_of_other_shares(output: Path, manifest: Manifest, data: "datasets.Dataset", missing: dict[int, int]) -> None:
+    """Warn if the states of all shares don't fit on the disk; shares may be on disks of their own, so go on."""
+    needed, free = bytes_needed(manifest, data, missing), free_bytes(output)
+    if needed > free:
+        logger.warning(
+            "All shares together need %.2f GiB, but %s has %.2f GiB free, which is too little if all of them write "
+            "there.",
+            needed / 2**30,
+            output,
+            free / 2**30,
+        )
 
 
 def _verifier_name(arguments: ExtractArguments, urls: tuple[str, ...]) -> str:
@@ -279,9 +340,8 @@ def _manifest(arguments: ExtractArguments, server_folder: Path | None) -> Manife
 
 
 def _selected_samples(arguments: ExtractArguments, data: "datasets.Dataset") -> dict[int, int]:
-    """Tokens of each sample that this command is to extract, by row: see --max-samples, --skip-rows and --rank."""
-    rows = enumerate(data["seq_len"][: arguments.max_samples])
-    lengths = {row: length for row, length in rows if row % arguments.world_size == arguments.rank}
+    """Tokens of each sample that is to be extracted in all shares, by row: see --max-samples and --skip-rows."""
+    lengths = dict(enumerate(data["seq_len"][: arguments.max_samples]))
     if skipped := check_skip_rows(arguments.skip_rows, len(data), arguments.preprocessed_data):
         logger.info("Left out by --skip-rows: %s. Train with the same flag.", ", ".join(map(str, sorted(skipped))))
         lengths = {row: length for row, length in lengths.items() if row not in skipped}
@@ -292,6 +352,7 @@ def _selected_samples(arguments: ExtractArguments, data: "datasets.Dataset") -> 
 
 def _extract_missing(
     arguments: ExtractArguments,
+    share: Share,
     manifest: Manifest,
     output: Path,
     data: "datasets.Dataset",
@@ -311,8 +372,18 @@ def _extract_missing(
         )
     made_again = _unusable(arguments, output, manifest, data, present & lengths.keys())
     missing = {row: length for row, length in lengths.items() if row not in present or row in made_again}
-    num_kept = len(lengths) - len(missing)
-    logger.info("%d of %d samples are cached; %d are to be extracted.", num_kept, len(lengths), len(missing))
+    num_kept, num_selected, to_write = len(lengths) - len(missing), len(lengths), missing
+    if share.is_launched:
+        parts = [part for _, part in gather((len(lengths), missing))]
+        num_selected = sum(count for count, _ in parts)
+        to_write = {row: length for _, part in parts for row, length in part.items()}
+    logger.info(
+        "%d of %d samples are cached; %d are to be extracted%s.",
+        num_selected - len(to_write),
+        num_selected,
+        len(to_write),
+        f" by {share.size} processes; the progress is that of the first" if share.is_launched else "",
+    )
     seconds = 0.0
     if urls:
         endpoint = Endpoint(
@@ -325,18 +396,20 @@ def _extract_missing(
         )
         check_layers(server_folder, endpoint.layer_ids)
         check_length(urls, max(missing.values(), default=0), arguments.request_timeout)
-        _check_disk(output, manifest, data, missing)
-        write = _begin(arguments, output, manifest, data)
-        seconds = extract_from_servers(arguments, output, data, missing, endpoint, write)
+        on_first(lambda: check_disk(output, manifest, data, to_write))
+        write = _begin(arguments, share, output, manifest, data)
+        failed_record = output / f"failed{share.suffix}.json"
+        seconds = extract_from_servers(arguments, failed_record, data, missing, endpoint, write)
         remove_unfetched(server_folder, arguments.request_timeout)
-    elif missing:
+    elif to_write:
         assert arguments.model is not None
         config = load_verifier_config(arguments.model, arguments.revision, arguments.trust_remote_code)
-        _check_context(config, max(missing.values()), arguments.model)
-        _check_disk(output, manifest, data, missing)
-        model = load_for_extraction(arguments)
+        _check_context(config, max(to_write.values()), arguments.model)
+        on_first(lambda: check_disk(output, manifest, data, to_write))
+        write = _begin(arguments, share, output, manifest, data)
+    if missing and not urls:
+        model = load_for_extraction(arguments, device_of(arguments.device, share))
         check_logits(model)
-        write = _begin(arguments, output, manifest, data)
         seconds = extract_in_process(arguments, model, manifest.aux_layer_ids, data, missing, write)
     return ExtractReport(output, manifest, len(lengths), num_kept, made_again, sum(missing.values()), seconds)
 
@@ -369,13 +442,13 @@ def _targets(data: "datasets.Dataset", row: int, storage: Storage | None) -> Ten
 
 
 def _begin(
-    arguments: ExtractArguments, output: Path, manifest: Manifest, data: "datasets.Dataset"
+    arguments: ExtractArguments, share: Share, output: Path, manifest: Manifest, data: "datasets.Dataset"
 ) -> Callable[[int, Tensor, Tensor], None]:
     """Write the arguments and the manifest into the cache folder; returns what writes a sample's states into it.
 
     That takes a sample's row, its states [T, A+1, H] and its token ids int64 [T].
     """
-    if arguments.rank == 0:
+    if share.is_first:
         write_config(arguments, config_path(output, "extract"), "extract")
     existing = Manifest.read(output)
     if existing is None:
@@ -389,35 +462,11 @@ def _begin(
     return write
 
 
-def _bytes_needed(manifest: Manifest, data: "datasets.Dataset", lengths: dict[int, int]) -> int:
-    """Bytes that the files of these samples take on the disk."""
-    num_tokens = num_last = sum(lengths.values())
-    if manifest.storage in LEARNT_STORAGES:
-        masks = (data[row]["loss_mask"] for row in lengths)
-        num_last = sum(int(target_tokens(torch.tensor(mask).bool()).sum()) for mask in masks)
-    return manifest.bytes_of(num_tokens, num_last) + len(lengths) * HEADER_BYTES
-
-
-def _plan(output: Path, manifest: Manifest, data: "datasets.Dataset", missing: dict[int, int]) -> str:
-    """Describe what `extract` would do, for `--dry-run`."""
-    free, needed = _free_bytes(output), _bytes_needed(manifest, data, missing)
-    return "\n".join(
-        [
-            f"would run {manifest.verifier} ({manifest.architecture}, {manifest.num_layers} layers) and store layers "
-            f"{', '.join(map(str, manifest.aux_layer_ids))} and the last one, as {manifest.storage} {manifest.dtype}",
-            f"would make {len(missing)} of {len(data)} samples, {sum(missing.values())} tokens",
-            f"would write {needed / 2**30:.3f} GiB into {output}, where {free / 2**30:.1f} GiB are free",
-        ]
-    )
-
-
 def _check_arguments(arguments: ExtractArguments) -> None:
     """Make sure that the arguments are in range and fit together."""
     at_least_1 = ("max_samples", "max_batch_tokens", "concurrency", "max_consecutive_errors", "world_size")
     check_ranges(arguments, dict.fromkeys(at_least_1, (1, math.inf)))
     check_requests(arguments.request_timeout, arguments.max_retries)
-    if not 0 <= arguments.rank < arguments.world_size:
-        raise PeagleError(f"--rank is {arguments.rank} but must be in 0 .. {arguments.world_size - 1} (--world-size).")
     if arguments.storage in FP8_STORAGES and arguments.dtype != "bfloat16":
         raise PeagleError(
             f"--storage {arguments.storage} is read as bfloat16; leave out --dtype {arguments.dtype}, or store plain "
@@ -446,26 +495,3 @@ def _check_context(config: PreTrainedConfig, longest: int, model: str) -> None:
             f"The longest sample has {longest} tokens, but {model} takes {limit} (max_position_embeddings of its "
             f"config.json). Cut the samples with peagle-hf prepare --seq-length {limit}."
         )
-
-
-def _check_disk(output: Path, manifest: Manifest, data: "datasets.Dataset", lengths: dict[int, int]) -> None:
-    """Log how many bytes the states need on the disk, and refuse to begin if they don't fit.
-
-    Raises:
-        PeagleError: they don't fit, or the folder can't be written to.
-    """
-    check_writable(output)
-    num_tokens, needed, free = sum(lengths.values()), _bytes_needed(manifest, data, lengths), _free_bytes(output)
-    logger.info("%d tokens need %.2f GiB in %s; %.2f GiB are free.", num_tokens, needed / 2**30, output, free / 2**30)
-    if needed > free:
-        raise PeagleError(
-            f"The hidden states of {num_tokens} tokens need {needed / 2**30:.2f} GiB in {output}, but only "
-            f"{free / 2**30:.2f} GiB are free. Free some space, name an --output on another disk, or take fewer "
-            "samples with --max-samples."
-        )
-
-
-def _free_bytes(folder: Path) -> int:
-    """Free bytes on the disk of a folder, which need not exist yet."""
-    existing = next(one for one in (folder, *folder.absolute().parents) if one.exists())
-    return shutil.disk_usage(existing).free

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 def extract_from_servers(
     arguments: "ExtractArguments",
-    output: Path,
+    failed_record: Path,
     data: "datasets.Dataset",
     lengths: dict[int, int],
     endpoint: Endpoint,
@@ -39,7 +39,7 @@ def extract_from_servers(
     """Ask vLLM servers for the states of samples, several at a time and the longest first, and hand them to `write`.
 
     Args:
-        output: the cache folder, where `failed.json` lists the samples that failed.
+        failed_record: the file that lists the samples that failed.
         lengths: tokens of each sample to extract, by its row in `data`.
         write: called from several threads with a sample's row, its states [T, A+1, H] and its token ids int64 [T].
 
@@ -50,7 +50,6 @@ def extract_from_servers(
         PeagleError: a sample failed; those that didn't are cached.
     """
     dtype, num_tokens = getattr(torch, arguments.dtype), 0
-    failed_record = output / ("failed.json" if arguments.world_size == 1 else f"failed_{arguments.rank}.json")
     failed_record.unlink(missing_ok=True)
     limit = 1 if arguments.fail_on_error else arguments.max_consecutive_errors or arguments.concurrency
     failed: dict[int, str] = {}

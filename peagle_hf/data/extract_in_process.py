@@ -39,16 +39,17 @@ CPU_BATCHES, GPU_BATCHES = 2, 4
 """Batches that are computed at the same time: one uses the device while another waits or is written to disk."""
 
 
-def load_for_extraction(arguments: "ExtractArguments") -> PreTrainedModel:
+def load_for_extraction(arguments: "ExtractArguments", device: str) -> PreTrainedModel:
     """Load the verifier for inference; on a CPU its linear layers are packed for oneDNN.
 
     Raises:
         PeagleError: it can't be loaded (see `load_verifier`), or its architecture isn't known.
     """
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     on_cpu = torch.device(device).type == "cpu"
     name = arguments.verifier_dtype
     dtype = getattr(torch, ("float32" if on_cpu else "bfloat16") if name == "auto" else name)
+    if torch.device(device).type == "cuda":
+        torch.cuda.set_device(device)
     assert arguments.model is not None
     model = load_verifier(arguments.model, dtype, device, arguments.revision, arguments.trust_remote_code)
     if on_cpu:
@@ -87,6 +88,8 @@ def extract_in_process(
 
     def begin() -> None:
         torch.set_num_threads(num_cores // at_once)
+        if model.device.type == "cuda":
+            torch.cuda.set_device(model.device)  # each thread has its own, on which Triton's kernels run
         own.model = replica(model)
 
     def extract_batch(rows: Sequence[int]) -> int:

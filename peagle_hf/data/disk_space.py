@@ -1,0 +1,95 @@
+"""Predicts the disk space of hidden states before they are extracted, by storage kind."""
+
+import logging
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..errors import PeagleError
+from ..model.slots import target_tokens
+from .cache_manifest import Manifest
+from .cache_storage import LEARNT_STORAGES, STORAGES
+
+if TYPE_CHECKING:
+    import datasets
+
+logger = logging.getLogger(__name__)
+
+GIB, KIB = 1 << 30, 1 << 10
+HEADER_BYTES = 512
+"""Upper limit of the header of a cached file, before its tensors."""
+
+
+def check_disk(output: Path, manifest: Manifest, data: "datasets.Dataset", lengths: dict[int, int]) -> None:
+    """Log how many bytes the states of samples need on the disk, and refuse to begin if they don't fit.
+
+    Args:
+        lengths: tokens of each sample to be written, of all processes, by its row in `data`.
+
+    Raises:
+        PeagleError: they don't fit; says what each storage kind needs.
+    """
+    num_tokens, needed, free = sum(lengths.values()), bytes_needed(manifest, data, lengths), free_bytes(output)
+    a_token = f"{needed / max(1, num_tokens) / KIB:.1f} KiB a token as {manifest.storage} {manifest.dtype}"
+    logger.info(
+        "%d tokens need %.2f GiB in %s (%s); %.2f GiB are free.", num_tokens, needed / GIB, output, a_token, free / GIB
+    )
+    if needed <= free:
+        return
+    smaller = _kinds(manifest, data, lengths, free)
+    raise PeagleError(
+        f"The hidden states of {num_tokens} tokens need {needed / GIB:.2f} GiB in {output} ({a_token}), but only "
+        f"{free / GIB:.2f} GiB are free. Free some space, name an --output on another disk, take fewer samples with "
+        f"--max-samples, {f'store less with --storage {smaller}, ' if smaller else ''}or store nothing: peagle-hf "
+        "train --on-missing generate runs the verifier during training."
+    )
+
+
+def _kinds(manifest: Manifest, data: "datasets.Dataset", lengths: dict[int, int], free: int) -> str:
+    """What storage kinds smaller than the manifest's need, as a part of a sentence; '' if there is none."""
+    num_tokens, needed = sum(lengths.values()), bytes_needed(manifest, data, lengths)
+    found = []
+    for kind in STORAGES:
+        other = bytes_needed(replace(manifest, storage=kind, dtype="bfloat16"), data, lengths)
+        if other < needed:
+            fits = ", which fits" if other <= free else ""
+            found.append(f"{kind} ({other / num_tokens / KIB:.1f} KiB a token, {other / GIB:.2f} GiB{fits})")
+    folder = " in a folder of its own" if found else ""
+    return f"{' or '.join(found)}{folder}"
+
+
+def bytes_needed(manifest: Manifest, data: "datasets.Dataset", lengths: dict[int, int]) -> int:
+    """Bytes that the files of samples take on the disk in the manifest's storage kind.
+
+    Args:
+        lengths: tokens of each sample, by its row in `data`.
+    """
+    num_tokens = num_last = sum(lengths.values())
+    if manifest.storage in LEARNT_STORAGES:
+        masks = (data[row]["loss_mask"] for row in lengths)
+        num_last = sum(int(target_tokens(torch.tensor(mask).bool()).sum()) for mask in masks)
+    return manifest.bytes_of(num_tokens, num_last) + len(lengths) * HEADER_BYTES
+
+
+def plan(output: Path, manifest: Manifest, data: "datasets.Dataset", missing: dict[int, int]) -> str:
+    """Describe what `extract` would do, for `--dry-run`."""
+    free, needed = free_bytes(output), bytes_needed(manifest, data, missing)
+    smaller = _kinds(manifest, data, missing, free) if missing else ""
+    return "\n".join(
+        [
+            f"would run {manifest.verifier} ({manifest.architecture}, {manifest.num_layers} layers) and store layers "
+            f"{', '.join(map(str, manifest.aux_layer_ids))} and the last one, as {manifest.storage} {manifest.dtype}",
+            f"would make {len(missing)} of {len(data)} samples, {sum(missing.values())} tokens",
+            f"would write {needed / GIB:.3f} GiB into {output}, where {free / GIB:.1f} GiB are free",
+            *([f"less would be written with --storage {smaller}"] if smaller else []),
+        ]
+    )
+
+
+def free_bytes(folder: Path) -> int:
+    """Free bytes on the disk of a folder, which need not exist yet."""
+    existing = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    return shutil.disk_usage(existing).free
