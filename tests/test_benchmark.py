@@ -30,6 +30,38 @@ def test_small_benchmark_reports_every_case(tmp_path):
 
 
 @pytest.mark.slow
+def test_small_tutorial_goes_on_where_it_was_stopped(tmp_path):
+    def run(*arguments: str) -> tuple[dict, str]:
+        command = [sys.executable, str(BENCHMARKS / "tutorial_size.py"), *arguments, "--results", str(tmp_path)]
+        command += ["--tiny", "--folder", str(tmp_path / "work"), "--conversations", "12"]
+        printed = subprocess.run(command, check=True, capture_output=True, text=True, timeout=500).stdout
+        return json.loads((tmp_path / "results.json").read_text()), printed
+
+    results, _ = run("model")
+    made = results["model"]
+    results, printed = run("all", "--minutes", "0.001")
+    assert "No time is left" in printed
+    assert results["model"] == made
+    assert "prepare" not in results
+    results, printed = run("all", "--max-steps", "4")
+    assert results["model"] == made
+    prepared = results["prepare"]
+    assert prepared["samples"] == 12
+    assert 0.5 < prepared["learnt"] / prepared["tokens"] < 1
+    extracted, trained = results["extract, 1 GPUs"], results["train, 1 GPUs"]
+    assert extracted["tokens"] == extracted["of_tokens"] == prepared["tokens"]
+    assert trained["complete"]
+    assert trained["attempts"][-1]["logged_steps"] == 4
+    assert trained["step_s"] > 0
+    assert trained["flops_a_step"] > 1e6
+    rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| ")]
+    found = {row[0]: row[2] for row in rows}
+    assert re.fullmatch(r"[\d.]+", found["extract"])
+    assert re.fullmatch(r"\*[\d.]+\*", found["train: 5 epochs"])  # in italics, since only 4 steps were run
+    assert re.fullmatch(r"\*[\d.]+\*", found["everything"])
+
+
+@pytest.mark.slow
 def test_drafter_is_trained_for_the_comparison_with_the_peer(tmp_path, tiny_verifier, tiny_data):
     command = [sys.executable, str(BENCHMARKS / "against_peer.py"), "train", "ours", "--steps", "3", "--seed", "1"]
     command += ["--verifier", str(tiny_verifier), "--data", str(tiny_data), "--output", str(tmp_path)]
