@@ -14,6 +14,7 @@ import sys
 import pytest
 import torch
 from conftest import CHAIN_LENGTH, VOCAB
+from html5lib import HTMLParser
 from safetensors.torch import load_file, save_file
 
 from peagle_hf import EvaluateArguments, PeagleError, evaluate
@@ -281,9 +282,13 @@ def test_drafters_are_compared_in_words():
 
 def test_the_page_needs_no_other_file(tmp_path):
     page = html(make_comparison())
-    assert page.count('src="data:image/png;base64,') == page.count("<img") == 3
+    assert page.count('src="data:image/svg+xml;base64,') == page.count("<img") == page.count("<source") == 3
     assert not re.search(r"https?://|<script|<link", page)
-    assert "peagle-hf evaluate --model &#x27;a &lt;b&gt;&#x27;" in page
+    HTMLParser(strict=True).parse(page)
+    summary = page[: page.index("<p>")]
+    for figure in ("a/checkpoint_best, K=1", "b/checkpoint_best, K=1", "org/model", "1.450 (", "<dd>yes</dd>"):
+        assert figure in summary
+    assert "peagle-hf evaluate --model &#39;a &lt;b&gt;&#39;" in page
     assert "vllm 0.32.0" in page
     assert "no difference" in page
     draw(make_report(), tmp_path / "evaluation.png")
@@ -313,8 +318,9 @@ def test_any_name_of_a_category_is_drawn_and_written(tmp_path):
     report = make_report(by_category=named)
     draw(report, tmp_path / "evaluation.png")
     page, said = html(report), text(report)
-    assert page.count('src="data:image/png;base64,') == 3
+    assert page.count('src="data:image/svg+xml;base64,') == 3
     assert "<script" not in page
+    HTMLParser(strict=True).parse(page)
     assert "\x1b" not in said
     assert r"line break \x1b[31m\x00" in said
     assert max(map(len, said.splitlines())) < 250

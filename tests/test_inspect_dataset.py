@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from itertools import groupby
 from pathlib import Path
 
+import html5lib
 import numpy as np
 import pytest
 from conftest import write_prepared
@@ -158,9 +159,10 @@ def test_the_examples_are_the_rows_with_what_is_learnt_marked(inspected, folder,
 
 
 def test_the_page_needs_nothing_but_itself(inspected):
+    html5lib.HTMLParser(strict=True).parse(inspected[1])
     page = Page(inspected[1])
     assert page.tags["script"] == page.tags["link"] == 0
-    assert len(page.addresses) == page.tags["img"] == 3
+    assert len(page.addresses) == page.tags["img"] == page.tags["source"] == 3
     for address in page.addresses:
         kind, content = address.split(";base64,")
         assert kind == "data:image/svg+xml"

@@ -3,6 +3,7 @@
 import re
 from html.parser import HTMLParser
 
+import html5lib
 import pytest
 from chat_templates import CHATML, MARKED, PATTERNS, TOOL_CHATML, make_tokenizer
 
@@ -77,6 +78,7 @@ def test_the_command_and_its_page(tmp_path, capsys):
     assert "Use <b> & \"quotes\", 'these' too:" in shown
     assert "<b>I am a helpful voice.&lt;|im_end|&gt;</b>" in text
     assert "<script" not in text
+    html5lib.HTMLParser(strict=True).parse(text)
     (tmp_path / "own.jinja").write_text(CHATML.replace("{{ m.content }}", "{{ greeting }}{{ m.content }}"))
     main([*command, "--chat-template", str(tmp_path / "own.jinja"), "--chat-template-kwargs", '{"greeting": "Hey! "}'])
     assert "⟦Hey! I am a helpful voice.<|im_end|>⟧" in capsys.readouterr().out

@@ -2,12 +2,10 @@
 
 import json
 import os
-import shutil
 import struct
 import subprocess
 import sys
 import time
-import zipfile
 from pathlib import Path
 
 import evaluate
@@ -328,15 +326,3 @@ def test_more_accepted_than_drafted_is_an_error(acceptance, accepted):
 
 def test_no_drafts_are_no_acceptance(acceptance):
     assert acceptance.compute(predictions=[], references=[])["acceptance_length"] == 1.0
-
-
-def test_the_evaluate_module_is_in_the_wheel(tmp_path):
-    source = shutil.copytree(ROOT / "peagle_hf", tmp_path / "source" / "peagle_hf").parent
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    options = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet", "--wheel-dir", tmp_path]
-    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, source], check=True, timeout=120)
-    (wheel,) = tmp_path.glob("*.whl")
-    module = Path(acceptance_metric.__file__).relative_to(ROOT).as_posix()
-    with zipfile.ZipFile(wheel) as archive:
-        assert archive.read(module) == Path(acceptance_metric.__file__).read_bytes()

@@ -40,6 +40,14 @@ class Command:
 
 
 COMMANDS = {
+    "init": Command(
+        "cli.init",
+        "init",
+        "InitArguments",
+        "write the examples: scripts, a pipeline, notebooks, data",
+        ("init", "init my-drafter"),
+        ("folder",),
+    ),
     "prepare": Command(
         "data.prepare",
         "prepare",

@@ -1,21 +1,21 @@
 """`peagle-hf data inspect`: what a prepared dataset holds, as an HTML page and as JSON."""
 
-import base64
-import io
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..arguments import Arguments
 from ..errors import PeagleError
 from ..files import atomic_path, write_json
+from ..pages.page import render
+from ..pages.pictures import BLUE, GREY, picture
+from ..pages.tables import Table
 from ..verifier.draft_vocabulary import draft_vocabulary, load_token_freq
 from .inspect_template import show_template
 from .prepared_dataset import INSPECTION, PREPARE_RECORD, chat_options, column, load_prepared, read_prepare_record
@@ -188,18 +188,25 @@ def inspect_data(arguments: DataArguments) -> DataReport:
     counts = _learnt_counts(folder, tokenizer)
     last_counts = _count_last(data, len(counts))
     report = _report(arguments, record, tokenizer, data, lengths, learnt, counts, last_counts)
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    text = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+    text = render(
+        _TEMPLATE,
         report=report,
-        length_picture=_picture(lambda axes: _draw_lengths(axes, lengths, learnt)),
-        share_picture=_picture(lambda axes: _draw_shares(axes, learnt / lengths)),
-        coverage_picture=_picture(lambda axes: _draw_coverage(axes, counts, report.coverage)),
+        summary=_summary(report),
+        tables=_tables(report),
+        pictures={
+            "lengths": picture("Tokens of a sample", lambda axes: _draw_lengths(axes, lengths, learnt)),
+            "shares": picture("Share that is trained on", lambda axes: _draw_shares(axes, learnt / lengths)),
+            "coverage": picture(
+                "Share of the tokens by size of the draft vocabulary",
+                lambda axes: _draw_coverage(axes, counts, report.coverage),
+            ),
+        },
         examples=[_example(data, row, record, tokenizer) for row in rows],
     )
     with atomic_path(page) as temporary:
         temporary.write_text(text, encoding="utf-8")
     write_json(page.with_suffix(".json"), asdict(report))
-    print(_summary(report))
+    print(_text(report))
     logger.info("%s shows more.", page)
     return report
 
@@ -366,55 +373,92 @@ def _pieces(
             before, pending = pending, []
 
 
-def _picture(draw: Callable[[Any], None]) -> str:
-    """A drawing as a data URL of an SVG, for an `img` tag."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
-    axes = figure.subplots()
-    draw(axes)
-    axes.spines[["top", "right"]].set_visible(False)
-    content = io.BytesIO()
-    with rc_context({"svg.hashsalt": "peagle_hf"}):
-        figure.savefig(content, format="svg", metadata={"Date": None})
-    return f"data:image/svg+xml;base64,{base64.b64encode(content.getvalue()).decode()}"
-
-
 def _draw_lengths(axes: Any, lengths: np.ndarray, learnt: np.ndarray) -> None:
     edges = np.linspace(0, max(int(lengths.max()), 1), 41)
-    axes.hist(lengths, bins=edges, label="all tokens", color="#9aa5b1")
-    axes.hist(learnt, bins=edges, label="learnt tokens", color="#3b6ea8", histtype="step", linewidth=1.5)
-    axes.set(xlabel="Tokens of a row", ylabel="Rows")
-    axes.legend(frameon=False)
+    axes.hist(lengths, bins=edges, label="all tokens", color=GREY)
+    axes.hist(learnt, bins=edges, label="trained on", color=BLUE, histtype="step", linewidth=1.5)
+    axes.set(xlabel="Tokens of a sample", ylabel="Samples")
+    axes.legend()
 
 
 def _draw_shares(axes: Any, shares: np.ndarray) -> None:
-    axes.hist(100 * shares, bins=np.linspace(0, 100, 41).tolist(), color="#3b6ea8")
-    axes.set(xlabel="Learnt, % of a row", ylabel="Rows")
+    axes.hist(100 * shares, bins=np.linspace(0, 100, 41).tolist(), color=BLUE)
+    axes.set(xlabel="Trained on, % of a sample", ylabel="Samples")
 
 
 def _draw_coverage(axes: Any, counts: np.ndarray, coverage: dict[int, float]) -> None:
     frequencies: Sequence[float] = np.sort(counts[counts > 0])[::-1].cumsum() / counts.sum() * 100
-    axes.plot(range(1, len(frequencies) + 1), frequencies, color="#3b6ea8")
-    axes.plot(coverage.keys(), [100 * share for share in coverage.values()], "o", color="#3b6ea8")
-    axes.set(xscale="log", xlabel="Draft vocabulary", ylabel="Learnt tokens in it, %", ylim=(0, 103))
+    axes.plot(range(1, len(frequencies) + 1), frequencies, color=BLUE)
+    axes.plot(coverage.keys(), [100 * share for share in coverage.values()], "o", color=BLUE)
+    axes.set(xscale="log", xlabel="Draft vocabulary", ylabel="Tokens trained on in it, %", ylim=(0, 103))
 
 
-def _summary(report: DataReport) -> str:
-    """The report in a few lines for a terminal."""
-    coverage = ", ".join(f"{share:.1%} by {size}" for size, share in report.coverage.items())
+def _summary(report: DataReport) -> dict[str, str]:
+    """What a reader asks first, by name."""
     truncated = "not known"
     if report.truncated_share is not None:
-        truncated = f"{report.num_truncated_rows} rows ({report.truncated_share:.1%}), after {report.seq_length} tokens"
-    quantiles = ", ".join(f"{name} {value:.0f}" for name, value in report.row_tokens.items())
+        truncated = (
+            f"{report.num_truncated_rows} samples ({report.truncated_share:.1%}), after {report.seq_length} tokens"
+        )
+        if report.num_cut_tokens is not None:
+            truncated += f"; {report.num_cut_tokens} tokens were cut off"
+    return {
+        "Samples": f"{report.num_rows}, of {report.num_conversations} conversations",
+        "Tokens": f"{report.num_tokens}",
+        "Trained on": f"{report.num_learnt_tokens} ({report.learnt_share:.1%}), {report.num_distinct_learnt} different",
+        "Cut": truncated,
+        "Left out": "not known" if report.skipped is None else f"{sum(report.skipped.values())} samples",
+    }
+
+
+def _text(report: DataReport) -> str:
+    """The report in a few lines for a terminal."""
+    coverage = ", ".join(f"{share:.1%} by {size}" for size, share in report.coverage.items())
     lines = {
         "Folder": report.folder,
-        "Rows": f"{report.num_rows} of {report.num_conversations} conversations",
-        "Tokens": f"{report.num_tokens}; of a row {quantiles}",
-        "Learnt": f"{report.num_learnt_tokens} ({report.learnt_share:.1%}), {report.num_distinct_learnt} different",
-        "Cut": truncated,
-        "Left out": "not known" if report.skipped is None else f"{sum(report.skipped.values())} rows",
+        **_summary(report),
+        "Lengths": ", ".join(f"{name} {value:.0f}" for name, value in report.row_tokens.items()),
         "Covered": coverage or "no draft vocabulary is smaller than the whole one",
     }
-    return "\n".join(f"{name:<10}{text}" for name, text in lines.items())
+    return "\n".join(f"{name:<12}{value}" for name, value in lines.items())
+
+
+def _tables(report: DataReport) -> dict[str, Table]:
+    """The tables of the page."""
+
+    def quantiles(name: str, values: dict[str, float], scale: int = 1, unit: str = "") -> list[str]:
+        return [name, *(f"{scale * value:.0f}{unit}" for value in values.values())]
+
+    def percent(share: float, form: str = ".1f") -> str:
+        return f"{100 * share:{form}} %"
+
+    lengths = [
+        quantiles("Tokens of a sample", report.row_tokens),
+        quantiles("Tokens of it that are trained on", report.row_learnt_tokens),
+        quantiles("Their share", report.row_learnt_share, 100, " %"),
+    ]
+    counted = ("conversations_read", "conversations_in_data", "rows", "truncated_rows", "tokens", "learnt_tokens")
+    sources = [
+        [
+            source["data"],
+            *(str(source[name]) for name in counted),
+            percent(source["learnt_tokens"] / report.num_learnt_tokens),
+        ]
+        for source in report.sources or []
+    ]
+    heads = ("conversations", "of", "samples", "cut", "tokens", "trained on", "of all trained on")
+    coverage = [
+        [str(size), percent(share, ".2f"), percent(report.unseen_coverage[size], ".2f")]
+        for size, share in report.coverage.items()
+    ]
+    return {
+        "left_out": Table("", ["Left out", "reason"], [[str(n), why] for why, n in (report.skipped or {}).items()]),
+        "lengths": Table("", ["", *report.row_tokens], lengths),
+        "sources": Table("Sources", ["", *heads], sources),
+        "coverage": Table("", ["draft vocabulary", "tokens in it", "in one chosen by other samples"], coverage),
+        "shares": Table(
+            "",
+            ["to hold", "takes"],
+            [[percent(share), f"{size} tokens"] for share, size in report.tokens_for_share.items()],
+        ),
+    }

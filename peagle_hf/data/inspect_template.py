@@ -9,10 +9,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from ..files import atomic_path
+from ..pages.page import render
 from .chats import read_chat
 from .loss_mask import ChatTokenizer
 from .tokenizer import load_tokenizer, read_template_kwargs
@@ -205,10 +205,7 @@ def show_template(
     is_coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     print("\n".join(_lines(results, *(_COLOURS if is_coloured else _BRACKETS))))
     if page is not None:
-        environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-        text = environment.from_string(_PAGE.read_text(encoding="utf-8")).render(
-            model=model, template=chat_template, results=results, counts=_counts(results)
-        )
+        text = render(_PAGE, model=model, template=chat_template, results=results, counts=_counts(results))
         with atomic_path(page) as temporary:
             temporary.write_text(text, encoding="utf-8")
         logger.info("%s shows the same as a page.", page)

@@ -16,6 +16,7 @@ from ..data.tokenizer import ChatOptions
 from ..files import atomic_path, locked_folder, write_json
 from ..hub.training_json import chosen_chat_options, recorded_chat_options
 from ..model.served_checkpoint import check_checkpoint
+from ..pages.pictures import can_draw
 from .arguments import EvaluateArguments
 from .figures import difference, entry
 from .in_processes import measure_processes
@@ -155,6 +156,9 @@ def _illustrate(report: dict[str, Any], output: Path) -> None:
     with atomic_path(output / "evaluation.html") as temporary:
         temporary.write_text(html(report), encoding="utf-8")
     picture = output / "evaluation.png"
+    if not can_draw():
+        picture.unlink(missing_ok=True)  # that of an earlier evaluation
+        return
     try:
         with atomic_path(picture) as temporary:
             draw(report, temporary)

@@ -1,65 +1,60 @@
 """The report of `peagle-hf evaluate` for readers: text for a terminal, pictures, and one self-contained HTML file."""
 
-import logging
 import os
 import unicodedata
-import warnings
-from base64 import b64encode
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from html import escape
-from io import BytesIO
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from ..console import estimate
 from ..data.answer_markers import TEXT, drafted_segments
+from ..pages.page import render
+from ..pages.pictures import COLOURS, GREY, picture, save_png
+from ..pages.tables import Table
 from .intervals import MIN_PROMPTS
 from .runs import BY_CATEGORY, BY_REQUEST, coarse_counts
 
-logger = logging.getLogger(__name__)
-
 LONGEST_LABEL = 40
 """Longest name of a category in the text for a terminal, in characters; in a picture half of that."""
-_GREY = "#9aa5b1"
-_COLOURS = ("#3b6ea8", "#e0a33e", "#5a9a68", "#c06c84", "#7a6bb0", "#5fb0b7")
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; color: #1d2733 }
-table { border-collapse: collapse; margin: 1em 0; display: block; overflow-x: auto }
-th, td { padding: .3em .9em .3em 0; text-align: left; border-bottom: 1px solid #d8dee5; vertical-align: top;
-  max-width: 32em; overflow-wrap: anywhere }
-td { font-variant-numeric: tabular-nums } img { max-width: 100% }
-"""
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of the report, as text."""
-
-    title: str
-    head: list[str]
-    rows: list[list[str]]
 
 
 def text(report: dict[str, Any]) -> str:
     """The report for a terminal."""
-    return "\n\n".join([*map(_aligned, _tables(report)), "\n".join(_sentences(report))])
+    return "\n\n".join([*(table.text() for table in _tables(report)), "\n".join(_sentences(report))])
 
 
 def html(report: dict[str, Any]) -> str:
     """The report as one HTML file with its pictures; a picture that can't be drawn is replaced by the reason."""
-    tables = "\n".join(map(_html_table, _tables(report)))
-    sentences = "\n".join(f"<p>{escape(sentence)}</p>" for sentence in _sentences(report))
-    pictures = "\n".join(f"<p>{_html_picture(title, picture, report)}</p>" for title, picture in _PICTURES)
-    title = f"P-EAGLE drafter: acceptance length {report['acceptance_length']:.2f}"
-    return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
-        f"<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n{sentences}\n{pictures}\n{tables}\n</body>\n</html>\n"
+    return render(
+        Path(__file__).with_name("report.html"),
+        title=f"P-EAGLE drafter: acceptance length {report['acceptance_length']:.2f}",
+        summaries=[(label, _summary(entry, report)) for label, entry in _entries(report)],
+        sentences=_sentences(report),
+        pictures=[picture(title, partial(drawing, report)) for title, drawing in _PICTURES],
+        tables=_tables(report),
     )
 
 
 def draw(report: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """Draw all pictures of the report side by side into a PNG; error bars are the intervals."""
-    _save([picture for _, picture in _PICTURES], report, path, (6.5, 4.2), 150)
+    save_png(path, [partial(drawing, report) for _, drawing in _PICTURES], (6.2, 3.6))
+
+
+def _summary(entry: dict[str, Any], report: dict[str, Any]) -> dict[str, str]:
+    """What a reader asks first about a drafter, by name; `report` has what all entries share."""
+    is_same = entry["text_identical"]
+    return {
+        "Drafter": f"{entry['drafter']}, K={entry['num_speculative_tokens']}",
+        "Verifier": report["verifier"],
+        "Acceptance length": _figure(entry, "acceptance_length", ".3f"),
+        "Speed-up": _speed_up(entry) or "not measured",
+        "Text identical": "not compared" if is_same is None else "yes" if is_same else f"NO, in {_num_other(entry)}",
+    }
+
+
+def _num_other(entry: dict[str, Any]) -> str:
+    return f"{entry['num_prompts'] - entry['num_identical']} of {entry['num_prompts']} prompts"
 
 
 def _entries(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -307,62 +302,7 @@ def _text_sentence(entry: dict[str, Any], report: dict[str, Any]) -> str:
         if report["dtype"] == "float32"
         else f" In {report['dtype']} greedy text can change with the batch composition: try --dtype float32."
     )
-    return (
-        f"Text: DIFFERENT with the drafter for {entry['num_prompts'] - entry['num_identical']} of "
-        f"{entry['num_prompts']} prompts: {', '.join(places)}.{hint}"
-    )
-
-
-def _aligned(table: Table) -> str:
-    rows = [table.head, *table.rows] if any(table.head) else table.rows
-    widths = [max(map(_width, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "   ".join(cell + " " * (width - _width(cell)) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-    return "\n".join([table.title, *(f"  {line}" for line in lines)])
-
-
-def _width(line: str) -> int:
-    """Columns in a terminal: East Asian characters and emoji take two, combining marks none."""
-    wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in line)
-    return len(line) + wide - sum(unicodedata.category(letter) in ("Mn", "Me", "Cf") for letter in line)
-
-
-def _html_table(table: Table) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in table.head)
-    rows = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
-    return f"<h2>{escape(table.title)}</h2>\n<table>\n<tr>{head}</tr>\n{rows}\n</table>"
-
-
-def _html_picture(title: str, picture: "_Picture", report: dict[str, Any]) -> str:
-    content = BytesIO()
-    try:
-        _save([picture], report, content, (9, 4.2), 110)
-    except Exception as error:  # whatever matplotlib raises: the tables have the figures
-        logger.warning("The picture %r could not be drawn (%s: %s).", title, type(error).__name__, error)
-        return f"The picture “{escape(title)}” could not be drawn: {escape(str(error))}"
-    address = "data:image/png;base64," + b64encode(content.getvalue()).decode()
-    return f'<img alt="{escape(title)}" src="{address}">'
-
-
-def _save(
-    pictures: Sequence["_Picture"],
-    report: dict[str, Any],
-    file: str | os.PathLike[str] | BytesIO,
-    size: tuple[float, float],
-    dots_per_inch: int,
-) -> None:
-    """Draw pictures side by side into a PNG file; `size` is that of one, in inches."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    with rc_context({"text.usetex": False}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"Glyph \d+", UserWarning)  # a character that the font lacks becomes a box
-        figure = Figure(figsize=(size[0] * len(pictures), size[1]), layout="constrained")
-        for axes, picture in zip(figure.subplots(1, len(pictures), squeeze=False)[0], pictures, strict=True):
-            picture(axes, report)
-        figure.savefig(file, format="png", dpi=dots_per_inch)
+    return f"Text: DIFFERENT with the drafter for {_num_other(entry)}: {', '.join(places)}.{hint}"
 
 
 def shown(name: str, longest: int = LONGEST_LABEL) -> str:
@@ -374,7 +314,7 @@ def shown(name: str, longest: int = LONGEST_LABEL) -> str:
     return line if len(line) <= longest else line[: longest - 1] + "…"
 
 
-def _draw_positions(axes: Any, report: dict[str, Any]) -> None:
+def _draw_positions(report: dict[str, Any], axes: Any) -> None:
     entries = _entries(report)
     positions = range(max(len(entry["per_position_acceptance"]) for _, entry in entries))
     series = [(label, _positions(entry, len(positions))) for label, entry in entries]
@@ -389,7 +329,7 @@ def _positions(entry: dict[str, Any], count: int) -> list[tuple[float, Any]]:
     return [*zip(rates, spread, strict=True), *[(0.0, None)] * (count - len(rates))]
 
 
-def _draw_categories(axes: Any, report: dict[str, Any]) -> None:
+def _draw_categories(report: dict[str, Any], axes: Any) -> None:
     def lengths(entry: dict[str, Any]) -> list[tuple[float, Any]]:
         rows = entry["by_category"].values()
         return [(row["acceptance_length"], row["intervals"].get("acceptance_length")) for row in rows]
@@ -401,7 +341,7 @@ def _draw_categories(axes: Any, report: dict[str, Any]) -> None:
     axes.tick_params("x", rotation=30)
 
 
-def _draw_speeds(axes: Any, report: dict[str, Any]) -> None:
+def _draw_speeds(report: dict[str, Any], axes: Any) -> None:
     def speeds(entry: dict[str, Any], name: str) -> list[tuple[float, Any]]:
         return [(run[name], run["intervals"].get(name)) for run in entry["by_concurrency"]]
 
@@ -415,8 +355,7 @@ def _draw_speeds(axes: Any, report: dict[str, Any]) -> None:
     axes.set(xlabel="Chats at a time", ylabel="Tokens per second", title="Speed")
 
 
-_Picture = Callable[[Any, dict[str, Any]], None]
-_PICTURES: list[tuple[str, _Picture]] = [
+_PICTURES: list[tuple[str, Callable[[dict[str, Any], Any], None]]] = [
     ("Acceptance by position", _draw_positions),
     ("Acceptance length by category", _draw_categories),
     ("Speed", _draw_speeds),
@@ -438,6 +377,8 @@ def _bars(
         form: format of the numbers on the bars, which are drawn if there is room.
         baseline: the first series was measured without a drafter.
     """
+    from matplotlib import rcParams
+
     width = 0.8 / len(series)
     for number, (label, values) in enumerate(series):
         heights = [value - bottom for value, _ in values]
@@ -452,15 +393,14 @@ def _bars(
             heights,
             width * 0.92,
             bottom,
-            color=_GREY if baseline and number == 0 else _COLOURS[(number - baseline) % len(_COLOURS)],
+            color=GREY if baseline and number == 0 else COLOURS[(number - baseline) % len(COLOURS)],
             label=label,
             yerr=errors,
-            error_kw={"ecolor": "#1d2733", "elinewidth": 1, "capsize": 2},
+            error_kw={"ecolor": rcParams["text.color"], "elinewidth": 1, "capsize": 2},
         )
         if len(groups) * len(series) <= 16:
-            axes.bar_label(bars, [form.format(value) for value, _ in values], padding=2, fontsize=8)
+            axes.bar_label(bars, [form.format(value) for value, _ in values], padding=2, fontsize=9)
     axes.set_xticks(range(len(groups)), groups, parse_math=False)
     axes.margins(y=0.15)
-    axes.spines[["top", "right"]].set_visible(False)
     if len(series) > 1:
-        axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.28))
+        axes.legend(fontsize=9, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))

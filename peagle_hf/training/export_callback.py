@@ -9,6 +9,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from ..arguments import config_path, write_config
 from ..files import atomic_path
+from ..pages.pictures import can_draw
 from .checkpoints import (
     CURVES,
     best_checkpoint,
@@ -103,8 +104,9 @@ class VllmExportCallback(TrainerCallback):
         self._is_described = True
 
     def _draw(self, args: TrainingArguments, state: TrainerState) -> None:
-        with atomic_path(self._folder(args) / CURVES) as temporary:
-            draw(state.log_history, temporary)
+        if can_draw():
+            with atomic_path(self._folder(args) / CURVES) as temporary:
+                draw(state.log_history, temporary)
 
     def _folder(self, args: TrainingArguments) -> Path:
         return self.run_folder or Path(args.output_dir or ".")

@@ -2,10 +2,13 @@
 
 import os
 import re
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..pages.pictures import BLUE, GREY, save_png
 
 METRICS = ("loss", "acceptance_length", "anchor_acceptance_length")
 """What validation gives, beside the accuracy and acceptance of each depth."""
@@ -133,25 +136,28 @@ def draw(history: list[dict[str, Any]], path: str | os.PathLike[str]) -> None:
         history: the Trainer's `state.log_history`.
     """
     from matplotlib import colormaps
-    from matplotlib.figure import Figure
 
     def curve(axes: Any, name: str, **style: Any) -> None:
         points = [(entry["step"], entry[name]) for entry in history if name in entry]
         axes.plot([step for step, _ in points], [value for _, value in points], **style)
 
-    figure = Figure(figsize=(13, 3.8), layout="constrained")
-    loss, length, by_depth = figure.subplots(1, 3)
-    for axes, name in ((loss, "loss"), (length, "acceptance_length")):
-        curve(axes, name, label="training", color="#9aa5b1")
-        curve(axes, f"eval_{name}", label="validation", color="#3b6ea8", marker="o")
-    prefix = "eval_" if any("eval_loss" in entry for entry in history) else ""
-    names = {name for entry in history for name in entry if re.fullmatch(rf"{prefix}acceptance_\d+", name)}
-    for depth in range(len(names)):
-        color = colormaps["viridis"](depth / len(names))
-        curve(by_depth, f"{prefix}acceptance_{depth}", label=f"depth {depth}", color=color, marker=".")
-    for axes, label in ((loss, "Loss"), (length, "Acceptance length"), (by_depth, "Acceptance by depth")):
+    def finish(axes: Any, label: str) -> None:
         axes.set(xlabel="Step", ylabel=label)
-        axes.spines[["top", "right"]].set_visible(False)
         if axes.lines:
-            axes.legend(frameon=False)
-    figure.savefig(path, format="png", dpi=150)
+            axes.legend()
+
+    def both(name: str, label: str, axes: Any) -> None:
+        curve(axes, name, label="training", color=GREY)
+        curve(axes, f"eval_{name}", label="validation", color=BLUE, marker="o")
+        finish(axes, label)
+
+    def by_depth(axes: Any) -> None:
+        prefix = "eval_" if any("eval_loss" in entry for entry in history) else ""
+        names = {name for entry in history for name in entry if re.fullmatch(rf"{prefix}acceptance_\d+", name)}
+        for depth in range(len(names)):
+            color = colormaps["viridis"](depth / len(names))
+            curve(axes, f"{prefix}acceptance_{depth}", label=f"depth {depth}", color=color, marker=".")
+        finish(axes, "Acceptance by depth")
+
+    lengths = partial(both, "acceptance_length", "Acceptance length")
+    save_png(path, [partial(both, "loss", "Loss"), lengths, by_depth], (13 / 3, 3.8))

@@ -1,0 +1,1 @@
+"""What the pages of all commands share: style, tables and pictures."""

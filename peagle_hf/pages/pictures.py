@@ -1,0 +1,97 @@
+"""Pictures of reports, drawn by matplotlib in one style: in a page as SVG, light and dark, or as a PNG file.
+
+Matplotlib is optional: without it `can_draw` says once what to install, and reports have only tables.
+"""
+
+import logging
+import os
+import warnings
+from base64 import b64encode
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
+from io import BytesIO
+from typing import Any
+
+from markupsafe import Markup, escape
+
+logger = logging.getLogger(__name__)
+
+GREY, BLUE = "#8593a1", "#4a86c5"
+COLOURS = (BLUE, "#e0a33e", "#5a9a68", "#c06c84", "#8f80c9", "#5fb0b7")
+"""Colours of series, in order; they can be told apart on white and on black."""
+MISSING = "Pictures need matplotlib, which is not installed: pip install 'peagle-hf[plots]'."
+_INKS = {"light": "#1d2733", "dark": "#dfe5ec"}
+
+Draw = Callable[[Any], None]
+"""Draws into a matplotlib `Axes`."""
+
+
+@cache
+def can_draw() -> bool:
+    """Whether matplotlib is installed; if not, the log says so once."""
+    is_there = find_spec("matplotlib") is not None
+    if not is_there:
+        logger.warning(MISSING)
+    return is_there
+
+
+def picture(title: str, draw: Draw, size: tuple[float, float] = (5.6, 3.2)) -> Markup:
+    """A drawing for a page, for light and for dark screens; one that can't be drawn is replaced by the reason.
+
+    Args:
+        title: what the picture shows, for readers who don't see it.
+        size: width and height in inches.
+    """
+    if not can_draw():
+        return Markup("<p>{}: {}</p>").format(title, MISSING)
+    try:
+        light, dark = (_svg(draw, size, ink) for ink in _INKS.values())
+    except Exception as error:  # whatever matplotlib raises: the tables have the figures
+        logger.warning("The picture %r could not be drawn (%s: %s).", title, type(error).__name__, error)
+        return Markup("<p>The picture “{}” could not be drawn: {}</p>").format(title, error)
+    return Markup(
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+        f'<img alt="{escape(title)}" src="{light}"></picture>'
+    )
+
+
+def save_png(
+    path: str | os.PathLike[str], drawings: Sequence[Draw], size: tuple[float, float], dots_per_inch: int = 150
+) -> None:
+    """Draw side by side into a PNG file on white; `size` is that of one drawing, in inches."""
+    with _style(_INKS["light"]):
+        _figure(drawings, size).savefig(path, format="png", dpi=dots_per_inch, facecolor="white")
+
+
+def _svg(draw: Draw, size: tuple[float, float], ink: str) -> str:
+    """A drawing as a data URL; the same drawing gives the same URL."""
+    content = BytesIO()
+    with _style(ink):
+        _figure([draw], size).savefig(content, format="svg", metadata={"Date": None})
+    return "data:image/svg+xml;base64," + b64encode(content.getvalue()).decode()
+
+
+def _figure(drawings: Sequence[Draw], size: tuple[float, float]) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(size[0] * len(drawings), size[1]), layout="constrained")
+    for axes, draw in zip(figure.subplots(1, len(drawings), squeeze=False)[0], drawings, strict=True):
+        draw(axes)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+@contextmanager
+def _style(ink: str) -> Iterator[None]:
+    """Matplotlib's settings for all pictures: transparent ground, text as text, in a colour."""
+    from matplotlib import rc_context
+
+    inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    plain = {"figure.facecolor": "none", "axes.facecolor": "none", "legend.frameon": False, "text.usetex": False}
+    plain["axes.titlepad"] = 24  # points, in which a legend has room
+    svg = {"svg.hashsalt": "peagle_hf", "svg.fonttype": "none"}
+    with rc_context({**dict.fromkeys(inked, ink), **plain, **svg}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+", UserWarning)  # a character that matplotlib's font lacks
+        yield

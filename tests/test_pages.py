@@ -1,0 +1,63 @@
+"""What the pages of all commands share: tables in three forms, and pictures with and without matplotlib."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from html5lib import HTMLParser
+from test_evaluation import make_report
+from test_trainer import run
+
+from peagle_hf.evaluation.report import html
+from peagle_hf.pages import pictures
+from peagle_hf.pages.tables import Table, escape_markdown
+
+HOSTILE = "<script>alert(1)</script> a | b\n[c](javascript:d) `e` **f** & ![g](h) #i ~~j~~"
+
+
+def test_a_table_shows_any_text_and_aligns_numbers():
+    table = Table("T & t", ["name", "count", "share"], [[HOSTILE, "12", "1.5 %"], ["表", "7", ""]])
+    page = f"<!DOCTYPE html><html><head><title>t</title></head><body>{table.html()}</body></html>"
+    cells = [cell for cell in HTMLParser(strict=True).parse(page).iter() if cell.tag.endswith("}td")]
+    assert [cell.text or "" for cell in cells] == [HOSTILE, "12", "1.5 %", "表", "7", ""]
+    assert ["number" in cell.get("class") for cell in cells] == [False, True, True] * 2
+    head, *lines = table.text().splitlines()[1:]
+    assert head.index("count") == lines[-1].index("7") + 1, "one character that is two columns wide"
+    assert "<thead>" not in Table("", ["", ""], [["a", "b"]]).html()
+    assert Table("", ["a"], []).html().count("<tr>") == 1
+
+
+def test_escaped_markdown_is_the_text_itself():
+    markdown = pytest.importorskip("markdown")
+    page = HTMLParser().parse(markdown.markdown(escape_markdown(HOSTILE)))
+    assert {node.tag.partition("}")[2] for node in page.iter()} == {"html", "head", "body", "p"}
+    text = "".join(page.itertext()).replace("\\~", "~").replace("\\|", "|")  # which only tables and GitHub take away
+    assert text == " ".join(HOSTILE.split())
+
+
+def test_a_picture_that_can_not_be_drawn_gives_the_reason():
+    def draw(axes):
+        raise ValueError("no <numbers>")
+
+    shown = pictures.picture("lengths", draw)
+    assert shown == "<p>The picture “lengths” could not be drawn: no &lt;numbers&gt;</p>"
+
+
+@pytest.mark.fault("matplotlib is not installed", "Reports and training have no pictures and say what to install.")
+def test_without_matplotlib_reports_have_tables_and_say_what_to_install(monkeypatch, train_flags, caplog):
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    pictures.can_draw.cache_clear()
+    try:
+        page = html(make_report())
+        run(train_flags, num_train_epochs=1)
+    finally:
+        pictures.can_draw.cache_clear()
+    assert page.count("pip install &#39;peagle-hf[plots]&#39;") == 3
+    assert "<img" not in page
+    assert "<h2>Acceptance</h2>" in page
+    assert caplog.text.count("pip install 'peagle-hf[plots]'") == 1
+    folder = Path(train_flags["output_dir"])
+    assert (folder / "checkpoint_best").exists()
+    assert not (folder / "training.png").exists()
