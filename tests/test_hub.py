@@ -107,7 +107,7 @@ def evaluation(trained, tmp_path):
         "num_identical": 16,
         "by_category": {
             "maths": {"num_prompts": 9, "acceptance_length": 1.521, "acceptance_rate": 0.1737},
-            "a | b\nc": {"num_prompts": 8, "acceptance_length": 1.312, "acceptance_rate": 0.1111},
+            "a | b\nc <i> [d](e)": {"num_prompts": 8, "acceptance_length": 1.312, "acceptance_rate": 0.1111},
         },
         "max_tokens": 77,
         "temperature": 0.0,
@@ -274,7 +274,7 @@ def test_the_card_says_what_was_measured(trained, evaluation):
         "| tokens per second without | 98.7 |",
         "| texts that are the same with and without | 16/17 |",
         "| maths | 9 | 1.521 | 17.4% |",
-        "| a \\| b c | 8 | 1.312 | 11.1% |",
+        "| a \\| b c &lt;i&gt; \\[d\\](e) | 8 | 1.312 | 11.1% |",
         "17 prompts of questions.jsonl, a-lab/questions, at most 77 tokens each, greedy, 3 tokens at a time",
         "float32 on CPU, 2 threads; peagle_hf 9.8.7, vllm 0.32.0",
         "| data | Aeala/ShareGPT_Vicuna_unfiltered:train, chats.jsonl, a-lab/chats:test, 20 rows, 430 tokens",
@@ -299,6 +299,9 @@ def test_the_card_says_what_was_measured(trained, evaluation):
     ):
         assert words in card, words
     assert "secret" not in card
+    assert card.lstrip().startswith("# d\n\n## Serve\n")
+    assert card.endswith("}\n```\n")
+    assert "arXiv:2602.01469" in card
     assert str(config.verifier_name_or_path) not in card
 
 

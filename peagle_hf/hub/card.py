@@ -20,6 +20,7 @@ from ..fingerprint import has_weights
 from ..model.config import PeagleConfig
 from ..model.drafter import HUB_TAGS
 from ..model.served_checkpoint import speculative_config
+from ..pages.tables import Table, escape_markdown
 from .training_json import chat_options_of
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,16 @@ _EVALUATION = (
     *("tokens_per_second", "tokens_per_second_without", "num_identical", "by_category"),
 )
 """Fields of an evaluation's report that the card shows."""
+
+_CITATION = """```bibtex
+@article{hui2026peagle,
+  title={P-EAGLE: Parallel-Drafting EAGLE with Scalable Training},
+  author={Hui, Mude and Huang, Xin and Salas, Jaime Campos and Sun, Yue and Pemberton, Nathan and Song, Xiang and
+          Khetan, Ashish and Karypis, George},
+  journal={arXiv preprint arXiv:2602.01469},
+  year={2026}
+}
+```"""
 
 
 def read_evaluation(path: str | os.PathLike[str], model: str | os.PathLike[str]) -> dict[str, Any]:
@@ -104,12 +115,13 @@ def model_card(
         eval_results=_results(evaluation) or None,
     )
     sections = [
-        f"# {name or repo_id.split('/')[-1]}",
+        f"# {escape_markdown(name or repo_id.split('/')[-1])}",
+        "## Serve",
+        _serve(config, repo_id, verifier, chat_options or chat_options_of(record or {}) or ChatOptions()),
+        "## What it is",
         f"A P-EAGLE drafter ([arXiv 2602.01469](https://arxiv.org/abs/2602.01469)) for {_link(verifier)}, trained with "
         f"`peagle_hf`. It proposes {config.num_depths} tokens in one forward pass; the verifier checks them in one of "
         "its own, so the text stays the verifier's.",
-        "## Serve",
-        _serve(config, repo_id, verifier, chat_options or chat_options_of(record or {}) or ChatOptions()),
         "## Acceptance in vLLM",
         "Not measured." if evaluation is None else _acceptance(evaluation),
         "## Training",
@@ -118,6 +130,8 @@ def model_card(
         _validation(record),
         "## Drafter",
         _drafter(config),
+        "## Citation",
+        _CITATION,
     ]
     return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
 
@@ -177,9 +191,9 @@ def _acceptance(report: dict[str, Any]) -> str:
     method = report.get("interval_method")
     intervals = f" In brackets: {method['confidence']:.0%} intervals ({method['name']})." if method else ""
     measured = (
-        f"Measured with `peagle-hf evaluate`: {report['num_prompts']} prompts of {_suites(report)}, "
+        f"Measured with `peagle-hf evaluate`: {report['num_prompts']} prompts of {escape_markdown(_suites(report))}, "
         f"at most {report['max_tokens']} tokens each, {sampling}, {report['num_speculative_tokens']} tokens at a time, "
-        f"{report['concurrency']} requests at a time, {report['dtype']} on {report['device']}; "
+        f"{report['concurrency']} requests at a time, {report['dtype']} on {escape_markdown(report['device'])}; "
         f"{_versions(report['versions'])}.{intervals}"
     )
     by_position = _table(
@@ -278,7 +292,11 @@ def _sampling(config: PeagleConfig) -> str:
 
 
 def _link(verifier: str | None) -> str:
-    return "a model that is not on the hub" if verifier is None else f"[{verifier}](https://huggingface.co/{verifier})"
+    return (
+        "a model that is not on the hub"
+        if verifier is None
+        else f"[{escape_markdown(verifier)}](https://huggingface.co/{verifier})"
+    )
 
 
 def _versions(versions: dict[str, str]) -> str:
@@ -290,7 +308,5 @@ def _percent(share: float) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table; line breaks and `|` in cells, such as names of categories, are escaped."""
-    texts = ([" ".join(str(cell).split()).replace("|", "\\|") for cell in row] for row in (head, *rows))
-    head_line, *lines = ["| " + " | ".join(cells) + " |" for cells in texts]
-    return "\n".join([head_line, "| " + " | ".join(["---"] * len(head)) + " |", *lines])
+    """A Markdown table whose cells are shown as they are, whatever they hold."""
+    return Table("", head, [[escape_markdown(cell) for cell in row] for row in rows]).markdown()

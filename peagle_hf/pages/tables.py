@@ -61,9 +61,8 @@ class Table:
 
 
 def escape_markdown(text: str) -> str:
-    """Text so that a Markdown page shows it as it is: in one line, with its punctuation and tags escaped."""
-    line = " ".join(str(text).split())
-    line = re.sub(r"([\\`*_{}\[\]()#+!|~])", r"\\\1", line)
+    """Text in one line, so that a Markdown page shows it as it is: no tag, link, emphasis, code or end of a cell."""
+    line = re.sub(r"[\\`*\[\]|~]|^#|(?<!\w)_|_(?!\w)", r"\\\g<0>", " ".join(str(text).split()))
     return line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
