@@ -48,7 +48,7 @@ def load_for_extraction(arguments: "ExtractArguments", device: str) -> PreTraine
     on_cpu = torch.device(device).type == "cpu"
     name = arguments.verifier_dtype
     dtype = getattr(torch, ("float32" if on_cpu else "bfloat16") if name == "auto" else name)
-    if torch.device(device).type == "cuda":
+    if torch.device(device).index is not None:
         torch.cuda.set_device(device)
     assert arguments.model is not None
     model = load_verifier(arguments.model, dtype, device, arguments.revision, arguments.trust_remote_code)
