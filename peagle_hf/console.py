@@ -137,13 +137,15 @@ def log_lines_above_bars() -> Iterator[None]:
 
 def versions() -> str:
     """The versions of this package, Python and `REPORTED_PACKAGES`, in one line."""
+    from . import __version__
+
     found = [f"Python {platform.python_version()}"]
     for name in REPORTED_PACKAGES:
         try:
             found.append(f"{name} {version(name)}")
         except PackageNotFoundError:
             continue
-    return f"peagle-hf {version('peagle-hf')} ({', '.join(found)})"
+    return f"peagle-hf {__version__} ({', '.join(found)})"
 
 
 def end_processes() -> None:
