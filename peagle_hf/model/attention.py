@@ -193,11 +193,11 @@ def _compiled_flex_attention() -> Callable[..., Any]:
 
 
 class RectangleAttention(torch.autograd.Function):
-    r"""Attention of which a part, `near`, is there already: add the rectangles and merge by log-sum-exp.
+    """Attention of which a part, `near`, is there already: add the rectangles and merge by log-sum-exp.
 
-    With the outputs \(o_i\) of disjoint sets of keys and the log-sum-exp \(l_i\) of their scores, attention over all
-    keys is \(\sum_i e^{l_i - l} o_i\), \(l = \log \sum_i e^{l_i}\) (as in ring attention, arXiv 2310.01889). A
-    rectangle's own backward pass gives the exact gradient when it is handed the merged output and \(l\).
+    With the outputs `o_i` of disjoint sets of keys and the log-sum-exp `l_i` of their scores, attention over all
+    keys is `Σ_i exp(l_i - l) o_i`, with `l = log Σ_i exp(l_i)` (as in ring attention, arXiv 2310.01889). A
+    rectangle's own backward pass gives the exact gradient when it is handed the merged output and `l`.
     """
 
     @staticmethod

@@ -1,12 +1,12 @@
-r"""Draft and verify in plain transformers: the reference for what vLLM does with a drafter, greedy or sampling.
+"""Draft and verify in plain transformers: the reference for what vLLM does with a drafter, greedy or sampling.
 
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
     verifier.generate(**inputs, custom_generate=draft_and_verify, drafter=drafter, max_new_tokens=128)
 
-Each round the drafter proposes K tokens in one forward pass, from its distributions \(q\), and the verifier reads them
-in one of its own, which gives its distributions \(p\). A token \(x\) is accepted with probability
-\(\min(1, p(x) / q(x))\); the first one that isn't is drawn anew from \(\max(0, p - q)\), normalised, and after K
-accepted ones another is drawn from \(p\) (arXiv 2211.17192). So the text is distributed as the verifier's own. Greedy
+Each round the drafter proposes K tokens in one forward pass, from its distributions `q`, and the verifier reads them
+in one of its own, which gives its distributions `p`. A token `x` is accepted with probability
+`min(1, p(x) / q(x))`; the first one that isn't is drawn anew from `max(0, p - q)`, normalised, and after K
+accepted ones another is drawn from `p` (arXiv 2211.17192). So the text is distributed as the verifier's own. Greedy
 decoding is the same with all probability on the argmax.
 
 Both models keep their keys and values in the same places: place s has the verifier's token x[s], and the drafter's

@@ -118,12 +118,12 @@ def register_loss(name: str, divergence: Divergence) -> None:
 
 
 def parse_loss(loss_fn: str) -> dict[str, float]:
-    r"""A loss's name, or JSON that weights several, as {name: weight}.
+    """A loss's name, or JSON that weights several, as {name: weight}.
 
-    `kl_div`: \(\mathrm{KL}(p \| q)\). `rkl`: \(\mathrm{KL}(q \| p)\). `jsd`: Jensen-Shannon. `ce`: cross-entropy with
-    the verifier's most likely token. `tv`: total variation, \(1 - \alpha\) with the chance of acceptance
-    \(\alpha = \sum_v \min(p_v, q_v)\). `nla`: \(-\log \alpha\). `lk_hybrid`: \(w\,\mathrm{KL} + (1 - w)\,\mathrm{TV}\)
-    with \(w = e^{-3\alpha}\), through which no gradient flows (the last two: LK losses, arXiv 2602.23881).
+    `kl_div`: `KL(p ‖ q)`. `rkl`: `KL(q ‖ p)`. `jsd`: Jensen-Shannon. `ce`: cross-entropy with the verifier's most
+    likely token. `tv`: total variation, `1 - alpha` with the chance of acceptance `alpha = Σ_v min(p_v, q_v)`. `nla`:
+    `-log alpha`. `lk_hybrid`: `w KL + (1 - w) TV` with `w = exp(-3 alpha)`, through which no gradient flows (the last
+    two: LK losses, arXiv 2602.23881).
 
     Raises:
         PeagleError: it is neither.
@@ -302,10 +302,10 @@ def _divergence(
 def survival_weights(
     chance_N: Tensor, anchors_N: Tensor, depths_N: Tensor, num_positions: int, num_depths: int, alpha: float
 ) -> Tensor:
-    r"""Weight of each slot in the loss: what it adds to the expected accepted length of its rollout (D-PACE).
+    """Weight of each slot in the loss: what it adds to the expected accepted length of its rollout (D-PACE).
 
-    With \(q_i\) the drafter's probability of the verifier's token at depth i, the slot at depth j weighs
-    \(w_j = \sum_{m \ge j} \prod_{i \le m} ((1 - \alpha) q_i + \alpha)\), over the trained slots of its rollout that COD
+    With `q_i` the drafter's probability of the verifier's token at depth i, the slot at depth j weighs
+    `w_j = Σ_{m≥j} Π_{i≤m} ((1 - alpha) q_i + alpha)`, over the trained slots of its rollout that COD
     kept: deep slots count where the drafter is likely to get there, and shallow ones as much as depends on them (after
     D-PACE's weights of the positions of a block). A rollout is never cut, so no weight depends on how a batch is cut.
 

@@ -107,11 +107,11 @@ def count_drafts(outcomes_4N: Tensor, num_depths: int) -> Tensor:
 
 
 def summarize(counters: Tensor) -> dict[str, float]:
-    r"""Turn counters [4, K] into the logged metrics.
+    """Turn counters [4, K] into the logged metrics.
 
     `accuracy_d`: correct / trained slots at depth d. `acceptance_d`: the share of drafts of which depth d and all
-    before it are accepted, \(\prod_{j \le d} c_j\) with \(c_j\) = accepted / reached at depth j. vLLM calls it the
-    per-position acceptance rate. `acceptance_length` is \(1 + \sum_d \prod_{j \le d} c_j\), the tokens that a forward
+    before it are accepted, `Π_{j≤d} c_j` with `c_j` = accepted / reached at depth j. vLLM calls it the
+    per-position acceptance rate. `acceptance_length` is `1 + Σ_d Π_{j≤d} c_j`, the tokens that a forward
     pass of the verifier yields. Depths without a slot are left out.
     """
     metrics: dict[str, float] = {}

@@ -2,6 +2,7 @@
 
     python tests/benchmarks/budget_figures.py table docs/data/budget_curve.jsonl
     python tests/benchmarks/budget_figures.py plot docs/data/budget_curve.jsonl docs/images/budget_curve.svg
+    python tests/benchmarks/budget_figures.py positions docs/data/budget_curve.jsonl docs/images/positions.svg
 
 The file has a training a line (see `Job`), with counts of reached and accepted positions, [prompts, 2, K].
 """
@@ -18,11 +19,11 @@ from typing import Any
 
 import torch
 from against_peer import with_interval
+from step_figures import COLOURS, GREY, NAMES, save, style
 
 Job = dict[str, Any]
 """One training: `who` (ours or peer), `rate`, `steps`, `seed` and, where they differ, other arguments as `flags`."""
 
-NAMES = {"ours": "peagle_hf", "peer": "speculators 0.9.0"}
 RATES = {"ours": (2e-3, 1e-3, 3e-3), "peer": (2e-3, 1e-3, 3e-3)}
 """Learning rates to choose from."""
 SEARCH_STEPS = 2000
@@ -156,16 +157,13 @@ def table(options: argparse.Namespace) -> None:
 
 
 def plot(options: argparse.Namespace) -> None:
-    """Draw the curve in colours that can be read on white and on black."""
-    import matplotlib
+    """Draw the curve: acceptance length by positions trained on."""
     from matplotlib.figure import Figure
 
-    matplotlib.rcParams["svg.hashsalt"] = "budget_curve"  # the same file from the same data
-    grey, colours = "#808080", {"ours": "#d9730d", "peer": "#3d85c6"}
     _, curve = load(options.results)
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
-    for who, colour in colours.items():
+    for who, colour in COLOURS.items():
         mine = [runs for (of, _), runs in curve.items() if of == who]
         points = sorted((runs[0]["positions"], [length(run) for run in runs]) for runs in mine)
         positions = [place for place, _ in points]
@@ -174,29 +172,47 @@ def plot(options: argparse.Namespace) -> None:
         for (place, lengths), mean in zip(points, means, strict=True):
             axes.plot([place] * len(lengths), lengths, "o", color=colour, markersize=4)
             at, offset = (max(lengths), 6) if who == "ours" else (min(lengths), -14)
-            style = {"color": colour, "ha": "center", "fontsize": 9, "textcoords": "offset points"}
-            axes.annotate(f"{mean:.2f}", (place, at), (0, offset), **style)
+            where = {"color": colour, "ha": "center", "fontsize": 9, "textcoords": "offset points"}
+            axes.annotate(f"{mean:.2f}", (place, at), (0, offset), **where)
         if who == "ours":
             labels = [f"{runs[0]['positions'] / 1e6:.1f} M\n{runs[0]['steps']:,} steps" for runs in mine]
             axes.set_xscale("log")
             axes.set_xticks([runs[0]["positions"] for runs in mine], labels)
     axes.minorticks_off()
     axes.margins(0.08, 0.12)
-    axes.set_xlabel("positions trained on, one sequence of 2,048 a step", color=grey)
-    axes.set_ylabel("acceptance length on the test prompts", color=grey)
-    axes.tick_params(colors=grey)
-    axes.grid(color=grey, alpha=0.25)
-    for spine in axes.spines.values():
-        spine.set_color(grey)
+    axes.set_xlabel("positions trained on, one sequence of 2,048 a step")
+    axes.set_ylabel("acceptance length on the test prompts")
     axes.legend(frameon=False, labelcolor="linecolor", loc="upper left")
-    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(options.output, transparent=True, metadata={"Date": None} if options.output.endswith("svg") else {})
+    style(axes)
+    save(figure, options.output)
+
+
+def positions(options: argparse.Namespace) -> None:
+    """Draw the acceptance by position on the test prompts, a panel for each number of steps."""
+    from matplotlib.figure import Figure
+
+    _, curve = load(options.results)
+    steps = sorted({steps for _, steps in curve})
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    panels = figure.subplots(2, 2, sharex=True, sharey=True)
+    for number, axes in zip(steps, panels.flat, strict=True):
+        for who, colour in COLOURS.items():
+            rates = [by_position(torch.tensor(run["tested"]).sum(0)) for run in curve[who, number]]
+            means = [100 * statistics.fmean(of) for of in zip(*rates, strict=True)]
+            axes.plot(range(1, len(means) + 1), means, marker="o", markersize=4, color=colour, label=NAMES[who])
+        axes.set_title(f"{number:,} steps", fontsize=10)
+        axes.set_xticks(range(1, len(means) + 1))
+        style(axes)
+    panels[0, 0].legend(frameon=False, labelcolor="linecolor", loc="upper right")
+    figure.supylabel("drafts accepted up to this position, %", color=GREY, fontsize=10)
+    figure.supxlabel("position in the draft", color=GREY, fontsize=10)
+    save(figure, options.output)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     stages = parser.add_subparsers(required=True)
-    for function, names in ((table, ("results",)), (plot, ("results", "output"))):
+    for function, names in ((table, ("results",)), (plot, ("results", "output")), (positions, ("results", "output"))):
         stage = stages.add_parser(function.__name__)
         for name in names:
             stage.add_argument(name)
