@@ -3,6 +3,7 @@ skips, and the faults that the tests inject."""
 
 import argparse
 import ast
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -72,6 +73,20 @@ class Block:
 def blocks(markdown: str) -> list[Block]:
     """The bash and python blocks of a page, in order; `<!-- not run: reason -->` before one takes it out of the run."""
     return [Block(found["language"], found["code"], found["reason"]) for found in BLOCK.finditer(markdown)]
+
+
+def on_config(config: "MkDocsConfig") -> "MkDocsConfig":
+    """Take the repository's address from PEAGLE_HF_REPOSITORY or pyproject.toml (mkdocs calls this)."""
+    config.repo_url = repository()
+    config.edit_uri = config.edit_uri if config.repo_url else None
+    return config
+
+
+def repository() -> str | None:
+    """The address for the repository's link and the edit links, with a slash at its end; None leaves them out."""
+    listed = re.search(r'^Repository = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)
+    address = os.environ.get("PEAGLE_HF_REPOSITORY") or (listed[1] if listed else "")
+    return f"{address.rstrip('/')}/" if address else None
 
 
 def on_files(files: "Files", config: "MkDocsConfig") -> "Files":

@@ -85,6 +85,28 @@ def test_every_substitute_is_used():
     assert [written for written in SUBSTITUTES if written not in code] == []
 
 
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+COMMAND = re.compile(r"(?:peagle-hf|-m peagle_hf|examples/train\.py|hellinger\.py) +([^#\n]*)")
+
+
+def commands_of(markdown: str) -> list[tuple[str, list[str]]]:
+    """Name and flags of each peagle-hf command in a page's bash blocks, without the flags that vLLM gets."""
+    found = []
+    for block in re.findall(r"^ *```bash\n(.*?)^ *```$", markdown, re.M | re.S):
+        for command in COMMAND.findall(block.replace("\\\n", " ")):
+            ours = re.split(r"\s--(?=\s|$)", command)[0]
+            name = ours.split()[0]
+            found.append((name if name in COMMANDS else "train", re.findall(r"(?<=\s)--[a-z][a-z0-9-]*", f" {ours}")))
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_flag_in_a_page_exists(page):
+    for name, flags in commands_of(page.read_text(encoding="utf-8")):
+        parser = CommandParser(COMMANDS[name].load()[1])
+        assert [flag for flag in flags if parser.field_of(flag) is None] == [], f"peagle-hf {name}"
+
+
 def test_command_line_page_has_every_flag():
     sections = dict(re.findall(r"^## peagle-hf (\S+)$(.*?)(?=^## |\Z)", command_line(), re.M | re.S))
     assert list(sections) == list(COMMANDS)
