@@ -6,11 +6,11 @@ import ast
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import architecture
+import code_blocks
 
 from peagle_hf.cli import COMMANDS
 from peagle_hf.cli.parsing import GENERAL, TRAINER, CommandParser, HelpFormatter
@@ -20,10 +20,6 @@ if TYPE_CHECKING:
     from mkdocs.structure.files import Files
 
 ROOT = Path(__file__).parents[1]
-EXECUTED = ("README.md", "docs/tutorial.md")
-BLOCK = re.compile(
-    r"(?:^<!-- not run: (?P<reason>[^\n]+) -->\n+)?^```(?P<language>bash|python)\n(?P<code>.*?)^```$", re.M | re.S
-)
 CLI_INTRODUCTION = """# Command line
 
 `peagle-hf <command> [config.yaml] [--flag value ...]`. This page is made from the parsers when the site is built;
@@ -42,14 +38,6 @@ CLI_INTRODUCTION = """# Command line
   log file with the traceback.
 - **Progress bars** are shown only if standard error is a terminal.
 """
-NOT_RUN_INTRODUCTION = """# What CI does not run
-
-The tests run the code blocks of the README and of the [tutorial](tutorial.md), in order, with SmolLM2-135M-Instruct in
-place of Qwen3-8B and a dozen chats in place of ShareGPT. These blocks aren't run:
-
-| page | begins | not run because |
-|---|---|---|
-"""
 FAULTS_INTRODUCTION = """# Faults that the tests inject
 
 Each line is a test that injects the fault and checks what happens. This page is made from the marks of the tests when
@@ -59,20 +47,6 @@ FAULTS_HEADER = """
 | how the fault is injected | what happens | test |
 |---|---|---|
 """
-
-
-@dataclass(frozen=True)
-class Block:
-    """A fenced block of code; `reason` says why it is not run, None if it is."""
-
-    language: str
-    code: str
-    reason: str | None
-
-
-def blocks(markdown: str) -> list[Block]:
-    """The bash and python blocks of a page, in order; `<!-- not run: reason -->` before one takes it out of the run."""
-    return [Block(found["language"], found["code"], found["reason"]) for found in BLOCK.finditer(markdown)]
 
 
 def on_config(config: "MkDocsConfig") -> "MkDocsConfig":
@@ -95,7 +69,7 @@ def on_files(files: "Files", config: "MkDocsConfig") -> "Files":
 
     files.append(File.generated(config, "architecture.md", content=architecture.page()))
     files.append(File.generated(config, "cli.md", content=command_line()))
-    files.append(File.generated(config, "not-run.md", content=not_run()))
+    files.append(File.generated(config, "not-run.md", content=code_blocks.not_run()))
     files.append(File.generated(config, "faults.md", content=faults_page()))
     return files
 
@@ -126,17 +100,6 @@ def faults(path: Path) -> list[tuple[str, str, str]]:
                 injected, outcome = map(ast.literal_eval, node.args)
                 found.append((injected, outcome, f"`{name}`"))
     return found
-
-
-def not_run() -> str:
-    """The page of blocks that are not run, and why."""
-    page = NOT_RUN_INTRODUCTION
-    for name in EXECUTED:
-        for block in blocks((ROOT / name).read_text(encoding="utf-8")):
-            if block.reason:
-                first = re.sub(r"\s+(\\|#.*)?$", "", block.code.splitlines()[0])
-                page += f"| {Path(name).stem} | `{first}` | {block.reason} |\n"
-    return page
 
 
 def command_line() -> str:

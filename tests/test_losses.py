@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from site_hooks import blocks
+from code_blocks import blocks
 from torch.nn import functional as F
 
 from peagle_hf import PeagleError, register_loss

@@ -119,9 +119,7 @@ def model_card(
         "## Serve",
         _serve(config, repo_id, verifier, chat_options or chat_options_of(record or {}) or ChatOptions()),
         "## What it is",
-        f"A P-EAGLE drafter ([arXiv 2602.01469](https://arxiv.org/abs/2602.01469)) for {_link(verifier)}, trained with "
-        f"`peagle_hf`. It proposes {config.num_depths} tokens in one forward pass; the verifier checks them in one of "
-        "its own, so the text stays the verifier's.",
+        _about(config, verifier),
         "## Acceptance in vLLM",
         "Not measured." if evaluation is None else _acceptance(evaluation),
         "## Training",
@@ -182,6 +180,14 @@ def _serve(config: PeagleConfig, repo_id: str, verifier: str | None, options: Ch
         "finds the verifier in `config.json`. This command names the verifier; lower `num_speculative_tokens` in it to "
         "draft fewer tokens at a time:\n\n"
         f"```bash\nvllm serve {verifier or 'VERIFIER'}{flags} --speculative-config {named}\n```"
+    )
+
+
+def _about(config: PeagleConfig, verifier: str | None) -> str:
+    return (
+        f"A P-EAGLE drafter ([arXiv 2602.01469](https://arxiv.org/abs/2602.01469)) for {_link(verifier)}, trained with "
+        f"`peagle_hf`. It proposes {config.num_depths} tokens in one forward pass; the verifier checks them in one of "
+        "its own, so the text stays the verifier's."
     )
 
 
