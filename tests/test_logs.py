@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import evaluate
 import pytest
@@ -15,6 +16,8 @@ from PIL import Image
 from test_distributed import history, launch
 from test_trainer import ROOT, StopAt, run
 from test_trainer_features import search
+from transformers import TrainerState
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from peagle_hf import PeagleError, PeagleTrainingArguments
 from peagle_hf.cli import main
@@ -24,6 +27,7 @@ from peagle_hf.evaluation import acceptance_metric
 from peagle_hf.serving.client import summarize
 from peagle_hf.training import metrics
 from peagle_hf.training.throughput import Throughput
+from peagle_hf.training.time_left import TimeLeft
 
 DEPTHS = range(3)
 STEPS = 10
@@ -37,6 +41,7 @@ NAMES = {
     "acceptance_length",
     "tokens_per_second",
     "loader_wait",
+    "minutes_left",
 }
 
 
@@ -108,6 +113,44 @@ class SlowRows(HiddenStatesDataset):
         return super().__getitem__(key)
 
 
+def test_minutes_left_count_steps_validations_and_saves_to_come(monkeypatch):
+    """Three epochs of 20 steps of 2 s, the first four of which take longer; each ends with 30 s and 12 s of pauses."""
+    clock = Clock()
+    monkeypatch.setattr(time, "perf_counter", clock)
+    args = SimpleNamespace(
+        world_size=1,
+        per_device_eval_batch_size=1,
+        gradient_accumulation_steps=1,
+        eval_strategy=IntervalStrategy.EPOCH,
+        eval_steps=None,
+        save_strategy=SaveStrategy.EPOCH,
+        save_steps=500,
+    )
+    trainer = type("Trainer", (), {"args": args, "eval_dataset": range(20)})()
+    left, state, said = TimeLeft(trainer), TrainerState(max_steps=60), []
+    left.on_train_begin(args, state, None, train_dataloader=range(20))
+    for step in range(1, 61):
+        left.on_step_begin(args, state, None)
+        clock.now += {1: 26, 2: 5, 3: 3, 4: 4}.get(step, 2)
+        state.global_step = step
+        left.on_step_end(args, state, None)
+        logs = {"loss": 1.0}
+        state.log_history.append({"step": step})
+        left.on_log(args, state, None, logs=logs)
+        assert state.log_history[-1]["minutes_left"] == logs["minutes_left"]
+        said.append((clock.now, logs["minutes_left"] * 60))
+        if step % 20 == 0:
+            clock.now += 30
+            left.on_evaluate(args, state, None)
+            clock.now += 10
+            left.on_save(args, state, None)
+            clock.now += 2
+    for now, seconds in said:
+        if now > 60:
+            assert seconds == pytest.approx(clock.now - now, rel=0.1 if now > 100 else 0.2), now
+    assert said[-1][1] == pytest.approx(42)
+
+
 def test_a_slow_loader_shows(train_flags):
     trainer = run(train_flags, **EPOCH)
     (fast,) = logs(trainer)
@@ -117,6 +160,7 @@ def test_a_slow_loader_shows(train_flags):
     waited = slow["loader_wait"] * epoch_positions(trainer) / slow["tokens_per_second"]
     assert waited >= 5 * 0.2
     assert fast["loader_wait"] < slow["loader_wait"] < 1
+    assert trainer.time_left.step_seconds >= 0.2
 
 
 @pytest.mark.slow

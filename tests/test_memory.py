@@ -1,5 +1,6 @@
 """The prediction of a step's memory: what it counts exactly, what it advises, and how a run uses it."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -135,6 +136,13 @@ def test_memory_report_prints_and_trains_nothing(train_flags, tmp_path, capsys):
     assert "predicted peak" in printed
     assert "1.00 GiB" in printed
     assert not (tmp_path / "checkpoints").exists()
+    step, validation, minutes = (float(found) for found in re.findall(r" ([\d.]+) (?:ms|s|minutes)$", printed, re.M))
+    assert "10 steps and 2 validations" in printed
+    assert minutes == pytest.approx((10 * step / 1e3 + 2 * validation) / 60, abs=0.1)
+    assert step > 0
+
+    main(["train", *flags({**train_flags, "memory_report": True, "hidden_states_path": tmp_path})])
+    assert "How long training takes isn't measured: " in capsys.readouterr().out
 
 
 def test_out_of_memory_ends_with_advice(train_flags, monkeypatch, tmp_path):

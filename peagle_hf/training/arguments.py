@@ -173,7 +173,7 @@ class PeagleTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "GiB that a process may use on its device. Default: 92 %% of the device."}
     )
     memory_report: bool = field(
-        default=False, metadata={"help": "Predict the memory of a training step, say what to change, and stop."}
+        default=False, metadata={"help": "Predict a step's memory and, on cached data, training's time, and stop."}
     )
     dry_run: bool = field(
         default=False, metadata={"help": "Say what would be trained and written, and in how many steps, and stop."}

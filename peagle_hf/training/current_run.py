@@ -34,6 +34,7 @@ from .record import RunRecord, describe_run, packing_of, record_of_earlier_versi
 from .resume_rules import check_resume, note_settings
 from .resuming import find_best_again, load_best, load_optimizer_and_schedule, settings_as_made, view_of
 from .throughput import Throughput
+from .time_left import updates_in
 from .warm_start import configuration_changes
 
 if TYPE_CHECKING:
@@ -210,8 +211,7 @@ class CurrentRun(TrainerCallback):
                     state.global_step,
                     state.max_steps,
                 )
-        steps_an_epoch = max(1, math.ceil(len(kwargs["train_dataloader"]) / args.gradient_accumulation_steps))
-        self._epoch = state.global_step // steps_an_epoch
+        self._epoch = state.global_step // updates_in(len(kwargs["train_dataloader"]), args)
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Set the sampler's epoch: the Trainer can't reach it when it skips batches on several processes.

@@ -2,13 +2,17 @@
 
 import logging
 import math
+import time
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import cast
 
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import TrainerCallback, set_seed
-from transformers.trainer_utils import SaveStrategy
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ..data.cache_manifest import Manifest, check_cache, check_folder
 from ..data.cache_storage import cache_folder, cached_rows
@@ -32,19 +36,26 @@ from .memory import report
 from .model_setup import head_dtype
 from .objective import load_head
 from .resuming import only_training
+from .time_left import FIRST_STEPS, updates_in, validation_batches
 from .trainer import PeagleTrainer
 from .warm_start import continued_config, load_drafter, sampling
 
 logger = logging.getLogger(__name__)
 
+TIMED_STEPS, VALIDATED_BATCHES = 5 * FIRST_STEPS, 8
+"""Of a training whose time `memory_report` predicts."""
+
 
 def train(args: PeagleTrainingArguments) -> PeagleTrainer | None:
     """Train a drafter on cached hidden states; resumes from the output folder's newest checkpoint if there is one.
 
-    With `memory_report` or `dry_run`, print a prediction instead and return None.
+    With `memory_report` or `dry_run`, print a prediction instead and return None; `memory_report` also trains for some
+    steps, to see how long they take, and keeps nothing of it.
     """
     if args.memory_report:
-        print(report(args.memory_plan(build_config(args)), args.usable_memory()))
+        if args.process_index == 0:
+            print(report(args.memory_plan(build_config(args)), args.usable_memory()))
+        print_time(args)
         return None
     if args.dry_run:
         print(plan(args))
@@ -110,9 +121,7 @@ def plan(args: PeagleTrainingArguments) -> str:
     train_dataset, eval_dataset = _datasets(args, endpoint)
     packs = [len(dataset.plan) for dataset in (train_dataset, eval_dataset) if dataset]
     samples = [dataset.num_samples for dataset in (train_dataset, eval_dataset) if dataset]
-    batches = math.ceil(math.ceil(packs[0] / args.per_device_train_batch_size) / args.world_size)
-    steps_an_epoch = math.ceil(batches / args.gradient_accumulation_steps)
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(steps_an_epoch * args.num_train_epochs)
+    steps, steps_an_epoch = planned_steps(args, packs[0])
     a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     newest = newest_checkpoint(args.output_dir) if args.resume else None
     exported = num_weights * getattr(torch, args.export_dtype).itemsize
@@ -127,6 +136,72 @@ def plan(args: PeagleTrainingArguments) -> str:
             f"takes {exported / 2**30:.2f} GiB, each one to resume from about {num_weights * 12 / 2**30:.2f} GiB more",
         ]
     )
+
+
+def print_time(args: PeagleTrainingArguments) -> None:
+    """Print how long a step and the whole training take on this device, from some steps on the cached data."""
+    try:
+        if args.n_gpu > 1:
+            raise PeagleError("show this process one GPU with CUDA_VISIBLE_DEVICES, or start it with torchrun.")
+        times = _time_steps(args)
+    except PeagleError as error:
+        times = f"How long training takes isn't measured: {error}"
+    if args.process_index == 0:
+        print(times)
+
+
+def _time_steps(args: PeagleTrainingArguments) -> str:
+    """Train and validate for some steps in a temporary folder, and say what the training takes at this speed."""
+    brief = copy(args)
+    brief.max_steps, brief.logging_strategy, brief.logging_steps = TIMED_STEPS, IntervalStrategy.STEPS, FIRST_STEPS
+    brief.eval_strategy, brief.save_strategy, brief.load_best_model_at_end = IntervalStrategy.NO, SaveStrategy.NO, False
+    brief.linear_start, brief.resume, brief.resume_from_checkpoint, brief.on_generate = False, False, None, "delete"
+    brief.push_to_hub, brief.report_to = False, []
+    with TemporaryDirectory() as folder:
+        brief.output_dir = on_first(lambda: folder)
+        trainer = build_trainer(brief)
+        for shown in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(shown)
+        trainer.train()
+        step, steps_timed = trainer.time_left.step_seconds, trainer.time_left.steps_timed
+        steps, steps_an_epoch = planned_steps(args, len(cast(HiddenStatesDataset, trainer.train_dataset)))
+        validations, validation = 0, 0.0
+        if args.eval_strategy != IntervalStrategy.NO and trainer.eval_dataset is not None:
+            every = args.eval_steps if args.eval_strategy == IntervalStrategy.STEPS and args.eval_steps else None
+            validations = math.ceil(steps / (every or steps_an_epoch))
+            validation = _time_validation(trainer)
+    minutes = (steps * step + validations * validation) / 60
+    return "\n".join(
+        [
+            f"{f'a step here, mean of {steps_timed}':<44}{step * 1e3:>8.0f} ms",
+            f"{f'a validation of {validation_batches(trainer):,} batches':<44}{validation:>8.1f} s",
+            f"{f'{steps:,} steps and {validations} validations':<44}{minutes:>8.1f} minutes",
+            "The start, with the compiling of kernels, and the saving of checkpoints come on top.",
+        ]
+    )
+
+
+def _time_validation(trainer: PeagleTrainer) -> float:
+    """Seconds of a whole validation, from a few of its batches; the first one, which compiles, doesn't count."""
+    dataset, batches = cast(HiddenStatesDataset, trainer.eval_dataset), validation_batches(trainer)
+    at_once = trainer.args.world_size * trainer.args.per_device_eval_batch_size
+    seconds = 0.0
+    plan, few = dataset.plan, min(batches, VALIDATED_BATCHES)
+    for number in (1, few):
+        dataset.plan = plan[: number * at_once]
+        start = time.perf_counter()
+        trainer.evaluate()
+        seconds = time.perf_counter() - start
+    dataset.plan = plan
+    return seconds * batches / few
+
+
+def planned_steps(args: PeagleTrainingArguments, num_packs: int) -> tuple[int, int]:
+    """Steps of the training, and of an epoch, with so many packed sequences."""
+    batches = math.ceil(math.ceil(num_packs / args.per_device_train_batch_size) / args.world_size)
+    steps_an_epoch = updates_in(batches, args)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(steps_an_epoch * args.num_train_epochs)
+    return steps, steps_an_epoch
 
 
 def checkpoint_to_resume(args: PeagleTrainingArguments) -> str | None:

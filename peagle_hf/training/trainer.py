@@ -41,6 +41,7 @@ from .resuming import checkpoint_to_go_on_from, note_best, only_training
 from .saving import complete_saved_model, save_checkpoint
 from .sequence_partitions import Partitioner, without_reduction
 from .sharding import gradient_norm, require_whole_weights
+from .time_left import TimeLeft
 from .trainer_checks import (
     check_dataset,
     check_drafter,
@@ -61,7 +62,7 @@ class PeagleTrainer(Trainer):
 
     Logs also `accuracy_d`, `acceptance_d` and `acceptance_length` (see `metrics.summarize`), over all steps since the
     last log and all ranks; in evaluation with the prefix `eval_`. In training also `tokens_per_second`, `loader_wait`
-    and `memory_gib` (see `throughput.Throughput`).
+    and `memory_gib` (see `throughput.Throughput`), and `minutes_left` (see `time_left.TimeLeft`).
 
     Evaluation drops no slot: every trained position starts a rollout of all K depths. `eval_acceptance_d` and
     `eval_acceptance_length` are of the drafts that decoding the text would make (see `metrics.count_drafts`),
@@ -71,6 +72,7 @@ class PeagleTrainer(Trainer):
 
     Attributes:
         current_run: the state of the current, or last, call of `train`.
+        time_left: how long its steps take.
         own_optimizer: the class of an optimizer that the user has given; None if the arguments choose it.
     """
 
@@ -131,7 +133,8 @@ class PeagleTrainer(Trainer):
         self.configure_model()
         check_metric(args, self.config.num_depths, eval_dataset)
         self.current_run = CurrentRun(self)
-        self.callback_handler.callbacks.insert(0, self.current_run)
+        self.time_left = TimeLeft(self)
+        self.callback_handler.callbacks[:0] = [self.current_run, self.time_left]
         if args.push_to_hub:
             names = (args.verifier_name, args.hub_private_repo, args.hub_revision, args.hub_token)
             self.add_callback(PushToHubCallback(self.hub_model_id or "", *names))

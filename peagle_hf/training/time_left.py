@@ -1,0 +1,132 @@
+"""`TimeLeft`: how long the rest of a training will take, from its latest steps, validations and saves."""
+
+import math
+import time
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+if TYPE_CHECKING:
+    from .trainer import PeagleTrainer
+
+FIRST_STEPS = 5
+"""Steps that don't count, since kernels are compiled and tuned in them; of fewer than twice as many the first half."""
+LATEST_STEPS = 100
+VALIDATION_SHARE = 0.7
+"""Time of a batch in validation as a share of a training step's, until the first validation has been timed."""
+
+
+class TimeLeft(TrainerCallback):
+    """Adds `minutes_left` to each log of a training, as the second callback at the events of the Trainer's loop.
+
+    A step lasts as long as the latest ones did on average, from the end of the one before, data and logging included.
+    Validations and saves are timed apart, and counted for as many as are still to come.
+    """
+
+    def __init__(self, trainer: "PeagleTrainer"):
+        self._trainer: PeagleTrainer = weakref.proxy(trainer)  # a cycle would keep the memory of a deleted trainer
+        self._restart(0, 1)
+
+    def _restart(self, step: int, steps_an_epoch: int) -> None:
+        self._begun_at, self._steps_an_epoch, self._last = step, steps_an_epoch, time.perf_counter()
+        self._seconds: deque[float] = deque(maxlen=LATEST_STEPS)
+        self._first: list[float] = []
+        self._pauses: dict[str, list[float]] = {"evaluate": [], "save": []}
+        self._paused_for: str | None = None
+
+    def _take(self) -> float:
+        """Seconds since the last event."""
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        return seconds
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._restart(state.global_step, updates_in(len(kwargs["train_dataloader"]), args))
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._end_pause()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        seconds = self._take()
+        if len(self._first) < FIRST_STEPS:
+            self._first.append(seconds)
+        else:
+            self._seconds.append(seconds)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._begin_pause("evaluate")
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._begin_pause("save")
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs = kwargs["logs"]
+        if "loss" in logs:
+            logs["minutes_left"] = state.log_history[-1]["minutes_left"] = self.seconds_left(args, state) / 60
+
+    def _begin_pause(self, kind: str) -> None:
+        """Called at the end of a validation, and in the midst of a save, which the next step's begin ends."""
+        self._end_pause()
+        self._pauses[kind].append(self._take())
+        self._paused_for = kind
+
+    def _end_pause(self) -> None:
+        if self._paused_for is not None:
+            self._pauses[self._paused_for][-1] += self._take()
+            self._paused_for = None
+
+    @property
+    def step_seconds(self) -> float:
+        """Mean seconds of the latest steps; 0 before the first one has ended."""
+        counted: Sequence[float] = self._seconds
+        if len(counted) < FIRST_STEPS:
+            seen = [*self._first, *self._seconds]
+            counted = seen[len(seen) // 2 :]
+        return _mean(counted, 0.0)
+
+    @property
+    def steps_timed(self) -> int:
+        """Steps that `step_seconds` is the mean of once there are enough."""
+        return len(self._seconds)
+
+    def seconds_left(self, args: TrainingArguments, state: TrainerState) -> float:
+        """Seconds until the last step, its validation and its save are over."""
+        step = self.step_seconds
+        validation = _mean(self._pauses["evaluate"], VALIDATION_SHARE * step * validation_batches(self._trainer))
+        evaluates_left = self._times_left("evaluate", args.eval_strategy, args.eval_steps, state)
+        is_best = args.save_strategy == SaveStrategy.BEST  # decided after each validation
+        strategy, every = (args.eval_strategy, args.eval_steps) if is_best else (args.save_strategy, args.save_steps)
+        saves_left = self._times_left("save", strategy, every, state)
+        save = _mean(self._pauses["save"], 0.0)
+        return (state.max_steps - state.global_step) * step + evaluates_left * validation + saves_left * save
+
+    def _times_left(self, kind: str, strategy: Any, every: float | None, state: TrainerState) -> int:
+        """How often there still is a validation or a save."""
+        if strategy == IntervalStrategy.NO:
+            return 0
+        interval = every if strategy == IntervalStrategy.STEPS and every else self._steps_an_epoch
+        total = math.ceil(state.max_steps / interval) - int(self._begun_at // interval)
+        return max(0, total - len(self._pauses[kind]))
+
+
+def updates_in(batches: int, args: TrainingArguments) -> int:
+    """Steps of the optimizer in an epoch of so many batches."""
+    return max(1, math.ceil(batches / args.gradient_accumulation_steps))
+
+
+def validation_batches(trainer: "PeagleTrainer") -> int:
+    """Batches of a validation on each process, over all of its data sets."""
+    given: Any = trainer.eval_dataset
+    datasets = given.values() if isinstance(given, dict) else [given] if given is not None else []
+    at_once = trainer.args.world_size * trainer.args.per_device_eval_batch_size
+    return sum(math.ceil(len(dataset) / at_once) for dataset in datasets)
+
+
+def _mean(values: Sequence[float], otherwise: float) -> float:
+    return sum(values) / len(values) if values else otherwise
