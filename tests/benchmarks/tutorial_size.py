@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from itertools import pairwise
 from multiprocessing import get_context
@@ -82,8 +83,9 @@ class Benchmark:
     def model(self) -> None:
         start, facts = time.monotonic(), {}
         if not self.verifier.exists():
-            with get_context("spawn").Pool(1) as pool:  # whose memory on the GPU goes with it
-                facts = pool.apply(make_verifier, (self.verifier, self.options.tokenizer, self.options.tiny))
+            with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # whose memory on the GPU goes with it
+                arguments = (self.verifier, self.options.tokenizer, self.options.tiny)
+                facts = pool.submit(make_verifier, *arguments).result()
             facts |= {"seconds": round(time.monotonic() - start, 1)}
         self.save("model", self.results.get("model", {}) | facts | {"complete": True} | self.disk(self.verifier))
 
@@ -114,14 +116,10 @@ class Benchmark:
             print("The samples are cached already, so there is no speed to measure.")
             self.save(self.key("extract"), self.results.get(self.key("extract"), {}) | {"complete": True})
             return
-        command = [*PROGRAM, "extract", "--model", str(self.verifier), "--preprocessed-data", str(self.data)]
+        command = ["extract", "--model", str(self.verifier), "--preprocessed-data", str(self.data)]
         command += ["--output", str(self.cache), "--storage", storage, "--validate-outputs"]
         command += ["--max-samples", str(min(wanted, len(lengths)))]
-        commands = [
-            ([*command, "--rank", str(rank), "--world-size", str(gpus)], {"CUDA_VISIBLE_DEVICES": str(rank)})
-            for rank in range(gpus)
-        ]
-        timed = self.run("extract", commands)
+        timed = self.run("extract", [self.on_gpus(gpus, command)])
         made = sum(lengths[row] for row in cached_rows(self.cache) - before)
         earlier = self.results.get(self.key("extract"), {})
         facts = timed.facts() | {"complete": timed.returncode == 0 and not timed.cut, "storage": storage}
@@ -129,9 +127,9 @@ class Benchmark:
             made, facts["seconds"] = made + earlier["tokens"], facts["seconds"] + earlier["seconds"]
         facts |= {"samples": len(cached_rows(self.cache)), "of_samples": len(lengths), "tokens": made}
         facts["of_tokens"] = sum(lengths)
-        # Each process says its speed without the loading of the verifier.
+        # The last line with a speed, without the loading of the verifier, is that of all processes.
         speeds = [float(found[1]) for _, line in timed.lines if (found := re.search(r": (\d+) tokens/s\.$", line))]
-        facts["tokens_per_s"] = sum(speeds) if speeds else made / facts["seconds"]
+        facts["tokens_per_s"] = speeds[-1] if speeds else made / facts["seconds"]
         facts |= self.mfu(facts["tokens_per_s"] * self.verifier_flops() / gpus) | self.disk(self.cache)
         self.save(self.key("extract"), facts)
 
@@ -197,14 +195,14 @@ class Benchmark:
         print(report([self.results]))
 
     def train_flags(self, output: str, others: list[str]) -> list[str]:
-        flags = ["--verifier-name-or-path", str(self.verifier), "--data-path", str(self.data)]
+        flags = ["train", "--verifier-name-or-path", str(self.verifier), "--data-path", str(self.data)]
         flags += ["--hidden-states-path", str(self.cache), "--save-path", str(self.folder / output)]
         flags += ["--speculator-type", "peagle", "--num-layers", str(LAYERS), "--num-depths", str(DEPTHS)]
         flags += ["--down-sample-ratio", "0.7", "--down-sample-ratio-min", "0.2", "--no-norm-before-residual"]
         flags += ["--scheduler-type", "cosine", "--lr", "6e-4", "--total-seq-len", str(self.length)]
         return [*flags, "--logging-steps", str(self.logged), *others, *self.options.extra]
 
-    def on_gpus(self, count: int, flags: list[str], fsdp: bool = False) -> tuple[list[str], dict[str, str]]:
+    def on_gpus(self, count: int, command: list[str], fsdp: bool = False) -> tuple[list[str], dict[str, str]]:
         start = PROGRAM
         if fsdp:
             start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(FSDP2), "--num_processes"]
@@ -212,7 +210,7 @@ class Benchmark:
         elif count > 1:
             start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
             start += ["-m", "peagle_hf"]
-        return [*start, "train", *flags], {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(count)))}
+        return [*start, *command], {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(count)))}
 
     def lengths(self) -> list[int]:
         from peagle_hf.data.prepared_dataset import load_prepared
