@@ -1,28 +1,36 @@
-"""Time and memory of one training step, beside speculators' where it can be imported: one table, one command.
+"""Time and memory of one training step, beside those of the peers that can be imported: one table, one command.
 
     python tests/benchmarks/training_step.py
+    python tests/benchmarks/training_step.py --default-optimizers
 
 On a GPU: a drafter for Qwen3-8B (hidden size 4,096, 151,936 tokens, 4 layers) with 60 % of the tokens learnt, bf16
 autocast over float32 weights, fused AdamW and clipping. On a CPU: SmolLM2-135M's sizes in float32. Every
-implementation runs its cases in a child process of its own, one after another. `--small` shrinks everything for a test
-of the benchmark itself; its times mean nothing.
+implementation runs its cases in a child process of its own, one after another. The peers are speculators 0.9.0 and, on
+a GPU, NeMo AutoModel 0.7.0, which trains bfloat16 weights (see `nemo_step`). With `--default-optimizers` each takes the
+optimizer that it takes by default: ours and speculators' Muon with AdamW, NeMo's AdamW. `--small` shrinks everything
+for a test of the benchmark itself; its times mean nothing.
 """
 
 import argparse
 import gc
-import importlib.util
 import json
 import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+from nemo_step import make_nemo
 
 MASK_TOKEN, DEPTH_RATIO, DEPTH_RATIO_MIN = 3, 0.7, 0.2
+PEERS = (("speculators", "speculators"), ("nemo", "nemo_automodel"))
+"""Their names in the table, and the packages to import."""
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}
 """Dense bf16, from the vendor's data sheets (SXM)."""
 
@@ -301,21 +309,41 @@ def flops(sizes: Sizes, case: Case, batch: dict[str, torch.Tensor]) -> float:
     return 2 * (3 * products + 2 * positions * 3 * size * size + head) + 3.5 * 4 * query * pairs
 
 
-def make_optimizer(case: Case, parameters: list[torch.nn.Parameter], device: str) -> torch.optim.Optimizer:
+def make_optimizers(implementation: str, case: Case, model: torch.nn.Module) -> list[torch.optim.Optimizer]:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if case.optimizer == "default":
+        return default_optimizers(implementation, model)
     if case.optimizer == "adamw_bnb_8bit":
         from bitsandbytes.optim import AdamW8bit
 
-        return AdamW8bit(parameters, lr=1e-4)
-    return torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+        return [AdamW8bit(parameters, lr=1e-4)]
+    return [torch.optim.AdamW(parameters, lr=1e-4, fused=True)]
+
+
+def default_optimizers(implementation: str, model: torch.nn.Module) -> list[torch.optim.Optimizer]:
+    if implementation == "nemo":
+        from nemo_step import nemo_optimizer
+
+        return [nemo_optimizer(model)]
+    if implementation == "speculators":
+        from speculators.train.optimizers import build_optimizers
+
+        settings = {"lr": 1e-3, "muon_lr": 1e-3, "weight_decay": 0.01, "muon_weight_decay": 0.1, "muon_momentum": 0.95}
+        settings |= {"optimizer": "muon", "muon_ns_steps": 5, "muon_adjust_lr_fn": "match_rms_adamw"}
+        return build_optimizers(model, SimpleNamespace(**settings))
+    from peagle_hf.training.optimizer import MuonWithAdamW
+
+    return [MuonWithAdamW(model.named_parameters(), lr=1e-3)]
 
 
 def measure(implementation: str, sizes: Sizes, cases: list[Case], device: str, steps: int, profile: bool) -> None:
     """Run the cases, which share a draft vocabulary, window and optimizer, and print a line of JSON for each."""
     torch.manual_seed(0)
     started = time.perf_counter()
-    model, make_step = (make_ours if implementation == "ours" else make_peer)(sizes, cases[0], device)
+    makers = {"ours": make_ours, "speculators": make_peer, "nemo": make_nemo}
+    model, make_step = makers[implementation](sizes, cases[0], device)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = make_optimizer(cases[0], parameters, device)
+    optimizers = make_optimizers(implementation, cases[0], model)
     built = time.perf_counter() - started
 
     def wait() -> float:
@@ -326,8 +354,9 @@ def measure(implementation: str, sizes: Sizes, cases: list[Case], device: str, s
     def step(forward_and_backward: Callable[[], torch.Tensor]) -> torch.Tensor:
         loss = forward_and_backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad()
         return loss
 
     for case in cases:
@@ -362,7 +391,7 @@ def measure(implementation: str, sizes: Sizes, cases: list[Case], device: str, s
                     start = wait()
                     forward_and_backward()
                     partial.append(wait() - start)
-                    optimizer.zero_grad()
+                    model.zero_grad()
                 result["forward_backward_ms"] = round(sorted(partial)[1] * 1e3, 1)
             if device == "cuda":
                 result["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
@@ -371,26 +400,23 @@ def measure(implementation: str, sizes: Sizes, cases: list[Case], device: str, s
                 if peak and "flops" in result:
                     result["mfu"] = round(result["flops"] / seconds / peak, 3)
             if profile:
-                print_profile(forward_and_backward, optimizer, parameters)
+                print_profile(partial(step, forward_and_backward))
         except torch.OutOfMemoryError:
             result["failed"] = "out of memory"
         loss = forward_and_backward = None
-        optimizer.zero_grad()
+        model.zero_grad()
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
         print("RESULT " + json.dumps(result), flush=True)
 
 
-def print_profile(forward_and_backward, optimizer, parameters) -> None:
+def print_profile(step: Callable[[], object]) -> None:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
     with record(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
-        forward_and_backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        step()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
     key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
@@ -416,12 +442,12 @@ def print_table(results: list[dict], device_name: str) -> None:
     import transformers
 
     print(f"\n{device_name}, torch {torch.__version__}, transformers {transformers.__version__}\n")
-    print("| case | | step ms | to the peer's | forward+backward ms | peak GiB | tokens/s | MFU | first step s |")
+    print("| case | | step ms | ours to it | forward+backward ms | peak GiB | tokens/s | MFU | first step s |")
     print("|---|---|---|---|---|---|---|---|---|")
-    peers = {result["case"]: result.get("step_ms") for result in results if result["implementation"] != "ours"}
+    ours = {result["case"]: result.get("step_ms") for result in results if result["implementation"] == "ours"}
     for result in results:
-        other = peers.get(result["case"]) if result["implementation"] == "ours" else None
-        ratio = f"{result['step_ms'] / other:.2f}" if other and "step_ms" in result else ""
+        own = ours.get(result["case"]) if result["implementation"] != "ours" else None
+        ratio = f"{own / result['step_ms']:.2f}" if own and "step_ms" in result else ""
         cells = [result["case"], result["implementation"], result.get("step_ms", result.get("failed")), ratio]
         cells += [result.get(name, "") for name in ("forward_backward_ms", "peak_gib", "tokens_per_s", "mfu")]
         print("| " + " | ".join(str(cell) for cell in [*cells, result.get("first_step_s", "")]) + " |")
@@ -448,6 +474,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="tiny sizes, on the CPU")
     parser.add_argument("--long", action="store_true", help="also the cases that only run checkpointed, ours alone")
     parser.add_argument("--ours-only", action="store_true")
+    parser.add_argument("--default-optimizers", action="store_true", help="of each implementation, not AdamW for all")
     parser.add_argument("--lengths", type=int, nargs="*", help="only cases of these lengths")
     parser.add_argument("--only", help="only cases whose label this regular expression finds")
     parser.add_argument("--steps", type=int, default=6, help="steps that count, after those that warm up")
@@ -478,15 +505,21 @@ def main() -> None:
         ]
         for group in (cases, long if options.long else [])
     )
-    with_peer = not options.ours_only and importlib.util.find_spec("speculators") is not None
-    if not with_peer and not options.ours_only:
-        print("speculators can't be imported here: ours alone.")
+    if options.default_optimizers:
+        cases = [replace(case, optimizer="default") for case in cases]
+    wanted = [] if options.ours_only else PEERS[: 2 if device == "cuda" else 1]  # FlexAttention trains on GPUs only
+    peers = [name for name, package in wanted if find_spec(package) is not None]
+    for name, package in wanted:
+        if name not in peers:
+            print(f"{package} can't be imported here, so {name} isn't measured.")
     results = []
     for group in groups(cases):
         rounds: list[dict] = []
         for _ in range(options.rounds):
-            if with_peer:
-                rounds += run_child("speculators", [case for case in group if not case.checkpointing], options)
+            for peer in peers:
+                taken = [case for case in group if not (case.checkpointing or (peer == "nemo" and case.window))]
+                if taken:
+                    rounds += run_child(peer, taken, options)
             rounds += run_child("ours", group, options)
         results += medians(rounds)
     for group in groups(long):
