@@ -501,9 +501,9 @@ class PeagleTrainingArguments(TrainingArguments):
             lora_r=self.lora_r,
             linear_start=self.linear_start and not self.from_pretrained,
             validates=self.eval_strategy != "no",
+            processes=self.world_size,
         )
-        budget = self.usable_memory()
-        return plan if self.sequence_partitions != "auto" or budget is None else cut_to_fit(plan, budget)
+        return cut_to_fit(plan, self.usable_memory()) if self.sequence_partitions == "auto" else plan
 
     def usable_memory(self) -> int | None:
         """Bytes that a process may use on its device; None on a CPU without --memory-budget."""

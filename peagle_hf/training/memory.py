@@ -1,7 +1,7 @@
 """Predicts the device memory of a training step from the configuration, and names the flags that lower it.
 
 The prediction is linear: a fixed number of bytes, and a number for each slot of the largest part that is run at once.
-It describes one process on a GPU in bf16 mixed precision, without sharding. Shape letters: L positions, R slots, H
+It describes one process on a GPU in bf16 mixed precision, with all weights. Shape letters: L positions, R slots, H
 hidden size.
 """
 
@@ -13,6 +13,7 @@ from ..errors import PeagleError
 from ..model.config import PeagleConfig
 from ..model.layers import RECOMPUTED_SLOTS
 from .losses import CHUNK_ELEMENTS
+from .muon import step_bytes
 from .optimizer import MUON
 
 GIB = 1 << 30
@@ -57,6 +58,7 @@ class MemoryPlan:
         train_head: as in `PeagleForSpeculation.attach_verifier`.
         lora_r: rank of an adapter that is trained on all linear layers instead of their weights.
         linear_start: whether the drafter starts from a linear fit, which is over before the first step.
+        processes: that train together, each with copies of all weights.
         validates: whether there is validation, which from the first one on keeps the verifier's whole head.
     """
 
@@ -72,6 +74,7 @@ class MemoryPlan:
     lora_r: int | None = None
     linear_start: bool = False
     validates: bool = False
+    processes: int = 1
 
     @property
     def num_positions(self) -> int:
@@ -106,7 +109,7 @@ class MemoryPlan:
 class MemoryEstimate:
     """Bytes by kind; `total` is the largest peak: of the linear start, the backward pass or the optimizer's step.
 
-    `optimizer` is None, and counts nothing, where it isn't known.
+    `optimizer` is None, and counts nothing, where it isn't known; `step` is what the optimizer's step needs beside it.
     """
 
     weights: int
@@ -118,14 +121,19 @@ class MemoryEstimate:
     inputs: int
     loss: int
     activations: int
+    step: int
     accumulates: bool
+
+    @property
+    def held(self) -> int:
+        """What is there in all parts of a step."""
+        return self.weights + (self.optimizer or 0) + self.frozen + self.whole_head + self.inputs
 
     @property
     def total(self) -> int:
         start = self.weights + self.frozen + self.linear_start
-        held = self.weights + (self.optimizer or 0) + self.frozen + self.whole_head + self.inputs
-        passes = held + self.loss + self.activations + (self.gradients if self.accumulates else 0)
-        return max(start, passes, held + self.gradients)
+        passes = self.held + self.loss + self.activations + (self.gradients if self.accumulates else 0)
+        return max(start, passes, self.held + self.gradients + self.step)
 
 
 def estimate(plan: MemoryPlan) -> MemoryEstimate:
@@ -162,6 +170,7 @@ def estimate(plan: MemoryPlan) -> MemoryEstimate:
         # The logits, their gradient, and the verifier's logits of the same targets.
         loss=round(2.4 * chunk_slots * config.draft_vocab_size * HALF),
         activations=slots * bytes_per_slot(plan),
+        step=step_bytes(linear, plan.processes) if plan.optimizer == MUON and plan.lora_r is None else 0,
         accumulates=plan.accumulates or plan.partitions > 1,
     )
 
@@ -201,21 +210,22 @@ def slots_that_fit(plan: MemoryPlan, budget: int) -> int:
             f"How much memory the states of {plan.optimizer} take isn't known, so --sequence-partitions auto can't "
             "tell what fits. Give a number of parts."
         )
-    room = budget - (fixed.total - fixed.activations)
-    slots = room // bytes_per_slot(fixed_plan)
-    if slots < 1:
+    needed = fixed.held + fixed.gradients + fixed.loss
+    slots = (budget - needed) // bytes_per_slot(fixed_plan)
+    needed = max(needed, fixed.held + fixed.gradients + fixed.step)
+    if slots < 1 or needed > budget:
         raise PeagleError(
-            f"Whatever the batch is, training needs {(budget - room) / GIB:.1f} GiB, but there are "
+            f"Whatever the batch is, training needs {needed / GIB:.1f} GiB, but there are "
             f"{budget / GIB:.1f} GiB.\n{advice(plan, budget)}"
         )
     return slots
 
 
-def cut_to_fit(plan: MemoryPlan, budget: int) -> MemoryPlan:
+def cut_to_fit(plan: MemoryPlan, budget: int | None) -> MemoryPlan:
     """The plan in as few parts as fit within `budget` bytes, or in the most parts if no number fits."""
     for partitions in range(1, MOST_PARTITIONS + 1):
         plan = replace(plan, partitions=partitions)
-        if estimate(plan).total <= budget:
+        if budget is None or estimate(plan).total <= budget:
             break
     return plan
 
@@ -234,6 +244,7 @@ def report(plan: MemoryPlan, budget: int | None) -> str:
         f"inputs of {plan.num_positions:,} positions": predicted.inputs,
         f"activations of {plan.slots_at_once:,} slots at once": predicted.activations,
         "logits of one chunk": predicted.loss,
+        **({"stacks of Muon's step": predicted.step} if predicted.step else {}),
     }
     lines = [f"{name:<44}{size / GIB:>8.2f} GiB" for name, size in shares.items()]
     if not is_known:

@@ -9,7 +9,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ..errors import PeagleError
-from .newton_schulz import multiplications, orthogonalize, working_dtype
+from .newton_schulz import multiplications, orthogonalize, orthogonalize_elements, working_dtype
 
 STACK_ELEMENTS = 1 << 28
 """The most elements of one stack; more matrices of its shape make another."""
@@ -124,23 +124,45 @@ def shares(shapes: Sequence[tuple[int, ...]], num_processes: int) -> list[list[i
     return [sorted(share) for share in result]
 
 
+def step_bytes(shapes: Sequence[tuple[int, ...]], num_processes: int = 1) -> int:
+    """The most device memory that a step needs beside weights, gradients and momenta, on a GPU and without shards.
+
+    Args:
+        num_processes: that share the work.
+    """
+    size = 2
+    planned = shares(shapes, num_processes)
+    own = [orthogonalize_elements(len(one), *shapes[one[0]]) for share in planned for one in stacks(share, shapes)]
+    sent = sum(map(math.prod, shapes)) if num_processes > 1 else 0
+    return size * (max(own, default=0) + sent)
+
+
 def _step_with_copies(matrices: _Matrices, group: Any) -> None:
     """Each process orthogonalises its share, and sends each stack to all others while it goes on with the next."""
     rank, size = distributed.get_rank(group), distributed.get_world_size(group)
     planned = [stacks(share, matrices.shapes) for share in shares(matrices.shapes, size)]
-    sent = []
+    pending: list[tuple[list[int], Tensor, Any]] = []
+
+    def take_pending() -> None:
+        for numbers, stack, work in pending:
+            work.wait()
+            matrices.take(numbers, stack)
+
     for turn in range(max(map(len, planned))):
         owners = [owner for owner in range(size) if turn < len(planned[owner])]
         results = {owner: matrices.empty(planned[owner][turn], matrices.dtype) for owner in owners if owner != rank}
         if rank in owners:
             results[rank] = matrices.orthogonal(planned[rank][turn])
-        for owner in owners:
-            numbers, stack = planned[owner][turn], results[owner]
-            source = distributed.get_global_rank(group, owner)
-            sent.append((numbers, stack, distributed.broadcast(stack, source, group=group, async_op=True)))
-    for numbers, stack, work in sent:
-        work.wait()
-        matrices.take(numbers, stack)
+        take_pending()
+        pending = [
+            (
+                planned[owner][turn],
+                results[owner],
+                distributed.broadcast(results[owner], group=group, group_src=owner, async_op=True),
+            )
+            for owner in owners
+        ]
+    take_pending()
 
 
 def _step_with_shards(matrices: _Matrices) -> None:

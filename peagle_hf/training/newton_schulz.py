@@ -111,3 +111,8 @@ def multiplications(rows: int, columns: int) -> int:
     square, between = small**3, small**2 * large
     num_gram_products = 4 * len(STEPS) - 3 - 3 * (RESTART > 0)
     return num_gram_products * square // 2 + (1 + (RESTART > 0)) * (between + between // 2)
+
+
+def orthogonalize_elements(num_matrices: int, rows: int, columns: int) -> int:
+    """The most elements that `orthogonalize` holds at once: the stack, two scaled ones, the result; four m x m ones."""
+    return num_matrices * (3 * rows * columns + 4 * min(rows, columns) ** 2)
