@@ -23,6 +23,7 @@ _MODULE_OF = {
     "PeagleForSpeculation": "model.drafter",
     "PeagleTrainer": "training.trainer",
     "PeagleTrainingArguments": "training.arguments",
+    "PlanArguments": "evaluation.plan",
     "PrepareArguments": "data.prepare",
     "PushArguments": "hub.push",
     "PushToHubCallback": "training.push_callback",
@@ -44,6 +45,7 @@ _MODULE_OF = {
     "load_adapter": "training.adapters",
     "merge_adapter": "training.adapters",
     "parse_arguments": "cli.parsing",
+    "plan": "evaluation.plan",
     "prepare": "data.prepare",
     "push": "hub.push",
     "regenerate": "data.regenerate",
@@ -74,6 +76,7 @@ if TYPE_CHECKING:
     from .errors import PeagleError
     from .evaluation.acceptance import AcceptanceArguments, acceptance
     from .evaluation.benchmark import EvaluateArguments, evaluate
+    from .evaluation.plan import PlanArguments, plan
     from .hub.push import PushArguments, push
     from .model.config import PeagleConfig
     from .model.drafter import PeagleForSpeculation

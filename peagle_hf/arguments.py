@@ -1,5 +1,7 @@
 """Dataclasses of command arguments: checks of paths and ranges, and writing them as a YAML file."""
 
+import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from enum import Enum
@@ -10,7 +12,7 @@ import yaml
 
 from .errors import PeagleError
 from .files import atomic_path
-from .redaction import is_secret, public_settings
+from .redaction import is_secret, public_command, public_settings
 
 CONFIG = "config.yaml"
 
@@ -66,6 +68,40 @@ def check_ranges(arguments: Any, ranges: Mapping[str, tuple[float, float]]) -> N
             if isinstance(one, int | float) and not least <= one <= greatest:  # NaN is in no range
                 limits = f"at least {least}" if greatest == float("inf") else f"from {least} to {greatest}"
                 raise PeagleError(f"{flag_of(name)} is {one} but must be {limits}.")
+
+
+def check_ascending(arguments: Any, names: Sequence[str]) -> None:
+    """Make sure that lists of numbers are positive, distinct and ascending.
+
+    Raises:
+        PeagleError: names the flag and its values.
+    """
+    for name in names:
+        numbers = getattr(arguments, name)
+        if min(numbers, default=1) < 1 or numbers != sorted(set(numbers)):
+            raise PeagleError(
+                f"{flag_of(name)} is {' '.join(map(str, numbers))} but needs positive, distinct and ascending "
+                "numbers, for example 1 4 16."
+            )
+
+
+def command_text(arguments: Any, command: str, passed_on: Sequence[str] = ()) -> str:
+    """The command line that gives these arguments, without passwords.
+
+    Args:
+        passed_on: what stands after `--`.
+    """
+    words = ["peagle-hf", command]
+    for one in fields(arguments):
+        value = getattr(arguments, one.name)
+        if one.init and value != default_of(one):
+            words.append(flag_of(one.name))
+            words += map(str, plain(value)) if isinstance(value, list) else [_word(value)]
+    return shlex.join(public_command([*words, *(["--", *passed_on] if passed_on else [])]))
+
+
+def _word(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
 def flag_of(name: str) -> str:

@@ -24,13 +24,14 @@ MODULES = ["vllm.entrypoints.cli.main", "vllm.entrypoints.openai.api_server"]
 
 MEMBERS = {
     # peagle_hf.evaluation.benchmark and peagle_hf.evaluation.vllm_process
-    "LLM": "generate get_metrics get_tokenizer llm_engine renderer",
-    "SamplingParams": "max_tokens output_kind temperature",
+    "LLM": "collective_rpc generate get_metrics get_tokenizer llm_engine renderer",
+    "SamplingParams": "detokenize ignore_eos max_tokens output_kind temperature",
     "RequestOutputKind": "FINAL_ONLY",
     "LLMEngine": "add_request model_config step",
-    "ModelConfig": "dtype",
+    "ModelConfig": "dtype max_model_len",
     "BaseRenderer": "render_cmpl",
-    "RequestOutput": "metrics outputs request_id",
+    "RequestOutput": "metrics outputs prompt_token_ids request_id",
+    "RejectionSampler": "synthetic_conditional_rates",
     "RequestStateStats": "first_token_latency",
     "CompletionOutput": "finish_reason spec_decode_metrics text token_ids",
     "RequestSpecDecodeMetrics": "histogram num_draft_tokens per_step_accepted per_step_drafted",
@@ -38,11 +39,13 @@ MEMBERS = {
     "Counter": "value",
     "Vector": "values",
     # peagle_hf.serving.launch, peagle_hf.model.served_checkpoint, and the flags that the documentation names
-    "EngineArgs": "data_parallel_size disable_log_stats dtype enable_prefix_caching enforce_eager kv_transfer_config "
-    "max_model_len max_num_batched_tokens max_num_seqs model per_request_spec_decode_metrics seed served_model_name "
-    "speculative_config tensor_parallel_size trust_remote_code",
+    "EngineArgs": "add_cli_args data_parallel_size disable_log_stats dtype enable_prefix_caching enforce_eager "
+    "kv_transfer_config load_format max_model_len max_num_batched_tokens max_num_seqs model "
+    "per_request_spec_decode_metrics seed served_model_name skip_tokenizer_init speculative_config "
+    "tensor_parallel_size trust_remote_code",
     "FrontendArgs": "api_key host port",
-    "SpeculativeConfig": "draft_model_config method model num_speculative_tokens parallel_drafting",
+    "SpeculativeConfig": "draft_model_config method model num_speculative_tokens parallel_drafting "
+    "rejection_sample_method synthetic_acceptance_length",
     "KVTransferConfig": "kv_connector kv_connector_extra_config kv_connector_module_path kv_role",
     # peagle_hf.serving.vllm_plugin
     "ExampleHiddenStatesConnector": "_block_size _executor _is_tp_rank_zero _kv_cache _lock_fds _on_write_done "
@@ -67,6 +70,9 @@ MEMBERS = {
 
 PARAMETERS = {
     "LLM.generate": "prompts sampling_params use_tqdm",
+    "LLM.collective_rpc": "method args",
+    "rejection_sample": "draft_token_ids num_draft_tokens max_spec_len cu_num_draft_tokens draft_probs target_logits "
+    "bonus_token_ids sampling_metadata synthetic_conditional_rates",
     "LLMEngine.add_request": "request_id prompt params",
     "BaseRenderer.render_cmpl": "prompts",
     "ExampleHiddenStatesConnector._submit_async_write": "pending",
@@ -156,6 +162,8 @@ class Source:
     def provides(self, module: str, name: str) -> bool:
         """Whether `from module import name` finds something."""
         path = module.removeprefix("vllm").strip(".").replace(".", "/")
+        if f"{path}/{name}.py".removeprefix("/") in self.files:
+            return True
         text = self.files.get(f"{path}.py") or self.files.get(f"{path}/__init__.py".removeprefix("/"))
         return text is not None and re.search(rf"\b{name}\b", text) is not None
 

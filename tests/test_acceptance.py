@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import write_answers
@@ -153,10 +154,18 @@ def test_generation_drafts_and_accepts_what_the_cached_states_say(
         do_sample=False,
         return_dict_in_generate=True,
     )
+    shortest = min(map(len, prompts))
+    monkeypatch.setattr("peagle_hf.data.contexts.BOUNDS", (shortest + 1, shortest + 2, 10**6))
     report = acceptance(AcceptanceArguments(str(checkpoint), str(folder), str(tmp_path / "acceptance.json")))
     assert "Acceptance length" in capsys.readouterr().out  # also with --quiet, as it is what was asked for
     copies = report["num_rows"] // ANSWERS
     assert report["num_drafts"] == copies * generated.num_drafts
+    # The first draft of an answer begins with its second token, which one token more than the prompt is before.
+    first = sum(len(prompt) == shortest for prompt in prompts) * copies
+    by_context = list(report["by_context"].values())
+    assert [row["num_drafts"] for row in by_context] == [0, first, report["num_drafts"] - first, 0]
+    for name in ("reached", "accepted"):
+        assert np.sum([row[name] for row in by_context], axis=0).tolist() == report[name]
     cut = [
         ours - count / copies for ours, count in zip(generated.accepted_by_position, report["accepted"], strict=True)
     ]

@@ -183,6 +183,8 @@ def test_prompts_share_the_time_by_how_long_they_were_answered():
     assert measured["tokens_per_second"] == pytest.approx(30)
     assert measured["tokens_per_second_without"] == pytest.approx(15)
     assert (measured["speed_up"], measured["intervals"]["speed_up"]) == (pytest.approx(2), pytest.approx([2, 2]))
+    assert measured["break_even_length"] == pytest.approx(0.9)
+    assert measured["intervals"]["break_even_length"] == pytest.approx([0.9, 0.9])
 
 
 def test_rounds_that_differ_are_no_difference_and_one_round_tells_nothing():

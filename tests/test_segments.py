@@ -1,6 +1,7 @@
 """Acceptance by segment: the markers that chat templates write, the segments of answers, and the counts of drafts."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ from fake_vllm import FakeDraftingVllm
 from peagle_hf import EvaluateArguments, PeagleError, evaluate
 from peagle_hf.data.answer_markers import AnswerMarkers, Marker, find_answer_markers
 from peagle_hf.data.tokenizer import ChatOptions
-from peagle_hf.evaluation.figures import segment_figures
+from peagle_hf.evaluation.answer_parts import Contexts, counts_by_part
+from peagle_hf.evaluation.figures import part_figures
 from peagle_hf.evaluation.intervals import MIN_PROMPTS
 from peagle_hf.evaluation.runs import Run
 from peagle_hf.evaluation.segments import Segmenter
@@ -215,8 +217,12 @@ def answer_of(token_ids: list[int], accepted: list[int], depth: int = 2) -> Answ
 BY_HAND = answer_of([2, 1, 2, 2, 2, 3, 4, 5, 6, 7], [0, 2, 1, 0, 1])
 
 
+def counts_of(run: Run) -> dict[str, np.ndarray]:
+    return counts_by_part(run, SEGMENTER)
+
+
 def test_drafts_count_where_their_first_token_lies():
-    counts = SEGMENTER.counts(Run(1, [[BY_HAND]], 1.0))
+    counts = counts_of(Run(1, [[BY_HAND]], 1.0))
     assert {name: rows.tolist() for name, rows in counts.items()} == {
         "reasoning": [[3, 6, 3, 2, 1]],
         "tool_call": [[2, 4, 1, 1, 0]],
@@ -227,9 +233,9 @@ def test_drafts_count_where_their_first_token_lies():
 def test_a_draft_behind_the_end_belongs_to_the_last_segment():
     """vLLM counts tokens that it accepts behind the last one, and where a step had no draft the place is not exact."""
     answer = answer_of([4, 1, 2], [2, 2, 0])
-    counts = SEGMENTER.counts(Run(1, [[answer]], 1.0))
+    counts = counts_of(Run(1, [[answer]], 1.0))
     assert counts["reasoning"].tolist() == [[3, 6, 4, 2, 2]]
-    assert SEGMENTER.counts(Run(1, [[Answer(token_ids=[4], drafting=[0, 0, 0, 0, 0], drafts=[])]], 1.0)) is not None
+    assert counts_of(Run(1, [[Answer(token_ids=[4], drafting=[0, 0, 0, 0, 0], drafts=[])]], 1.0)) is not None
 
 
 def random_run(generator: np.random.Generator, num_prompts: int) -> Run:
@@ -249,10 +255,10 @@ def test_the_counts_of_all_segments_sum_to_the_whole():
     """In each prompt, and in the figures, in which sampled rounds are added and of greedy ones the first counts."""
     generator = np.random.default_rng(0)
     runs = [random_run(generator, 12), random_run(generator, 12)]
-    counts = SEGMENTER.counts(runs[0])
+    counts = counts_of(runs[0])
     assert sum(counts.values()).tolist() == runs[0].drafting
     for is_greedy, counted in ((True, runs[:1]), (False, runs)):
-        by_segment = segment_figures(runs, SEGMENTER, is_greedy)
+        by_segment = part_figures(runs, SEGMENTER, is_greedy)
         assert by_segment.keys() == {"reasoning", "tool_call", "text"}
         whole = np.sum([run.drafting for run in counted], axis=(0, 1)).tolist()
         names = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
@@ -262,10 +268,25 @@ def test_the_counts_of_all_segments_sum_to_the_whole():
             assert sum(by_name) == pytest.approx(accepted)
 
 
+def test_a_draft_counts_in_the_range_of_the_tokens_before_it():
+    """Prompt and answer: the drafts begin after 1,022 + 1, 1,024, 1,027, 1,029 and 1,030 tokens."""
+    whole = part_figures([Run(1, [[replace(BY_HAND, num_prompt_tokens=1022)]], 1.0)], Contexts(), True)
+    assert {name: row["num_drafts"] for name, row in whole.items()} == {"0-1K": 1, "1K-4K": 4, "4K-16K": 0, "16K-": 0}
+    generator = np.random.default_rng(1)
+    run = random_run(generator, 12)
+    assert part_figures([run], Contexts(), True) is None  # a server that doesn't say how long prompts are
+    for chat in run.chats:
+        for answer in chat:
+            answer.num_prompt_tokens = int(generator.choice([5, 1010, 4090, 16380, 99999]))
+    counts = counts_by_part(run, Contexts())
+    assert all(rows.any() for rows in counts.values())
+    assert sum(counts.values()).tolist() == run.drafting
+
+
 def test_intervals_are_over_the_prompts_that_draft_in_the_segment():
     thinking, plain = answer_of([1, 2, 2, 2, 3], [0, 1, 0]), answer_of([4, 4, 4, 4], [1, 0])
     run = Run(1, [[thinking]] * MIN_PROMPTS + [[plain]] * (MIN_PROMPTS - 1), 1.0)
-    by_segment = segment_figures([run], SEGMENTER, True)
+    by_segment = part_figures([run], SEGMENTER, True)
     assert {name: row["num_prompts"] for name, row in by_segment.items()} == {
         "reasoning": MIN_PROMPTS,
         "tool_call": 0,
@@ -277,7 +298,7 @@ def test_intervals_are_over_the_prompts_that_draft_in_the_segment():
     assert by_segment["text"]["intervals"] == by_segment["tool_call"]["intervals"] == {}
     assert (by_segment["tool_call"]["num_drafts"], by_segment["text"]["acceptance_length"]) == (0, 1.5)
     run.chats[0][0].drafts = None
-    assert segment_figures([run], SEGMENTER, True) is None
+    assert part_figures([run], SEGMENTER, True) is None
 
 
 # Reports

@@ -177,14 +177,15 @@ def test_servers_are_asked_with_the_template_variables_of_the_training(
 
 def test_vllm_in_this_machine_is_given_the_template_and_the_tools(chain):
     tokenizer = AutoTokenizer.from_pretrained(chain)
-    llm = SimpleNamespace(llm_engine=None, renderer=None, get_tokenizer=lambda: tokenizer)
+    engine = SimpleNamespace(model_config=SimpleNamespace(max_model_len=99))
+    llm = SimpleNamespace(llm_engine=engine, renderer=None, get_tokenizer=lambda: tokenizer)
     prompts = [Prompt("1", "chat", [], ["w5"], tools=[{"name": "w20"}])]
     template = "{{ tools[0].name }} {{ messages[0].content }} {{ word }}"
     job = Job(prompts, [1], 8, 0.0, options=ChatOptions(template, {"word": "w7"}))
-    assert _Conversations(llm, job, 99, None).inputs(0) == {"prompt_token_ids": [20, 5, 7]}
+    assert _Conversations(llm, job, None).inputs(0) == {"prompt_token_ids": [20, 5, 7]}
     refusing = replace(job, options=ChatOptions("{{ raise_exception('no tools here') }}"))
     with pytest.raises(PeagleError, match="refuses turn 0 of prompt 1: no tools here"):
-        _Conversations(llm, refusing, 99, None).inputs(0)
+        _Conversations(llm, refusing, None).inputs(0)
 
 
 def test_servers_give_the_report_that_vllm_in_process_gives(arguments, server, baseline, drafter, capsys):
@@ -222,6 +223,7 @@ def test_servers_give_the_report_that_vllm_in_process_gives(arguments, server, b
         check_checkpoint(drafter), "my-lab/d", None, None, read_evaluation(output / "evaluation.json", drafter)
     ).text
     assert "| tokens per second without |" in card
+    assert f"| pays from acceptance length | {report['break_even_length']:.2f} |" in card
     assert server.url not in card
 
 
@@ -260,6 +262,7 @@ def test_a_server_that_only_counts_as_a_whole_gives_no_intervals_of_acceptance(
     report = evaluate(arguments(baseline_endpoint=baseline.url))
     assert "--per-request-spec-decode-metrics detailed" in caplog.text
     assert set(report["intervals"]) == {"tokens_per_second", "tokens_per_second_without", "speed_up"}
+    assert report["break_even_length"] == pytest.approx(report["acceptance_length"] / report["speed_up"])
     names = ("acceptance_length", "num_drafts", "num_accepted_tokens", "per_position_acceptance")
     for name in names:
         assert report[name] == by_request[name]

@@ -48,6 +48,18 @@ COMMANDS = {
         ("init", "init my-drafter"),
         ("folder",),
     ),
+    "plan": Command(
+        "evaluation.plan",
+        "plan",
+        "PlanArguments",
+        "say from which acceptance length a drafter pays, before training",
+        (
+            "plan --model Qwen/Qwen3-8B --num-layers 1 4 --draft-vocab-size 32000 --concurrency 1 16 --output plan",
+            "plan ./folder-with-config-json --num-speculative-tokens 4 -- --load-format dummy --quantization fp8",
+        ),
+        ("model",),
+        rest="vllm_args",
+    ),
     "prepare": Command(
         "data.prepare",
         "prepare",

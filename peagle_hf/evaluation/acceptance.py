@@ -16,6 +16,7 @@ from ..console import progress_bar
 from ..data.cache_manifest import check_cache
 from ..data.cache_storage import cache_folder
 from ..data.collator import CODDataCollator
+from ..data.contexts import CONTEXTS, context_number, drafted_contexts
 from ..data.dataset import HiddenStatesDataset
 from ..data.partition import partition_every_slot
 from ..data.prepared_dataset import split_rows
@@ -24,7 +25,7 @@ from ..files import write_json
 from ..hub.training_json import read_record
 from ..model.drafter import PeagleForSpeculation
 from ..model.served_checkpoint import check_checkpoint, drafter_folder, drafter_name
-from ..training.metrics import count_drafts
+from ..training.metrics import count_by_position, drafts_in_text
 from ..training.objective import Objective
 from ..verifier.head import VerifierHead
 from ..verifier.loading import load_verifier_config
@@ -121,6 +122,8 @@ def acceptance(arguments: AcceptanceArguments) -> dict[str, Any]:
     - `acceptance_length` and `per_position_acceptance` of the drafts that decoding the text would make (see
       `metrics.count_drafts`), and `conditional_acceptance`: drafts accepted at position k / drafts that reach it,
       because all before it are accepted; with the counts `num_drafts`, `reached`, `accepted`;
+    - `by_context`: the same for the drafts in each range of positions in the context (see `data.contexts`); the counts
+      of all ranges sum to the whole;
     - `every_anchor`: the same with a draft at every position that is trained on, and `accuracy`: share of the slots of
       depth k that are right, whatever was proposed before them.
 
@@ -158,7 +161,8 @@ def acceptance(arguments: AcceptanceArguments) -> dict[str, Any]:
         "skipped_rows": sorted(set(skipped)),
         "num_speculative_tokens": config.num_depths,
         "dtype": arguments.dtype,
-        **_summarize(drafts),
+        **_summarize(drafts.sum(0)),
+        "by_context": {name: _summarize(counts) for name, counts in zip(CONTEXTS, drafts, strict=True)},
         "every_anchor": _summarize(counters[2:])
         | {"accuracy": [right / max(rows, 1) for right, rows in zip(correct, learnt, strict=True)]},
     }
@@ -185,11 +189,16 @@ def _kept_back(arguments: AcceptanceArguments, folder: Path) -> list[int]:
 
 @torch.no_grad()
 def count(drafter: PeagleForSpeculation, objective: Objective, dataset: HiddenStatesDataset) -> tuple[Tensor, Tensor]:
-    """The counts of `metrics.count_by_depth` [4, K] and `metrics.count_drafts` [2, K] over all slots, none dropped."""
+    """Count over all slots, none dropped.
+
+    Returns:
+        `metrics.count_by_depth` [4, K], and `metrics.count_by_position` of the drafts in each of `CONTEXTS` [C, 2, K].
+    """
     drafter.eval()
     num_depths = drafter.config.num_depths
     collator = CODDataCollator.from_config(drafter.config, every_slot=True)
-    counters, drafts = torch.zeros(4, num_depths, dtype=torch.long), torch.zeros(2, num_depths, dtype=torch.long)
+    counters = torch.zeros(4, num_depths, dtype=torch.long)
+    by_context = torch.zeros(len(CONTEXTS), 2, num_depths, dtype=torch.long)
     for number in progress_bar(range(len(dataset)), desc="Measuring", unit="sequence"):
         outcomes = []
         for part in partition_every_slot(collator([dataset[number]])):
@@ -198,8 +207,12 @@ def count(drafter: PeagleForSpeculation, objective: Objective, dataset: HiddenSt
             assert output.outcomes is not None  # the drafter is in evaluation
             counters += output.counters.cpu()
             outcomes.append(output.outcomes.cpu())
-        drafts += count_drafts(torch.cat(outcomes, dim=1), num_depths)
-    return counters, drafts
+        drafts = drafts_in_text(torch.cat(outcomes, dim=1))
+        # The draft after anchor i begins with token i + 2 of the sample (see `model.slots`).
+        contexts = torch.tensor([context_number(place + 2) for place in drafts[0].tolist()])
+        for number, counts in enumerate(by_context):
+            counts += count_by_position(drafts[:, contexts == number], num_depths)
+    return counters, by_context
 
 
 def _summarize(counts_2K: Tensor) -> dict[str, Any]:
@@ -237,5 +250,15 @@ def table(report: dict[str, Any]) -> str:
                 f"{accuracy:>9.1%}"
                 for place, (reached, accepted, conditional, rate, everywhere, accuracy) in enumerate(columns, start=1)
             ),
+            *_context_lines(report),
         ]
     )
+
+
+def _context_lines(report: dict[str, Any]) -> list[str]:
+    """A table of the acceptance length by position in the context, if drafts are in several ranges."""
+    rows = [
+        f"{name:>8} {figures['num_drafts']:>10} {figures['acceptance_length']:>18.3f}"
+        for name, figures in drafted_contexts(report).items()
+    ]
+    return ["", " Context     Drafts  Acceptance length", *rows] if rows else []

@@ -1,15 +1,12 @@
 """`EvaluateArguments`: the arguments of `peagle-hf evaluate`."""
 
-import json
 import math
-import shlex
-from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
-from ..arguments import Arguments, check_ranges, flag_of, plain
+from ..arguments import Arguments, check_ascending, check_ranges, command_text
 from ..data.tokenizer import CHAT_KWARGS_OF_DRAFTER_HELP, CHAT_TEMPLATE_OF_DRAFTER_HELP, read_template_kwargs
 from ..errors import PeagleError
-from ..redaction import public_command
 
 MAX_MODEL_LEN = 4096
 """Default limit of prompt and answer together, in tokens; the verifier's own limit if that is lower."""
@@ -30,7 +27,7 @@ class EvaluateArguments(Arguments):
         metadata={
             "help": "One or more suites of prompts that the drafter has not seen: .jsonl or .json files or hub "
             "datasets with `turns` (Spec-Bench's shape), `messages` or `conversations`; `category` groups them in "
-            "the tables.",
+            "the tables. A .txt or .md file is one prompt.",
             "aliases": ["--prompts"],
         }
     )
@@ -118,13 +115,9 @@ class EvaluateArguments(Arguments):
             self.chat_template_kwargs = read_template_kwargs(self.chat_template_kwargs)
         if not self.suite:
             raise PeagleError("--suite names no prompts. Name a .jsonl file or a hub dataset.")
-        for name in ("concurrency", "num_speculative_tokens"):
-            numbers = getattr(self, name)
-            if min(numbers, default=1) < 1 or numbers != sorted(set(numbers)) or (name, numbers) == ("concurrency", []):
-                raise PeagleError(
-                    f"{flag_of(name)} is {' '.join(map(str, numbers)) or 'empty'} but needs positive, distinct and "
-                    "ascending numbers, for example 1 4 16."
-                )
+        check_ascending(self, ("concurrency", "num_speculative_tokens"))
+        if not self.concurrency:
+            raise PeagleError("--concurrency is empty but needs numbers of chats at a time, for example 1 4 16.")
         at_least_1 = ("rounds", "max_tokens", "max_prompts", "max_model_len")
         check_ranges(self, dict.fromkeys(at_least_1, (1, math.inf)))
         if not 0 <= self.temperature < math.inf:
@@ -146,16 +139,4 @@ class EvaluateArguments(Arguments):
 
     def command(self) -> str:
         """The command line with these arguments, without passwords."""
-        words = ["peagle-hf", "evaluate"]
-        for argument in fields(self):
-            value, default = getattr(self, argument.name), argument.default
-            if argument.default_factory is not MISSING:
-                default = argument.default_factory()
-            if value != default:
-                words.append(flag_of(argument.name))
-                words += map(str, plain(value)) if isinstance(value, list) else [_word(value)]
-        return shlex.join(public_command(words))
-
-
-def _word(value: Any) -> str:
-    return json.dumps(value) if isinstance(value, dict) else str(value)
+        return command_text(self, "evaluate")

@@ -41,6 +41,7 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
       they are computed; with a temperature above 0 those of all rounds together (greedy rounds draft the same).
     - `tokens_per_second`, `tokens_per_second_without`, `speed_up`: generated tokens over wall time, warmed up, the
       median of the rounds. `is_speed_up_or_down`: whether the speeds differ; null after one round.
+      `break_even_length`: the acceptance length from which the drafter pays at this concurrency.
     - `intervals` of all these, [low, high]: see `intervals`. Speed intervals are the union over rounds. There are none
       with fewer than six prompts, and none for acceptance if vLLM doesn't count per request.
     - `by_category`: the same for each kind of prompt; a prompt's share in the wall time is its share in the seconds of
@@ -50,6 +51,8 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
       segments sum to the whole; `num_prompts` have a draft there. Null if vLLM doesn't count per draft.
       `segment_markers` has the text with which a segment opens and closes (null: at the end of the answer),
       `answers_begin_in` the segment that the generation prompt opens, or `text`.
+    - `by_context`: the same by position in the context, the number of tokens before a draft's first one, prompt
+      included: "0-1K", "1K-4K", "4K-16K" and "16K-", K being 1,024. Null if a server doesn't count per draft.
     - `by_concurrency`: acceptance and speed at each number of chats at a time, and `latency_seconds`,
       `latency_seconds_without`: mean, median and p99 from a request to its last token (`request`), to its first
       (`first_token`), and between two later ones on average (`output_token`), over all rounds.

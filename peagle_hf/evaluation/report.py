@@ -9,6 +9,7 @@ from typing import Any
 
 from ..console import estimate
 from ..data.answer_markers import TEXT, drafted_segments
+from ..data.contexts import drafted_contexts
 from ..pages.page import render
 from ..pages.pictures import COLOURS, GREY, picture, save_png
 from ..pages.tables import Table
@@ -49,8 +50,14 @@ def _summary(entry: dict[str, Any], report: dict[str, Any]) -> dict[str, str]:
         "Verifier": report["verifier"],
         "Acceptance length": _figure(entry, "acceptance_length", ".3f"),
         "Speed-up": _speed_up(entry) or "not measured",
+        **_pays_from(entry),
         "Text identical": "not compared" if is_same is None else "yes" if is_same else f"NO, in {_num_other(entry)}",
     }
+
+
+def _pays_from(entry: dict[str, Any]) -> dict[str, str]:
+    length = _figure(entry, "break_even_length", ".2f")
+    return {"Pays from acceptance length": length} if length else {}
 
 
 def _num_other(entry: dict[str, Any]) -> str:
@@ -120,31 +127,45 @@ def _tables(report: dict[str, Any]) -> list[Table]:
         )
         for label, entry in entries
     ]
-    differences = [Table("Differences", ["", "From", "Figure", "Difference", ""], _difference_rows(report))]
+    head = ["", "From", "Figure", "Difference", ""]
     return [
         acceptance,
         *by_category,
-        *[
-            Table(
-                "By segment of the answers" if len(entries) == 1 else f"By segment of the answers: {label}",
-                ["Segment", "Prompts", "Drafts", "Acceptance length", "Acceptance rate"],
-                _segment_rows(segments),
-            )
-            for label, entry in entries
-            if (segments := drafted_segments(entry))
-        ],
+        *_part_tables("By segment of the answers", "Segment", entries, drafted_segments),
+        *_part_tables("By position in the context", "Tokens before the draft", entries, drafted_contexts),
         Table(
             "Speed; times are mean, median and 99th percentile",
-            ["Chats at a time", "", "Tokens/s", "Speed-up", "Request, s", "To first token, s", "Between tokens, ms"],
+            [
+                *("Chats at a time", "", "Tokens/s", "Speed-up", "Pays from"),
+                *("Request, s", "To first token, s", "Between tokens, ms"),
+            ],
             _speed_rows(entries),
         ),
-        *(differences if report["others"] else []),
+        *([Table("Differences", head, _difference_rows(report))] if report["others"] else []),
         Table("How it was measured", ["", ""], _measured_rows(report)),
     ]
 
 
-def _segment_rows(segments: dict[str, dict[str, Any]]) -> list[list[str]]:
-    """The rows of the table of acceptance by segment."""
+def _part_tables(
+    title: str,
+    part: str,
+    entries: list[tuple[str, dict[str, Any]]],
+    shown_parts: Callable[[dict[str, Any]], dict[str, dict[str, Any]]],
+) -> list[Table]:
+    """A table of the acceptance by part of the answers for each entry that has parts to show."""
+    return [
+        Table(
+            title if len(entries) == 1 else f"{title}: {label}",
+            [part, "Prompts", "Drafts", "Acceptance length", "Acceptance rate"],
+            _part_rows(parts),
+        )
+        for label, entry in entries
+        if (parts := shown_parts(entry))
+    ]
+
+
+def _part_rows(parts: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """The rows of a table of acceptance by part of the answers."""
     return [
         [
             name,
@@ -153,7 +174,7 @@ def _segment_rows(segments: dict[str, dict[str, Any]]) -> list[list[str]]:
             _figure(figures, "acceptance_length", ".3f"),
             _figure(figures, "acceptance_rate", ".1%"),
         ]
-        for name, figures in segments.items()
+        for name, figures in parts.items()
     ]
 
 
@@ -167,6 +188,7 @@ def _speed_rows(entries: list[tuple[str, dict[str, Any]]]) -> list[list[str]]:
             label,
             _figure(run, f"tokens_per_second{suffix}", ".1f"),
             "" if suffix else _speed_up(run),
+            "" if suffix else _figure(run, "break_even_length", ".2f"),
             _three(times["request"], 1),
             _three(times["first_token"], 1),
             _three(times["output_token"], 1000),
@@ -252,7 +274,7 @@ def _markers(report: dict[str, Any]) -> str:
 
 
 def _sentences(report: dict[str, Any]) -> list[str]:
-    sentences = [_speed_sentence(report)]
+    sentences = [_speed_sentence(report), *_break_even_sentences(report)]
     labelled, labels = _entries(report), _labels(report)
     for label, entry in labelled:
         prefix = f"{label}: " if len(labelled) > 1 else ""
@@ -289,6 +311,21 @@ def _speed_sentence(report: dict[str, Any]) -> str:
             f"{report['num_speculative_tokens']} tokens takes time, especially on a CPU, and too few are accepted."
         )
     return sentence
+
+
+def _break_even_sentences(report: dict[str, Any]) -> list[str]:
+    """From which acceptance length the drafter pays, at each number of chats at a time; none if it isn't known."""
+    lengths = [
+        f"{_figure(run, 'break_even_length', '.2f')} at {run['concurrency']}"
+        for run in report["by_concurrency"]
+        if run["break_even_length"] is not None
+    ]
+    if not lengths:
+        return []
+    return [
+        f"It pays here from acceptance length {', '.join(lengths)} at a time; this drafter has "
+        f"{report['acceptance_length']:.2f}."
+    ]
 
 
 def _text_sentence(entry: dict[str, Any], report: dict[str, Any]) -> str:

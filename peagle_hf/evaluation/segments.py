@@ -10,14 +10,10 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ..data.answer_markers import TEXT, AnswerMarkers, find_answer_markers
 from ..data.tokenizer import ChatOptions, load_tokenizer
 from ..errors import PeagleError
 from ..serving.client import Answer
-from .runs import Run
 
 logger = logging.getLogger(__name__)
 
@@ -92,33 +88,9 @@ class Segmenter:
                 name = TEXT
                 parts.append((place, name))
 
-    def counts(self, run: Run) -> dict[str, NDArray[np.int64]] | None:
-        """For each segment the counters [P, 3 + K] of each prompt, all turns together (see `Counters.drafting`).
-
-        None if vLLM doesn't count per draft.
-        """
-        by_prompt = []
-        for chat in run.chats:
-            counts = [count for answer in chat if (count := self._count(answer)) is not None]
-            if len(counts) < len(chat):
-                return None
-            by_prompt.append(np.sum(counts, axis=0))
-        return {name: np.array(by_prompt)[:, place] for place, name in enumerate(self.names)}
-
-    def _count(self, answer: Answer) -> NDArray[np.int64] | None:
-        """The counters of an answer by segment, int64 [len(names), 3 + K]; None if vLLM doesn't count per draft."""
-        if answer.drafting is None or answer.drafts is None:
-            return None
-        positions = np.arange(len(answer.drafting) - 3)
-        counts = np.zeros((len(self.names), len(answer.drafting)), np.int64)
-        segments = self.segments(answer.token_ids)
-        place = 1  # the first token comes with the prompt
-        for accepted, drafted in answer.drafts:
-            row = counts[self.names.index(segments[min(place, len(segments) - 1)])]
-            row[:3] += (1, drafted, accepted)
-            row[3:] += positions < accepted
-            place += accepted + 1
-        return counts
+    def parts(self, answer: Answer) -> list[str]:
+        """The segment of each token of an answer."""
+        return self.segments(answer.token_ids)
 
 
 def _spaced(marker: str) -> str:

@@ -14,6 +14,9 @@ from .arguments import EvaluateArguments
 
 logger = logging.getLogger(__name__)
 
+TEXT_KINDS = (".txt", ".md")
+"""Endings of files whose whole text is the question of one prompt."""
+
 
 def load_prompts(arguments: EvaluateArguments, dropped: list[dict[str, str]]) -> list[Prompt]:
     """Read the prompts of all suites and interleave their categories, so that all run under the same conditions.
@@ -21,15 +24,20 @@ def load_prompts(arguments: EvaluateArguments, dropped: list[dict[str, str]]) ->
     With several suites, names of prompts and categories begin with that of their suite, and a prompt that an earlier
     suite has too is left out.
 
+    A text file is one prompt: the model answers its text.
+
     Args:
         dropped: receives the prompts that are left out, with the reasons.
+
+    Raises:
+        PeagleError: a suite can't be read, or has no prompt that the suites before it don't have.
     """
     names = _suite_names(arguments.suite)
     by_category: dict[str, list[Prompt]] = defaultdict(list)
     suite_of: dict[str, str] = {}
     for suite, name in zip(arguments.suite, names, strict=True):
         unusable: list[dict[str, str]] = []
-        prompts = read_prompts(suite, unusable)
+        prompts = [_text_prompt(suite)] if Path(suite).suffix.lower() in TEXT_KINDS else read_prompts(suite, unusable)
         dropped += unusable
         for drop in unusable:
             logger.warning("%s is left out: %s.", drop.get("place", drop["id"]), drop["reason"])
@@ -57,6 +65,16 @@ def load_prompts(arguments: EvaluateArguments, dropped: list[dict[str, str]]) ->
         )
     in_turn = chain.from_iterable(zip_longest(*by_category.values()))
     return [prompt for prompt in in_turn if prompt is not None][: arguments.max_prompts]
+
+
+def _text_prompt(path: str) -> Prompt:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PeagleError(f"{path} can't be read as UTF-8 text ({error}). Name another file.") from error
+    if not text.strip():
+        raise PeagleError(f"{path} is empty: it holds no text to answer. Leave it out.")
+    return Prompt(Path(path).name, "text", system=[], turns=[text], place=Path(path).name)
 
 
 def _suite_names(suites: Sequence[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """vLLM in a child process, which answers prompts and counts drafts.
 
 The memory is free when the process ends, and a crash of vLLM becomes an error message of the parent. `python -m
-peagle_hf.evaluation.vllm_process` is the child: it reads the engine's arguments and then its job as lines of JSON from
+peagle_hf.evaluation.vllm_process` is the child: it reads the engine's arguments and then its jobs as lines of JSON from
 standard input, and answers in such lines.
 """
 
@@ -11,10 +11,11 @@ import os
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,13 +31,14 @@ from ..serving.client import DRAFT_COUNTERS, POSITION_COUNTER, Answer, drafting_
 from ..serving.installed import MODEL_RUNNER
 from ..serving.supervisor import supervised
 from .runs import BY_CATEGORY, BY_DRAFT, Run, check_counts, grouped
+from .synthetic_acceptance import SYNTHETIC, accept_synthetically_on_cpu, set_acceptance_length
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Job:
-    """The job of a vLLM process.
+    """A job of a vLLM process.
 
     Args:
         prompts: in the order in which they are run.
@@ -44,6 +46,9 @@ class Job:
         counts: `BY_DRAFT`, or `BY_CATEGORY`: then one category is run after another.
         options: chat template and variables.
         answers: for each concurrency and prompt, the answers by turn that later turns follow; default: vLLM's own.
+        token_ids: prompts that are given as token ids, in place of `prompts`; the answer to each has exactly
+            `max_tokens` tokens, and its text isn't decoded.
+        acceptance_length: for an engine with `SYNTHETIC` acceptance (see `synthetic_acceptance`).
     """
 
     prompts: list[Prompt]
@@ -53,19 +58,29 @@ class Job:
     counts: str = BY_DRAFT
     options: ChatOptions = field(default_factory=ChatOptions)
     answers: list[list[list[str]]] | None = None
+    token_ids: list[list[int]] | None = None
+    acceptance_length: float | None = None
 
 
 class VllmProcess:
-    """vLLM in a child process: it loads its models when the block begins, and `run` gives it its job.
+    """vLLM in a child process: it loads its models when the block begins, and `run` gives it a job.
 
     Args:
         engine: arguments of `vllm.LLM`.
         log: file for vLLM's output.
         what: the end of "vLLM failed …" in messages, such as "with the drafter".
+        flags: vLLM's own flags, as on its command line; they have precedence over `engine`.
     """
 
-    def __init__(self, engine: dict[str, Any], environment: dict[str, str], log: Path, what: str):
-        self.engine, self.environment, self.log, self.what = engine, environment, log, what
+    def __init__(
+        self,
+        engine: dict[str, Any],
+        environment: dict[str, str],
+        log: Path,
+        what: str,
+        flags: Sequence[str] = (),
+    ):
+        self.engine, self.environment, self.log, self.what, self.flags = engine, environment, log, what, flags
         self._measured_on: dict[str, Any] | None = None
         self._process: subprocess.Popen | None = None
         self._stack = ExitStack()
@@ -78,7 +93,7 @@ class VllmProcess:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log, "text": True}
         command = [sys.executable, "-m", __name__]
         self._process = self._stack.enter_context(supervised(command, environment, **pipes))
-        self._send(self.engine)
+        self._send({"engine": self.engine, "flags": list(self.flags)})
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -97,7 +112,7 @@ class VllmProcess:
             self._measured_on = self._receive().get("measured_on")
 
     def run(self, job: Job, keep: Callable[[Run, dict[str, Any]], object]) -> None:
-        """Do the job.
+        """Do a job.
 
         Args:
             keep: called with the run of each concurrency as soon as it is finished, and with its `dtype`, `device` and
@@ -109,7 +124,7 @@ class VllmProcess:
         self.wait_until_ready()
         assert self._measured_on is not None
         self._send(asdict(job))
-        total = len(job.prompts) * len(job.concurrency)
+        total = len(job.token_ids or job.prompts) * len(job.concurrency)
         with progress_bar(total=total, desc=f"vLLM {self.what}", unit="prompt") as progress:
             for _ in job.concurrency:
                 while "run" not in (message := self._receive()):
@@ -142,14 +157,19 @@ class VllmProcess:
 
 
 def _work(receive: Callable[[], dict[str, Any]], send: Callable[..., object]) -> None:
-    """Load models and do a job; `send` gets `measured_on`, then `done` for each prompt and each concurrency's `run`."""
+    """Load models and do jobs until the parent has no more.
+
+    `send` gets `measured_on`, then in each job `done` for each prompt and the `run` of each concurrency.
+    """
     import transformers
     import vllm
 
-    engine = receive()
-    drafts = "speculative_config" in engine
+    engine = _with_flags(**receive())
+    drafting = engine.get("speculative_config") or {}
+    if SYNTHETIC.keys() <= drafting.keys():
+        accept_synthetically_on_cpu()
     llm = vllm.LLM(**engine)
-    if drafts and getattr(llm.llm_engine.vllm_config, "use_v2_model_runner", False):
+    if drafting and getattr(llm.llm_engine.vllm_config, "use_v2_model_runner", False):
         raise PeagleError(
             "vLLM uses its second model runner, but drafts for P-EAGLE in the first one only. Set "
             f"{MODEL_RUNNER}=0, and leave out what needs the second one."
@@ -167,19 +187,31 @@ def _work(receive: Callable[[], dict[str, Any]], send: Callable[..., object]) ->
             },
         }
     )
-    content = receive()
-    prompts = [Prompt(**prompt) for prompt in content.pop("prompts")]
-    job = Job(prompts=prompts, options=ChatOptions(**content.pop("options")), **content)
-    longest = engine["max_model_len"]
+    while True:
+        content = receive()
+        prompts = [Prompt(**prompt) for prompt in content.pop("prompts")]
+        job = Job(prompts=prompts, options=ChatOptions(**content.pop("options")), **content)
+        if job.acceptance_length is not None:
+            set_acceptance_length(llm, job.acceptance_length)
+        _do(job, llm, bool(drafting), send)
+
+
+def _do(job: Job, llm: Any, drafts: bool, send: Callable[..., object]) -> None:
+    """Do one job of a process."""
+    from vllm import SamplingParams
+
+    first = _Conversations(llm, job, None)
+    num_first = 1 if job.token_ids is None else min(max(job.concurrency), len(job.token_ids))
     llm.generate(  # the first forward passes are slower
-        _Conversations(llm, job, longest, None).inputs(0),
-        vllm.SamplingParams(temperature=job.temperature, max_tokens=8),
+        [first.inputs(index) for index in range(num_first)],
+        SamplingParams(temperature=job.temperature, max_tokens=8, detokenize=job.token_ids is None),
         use_tqdm=False,
     )
     for number, concurrency in enumerate(job.concurrency):
-        conversations = _Conversations(llm, job, longest, job.answers[number] if job.answers else None)
+        conversations = _Conversations(llm, job, job.answers[number] if job.answers else None)
+        groups = grouped(job.prompts, job.counts) if job.token_ids is None else {"": list(range(len(job.token_ids)))}
         counters, seconds = {}, 0.0
-        for category, indices in grouped(prompts, job.counts).items():
+        for category, indices in groups.items():
             before, started = _read_counters(llm), time.perf_counter()
             conversations.hold(indices, concurrency, lambda count: send(done=count))
             seconds += time.perf_counter() - started
@@ -190,13 +222,29 @@ def _work(receive: Callable[[], dict[str, Any]], send: Callable[..., object]) ->
         send(run=asdict(Run(concurrency, conversations.chats, seconds, counters if by_category else None)))
 
 
+def _with_flags(engine: dict[str, Any], flags: list[str]) -> dict[str, Any]:
+    """The engine's arguments with those of vLLM's own flags; a flag that vLLM doesn't know ends the process."""
+    if not flags:
+        return engine
+    from vllm import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    not_given = object()  # it stays where a flag isn't given, while argparse would set the flag's default
+    parsed = parser.parse_args(flags, Namespace(**dict.fromkeys(vars(parser.parse_args([])), not_given)))
+    names = {one.name for one in fields(EngineArgs)}
+    return engine | {name: value for name, value in vars(parsed).items() if name in names and value is not not_given}
+
+
 class _Conversations:
     """All chats of a job, `concurrency` at a time: when one ends, the next begins."""
 
-    def __init__(self, llm: Any, job: Job, max_model_len: int, answers: Sequence[Sequence[str]] | None):
-        self.job, self.max_model_len, self.answers = job, max_model_len, answers
-        self.chats: list[list[Answer]] = [[] for _ in job.prompts]
-        self._engine, self._renderer, self._tokenizer = llm.llm_engine, llm.renderer, llm.get_tokenizer()
+    def __init__(self, llm: Any, job: Job, answers: Sequence[Sequence[str]] | None):
+        self.job, self.answers = job, answers
+        self.max_model_len = llm.llm_engine.model_config.max_model_len
+        self.chats: list[list[Answer]] = [[] for _ in job.token_ids or job.prompts]
+        self._engine, self._renderer = llm.llm_engine, llm.renderer
+        self._tokenizer = None if job.token_ids else llm.get_tokenizer()
         self._asked: dict[str, tuple[int, float]] = {}
 
     def hold(self, indices: Sequence[int], concurrency: int, report_progress: Callable[[int], object]) -> None:
@@ -207,7 +255,7 @@ class _Conversations:
             for output in self._engine.step():
                 index, asked = self._asked.pop(output.request_id)
                 self._take(index, output, time.perf_counter() - asked)
-                if len(self.chats[index]) < len(self.job.prompts[index].turns):
+                if not self.job.token_ids and len(self.chats[index]) < len(self.job.prompts[index].turns):
                     self._ask(index)
                 else:
                     report_progress(1)
@@ -218,6 +266,9 @@ class _Conversations:
         Raises:
             PeagleError: prompt and answer don't fit into the engine's context, or the chat template refuses the prompt.
         """
+        if self.job.token_ids:
+            return {"prompt_token_ids": self.job.token_ids[index]}
+        assert self._tokenizer is not None
         prompt, chat = self.job.prompts[index], self.chats[index]
         said = [answer.text for answer in chat] if self.answers is None else self.answers[index]
         messages = list(prompt.system)
@@ -250,6 +301,8 @@ class _Conversations:
         sampling = SamplingParams(
             temperature=self.job.temperature,
             max_tokens=self.job.max_tokens,
+            ignore_eos=self.job.token_ids is not None,
+            detokenize=self.job.token_ids is None,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         request = f"{index} {len(self.chats[index])}"
@@ -273,6 +326,7 @@ class _Conversations:
                 seconds=seconds,
                 drafting=drafting,
                 drafts=drafts,
+                num_prompt_tokens=len(output.prompt_token_ids),
             )
         )
 

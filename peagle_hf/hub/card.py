@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..console import estimate
 from ..data.answer_markers import drafted_segments
+from ..data.contexts import drafted_contexts
 from ..data.prepared_dataset import CHAT_TEMPLATE_FILE
 from ..data.sources import BUILT_IN_DATASETS, is_local_file
 from ..data.tokenizer import ChatOptions
@@ -53,6 +54,7 @@ def read_evaluation(path: str | os.PathLike[str], model: str | os.PathLike[str])
         report = json.loads(Path(path).read_text(encoding="utf-8"))
         weights, rates = report["drafter_weights"], report["per_position_acceptance"]
         of_parts = [*report["by_category"].values(), *(report.get("by_segment") or {}).values()]
+        of_parts += (report.get("by_context") or {}).values()
         for figures in [{name: report[name] for name in _EVALUATION}, *of_parts]:
             for name in ("num_prompts", "acceptance_length", "acceptance_rate"):
                 float(figures[name])
@@ -212,6 +214,8 @@ def _acceptance(report: dict[str, Any]) -> str:
     ]
     if report["tokens_per_second_without"] is not None:
         figures.append(("tokens per second without", _estimate(report, "tokens_per_second_without", ".1f")))
+    if report.get("break_even_length") is not None:
+        figures.append(("pays from acceptance length", _estimate(report, "break_even_length", ".2f")))
     if report["num_identical"] is not None:
         figures.append(
             ("texts that are the same with and without", f"{report['num_identical']}/{report['num_prompts']}")
@@ -219,11 +223,13 @@ def _acceptance(report: dict[str, Any]) -> str:
     sections = [measured, by_position, _table(["", ""], figures), _parts("prompts", report["by_category"])]
     if segments := drafted_segments(report):
         sections.append(_parts("drafts that begin in", segments))
+    if contexts := drafted_contexts(report):
+        sections.append(_parts("tokens before the draft", contexts))
     return "\n\n".join(sections)
 
 
 def _parts(what: str, rows: dict[str, dict[str, Any]]) -> str:
-    """A table of the acceptance of each category or segment."""
+    """A table of the acceptance of each category, segment or range of positions."""
     return _table(
         [what, "number of prompts", "acceptance length", "acceptance rate"],
         [

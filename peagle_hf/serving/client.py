@@ -45,6 +45,7 @@ class Answer:
         drafting: `Counters.drafting` of this answer alone; None if vLLM doesn't count per request.
         drafts: for each of its drafts, in order, the number of accepted and of drafted tokens; None if vLLM doesn't
             count per draft.
+        num_prompt_tokens: None if the server doesn't say it.
     """
 
     text: str = ""
@@ -54,6 +55,7 @@ class Answer:
     seconds: float = 0.0
     drafting: list[int] | None = None
     drafts: list[list[int]] | None = None
+    num_prompt_tokens: int | None = None
 
 
 class Client:
@@ -159,6 +161,8 @@ class Client:
                 )
                 with stream:
                     for chunk in stream:
+                        if chunk.usage is not None:
+                            answer.num_prompt_tokens = chunk.usage.prompt_tokens
                         if counted := (getattr(chunk, "metrics", None) or {}).get("speculative_decoding"):
                             histogram, drafted = counted["acceptance_histogram"], counted["num_draft_tokens"]
                             answer.drafting = drafting_counts(histogram, drafted)

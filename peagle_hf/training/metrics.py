@@ -79,8 +79,8 @@ def outcomes_by_anchor(
     return outcomes[:, reached_R[:num_positions]]
 
 
-def count_drafts(outcomes_4N: Tensor, num_depths: int) -> Tensor:
-    """Count the drafts that decoding the text would make: from each one on to the token after what it has accepted.
+def drafts_in_text(outcomes_4N: Tensor) -> Tensor:
+    """The drafts that decoding the text would make: from each one on to the token after what it has accepted.
 
     Most tokens of a run that is easy to guess are accepted from its first one and never start a draft of their own, so
     decoding meets harder anchors than all anchors are on average.
@@ -89,21 +89,28 @@ def count_drafts(outcomes_4N: Tensor, num_depths: int) -> Tensor:
         outcomes_4N: of `outcomes_by_anchor`, anchors in order, with nothing dropped (`slots.every_slot`).
 
     Returns:
-        int64 [2, K]: reached, accepted.
+        int64 [3, D] on the CPU: the anchor's place in its document, how many of the draft's slots are reached and how
+        many accepted.
     """
-    counts = torch.zeros(2, num_depths, dtype=torch.long)
-    depths = torch.arange(num_depths)
-    drafts: list[tuple[int, int]] = []
+    drafts: list[tuple[int, int, int]] = []
     last_document, last_place, next_place = -1, -1, 0
     for document, place, reached, accepted in outcomes_4N.T.tolist():
         is_new_answer = document != last_document or place != last_place + 1
         if is_new_answer or place >= next_place:
-            drafts.append((reached, accepted))
+            drafts.append((place, reached, accepted))
             next_place = place + accepted + 1
         last_document, last_place = document, place
-    if drafts:
-        counts += (torch.tensor(drafts).T[:, :, None] > depths).sum(1)
-    return counts.to(outcomes_4N.device)
+    return torch.tensor(drafts, dtype=torch.long).reshape(-1, 3).T
+
+
+def count_by_position(drafts_3D: Tensor, num_depths: int) -> Tensor:
+    """Count the slots of drafts (of `drafts_in_text`) by position, int64 [2, K]: reached, accepted."""
+    return (drafts_3D[1:, :, None] > torch.arange(num_depths)).sum(1)
+
+
+def count_drafts(outcomes_4N: Tensor, num_depths: int) -> Tensor:
+    """The counts of all `drafts_in_text` by position, int64 [2, K]: reached, accepted."""
+    return count_by_position(drafts_in_text(outcomes_4N), num_depths).to(outcomes_4N.device)
 
 
 def summarize(counters: Tensor) -> dict[str, float]:
