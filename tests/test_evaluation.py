@@ -354,6 +354,22 @@ def test_suites_are_run_together_evenly_by_category(tmp_path, caplog):
         load_prompts(arguments, [])
 
 
+def test_a_text_file_is_one_prompt(tmp_path):
+    (tmp_path / "long.txt").write_text("Many words. What do they say?")
+    (tmp_path / "empty.md").write_text(" ")
+    suite = write_suite(tmp_path / "one.jsonl", {"turns": ["short"]})
+    long = str(tmp_path / "long.txt")
+    prompts = load_prompts(EvaluateArguments("m", [long, suite], "out"), [])
+    assert [(prompt.id, prompt.category) for prompt in prompts] == [
+        ("long/long.txt", "long/text"),
+        ("one/0", "one/chat"),
+    ]
+    assert prompts[0].turns == ["Many words. What do they say?"]
+    for name, words in (("empty.md", "is empty"), ("absent.txt", "can't be read as UTF-8 text")):
+        with pytest.raises(PeagleError, match=words):
+            load_prompts(EvaluateArguments("m", [str(tmp_path / name)], "out"), [])
+
+
 def test_suites_of_one_name_or_with_the_same_prompts_are_told_apart(tmp_path, caplog):
     """The second suite's copy of a prompt is left out and counted: it would be asked twice, and count twice."""
     same, more = {"category": "a", "turns": ["both"]}, {"category": "a", "turns": ["only here"]}

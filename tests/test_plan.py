@@ -59,6 +59,13 @@ def test_lengths_that_the_verifier_has_no_positions_for_are_refused(tiny_verifie
         plan(PlanArguments(str(tiny_verifier), str(tmp_path), prompt_tokens=475))
 
 
+def test_vllms_flags_name_no_other_models(tiny_verifier, tmp_path):
+    arguments = PlanArguments(str(tiny_verifier), str(tmp_path))
+    arguments.vllm_args = ["--speculative_config={}"]
+    with pytest.raises(PeagleError, match="--speculative_config stands after --"):
+        plan(arguments)
+
+
 @pytest.mark.vllm
 @pytest.mark.slow
 @pytest.mark.fault(

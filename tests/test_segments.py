@@ -15,6 +15,7 @@ from peagle_hf.data.tokenizer import ChatOptions
 from peagle_hf.evaluation.answer_parts import Contexts, counts_by_part
 from peagle_hf.evaluation.figures import part_figures
 from peagle_hf.evaluation.intervals import MIN_PROMPTS
+from peagle_hf.evaluation.report import text
 from peagle_hf.evaluation.runs import Run
 from peagle_hf.evaluation.segments import Segmenter
 from peagle_hf.hub.card import model_card, read_evaluation
@@ -342,8 +343,12 @@ def test_the_report_has_the_figures_of_each_segment(arguments, drafter, capsys):
     assert sum(row["num_drafts"] for row in segments.values()) == report["num_drafts"]
     assert segments["text"]["per_position_acceptance"] == [0.5, 0.5, 0]
     assert (report["segment_markers"], report["answers_begin_in"]) == ({"reasoning": ["w5", "w6"]}, "text")
+    contexts = report["by_context"]
+    assert contexts["0-1K"]["num_accepted_tokens"] == report["num_accepted_tokens"]
+    assert sum(row["num_drafts"] for row in contexts.values()) == report["num_drafts"]
     printed, page = capsys.readouterr().out, Path(arguments.output, "evaluation.html").read_text()
     for shown in (printed, page):
+        assert "By position in the context" not in shown  # all drafts are in one range
         assert "By segment of the answers" in shown
         assert "reasoning from w5 to w6" in shown
     assert ["reasoning", "2", "6", "1.500", "16.7%"] in [line.split() for line in printed.splitlines()]
@@ -351,6 +356,11 @@ def test_the_report_has_the_figures_of_each_segment(arguments, drafter, capsys):
     card = model_card(check_checkpoint(drafter), "my-lab/d", None, None, evaluation).text
     assert "| drafts that begin in | number of prompts |" in card
     assert "| reasoning | 2 | 1.500 | 16.7% |" in card
+    assert "| tokens before the draft |" not in card
+    evaluation["by_context"]["16K-"] = contexts["0-1K"]
+    card = model_card(check_checkpoint(drafter), "my-lab/d", None, None, evaluation).text
+    assert "| tokens before the draft | number of prompts |" in card
+    assert "By position in the context" in text(evaluation)
 
 
 def test_a_server_that_counts_by_request_only_is_named_with_the_remedy(arguments, server, drafter, capsys):

@@ -65,8 +65,8 @@ class PlanArguments(Arguments):
             "whole vocabulary."
         },
     )
-    draft_arch: str | None = field(
-        default=None, metadata={"help": "Kind of draft layers, llama or qwen3; default: the verifier's, else llama."}
+    draft_arch: Literal["llama", "qwen3"] | None = field(
+        default=None, metadata={"help": "Kind of draft layers; default: qwen3, as in training."}
     )
     num_speculative_tokens: list[int] = field(
         default_factory=lambda: [2, 4, 7],
@@ -113,6 +113,19 @@ class PlanArguments(Arguments):
         check_ranges(self, {**dict.fromkeys(at_least_1, (1, math.inf)), "max_tokens": (8, math.inf)})
         check_ranges(self, {"seed": (0, MAX_SEED - self.rounds + 1)})
 
+    def check_vllm_args(self) -> None:
+        """Make sure that vLLM's flags, which are set after the others, leave what is measured as it is.
+
+        Raises:
+            PeagleError: a flag names other models.
+        """
+        for word in self.vllm_args:
+            if word.partition("=")[0].replace("_", "-") in ("--model", "--speculative-config", "-sc"):
+                raise PeagleError(
+                    f"{word.partition('=')[0]} stands after --, but peagle-hf plan itself tells vLLM which verifier "
+                    "and drafter to run. Leave it out; --num-layers and its like describe the drafters."
+                )
+
 
 @dataclass(frozen=True)
 class _Size:
@@ -151,6 +164,7 @@ def plan(arguments: PlanArguments) -> dict[str, Any]:
         PeagleError: vLLM isn't installed, fails, or has no synthetic acceptance; the verifier's configuration can't be
             read; the journal is damaged.
     """
+    arguments.check_vllm_args()
     config = load_verifier_config(arguments.model, trust_remote_code=arguments.trust_remote_code)
     sizes = [
         _Size(layers, vocabulary)
@@ -188,7 +202,8 @@ class _Measurement:
 
     def __init__(self, arguments: PlanArguments, drafters: dict[_Size, PeagleConfig], vocab_size: int):
         self.arguments, self.drafters, self.output = arguments, drafters, Path(arguments.output)
-        self.is_dummy = _has_no_weights(arguments.model) or "dummy" in arguments.vllm_args
+        is_asked = any(word.rpartition("=")[2] == "dummy" for word in arguments.vllm_args)
+        self.is_dummy = is_asked or _has_no_weights(arguments.model)
         self.engine = self._engine()
         self.environment, self.installed = vllm_environment(), installed_vllm()
         check_synthetic_acceptance(self.installed)

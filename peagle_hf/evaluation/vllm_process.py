@@ -201,10 +201,12 @@ def _do(job: Job, llm: Any, drafts: bool, send: Callable[..., object]) -> None:
     from vllm import SamplingParams
 
     first = _Conversations(llm, job, None)
-    num_first = 1 if job.token_ids is None else min(max(job.concurrency), len(job.token_ids))
+    num_chats, max_tokens = 1, 8
+    if job.token_ids is not None:
+        num_chats, max_tokens = min(max(job.concurrency), len(job.token_ids)), 32
     llm.generate(  # the first forward passes are slower
-        [first.inputs(index) for index in range(num_first)],
-        SamplingParams(temperature=job.temperature, max_tokens=8, detokenize=job.token_ids is None),
+        [first.inputs(index) for index in range(num_chats)],
+        SamplingParams(temperature=job.temperature, max_tokens=max_tokens, detokenize=job.token_ids is None),
         use_tqdm=False,
     )
     for number, concurrency in enumerate(job.concurrency):
