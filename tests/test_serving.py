@@ -290,7 +290,7 @@ def test_a_picture_that_cannot_be_drawn_loses_nothing(arguments, server, caplog,
     caplog.set_level("INFO", logger="peagle_hf")
     output, seen, printed = Path(arguments().output), [], []
 
-    def fail(axes, report):
+    def fail(report, axes):
         printed.append(capsys.readouterr().out)
         kept = json.loads((output / "evaluation.json").read_text())
         seen.append("Acceptance rate" in "".join(printed) and kept == report)

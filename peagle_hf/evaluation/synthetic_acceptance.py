@@ -25,7 +25,7 @@ def check_synthetic_acceptance(installed: InstalledVllm) -> None:
     if lacking:
         raise PeagleError(
             f"vLLM {installed.version} has no synthetic acceptance ({' and '.join(lacking)} in its speculative "
-            "configuration), without which a drafter can't be timed before it is trained. Install vLLM 0.26 to 0.32, "
+            "configuration), without which a drafter can't be timed before it is trained. Install vLLM 0.26 to 0.33, "
             "or train a drafter and measure it with peagle-hf evaluate."
         )
 
@@ -55,7 +55,7 @@ def set_acceptance_length(llm: Any, length: float) -> None:
         import vllm
 
         raise PeagleError(
-            f"The acceptance of vLLM {vllm.__version__} can't be set while it runs. Install vLLM 0.26 to 0.32, whose "
+            f"The acceptance of vLLM {vllm.__version__} can't be set while it runs. Install vLLM 0.26 to 0.33, whose "
             "first model runner can (VLLM_USE_V2_MODEL_RUNNER=0)."
         )
 
