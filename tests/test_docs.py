@@ -9,6 +9,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+import diagrams
 import pytest
 from site_hooks import command_line, faults, faults_page
 
@@ -42,6 +43,19 @@ def folder(tmp_path, smollm2) -> Path:
     (tmp_path / "sharegpt.jsonl").write_text(first_lines(ROOT / "examples/data/train_chats.jsonl", 12))
     (tmp_path / "prompts.jsonl").write_text(first_lines(ROOT / "examples/data/eval_prompts.jsonl", 2))
     return tmp_path
+
+
+def test_pictures_and_table_are_those_of_their_scripts(tmp_path, monkeypatch):
+    """docs/diagrams.py draws its pictures as they are, and the page has the table of docs/data/training_step.csv."""
+    monkeypatch.setattr(diagrams, "IMAGES", tmp_path)
+    diagrams.drafting()
+    diagrams.slots()
+    for drawn in tmp_path.iterdir():
+        assert drawn.read_bytes() == (ROOT / "docs" / "images" / drawn.name).read_bytes(), "run docs/diagrams.py"
+    page = shutil.copy(ROOT / "docs" / "performance.md", tmp_path)
+    figures = ROOT / "docs" / "data" / "training_step.csv"
+    run([sys.executable, ROOT / "tests" / "benchmarks" / "step_figures.py", "table", figures, page], tmp_path)
+    assert Path(page).read_text() == (ROOT / "docs" / "performance.md").read_text()
 
 
 def test_command_line_page_has_every_flag():
