@@ -22,8 +22,9 @@ demo: install  ## Train a drafter for SmolLM2-135M-Instruct and measure it in vL
 test: install  ## The tests that need neither vLLM nor patience
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "not vllm and not slow"
 
-test-slow: install  ## The other tests: real vLLM, and what takes long
-	$(BIN)/pytest -m "vllm or slow"
+test-slow: install  ## The other tests: what takes long, two at a time, and real vLLM, one after another
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "slow and not vllm"
+	$(BIN)/pytest -m vllm
 
 test-versions: install .versions/oldest .versions/newest  ## The quick tests on both: TESTS=tests/test_trainer.py for a part
 	for version in oldest newest; do \
