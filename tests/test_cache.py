@@ -34,7 +34,7 @@ from peagle_hf.data.cache_storage import (
     row_path,
     write_states,
 )
-from peagle_hf.data.dataset import EpochSampler
+from peagle_hf.data.packing import EpochSampler
 from peagle_hf.data.prepared_dataset import split_rows
 from peagle_hf.model.slots import target_tokens
 

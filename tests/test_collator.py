@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from peagle_hf import CODDataCollator, HiddenStatesDataset, PeagleError
 from peagle_hf.data import collator
 from peagle_hf.data.cache_storage import row_path
-from peagle_hf.data.dataset import EpochSampler, SequenceRequest, first_fit
+from peagle_hf.data.packing import EpochSampler, SequenceRequest, first_fit
 from peagle_hf.data.prepared_dataset import load_prepared, split_rows
 
 

@@ -583,8 +583,11 @@ def test_online_training_follows_the_kind_of_the_cache(online, data, output, arg
 
 
 def test_rows_are_asked_for_while_the_model_computes():
-    arguments = PeagleTrainingArguments(on_missing="generate", use_cpu=True, bf16=False)
+    arguments = PeagleTrainingArguments(
+        on_missing="generate", vllm_endpoint="http://localhost:9", use_cpu=True, bf16=False
+    )
     assert arguments.dataloader_num_workers >= 1
+    assert PeagleTrainingArguments(on_missing="generate", use_cpu=True, bf16=False).dataloader_num_workers == 0
     assert PeagleTrainingArguments(use_cpu=True, bf16=False).dataloader_num_workers == 0
 
 

@@ -15,7 +15,6 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from peagle_hf import PeagleError, VerifierHead
 from peagle_hf.cpu import pack_linear_layers
 from peagle_hf.data.chat_models import LocalChatModel, Sampling
-from peagle_hf.data.extract import ExtractArguments
 from peagle_hf.data.extract_in_process import load_for_extraction
 from peagle_hf.verifier.head import load_embedding
 from peagle_hf.verifier.loading import load_verifier
@@ -84,10 +83,7 @@ def write(source: Path, folder: Path, tensors: dict[str, Tensor], settings: dict
 
 def streams(folder: Path, packed: bool) -> Tensor:
     """The states that extraction stores, of a verifier that is loaded as extraction loads it."""
-    if packed:
-        model = load_for_extraction(ExtractArguments(model=str(folder), device="cpu"))
-    else:
-        model = load_verifier(folder, torch.float32, "cpu")
+    model = load_for_extraction(str(folder), "cpu") if packed else load_verifier(folder, torch.float32, "cpu")
     with torch.inference_mode():
         return residual_streams(model, [0, 2, LAYERS - 1], TOKENS, torch.float32)
 

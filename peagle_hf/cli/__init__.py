@@ -122,7 +122,7 @@ COMMANDS = {
         "training.run",
         "train",
         "PeagleTrainingArguments",
-        "train a drafter on cached hidden states",
+        "train a drafter on the verifier's hidden states",
         (
             "train --verifier-name-or-path Qwen/Qwen3-8B --data-path out --save-path out/checkpoints --epochs 5",
             "train --data-path out --save-path out/checkpoints --num-layers 4 --num-depths 4 --lr 6e-4 --memory-report",

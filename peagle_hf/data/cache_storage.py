@@ -167,7 +167,7 @@ class CachedStates:
 
 
 def _float8(states: Tensor, scales: Tensor) -> Tensor:
-    stored = torch.empty(states.shape, dtype=FP8)
+    stored = torch.empty(states.shape, dtype=FP8, device=states.device)
     for start in range(0, len(states), TOKENS_AT_ONCE):
         part = slice(start, start + TOKENS_AT_ONCE)
         stored[part] = (states[part].float() / scales[part]).to(FP8)
@@ -178,7 +178,7 @@ def _values(stored: Tensor, scales: Tensor | None) -> Tensor:
     """States as values: float8 ones times their scales, in bfloat16; others unchanged."""
     if scales is None:
         return stored
-    values = torch.empty(stored.shape, dtype=torch.bfloat16)
+    values = torch.empty(stored.shape, dtype=torch.bfloat16, device=stored.device)
     for start in range(0, len(stored), TOKENS_AT_ONCE):
         part = slice(start, start + TOKENS_AT_ONCE)
         values[part] = stored[part].float() * scales[part]

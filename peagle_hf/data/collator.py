@@ -5,13 +5,35 @@ Shape letters: T tokens of a sample.
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..model.config import PeagleConfig
-from ..model.slots import every_slot, sample_slots, trained_positions
+from ..model.slots import every_slot, sample_slots, target_tokens, trained_positions
+
+TO_GENERATE = "to_generate"
+"""Key of a batch for its `StatesRequest`s; there, `hidden_states` and `target_states` are lists by sample."""
+
+
+class StatesRequest(NamedTuple):
+    """A sample of a batch whose states are lacking; its arrays stay on the CPU, wherever the batch goes.
+
+    Attributes:
+        place: of the sample in the batch.
+        row: of the sample in the prepared dataset.
+        token_ids: int64 [T'], all that the verifier is to read; T' >= T.
+        is_target: bool [T'], those of them whose last states a learnt kind of storage keeps.
+        wanted: bool [T], the targets of the T tokens that are trained on.
+    """
+
+    place: int
+    row: int
+    token_ids: np.ndarray
+    is_target: np.ndarray
+    wanted: np.ndarray
 
 
 @dataclass
@@ -30,7 +52,7 @@ class CODDataCollator:
 
     Returns (from the call):
         A batch for `training.objective.Objective`: the keyword arguments of `PeagleForSpeculation.forward`, and labels
-        and targets.
+        and targets. If the states of a sample are still to be computed, `HiddenStatesDataset.completed` adds them.
 
     Examples:
         >>> tokens, states = torch.arange(6), torch.zeros(6, 4)
@@ -92,17 +114,16 @@ class CODDataCollator:
 
         batch = {
             "input_ids": torch.cat([sample["input_ids"] for sample in samples]),
-            "hidden_states": torch.cat([sample["hidden_states"] for sample in samples]),
             "document_ids": document_ids,
             "anchors": anchors,
             "depths": depths,
             "position_ids": positions,
             "labels": labels,
             "trained_slots": trained_slots,
-            "target_states": torch.cat([sample["target_states"] for sample in samples]),
             "target_index": target_index,
         }
-        return {name: tensor.unsqueeze(0) for name, tensor in batch.items()} | {"max_length": max(lengths)}
+        packed = {name: tensor.unsqueeze(0) for name, tensor in batch.items()} | {"max_length": max(lengths)}
+        return packed | _states([sample for feature in features for sample in feature["documents"]])
 
     def _slots(self, epoch: int, sample: dict[str, Any]) -> dict[str, Tensor]:
         """The slots of a sample, in shifted positions: i sees x[i+1] and g[i] and predicts x[i+2] from y[i+1].
@@ -121,12 +142,32 @@ class CODDataCollator:
         targets = anchors + depths
         return {
             "input_ids": tokens[1:-1],
-            "hidden_states": sample["hidden_states"][:-2],
-            "target_states": sample["target_states"],
             "anchors": anchors,
             "depths": depths,
             "labels": torch.where(learnt[targets], tokens[targets + 2], -100),
         }
+
+
+def _states(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """The states of a batch's samples; if a verifier is still to compute some, by sample, and the requests for them."""
+    requests = [
+        StatesRequest(
+            place,
+            sample["sample_id"],
+            sample["to_generate"][0].numpy(),
+            sample["to_generate"][1].numpy(),
+            target_tokens(sample["loss_mask"]).numpy(),
+        )
+        for place, sample in enumerate(samples)
+        if "to_generate" in sample
+    ]
+    states = {
+        "hidden_states": [None if "to_generate" in sample else sample["hidden_states"][:-2] for sample in samples],
+        "target_states": [sample.get("target_states") for sample in samples],
+    }
+    if requests:
+        return {**states, TO_GENERATE: requests}
+    return {name: torch.cat(parts).unsqueeze(0) for name, parts in states.items()}  # type: ignore[arg-type]
 
 
 def sample_seed(seed: int, epoch: int, sample_id: int) -> int:

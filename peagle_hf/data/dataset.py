@@ -5,14 +5,14 @@ Shape letters: T tokens, A auxiliary layers, H the verifier's hidden size, N tok
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from ..errors import PeagleError
 from ..model.slots import target_tokens
@@ -30,6 +30,9 @@ from .cache_storage import (
 from .endpoint import concurrently
 from .endpoint_states import Endpoint
 from .errors import row_errors
+from .extract_in_process import check_vocabulary
+from .in_process_states import InProcessVerifier, StatesRequest
+from .packing import SequenceRequest, first_fit
 from .prepared_dataset import check_skip_rows, column, load_prepared, rows_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -45,23 +48,6 @@ MIN_TOKENS = 3
 """A shorter sample has no position that sees a token and predicts another."""
 
 
-class SequenceRequest(NamedTuple):
-    """A packed sequence to load, and the epoch it is loaded for.
-
-    `EpochSampler` yields these instead of plain numbers, because the slots of a sequence are sampled anew each epoch
-    and loader workers, which live through all epochs, aren't told otherwise which epoch it is.
-
-    Attributes:
-        epoch: for the seed of the sampling.
-        number: of the sequence in the dataset.
-        is_filler: load it without tokens to train on: it only gives all processes equally many sequences.
-    """
-
-    epoch: int
-    number: int
-    is_filler: bool = False
-
-
 class HiddenStatesDataset(Dataset):
     """Map-style dataset whose items are packed sequences: lists of samples that fill `total_seq_len` positions.
 
@@ -75,13 +61,15 @@ class HiddenStatesDataset(Dataset):
             train on before the cut; the log counts both.
         rows: the samples to use, by their row in the prepared dataset; None means all.
         on_missing: what to do about samples without a cache file: "raise", leave them out with a line in the log
-            ("skip") or a warning ("warn"), or ask the endpoint for them whenever they are needed ("generate").
+            ("skip") or a warning ("warn"), or have their states computed whenever they are needed ("generate").
         seed: of the packing.
         endpoint: the vLLM servers for "generate".
-        keep_generated: write the endpoint's states into the cache, so that each sample is asked for only once.
+        keep_generated: write what was generated into the cache, so that this is done only once for each sample.
         skip_rows: rows of samples to leave out, such as those that a server fails every time. Their states are neither
             asked for nor read. All other samples stay in their packed sequences, so that a training can be resumed with
             more rows to skip.
+        verifier: for "generate" in place of an endpoint. Items then lack the states of samples without a file, and
+            `completed` adds them to batches of the collator.
 
     Raises:
         PeagleError: no such folder, missing cache files under "raise", or nothing left to train on. Loading an item
@@ -99,14 +87,15 @@ class HiddenStatesDataset(Dataset):
         endpoint: Endpoint | None = None,
         keep_generated: bool = False,
         skip_rows: Sequence[int] = (),
+        verifier: InProcessVerifier | None = None,
     ):
         self.data_path = Path(data_path)
         self.data = load_prepared(data_path)
         self.skip_rows = check_skip_rows(skip_rows, len(self.data), data_path)
         self.hidden_states_path = cache_folder(data_path, hidden_states_path)
-        self.endpoint, self.keep_generated = endpoint, keep_generated
-        if (on_missing == "generate") != (endpoint is not None):
-            raise PeagleError('An endpoint and on_missing="generate" go together: give both or neither.')
+        self.endpoint, self.verifier, self.keep_generated = endpoint, verifier, keep_generated
+        if (endpoint is not None) + (verifier is not None) != (on_missing == "generate"):
+            raise PeagleError('on_missing="generate" takes either an endpoint or a verifier, and others take neither.')
         self.total_seq_len = total_seq_len
         rows = range(len(self.data)) if rows is None else rows
         rows = self._present(rows, on_missing)
@@ -175,6 +164,11 @@ class HiddenStatesDataset(Dataset):
                 f"the drafter reads {list(aux_layer_ids)}. Make the drafter with target_layer_ids="
                 f"{manifest.aux_layer_ids}, or extract its layers into another folder."
             )
+        if self.verifier is not None and self.verifier.layer_ids != tuple(aux_layer_ids):
+            raise PeagleError(
+                f"The verifier of the dataset gives the states of the layers {list(self.verifier.layer_ids)}, but the "
+                f"drafter reads {list(aux_layer_ids)}. Make both with the same layers."
+            )
 
     def _check_cache(self, rows: Sequence[int]) -> str | None:
         """Make sure that the cache is of this prepared dataset, before any states are read.
@@ -216,13 +210,17 @@ class HiddenStatesDataset(Dataset):
             logger.info("Samples of %s left out by --skip-rows: %s.", self.data_path, ", ".join(map(str, left_out)))
         present = cached_rows(self.hidden_states_path) | self.skip_rows
         missing = [row for row in rows if row not in present]
+        self.num_missing = len(missing)
         if not missing:
             return rows
         if on_missing == "generate":
             logger.info(
-                "%d of %d samples have no file; the vLLM server is asked for their hidden states.",
+                "%d of %d samples have no file; %s.",
                 len(missing),
                 len(rows),
+                "the vLLM server is asked for their hidden states"
+                if self.endpoint
+                else "the verifier computes their hidden states in this process",
             )
             return rows
         if on_missing == "raise":
@@ -299,7 +297,8 @@ class HiddenStatesDataset(Dataset):
 
         Returns:
             `epoch`, and `documents`: of each sample `sample_id`, `input_ids` [T], `loss_mask` [T], the auxiliary
-            layers' `hidden_states` [T, A * H] and the last layer's `target_states` [N, H] of its targets.
+            layers' `hidden_states` [T, A * H] and the last layer's `target_states` [N, H] of its targets. Where a
+            verifier is to compute the states, `to_generate`, what it needs, takes the place of both.
 
         Raises:
             RowError: the states of a sample can't be had.
@@ -313,34 +312,31 @@ class HiddenStatesDataset(Dataset):
         documents = []
         for row in rows:
             with row_errors(row, self.data_path):
-                documents.append(self._load_sample(row, generated.get(row)))
+                if self.verifier is not None and not row_path(self.hidden_states_path, row).exists():
+                    documents.append(self._without_states(row))
+                else:
+                    documents.append(self._load_sample(row, generated.get(row)))
         if is_filler:
             for document in documents:
                 document["loss_mask"] = torch.zeros_like(document["loss_mask"])
-                document["target_states"] = document["target_states"][:0]
+                if "target_states" in document:
+                    document["target_states"] = document["target_states"][:0]
         return {"epoch": request.epoch, "documents": documents}
 
     def _generated(self, rows: Sequence[int]) -> dict[int, CachedStates]:
         """The endpoint's states of the samples that have no file, in the precision that the cache stores them in."""
-        missing = [row for row in rows if not row_path(self.hidden_states_path, row).exists()]
-        if self.endpoint is None or not missing:
-            return {}
         endpoint = self.endpoint
+        missing = [row for row in rows if endpoint and not row_path(self.hidden_states_path, row).exists()]
+        if endpoint is None or not missing:
+            return {}
         with row_errors(missing[0], self.data_path):
             manifest = Manifest.read(self.hidden_states_path)
-        dtype = getattr(torch, manifest.dtype if manifest and manifest.dtype else GENERATED_DTYPE)
-        storage = manifest.storage if manifest and manifest.storage else "plain"
 
         def generate(row: int) -> CachedStates:
             with row_errors(row, self.data_path):
-                sample = self.data[row]
-                length = None if self.keep_generated else self.total_seq_len + 2
-                tokens, mask = (torch.as_tensor(sample[name])[:length].long() for name in ("input_ids", "loss_mask"))
-                states = endpoint.fetch(tokens.tolist(), dtype)
-                cached = CachedStates(tokens, states).stored_as(storage, target_tokens(mask.bool()))
-                if self.keep_generated:
-                    save_states(row_path(self.hidden_states_path, row), replace(cached, origin=origin_of(manifest)))
-                return cached.first(self.total_seq_len + 2)
+                tokens, is_target = self._to_generate(row)
+                states = endpoint.fetch(tokens.tolist(), dtype_of(manifest))
+                return self._as_cached(row, CachedStates(tokens, states), is_target, manifest)
 
         generated = {}
         for row, result in concurrently(generate, missing, min(len(missing), MAX_REQUESTS)):
@@ -348,6 +344,70 @@ class HiddenStatesDataset(Dataset):
                 raise result
             generated[row] = result
         return generated
+
+    def _to_generate(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens of a sample that the verifier reads, int64 [T], and which are targets, bool [T]."""
+        length = None if self.keep_generated else self.total_seq_len + 2
+        sample = self.data[row]
+        tokens, mask = (torch.as_tensor(sample[name])[:length] for name in ("input_ids", "loss_mask"))
+        return tokens.long(), target_tokens(mask.bool())
+
+    def _as_cached(
+        self, row: int, states: CachedStates, is_target: torch.Tensor, manifest: Manifest | None
+    ) -> CachedStates:
+        """Generated states of a sample in the kind of the cache, kept there if so chosen, then cut to what is used."""
+        cached = states.stored_as((manifest and manifest.storage) or "plain", is_target)
+        if self.keep_generated:
+            save_states(row_path(self.hidden_states_path, row), replace(cached, origin=origin_of(manifest)))
+        return cached.first(self.total_seq_len + 2)
+
+    def _without_states(self, row: int) -> dict[str, Any]:
+        """A sample whose states the verifier of this process is to compute, cut after `total_seq_len` positions."""
+        sample, length = self.data[row], self.total_seq_len + 2
+        return {
+            "sample_id": row,
+            "input_ids": torch.as_tensor(sample["input_ids"])[:length].long(),
+            "loss_mask": torch.as_tensor(sample["loss_mask"])[:length].bool(),
+            "to_generate": self._to_generate(row),
+        }
+
+    def completed(self, batches: Iterable[dict[str, Any]], ahead: int = 1) -> Iterator[dict[str, Any]]:
+        """Give batches of the collator with the states that they lack, which `verifier` computes in a thread.
+
+        Args:
+            ahead: the number of batches for which states are computed in advance.
+
+        Raises:
+            RowError: the states of a sample can't be computed or kept.
+        """
+        return iter(batches) if self.verifier is None else self.verifier.completed(batches, self._compute, ahead)
+
+    def _compute(self, requests: list[StatesRequest], device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The states of samples that have no file, in the precision that the cache stores them in."""
+        assert self.verifier is not None
+        with row_errors(requests[0].row, self.data_path):
+            manifest, model = Manifest.read(self.hidden_states_path), self.verifier.load()
+        tokens = [torch.from_numpy(request.token_ids) for request in requests]
+        for request, token_ids in zip(requests, tokens, strict=True):
+            check_vocabulary(model, request.row, token_ids)
+        found = []
+        for request, token_ids, states in zip(
+            requests, tokens, self.verifier.states(tokens, dtype_of(manifest)), strict=True
+        ):
+            with row_errors(request.row, self.data_path):
+                if not _are_finite(states):
+                    raise PeagleError(
+                        f"the verifier's hidden states are not finite as {dtype_of(manifest)}; look at the row's text, "
+                        f"or leave it out with --skip-rows {request.row}"
+                    )
+                is_target, wanted = (
+                    torch.from_numpy(mask).to(states.device) for mask in (request.is_target, request.wanted)
+                )
+                cached = CachedStates(token_ids.to(states.device), states)
+                cached = self._as_cached(request.row, cached, is_target, manifest)
+                hidden, target = cached.hidden_states[:-2], cached.last_of(wanted)
+                found.append((hidden.to(device), target.to(device)))
+        return found
 
     def _load_sample(self, row: int, generated: CachedStates | None = None) -> dict[str, Any]:
         """Load a sample and its states, cut after `total_seq_len` positions; tokens, weights and layers are checked."""
@@ -386,32 +446,10 @@ class HiddenStatesDataset(Dataset):
         }
 
 
-class EpochSampler(Sampler[SequenceRequest]):
-    """Yields a `SequenceRequest` for each packed sequence once an epoch, then fillers up to a multiple of `multiple`.
-
-    Args:
-        size: packed sequences of the dataset.
-        seed: of the shuffle, together with the epoch.
-        multiple: sequences that all processes together take at a time.
-        shuffle: whether the order is random; otherwise it is that of the dataset.
-    """
-
-    def __init__(self, size: int, seed: int, multiple: int = 1, shuffle: bool = True):
-        self.size, self.seed, self.shuffle, self.epoch = size, seed, shuffle, 0
-        self.num_fillers = -size % multiple
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.size + self.num_fillers
-
-    def __iter__(self) -> Iterator[SequenceRequest]:
-        epoch, order = self.epoch, list(range(self.size))
-        if self.shuffle:
-            order = torch.randperm(self.size, generator=torch.Generator().manual_seed(self.seed + epoch)).tolist()
-        yield from (SequenceRequest(epoch, number) for number in order)
-        yield from (SequenceRequest(epoch, order[0], is_filler=True) for _ in range(self.num_fillers))
+def dtype_of(manifest: Manifest | None) -> torch.dtype:
+    """The dtype in which a folder's states are read, also those that are generated for it."""
+    dtype: torch.dtype = getattr(torch, manifest.dtype if manifest and manifest.dtype else GENERATED_DTYPE)
+    return dtype
 
 
 def _are_finite(states: torch.Tensor) -> bool:
@@ -422,27 +460,3 @@ def _are_finite(states: torch.Tensor) -> bool:
 def _names(rows: Sequence[int]) -> str:
     names = [f"hs_{row}.safetensors" for row in rows[:MAX_NAMED]]
     return ", ".join(names) + (", …" if len(rows) > MAX_NAMED else "")
-
-
-def first_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """Put each item, in order, into the first bin that has room; returns the items' indices for each bin.
-
-    A tree over the bins says in O(log n) where the first room is: `room[1]` is the root, and each node has the most
-    room of any bin below it.
-    """
-    bins: list[list[int]] = []
-    num_leaves = 1 << max(0, len(sizes) - 1).bit_length()
-    room = [capacity] * (2 * num_leaves)
-    for item, size in enumerate(sizes):
-        node = 1
-        while node < num_leaves:
-            node *= 2
-            node += room[node] < size
-        if node - num_leaves == len(bins):
-            bins.append([])
-        bins[node - num_leaves].append(item)
-        room[node] -= size
-        while node > 1:
-            node //= 2
-            room[node] = max(room[2 * node], room[2 * node + 1])
-    return bins

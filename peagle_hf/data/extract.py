@@ -408,7 +408,10 @@ def _extract_missing(
         on_first(lambda: check_disk(output, manifest, data, to_write))
         write = _begin(arguments, share, output, manifest, data)
     if missing and not urls:
-        model = load_for_extraction(arguments, device_of(arguments.device, share))
+        assert arguments.model is not None
+        device = device_of(arguments.device, share)
+        trusts_code = arguments.trust_remote_code
+        model = load_for_extraction(arguments.model, device, arguments.verifier_dtype, arguments.revision, trusts_code)
         check_logits(model)
         seconds = extract_in_process(arguments, model, manifest.aux_layer_ids, data, missing, write)
     return ExtractReport(output, manifest, len(lengths), num_kept, made_again, sum(missing.values()), seconds)

@@ -39,19 +39,26 @@ CPU_BATCHES, GPU_BATCHES = 2, 4
 """Batches that are computed at the same time: one uses the device while another waits or is written to disk."""
 
 
-def load_for_extraction(arguments: "ExtractArguments", device: str) -> PreTrainedModel:
+def load_for_extraction(
+    name_or_path: str,
+    device: str | torch.device,
+    verifier_dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
     """Load the verifier for inference; on a CPU its linear layers are packed for oneDNN.
+
+    Args:
+        verifier_dtype: the name of a dtype; "auto": float32 on a CPU, else bfloat16.
 
     Raises:
         PeagleError: it can't be loaded (see `load_verifier`), or its architecture isn't known.
     """
     on_cpu = torch.device(device).type == "cpu"
-    name = arguments.verifier_dtype
-    dtype = getattr(torch, ("float32" if on_cpu else "bfloat16") if name == "auto" else name)
+    dtype = getattr(torch, ("float32" if on_cpu else "bfloat16") if verifier_dtype == "auto" else verifier_dtype)
     if torch.device(device).index is not None:
         torch.cuda.set_device(device)
-    assert arguments.model is not None
-    model = load_verifier(arguments.model, dtype, device, arguments.revision, arguments.trust_remote_code)
+    model = load_verifier(name_or_path, dtype, device, revision, trust_remote_code)
     if on_cpu:
         keep_freed_memory()
         pack_linear_layers(verifier_parts(model).decoder)
@@ -158,19 +165,28 @@ def run_verifier(
     Raises:
         PeagleError: a sample has ids outside the verifier's vocabulary, or the architecture isn't known.
     """
-    vocab_size = model.config.get_text_config(decoder=True).vocab_size
     samples = [torch.tensor(token_ids) for token_ids in data.select(rows)["input_ids"]]
     for row, token_ids in zip(rows, samples, strict=True):
-        if not 0 <= token_ids.min() <= token_ids.max() < vocab_size:
-            raise PeagleError(
-                f"Row {row} has token ids {int(token_ids.min())} to {int(token_ids.max())}, but the verifier's "
-                f"vocabulary has {vocab_size} tokens: the data was prepared with another tokenizer. Run peagle-hf "
-                "prepare with this verifier."
-            )
+        check_vocabulary(model, row, token_ids)
     # The padding is on the right, where a causal model can't see it: no attention mask is needed.
     states_BTAH = residual_streams(model, layer_ids, pad_sequence(samples, batch_first=True), dtype)
     for row, token_ids, states_TAH in zip(rows, samples, states_BTAH.cpu(), strict=True):
         yield row, states_TAH[: len(token_ids)], token_ids
+
+
+def check_vocabulary(model: PreTrainedModel, row: int, token_ids: Tensor) -> None:
+    """Make sure that a verifier knows all tokens of a sample.
+
+    Raises:
+        PeagleError: ids are outside its vocabulary.
+    """
+    vocab_size = model.config.get_text_config(decoder=True).vocab_size
+    if not 0 <= token_ids.min() <= token_ids.max() < vocab_size:
+        raise PeagleError(
+            f"Row {row} has token ids {int(token_ids.min())} to {int(token_ids.max())}, but the verifier's "
+            f"vocabulary has {vocab_size} tokens: the data was prepared with another tokenizer. Run peagle-hf "
+            "prepare with this verifier."
+        )
 
 
 def replica(model: PreTrainedModel) -> PreTrainedModel:

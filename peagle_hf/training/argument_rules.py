@@ -102,9 +102,19 @@ NEEDS = (
         "--draft-vocab-size",
     ),
     Need(
-        ("vllm_endpoint", "on_generate", "server_hidden_states_path", "request_timeout", "max_retries"),
+        ("vllm_endpoint", "on_generate"),
         lambda args: args.on_missing == "generate",
         "--on-missing generate",
+    ),
+    Need(
+        ("server_hidden_states_path", "request_timeout", "max_retries"),
+        lambda args: args.on_missing == "generate" and args.vllm_endpoint,
+        "--on-missing generate and --vllm-endpoint",
+    ),
+    Need(
+        ("verifier_device",),
+        lambda args: args.on_missing == "generate" and not args.vllm_endpoint,
+        "--on-missing generate, which runs the verifier in this process without --vllm-endpoint",
     ),
     Need(
         ("memory_budget",),

@@ -15,7 +15,7 @@ from transformers.utils import is_in_notebook
 
 from ..arguments import check_names, plain
 from ..console import is_quiet
-from ..data.endpoint import DEFAULT_URL, MAX_RETRIES, REQUEST_TIMEOUT, endpoint_urls
+from ..data.endpoint import MAX_RETRIES, REQUEST_TIMEOUT, endpoint_urls
 from ..data.prepared_dataset import learnt_share
 from ..errors import PeagleError
 from ..model.config import PeagleConfig
@@ -34,7 +34,7 @@ from .argument_rules import (
     warn_of_unused,
 )
 from .losses import parse_loss
-from .memory import GIB, MemoryPlan, cut_to_fit, device_memory
+from .memory import GIB, MemoryPlan, cut_to_fit, device_memory, verifier_memory
 from .optimizer import MUON, MUON_WEIGHT_DECAY
 
 GENERATE_WORKERS = min(4, os.cpu_count() or 1)
@@ -205,17 +205,27 @@ class PeagleTrainingArguments(TrainingArguments):
     on_missing: Literal["raise", "skip", "warn", "generate"] = field(
         default="raise",
         metadata={
-            "help": "What to do about samples without cached hidden states; generate asks a vLLM server for them while "
-            "training, a few steps ahead: it takes at least one loader worker (default: up to four)."
+            "help": "What to do about samples without cached hidden states; generate computes them while training, a "
+            "step ahead: in this process, or in the servers of --vllm-endpoint."
         },
     )
-    vllm_endpoint: str = field(
-        default=DEFAULT_URL,
-        metadata={"help": "vLLM servers for generate, URL[,URL...], started by `peagle-hf launch-vllm`."},
+    vllm_endpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "vLLM servers for generate, URL[,URL...], started by `peagle-hf launch-vllm`; at least one loader "
+            "worker asks them (default: up to four). Default: the verifier runs in this process."
+        },
     )
     on_generate: Literal["cache", "delete"] = field(
         default="delete",
-        metadata={"help": "Whether generated states are kept in the hidden-states folder or asked for each epoch."},
+        metadata={"help": "Whether generated states are kept in the hidden-states folder or made anew each epoch."},
+    )
+    verifier_device: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where generate runs the verifier in this process, such as cuda:1 beside a drafter on cuda:0. "
+            "Default: on the drafter's device."
+        },
     )
     skip_rows: list[int] | None = field(
         default=None,
@@ -346,31 +356,19 @@ class PeagleTrainingArguments(TrainingArguments):
             "linear_start",
         ),
         "COD sampling and loss": (
-            "num_depths",
-            "down_sample_ratio",
-            "down_sample_ratio_min",
-            "max_anchors",
-            "loss_fn",
-            "depth_loss_decay",
-            "per_position_loss_weight",
-            "dpace_alpha",
+            *("num_depths", "down_sample_ratio", "down_sample_ratio_min", "max_anchors", "loss_fn"),
+            *("depth_loss_decay", "per_position_loss_weight", "dpace_alpha"),
         ),
         "Training": (
-            "num_train_epochs",
-            "learning_rate",
-            "lr_scheduler_type",
-            "optim",
-            "weight_decay",
-            "per_device_train_batch_size",
-            "per_device_eval_batch_size",
-            "total_seq_len",
-            "train_data_ratio",
-            "eval_strategy",
-            "save_strategy",
-            "logging_steps",
-            "metric_for_best_model",
-            "seed",
-            "use_cpu",
+            *("num_train_epochs", "learning_rate", "lr_scheduler_type", "optim", "weight_decay"),
+            *(
+                "per_device_train_batch_size",
+                "per_device_eval_batch_size",
+                "total_seq_len",
+                "train_data_ratio",
+                "eval_strategy",
+            ),
+            *("save_strategy", "logging_steps", "metric_for_best_model", "seed", "use_cpu"),
         ),
         "LoRA adapter": ("lora_r", "lora_alpha", "lora_dropout", "lora_modules_to_save"),
         "Memory": (
@@ -384,18 +382,14 @@ class PeagleTrainingArguments(TrainingArguments):
             "gradient_accumulation_steps",
         ),
         "Hidden states that are missing": (
-            "on_missing",
-            "vllm_endpoint",
-            "on_generate",
-            "skip_rows",
-            "server_hidden_states_path",
-            "request_timeout",
-            "max_retries",
+            *("on_missing", "vllm_endpoint", "on_generate", "verifier_device", "skip_rows"),
+            *("server_hidden_states_path", "request_timeout", "max_retries"),
         ),
     }
 
     def __post_init__(self) -> None:
-        self.vllm_endpoint = ",".join(endpoint_urls(self.vllm_endpoint))  # checkpoints and trackers keep arguments
+        if self.vllm_endpoint is not None:  # checkpoints and trackers keep arguments
+            self.vllm_endpoint = ",".join(endpoint_urls(self.vllm_endpoint))
         self.as_given = {one.name: getattr(self, one.name) for one in fields(self)}  # before the Trainer changes them
         if self.disable_tqdm is None and not is_in_notebook():
             self.disable_tqdm = is_quiet() or not sys.stderr.isatty()
@@ -405,7 +399,7 @@ class PeagleTrainingArguments(TrainingArguments):
         check_numbers(self)
         self.sequence_partitions = str(self.sequence_partitions)
         check_contradictions(self)
-        if self.on_missing == "generate" and self.dataloader_num_workers == 0:
+        if self.on_missing == "generate" and self.vllm_endpoint and self.dataloader_num_workers == 0:
             self.dataloader_num_workers = GENERATE_WORKERS  # which request the next samples during a step
         if self.push_to_hub and self.verifier_name_or_path:
             hub_verifier(self.verifier_name_or_path, self.verifier_name)
@@ -434,6 +428,8 @@ class PeagleTrainingArguments(TrainingArguments):
             )
         if self.device.type not in ("cpu", "cuda"):
             raise PeagleError(f"Training runs on a CPU or CUDA GPUs, not on {self.device.type}: pass --use-cpu.")
+        if self.n_gpu > 1 and self.runs_verifier and self.verifier_device:
+            self._n_gpu = 1  # the drafter stays on the first GPU
         if self.n_gpu > 1 and not self.memory_report:
             raise PeagleError(
                 f"{self.n_gpu} GPUs are visible to one process, which would copy the model at every step. Start one "
@@ -483,6 +479,11 @@ class PeagleTrainingArguments(TrainingArguments):
             self.bf16 = launched == "bf16" or (launched == "no" and not self.use_cpu and has_bfloat16())
         self.bf16 = bool(self.bf16)
 
+    @property
+    def runs_verifier(self) -> bool:
+        """Whether the verifier runs in this process for samples that have no cached hidden states."""
+        return self.on_missing == "generate" and not self.vllm_endpoint
+
     def memory_plan(self, config: PeagleConfig) -> MemoryPlan:
         """The settings that memory depends on; on a CPU, or without mixed precision, the prediction is too low."""
         kept = "keep_attention" if self.keep_attention else "whole"
@@ -502,6 +503,7 @@ class PeagleTrainingArguments(TrainingArguments):
             linear_start=self.linear_start and not self.from_pretrained,
             validates=self.eval_strategy != "no",
             processes=self.world_size,
+            **verifier_memory(self, config),
         )
         return cut_to_fit(plan, self.usable_memory()) if self.sequence_partitions == "auto" else plan
 

@@ -110,8 +110,8 @@ def _moments(
     cross_HF = torch.zeros(size, num_features, dtype=torch.float64, device=device)
 
     def add_up() -> None:
-        for number in progress_bar(mine, desc="Linear start", unit="row", disable=not process.is_local_main_process):
-            batch = collator([dataset[number]])
+        numbers = progress_bar(mine, desc="Linear start", unit="row", disable=not process.is_local_main_process)
+        for batch in dataset.completed(collator([dataset[number]]) for number in numbers):
             trained, targets = (batch[name][0].split(piece) for name in ("trained_slots", "target_states"))
             for slots, targets_PH in zip(trained, targets, strict=True):
                 states_PS = batch["hidden_states"][0, slots].to(device).double()

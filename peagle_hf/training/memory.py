@@ -6,12 +6,15 @@ hidden size.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
+from ..data.extract_in_process import GPU_BATCH_TOKENS
 from ..errors import PeagleError
 from ..model.config import PeagleConfig
 from ..model.layers import RECOMPUTED_SLOTS
+from ..verifier.loading import inference_memory
 from .losses import CHUNK_ELEMENTS
 from .muon import step_bytes
 from .optimizer import MUON
@@ -60,6 +63,9 @@ class MemoryPlan:
         linear_start: whether the drafter starts from a linear fit, which is over before the first step.
         processes: that train together, each with copies of all weights.
         validates: whether there is validation, which from the first one on keeps the verifier's whole head.
+        verifier: bytes of the verifier's weights on this device, if it generates hidden states in this process.
+        verifier_token: bytes that it needs for each token that it reads at once.
+        batches_ahead: batches whose states it generates in advance.
     """
 
     config: PeagleConfig
@@ -75,6 +81,9 @@ class MemoryPlan:
     linear_start: bool = False
     validates: bool = False
     processes: int = 1
+    verifier: int = 0
+    verifier_token: int = 0
+    batches_ahead: int = 0
 
     @property
     def num_positions(self) -> int:
@@ -110,6 +119,8 @@ class MemoryEstimate:
     """Bytes by kind; `total` is the largest peak: of the linear start, the backward pass or the optimizer's step.
 
     `optimizer` is None, and counts nothing, where it isn't known; `step` is what the optimizer's step needs beside it.
+    `verifier` are the weights of one that generates states, and `generated` what it works with and the states of the
+    batches ahead.
     """
 
     weights: int
@@ -123,15 +134,18 @@ class MemoryEstimate:
     activations: int
     step: int
     accumulates: bool
+    verifier: int = 0
+    generated: int = 0
 
     @property
     def held(self) -> int:
         """What is there in all parts of a step."""
-        return self.weights + (self.optimizer or 0) + self.frozen + self.whole_head + self.inputs
+        of_drafter = self.weights + (self.optimizer or 0) + self.frozen + self.whole_head + self.inputs
+        return of_drafter + self.verifier + self.generated
 
     @property
     def total(self) -> int:
-        start = self.weights + self.frozen + self.linear_start
+        start = self.weights + self.frozen + self.linear_start + self.verifier + self.generated
         passes = self.held + self.loss + self.activations + (self.gradients if self.accumulates else 0)
         return max(start, passes, self.held + self.gradients + self.step)
 
@@ -172,7 +186,28 @@ def estimate(plan: MemoryPlan) -> MemoryEstimate:
         activations=slots * bytes_per_slot(plan),
         step=step_bytes(linear, plan.processes) if plan.optimizer == MUON and plan.lora_r is None else 0,
         accumulates=plan.accumulates or plan.partitions > 1,
+        verifier=plan.verifier,
+        generated=min(plan.num_positions, max(plan.positions, GPU_BATCH_TOKENS)) * plan.verifier_token
+        + plan.batches_ahead * plan.num_positions * size * (config.num_aux_hidden_states + 1) * HALF,
     )
+
+
+def verifier_memory(args: Any, config: PeagleConfig) -> dict[str, int]:
+    """The fields of `MemoryPlan` for a verifier that generates states in this process, as the arguments describe it.
+
+    Args:
+        args: a `PeagleTrainingArguments`.
+    """
+    name = args.verifier_name_or_path or config.verifier_name_or_path
+    if not args.runs_verifier or name is None:
+        return {}
+    ahead = {"batches_ahead": args.gradient_accumulation_steps}
+    if args.verifier_device and torch.device(args.verifier_device) != args.device:
+        return ahead
+    weights, a_token = inference_memory(
+        name, config.num_aux_hidden_states, args.verifier_revision, args.trust_remote_code
+    )
+    return {"verifier": weights, "verifier_token": a_token, **ahead}
 
 
 def linear_start_bytes(config: PeagleConfig) -> int:
@@ -241,6 +276,8 @@ def report(plan: MemoryPlan, budget: int | None) -> str:
         "frozen weights": predicted.frozen,
         **({"verifier's whole head, from validation on": predicted.whole_head} if predicted.whole_head else {}),
         **({"linear start, before the first step": predicted.linear_start} if predicted.linear_start else {}),
+        **({"verifier that generates states": predicted.verifier} if predicted.verifier else {}),
+        **({"its work, and the states ahead": predicted.generated} if predicted.generated else {}),
         f"inputs of {plan.num_positions:,} positions": predicted.inputs,
         f"activations of {plan.slots_at_once:,} slots at once": predicted.activations,
         "logits of one chunk": predicted.loss,
@@ -274,6 +311,9 @@ def advice(plan: MemoryPlan, budget: int) -> str:
     small = replace(half, config=PeagleConfig.from_dict(plan.config.to_dict() | {"embed_requires_grad": False}))
     steps.append(("--no-embed-requires-grad", small))
     steps.append(("--no-linear-start", replace(small, linear_start=False)))
+    if plan.verifier:
+        cached = replace(steps[-1][1], verifier=0, verifier_token=0, batches_ahead=0)
+        steps.append(("peagle-hf extract before training", cached))
     lines = ["To need less, turn these on, one after another:"]
     current = estimate(plan).total
     for flag, changed in steps:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ..data.dataset import EpochSampler, HiddenStatesDataset
+from ..data.dataset import HiddenStatesDataset
+from ..data.packing import EpochSampler
 from .arguments import PeagleTrainingArguments
 
 MOST_NAMED = 20

@@ -48,6 +48,7 @@ ON_RESUME: dict[str, str] = {
     **_names(FREE, "ddp_timeout local_rank fsdp fsdp_config deepspeed parallelism_config"),
     # Sources of hidden states and requests to servers; the samples are compared themselves.
     **_names(FREE, "on_missing vllm_endpoint on_generate server_hidden_states_path request_timeout max_retries"),
+    **_names(FREE, "verifier_device"),
     **_names(FREE, "skip_rows"),  # which leave all other samples in their places
     # Arguments of one start of a run only.
     **_names(FREE, "resume resume_from_checkpoint ignore_data_skip restore_callback_states_from_checkpoint do_train"),

@@ -20,6 +20,7 @@ from ..data.dataset import GENERATED_DTYPE, HiddenStatesDataset
 from ..data.endpoint import endpoint_urls, served_model
 from ..data.endpoint_folder import check_layers, remove_unfetched, require_layers, served_layers
 from ..data.endpoint_states import Endpoint
+from ..data.in_process_states import InProcessVerifier
 from ..data.prepared_dataset import load_prepared, read_prepare_record, split_rows
 from ..errors import PeagleError
 from ..files import canonical_path, check_writable
@@ -117,8 +118,7 @@ def plan(args: PeagleTrainingArguments) -> str:
     config = build_config(args)
     with torch.device("meta"):
         num_weights = sum(parameter.numel() for parameter in PeagleForSpeculation(config).parameters())
-    endpoint = _endpoint(args, config) if args.on_missing == "generate" else None  # which isn't asked here
-    train_dataset, eval_dataset = _datasets(args, endpoint)
+    train_dataset, eval_dataset = _datasets(args, _source(args, config))  # which isn't asked or loaded here
     packs = [len(dataset.plan) for dataset in (train_dataset, eval_dataset) if dataset]
     samples = [dataset.num_samples for dataset in (train_dataset, eval_dataset) if dataset]
     steps, steps_an_epoch = planned_steps(args, packs[0])
@@ -247,7 +247,7 @@ def build_config(args: PeagleTrainingArguments, earlier: str | None = None) -> P
     if args.from_pretrained:
         return continued_config(args, earlier or args.from_pretrained, verifier)
     manifest = Manifest.read(_cache_folder(args))
-    served = served_layers(_server_folder(args)) if args.on_missing == "generate" and manifest is None else None
+    served = served_layers(_server_folder(args)) if _asks_server(args) and manifest is None else None
     layer_ids = manifest.aux_layer_ids if manifest else served[:-1] if served else None
     return PeagleConfig.from_verifier(
         verifier,
@@ -310,12 +310,23 @@ def build_drafter(args: PeagleTrainingArguments) -> PeagleForSpeculation | PeftM
 
 
 def build_datasets(args: PeagleTrainingArguments) -> tuple[HiddenStatesDataset, HiddenStatesDataset | None]:
-    """The training and validation data that the arguments describe; no validation with `train_data_ratio` 1."""
-    return _datasets(args, build_endpoint(args) if args.on_missing == "generate" else None)
+    """The training and validation data that the arguments describe; no validation with `train_data_ratio` 1.
+
+    Raises:
+        PeagleError: see `HiddenStatesDataset`; of missing states also if their source can't be had (`build_endpoint`,
+            `InProcessVerifier.load`).
+    """
+    source: Endpoint | InProcessVerifier | None = build_endpoint(args) if _asks_server(args) else None
+    if args.runs_verifier:
+        source = build_verifier(args)
+    datasets = _datasets(args, source)
+    if isinstance(source, InProcessVerifier) and any(dataset.num_missing for dataset in datasets if dataset):
+        source.load()
+    return datasets
 
 
 def _datasets(
-    args: PeagleTrainingArguments, endpoint: Endpoint | None
+    args: PeagleTrainingArguments, source: Endpoint | InProcessVerifier | None
 ) -> tuple[HiddenStatesDataset, HiddenStatesDataset | None]:
     train_rows, eval_rows = split_rows(args.data_path, args.train_data_ratio, args.seed)
 
@@ -327,9 +338,10 @@ def _datasets(
             rows,
             args.on_missing,
             args.seed,
-            endpoint,
+            source if isinstance(source, Endpoint) else None,
             keep_generated=args.on_generate == "cache",
             skip_rows=args.skip_rows or (),
+            verifier=source if isinstance(source, InProcessVerifier) else None,
         )
 
     return dataset(train_rows), dataset(eval_rows) if eval_rows else None
@@ -343,41 +355,73 @@ def build_endpoint(args: PeagleTrainingArguments) -> Endpoint:
     """
     if args.target_layer_ids is None:
         require_layers(_server_folder(args))
-    config, cache = build_config(args), Path(_cache_folder(args))
-    verifier = _verifier(args)
-    target = load_verifier_config(verifier, args.verifier_revision, args.trust_remote_code)
-    layer_ids = config.eagle_aux_hidden_state_layer_ids
-    endpoint = _endpoint(args, config)
-    served_model(endpoint.urls, verifier, args.request_timeout)
+    config = build_config(args)
+    endpoint = _source(args, config)
+    assert isinstance(endpoint, Endpoint)
+    served_model(endpoint.urls, _verifier(args), args.request_timeout)
     check_layers(endpoint.folder, endpoint.layer_ids)
     remove_unfetched(endpoint.folder, args.request_timeout)
-    if args.on_generate == "cache":
-        record = read_prepare_record(args.data_path)
-        existing = Manifest.read(cache)
-        dtype = existing.dtype if existing else GENERATED_DTYPE
-        storage = existing.storage if existing else "plain"
-        wanted = Manifest.of(
-            verifier,
-            target,
-            layer_ids,
-            args.verifier_revision,
-            dtype,
-            storage,
-            record,
-        )
-        check_folder(cache, wanted, cached_rows(cache))
-        if existing is None:
-            wanted.write(cache)
+    _begin_cache(args, config)
     return endpoint
 
 
-def _endpoint(args: PeagleTrainingArguments, config: PeagleConfig) -> Endpoint:
-    """The servers that the arguments name; sends no request."""
-    num_layers = load_verifier_config(_verifier(args), args.verifier_revision, args.trust_remote_code).num_hidden_layers
+def build_verifier(args: PeagleTrainingArguments) -> InProcessVerifier:
+    """The verifier that generates missing hidden states in this process; writes the manifest as `build_endpoint` does.
+
+    It isn't loaded yet.
+
+    Raises:
+        PeagleError: its configuration can't be read, or the cache is of another verifier or other layers.
+    """
+    config = build_config(args)
+    verifier = _source(args, config)
+    assert isinstance(verifier, InProcessVerifier)
+    if served_layers(_server_folder(args)) is not None:
+        logger.info(
+            "A vLLM server has used %s, but no --vllm-endpoint is given: the verifier runs in this process.",
+            _server_folder(args),
+        )
+    _begin_cache(args, config)
+    return verifier
+
+
+def _begin_cache(args: PeagleTrainingArguments, config: PeagleConfig) -> None:
+    """Write the manifest of a cache that generated states are to be kept in, unless it has one that fits."""
+    if args.on_generate != "cache":
+        return
+    cache, verifier = Path(_cache_folder(args)), _verifier(args)
+    existing = Manifest.read(cache)
+    wanted = Manifest.of(
+        verifier,
+        load_verifier_config(verifier, args.verifier_revision, args.trust_remote_code),
+        config.eagle_aux_hidden_state_layer_ids,
+        args.verifier_revision,
+        existing.dtype if existing else GENERATED_DTYPE,
+        existing.storage if existing else "plain",
+        read_prepare_record(args.data_path),
+    )
+    check_folder(cache, wanted, cached_rows(cache))
+    if existing is None:
+        wanted.write(cache)
+
+
+def _asks_server(args: PeagleTrainingArguments) -> bool:
+    return args.on_missing == "generate" and args.vllm_endpoint is not None
+
+
+def _source(args: PeagleTrainingArguments, config: PeagleConfig) -> Endpoint | InProcessVerifier | None:
+    """What generates missing states by the arguments, if anything does; nothing is asked or loaded."""
+    name, layer_ids = _verifier(args), config.eagle_aux_hidden_state_layer_ids
+    if args.runs_verifier:
+        device = args.verifier_device or args.device
+        return InProcessVerifier(name, layer_ids, device, args.verifier_revision, args.trust_remote_code)
+    if args.vllm_endpoint is None or not _asks_server(args):
+        return None
+    num_layers = load_verifier_config(name, args.verifier_revision, args.trust_remote_code).num_hidden_layers
     return Endpoint(
         endpoint_urls(args.vllm_endpoint),
         _server_folder(args),
-        (*config.eagle_aux_hidden_state_layer_ids, num_layers),
+        (*layer_ids, num_layers),
         config.hidden_size,
         args.request_timeout,
         args.max_retries,

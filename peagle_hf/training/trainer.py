@@ -20,8 +20,9 @@ from transformers.trainer_utils import EvalLoopOutput
 from ..console import is_quiet
 from ..cpu import keep_freed_memory
 from ..data.collator import CODDataCollator
-from ..data.dataset import EpochSampler
+from ..data.dataset import HiddenStatesDataset
 from ..data.errors import RowError, on_all_processes
+from ..data.packing import EpochSampler
 from ..files import check_writable
 from ..model.config import PeagleConfig
 from ..model.drafter import PeagleForSpeculation
@@ -130,6 +131,7 @@ class PeagleTrainer(Trainer):
             keep_freed_memory()
         self.label_names = ["labels"]
         self.validation: Validation | None = None
+        self._completed: tuple[Any, Iterator[dict[str, Any]]] | None = None
         self.configure_model()
         check_metric(args, self.config.num_depths, eval_dataset)
         self.current_run = CurrentRun(self)
@@ -219,6 +221,8 @@ class PeagleTrainer(Trainer):
                         return super().train(view, trial, ignore_keys_for_eval)
                     except NothingLeft:
                         return self._finalize_training(trial, 0, time.time())
+                    finally:
+                        self._completed = None  # which keeps loader workers
 
     def _get_dataloader(
         self,
@@ -262,9 +266,17 @@ class PeagleTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], torch.Tensor | int | None]:
-        """Like the Trainer's, but if a sample fails on one process, all processes raise its `RowError`."""
+        """Like the Trainer's, but if a sample fails on one process, all processes raise its `RowError`.
+
+        States that a verifier in this process computes are those of the next step while this one is trained on.
+        """
+        if self._completed is None or self._completed[0] is not epoch_iterator:
+            dataset = cast(HiddenStatesDataset, self.train_dataset)
+            ahead = self.args.gradient_accumulation_steps
+            self._completed = epoch_iterator, dataset.completed(epoch_iterator, ahead)
+        completed = self._completed[1]
         with self.current_run.throughput.waiting():
-            batches = on_all_processes(lambda: list(islice(epoch_iterator, num_batches)))
+            batches = on_all_processes(lambda: list(islice(completed, num_batches)))
             return super().get_batch_samples(iter(batches), num_batches, device)
 
     def training_step(  # type: ignore[no-untyped-def]

@@ -24,7 +24,7 @@ class FailingTogether:
         return len(self._dataloader)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        batches = iter(self._dataloader)
+        batches = self._dataloader.dataset.completed(self._dataloader)  # type: ignore[attr-defined]
         while (batch := on_all_processes(lambda: next(batches, None))) is not None:
             yield batch
 

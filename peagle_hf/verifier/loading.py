@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -18,7 +19,14 @@ from transformers import (
 from transformers.modeling_utils import set_zero3_state
 
 from ..errors import PeagleError
-from .quantization import ask_for_dense_weights, check_loaded, check_quantization, finish_dense_layers, quantization_of
+from .quantization import (
+    COMPRESSED_TENSORS,
+    ask_for_dense_weights,
+    check_loaded,
+    check_quantization,
+    finish_dense_layers,
+    quantization_of,
+)
 from .weights import readable
 
 
@@ -148,6 +156,33 @@ def verifier_without_weights(
     # Under ZeRO-3 transformers would shard even a model without weights, unless it is told that this is done already.
     with readable(name_or_path), set_zero3_state(), torch.device("meta"):
         return _auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+
+
+def inference_memory(
+    name_or_path: str | os.PathLike[str], num_states: int, revision: str | None = None, trust_remote_code: bool = False
+) -> tuple[int, int]:
+    """Predict the bytes of a verifier in bfloat16 without its head, and those that it needs per token that it reads.
+
+    Quantised layers are counted with their number of bits where the configuration names it.
+
+    Args:
+        num_states: auxiliary layers whose states are recorded.
+    """
+    model = verifier_without_weights(name_or_path, revision, trust_remote_code)
+    settings = quantization_of(model.config) or {}
+    bits = settings.get("bits") or (4 if settings.get("load_in_4bit") or settings.get("quant_method") == "mxfp4" else 8)
+    is_dense = not settings or settings["quant_method"] == COMPRESSED_TENSORS
+    widths = {  # a head that is tied to the embeddings is counted with them
+        parameter: 16 if is_dense or not isinstance(module, nn.Linear) else bits
+        for module in model.modules()
+        if module is not model.get_output_embeddings()
+        for parameter in module.parameters(recurse=False)
+    }
+    total = sum(parameter.numel() * width for parameter, width in widths.items()) // 8
+    config = model.config.get_text_config(decoder=True)
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    # A layer's own states, those that are recorded and their stack, and the widest part: gate, its activation, up.
+    return total, 2 * ((2 * (num_states + 1) + 4) * config.hidden_size + 3 * inner)
 
 
 def check_layer_ids(wanted: list[int] | None, config: PreTrainedConfig) -> list[int]:

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from peagle_hf import CODDataCollator, HiddenStatesDataset
 from peagle_hf.data.cache_storage import STORAGES, row_path, write_states
-from peagle_hf.data.dataset import EpochSampler
+from peagle_hf.data.packing import EpochSampler
 from peagle_hf.model.slots import target_tokens
 
 NUM_SLOTS = 4

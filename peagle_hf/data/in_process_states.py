@@ -1,0 +1,156 @@
+"""Hidden states of samples without a file, computed by the verifier in the process that trains, ahead of their step.
+
+Loader workers can't run the verifier, so `HiddenStatesDataset` gives such samples without states, `CODDataCollator`
+notes in the batch what is lacking, and `completed` computes it in the main process, in a thread and on a CUDA stream of
+its own, while the drafter trains on the batches before.
+
+Shape letters: T tokens, L layers (the auxiliary ones and the last), A auxiliary layers, H the verifier's hidden size, N
+tokens that are a target.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+from ..verifier.head import check_logits
+from ..verifier.parts import residual_streams, verifier_parts
+from .collator import TO_GENERATE, StatesRequest
+from .extract_in_process import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, load_for_extraction, plan_batches
+
+STATES = ("hidden_states", "target_states")
+"""Keys of a batch for what a `StatesRequest` asks for."""
+
+States = tuple[Tensor, Tensor]
+"""The states of a sample's positions, [T - 2, A * H], and of its targets, [N, H]."""
+
+
+Compute = Callable[[list[StatesRequest], torch.device], list[States]]
+"""Gives the states of each requested sample on a device."""
+
+
+class InProcessVerifier:
+    """A verifier in this process, as a source of hidden states; it is loaded when it is first needed.
+
+    It can be sent to loader workers, which only tell by it that states are computed elsewhere.
+
+    Args:
+        name_or_path: the verifier, a hub name or a folder.
+        layer_ids: the auxiliary layers, by number of layers passed; the last one's states are always added.
+        device: where it runs; also another GPU than the drafter's.
+        revision: on the hub.
+        trust_remote_code: let the verifier run code from its repository.
+    """
+
+    def __init__(
+        self,
+        name_or_path: str,
+        layer_ids: Sequence[int],
+        device: torch.device | str,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ):
+        self.name_or_path, self.layer_ids, self.device = name_or_path, tuple(layer_ids), torch.device(device)
+        self._revision, self._trust_remote_code = revision, trust_remote_code
+        self._model: PreTrainedModel | None = None
+        self._pool: ThreadPoolExecutor | None = None
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_model": None, "_pool": None, "_streams": {}}
+
+    def load(self) -> PreTrainedModel:
+        """Load the verifier without its head, unless it is there already.
+
+        Raises:
+            PeagleError: it can't be loaded or run here, or its head doesn't give its own logits.
+        """
+        if self._model is None:
+            model = load_for_extraction(
+                self.name_or_path, self.device, revision=self._revision, trust_remote_code=self._trust_remote_code
+            )
+            check_logits(model)
+            head = verifier_parts(model).head  # the objective has its own
+            for parent in list(model.modules()):
+                for name, child in parent.named_children():
+                    if child is head:
+                        setattr(parent, name, nn.Identity())
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            self._model = model
+        return self._model
+
+    @torch.no_grad()  # not in inference mode, whose tensors a backward pass can't use
+    def states(self, samples: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        """The residual streams [T, L, H] of samples, int64 [T] each, on the verifier's device."""
+        model, lengths = self.load(), {index: len(token_ids) for index, token_ids in enumerate(samples)}
+        max_tokens = CPU_BATCH_TOKENS if self.device.type == "cpu" else GPU_BATCH_TOKENS
+        found: dict[int, Tensor] = {}
+        for batch in plan_batches(lengths, max_tokens):
+            ids_BT = pad_sequence([samples[index] for index in batch], batch_first=True)
+            for index, states_TLH in zip(batch, residual_streams(model, self.layer_ids, ids_BT, dtype), strict=True):
+                found[index] = states_TLH[: lengths[index]]
+        return [found[index] for index in range(len(samples))]
+
+    def completed(
+        self,
+        batches: Iterable[dict[str, Any]],
+        compute: Compute,
+        ahead: int,
+    ) -> Iterator[dict[str, Any]]:
+        """Give batches with the states that they lack, which a thread computes for the `ahead` batches that follow.
+
+        Args:
+            compute: called in the thread.
+
+        Raises:
+            RowError: `compute` raised this.
+        """
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, "verifier")
+        self._pool.submit(int).result()  # nothing runs in the thread while loader workers are forked
+        pending: deque[tuple[dict[str, Any], list[StatesRequest], Future[list[States]]]] = deque()
+        try:
+            for batch in batches:
+                requests: list[StatesRequest] = batch.get(TO_GENERATE, [])
+                future = self._pool.submit(self._beside, compute, requests, batch["input_ids"].device)
+                pending.append((batch, requests, future))
+                if len(pending) > ahead:
+                    yield _complete(*pending.popleft())
+            while pending:
+                yield _complete(*pending.popleft())
+        finally:
+            for _, _, unused in pending:
+                unused.cancel()
+
+    def _beside(self, compute: Compute, requests: list[StatesRequest], device: torch.device) -> list[States]:
+        """Call `compute` on CUDA streams of this thread; when it returns, they are done."""
+        if not requests:
+            return []
+        with ExitStack() as stack:
+            for one in {self.device, device}:
+                if one.type == "cuda":
+                    stream = self._streams[one] = self._streams.get(one) or torch.cuda.Stream(one)
+                    stack.enter_context(torch.cuda.stream(stream))
+                    stack.callback(stream.synchronize)
+            return compute(requests, device)
+
+
+def _complete(batch: dict[str, Any], requests: list[StatesRequest], future: Future[list[States]]) -> dict[str, Any]:
+    """The batch with the requested states, as the collator makes it of samples that have all of theirs."""
+    generated = future.result()
+    if not requests:
+        return batch
+    for request, states in zip(requests, generated, strict=True):
+        for name, tensor in zip(STATES, states, strict=True):
+            if tensor.is_cuda:
+                tensor.record_stream(torch.cuda.current_stream(tensor.device))
+            batch[name][request.place] = tensor
+    del batch[TO_GENERATE]
+    return batch | {name: torch.cat(batch[name]).unsqueeze(0) for name in STATES}

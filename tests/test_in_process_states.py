@@ -1,0 +1,151 @@
+"""Training with the verifier in the same process (`--on-missing generate` without an endpoint) is that on a cache."""
+
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import AUX, write_prepared
+from test_distributed import history, launch
+from test_trainer import losses, run, weights
+from transformers import AutoModelForCausalLM
+
+from peagle_hf import PeagleError, PeagleTrainingArguments
+from peagle_hf.data.cache_storage import cached_rows, row_path
+from peagle_hf.data.collator import CODDataCollator
+from peagle_hf.data.dataset import HiddenStatesDataset
+from peagle_hf.data.errors import RowError
+from peagle_hf.data.extract import ExtractArguments, extract
+from peagle_hf.data.in_process_states import InProcessVerifier
+from peagle_hf.training.run import train
+from peagle_hf.verifier.loading import inference_memory
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    """20 samples without hidden states, two of which are of the same length and so share a batch of the verifier."""
+    return write_prepared(tmp_path_factory.mktemp("prepared"), [12 + index - (index == 7) for index in range(20)])
+
+
+@pytest.fixture
+def cached(prepared, tiny_verifier, tmp_path):
+    """A copy of the samples with the states of `peagle-hf extract`, one sample at a time."""
+    folder = shutil.copytree(prepared, tmp_path / "cached")
+    extract(ExtractArguments(model=str(tiny_verifier), preprocessed_data=str(folder), max_batch_tokens=8))
+    return folder
+
+
+@pytest.fixture
+def generating(train_flags, prepared, tmp_path):
+    data = shutil.copytree(prepared, tmp_path / "data")
+    return {**train_flags, "data_path": str(data), "on_missing": "generate", "output_dir": str(tmp_path / "generated")}
+
+
+def all_losses(trainer):
+    return losses(trainer) + [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+
+
+def assert_equal(trainer, other):
+    assert all_losses(trainer) == all_losses(other)
+    for name, weight in weights(other).items():
+        assert torch.equal(weights(trainer)[name], weight), name
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gradient_accumulation_steps": 2},
+        {"dataloader_num_workers": 2, "linear_start": False, "sequence_partitions": "2"},
+    ],
+)
+def test_training_is_bit_equal_to_that_on_a_cache(train_flags, generating, cached, changes):
+    wanted = run({**train_flags, "data_path": str(cached)}, **changes)
+    assert_equal(run(generating, **changes), wanted)
+    assert cached_rows(Path(generating["data_path"]) / "hidden_states") == set()
+
+
+def test_samples_that_the_verifier_reads_together_differ_in_rounding_only(train_flags, generating, cached):
+    """Other samples in a batch change the order of the verifier's sums: losses to 1e-4."""
+    common = {"per_device_train_batch_size": 2, "num_train_epochs": 1}
+    wanted = run({**train_flags, "data_path": str(cached)}, **common)
+    assert all_losses(run(generating, **common)) == pytest.approx(all_losses(wanted), rel=1e-4)
+
+
+@pytest.mark.parametrize("storage", ["plain", "fp8-learnt"])
+def test_what_is_missing_is_added_to_the_cache_in_its_kind(generating, tiny_verifier, tmp_path, storage):
+    """The files are those of `extract`, and a second run reads them without the verifier."""
+    data, whole = Path(generating["data_path"]), tmp_path / "whole"
+    kinds = {"model": str(tiny_verifier), "preprocessed_data": str(data), "storage": storage, "max_batch_tokens": 8}
+    extract(ExtractArguments(**kinds, max_samples=5))
+    extract(ExtractArguments(**kinds, output=str(whole)))
+    keeping = {**generating, "on_generate": "cache", "num_train_epochs": 1, "total_seq_len": 20}
+    first = train(PeagleTrainingArguments(**keeping))
+    assert cached_rows(data / "hidden_states") == set(range(20))
+    for row in range(20):
+        assert row_path(whole, row).read_bytes() == row_path(data / "hidden_states", row).read_bytes()
+    second = train(PeagleTrainingArguments(**{**keeping, "output_dir": str(tmp_path / "second")}))
+    assert second.train_dataset.verifier._model is None
+    assert_equal(second, first)
+
+
+@pytest.mark.slow
+def test_each_of_two_processes_generates_its_own_states(train_flags, generating, cached):
+    """With AdamW, to the rounding of two processes' sums; one accumulates what the two share."""
+    common = {"optim": "adamw_torch_fused", "total_seq_len": 32, "num_train_epochs": 1}
+    one = run({**train_flags, "data_path": str(cached)}, **common, gradient_accumulation_steps=2)
+    launch("ddp", generating, **common)
+    assert history(Path(generating["output_dir"]) / "0", "loss") == pytest.approx(losses(one), rel=1e-5)
+
+
+def test_a_resumed_run_is_bit_equal(generating, tmp_path):
+    steps = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 1}
+    whole = train(PeagleTrainingArguments(**{**generating, **steps}))
+    shutil.copytree(whole.args.output_dir, tmp_path / "cut", symlinks=True)
+    for folder in (tmp_path / "cut").iterdir():
+        if folder.is_dir() and not folder.is_symlink() and folder.name != "checkpoint-2":
+            shutil.rmtree(folder)
+    resumed = train(PeagleTrainingArguments(**{**generating, **steps, "output_dir": str(tmp_path / "cut")}))
+    assert_equal(resumed, whole)
+
+
+def test_a_row_that_the_verifier_cannot_read_is_named(generating, tiny_verifier):
+    data = Path(generating["data_path"])
+    verifier = InProcessVerifier(str(tiny_verifier), AUX, "cpu")
+    dataset = HiddenStatesDataset(data, total_seq_len=64, on_missing="generate", verifier=verifier)
+    batch = CODDataCollator(num_depths=2)([dataset[0]])
+    row = batch["to_generate"][0].row
+    with torch.no_grad():
+        verifier.load().model.layers[-1].mlp.down_proj.bias = torch.nn.Parameter(torch.full((32,), torch.nan))
+    with pytest.raises(RowError, match=rf"row {row} of .* not finite .* --skip-rows {row}"):
+        list(dataset.completed([batch]))
+    batch["to_generate"][0].token_ids[0] = 10_000
+    with pytest.raises(PeagleError, match=f"Row {row} has token ids .* another tokenizer"):
+        list(dataset.completed([batch]))
+
+
+def test_loader_workers_get_a_verifier_without_weights(tiny_verifier):
+    verifier = InProcessVerifier(str(tiny_verifier), AUX, "cpu")
+    verifier.load()
+    sent = pickle.loads(pickle.dumps(verifier))
+    assert (sent.layer_ids, sent._model) == (tuple(AUX), None)
+
+
+def test_sources_of_states_are_not_mixed(generating, tiny_verifier):
+    data, verifier = generating["data_path"], InProcessVerifier(str(tiny_verifier), [1, 2, 3], "cpu")
+    for given in ({"on_missing": "generate"}, {"verifier": verifier}):
+        with pytest.raises(PeagleError, match="takes either an endpoint or a verifier"):
+            HiddenStatesDataset(data, **given)
+    with pytest.raises(PeagleError, match=r"the layers \[1, 2, 3\], but the drafter reads"):
+        HiddenStatesDataset(data, on_missing="generate", verifier=verifier).check_layers(AUX)
+
+
+def test_the_memory_report_counts_the_verifier(generating, tiny_verifier, capsys):
+    train(PeagleTrainingArguments(**generating, memory_report=True))
+    printed = capsys.readouterr().out
+    assert "verifier that generates states" in printed
+    assert "its work, and the states ahead" in printed
+    model = InProcessVerifier(str(tiny_verifier), AUX, "cpu").load()
+    weights = sum(one.numel() for one in AutoModelForCausalLM.from_pretrained(tiny_verifier).model.parameters())
+    assert inference_memory(str(tiny_verifier), 3)[0] == 2 * weights
+    assert isinstance(model.lm_head, torch.nn.Identity)
