@@ -48,6 +48,19 @@ def check_disk(output: Path, manifest: Manifest, data: "datasets.Dataset", lengt
     )
 
 
+def warn_of_other_shares(output: Path, manifest: Manifest, data: "datasets.Dataset", lengths: dict[int, int]) -> None:
+    """Warn if the states of all shares don't fit on the disk; shares may be on disks of their own, so go on."""
+    needed, free = bytes_needed(manifest, data, lengths), free_bytes(output)
+    if needed > free:
+        logger.warning(
+            "All shares together need %.2f GiB, but %s has %.2f GiB free, which is too little if all of them write "
+            "there.",
+            needed / GIB,
+            output,
+            free / GIB,
+        )
+
+
 def _kinds(manifest: Manifest, data: "datasets.Dataset", lengths: dict[int, int], free: int) -> str:
     """What storage kinds smaller than the manifest's need, as a part of a sentence; '' if there is none."""
     num_tokens, needed = sum(lengths.values()), bytes_needed(manifest, data, lengths)

@@ -33,12 +33,12 @@ from .cache_storage import (
     row_path,
     write_states,
 )
-from .disk_space import bytes_needed, check_disk, free_bytes, plan
+from .disk_space import check_disk, plan, warn_of_other_shares
 from .endpoint import MAX_RETRIES, REQUEST_TIMEOUT, check_length, check_requests, endpoint_urls, served_model
 from .endpoint_folder import check_layers, remove_unfetched, require_layers
 from .endpoint_states import Endpoint
 from .extract_from_servers import extract_from_servers
-from .extract_in_process import extract_in_process, load_for_extraction
+from .extract_in_process import extract_in_process, load_for_extraction, use_device
 from .extract_share import Share, device_of, share_of
 from .prepared_dataset import check_skip_rows, load_prepared, read_prepare_record, rows_fingerprint
 
@@ -254,7 +254,7 @@ def _extract_share(arguments: ExtractArguments, share: Share) -> ExtractReport:
         return ExtractReport(output, manifest, len(lengths), len(lengths) - len(missing), {}, 0, 0.0)
     check_writable(output)
     if share.size > 1 and not share.is_launched:
-        _warn_of_other_shares(output, manifest, data, {row: selected[row] for row in selected if row not in present})
+        warn_of_other_shares(output, manifest, data, {row: selected[row] for row in selected if row not in present})
     part = "extract" if share.size == 1 else f"extract-{share.rank}-of-{share.size}"
     with locked_folder(output, "Wait until it has ended, or name another --output.", part):
         for folder in {output, server_folder}:
@@ -291,19 +291,6 @@ def _of_all_processes(report: ExtractReport) -> ExtractReport:
         num_tokens=num_tokens,
         seconds=seconds,
     )
-
-
-def _warn_of_other_shares(output: Path, manifest: Manifest, data: "datasets.Dataset", missing: dict[int, int]) -> None:
-    """Warn if the states of all shares don't fit on the disk; shares may be on disks of their own, so go on."""
-    needed, free = bytes_needed(manifest, data, missing), free_bytes(output)
-    if needed > free:
-        logger.warning(
-            "All shares together need %.2f GiB, but %s has %.2f GiB free, which is too little if all of them write "
-            "there.",
-            needed / 2**30,
-            output,
-            free / 2**30,
-        )
 
 
 def _verifier_name(arguments: ExtractArguments, urls: tuple[str, ...]) -> str:
@@ -372,19 +359,8 @@ def _extract_missing(
         )
     made_again = _unusable(arguments, output, manifest, data, present & lengths.keys())
     missing = {row: length for row, length in lengths.items() if row not in present or row in made_again}
-    num_kept, num_selected, to_write = len(lengths) - len(missing), len(lengths), missing
-    if share.is_launched:
-        parts = [part for _, part in gather((len(lengths), missing))]
-        num_selected = sum(count for count, _ in parts)
-        to_write = {row: length for _, part in parts for row, length in part.items()}
-    logger.info(
-        "%d of %d samples are cached; %d are to be extracted%s.",
-        num_selected - len(to_write),
-        num_selected,
-        len(to_write),
-        f" by {share.size} processes; the progress is that of the first" if share.is_launched else "",
-    )
-    seconds = 0.0
+    num_kept, seconds = len(lengths) - len(missing), 0.0
+    to_write = _missing_of_all(share, lengths, missing)
     if urls:
         endpoint = Endpoint(
             urls,
@@ -409,12 +385,24 @@ def _extract_missing(
         write = _begin(arguments, share, output, manifest, data)
     if missing and not urls:
         assert arguments.model is not None
-        device = device_of(arguments.device, share)
+        use_device(device := device_of(arguments.device, share))
         trusts_code = arguments.trust_remote_code
         model = load_for_extraction(arguments.model, device, arguments.verifier_dtype, arguments.revision, trusts_code)
         check_logits(model)
         seconds = extract_in_process(arguments, model, manifest.aux_layer_ids, data, missing, write)
     return ExtractReport(output, manifest, len(lengths), num_kept, made_again, sum(missing.values()), seconds)
+
+
+def _missing_of_all(share: Share, lengths: dict[int, int], missing: dict[int, int]) -> dict[int, int]:
+    """What all connected processes are to extract, or else this one, which the log says; all by row."""
+    by_whom = ""
+    if share.is_launched:
+        parts = [part for _, part in gather((lengths, missing))]
+        lengths, missing = ({row: n for one in parts for row, n in one[place].items()} for place in range(2))
+        by_whom = f" by {share.size} processes; the progress is that of the first"
+    num_kept = len(lengths) - len(missing)
+    logger.info("%d of %d samples are cached; %d are to be extracted%s.", num_kept, len(lengths), len(missing), by_whom)
+    return missing
 
 
 def _unusable(

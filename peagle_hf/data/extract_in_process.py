@@ -56,8 +56,6 @@ def load_for_extraction(
     """
     on_cpu = torch.device(device).type == "cpu"
     dtype = getattr(torch, ("float32" if on_cpu else "bfloat16") if verifier_dtype == "auto" else verifier_dtype)
-    if torch.device(device).index is not None:
-        torch.cuda.set_device(device)
     model = load_verifier(name_or_path, dtype, device, revision, trust_remote_code)
     if on_cpu:
         keep_freed_memory()
@@ -95,8 +93,7 @@ def extract_in_process(
 
     def begin() -> None:
         torch.set_num_threads(num_cores // at_once)
-        if model.device.type == "cuda":
-            torch.cuda.set_device(model.device)  # each thread has its own, on which Triton's kernels run
+        use_device(model.device)
         own.model = replica(model)
 
     def extract_batch(rows: Sequence[int]) -> int:
@@ -126,6 +123,12 @@ def extract_in_process(
     seconds = time.perf_counter() - start
     logger.info("%d tokens in %.1f s: %.0f tokens/s.", num_tokens, seconds, num_tokens / seconds)
     return seconds
+
+
+def use_device(device: str | torch.device) -> None:
+    """Make a GPU with a number the current one of this thread, on which Triton's kernels run."""
+    if torch.device(device).type == "cuda" and torch.device(device).index is not None:
+        torch.cuda.set_device(device)
 
 
 def plan_batches(lengths: dict[int, int], max_tokens: int) -> list[list[int]]:

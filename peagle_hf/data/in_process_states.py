@@ -11,7 +11,7 @@ tokens that are a target.
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -72,10 +72,11 @@ class InProcessVerifier:
             PeagleError: it can't be loaded or run here, or its head doesn't give its own logits.
         """
         if self._model is None:
-            model = load_for_extraction(
-                self.name_or_path, self.device, revision=self._revision, trust_remote_code=self._trust_remote_code
-            )
-            check_logits(model)
+            with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+                model = load_for_extraction(
+                    self.name_or_path, self.device, revision=self._revision, trust_remote_code=self._trust_remote_code
+                )
+                check_logits(model)
             head = verifier_parts(model).head  # the objective has its own
             for parent in list(model.modules()):
                 for name, child in parent.named_children():
@@ -134,7 +135,7 @@ class InProcessVerifier:
         if not requests:
             return []
         with ExitStack() as stack:
-            for one in {self.device, device}:
+            for one in (device, self.device):  # the last one is the current one, on which Triton's kernels run
                 if one.type == "cuda":
                     stream = self._streams[one] = self._streams.get(one) or torch.cuda.Stream(one)
                     stack.enter_context(torch.cuda.stream(stream))

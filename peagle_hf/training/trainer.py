@@ -366,6 +366,18 @@ class PeagleTrainer(Trainer):
         if self.args.should_save:
             complete_saved_model(self, Path(output_dir or self.args.output_dir), is_checkpoint=_internal_call)
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Like the Trainer's, with `save_on_each_node` also on other nodes than the first.
+
+        There `save_pretrained` of transformers writes nothing since 5.19, although the Trainer calls it.
+        """
+        drafter = vars(self.accelerator.unwrap_model(self.model))
+        drafter["should_save_on_this_rank"] = lambda is_main_process: is_main_process
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            del drafter["should_save_on_this_rank"]
+
     def hyperparameter_search(  # type: ignore[no-untyped-def]
         self, hp_space=None, compute_objective=None, n_trials=20, direction=None, *args, **kwargs
     ):
