@@ -55,7 +55,7 @@ class VllmExportCallback(TrainerCallback):
     ) -> None:
         """Update `checkpoint_best` and the checkpoints over the limit, in case the run was interrupted before that."""
         self._saved_step, self._is_described = None, False
-        if not state.is_world_process_zero:
+        if not args.should_save:
             return
         if state.global_step > 0 or not folders_of_run(self._folder(args)):  # else the arguments of those are kept
             self._describe(args)
@@ -78,7 +78,7 @@ class VllmExportCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         self._saved_step = state.global_step
-        if state.is_world_process_zero:
+        if args.should_save:
             self._describe(args)
             self._update(args, state)
             if checkpoints_by_step(self._folder(args))[state.global_step].name.isdecimal():
@@ -87,7 +87,7 @@ class VllmExportCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        if not state.is_world_process_zero:
+        if not args.should_save:
             return
         if state.global_step in checkpoints_by_step(self._folder(args)):
             self._draw(args, state)

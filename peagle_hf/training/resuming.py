@@ -68,7 +68,8 @@ def checkpoint_to_go_on_from(trainer: "PeagleTrainer", wanted: str | bool | None
         if folder is not None and not folder.is_dir():
             raise PeagleError(
                 f"The first process goes on from {folder}, which isn't there for this one. All processes need "
-                "the same output folder: name one on a disk that all machines share, or copy it to each."
+                "the same output folder: name one on a disk that all machines share, or copy it to each, and train "
+                "with --save-on-each-node where they share none."
             )
     return folder
 
