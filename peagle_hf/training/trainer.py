@@ -369,7 +369,7 @@ class PeagleTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Like the Trainer's, with `save_on_each_node` also on other nodes than the first.
 
-        There `save_pretrained` of transformers writes nothing since 5.19, although the Trainer calls it.
+        There `save_pretrained` of transformers (5.19, for example) writes nothing, although the Trainer calls it.
         """
         drafter = vars(self.accelerator.unwrap_model(self.model))
         drafter["should_save_on_this_rank"] = lambda is_main_process: is_main_process
