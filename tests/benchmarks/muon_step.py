@@ -7,7 +7,7 @@
 By default the matrices are those of a drafter for Qwen3-8B with 4 layers: the first layer takes twice the hidden size,
 `fc` three times. Each line has the milliseconds of a whole step, of Newton-Schulz alone on one process, and how far the
 first step's change of the weights is from that of PyTorch's Muon (Frobenius norms, relative). With several processes
-ours share the work, with copies of the weights or, with `--fsdp`, shards; the slowest process counts. gram-newton-schulz
+ours share the work, with copies of the weights or, with `--fsdp`, shards; the slowest one counts. gram-newton-schulz
 has the same coefficients and one restart, and gets equal shapes stacked.
 """
 
