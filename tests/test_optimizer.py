@@ -9,6 +9,7 @@ from test_modeling import make_config
 from torch import nn
 
 from peagle_hf import PeagleError, PeagleForSpeculation, PeagleTrainingArguments
+from peagle_hf.training.muon import Muon
 from peagle_hf.training.optimizer import MuonWithAdamW
 
 
@@ -39,13 +40,7 @@ def test_matrices_take_muons_step_and_the_rest_adamws() -> None:
     assert not is_matrix["norm.weight"]
     named = dict(alone.named_parameters())
     others = [
-        torch.optim.Muon(
-            [named[name] for name in named if is_matrix[name]],
-            lr=1e-2,
-            weight_decay=0.1,
-            momentum=0.8,
-            adjust_lr_fn="match_rms_adamw",
-        ),
+        Muon([named[name] for name in named if is_matrix[name]], lr=1e-2, weight_decay=0.1, momentum=0.8),
         torch.optim.AdamW(
             [named[name] for name in named if named[name].ndim != 2], lr=1e-2, weight_decay=0.0, **options
         ),
