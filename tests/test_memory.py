@@ -86,6 +86,18 @@ def test_what_costs_less_is_predicted_to_cost_less():
     assert bytes_per_slot(replace(plan, checkpointing="whole")) < bytes_per_slot(plan)
 
 
+def test_muons_step_is_counted():
+    """Its momenta are one number a weight, its stacks a share of the weights that more layers don't enlarge."""
+    plan = MemoryPlan(qwen3_8b(), 64, optimizer="muon")
+    predicted = estimate(plan)
+    assert predicted.total == predicted.held + predicted.gradients + predicted.step
+    assert 0.5 * GIB < predicted.step < 4 * GIB
+    shared = estimate(replace(plan, processes=4))
+    assert predicted.step < shared.step < predicted.step + predicted.weights
+    assert estimate(replace(plan, optimizer="adamw_torch")).step == 0
+    assert "stacks of Muon's step" in report(plan, None)
+
+
 def test_the_advice_ends_with_what_fits():
     lines = report(MemoryPlan(qwen3_8b(), 8192), 20 * GIB).splitlines()
     advised = lines[lines.index("To need less, turn these on, one after another:") + 1 :]

@@ -10,7 +10,7 @@ from torch import nn
 
 from peagle_hf import PeagleError, PeagleForSpeculation, PeagleTrainingArguments
 from peagle_hf.training.muon import Muon
-from peagle_hf.training.optimizer import MuonWithAdamW
+from peagle_hf.training.optimizer import MuonWithAdamW, describe_optimizer
 
 
 def make_drafter() -> PeagleForSpeculation:
@@ -99,6 +99,17 @@ def test_the_arguments_name_it_and_deepspeed_cant_have_it(tmp_path, monkeypatch)
     assert PeagleTrainingArguments(tmp_path).optim == "adamw_torch_fused"
     with pytest.raises(PeagleError, match="DeepSpeed cuts up the matrices"):
         PeagleTrainingArguments(tmp_path, optim="muon")
+
+
+def test_training_says_what_muon_trains() -> None:
+    optimizer = MuonWithAdamW(make_drafter().named_parameters(), lr=1e-2)
+    said = describe_optimizer(optimizer, num_processes=2, uses_deepspeed=False)
+    assert said is not None
+    number = len(optimizer.param_groups[0]["params"])
+    assert said.startswith(f"Muon trains {number} matrices of 0.")
+    assert "each orthogonalised on one of 2 processes" in said
+    assert describe_optimizer(torch.optim.SGD(make_drafter().parameters()), 1, uses_deepspeed=False) is None
+    assert "DeepSpeed cuts up the matrices" in str(describe_optimizer(None, 2, uses_deepspeed=True))
 
 
 def test_without_a_matrix_adamw_is_left_alone() -> None:

@@ -30,9 +30,11 @@ from .checkpoints import (
 from .memory import report
 from .metrics import COUNTERS, summarize
 from .nan_check import NanCheck, listed, rows_of
+from .optimizer import describe_optimizer
 from .record import RunRecord, describe_run, packing_of, record_of_earlier_version
 from .resume_rules import check_resume, note_settings
 from .resuming import find_best_again, load_best, load_optimizer_and_schedule, settings_as_made, view_of
+from .sharding import bare_optimizer
 from .throughput import Throughput
 from .time_left import updates_in
 from .warm_start import configuration_changes
@@ -200,6 +202,9 @@ class CurrentRun(TrainerCallback):
         self.record = note_settings(self.record, self.before, *settings_as_made(trainer))
         if args.should_save:
             self.record.write(self.folder)
+        said = describe_optimizer(bare_optimizer(trainer), args.world_size, trainer.is_deepspeed_enabled)
+        if said is not None and state.is_world_process_zero:
+            logger.info(said)
         if self._view is not None and self.before is not None:
             load_optimizer_and_schedule(trainer, self._view, self.before, self.record)
             find_best_again(trainer, self.folder)

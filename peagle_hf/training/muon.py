@@ -18,7 +18,10 @@ ROUNDED = {torch.float16: torch.bfloat16, torch.float32: torch.float32}
 
 
 class Muon(torch.optim.Muon):
-    """`torch.optim.Muon`, whose settings and states it has, with `match_rms_adamw` and the steps in `newton_schulz`.
+    """`torch.optim.Muon` with Nesterov's momentum and the rates of `match_rms_adamw`, by the steps in `newton_schulz`.
+
+    Settings and states have the names of PyTorch's, so that either goes on from the other's; `ns_coefficients`,
+    `ns_steps` and `eps` among them aren't read.
 
     Args:
         process_group: processes that all have the same weights and gradients, and share the work; None for one process.

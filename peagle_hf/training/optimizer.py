@@ -96,6 +96,21 @@ def make_muon(model: nn.Module, args: TrainingArguments) -> MuonWithAdamW:
     )
 
 
+def describe_optimizer(optimizer: Any, num_processes: int, uses_deepspeed: bool) -> str | None:
+    """One sentence about what trains which weights, where Muon does or where DeepSpeed keeps it from that."""
+    if uses_deepspeed:
+        return "Muon isn't used: DeepSpeed cuts up the matrices that it needs whole."
+    if not isinstance(optimizer, MuonWithAdamW) or not isinstance(optimizer._parts[0], Muon):
+        return None
+    counts = [sum(one.numel() for one in group["params"]) / 1e6 for group in optimizer.param_groups]
+    number = len(optimizer.param_groups[0]["params"])
+    shared = f", each orthogonalised on one of {num_processes} processes," if num_processes > 1 else ""
+    return (
+        f"Muon trains {number} matrices of {counts[0]:.1f} million weights{shared} and AdamW {sum(counts[1:]):.1f} "
+        "million others."
+    )
+
+
 def require_trained(model: nn.Module) -> None:
     """Refuse a drafter of which nothing is trained.
 
