@@ -47,7 +47,7 @@ READ_BY = {
     "--from-pretrained": DRAFTER,
 }
 """What kind of thing a flag reads; the model and folders without a flag depend on the command."""
-WRITTEN_BY = {"prepare": "--output", "regenerate": "--output", "train": "--save-path"}
+WRITTEN_BY = {"prepare": "--output", "regenerate": "--output", "extract": "--output", "train": "--save-path"}
 """Flags that name what a command makes anew, so that a page may show two ways to make the same."""
 CHAT_TEXTS = [[f"Why is stone {number} green?", f"It lies in the river for {number} years."] for number in range(12)]
 
@@ -94,12 +94,15 @@ class Page:
         name = words[0]
         words = [re.sub("^/(?=shared/)", "", word) for word in words]
         given = self.values(words)
-        if name in WRITTEN_BY and (target := given.get(WRITTEN_BY[name])):
+        for kind, value in self.reads(name, words, given):
+            self.provide(kind, value)
+        target = given.get(WRITTEN_BY.get(name, "none"))
+        if name == "extract" and not target:
+            target = [f"{given['--preprocessed-data'][0]}/hidden_states"]
+        if target:
             path = self.folder / target[0]
             with suppress(FileNotFoundError):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        for kind, value in self.reads(name, words, given):
-            self.provide(kind, value)
         for flag in SMALLER.keys() & given.keys():
             place = words.index(flag) + 1
             words[place : place + len(given[flag])] = [SMALLER[flag]]

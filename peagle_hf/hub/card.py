@@ -130,8 +130,7 @@ def model_card(
         _validation(record),
         "## Drafter",
         _drafter(config),
-        "## Citation",
-        _CITATION,
+        f"## Citation\n\n{_CITATION}",
     ]
     return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
 
