@@ -88,4 +88,4 @@ def _next_steps(folder: Path) -> str:
     peagle-hf run examples/demo.yaml
 
 Its last step measures the acceptance length and needs vLLM. To train on your own cached hidden states by a script that
-you can change, see examples/train.py; examples/quickstart.ipynb is a notebook."""
+you can change, see examples/train.py. The three notebooks beside it begin with examples/quickstart.ipynb."""
