@@ -2,12 +2,16 @@
 
     python tests/benchmarks/step_figures.py table docs/data/training_step.csv docs/performance.md
     python tests/benchmarks/step_figures.py plot docs/data/training_step.csv docs/images
+    python tests/benchmarks/step_figures.py parts docs/data/step_parts.jsonl docs/images/step_parts.svg
 
-The file has a line for each configuration: positions of a packed sequence, K (`depths`), milliseconds and GiB.
+The first file has a line for each configuration: positions of a packed sequence, K (`depths`), milliseconds and GiB.
+The second has a line for each bar of the picture, from top to bottom: its `name`, its `parts` in milliseconds ("whole
+step" where no profile divides it; `training_step.py --profile` does), and `source`, which the picture doesn't show.
 """
 
 import argparse
 import csv
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,17 @@ COLOURS = {"ours": "#d9730d", "peer": "#3d85c6"}
 NAMES = {"ours": "peagle_hf", "peer": "speculators 0.9.0"}
 GREY = "#808080"
 """Colours that can be read on white and on black."""
+PARTS = {
+    "whole step": "#3d85c6",
+    "matrix products": "#d9730d",
+    "optimizer and clipping": "#a967aa",
+    "attention": "#6a9f58",
+    "loss": "#c9a227",
+    "casts": "#5aa7a7",
+    "norms, activations, copies": "#a08070",
+    "between kernels": "#b0b0b0",
+}
+"""The parts of a step and their colours."""
 
 Row = dict[str, str]
 
@@ -118,10 +133,44 @@ def draw(rows: list[Row], unit: str, label: str, path: Path) -> None:
     save(figure, path)
 
 
+def parts(options: argparse.Namespace) -> None:
+    """Draw how a step's time divides, one bar under another."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    bars = [json.loads(line) for line in Path(options.figures).read_text(encoding="utf-8").splitlines()]
+    if unknown := {part for bar in bars for part in bar["parts"]} - PARTS.keys():
+        raise SystemExit(f"{options.figures} has parts that are not in PARTS: {', '.join(sorted(unknown))}")
+    figure = Figure(figsize=(7.5, 1.3 + 0.5 * len(bars)), layout="constrained")
+    axes = figure.subplots()
+    for place, bar in enumerate(bars):
+        start = 0.0
+        for part, milliseconds in bar["parts"].items():
+            axes.barh(place, milliseconds, left=start, color=PARTS[part], height=0.6)
+            if milliseconds > 15:
+                axes.text(start + milliseconds / 2, place, f"{milliseconds:.0f}", ha="center", va="center", fontsize=8)
+            start += milliseconds
+        axes.annotate(f"{start:.0f} ms", (start, place), (4, 0), textcoords="offset points", va="center", color=GREY)
+    shown = [part for part in PARTS if any(part in bar["parts"] for bar in bars)]
+    handles = [Patch(color=PARTS[part], label=part) for part in shown]
+    figure.legend(
+        handles=handles, frameon=False, labelcolor="linecolor", fontsize=8, ncols=4, loc="outside lower center"
+    )
+    axes.set_yticks(range(len(bars)), [bar["name"] for bar in bars])
+    axes.invert_yaxis()
+    axes.margins(x=0.1)
+    axes.set_xlabel("milliseconds")
+    style(axes)
+    axes.grid(visible=False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    save(figure, options.output)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     stages = parser.add_subparsers(required=True)
-    for name, function in (("table", write_table), ("plot", plot)):
+    for name, function in (("table", write_table), ("plot", plot), ("parts", parts)):
         stage = stages.add_parser(name)
         stage.add_argument("figures")
         stage.add_argument("output")

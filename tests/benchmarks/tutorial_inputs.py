@@ -14,8 +14,8 @@ from typing import Any
 
 TURNS = 3.51
 QUESTION, ANSWER = (94.46, 626.39), (348.45, 269.93)
-"""ShareGPT's 94,145 conversations: turns on average, and mean and standard deviation of the tokens of a question and of
-an answer (WildChat, arXiv 2405.01470, table 1; the turns also in arXiv 2512.17843, table 1)."""
+"""Turns of a conversation on average (ShareGPT: 330,239 in 94,145, arXiv 2512.17843, table 1), and mean and standard
+deviation of the tokens of a question and of an answer (after WildChat, arXiv 2405.01470, table 1)."""
 VERIFIER = {
     "vocab_size": 151936,
     "hidden_size": 4096,
