@@ -385,13 +385,13 @@ def measure(implementation: str, sizes: Sizes, cases: list[Case], device: str, s
                 "loss": round(float(loss), 4),
             }
             if seconds < 5:
-                partial = []
+                passes = []
                 for _ in range(3):
                     start = wait()
                     forward_and_backward()
-                    partial.append(wait() - start)
+                    passes.append(wait() - start)
                     model.zero_grad()
-                result["forward_backward_ms"] = round(sorted(partial)[1] * 1e3, 1)
+                result["forward_backward_ms"] = round(sorted(passes)[1] * 1e3, 1)
             if device == "cuda":
                 result["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
                 name = torch.cuda.get_device_name()

@@ -82,7 +82,7 @@ def make_tokenizer(name: str | None, tiny: bool) -> Any:
 
     draw = random.Random(0)
     syllables = [first + vowel + last for first in CONSONANTS for vowel in VOWELS for last in ("", *"nrst")]
-    words = {"".join(draw.choices(syllables, k=draw.randint(1, 4))) for _ in range(400 if tiny else 20000)}
+    words = {"".join(draw.choices(syllables, k=draw.randint(1, 4))) for _ in range(400 if tiny else 8000)}
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -19,10 +19,11 @@ def report(results: list[dict[str, Any]]) -> str:
         if "prepare" in one:
             lines.append(row("prepare", "", minutes(one["prepare"]["seconds"]), one["prepare"], ""))
         for name, facts in one.items():
-            if name.startswith("extract, "):
+            if name.startswith("extract, ") and facts.get("tokens"):
                 lines += extraction_rows(facts, int(name.split()[1]))
             elif name.startswith("train, "):
                 lines += training_rows(one, facts)
+        lines += ["", "*In italics*: calculated from what was run."]
         if "scaling" in one:
             lines += ["", *scaling_rows(one["scaling"])]
         lines.append("")
@@ -73,11 +74,13 @@ def training_rows(one: dict[str, Any], facts: dict[str, Any]) -> list[str]:
         row("train: an epoch", gpus, minutes(epoch, logged < steps), measured, f"{steps} steps, {wait}{ending}"),
         row(f"train: {EPOCHS} epochs", gpus, minutes(whole, not ran_whole), {}, f"{how}; {logged} steps run"),
     ]
-    extraction = one.get(f"extract, {gpus} GPUs")
+    extraction = one.get(f"extract, {gpus} GPUs", {})
     total = whole + one["prepare"]["seconds"]
-    if extraction and not facts["generated"]:
+    if facts["generated"]:
+        lines.append(row("everything", gpus, minutes(total, not ran_whole), {}, "prepare, train"))
+    elif extraction.get("tokens"):
         total += extraction_seconds(extraction)
-    lines.append(row("everything", gpus, minutes(total, not ran_whole), {}, "prepare, extract, train"))
+        lines.append(row("everything", gpus, minutes(total, not ran_whole), {}, "prepare, extract, train"))
     return lines
 
 

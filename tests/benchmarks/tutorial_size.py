@@ -99,7 +99,8 @@ class Benchmark:
     def prepare(self) -> None:
         command = [*PROGRAM, "prepare", "--model", str(self.verifier), "--data", str(self.folder / "chats.jsonl")]
         command += ["--output", str(self.data), "--max-samples", str(self.options.conversations)]
-        timed = self.run("prepare", [([*command, "--seq-length", str(self.length), "--overwrite"], {})])
+        command += ["--seq-length", str(self.length), "--num-workers", str(self.options.num_workers), "--overwrite"]
+        timed = self.run("prepare", [(command, {})])
         facts = timed.facts() | {"complete": timed.returncode == 0}
         if facts["complete"]:
             lengths = self.lengths()
@@ -113,7 +114,7 @@ class Benchmark:
         storage, fits = (self.options.storage, True) if self.options.storage else self.storage_that_fits()
         wanted = self.options.max_samples or (len(lengths) if fits else len(lengths) // 10)
         if len(before) >= wanted:
-            print("The samples are cached already, so there is no speed to measure.")
+            print("The samples are cached already, so there is no speed of extraction to measure.")
             self.save(self.key("extract"), self.results.get(self.key("extract"), {}) | {"complete": True})
             return
         command = ["extract", "--model", str(self.verifier), "--preprocessed-data", str(self.data)]
@@ -387,6 +388,7 @@ def main() -> None:
         help="to extract, if not all; training generates the others itself (default: all, or a tenth, which shows the "
         "speed, where the disk is too small)",
     )
+    parser.add_argument("--num-workers", type=int, default=1, help="processes that prepare (default: the tutorial's 1)")
     parser.add_argument("--storage", help="of the cache (default: the largest of plain and fp8-learnt that fits)")
     parser.add_argument("--hidden-states", type=Path, help="folder of the cache (default: in --folder)")
     parser.add_argument("--tokenizer", help="a folder or hub name (default: one is trained on the spot)")
