@@ -98,6 +98,56 @@ def test_every_anchor_is_counted_by_the_definition(trained, tiny_verifier, tmp_p
     assert report["acceptance_length"] == pytest.approx(1 + sum(report["per_position_acceptance"]))
 
 
+@pytest.mark.parametrize("num_depths", [DEPTHS, 5])
+def test_sampled_acceptance_is_expected_by_the_definition(trained, tiny_verifier, tmp_path, num_depths):
+    """Chances from both models' distributions at every anchor; a draft starts where the one before may have ended."""
+    checkpoint, folder = trained
+    arguments = AcceptanceArguments(str(checkpoint), str(folder), str(tmp_path / "a.json"), temperature=0.7)
+    report = acceptance(replace(arguments, num_speculative_tokens=num_depths))["sampled"]
+    drafter = PeagleForSpeculation.from_pretrained(checkpoint).eval()
+    verifier = LlamaForCausalLM.from_pretrained(tiny_verifier).eval()
+    dataset = HiddenStatesDataset(folder)
+    counts = {method: torch.zeros(2, num_depths, dtype=torch.double) for method in ("probabilistic", "greedy")}
+    for row in range(ANSWERS):
+        document = dataset._load_sample(row)
+        for method, chances in chances_at_every_anchor(drafter, verifier, document, num_depths, 0.7).items():
+            visits = dict.fromkeys(chances, 0.0) | {min(chances): 1.0}
+            for anchor, by_depth in chances.items():
+                survives = 1.0
+                for depth in range(num_depths + 1):
+                    chance = by_depth[depth] if depth < len(by_depth) else 0.0
+                    if depth < len(by_depth):
+                        counts[method][:, depth] += visits[anchor] * survives * torch.tensor([1, chance])
+                    if anchor + depth + 1 in visits:
+                        visits[anchor + depth + 1] += visits[anchor] * survives * (1 - chance)
+                    survives *= chance
+    for method, (reached, accepted) in counts.items():
+        assert report[method]["conditional_acceptance"] == pytest.approx((accepted / reached).tolist(), abs=1e-4)
+    assert report["probabilistic"]["acceptance_length"] > report["greedy"]["acceptance_length"] > 1
+
+
+@torch.no_grad()
+def chances_at_every_anchor(drafter, verifier, document, num_depths, temperature):
+    """By method and anchor, for as many depths as are learnt: the chance of acceptance."""
+    tokens, mask = document["input_ids"], document["loss_mask"]
+    p = (verifier(tokens[None]).logits[0] / temperature).softmax(-1)
+    found = {"probabilistic": {}, "greedy": {}}
+    for anchor in range(len(tokens) - 2):
+        if mask[anchor + 1] and mask[anchor + 2]:
+            ids, states = tokens[1 : anchor + 2], document["hidden_states"][: anchor + 1]
+            real = torch.ones(1, anchor + 1, dtype=torch.bool)
+            scores = drafter.draft(ids[None], states[None], real, num_depths, DynamicCache())[0]
+            q = torch.zeros(num_depths, p.shape[1])
+            q[:, slice(None) if drafter.draft_token_ids is None else drafter.draft_token_ids] = (
+                scores / temperature
+            ).softmax(-1)
+            p_here = p[anchor + 1 : len(tokens) - 1][:num_depths]
+            q = q[: len(p_here)]
+            found["probabilistic"][anchor] = torch.minimum(p_here, q).sum(-1).tolist()
+            found["greedy"][anchor] = p_here.gather(1, q.argmax(-1, keepdim=True)).squeeze(1).tolist()
+    return found
+
+
 def test_the_rows_kept_back_are_those_of_the_drafters_own_training(trained, tmp_path):
     checkpoint, folder = trained
     arguments = AcceptanceArguments(str(checkpoint), str(folder), str(tmp_path / "a.json"), train_data_ratio=0.5)
@@ -181,6 +231,8 @@ def test_generation_drafts_and_accepts_what_the_cached_states_say(
         ({"total_seq_len": 0}, "--total-seq-len is 0"),
         ({"train_data_ratio": 1.0}, "--train-data-ratio is 1.0 but must be .* below 1"),
         ({"train_data_ratio": 0.0}, "--train-data-ratio is 0.0"),
+        ({"temperature": 0.0}, "--temperature is 0.0 but must be above 0"),
+        ({"temperature": float("inf")}, "--temperature is inf"),
         ({"dtype": "int8"}, "--dtype is 'int8' but must be float32"),
     ],
 )

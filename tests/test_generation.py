@@ -167,6 +167,8 @@ def test_what_is_not_supported_is_refused_by_name(verifier, tiny_verifier):
     drafter = make_drafter(verifier)
     with pytest.raises(PeagleError, match="beam search"):
         verifier.generate(**padded((5,)), **ASSISTED, drafter=drafter, max_new_tokens=4, num_beams=2)
+    with pytest.raises(PeagleError, match="draft_sample_method is 'random'"):
+        verifier.generate(**padded((5,)), **GREEDY, **ASSISTED, drafter=drafter, draft_sample_method="random")
     with pytest.raises(PeagleError, match="guidance_scale"):
         verifier.generate(**padded((5,)), **GREEDY, **ASSISTED, drafter=drafter, guidance_scale=1.5)
     verifier.config.hidden_size, sizes = 64, verifier.config.hidden_size
@@ -218,9 +220,16 @@ def test_drafting_bit_by_bit_gives_what_the_rows_of_training_give(verifier, mode
     assert done == list(lengths)
 
 
-@pytest.mark.parametrize("draft_vocab_size", [None, 40])
-@pytest.mark.parametrize("options", [{"temperature": 0.7}, {"temperature": 1.3, "top_k": 20, "top_p": 0.9}])
-def test_sampled_text_is_distributed_as_the_verifiers(verifier, draft_vocab_size, options):
+@pytest.mark.parametrize(
+    ("draft_vocab_size", "options", "method"),
+    [
+        (None, {"temperature": 0.7}, "probabilistic"),
+        (40, {"temperature": 0.7}, "greedy"),
+        (40, {"temperature": 1.3, "top_k": 20, "top_p": 0.9}, "probabilistic"),
+        (None, {"temperature": 1.3, "top_k": 20, "top_p": 0.9}, "greedy"),
+    ],
+)
+def test_sampled_text_is_distributed_as_the_verifiers(verifier, draft_vocab_size, options, method):
     """Chi-square of pairs of tokens, drafted and not, against the verifier's exact probabilities."""
     drafter = make_drafter(verifier, draft_vocab_size=draft_vocab_size)
     if draft_vocab_size:
@@ -234,7 +243,7 @@ def test_sampled_text_is_distributed_as_the_verifiers(verifier, draft_vocab_size
         "attention_mask": prompt["attention_mask"].expand(copies, -1),
     }
     set_seed(0)
-    output = verifier.generate(**inputs, **options, **ASSISTED, drafter=drafter)
+    output = verifier.generate(**inputs, **options, **ASSISTED, drafter=drafter, draft_sample_method=method)
     assert 0 < output.accepted_by_position[0] < output.num_drafts
     assert output.accepted_by_position[1] > 0
     new = output.sequences[:, 5:]

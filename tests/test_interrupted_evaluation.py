@@ -123,7 +123,10 @@ def test_what_changed_is_named_and_all_is_measured_anew(arguments, server, suite
     interrupt(arguments(), server)
     evaluate(arguments(rounds=1))  # fewer rounds are no other setting: all of the first is there
     assert len(server.requests) == 1
-    changes = {"max_tokens is 9 and was 20": {"max_tokens": 9}, "temperature is 0.5 and was 0.0": {"temperature": 0.5}}
+    changes = {
+        "max_tokens is 9 and was 20": {"max_tokens": 9},
+        r"temperature is [0.5] and was [0.0]": {"temperature": 0.5},
+    }
     for words, change in changes.items():
         interrupt(arguments(), server)
         caplog.clear()
@@ -198,7 +201,8 @@ def test_vllm_in_process_does_only_what_is_missing(arguments, chain, drafter, tm
             pass
 
         def run(self, job, keep):
-            for index, concurrency in enumerate(job.concurrency):
+            for index, (temperature, concurrency) in enumerate(job.conditions):
+                assert temperature == 0.7
                 if dies and (self.seed, self.what, concurrency) == (8, "with the drafter", 2):
                     raise PeagleError("vLLM failed")
                 asked.append((self.seed, self.what, concurrency, job.answers and job.answers[index][0][0]))

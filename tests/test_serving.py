@@ -181,11 +181,11 @@ def test_vllm_in_this_machine_is_given_the_template_and_the_tools(chain):
     llm = SimpleNamespace(llm_engine=engine, renderer=None, get_tokenizer=lambda: tokenizer)
     prompts = [Prompt("1", "chat", [], ["w5"], tools=[{"name": "w20"}])]
     template = "{{ tools[0].name }} {{ messages[0].content }} {{ word }}"
-    job = Job(prompts, [1], 8, 0.0, options=ChatOptions(template, {"word": "w7"}))
-    assert _Conversations(llm, job, None).inputs(0) == {"prompt_token_ids": [20, 5, 7]}
+    job = Job(prompts, [], 8, options=ChatOptions(template, {"word": "w7"}))
+    assert _Conversations(llm, job, 0.0, None).inputs(0) == {"prompt_token_ids": [20, 5, 7]}
     refusing = replace(job, options=ChatOptions("{{ raise_exception('no tools here') }}"))
     with pytest.raises(PeagleError, match="refuses turn 0 of prompt 1: no tools here"):
-        _Conversations(llm, refusing, None).inputs(0)
+        _Conversations(llm, refusing, 0.0, None).inputs(0)
 
 
 def test_servers_give_the_report_that_vllm_in_process_gives(arguments, server, baseline, drafter, capsys):

@@ -8,7 +8,9 @@ from operator import mul
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..arguments import Arguments, check_ranges
@@ -26,9 +28,9 @@ from ..hub.training_json import read_record
 from ..model.drafter import PeagleForSpeculation
 from ..model.served_checkpoint import check_checkpoint, drafter_folder, drafter_name
 from ..training.metrics import count_by_position, drafts_in_text
-from ..training.objective import Objective
 from ..verifier.head import VerifierHead
 from ..verifier.loading import load_verifier_config
+from .sampled_acceptance import METHODS, SamplingObjective, expected_drafts
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +57,9 @@ class AcceptanceArguments(Arguments):
     )
     num_speculative_tokens: int | None = field(
         default=None, metadata={"help": "K, the tokens to draft at a time; default: the K that it was trained with."}
+    )
+    temperature: float = field(
+        default=1.0, metadata={"help": "The temperature, above 0, at which acceptance by sampling is estimated too."}
     )
     train_data_ratio: float | None = field(
         default=None,
@@ -95,13 +100,17 @@ class AcceptanceArguments(Arguments):
             "verifier_revision",
             "trust_remote_code",
         ),
-        "What is measured": ("num_speculative_tokens", "train_data_ratio", "seed", "skip_rows"),
+        "What is measured": ("num_speculative_tokens", "temperature", "train_data_ratio", "seed", "skip_rows"),
         "Computation": ("total_seq_len", "dtype"),
     }
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ranges(self, {"num_speculative_tokens": (1, math.inf), "total_seq_len": (1, math.inf)})
+        if not 0 < self.temperature < math.inf:
+            raise PeagleError(
+                f"--temperature is {self.temperature} but must be above 0: greedy acceptance is always estimated."
+            )
         if self.train_data_ratio is not None and not 0 < self.train_data_ratio < 1:
             raise PeagleError(
                 f"--train-data-ratio is {self.train_data_ratio} but must be above 0 and below 1: with 1 there are no "
@@ -124,6 +133,9 @@ def acceptance(arguments: AcceptanceArguments) -> dict[str, Any]:
       because all before it are accepted; with the counts `num_drafts`, `reached`, `accepted`;
     - `by_context`: the same for the drafts in each range of positions in the context (see `data.contexts`); the counts
       of all ranges sum to the whole;
+    - `sampled`: the same (without counts) as expected at `temperature` where tokens are sampled, if drafted ones are
+      drawn from the drafter's distribution (`probabilistic`) or are its most likely ones (`greedy`): see
+      `sampled_acceptance`. The text should be sampled at that temperature too;
     - `every_anchor`: the same with a draft at every position that is trained on, and `accuracy`: share of the slots of
       depth k that are right, whatever was proposed before them.
 
@@ -146,11 +158,12 @@ def acceptance(arguments: AcceptanceArguments) -> dict[str, Any]:
     layer_ids = config.eagle_aux_hidden_state_layer_ids
     check_cache(cache, verifier, load_verifier_config(verifier, *source), layer_ids, arguments.verifier_revision)
     drafter.requires_grad_(False)  # nothing is trained, so no gradient of the head is formed and its memory is shared
-    objective = Objective(drafter, VerifierHead.from_pretrained(verifier, dtype, *source))
+    head = VerifierHead.from_pretrained(verifier, dtype, *source)
+    objective = SamplingObjective(drafter, head, temperature=arguments.temperature)
     rows = _kept_back(arguments, folder) if arguments.train_data_ratio is not None else None
     skipped = arguments.skip_rows or []
     dataset = HiddenStatesDataset(arguments.data_path, cache, arguments.total_seq_len, rows, skip_rows=skipped)
-    counters, drafts = count(drafter, objective, dataset)
+    counters, drafts, expected = count(drafter, objective, dataset)
     learnt, correct = counters[:2].tolist()
     report = {
         "drafter": name,
@@ -163,6 +176,8 @@ def acceptance(arguments: AcceptanceArguments) -> dict[str, Any]:
         "dtype": arguments.dtype,
         **_summarize(drafts.sum(0)),
         "by_context": {name: _summarize(counts) for name, counts in zip(CONTEXTS, drafts, strict=True)},
+        "sampled": {"temperature": arguments.temperature}
+        | {method: _rates(*expected[method].tolist()) for method in METHODS},
         "every_anchor": _summarize(counters[2:])
         | {"accuracy": [right / max(rows, 1) for right, rows in zip(correct, learnt, strict=True)]},
     }
@@ -188,50 +203,60 @@ def _kept_back(arguments: AcceptanceArguments, folder: Path) -> list[int]:
 
 
 @torch.no_grad()
-def count(drafter: PeagleForSpeculation, objective: Objective, dataset: HiddenStatesDataset) -> tuple[Tensor, Tensor]:
+def count(
+    drafter: PeagleForSpeculation, objective: SamplingObjective, dataset: HiddenStatesDataset
+) -> tuple[Tensor, Tensor, dict[str, NDArray[np.float64]]]:
     """Count over all slots, none dropped.
 
     Returns:
-        `metrics.count_by_depth` [4, K], and `metrics.count_by_position` of the drafts in each of `CONTEXTS` [C, 2, K].
+        `metrics.count_by_depth` [4, K], `metrics.count_by_position` of the drafts in each of `CONTEXTS` [C, 2, K], and
+        by method what `sampled_acceptance.expected_drafts` [2, K] expects.
     """
     drafter.eval()
     num_depths = drafter.config.num_depths
     collator = CODDataCollator.from_config(drafter.config, every_slot=True)
     counters = torch.zeros(4, num_depths, dtype=torch.long)
     by_context = torch.zeros(len(CONTEXTS), 2, num_depths, dtype=torch.long)
+    expected = {method: np.zeros((2, num_depths)) for method in METHODS}
     for number in progress_bar(range(len(dataset)), desc="Measuring", unit="sequence"):
-        outcomes = []
+        outcomes, places, chances = [], [], []
         for part in partition_every_slot(collator([dataset[number]])):
             tensors = {name: value.to(drafter.device) for name, value in part.items() if name != "max_length"}
             output = objective(drafter, tensors | {"max_length": part["max_length"]})
             assert output.outcomes is not None  # the drafter is in evaluation
             counters += output.counters.cpu()
             outcomes.append(output.outcomes.cpu())
+            of_part = objective.by_anchor(tensors, num_depths)
+            places.append(of_part[0].cpu())
+            chances.append(of_part[1].cpu())
         drafts = drafts_in_text(torch.cat(outcomes, dim=1))
         # The draft after anchor i begins with token i + 2 of the sample (see `model.slots`).
         contexts = torch.tensor([context_number(place + 2) for place in drafts[0].tolist()])
         for number, counts in enumerate(by_context):
             counts += count_by_position(drafts[:, contexts == number], num_depths)
-    return counters, by_context
+        for method, chances_MK in zip(METHODS, torch.cat(chances, dim=1), strict=True):
+            expected[method] += expected_drafts(torch.cat(places, dim=1), chances_MK)
+    return counters, by_context, expected
 
 
 def _summarize(counts_2K: Tensor) -> dict[str, Any]:
     reached, accepted = counts_2K.tolist()
-    conditional = [taken / max(met, 1) for met, taken in zip(reached, accepted, strict=True)]
+    return {**_rates(reached, accepted), "num_drafts": reached[0], "reached": reached, "accepted": accepted}
+
+
+def _rates(reached: list[float], accepted: list[float]) -> dict[str, Any]:
+    conditional = [taken / met if met else 0.0 for met, taken in zip(reached, accepted, strict=True)]
     by_position = list(accumulate(conditional, mul))
     return {
         "acceptance_length": 1 + sum(by_position),
         "per_position_acceptance": by_position,
         "conditional_acceptance": conditional,
-        "num_drafts": reached[0],
-        "reached": reached,
-        "accepted": accepted,
     }
 
 
 def table(report: dict[str, Any]) -> str:
     """The report as text for a terminal."""
-    every, link = report["every_anchor"], report["drafter_link"]
+    every, link, sampled = report["every_anchor"], report["drafter_link"], report["sampled"]
     names = ("reached", "accepted", "conditional_acceptance", "per_position_acceptance")
     columns = zip(*(report[name] for name in names), every["per_position_acceptance"], every["accuracy"], strict=True)
     return "\n".join(
@@ -243,6 +268,8 @@ def table(report: dict[str, Any]) -> str:
             "",
             f"Acceptance length  {report['acceptance_length']:6.3f}, in {report['num_drafts']} drafts",
             f"At every position  {every['acceptance_length']:6.3f}, in {every['num_drafts']}",
+            f"Temperature {sampled['temperature']:<7g}{sampled['probabilistic']['acceptance_length']:6.3f} expected "
+            f"with probabilistic drafts, {sampled['greedy']['acceptance_length']:.3f} with greedy ones",
             "",
             "Position    Reached   Accepted  Conditional  By position  At every position  Accuracy",
             *(

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from ..arguments import Arguments, check_ascending, check_ranges, command_text
 from ..data.tokenizer import CHAT_KWARGS_OF_DRAFTER_HELP, CHAT_TEMPLATE_OF_DRAFTER_HELP, read_template_kwargs
 from ..errors import PeagleError
+from ..model.served_checkpoint import DRAFT_SAMPLE_METHOD_HELP
 
 MAX_MODEL_LEN = 4096
 """Default limit of prompt and answer together, in tokens; the verifier's own limit if that is lower."""
@@ -52,7 +53,16 @@ class EvaluateArguments(Arguments):
             "main figures of the report are those of the last. Default: the K that each drafter was trained with."
         },
     )
-    temperature: float = field(default=0.0, metadata={"help": "0 is greedy decoding; texts are compared only then."})
+    temperature: list[float] = field(
+        default_factory=lambda: [0.0],
+        metadata={
+            "help": "0 (the default) is greedy decoding; texts are compared only then. Or several such numbers, "
+            "ascending; each is measured, and the main figures of the report are those of the first."
+        },
+    )
+    draft_sample_method: Literal["probabilistic", "greedy"] = field(
+        default="probabilistic", metadata={"help": DRAFT_SAMPLE_METHOD_HELP}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of vLLM in the first round; each later round adds 1."})
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto",
@@ -101,6 +111,7 @@ class EvaluateArguments(Arguments):
             "max_tokens",
             "num_speculative_tokens",
             "temperature",
+            "draft_sample_method",
             "concurrency",
             "rounds",
             "seed",
@@ -118,10 +129,19 @@ class EvaluateArguments(Arguments):
         check_ascending(self, ("concurrency", "num_speculative_tokens"))
         if not self.concurrency:
             raise PeagleError("--concurrency is empty but needs numbers of chats at a time, for example 1 4 16.")
+        if isinstance(self.temperature, int | float):
+            self.temperature = [self.temperature]
+        for one in self.temperature:
+            if not 0 <= one < math.inf:
+                raise PeagleError(f"--temperature is {one} but must be at least 0; 0 is greedy.")
+        self.temperature = [float(one) for one in self.temperature]
+        if not self.temperature or self.temperature != sorted(set(self.temperature)):
+            raise PeagleError(
+                f"--temperature is {' '.join(map(str, self.temperature)) or 'empty'} but needs distinct and ascending "
+                "numbers, for example 0 1."
+            )
         at_least_1 = ("rounds", "max_tokens", "max_prompts", "max_model_len")
         check_ranges(self, dict.fromkeys(at_least_1, (1, math.inf)))
-        if not 0 <= self.temperature < math.inf:
-            raise PeagleError(f"--temperature is {self.temperature} but must be at least 0; 0 is greedy.")
         if not 0 <= self.seed <= MAX_SEED - self.rounds + 1:
             raise PeagleError(
                 f"--seed is {self.seed} but must be from 0 to {MAX_SEED - self.rounds + 1}: each later round adds 1."
@@ -130,11 +150,12 @@ class EvaluateArguments(Arguments):
             raise PeagleError("--model and --compare name a drafter twice. Name each once.")
         if self.endpoint is None and self.baseline_endpoint:
             raise PeagleError("--baseline-endpoint needs --endpoint, the server with the drafter. Add it.")
-        if self.endpoint and (self.num_speculative_tokens or self.max_model_len or self.compare):
+        drafts_greedily = self.draft_sample_method != "probabilistic"
+        if self.endpoint and (self.num_speculative_tokens or self.max_model_len or self.compare or drafts_greedily):
             raise PeagleError(
-                "A running server has one drafter and its own --num-speculative-tokens and --max-model-len. Leave "
-                "these and --compare out with --endpoint, or leave --endpoint out, so that peagle-hf evaluate starts "
-                "vLLM itself."
+                "A running server has one drafter and its own --num-speculative-tokens, --draft-sample-method and "
+                "--max-model-len. Leave these and --compare out with --endpoint, or leave --endpoint out, so that "
+                "peagle-hf evaluate starts vLLM itself."
             )
 
     def command(self) -> str:

@@ -6,6 +6,7 @@ drafter and K.
 
 import logging
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from .on_servers import measure_servers
 from .report import draw, html, text
 from .segments import Segmenter
 from .suites import load_prompts
-from .task import Drafter, Drafting, Measured, Task, drafting_of, follow_links
+from .task import AtTemperature, Drafter, Drafting, Measured, Task, drafting_of, follow_links
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,8 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
     - `by_concurrency`: acceptance and speed at each number of chats at a time, and `latency_seconds`,
       `latency_seconds_without`: mean, median and p99 from a request to its last token (`request`), to its first
       (`first_token`), and between two later ones on average (`output_token`), over all rounds.
+    - `by_temperature`, with several: all this at each, with `temperature`. The main figures are those of the first.
+      `draft_sample_method`: how tokens were drafted at temperatures above 0; null for a server, which doesn't say it.
     - `text_identical`, `num_identical`, `differences` (prompt, turn, first token that differs); null if sampled.
     - `drafter`: the folder, `drafter_link`: the name that was given if it is a link (such as `checkpoint_best`, which
       is resolved once, at the start), `drafter_weights`: the fingerprint of its weights.
@@ -119,29 +122,24 @@ def _evaluate(
 
 def _report(task: Task, measured: Measured, num_drafters: int, segmenter: Segmenter | None) -> dict[str, Any]:
     """The report (see `evaluate`) without `dropped_prompts`."""
-    arguments, trials = task.arguments, measured.trials
-    is_greedy = arguments.temperature == 0
-    entries = [
-        {**tried.drafter.description(), **entry(trial, measured.without, task.prompts, is_greedy, segmenter)}
-        for tried, trial in zip(task.drafting, trials, strict=True)
-    ]
-    per_drafter = len(trials) // num_drafters
-    own = per_drafter - 1
-    for number, trial in enumerate(trials):
-        other = own if number < per_drafter else number % per_drafter
-        if number != own:
-            reference = {name: entries[other][name] for name in ("drafter", "num_speculative_tokens")}
-            entries[number]["difference"] = {
-                "from": reference,
-                **difference(trial, trials[other], task.prompts, is_greedy),
-            }
+    arguments = task.arguments
+    results = [_entries(task, runs, num_drafters, segmenter) for runs in measured.by_temperature]
+    entries = results[0]
+    if len(results) > 1:
+        for number, first in enumerate(entries):
+            first["by_temperature"] = [
+                {"temperature": runs.temperature, **entries_there[number]}
+                for runs, entries_there in zip(measured.by_temperature, deepcopy(results), strict=True)
+            ]
+    own = len(entries) // num_drafters - 1
     return {
         "verifier": task.verifier,
         "prompts": ", ".join(map(source_name, arguments.suite)),
         **entries.pop(own),
         "others": entries,
         "max_tokens": arguments.max_tokens,
-        "temperature": arguments.temperature,
+        "temperature": arguments.temperature[0],
+        "draft_sample_method": arguments.draft_sample_method if arguments.endpoint is None else None,
         **task.options.description(),
         **(segmenter.description() if segmenter else {}),
         "seed": arguments.seed if arguments.endpoint is None else None,
@@ -152,6 +150,26 @@ def _report(task: Task, measured: Measured, num_drafters: int, segmenter: Segmen
         "command": arguments.command(),
         **measured.measured_on,
     }
+
+
+def _entries(task: Task, runs: AtTemperature, num_drafters: int, segmenter: Segmenter | None) -> list[dict[str, Any]]:
+    """The entries of all drafters and K at one temperature; all but the main one with their `difference`."""
+    trials, prompts = runs.trials, task.prompts
+    entries = [
+        {**tried.drafter.description(), **entry(trial, runs.without, prompts, runs.is_greedy, segmenter)}
+        for tried, trial in zip(task.drafting, trials, strict=True)
+    ]
+    per_drafter = len(trials) // num_drafters
+    own = per_drafter - 1
+    for number, trial in enumerate(trials):
+        other = own if number < per_drafter else number % per_drafter
+        if number != own:
+            reference = {name: entries[other][name] for name in ("drafter", "num_speculative_tokens")}
+            entries[number]["difference"] = {
+                "from": reference,
+                **difference(trial, trials[other], prompts, runs.is_greedy),
+            }
+    return entries
 
 
 def _illustrate(report: dict[str, Any], output: Path) -> None:

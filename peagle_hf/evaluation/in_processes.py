@@ -1,6 +1,6 @@
 """Measure vLLM in child processes, one for each drafter and K, and one without a drafter."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -15,9 +15,8 @@ from ..serving.environment import installed_vllm, vllm_environment
 from ..serving.installed import REQUEST_COUNTS, InstalledVllm, drafting_environment
 from ..verifier.loading import load_verifier_config
 from .arguments import MAX_MODEL_LEN
-from .figures import Trial
-from .runs import BY_CATEGORY, BY_DRAFT, FinishedRuns, Run
-from .task import Drafting, Measured, Task, name_of_run
+from .runs import BY_CATEGORY, BY_DRAFT, Condition, FinishedRuns, Run
+from .task import Drafting, Measured, Task, by_temperature, conditions, name_of_run
 from .vllm_process import Job, VllmProcess
 
 
@@ -43,42 +42,40 @@ def measure_processes(task: Task) -> Measured:
         {name: value for name, value in engine.items() if name not in ("model", "trust_remote_code")}
         | {"counts": counts, "device": device, "versions": versions()}
     )
-    without: list[list[Run]] = [[] for _ in arguments.concurrency]
-    trials = [
-        Trial(tried.drafter.name, tried.num_speculative_tokens, [[] for _ in arguments.concurrency])
-        for tried in drafting
-    ]
+    wanted = conditions(arguments)
+    # The first process measures without a drafter, each other one measures one drafter.
+    runs: list[dict[Condition, list[Run]]] = [{condition: [] for condition in wanted} for _ in (None, *drafting)]
     measured_on: dict[str, Any] = {}
     for number_of_round in range(1, arguments.rounds + 1):
-        # The first process measures without a drafter, each other one measures one drafter.
         processes = [
             _process(task, installed, engine, number_of_round, number, tried)
             for number, tried in enumerate([None, *drafting])
         ]
         missing = [
-            [concurrency for concurrency in arguments.concurrency if name(concurrency) not in finished]
-            for name in (partial(name_of_run, number_of_round, number=number) for number in range(len(processes)))
+            [condition for condition in wanted if name_of_run(number_of_round, condition, number) not in finished]
+            for number in range(len(processes))
         ]
         with ExitStack() as started:
             if device == "CPU":
                 needed = [process for process, some in zip(processes, missing, strict=True) if some]
                 _load_two_at_once(needed, started)
             for number, process in enumerate(processes):
-                name, runs = partial(name_of_run, number_of_round, number=number), without
-                job = Job(
-                    task.prompts, missing[number], arguments.max_tokens, arguments.temperature, counts, task.options
-                )
+                names = {condition: name_of_run(number_of_round, condition, number) for condition in wanted}
+                job = Job(task.prompts, missing[number], arguments.max_tokens, counts, task.options)
                 if number:
-                    runs = trials[number - 1].runs
-                    places = [arguments.concurrency.index(concurrency) for concurrency in missing[number]]
-                    job = replace(job, answers=[without[place][-1].texts for place in places])
+                    job = replace(job, answers=[runs[0][condition][-1].texts for condition in missing[number]])
                 if missing[number]:
                     with process:
-                        process.run(job, partial(_add, finished, name))
-                for so_far, concurrency in zip(runs, arguments.concurrency, strict=True):
-                    run, measured_on = finished[name(concurrency)]
+                        process.run(job, partial(_add, finished, iter([names[one] for one in missing[number]])))
+                for condition, so_far in runs[number].items():
+                    run, measured_on = finished[names[condition]]
                     so_far.append(run)
-    return Measured(without, trials, measured_on, counts, finished)
+    drafters = [(tried.drafter.name, tried.num_speculative_tokens) for tried in drafting]
+    return Measured(by_temperature(drafters, runs[0], runs[1:]), measured_on, counts, finished)
+
+
+def _add(finished: FinishedRuns, names: Iterator[str], run: Run, measured_on: dict[str, Any]) -> None:
+    finished.add(next(names), run, measured_on)
 
 
 def _process(
@@ -107,10 +104,6 @@ def _load_two_at_once(processes: list[VllmProcess], started: ExitStack) -> None:
         started.enter_context(process)  # it also ends if another one fails
     for process in processes[:2]:
         process.wait_until_ready()
-
-
-def _add(finished: FinishedRuns, name: Callable[[int], str], run: Run, measured_on: dict[str, Any]) -> None:
-    finished.add(name(run.concurrency), run, measured_on)
 
 
 def device_name() -> str:

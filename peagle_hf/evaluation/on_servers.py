@@ -15,15 +15,14 @@ from ..errors import PeagleError
 from ..files import canonical_path
 from ..serving.client import DRAFT_COUNTERS, Answer, Client
 from .arguments import EvaluateArguments
-from .figures import Trial
-from .runs import BY_CATEGORY, BY_DRAFT, BY_REQUEST, Run, check_counts, coarse_counts, grouped
-from .task import Measured, Task, name_of_run
+from .runs import BY_CATEGORY, BY_DRAFT, BY_REQUEST, Condition, Run, check_counts, coarse_counts, grouped
+from .task import Measured, Task, by_temperature, conditions, name_of_run
 
 logger = logging.getLogger(__name__)
 
 
 def measure_servers(task: Task) -> Measured:
-    """Measure the servers, at each concurrency first the one without a drafter (`--baseline-endpoint`).
+    """Measure the servers, under each condition first the one without a drafter (`--baseline-endpoint`).
 
     Raises:
         PeagleError: a server is dead, serves another model or no drafter, was restarted, or is used by others too.
@@ -43,12 +42,13 @@ def measure_servers(task: Task) -> Measured:
     if counts == BY_CATEGORY:
         logger.warning("The categories are run one by one: %s", coarse_counts(counts, client.version(), is_server=True))
     finished = task.finished_runs({"num_speculative_tokens": number, "counts": counts, **measured_on})
-    drafted: list[list[Run]] = [[] for _ in arguments.concurrency]
-    without: list[list[Run]] = [[] for _ in arguments.concurrency]
-    total = arguments.rounds * len(arguments.concurrency) * len(prompts) * (2 if baseline else 1)
+    wanted = conditions(arguments)
+    without: dict[Condition, list[Run]] = {condition: [] for condition in wanted}
+    drafted: dict[Condition, list[Run]] = {condition: [] for condition in wanted}
+    total = arguments.rounds * len(wanted) * len(prompts) * (2 if baseline else 1)
     with progress_bar(total=total, unit="prompt") as progress:
 
-        def run(server: Client, name: str, given: list[list[str]] | None, concurrency: int) -> Run:
+        def run(server: Client, name: str, given: list[list[str]] | None, condition: Condition) -> Run:
             if name in finished:
                 progress.update(len(prompts))
                 return finished[name][0]
@@ -57,8 +57,7 @@ def measure_servers(task: Task) -> Measured:
                 prompts,
                 given,
                 arguments.max_tokens,
-                arguments.temperature,
-                concurrency,
+                condition,
                 progress.update,
                 counts,
                 fields,
@@ -67,16 +66,16 @@ def measure_servers(task: Task) -> Measured:
             return measured
 
         for number_of_round in range(1, arguments.rounds + 1):
-            for index, concurrency in enumerate(arguments.concurrency):
+            for condition in wanted:
                 given = None
                 if baseline:
-                    name = name_of_run(number_of_round, concurrency, 0)
-                    without[index].append(run(baseline, name, None, concurrency))
-                    given = without[index][-1].texts
-                name = name_of_run(number_of_round, concurrency, 1)
-                drafted[index].append(run(client, name, given, concurrency))
-    trial = Trial(tried.drafter.name, number, drafted)
-    return Measured(without if baseline else None, [trial], measured_on, counts, finished)
+                    name = name_of_run(number_of_round, condition, 0)
+                    without[condition].append(run(baseline, name, None, condition))
+                    given = without[condition][-1].texts
+                name = name_of_run(number_of_round, condition, 1)
+                drafted[condition].append(run(client, name, given, condition))
+    results = by_temperature([(tried.drafter.name, number)], without if baseline else None, [drafted])
+    return Measured(results, measured_on, counts, finished)
 
 
 def _open_servers(task: Task) -> tuple[Client, Client | None, int]:
@@ -110,13 +109,12 @@ def measure(
     prompts: Sequence[Prompt],
     answers: Sequence[Sequence[str]] | None,
     max_tokens: int,
-    temperature: float,
-    concurrency: int,
+    condition: Condition,
     report_progress: Callable[[int], object],
     counts: str = BY_DRAFT,
     extra: dict[str, Any] | None = None,
 ) -> Run:
-    """Run all prompts, `concurrency` chats at a time, without the server's prefix cache.
+    """Run all prompts under a condition, without the server's prefix cache.
 
     Args:
         answers: for each prompt the answers by turn that later turns follow; default: the server's own.
@@ -131,6 +129,7 @@ def measure(
         given = None if answers is None else answers[index]
         return _converse(client, prompts[index], given, max_tokens, temperature, extra)
 
+    temperature, concurrency = condition
     before = client.counters()
     warmed_up = client.ask([{"role": "user", "content": prompts[0].turns[0]}], 8, temperature, extra)
     client.since(before, len(warmed_up.token_ids))

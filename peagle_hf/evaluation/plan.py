@@ -28,7 +28,7 @@ from ..verifier.loading import load_verifier_config
 from .arguments import MAX_SEED
 from .in_processes import device_name, engine_arguments, versions
 from .plan_report import draw, text
-from .runs import BY_CATEGORY, BY_DRAFT, FinishedRuns, Run
+from .runs import BY_CATEGORY, BY_DRAFT, Condition, FinishedRuns, Run
 from .speed_model import SpeedModel, fastest
 from .synthetic_acceptance import SYNTHETIC, check_synthetic_acceptance
 from .task import name_of_run
@@ -332,7 +332,7 @@ class _Measurement:
     def _job(self, concurrency: int, length: float | None) -> Job:
         prompts = self.token_ids[: self._num_prompts(concurrency)]
         tokens = self.arguments.max_tokens
-        return Job([], [concurrency], tokens, 0.0, self.counts, token_ids=prompts, acceptance_length=length)
+        return Job([], [Condition(0.0, concurrency)], tokens, self.counts, token_ids=prompts, acceptance_length=length)
 
     def _run(self, round_number: int, jobs: dict[str, Job], what: str, drafting: dict[str, Any] | None) -> None:
         """Do the jobs that aren't finished in one process of vLLM."""

@@ -16,6 +16,9 @@ from ..pages.tables import Table
 from .intervals import MIN_PROMPTS
 from .runs import BY_CATEGORY, BY_REQUEST, coarse_counts
 
+TEMPERATURE_HEAD = [
+    *("Temperature", "", "Acceptance length", "Acceptance rate", "Accepted by position", "Tokens/s", "Speed-up")
+]
 LONGEST_LABEL = 40
 """Longest name of a category in the text for a terminal, in characters; in a picture half of that."""
 
@@ -130,6 +133,11 @@ def _tables(report: dict[str, Any]) -> list[Table]:
     head = ["", "From", "Figure", "Difference", ""]
     return [
         acceptance,
+        *(
+            [Table("By temperature", TEMPERATURE_HEAD, _temperature_rows(entries))]
+            if "by_temperature" in report
+            else []
+        ),
         *by_category,
         *_part_tables("By segment of the answers", "Segment", entries, drafted_segments),
         *_part_tables("By position in the context", "Tokens before the draft", entries, drafted_contexts),
@@ -143,6 +151,23 @@ def _tables(report: dict[str, Any]) -> list[Table]:
         ),
         *([Table("Differences", head, _difference_rows(report))] if report["others"] else []),
         Table("How it was measured", ["", ""], _measured_rows(report)),
+    ]
+
+
+def _temperature_rows(entries: list[tuple[str, dict[str, Any]]]) -> list[list[str]]:
+    """The rows of the table of figures by temperature."""
+    return [
+        [
+            f"{row['temperature']:g}",
+            label,
+            _figure(row, "acceptance_length", ".3f"),
+            _figure(row, "acceptance_rate", ".1%"),
+            "  ".join(f"{rate:.1%}" for rate in row["per_position_acceptance"]),
+            _figure(row, "tokens_per_second", ".1f"),
+            _speed_up(row),
+        ]
+        for label, entry in entries
+        for row in entry["by_temperature"]
     ]
 
 
@@ -234,7 +259,8 @@ def _verdict(row: dict[str, Any], same: float) -> str:
 
 
 def _measured_rows(report: dict[str, Any]) -> list[list[str]]:
-    sampling = "greedy" if report["temperature"] == 0 else f"temperature {report['temperature']}"
+    sampling = "greedy" if report["temperature"] == 0 else f"temperature {report['temperature']:g}"
+    temperatures = [report["temperature"], *(row["temperature"] for row in report.get("by_temperature", []))]
     seed, rounds, method = report["seed"], report["rounds"], report["interval_method"]
     links = {entry["drafter"]: entry["drafter_link"] for entry in [report, *report["others"]] if entry["drafter_link"]}
     dropped = report["dropped_prompts"]
@@ -248,6 +274,10 @@ def _measured_rows(report: dict[str, Any]) -> list[list[str]]:
             + (f"; {len(dropped)} left out, see dropped_prompts in evaluation.json" if dropped else ""),
         ],
         ["Answers", f"at most {report['max_tokens']} tokens, {sampling}; {report['concurrency']} chats at a time"],
+        *(
+            [["Drafts at temperatures above 0", report["draft_sample_method"] or "as the server makes them"]]
+            * any(temperatures)
+        ),
         [
             "Seed of vLLM",
             "the server's own" if seed is None else f"{seed}{', and 1 more in each later round' * (rounds > 1)}",

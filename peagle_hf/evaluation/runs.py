@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,6 +22,13 @@ BY_DRAFT, BY_REQUEST, BY_CATEGORY = "by draft", "by request", "by category"
 """How finely drafts are counted: each one, those of each request, or vLLM's totals, read after each category."""
 COUNTS_REQUESTS_FROM = 0, 29
 """The first vLLM that can count the drafts of each request."""
+
+
+class Condition(NamedTuple):
+    """How a run is made: the temperature, and the number of chats at a time."""
+
+    temperature: float
+    concurrency: int
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..model.served_checkpoint import check_checkpoint, drafter_folder, drafter_
 from ..redaction import public_url
 from .arguments import EvaluateArguments
 from .figures import Trial
-from .runs import FinishedRuns, Run
+from .runs import Condition, FinishedRuns, Run
 
 FINISHED_RUNS = "evaluation.journal"
 """File of finished runs in the output folder, until the report is written."""
@@ -73,7 +74,8 @@ class Task:
 
     def _settings(self) -> dict[str, Any]:
         """Everything but a run's name that determines its figures, without passwords."""
-        arguments, names = self.arguments, ("concurrency", "max_tokens", "temperature", "seed", "dtype")
+        arguments = self.arguments
+        names = ("concurrency", "max_tokens", "temperature", "draft_sample_method", "seed", "dtype")
         content = json.dumps([[prompt.id, prompt.category, prompt.digest] for prompt in self.prompts])
         return {
             "verifier": weights_of(self.verifier) or self.verifier,
@@ -89,27 +91,78 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """The results of an evaluation.
+class AtTemperature:
+    """The runs at one temperature.
 
     Args:
         without: the runs without a drafter, by concurrency and round; None if no server without a drafter is named.
         trials: one for each `Drafting`, in the same order.
+    """
+
+    temperature: float
+    without: list[list[Run]] | None
+    trials: list[Trial]
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The results of an evaluation.
+
+    Args:
+        by_temperature: in the order of `--temperature`.
         measured_on: `dtype`, `device` and `versions`.
         counts: how finely vLLM counts drafts: `runs.BY_DRAFT`, `BY_REQUEST` or `BY_CATEGORY`.
         finished: the file of finished runs, to be removed when the report is written.
     """
 
-    without: list[list[Run]] | None
-    trials: list[Trial]
+    by_temperature: list[AtTemperature]
     measured_on: dict[str, Any]
     counts: str
     finished: FinishedRuns
 
 
-def name_of_run(number_of_round: int, concurrency: int, number: int) -> str:
+def name_of_run(number_of_round: int, condition: Condition, number: int) -> str:
     """Name a run in `FinishedRuns`; drafters are numbered from 1 on, and 0 is the run without one."""
-    return f"round {number_of_round}, {concurrency} at a time, {f'drafter {number}' if number else 'no drafter'}"
+    return (
+        f"round {number_of_round}, temperature {condition.temperature:g}, {condition.concurrency} at a time, "
+        f"{f'drafter {number}' if number else 'no drafter'}"
+    )
+
+
+def conditions(arguments: EvaluateArguments) -> list[Condition]:
+    """All pairs of temperature and concurrency, temperature by temperature."""
+    return [Condition(*pair) for pair in product(arguments.temperature, arguments.concurrency)]
+
+
+def by_temperature(
+    drafters: Sequence[tuple[str, int]],
+    without: Mapping[Condition, list[Run]] | None,
+    runs: Sequence[Mapping[Condition, list[Run]]],
+) -> list[AtTemperature]:
+    """The runs of all rounds, by temperature.
+
+    Args:
+        drafters: name and K of each.
+        without: the runs without a drafter.
+        runs: those of each drafter.
+    """
+    temperatures = dict.fromkeys(condition.temperature for condition in runs[0])
+
+    def at(temperature: float, by_condition: Mapping[Condition, list[Run]]) -> list[list[Run]]:
+        return [rounds for condition, rounds in by_condition.items() if condition.temperature == temperature]
+
+    return [
+        AtTemperature(
+            temperature,
+            None if without is None else at(temperature, without),
+            [Trial(*named, at(temperature, one)) for named, one in zip(drafters, runs, strict=True)],
+        )
+        for temperature in temperatures
+    ]
 
 
 def follow_links(arguments: EvaluateArguments) -> list[Drafter]:
@@ -142,5 +195,6 @@ def drafting_of(arguments: EvaluateArguments, drafters: Sequence[Drafter], verif
     for drafter in drafters:
         config = check_checkpoint(drafter.folder, verifier, arguments.trust_remote_code)
         for number in arguments.num_speculative_tokens or [config.num_depths]:
-            drafting.append(Drafting(drafter, speculative_config(drafter.folder, config, number)))
+            arguments_of_vllm = speculative_config(drafter.folder, config, number, arguments.draft_sample_method)
+            drafting.append(Drafting(drafter, arguments_of_vllm))
     return drafting

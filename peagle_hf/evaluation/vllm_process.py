@@ -30,7 +30,7 @@ from ..errors import PeagleError
 from ..serving.client import DRAFT_COUNTERS, POSITION_COUNTER, Answer, drafting_counts, drafts_in_order
 from ..serving.installed import MODEL_RUNNER
 from ..serving.supervisor import supervised
-from .runs import BY_CATEGORY, BY_DRAFT, Run, check_counts, grouped
+from .runs import BY_CATEGORY, BY_DRAFT, Condition, Run, check_counts, grouped
 from .synthetic_acceptance import SYNTHETIC, accept_synthetically_on_cpu, set_acceptance_length
 
 logger = logging.getLogger(__name__)
@@ -42,19 +42,18 @@ class Job:
 
     Args:
         prompts: in the order in which they are run.
-        concurrency: numbers of chats at a time, measured one after another.
+        conditions: measured one after another.
         counts: `BY_DRAFT`, or `BY_CATEGORY`: then one category is run after another.
         options: chat template and variables.
-        answers: for each concurrency and prompt, the answers by turn that later turns follow; default: vLLM's own.
+        answers: for each condition and prompt, the answers by turn that later turns follow; default: vLLM's own.
         token_ids: prompts that are given as token ids, in place of `prompts`; the answer to each has exactly
             `max_tokens` tokens, and its text isn't decoded.
         acceptance_length: for an engine with `SYNTHETIC` acceptance (see `synthetic_acceptance`).
     """
 
     prompts: list[Prompt]
-    concurrency: list[int]
+    conditions: list[Condition]
     max_tokens: int
-    temperature: float
     counts: str = BY_DRAFT
     options: ChatOptions = field(default_factory=ChatOptions)
     answers: list[list[list[str]]] | None = None
@@ -115,8 +114,8 @@ class VllmProcess:
         """Do a job.
 
         Args:
-            keep: called with the run of each concurrency as soon as it is finished, and with its `dtype`, `device` and
-                `versions`.
+            keep: called with the run of each condition, in order, as soon as it is finished, and with its `dtype`,
+                `device` and `versions`.
 
         Raises:
             PeagleError: vLLM fails, or a prompt is too long.
@@ -124,9 +123,9 @@ class VllmProcess:
         self.wait_until_ready()
         assert self._measured_on is not None
         self._send(asdict(job))
-        total = len(job.token_ids or job.prompts) * len(job.concurrency)
+        total = len(job.token_ids or job.prompts) * len(job.conditions)
         with progress_bar(total=total, desc=f"vLLM {self.what}", unit="prompt") as progress:
-            for _ in job.concurrency:
+            for _ in job.conditions:
                 while "run" not in (message := self._receive()):
                     progress.update(message.get("done", 0))
                 keep(Run.of(message["run"]), self._measured_on)
@@ -159,7 +158,7 @@ class VllmProcess:
 def _work(receive: Callable[[], dict[str, Any]], send: Callable[..., object]) -> None:
     """Load models and do jobs until the parent has no more.
 
-    `send` gets `measured_on`, then in each job `done` for each prompt and the `run` of each concurrency.
+    `send` gets `measured_on`, then in each job `done` for each prompt and the `run` of each condition.
     """
     import transformers
     import vllm
@@ -190,7 +189,8 @@ def _work(receive: Callable[[], dict[str, Any]], send: Callable[..., object]) ->
     while True:
         content = receive()
         prompts = [Prompt(**prompt) for prompt in content.pop("prompts")]
-        job = Job(prompts=prompts, options=ChatOptions(**content.pop("options")), **content)
+        conditions = [Condition(*condition) for condition in content.pop("conditions")]
+        job = Job(prompts=prompts, conditions=conditions, options=ChatOptions(**content.pop("options")), **content)
         if job.acceptance_length is not None:
             set_acceptance_length(llm, job.acceptance_length)
         _do(job, llm, bool(drafting), send)
@@ -200,17 +200,18 @@ def _do(job: Job, llm: Any, drafts: bool, send: Callable[..., object]) -> None:
     """Do one job of a process."""
     from vllm import SamplingParams
 
-    first = _Conversations(llm, job, None)
     num_chats, max_tokens = 1, 8
     if job.token_ids is not None:
-        num_chats, max_tokens = min(max(job.concurrency), len(job.token_ids)), 32
-    llm.generate(  # the first forward passes are slower
-        [first.inputs(index) for index in range(num_chats)],
-        SamplingParams(temperature=job.temperature, max_tokens=max_tokens, detokenize=job.token_ids is None),
-        use_tqdm=False,
-    )
-    for number, concurrency in enumerate(job.concurrency):
-        conversations = _Conversations(llm, job, job.answers[number] if job.answers else None)
+        num_chats, max_tokens = min(max(one.concurrency for one in job.conditions), len(job.token_ids)), 32
+    for temperature in {condition.temperature for condition in job.conditions}:
+        first = _Conversations(llm, job, temperature, None)
+        llm.generate(  # the first forward passes are slower
+            [first.inputs(index) for index in range(num_chats)],
+            SamplingParams(temperature=temperature, max_tokens=max_tokens, detokenize=job.token_ids is None),
+            use_tqdm=False,
+        )
+    for number, (temperature, concurrency) in enumerate(job.conditions):
+        conversations = _Conversations(llm, job, temperature, job.answers[number] if job.answers else None)
         groups = grouped(job.prompts, job.counts) if job.token_ids is None else {"": list(range(len(job.token_ids)))}
         counters, seconds = {}, 0.0
         for category, indices in groups.items():
@@ -241,8 +242,8 @@ def _with_flags(engine: dict[str, Any], flags: list[str]) -> dict[str, Any]:
 class _Conversations:
     """All chats of a job, `concurrency` at a time: when one ends, the next begins."""
 
-    def __init__(self, llm: Any, job: Job, answers: Sequence[Sequence[str]] | None):
-        self.job, self.answers = job, answers
+    def __init__(self, llm: Any, job: Job, temperature: float, answers: Sequence[Sequence[str]] | None):
+        self.job, self.temperature, self.answers = job, temperature, answers
         self.max_model_len = llm.llm_engine.model_config.max_model_len
         self.chats: list[list[Answer]] = [[] for _ in job.token_ids or job.prompts]
         self._engine, self._renderer = llm.llm_engine, llm.renderer
@@ -301,7 +302,7 @@ class _Conversations:
         from vllm.sampling_params import RequestOutputKind
 
         sampling = SamplingParams(
-            temperature=self.job.temperature,
+            temperature=self.temperature,
             max_tokens=self.job.max_tokens,
             ignore_eos=self.job.token_ids is not None,
             detokenize=self.job.token_ids is None,

@@ -77,6 +77,7 @@ def draft_and_verify(
     generation_config: GenerationConfig,
     drafter: PeagleForSpeculation,
     num_speculative_tokens: int | None = None,
+    draft_sample_method: str = "probabilistic",
     **model_kwargs: Any,
 ) -> DraftAndVerifyOutput | Tensor:
     """Generate with a drafter; pass it to the verifier's `generate` as `custom_generate`.
@@ -87,13 +88,17 @@ def draft_and_verify(
     Args:
         drafter: in evaluation mode; on any device.
         num_speculative_tokens: K; default: as many as the drafter was trained for.
+        draft_sample_method: how tokens are drafted where the text is sampled, as of vLLM's `--speculative-config`:
+            `probabilistic` draws them from the drafter's distribution, `greedy` takes its most likely ones. The text is
+            distributed alike with both.
 
     Raises:
         PeagleError: the drafter belongs to another verifier, or the verifier or an argument isn't supported.
     """
-    _check(model, drafter, len(input_ids), logits_processor, generation_config, model_kwargs)
+    _check(model, drafter, len(input_ids), logits_processor, generation_config, draft_sample_method, model_kwargs)
     num_tokens = num_speculative_tokens or drafter.config.num_depths
     decoding = _Decoding(model, drafter, input_ids, logits_processor, generation_config, model_kwargs, num_tokens)
+    decoding.draws_drafts = generation_config.do_sample and draft_sample_method == "probabilistic"
     num_drafts, accepted_by_position = decoding.run(stopping_criteria)
     pad_token = generation_config._pad_token_tensor
     padding = 0 if pad_token is None else int(pad_token)
@@ -112,6 +117,7 @@ class _Decoding:
         mask: bool [B, S], which places of the caches and of the block are part of the texts.
         drafts: int64 [B, K], empty in the first round.
         chances: [B, K, V], the distributions that the drafts were drawn from.
+        draws_drafts: whether drafts are drawn from the drafter's distributions, or its most likely tokens.
     """
 
     def __init__(
@@ -126,6 +132,7 @@ class _Decoding:
     ):
         self.model, self.drafter, self.num_tokens = model, drafter, num_tokens
         self.logits_processor, self.do_sample = logits_processor, generation_config.do_sample
+        self.draws_drafts = self.do_sample
         self.takes_num_logits = "logits_to_keep" in model_kwargs
         self.layer_ids = drafter.config.eagle_aux_hidden_state_layer_ids
         self.verifier_cache, self.drafter_cache = DynamicCache(), DynamicCache()
@@ -173,7 +180,8 @@ class _Decoding:
         ).logits[:, -num_logits:]
         logits = logits.to(self.block.device, torch.float32)
         texts = [append(self.texts, self.drafts[:, :k]) for k in range(num_logits)]
-        return torch.stack([self.probabilities(texts[k], logits[:, k]) for k in range(num_logits)], 1)
+        each = [self.probabilities(texts[k], logits[:, k], self.do_sample) for k in range(num_logits)]
+        return torch.stack(each, 1)
 
     def draft(self, block: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
         """K tokens [B, K] and their distributions [B, K, V], which are zero outside the draft vocabulary."""
@@ -184,14 +192,18 @@ class _Decoding:
         logits[:, :, slice(None) if token_ids is None else token_ids] = scores.float()
         drafts, chances = block[:, :0], []
         for at_depth in logits.to(block.device).unbind(1):
-            chances.append(self.probabilities(append(self.texts, drafts), at_depth))
+            chances.append(self.probabilities(append(self.texts, drafts), at_depth, self.draws_drafts))
             drafts = torch.cat([drafts, chances[-1].multinomial(1)], dim=1)
         return drafts, torch.stack(chances, dim=1)
 
-    def probabilities(self, texts: list[Tensor], logits: Tensor) -> Tensor:
-        """The distribution of the next token after each text, [B, V], from the logits there."""
+    def probabilities(self, texts: list[Tensor], logits: Tensor, is_drawn: bool) -> Tensor:
+        """The distribution of the next token after each text, [B, V], from the logits there.
+
+        Args:
+            is_drawn: False if the most likely token is taken, which then has all probability.
+        """
         logits = process(self.logits_processor, texts, logits)
-        if self.do_sample:
+        if is_drawn:
             # Where a processor forbids the whole draft vocabulary, any distribution will do as a proposal.
             return logits.softmax(-1).nan_to_num(1 / logits.shape[1])
         return torch.zeros_like(logits).scatter_(1, logits.argmax(1, keepdim=True), 1.0)
@@ -271,6 +283,7 @@ def _check(
     num_sequences: int,
     logits_processor: LogitsProcessorList,
     generation_config: GenerationConfig,
+    draft_sample_method: str,
     model_kwargs: dict[str, Any],
 ) -> None:
     config = model.config.get_text_config(decoder=True)
@@ -289,6 +302,8 @@ def _check(
         wrong.append("the verifier has a sliding window, so prompts must come one at a time")
     if superfluous:
         wrong.append(f"arguments are not supported: {', '.join(superfluous)}")
+    if draft_sample_method not in ("probabilistic", "greedy"):
+        wrong.append(f"draft_sample_method is {draft_sample_method!r} but must be 'probabilistic' or 'greedy'")
     if generation_config.num_beams != 1:
         wrong.append("beam search is not supported")
     if any(isinstance(processor, ONCE_EACH_TOKEN) for processor in logits_processor):

@@ -16,6 +16,10 @@ from .config import VLLM_AUX_HIDDEN_STATES, PeagleConfig
 from .drafter import PeagleForSpeculation
 
 CHECKPOINT_FILES = ("config.json", "model.safetensors")
+DRAFT_SAMPLE_METHOD_HELP = (
+    "How tokens are drafted at a temperature above 0: drawn from the drafter's distribution (probabilistic), or its "
+    "most likely ones (greedy). The text is distributed alike with both."
+)
 OPTIONAL_TENSORS = {"embed_tokens.weight"}
 """What vLLM takes from the verifier where a checkpoint doesn't have it."""
 
@@ -87,19 +91,25 @@ def check_checkpoint(
 
 
 def speculative_config(
-    folder: str | os.PathLike[str], config: PeagleConfig, num_speculative_tokens: int | None = None
+    folder: str | os.PathLike[str],
+    config: PeagleConfig,
+    num_speculative_tokens: int | None = None,
+    draft_sample_method: str = "probabilistic",
 ) -> dict[str, Any]:
     """What vLLM's `--speculative-config` (`speculative_config=` of `vllm.LLM`) must say about this drafter.
 
     Args:
         config: the drafter's.
         num_speculative_tokens: tokens to propose at a time; default: as many as it was trained for.
+        draft_sample_method: `greedy` (vLLM's own default) takes the drafter's most likely tokens at any temperature;
+            `probabilistic` draws them from its distribution if the temperature is above 0.
     """
     return {
         "model": str(folder),
         "method": "eagle3",  # without it vLLM takes the drafter for a language model of its own
         "parallel_drafting": True,  # without it vLLM drafts token by token, and accepts far fewer
         "num_speculative_tokens": num_speculative_tokens or config.num_depths,
+        "draft_sample_method": draft_sample_method,
     }
 
 

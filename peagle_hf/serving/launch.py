@@ -14,7 +14,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from ..arguments import Arguments, check_ranges, flag_of
 from ..data.endpoint_folder import (
@@ -30,7 +30,12 @@ from ..data.tokenizer import CHAT_KWARGS_OF_DRAFTER_HELP, CHAT_TEMPLATE_OF_DRAFT
 from ..errors import PeagleError
 from ..files import atomic_path, check_writable
 from ..hub.training_json import chosen_chat_options
-from ..model.served_checkpoint import check_checkpoint, drafter_folder, speculative_config
+from ..model.served_checkpoint import (
+    DRAFT_SAMPLE_METHOD_HELP,
+    check_checkpoint,
+    drafter_folder,
+    speculative_config,
+)
 from ..redaction import public_command
 from ..verifier.loading import check_layer_ids, load_verifier_config
 from .address import Address
@@ -105,6 +110,9 @@ class ServeArguments(Arguments):
     num_speculative_tokens: int | None = field(
         default=None, metadata={"help": "K, the tokens to draft at a time; default: the K that it was trained with."}
     )
+    draft_sample_method: Literal["probabilistic", "greedy"] = field(
+        default="probabilistic", metadata={"help": DRAFT_SAMPLE_METHOD_HELP}
+    )
     dry_run: bool = field(default=False, metadata={"help": DRY_RUN_HELP})
     vllm_python: str | None = field(default=None, metadata={"help": VLLM_PYTHON_HELP})
     trust_remote_code: bool = field(default=False, metadata={"help": TRUST_HELP})
@@ -113,7 +121,8 @@ class ServeArguments(Arguments):
     vllm_args: list[str] = field(default_factory=list, init=False)
 
     GROUPS: ClassVar = {
-        "Models": ("model", "verifier", "num_speculative_tokens", "trust_remote_code"),
+        "Models": ("model", "verifier", "trust_remote_code"),
+        "Drafts": ("num_speculative_tokens", "draft_sample_method"),
         "Chat template": ("chat_template", "chat_template_kwargs"),
         "Command": ("dry_run", "vllm_python"),
     }
@@ -269,7 +278,7 @@ def drafting_command(arguments: ServeArguments, on_cpu: bool) -> list[str]:
     folder = drafter_folder(arguments.model)
     verifier = arguments.verifier or str(check_checkpoint(folder).verifier_name_or_path)
     config = check_checkpoint(folder, verifier, arguments.trust_remote_code)
-    drafting = speculative_config(folder, config, arguments.num_speculative_tokens)
+    drafting = speculative_config(folder, config, arguments.num_speculative_tokens, arguments.draft_sample_method)
     options = {"speculative_config": drafting, REQUEST_COUNTS: "detailed"}
     options |= _chat_options(arguments, folder, verifier)
     return _vllm_command(arguments, verifier, options, on_cpu)
