@@ -27,7 +27,8 @@ MEMBERS = {
     "LLM": "collective_rpc generate get_metrics get_tokenizer llm_engine renderer",
     "SamplingParams": "detokenize ignore_eos max_tokens output_kind temperature",
     "RequestOutputKind": "FINAL_ONLY",
-    "LLMEngine": "add_request model_config step",
+    "LLMEngine": "add_request model_config step vllm_config",
+    "VllmConfig": "use_v2_model_runner",
     "ModelConfig": "dtype max_model_len",
     "BaseRenderer": "render_cmpl",
     "RequestOutput": "metrics outputs prompt_token_ids request_id",
@@ -44,8 +45,8 @@ MEMBERS = {
     "per_request_spec_decode_metrics seed served_model_name skip_tokenizer_init speculative_config "
     "tensor_parallel_size trust_remote_code",
     "FrontendArgs": "api_key host port",
-    "SpeculativeConfig": "draft_model_config method model num_speculative_tokens parallel_drafting "
-    "rejection_sample_method synthetic_acceptance_length",
+    "SpeculativeConfig": "draft_model_config draft_sample_method method model num_speculative_tokens "
+    "num_speculative_tokens_per_batch_size parallel_drafting rejection_sample_method synthetic_acceptance_length",
     "KVTransferConfig": "kv_connector kv_connector_extra_config kv_connector_module_path kv_role",
     # peagle_hf.serving.vllm_plugin
     "ExampleHiddenStatesConnector": "_block_size _executor _is_tp_rank_zero _kv_cache _lock_fds _on_write_done "
@@ -87,6 +88,7 @@ STRINGS = """
     vllm:generation_tokens vllm:spec_decode_num_drafts vllm:spec_decode_num_draft_tokens
     vllm:spec_decode_num_accepted_tokens vllm:spec_decode_num_accepted_tokens_per_pos
     VLLM_API_KEY VLLM_CPU_KVCACHE_SPACE VLLM_ENABLE_V1_MULTIPROCESSING VLLM_NO_USAGE_STATS VLLM_TARGET_DEVICE
+    VLLM_USE_V2_MODEL_RUNNER probabilistic
     ExampleHiddenStatesConnector hidden_states_path kv_producer shared_storage_path token_ids
     detailed eagle3 extract_hidden_states peagle
     PeagleLlamaForCausalLM PeagleQwen3ForCausalLM

@@ -27,6 +27,7 @@ from peagle_hf.evaluation.suites import load_prompts
 from peagle_hf.model.served_checkpoint import check_checkpoint, speculative_config
 from peagle_hf.serving.client import Answer, summarize
 from peagle_hf.serving.environment import vllm_environment
+from peagle_hf.serving.tokens_by_load import describe, recommend, scheduled
 
 
 @pytest.fixture
@@ -244,6 +245,7 @@ def make_report(*others, **changes):
         "device": "CPU",
         "versions": {"vllm": "0.32.0"},
         "command": "peagle-hf evaluate --model 'a <b>'",
+        "recommended_num_speculative_tokens": recommend([make_entry(**changes)]),
         "others": list(others),
         **make_entry(**changes),
     }
@@ -264,6 +266,58 @@ def test_text_says_what_was_measured():
     said = text(make_report(text_identical=False, num_identical=11, differences=differences) | {"dtype": "bfloat16"})
     assert "DIFFERENT with the drafter for 1 of 12 prompts: q7 (turn 0, token 12)" in said
     assert "--dtype float32" in said
+
+
+def recommendation(*speeds):
+    """Of K 0 (no drafter), 2 and 4 at 1, 4, 16 … chats at a time."""
+    return [
+        {
+            "concurrency": 4**number,
+            "num_speculative_tokens": max(by_k, key=by_k.get),
+            "tokens_per_second_by_k": {str(tokens): speed for tokens, speed in by_k.items()},
+            "speed_up": max(by_k.values()) / by_k[0] if 0 in by_k else None,
+        }
+        for number, by_k in enumerate(speeds)
+    ]
+
+
+def test_the_fastest_k_at_each_load_is_recommended():
+    entries = []
+    for tokens, speeds in ((2, [30, 70, 80]), (4, [40, 60, 50])):
+        rows = zip([1, 4, 16], speeds, [20, 50, 90], strict=True)
+        names = ("concurrency", "tokens_per_second", "tokens_per_second_without")
+        entries.append(
+            {"num_speculative_tokens": tokens, "by_concurrency": [dict(zip(names, row, strict=True)) for row in rows]}
+        )
+    recommended = recommend(entries)
+    assert [row["num_speculative_tokens"] for row in recommended] == [4, 2, 0]
+    assert [row["speed_up"] for row in recommended] == [2, 1.4, 1]
+    assert recommended[0]["tokens_per_second_by_k"] == {"0": 20, "2": 30, "4": 40}
+    assert describe(recommended) == (
+        "Fastest by the number of chats at a time: K 4 at 1 (2.00 times as fast as without), K 2 at 4 (1.40 times as "
+        "fast as without), no drafter at 16."
+    )
+    for entry in entries:
+        for row in entry["by_concurrency"]:
+            row["tokens_per_second_without"] = None
+    assert "K 2 at 16." in describe(recommend(entries))
+    assert describe(recommend(entries[:1])) == ""
+
+
+def test_vllm_is_told_one_k_and_where_it_drafts(caplog):
+    """The best K over all loads; where it doesn't pay, nothing is drafted. vLLM can't mix several in parallel."""
+    pays_at_few = recommendation({0: 20, 2: 30, 4: 40}, {0: 50, 2: 60, 4: 55}, {0: 90, 2: 60, 4: 50})
+    assert scheduled(pays_at_few, True) == {
+        "num_speculative_tokens": 4,
+        "num_speculative_tokens_per_batch_size": [[1, 8, 4], [9, 16, 0]],
+    }
+    assert scheduled(pays_at_few, False) == {"num_speculative_tokens": 4}
+    assert "can't choose K by load" in caplog.text
+    pays = recommendation({0: 20, 2: 30, 4: 40}, {0: 50, 2: 90, 4: 60})
+    assert scheduled(pays, True) == {"num_speculative_tokens": 2}
+    assert scheduled(recommendation({2: 30, 4: 40}, {2: 90, 4: 60}), True) == {"num_speculative_tokens": 2}
+    with pytest.raises(PeagleError, match=r"slower than the verifier alone at each load .*\(1, 4 chats at a time\)"):
+        scheduled(recommendation({0: 20, 2: 10}, {0: 50, 2: 40}), True)
 
 
 def make_comparison():

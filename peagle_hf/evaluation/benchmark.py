@@ -18,6 +18,7 @@ from ..files import atomic_path, locked_folder, write_json
 from ..hub.training_json import chosen_chat_options, recorded_chat_options
 from ..model.served_checkpoint import check_checkpoint
 from ..pages.pictures import can_draw
+from ..serving.tokens_by_load import RECOMMENDED, recommend
 from .arguments import EvaluateArguments
 from .figures import difference, entry
 from .in_processes import measure_processes
@@ -59,6 +60,8 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
       (`first_token`), and between two later ones on average (`output_token`), over all rounds.
     - `by_temperature`, with several: all this at each, with `temperature`. The main figures are those of the first.
       `draft_sample_method`: how tokens were drafted at temperatures above 0; null for a server, which doesn't say it.
+    - `recommended_num_speculative_tokens`: for each concurrency the K with which `--model` was fastest, 0 if the
+      verifier alone was (see `tokens_by_load.recommend`). `peagle-hf serve --num-speculative-tokens auto` reads it.
     - `text_identical`, `num_identical`, `differences` (prompt, turn, first token that differs); null if sampled.
     - `drafter`: the folder, `drafter_link`: the name that was given if it is a link (such as `checkpoint_best`, which
       is resolved once, at the start), `drafter_weights`: the fingerprint of its weights.
@@ -132,11 +135,13 @@ def _report(task: Task, measured: Measured, num_drafters: int, segmenter: Segmen
                 for runs, entries_there in zip(measured.by_temperature, deepcopy(results), strict=True)
             ]
     own = len(entries) // num_drafters - 1
+    recommended = recommend(entries[: own + 1])
     return {
         "verifier": task.verifier,
         "prompts": ", ".join(map(source_name, arguments.suite)),
         **entries.pop(own),
         "others": entries,
+        RECOMMENDED: recommended,
         "max_tokens": arguments.max_tokens,
         "temperature": arguments.temperature[0],
         "draft_sample_method": arguments.draft_sample_method if arguments.endpoint is None else None,

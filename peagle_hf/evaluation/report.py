@@ -13,6 +13,7 @@ from ..data.contexts import drafted_contexts
 from ..pages.page import render
 from ..pages.pictures import COLOURS, GREY, picture, save_png
 from ..pages.tables import Table
+from ..serving.tokens_by_load import RECOMMENDED, describe
 from .intervals import MIN_PROMPTS
 from .runs import BY_CATEGORY, BY_REQUEST, coarse_counts
 
@@ -276,7 +277,8 @@ def _measured_rows(report: dict[str, Any]) -> list[list[str]]:
         ["Answers", f"at most {report['max_tokens']} tokens, {sampling}; {report['concurrency']} chats at a time"],
         *(
             [["Drafts at temperatures above 0", report["draft_sample_method"] or "as the server makes them"]]
-            * any(temperatures)
+            if any(temperatures)
+            else []
         ),
         [
             "Seed of vLLM",
@@ -304,7 +306,8 @@ def _markers(report: dict[str, Any]) -> str:
 
 
 def _sentences(report: dict[str, Any]) -> list[str]:
-    sentences = [_speed_sentence(report), *_break_even_sentences(report)]
+    found = [_speed_sentence(report), describe(report[RECOMMENDED]), *_break_even_sentences(report)]
+    sentences = [sentence for sentence in found if sentence]
     labelled, labels = _entries(report), _labels(report)
     for label, entry in labelled:
         prefix = f"{label}: " if len(labelled) > 1 else ""

@@ -29,6 +29,7 @@ from ..data.endpoint_folder import (
 from ..data.tokenizer import CHAT_KWARGS_OF_DRAFTER_HELP, CHAT_TEMPLATE_OF_DRAFTER_HELP
 from ..errors import PeagleError
 from ..files import atomic_path, check_writable
+from ..hub.card import read_evaluation
 from ..hub.training_json import chosen_chat_options
 from ..model.served_checkpoint import (
     DRAFT_SAMPLE_METHOD_HELP,
@@ -42,6 +43,7 @@ from .address import Address
 from .environment import installed_vllm, vllm_environment
 from .installed import REQUEST_COUNTS, drafting_environment
 from .supervisor import supervised
+from .tokens_by_load import AUTO, RECOMMENDED, SCHEDULE, find_report, scheduled
 
 logger = logging.getLogger(__name__)
 
@@ -107,8 +109,19 @@ class ServeArguments(Arguments):
     verifier: str | None = field(
         default=None, metadata={"help": "Folder or hub name of the verifier; default: the one in the checkpoint."}
     )
-    num_speculative_tokens: int | None = field(
-        default=None, metadata={"help": "K, the tokens to draft at a time; default: the K that it was trained with."}
+    num_speculative_tokens: str | None = field(
+        default=None,
+        metadata={
+            "help": "K, the tokens to draft at a time, or auto: what was fastest in an evaluation, by load. Default: "
+            "the K that the drafter was trained with."
+        },
+    )
+    evaluation: str | None = field(
+        default=None,
+        metadata={
+            "help": "For auto, the report of peagle-hf evaluate on this drafter. Default: evaluation.json in the "
+            "drafter's folder or in one of the three above it."
+        },
     )
     draft_sample_method: Literal["probabilistic", "greedy"] = field(
         default="probabilistic", metadata={"help": DRAFT_SAMPLE_METHOD_HELP}
@@ -122,14 +135,18 @@ class ServeArguments(Arguments):
 
     GROUPS: ClassVar = {
         "Models": ("model", "verifier", "trust_remote_code"),
-        "Drafts": ("num_speculative_tokens", "draft_sample_method"),
+        "Drafts": ("num_speculative_tokens", "evaluation", "draft_sample_method"),
         "Chat template": ("chat_template", "chat_template_kwargs"),
         "Command": ("dry_run", "vllm_python"),
     }
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_ranges(self, {"num_speculative_tokens": (1, math.inf)})
+        tokens = self.num_speculative_tokens
+        if not (tokens is None or tokens == AUTO or (str(tokens).isdecimal() and int(tokens) >= 1)):
+            raise PeagleError(f"--num-speculative-tokens is {tokens} but must be at least 1, or auto.")
+        if self.evaluation is not None and tokens != AUTO:
+            raise PeagleError("--evaluation is read for --num-speculative-tokens auto only. Add that, or leave it out.")
 
 
 def launch(arguments: LaunchArguments) -> None:
@@ -278,10 +295,24 @@ def drafting_command(arguments: ServeArguments, on_cpu: bool) -> list[str]:
     folder = drafter_folder(arguments.model)
     verifier = arguments.verifier or str(check_checkpoint(folder).verifier_name_or_path)
     config = check_checkpoint(folder, verifier, arguments.trust_remote_code)
-    drafting = speculative_config(folder, config, arguments.num_speculative_tokens, arguments.draft_sample_method)
+    tokens = arguments.num_speculative_tokens
+    number = None if tokens in (None, AUTO) else int(str(tokens))
+    drafting = speculative_config(folder, config, number, arguments.draft_sample_method)
+    if tokens == AUTO:
+        drafting |= _tokens_by_load(arguments, folder)
     options = {"speculative_config": drafting, REQUEST_COUNTS: "detailed"}
     options |= _chat_options(arguments, folder, verifier)
     return _vllm_command(arguments, verifier, options, on_cpu)
+
+
+def _tokens_by_load(arguments: ServeArguments, folder: Path) -> dict[str, Any]:
+    """The fields of `--speculative-config` that an evaluation of this drafter recommends."""
+    path = find_report(arguments.evaluation, Path(os.path.abspath(arguments.model)), folder)
+    report = read_evaluation(path, folder)
+    if RECOMMENDED not in report:
+        raise PeagleError(f"{path} comes from an older peagle-hf evaluate and recommends nothing. Run it again.")
+    logger.info("K by load is that of %s.", path)
+    return scheduled(report[RECOMMENDED], installed_vllm(arguments.vllm_python).takes(SCHEDULE))
 
 
 def _chat_options(arguments: ServeArguments, folder: Path, verifier: str) -> dict[str, Any]:

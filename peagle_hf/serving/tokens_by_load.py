@@ -1,0 +1,138 @@
+"""K, the number of tokens to draft at a time, by the number of chats at a time.
+
+`peagle-hf evaluate` recommends for each load what was fastest; `peagle-hf serve --num-speculative-tokens auto` has vLLM
+do so, which can change K with the number of requests that it runs (`num_speculative_tokens_per_batch_size`).
+"""
+
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import PeagleError
+
+logger = logging.getLogger(__name__)
+
+AUTO = "auto"
+SCHEDULE = "num_speculative_tokens_per_batch_size"
+"""vLLM's field of `--speculative-config`: [first batch size, last batch size, K] by load."""
+REPORT = "evaluation.json"
+RECOMMENDED = "recommended_num_speculative_tokens"
+"""The field of that report with the recommendation."""
+
+
+def recommend(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The fastest K at each number of chats at a time; 0, no drafter, if that was faster.
+
+    Args:
+        entries: of one drafter in the report of an evaluation, one for each K.
+
+    Returns:
+        for each concurrency: `concurrency`, `num_speculative_tokens`, its `tokens_per_second` and `speed_up`, and
+        `tokens_per_second_by_k`: of each K that was measured, and of "0", the verifier alone, if that was.
+    """
+    recommended = []
+    for number, first in enumerate(entries[0]["by_concurrency"]):
+        speeds = {
+            entry["num_speculative_tokens"]: entry["by_concurrency"][number]["tokens_per_second"] for entry in entries
+        }
+        alone = first["tokens_per_second_without"]
+        if alone is not None:
+            speeds[0] = alone
+        best = max(speeds, key=lambda tokens: (speeds[tokens], -tokens))
+        recommended.append(
+            {
+                "concurrency": first["concurrency"],
+                "num_speculative_tokens": best,
+                "tokens_per_second": speeds[best],
+                "speed_up": None if alone is None else speeds[best] / alone,
+                "tokens_per_second_by_k": {str(tokens): speeds[tokens] for tokens in sorted(speeds)},
+            }
+        )
+    return recommended
+
+
+def describe(recommended: Sequence[Mapping[str, Any]]) -> str:
+    """The recommendation in a sentence; "" if there was nothing to choose from."""
+    if all(len(row["tokens_per_second_by_k"]) == 1 for row in recommended):
+        return ""
+    parts = []
+    for row in recommended:
+        tokens = row["num_speculative_tokens"]
+        what = f"K {tokens}" if tokens else "no drafter"
+        gain = f" ({row['speed_up']:.2f} times as fast as without)" if tokens and row["speed_up"] is not None else ""
+        parts.append(f"{what} at {row['concurrency']}{gain}")
+    return f"Fastest by the number of chats at a time: {', '.join(parts)}."
+
+
+def scheduled(recommended: Sequence[Mapping[str, Any]], takes_schedule: bool) -> dict[str, Any]:
+    """The fields of vLLM's `--speculative-config` for a recommendation; logs what they mean.
+
+    vLLM 0.26 to 0.33 gives the drafts of a batch to the wrong requests if it drafts fewer tokens in parallel than it
+    was started with, unless it drafts none. So one K is taken, the one with the highest speeds over all loads, and
+    none where the drafter doesn't pay. Between two loads that were measured the border is their geometric mean.
+
+    Args:
+        takes_schedule: whether this vLLM can choose by load.
+
+    Raises:
+        PeagleError: the drafter paid at no load.
+    """
+    speeds = [{int(tokens): speed for tokens, speed in row["tokens_per_second_by_k"].items()} for row in recommended]
+    fastest = {max(by_k, key=lambda tokens: (by_k[tokens], -tokens)) for by_k in speeds}
+    candidates = sorted({tokens for by_k in speeds for tokens in by_k} - {0})
+    if fastest == {0}:
+        raise PeagleError(
+            "--num-speculative-tokens is auto, but the drafter was slower than the verifier alone at each load of the "
+            f"evaluation ({', '.join(str(row['concurrency']) for row in recommended)} chats at a time). Serve the "
+            "verifier without it, or name a number."
+        )
+    best = max(candidates, key=lambda tokens: sum(math.log(max(by_k[tokens], by_k.get(0, 0.0))) for by_k in speeds))
+    if len(fastest - {0}) > 1:
+        logger.info("K %d is served at all loads that it pays at: vLLM can't draft with several K in parallel.", best)
+    pays = [by_k[best] >= by_k.get(0, 0.0) for by_k in speeds]
+    fields: dict[str, Any] = {"num_speculative_tokens": best}
+    if all(pays):
+        logger.info("K is %d at any load.", best)
+        return fields
+    if not takes_schedule:
+        logger.warning("This vLLM can't choose K by load (%s), so K is %d at any.", SCHEDULE, best)
+        return fields
+    fields[SCHEDULE] = list(_ranges([row["concurrency"] for row in recommended], [best if pay else 0 for pay in pays]))
+    said = ", ".join(f"{tokens} from {first} requests on" for first, _, tokens in fields[SCHEDULE])
+    logger.info("K by the number of requests that vLLM runs at a time: %s.", said)
+    return fields
+
+
+def _ranges(loads: Sequence[int], tokens: Sequence[int]) -> Iterator[list[int]]:
+    """[first, last, K] for successive loads, neighbours of the same K as one; vLLM goes on with the last one."""
+    first = 1
+    for number, (load, here) in enumerate(zip(loads, tokens, strict=True)):
+        is_last = number + 1 == len(loads)
+        if not is_last and tokens[number + 1] == here:
+            continue
+        last = max(first, load) if is_last else max(first, math.isqrt(load * loads[number + 1]))
+        yield [first, last, here]
+        first = last + 1
+
+
+def find_report(given: str | None, *drafters: Path) -> Path:
+    """The report of an evaluation: the one that is named, else the one in a drafter's folder or in one above it.
+
+    Args:
+        drafters: folders of the same drafter, as a link names it and as it is.
+
+    Raises:
+        PeagleError: there is none.
+    """
+    if given is not None:
+        return Path(given)
+    places = [folder / REPORT for drafter in drafters for folder in (drafter, *drafter.parents[:3])]
+    for place in places:
+        if place.is_file():
+            return place
+    raise PeagleError(
+        f"--num-speculative-tokens is auto, which needs the report of peagle-hf evaluate, but there is no {REPORT} in "
+        f"{drafters[-1]} or the three folders above it. Name it with --evaluation, or name a number."
+    )
