@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 from peagle_hf import EvaluateArguments, PeagleError, cli, evaluate
 from peagle_hf.data.prompts import Prompt
 from peagle_hf.data.tokenizer import ChatOptions
+from peagle_hf.evaluation.report import text
 from peagle_hf.evaluation.vllm_process import Job, _Conversations
 from peagle_hf.hub.card import model_card, read_evaluation
 from peagle_hf.model.served_checkpoint import check_checkpoint
@@ -79,6 +80,7 @@ def test_the_drafter_is_served_beside_the_verifier_that_it_names(drafter, chain)
     assert command[:5] == [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(chain)]
     assert command[-2:] == ["--port", "8001"]
     wanted = {"model": str(drafter), "method": "eagle3", "parallel_drafting": True, "num_speculative_tokens": 5}
+    wanted["draft_sample_method"] = "probabilistic"
     assert option(command, "--speculative-config") == wanted
     on_cpu = drafting_command(ServeArguments(str(drafter)), on_cpu=True)
     assert on_cpu[2:5] == ["vllm.entrypoints.openai.api_server", "--model", str(chain)]
@@ -240,6 +242,62 @@ def test_what_is_asked_is_what_vllm_in_process_is_given(arguments, server, basel
     assert [place["token"] for place in report["differences"]] == [0, 0, 0]
 
 
+def test_k_by_load_is_read_from_the_evaluation_beside_the_drafter(arguments, baseline, drafter, tmp_path):
+    """Of this drafter, named or found; where it doesn't pay, vLLM is told to draft nothing."""
+    report = evaluate(arguments(baseline_endpoint=baseline.url, concurrency=[1, 3]))
+    one, three = report["recommended_num_speculative_tokens"]
+    assert [row["concurrency"] for row in (one, three)] == [1, 3]
+    assert {*one["tokens_per_second_by_k"]} == {"0", "3"}
+    one["tokens_per_second_by_k"], three["tokens_per_second_by_k"] = {"0": 1.0, "3": 2.0}, {"0": 2.0, "3": 1.0}
+    link = tmp_path / "run" / "checkpoint_best"
+    link.parent.mkdir()
+    link.symlink_to(drafter)
+    auto = {"num_speculative_tokens": "auto"}
+    with pytest.raises(PeagleError, match=r"there is no evaluation\.json .* Name it with --evaluation"):
+        drafting_command(ServeArguments(str(link), **auto), on_cpu=False)
+    path = link.parent / "evaluation.json"
+    path.write_text(json.dumps(report))
+    for changes in ({}, {"evaluation": str(path)}):
+        command = drafting_command(ServeArguments(str(link), **auto, **changes), on_cpu=False)
+        config = json.loads(command[command.index("--speculative-config") + 1])
+        assert config["num_speculative_tokens"] == 3
+        assert config["num_speculative_tokens_per_batch_size"] == [[1, 1, 3], [2, 3, 0]]
+    path.write_text(json.dumps(report | {"drafter_weights": "other"}))
+    with pytest.raises(PeagleError, match="evaluates a different checkpoint"):
+        drafting_command(ServeArguments(str(link), **auto), on_cpu=False)
+    del report["recommended_num_speculative_tokens"]
+    path.write_text(json.dumps(report))
+    with pytest.raises(PeagleError, match="recommends nothing"):
+        drafting_command(ServeArguments(str(link), **auto), on_cpu=False)
+    for tokens in ("0", "-1", "many"):
+        with pytest.raises(PeagleError, match=f"--num-speculative-tokens is {tokens} but"):
+            ServeArguments(str(link), num_speculative_tokens=tokens)
+    with pytest.raises(PeagleError, match="--evaluation is read for"):
+        ServeArguments(str(link), evaluation=str(path))
+
+
+def test_several_temperatures_are_measured_side_by_side(arguments, server, baseline, capsys):
+    """Both ask the same; only at temperature 0 texts are compared, and the main figures are those of the first."""
+    report = evaluate(arguments(baseline_endpoint=baseline.url, temperature=[0, 1], concurrency=[1, 3]))
+    assert {request["temperature"] for request in server.requests[2:]} == {0, 1}
+    greedy, sampled = report["by_temperature"]
+    assert (greedy["temperature"], sampled["temperature"]) == (0, 1)
+    assert (report["temperature"], report["text_identical"]) == (0, True)
+    assert (greedy["text_identical"], sampled["text_identical"]) == (True, None)
+    assert greedy["acceptance_length"] == sampled["acceptance_length"] == report["acceptance_length"]
+    assert [row["concurrency"] for row in sampled["by_concurrency"]] == [1, 3]
+    assert report["draft_sample_method"] is None
+    printed = capsys.readouterr().out
+    assert "By temperature" in printed
+    assert "as the server makes them" in printed
+    assert "--temperature 0.0 1.0" in report["command"]
+    assert "by_temperature" not in evaluate(arguments(temperature=0))
+    with pytest.raises(PeagleError, match=r"--temperature is 1\.0 0\.0 but needs distinct and ascending"):
+        arguments(temperature=[1, 0])
+    with pytest.raises(PeagleError, match=r"its own .*--draft-sample-method"):
+        arguments(draft_sample_method="greedy")
+
+
 def test_without_a_baseline_nothing_is_compared(arguments, drafter, capsys):
     report = evaluate(arguments())
     assert report["tokens_per_second_without"] is report["text_identical"] is None
@@ -261,6 +319,8 @@ def test_a_server_that_only_counts_as_a_whole_gives_no_intervals_of_acceptance(
     server.by_request = False
     report = evaluate(arguments(baseline_endpoint=baseline.url))
     assert "--per-request-spec-decode-metrics detailed" in caplog.text
+    assert (by_request["counts"], report["counts"]) == ("by draft", "by category")
+    assert "Acceptance has no intervals and isn't known by segment, because the server (0.32.0)" in text(report)
     assert set(report["intervals"]) == {"tokens_per_second", "tokens_per_second_without", "speed_up"}
     assert report["break_even_length"] == pytest.approx(report["acceptance_length"] / report["speed_up"])
     names = ("acceptance_length", "num_drafts", "num_accepted_tokens", "per_position_acceptance")
