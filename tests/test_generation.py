@@ -245,7 +245,7 @@ def test_sampled_text_is_distributed_as_the_verifiers(verifier, draft_vocab_size
     set_seed(0)
     output = verifier.generate(**inputs, **options, **ASSISTED, drafter=drafter, draft_sample_method=method)
     assert 0 < output.accepted_by_position[0] < output.num_drafts
-    assert output.accepted_by_position[1] > 0
+    assert output.accepted_by_position[1] > 0 or method == "greedy"  # the drafter is a random one
     new = output.sequences[:, 5:]
 
     processors = verifier._get_logits_processor(verifier._prepare_generation_config(None, **options)[0])
