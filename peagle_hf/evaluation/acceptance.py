@@ -164,7 +164,6 @@ def acceptance(arguments: AcceptanceArguments) -> dict[str, Any]:
     skipped = arguments.skip_rows or []
     dataset = HiddenStatesDataset(arguments.data_path, cache, arguments.total_seq_len, rows, skip_rows=skipped)
     counters, drafts, expected = count(drafter, objective, dataset)
-    learnt, correct = counters[:2].tolist()
     report = {
         "drafter": name,
         "drafter_link": link,
@@ -178,8 +177,7 @@ def acceptance(arguments: AcceptanceArguments) -> dict[str, Any]:
         "by_context": {name: _summarize(counts) for name, counts in zip(CONTEXTS, drafts, strict=True)},
         "sampled": {"temperature": arguments.temperature}
         | {method: _rates(*expected[method].tolist()) for method in METHODS},
-        "every_anchor": _summarize(counters[2:])
-        | {"accuracy": [right / max(rows, 1) for right, rows in zip(correct, learnt, strict=True)]},
+        "every_anchor": _summarize(counters[2:]) | {"accuracy": (counters[1] / counters[0].clamp(min=1)).tolist()},
     }
     write_json(arguments.output, report)
     print(table(report))

@@ -302,7 +302,7 @@ class _Measurement:
     def _name(
         self, round_number: int, concurrency: int, size: _Size | None = None, tokens: int = 0, length: float = 1.0
     ) -> str:
-        name = name_of_run(round_number, concurrency, 0)
+        name = name_of_run(round_number, Condition(0.0, concurrency), 0)
         return name if size is None else name.replace("no drafter", f"{size.name}, K {tokens}, length {length:g}")
 
     def _measure(self, round_number: int) -> None:

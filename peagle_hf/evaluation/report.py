@@ -318,8 +318,8 @@ def _sentences(report: dict[str, Any]) -> list[str]:
     for label, entry in labelled[1:]:
         difference = entry["difference"]
         row, other = difference["acceptance_length"], labels[tuple(difference["from"].values())]
-        found = f"{_verdict(row, 0)}, {estimate(row['value'], row['interval'], '+.3f')}"
-        sentences.append(f"Acceptance length of {label} against {other}: {found}.")
+        verdict = f"{_verdict(row, 0)}, {estimate(row['value'], row['interval'], '+.3f')}"
+        sentences.append(f"Acceptance length of {label} against {other}: {verdict}.")
     return sentences
 
 
