@@ -177,7 +177,7 @@ def acceptance(arguments: AcceptanceArguments) -> dict[str, Any]:
         "by_context": {name: _summarize(counts) for name, counts in zip(CONTEXTS, drafts, strict=True)},
         "sampled": {"temperature": arguments.temperature}
         | {method: _rates(*expected[method].tolist()) for method in METHODS},
-        "every_anchor": _summarize(counters[2:]) | {"accuracy": (counters[1] / counters[0].clamp(min=1)).tolist()},
+        "every_anchor": _summarize(counters[2:]) | {"accuracy": (counters[1].double() / counters[0].clamp(min=1)).tolist()},
     }
     write_json(arguments.output, report)
     print(table(report))
