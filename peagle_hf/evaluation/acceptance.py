@@ -25,6 +25,7 @@ from ..data.prepared_dataset import split_rows
 from ..errors import PeagleError
 from ..files import write_json
 from ..hub.training_json import read_record
+from ..model.config import PeagleConfig
 from ..model.drafter import PeagleForSpeculation
 from ..model.served_checkpoint import check_checkpoint, drafter_folder, drafter_name
 from ..training.metrics import count_by_position, drafts_in_text
@@ -149,21 +150,18 @@ def acceptance(arguments: AcceptanceArguments) -> dict[str, Any]:
     assert verifier is not None  # checked just above
     dtype: torch.dtype = getattr(torch, arguments.dtype)
     config.num_depths = arguments.num_speculative_tokens or config.num_depths
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    drafter = PeagleForSpeculation.from_pretrained(folder, config=config, dtype=dtype, device_map=device)
-    if device == "cuda":
-        drafter.set_attn_implementation("flex_attention")
+    drafter = _load_drafter(folder, config, dtype)
     source = (arguments.verifier_revision, arguments.trust_remote_code)
     cache = cache_folder(arguments.data_path, arguments.hidden_states_path)
     layer_ids = config.eagle_aux_hidden_state_layer_ids
     check_cache(cache, verifier, load_verifier_config(verifier, *source), layer_ids, arguments.verifier_revision)
-    drafter.requires_grad_(False)  # nothing is trained, so no gradient of the head is formed and its memory is shared
     head = VerifierHead.from_pretrained(verifier, dtype, *source)
     objective = SamplingObjective(drafter, head, temperature=arguments.temperature)
     rows = _kept_back(arguments, folder) if arguments.train_data_ratio is not None else None
     skipped = arguments.skip_rows or []
     dataset = HiddenStatesDataset(arguments.data_path, cache, arguments.total_seq_len, rows, skip_rows=skipped)
     counters, drafts, expected = count(drafter, objective, dataset)
+    accuracy = counters[1].double() / counters[0].clamp(min=1)
     report = {
         "drafter": name,
         "drafter_link": link,
@@ -177,12 +175,22 @@ def acceptance(arguments: AcceptanceArguments) -> dict[str, Any]:
         "by_context": {name: _summarize(counts) for name, counts in zip(CONTEXTS, drafts, strict=True)},
         "sampled": {"temperature": arguments.temperature}
         | {method: _rates(*expected[method].tolist()) for method in METHODS},
-        "every_anchor": _summarize(counters[2:]) | {"accuracy": (counters[1].double() / counters[0].clamp(min=1)).tolist()},
+        "every_anchor": _summarize(counters[2:]) | {"accuracy": accuracy.tolist()},
     }
     write_json(arguments.output, report)
     print(table(report))
     logger.info("\nWritten to %s.", arguments.output)
     return report
+
+
+def _load_drafter(folder: Path, config: PeagleConfig, dtype: torch.dtype) -> PeagleForSpeculation:
+    """A drafter of which nothing is trained, so that no gradient of the head is formed and its memory is shared."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    drafter = PeagleForSpeculation.from_pretrained(folder, config=config, dtype=dtype, device_map=device)
+    if device == "cuda":
+        drafter.set_attn_implementation("flex_attention")
+    drafter.requires_grad_(False)
+    return drafter
 
 
 def _kept_back(arguments: AcceptanceArguments, folder: Path) -> list[int]:
