@@ -25,6 +25,8 @@ from typing import Any
 
 BASE = {
     "num_layers": 2,
+    "draft_arch": "llama",
+    "weight_decay": 0.0,
     "num_depths": 4,
     "draft_vocab_size": 8192,
     "total_seq_len": 1024,

@@ -30,7 +30,7 @@ from pathlib import Path
 DRAFT_VOCAB, LENGTH = 8192, 1024
 WARMUP, TRAIN_RATIO = 0.05, 0.95
 LEARNING_RATES = {"ours": 2e-3, "peer": 1e-3}
-"""The demo's here, speculators' default there."""
+"""Ours of the published figures, and speculators' default."""
 PROMPTS = Path(__file__).parents[2] / "examples" / "data" / "eval_prompts.jsonl"
 NAMES = {"ours": "peagle_hf", "peer": "speculators"}
 FIGURES = ("steps", "loop_seconds", "seconds", "step_ms", "tokens")

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from against_peer import fit_peer, link_rows, warmup_steps
 from budget_figures import NAMES, RATES, SEARCH_STEPS, Job, best_rate
-from long_run import BASE, EXAMPLES, extract, prepare_text
+from long_run import BASE, EXAMPLES, PUBLISHED, extract, prepare_text
 
 SEEDS = {165: (0, 1, 2), 500: (0, 1, 2), 2000: (0, 1, 2)}
 """Seeds by the number of steps; those of the longest training are LONG_SEEDS."""
@@ -38,7 +38,7 @@ LONG_STEPS, LONG_SEEDS = 10000, (0, 1)
 BESIDE: tuple[Job, ...] = (
     {"who": "peer", "rate": 3e-3, "steps": 2000, "seed": 0, "flags": {"max_anchors": 2048}},
     {"who": "peer", "rate": 3e-3, "steps": 10000, "seed": 0, "flags": {"max_anchors": 2048}},
-    {"who": "ours", "rate": 2e-3, "steps": 10000, "seed": 0, "flags": {"down_sample_ratio": 1.0}},
+    {"who": "ours", "rate": 2e-3, "steps": 10000, "seed": 0, "flags": PUBLISHED | {"down_sample_ratio": 1.0}},
     {"who": "peer", "rate": 4e-3, "steps": 2000, "seed": 0},
     {"who": "ours", "rate": 3e-3, "steps": 165, "seed": 0},
     {"who": "ours", "rate": 4e-3, "steps": 165, "seed": 0},

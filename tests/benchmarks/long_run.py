@@ -59,6 +59,8 @@ BASE: dict[str, Any] = {
 }
 STORED = ("--storage", "learnt", "--target-layer-ids")
 LAYERS = {"states": [2, 15, 27], "late": [20, 25, 29], "five": [2, 8, 15, 21, 27]}
+PUBLISHED = {"draft_arch": "llama", "weight_decay": 0.0}
+"""Settings of the table of longer trainings that aren't the defaults."""
 OWN_FIELDS = ("name", "states", "normed", "divide", "starts")
 """Of a job; the others are training arguments."""
 SELECTION_SEED, NUM_SELECTION = 24, 160
@@ -132,7 +134,7 @@ def build(folder: Path, job: dict[str, Any]) -> tuple[Any, Any, Any]:
     fields |= {"verifier_name_or_path": (folder / "verifier.txt").read_text(), "data_path": str(folder / "train")}
     fields |= {"hidden_states_path": str(folder / "train" / job.get("states", "states"))}
     fields |= {"save_path": str(folder / "output" / saved(folder, job).stem)}
-    args = parse_arguments(PeagleTrainingArguments, flags(BASE | fields))
+    args = parse_arguments(PeagleTrainingArguments, flags(BASE | PUBLISHED | fields))
     return args, build_drafter(args), NormedStates if job.get("normed") else HiddenStatesDataset
 
 
