@@ -80,7 +80,6 @@ def test_the_drafter_is_served_beside_the_verifier_that_it_names(drafter, chain)
     assert command[:5] == [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(chain)]
     assert command[-2:] == ["--port", "8001"]
     wanted = {"model": str(drafter), "method": "eagle3", "parallel_drafting": True, "num_speculative_tokens": 5}
-    wanted["draft_sample_method"] = "probabilistic"
     assert option(command, "--speculative-config") == wanted
     on_cpu = drafting_command(ServeArguments(str(drafter)), on_cpu=True)
     assert on_cpu[2:5] == ["vllm.entrypoints.openai.api_server", "--model", str(chain)]

@@ -61,7 +61,7 @@ class EvaluateArguments(Arguments):
         },
     )
     draft_sample_method: Literal["probabilistic", "greedy"] = field(
-        default="probabilistic", metadata={"help": DRAFT_SAMPLE_METHOD_HELP}
+        default="greedy", metadata={"help": DRAFT_SAMPLE_METHOD_HELP}
     )
     seed: int = field(default=0, metadata={"help": "Seed of vLLM in the first round; each later round adds 1."})
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
@@ -150,8 +150,8 @@ class EvaluateArguments(Arguments):
             raise PeagleError("--model and --compare name a drafter twice. Name each once.")
         if self.endpoint is None and self.baseline_endpoint:
             raise PeagleError("--baseline-endpoint needs --endpoint, the server with the drafter. Add it.")
-        drafts_greedily = self.draft_sample_method != "probabilistic"
-        if self.endpoint and (self.num_speculative_tokens or self.max_model_len or self.compare or drafts_greedily):
+        draws_drafts = self.draft_sample_method != "greedy"
+        if self.endpoint and (self.num_speculative_tokens or self.max_model_len or self.compare or draws_drafts):
             raise PeagleError(
                 "A running server has one drafter and its own --num-speculative-tokens, --draft-sample-method and "
                 "--max-model-len. Leave these and --compare out with --endpoint, or leave --endpoint out, so that "

@@ -17,8 +17,9 @@ from .drafter import PeagleForSpeculation
 
 CHECKPOINT_FILES = ("config.json", "model.safetensors")
 DRAFT_SAMPLE_METHOD_HELP = (
-    "How tokens are drafted at a temperature above 0: drawn from the drafter's distribution (probabilistic), or its "
-    "most likely ones (greedy). The text is distributed alike with both."
+    "How tokens are drafted at a temperature above 0: the drafter's most likely ones (greedy), or drawn from its "
+    "distribution (probabilistic), which is often accepted more, but takes GPU memory and ignores the seeds of requests. "
+    "The text is distributed alike with both."
 )
 OPTIONAL_TENSORS = {"embed_tokens.weight"}
 """What vLLM takes from the verifier where a checkpoint doesn't have it."""
@@ -94,23 +95,23 @@ def speculative_config(
     folder: str | os.PathLike[str],
     config: PeagleConfig,
     num_speculative_tokens: int | None = None,
-    draft_sample_method: str = "probabilistic",
+    draft_sample_method: str = "greedy",
 ) -> dict[str, Any]:
     """What vLLM's `--speculative-config` (`speculative_config=` of `vllm.LLM`) must say about this drafter.
 
     Args:
         config: the drafter's.
         num_speculative_tokens: tokens to propose at a time; default: as many as it was trained for.
-        draft_sample_method: `greedy` (vLLM's own default) takes the drafter's most likely tokens at any temperature;
+        draft_sample_method: `greedy`, vLLM's own default, takes the drafter's most likely tokens at any temperature;
             `probabilistic` draws them from its distribution if the temperature is above 0.
     """
-    return {
+    drafting = {
         "model": str(folder),
         "method": "eagle3",  # without it vLLM takes the drafter for a language model of its own
         "parallel_drafting": True,  # without it vLLM drafts token by token, and accepts far fewer
         "num_speculative_tokens": num_speculative_tokens or config.num_depths,
-        "draft_sample_method": draft_sample_method,
     }
+    return drafting | ({} if draft_sample_method == "greedy" else {"draft_sample_method": draft_sample_method})
 
 
 def _check_config(path: Path) -> PeagleConfig:

@@ -124,7 +124,7 @@ class ServeArguments(Arguments):
         },
     )
     draft_sample_method: Literal["probabilistic", "greedy"] = field(
-        default="probabilistic", metadata={"help": DRAFT_SAMPLE_METHOD_HELP}
+        default="greedy", metadata={"help": DRAFT_SAMPLE_METHOD_HELP}
     )
     dry_run: bool = field(default=False, metadata={"help": DRY_RUN_HELP})
     vllm_python: str | None = field(default=None, metadata={"help": VLLM_PYTHON_HELP})
