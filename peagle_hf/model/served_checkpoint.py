@@ -18,7 +18,7 @@ from .drafter import PeagleForSpeculation
 CHECKPOINT_FILES = ("config.json", "model.safetensors")
 DRAFT_SAMPLE_METHOD_HELP = (
     "How tokens are drafted at a temperature above 0: the drafter's most likely ones (greedy), or drawn from its "
-    "distribution (probabilistic), which is often accepted more, but takes GPU memory and ignores the seeds of requests. "
+    "distribution (probabilistic), often accepted more, but it takes GPU memory and ignores the seeds of requests. "
     "The text is distributed alike with both."
 )
 OPTIONAL_TENSORS = {"embed_tokens.weight"}
