@@ -86,7 +86,7 @@ def test_an_adapter_of_another_drafter_is_refused(trained, tmp_path):
     save_adapter(add_adapter(PeagleForSpeculation(config), LoraConfig(target_modules="all-linear")), tmp_path / "a")
     load_adapter(PeagleForSpeculation(config), tmp_path / "a")
     fields = config.to_dict()
-    for changes in ({"num_hidden_layers": 1}, {"intermediate_size": 48}):
+    for changes in ({"num_hidden_layers": 1, "layer_types": ["full_attention"]}, {"intermediate_size": 48}):
         other = PeagleConfig.from_dict(
             {**fields, "transformer_layer_config": {**fields["transformer_layer_config"], **changes}}
         )

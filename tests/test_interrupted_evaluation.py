@@ -21,7 +21,7 @@ from peagle_hf.evaluation.task import FINISHED_RUNS
 ROWS = [{"question_id": number, "turns": [f"a b c {'d ' * number}", "e f"]} for number in range(6)]
 REQUESTS = 1 + 2 * len(ROWS)
 """Of a run: one to warm up, and two turns of each prompt."""
-TIMES = ("second", "speed", "break_even", "latency", "interval", "command")
+TIMES = ("recommended", "second", "speed", "break_even", "latency", "interval", "command")
 
 
 @pytest.fixture
