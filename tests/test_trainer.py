@@ -305,7 +305,8 @@ def test_evaluation_drops_no_row(train_flags):
     """Its metrics are those of offline acceptance on the same rows, here in several parts, whatever COD's ratios."""
     trainer = run(train_flags, max_steps=1, num_depths=8)
     evaluated = trainer.evaluate()
-    counters, by_context = count(trainer.model, trainer.distillation, trainer.eval_dataset)
+    counters, by_context, expected_by_method = count(trainer.model, trainer.distillation, trainer.eval_dataset)
+    assert expected_by_method == {}  # only a SamplingObjective has them
     expected = summarize(torch.cat([counters[:2], by_context.sum(0)]))
     assert {name: evaluated[f"eval_{name}"] for name in expected} == expected
     assert evaluated["eval_anchor_acceptance_length"] == summarize(counters)["acceptance_length"]

@@ -29,6 +29,7 @@ from ..model.config import PeagleConfig
 from ..model.drafter import PeagleForSpeculation
 from ..model.served_checkpoint import check_checkpoint, drafter_folder, drafter_name
 from ..training.metrics import count_by_position, drafts_in_text
+from ..training.objective import Objective
 from ..verifier.head import VerifierHead
 from ..verifier.loading import load_verifier_config
 from .sampled_acceptance import METHODS, SamplingObjective, expected_drafts
@@ -210,20 +211,21 @@ def _kept_back(arguments: AcceptanceArguments, folder: Path) -> list[int]:
 
 @torch.no_grad()
 def count(
-    drafter: PeagleForSpeculation, objective: SamplingObjective, dataset: HiddenStatesDataset
+    drafter: PeagleForSpeculation, objective: Objective, dataset: HiddenStatesDataset
 ) -> tuple[Tensor, Tensor, dict[str, NDArray[np.float64]]]:
     """Count over all slots, none dropped.
 
     Returns:
         `metrics.count_by_depth` [4, K], `metrics.count_by_position` of the drafts in each of `CONTEXTS` [C, 2, K], and
-        by method what `sampled_acceptance.expected_drafts` [2, K] expects.
+        by method what `sampled_acceptance.expected_drafts` [2, K] expects; nothing if it is no `SamplingObjective`.
     """
     drafter.eval()
     num_depths = drafter.config.num_depths
     collator = CODDataCollator.from_config(drafter.config, every_slot=True)
     counters = torch.zeros(4, num_depths, dtype=torch.long)
     by_context = torch.zeros(len(CONTEXTS), 2, num_depths, dtype=torch.long)
-    expected = {method: np.zeros((2, num_depths)) for method in METHODS}
+    methods = METHODS if isinstance(objective, SamplingObjective) else ()
+    expected = {method: np.zeros((2, num_depths)) for method in methods}
     for number in progress_bar(range(len(dataset)), desc="Measuring", unit="sequence"):
         outcomes, places, chances = [], [], []
         for part in partition_every_slot(collator([dataset[number]])):
@@ -232,15 +234,16 @@ def count(
             assert output.outcomes is not None  # the drafter is in evaluation
             counters += output.counters.cpu()
             outcomes.append(output.outcomes.cpu())
-            of_part = objective.by_anchor(tensors, num_depths)
-            places.append(of_part[0].cpu())
-            chances.append(of_part[1].cpu())
+            if isinstance(objective, SamplingObjective):
+                of_part = objective.by_anchor(tensors, num_depths)
+                places.append(of_part[0].cpu())
+                chances.append(of_part[1].cpu())
         drafts = drafts_in_text(torch.cat(outcomes, dim=1))
         # The draft after anchor i begins with token i + 2 of the sample (see `model.slots`).
         contexts = torch.tensor([context_number(place + 2) for place in drafts[0].tolist()])
         for number, counts in enumerate(by_context):
             counts += count_by_position(drafts[:, contexts == number], num_depths)
-        for method, chances_MK in zip(METHODS, torch.cat(chances, dim=1), strict=True):
+        for method, chances_MK in zip(methods, torch.cat(chances, dim=1) if chances else (), strict=True):
             expected[method] += expected_drafts(torch.cat(places, dim=1), chances_MK)
     return counters, by_context, expected
 

@@ -120,7 +120,7 @@ def run_cell(verifier: str, train: str, held_out: str, name: str, seed: int) -> 
     drafter.config.num_depths = DRAFTED
     dataset = HiddenStatesDataset(held_out, total_seq_len=BASE["total_seq_len"])
     with torch.autocast("cuda", dtype=torch.bfloat16, enabled=args.bf16):
-        _, by_context = count(drafter, trainer.distillation, dataset)
+        _, by_context, _ = count(drafter, trainer.distillation, dataset)
     reached, accepted = by_context.sum(0).tolist()
     rates = list(accumulate((taken / max(met, 1) for met, taken in zip(reached, accepted, strict=True)), mul))
     return {

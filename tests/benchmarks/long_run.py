@@ -194,7 +194,7 @@ def measure(folder: Path, job: dict[str, Any], drafter: Any, dataset_class: Any,
     states = folder / name / job.get("states", "states")
     dataset = dataset_class(folder / name, states, total_seq_len=BASE["total_seq_len"])
     with torch.autocast("cuda", dtype=torch.bfloat16):
-        _, by_context = count(drafter, Objective(drafter, load_head(drafter)), dataset)
+        _, by_context, _ = count(drafter, Objective(drafter, load_head(drafter)), dataset)
     reached, accepted = by_context.sum(0).tolist()
     conditional = [taken / max(met, 1) for met, taken in zip(reached, accepted, strict=True)]
     rates = list(accumulate(conditional, mul))
