@@ -11,6 +11,7 @@ from peagle_hf.cli import main
 from peagle_hf.evaluation.plan import FINISHED_RUNS, PlanArguments, plan
 from peagle_hf.evaluation.plan_report import text
 from peagle_hf.evaluation.speed_model import SpeedModel, fastest, geometric_length, geometric_rate
+from peagle_hf.evaluation.vllm_process import check_flags
 
 
 def test_the_model_gives_back_the_times_that_it_was_made_from():
@@ -59,10 +60,37 @@ def test_lengths_that_the_verifier_has_no_positions_for_are_refused(tiny_verifie
         plan(PlanArguments(str(tiny_verifier), str(tmp_path), prompt_tokens=475))
 
 
-def test_vllms_flags_name_no_other_models(tiny_verifier, tmp_path):
-    arguments = PlanArguments(str(tiny_verifier), str(tmp_path))
-    arguments.vllm_args = ["--speculative_config={}"]
-    with pytest.raises(PeagleError, match="--speculative_config stands after --"):
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"speculative_config": {}}, "--speculative-config stands after --"),
+        ({"spec_tokens": 4}, "--spec-tokens stands after --"),
+        ({"seed": 0}, "--seed stands after --"),
+        ({"enable_prefix_caching": True}, "--enable-prefix-caching stands after --"),
+        ({"max_num_seqs": 1}, "--max-num-seqs after -- is 1 but must be at least 4"),
+        ({"max_model_len": -1}, "--max-model-len after -- is -1 but must be at least 64"),
+        ({"load_format": "dummy"}, "not as --load-format dummy"),
+    ],
+)
+def test_vllms_flags_leave_what_is_measured_as_it_is(given, words):
+    engine = {"model": "m", "max_num_seqs": 4, "max_model_len": 64}
+    check_flags(engine, {"enable_prefix_caching": False, "max_num_seqs": 8, "max_model_len": 64, "dtype": "float32"})
+    with pytest.raises(PeagleError, match=words):
+        check_flags(engine, given)
+
+
+def test_only_the_load_format_asks_for_random_weights_and_no_file_holds_flags(tmp_path):
+    arguments = PlanArguments("m", str(tmp_path))
+    for words, is_dummy in {
+        "--load-format dummy": True,
+        "--seed=1 --load_format=dummy": True,
+        "--served-model-name dummy": False,
+        "--load-format auto": False,
+    }.items():
+        arguments.vllm_args = words.split()
+        assert arguments.asks_for_random_weights is is_dummy
+    arguments.vllm_args = ["--config=flags.yaml"]
+    with pytest.raises(PeagleError, match="--config stands after --"):
         plan(arguments)
 
 

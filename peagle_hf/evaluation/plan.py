@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -114,17 +115,23 @@ class PlanArguments(Arguments):
         check_ranges(self, {"seed": (0, MAX_SEED - self.rounds + 1)})
 
     def check_vllm_args(self) -> None:
-        """Make sure that vLLM's flags, which are set after the others, leave what is measured as it is.
+        """Make sure that vLLM's flags stand in the command itself; the rest is checked by `vllm_process.check_flags`.
 
         Raises:
-            PeagleError: a flag names other models.
+            PeagleError: they name a file of flags.
         """
-        for word in self.vllm_args:
-            if word.partition("=")[0].replace("_", "-") in ("--model", "--speculative-config", "-sc"):
-                raise PeagleError(
-                    f"{word.partition('=')[0]} stands after --, but peagle-hf plan itself tells vLLM which verifier "
-                    "and drafter to run. Leave it out; --num-layers and its like describe the drafters."
-                )
+        if any(word.partition("=")[0] == "--config" for word in self.vllm_args):
+            raise PeagleError(
+                "--config stands after --, but the report would name the file without what is in it. Write its flags "
+                "after -- instead."
+            )
+
+    @property
+    def asks_for_random_weights(self) -> bool:
+        """Whether vLLM's flags have `--load-format dummy`."""
+        words = [one for word in self.vllm_args for one in word.split("=", 1)]
+        formats = [value for name, value in pairwise(words) if name.replace("_", "-") == "--load-format"]
+        return formats[-1:] == ["dummy"]
 
 
 @dataclass(frozen=True)
@@ -202,8 +209,7 @@ class _Measurement:
 
     def __init__(self, arguments: PlanArguments, drafters: dict[_Size, PeagleConfig], vocab_size: int):
         self.arguments, self.drafters, self.output = arguments, drafters, Path(arguments.output)
-        is_asked = any(word.rpartition("=")[2] == "dummy" for word in arguments.vllm_args)
-        self.is_dummy = is_asked or _has_no_weights(arguments.model)
+        self.is_dummy = arguments.asks_for_random_weights or _has_no_weights(arguments.model)
         self.engine = self._engine()
         self.environment, self.installed = vllm_environment(), installed_vllm()
         check_synthetic_acceptance(self.installed)

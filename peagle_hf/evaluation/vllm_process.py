@@ -17,18 +17,19 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import torch
 from jinja2 import TemplateError
 
 from .. import __version__
+from ..arguments import flag_of
 from ..console import progress_bar
 from ..data.prompts import Prompt
 from ..data.tokenizer import ChatOptions
 from ..errors import PeagleError
 from ..serving.client import DRAFT_COUNTERS, POSITION_COUNTER, Answer, drafting_counts, drafts_in_order
-from ..serving.installed import MODEL_RUNNER
+from ..serving.installed import MODEL_RUNNER, REQUEST_COUNTS
 from ..serving.supervisor import supervised
 from .runs import BY_CATEGORY, BY_DRAFT, Condition, Run, check_counts, grouped
 from .synthetic_acceptance import SYNTHETIC, accept_synthetically_on_cpu, set_acceptance_length
@@ -226,17 +227,63 @@ def _do(job: Job, llm: Any, drafts: bool, send: Callable[..., object]) -> None:
 
 
 def _with_flags(engine: dict[str, Any], flags: list[str]) -> dict[str, Any]:
-    """The engine's arguments with those of vLLM's own flags; a flag that vLLM doesn't know ends the process."""
+    """The engine's arguments with those of vLLM's own flags.
+
+    Raises:
+        PeagleError: vLLM doesn't know a flag or refuses its value, or the flag would change what is measured.
+    """
     if not flags:
         return engine
     from vllm import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    class Parser(FlexibleArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise PeagleError(f"vLLM doesn't take the flags after --: {message}.")
+
+    parser = EngineArgs.add_cli_args(Parser())
     not_given = object()  # it stays where a flag isn't given, while argparse would set the flag's default
     parsed = parser.parse_args(flags, Namespace(**dict.fromkeys(vars(parser.parse_args([])), not_given)))
     names = {one.name for one in fields(EngineArgs)}
-    return engine | {name: value for name, value in vars(parsed).items() if name in names and value is not not_given}
+    given = {name: value for name, value in vars(parsed).items() if name in names and value is not not_given}
+    check_flags(engine, given)
+    return engine | given
+
+
+def check_flags(engine: dict[str, Any], given: dict[str, Any]) -> None:
+    """Make sure that vLLM's own flags leave what is measured as it is.
+
+    Args:
+        engine: the arguments that a command of this package sets.
+        given: those of the flags, by their names in vLLM's `EngineArgs`.
+
+    Raises:
+        PeagleError: a flag would change the models, the seed, the number of requests at a time or what vLLM counts, or
+            let vLLM read a repeated prompt from its cache.
+    """
+    for name, value in given.items():
+        flag = flag_of(name)
+        if name in _SET_HERE or name.startswith("spec_"):
+            raise PeagleError(
+                f"{flag} stands after --, but this command itself sets the verifier, the drafter, the seed and what is "
+                "counted. Leave it out; the command's own arguments describe the verifier and the drafters."
+            )
+        if name == "enable_prefix_caching" and value:
+            raise PeagleError(f"{flag} stands after --, but each prompt must be read whole to be timed. Leave it out.")
+        if name in _AT_LEAST and (value is None or value < engine[name]):
+            raise PeagleError(f"{flag} after -- is {value} but must be at least {engine[name]}: {_AT_LEAST[name]}.")
+        if name == "load_format" and value == "dummy" != engine.get(name):
+            raise PeagleError(
+                "The flags after -- ask for random weights, but not as --load-format dummy. Write it like that."
+            )
+
+
+_SET_HERE = ("model", "speculative_config", "seed", REQUEST_COUNTS, "disable_log_stats")
+_AT_LEAST = {
+    "max_num_seqs": "so many chats run at the same time",
+    "max_model_len": "so long are a prompt, its answer and a draft",
+}
+"""Arguments of vLLM that a flag may raise only, with what needs the least value."""
 
 
 class _Conversations:
