@@ -133,10 +133,18 @@ def config_path(folder: str | Path, command: str) -> Path:
     return path.with_name(f"{command}.yaml") if is_another else path
 
 
-def write_config(arguments: Any, path: Path, command: str) -> None:
-    """Write the YAML file (see `config_path`) with which `peagle-hf <command> FILE` runs the same command again."""
+def write_config(arguments: Any, path: Path, command: str, passed_on: Sequence[str] = ()) -> None:
+    """Write the YAML file (see `config_path`) with which `peagle-hf <command> FILE` runs the same command again.
+
+    Args:
+        passed_on: what stands after `--`, which no such file can hold: a comment has it.
+    """
+    header = _config_header(command)
+    if passed_on:
+        tail = "\n#   ".join(shlex.join(["--", *public_command(passed_on)]).splitlines())
+        header += f"# Behind this file's name the command also had, and needs again:\n#   {tail}\n"
     with atomic_path(path) as temporary:
-        temporary.write_text(_config_header(command) + config_text(arguments), encoding="utf-8")
+        temporary.write_text(header + config_text(arguments), encoding="utf-8")
 
 
 def _config_header(command: str) -> str:

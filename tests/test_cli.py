@@ -343,6 +343,11 @@ def test_config_yaml_is_read_back(arguments, argv, tmp_path, capsys):
     assert path.name == "config.yaml"
     assert config_path(tmp_path, "some") == path
     assert config_path(tmp_path, "other").name == "other.yaml"
+    write_config(parsed, path, "some", ["--chat-template", "a\nb", "--api-key", "secret"])
+    assert "#   -- --chat-template 'a\n#   b' --api-key" in path.read_text()
+    assert "secret" not in path.read_text()
+    assert config_text(parse_arguments(arguments, [str(path)])) == config_text(parsed)
+    assert config_path(tmp_path, "some") == path
 
 
 def test_numbers_out_of_range_are_refused_by_flag():

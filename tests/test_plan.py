@@ -10,7 +10,14 @@ from peagle_hf import PeagleError
 from peagle_hf.cli import main
 from peagle_hf.evaluation.plan import FINISHED_RUNS, PlanArguments, plan
 from peagle_hf.evaluation.plan_report import text
-from peagle_hf.evaluation.speed_model import SpeedModel, fastest, geometric_length, geometric_rate
+from peagle_hf.evaluation.speed_model import (
+    SpeedModel,
+    fastest,
+    geometric_length,
+    geometric_rate,
+    median_break_even,
+    median_speed_up,
+)
 from peagle_hf.evaluation.vllm_process import check_flags
 
 
@@ -32,13 +39,24 @@ def test_no_time_is_negative_and_a_deviation_is_told():
 
 def test_the_fastest_k_is_the_one_whose_further_tokens_are_worth_their_time():
     assert geometric_length(geometric_rate(2.0, 7), 7) == pytest.approx(2.0)
-    cheap = {2: SpeedModel(1.0, 0.0, 1.2, 0.0), 7: SpeedModel(1.0, 0.0, 1.3, 0.0)}
-    dear = cheap | {7: SpeedModel(1.0, 0.0, 2.5, 0.0)}
+    cheap = {2: [SpeedModel(1.0, 0.0, 1.2, 0.0)], 7: [SpeedModel(1.0, 0.0, 1.3, 0.0)]}
+    dear = cheap | {7: [SpeedModel(1.0, 0.0, 2.5, 0.0)]}
     assert fastest(cheap, 3.0)[0] == 7
     number, length, speed_up = fastest(dear, 3.0)
     assert (number, speed_up) == (2, pytest.approx(length / 1.2))
     assert 2 < length < 3
-    assert fastest({2: SpeedModel(1.0, 0.0, 3.5, 0.0)}, 3.0) == (None, 1.0, 1.0)
+    assert fastest({2: [SpeedModel(1.0, 0.0, 3.5, 0.0)]}, 3.0) == (None, 1.0, 1.0)
+
+
+def test_each_figure_is_the_median_of_the_rounds():
+    """Not that of a model with the median of each time, whose break-even is outside of all three here."""
+    rounds = [SpeedModel(1.0, 0.5, 1.0, 0.0), SpeedModel(2.0, 0.1, 3.0, 0.0), SpeedModel(0.6, 0.3, 0.9, 0.0)]
+    assert median_break_even(rounds) == pytest.approx(2.0)
+    assert median_speed_up(rounds, 3.0) == pytest.approx(1.2)
+    never, always = SpeedModel(1.0, 1.2, 0.1, 0.0), SpeedModel(1.0, 0.0, 0.9, 0.0)
+    assert median_break_even([never, *rounds[:1], always]) == pytest.approx(2.0)
+    assert median_break_even([never, always]) is None
+    assert always.break_even_length == 1
 
 
 @pytest.mark.parametrize(
@@ -171,5 +189,9 @@ def test_the_text_says_what_pays_and_what_is_rough():
     assert "never: 3.50 of at most 3" in never
     assert "No drafter of these pays" in never
     assert "never  " in text(report_of(break_even_length=None))
+    always = text(report_of(break_even_length=1.0))
+    assert "1.00 (always)" in always
+    assert 'the table says "always"' in always
+    assert "pays first" not in always
     assert "1.40 (1.30 to 1.50)" in text(report_of(break_even_range=[1.3, 1.5]))
     assert "deviate from the model of speed by up to 12%" in text(report_of(model_error=0.12))

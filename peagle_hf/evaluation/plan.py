@@ -30,7 +30,7 @@ from .arguments import MAX_SEED
 from .in_processes import device_name, engine_arguments, versions
 from .plan_report import draw, text
 from .runs import BY_CATEGORY, BY_DRAFT, Condition, FinishedRuns, Run
-from .speed_model import SpeedModel, fastest
+from .speed_model import SpeedModel, fastest, median_break_even, median_speed_up
 from .synthetic_acceptance import SYNTHETIC, check_synthetic_acceptance
 from .task import name_of_run
 from .vllm_process import Job, VllmProcess
@@ -154,10 +154,10 @@ def plan(arguments: PlanArguments) -> dict[str, Any]:
     and K + 1, and a model of speed is fitted to these (see `speed_model`). `plan.json` has
 
     - `drafters`: for each size and K, `by_concurrency`: `tokens_per_second_without`; `measured`: acceptance lengths
-      with their `tokens_per_second`; `break_even_length`, the acceptance length from which the drafter pays (null:
-      none; above K + 1 it can't be reached), and `break_even_range`, its least and greatest value in the rounds;
-      `speed_up` at the acceptance lengths 1.5, 2, 3 and 4 (null above K + 1); `model_error`, the greatest deviation of
-      a measured time from the model, as a share.
+      with their `tokens_per_second`; `break_even_length`, the acceptance length from which the drafter pays (1:
+      always; null: none; above K + 1 it can't be reached), and `break_even_range`, its least and greatest value in the
+      rounds; `speed_up` at the acceptance lengths 1.5, 2, 3 and 4 (null above K + 1); `model_error`, the greatest
+      deviation of a measured time from the model, as a share.
     - `serve`: for each size and concurrency, `by_length`: the fastest K (`num_speculative_tokens`; null: no drafter) of
       a drafter that has this acceptance length with the largest K, with `acceptance_length` and `speed_up` at the
       fastest K. Every token is taken to be accepted at the same rate once all before it are.
@@ -181,7 +181,7 @@ def plan(arguments: PlanArguments) -> dict[str, Any]:
     drafters = {size: _drafter_config(arguments, size) for size in sizes}
     with locked_folder(arguments.output, "Wait until it has ended, or name another --output.", "plan"):
         output = Path(arguments.output)
-        write_config(arguments, config_path(output, "plan"), "plan")
+        write_config(arguments, config_path(output, "plan"), "plan", arguments.vllm_args)
         measurement = _Measurement(arguments, drafters, config.vocab_size)
         report = measurement.report()
         write_json(output / "plan.json", report)
@@ -262,10 +262,7 @@ class _Measurement:
                     **vars(size),
                     "concurrency": concurrency,
                     "by_length": _fastest(
-                        {
-                            tokens: _median(models[size, tokens, concurrency])
-                            for tokens in arguments.num_speculative_tokens
-                        }
+                        {tokens: models[size, tokens, concurrency] for tokens in arguments.num_speculative_tokens}
                     ),
                 }
                 for size in self.drafters
@@ -374,12 +371,11 @@ class _Measurement:
         by_length = zip(
             *(self._runs(number, size, tokens, concurrency) for number in range(1, len(models) + 1)), strict=True
         )
-        median = _median(models)
         break_evens = [model.break_even_length for model in models]
         known = [length for length in break_evens if length is not None]
         return {
             "concurrency": concurrency,
-            "tokens_per_second_without": 1 / median.without,
+            "tokens_per_second_without": float(np.median([1 / model.without for model in models])),
             "measured": [
                 {
                     "acceptance_length": float(np.mean([_acceptance_length(run) for run in runs])),
@@ -387,9 +383,9 @@ class _Measurement:
                 }
                 for runs in by_length
             ],
-            "break_even_length": median.break_even_length,
+            "break_even_length": median_break_even(models),
             "break_even_range": [min(known), max(known)] if len(models) > 1 and len(known) == len(models) else None,
-            "speed_up": {f"{length:g}": _speed_up(median, length, tokens) for length in LENGTHS},
+            "speed_up": {f"{length:g}": _speed_up(models, length, tokens) for length in LENGTHS},
             "model_error": max(model.error for model in models),
         }
 
@@ -398,7 +394,7 @@ def _keeper(finished: FinishedRuns, name: str) -> Callable[[Run, dict[str, Any]]
     return lambda run, measured_on: finished.add(name, run, measured_on)
 
 
-def _fastest(models: dict[int, SpeedModel]) -> list[dict[str, Any]]:
+def _fastest(models: dict[int, list[SpeedModel]]) -> list[dict[str, Any]]:
     """The items of `by_length`, see `plan`."""
 
     def items() -> Iterator[dict[str, Any]]:
@@ -415,17 +411,8 @@ def _fastest(models: dict[int, SpeedModel]) -> list[dict[str, Any]]:
     return list(items())
 
 
-def _speed_up(model: SpeedModel, length: float, tokens: int) -> float | None:
-    return model.speed_up(length) if length <= tokens + 1 else None
-
-
-def _median(models: list[SpeedModel]) -> SpeedModel:
-    """The model with the median of each time."""
-    without, outside, rounds, error = (
-        float(np.median([getattr(model, name) for model in models]))
-        for name in ("without", "outside", "rounds", "error")
-    )
-    return SpeedModel(without, outside, rounds, error)
+def _speed_up(models: list[SpeedModel], length: float, tokens: int) -> float | None:
+    return median_speed_up(models, length) if length <= tokens + 1 else None
 
 
 def _seconds_per_token(run: Run) -> float:

@@ -55,7 +55,8 @@ def _pays_from(run: dict[str, Any], tokens: int) -> str:
     if length is None:
         return "never"
     spread = run["break_even_range"]
-    shown = f"{length:.2f}" + (f" ({spread[0]:.2f} to {spread[1]:.2f})" if spread else "")
+    shown = "1.00 (always)" if length <= 1 else f"{length:.2f}"
+    shown += f" ({spread[0]:.2f} to {spread[1]:.2f})" if spread else ""
     return f"never: {shown} of at most {tokens + 1}" if length > tokens + 1 else shown
 
 
@@ -105,14 +106,24 @@ def _sentences(report: dict[str, Any]) -> list[str]:
         for drafter, run in runs
         if run["break_even_length"] is not None and run["break_even_length"] <= drafter["num_speculative_tokens"] + 1
     ]
-    sentences = ["No drafter of these pays at any of these loads, whatever is accepted."]
-    if reachable:
-        length, drafter, run = min(reachable, key=lambda one: one[0])
-        sentences = [
-            f"The first to pay is the drafter with {_size(drafter)} and K {drafter['num_speculative_tokens']}: from "
-            f"acceptance length {length:.2f} on, at {run['concurrency']} at a time. peagle-hf evaluate says which "
-            "length a trained drafter has."
-        ]
+    sentences = []
+    for tokens in sorted({drafter["num_speculative_tokens"] for drafter, _ in runs}):  # lengths compare for one K only
+        of_k = [one for one in reachable if one[1]["num_speculative_tokens"] == tokens and one[0] > 1]
+        if of_k:
+            length, drafter, run = min(of_k, key=lambda one: one[0])
+            sentences.append(
+                f"With K {tokens} the drafter with {_size(drafter)} pays first: from acceptance length {length:.2f} "
+                f"on, at {run['concurrency']} at a time."
+            )
+    if sentences:
+        sentences.append("peagle-hf evaluate says which acceptance length a trained drafter has.")
+    if not reachable:
+        sentences.append("No drafter of these pays at any of these loads, whatever is accepted.")
+    if any(length <= 1 for length, *_ in reachable):
+        sentences.append(
+            'Where the table says "always", vLLM was no slower with a drafter of which nothing is accepted, so the '
+            "difference is too small for this measurement: run more --num-prompts and --rounds."
+        )
     error = max(run["model_error"] for _, run in runs)
     if error > GREAT_ERROR:
         sentences.append(

@@ -4,6 +4,7 @@ A generated token takes a + b / L seconds, L being the acceptance length: b is t
 verifying for each chat, and a what doesn't depend on the drafts, such as the prompt's own pass.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -47,13 +48,25 @@ class SpeedModel:
 
     @property
     def break_even_length(self) -> float | None:
-        """The acceptance length from which the drafter pays; None if none is high enough."""
+        """The acceptance length, at least 1, from which the drafter pays; None if none is high enough."""
         saved = self.without - self.outside
-        return self.rounds / saved if saved > 0 else None
+        return max(1.0, self.rounds / saved) if saved > 0 else None
 
     def speed_up(self, length: float) -> float:
         """Tokens per second at this acceptance length, divided by those without a drafter."""
         return self.without / (self.outside + self.rounds / length)
+
+
+def median_break_even(models: Sequence[SpeedModel]) -> float | None:
+    """The median of the rounds' break-even lengths; None if that is a round in which no length is high enough."""
+    lengths = [model.break_even_length for model in models]
+    median = float(np.median([math.inf if length is None else length for length in lengths]))
+    return median if math.isfinite(median) else None
+
+
+def median_speed_up(models: Sequence[SpeedModel], length: float) -> float:
+    """The median of the rounds' speed-ups at this acceptance length."""
+    return float(np.median([model.speed_up(length) for model in models]))
 
 
 def geometric_length(rate: float, num_tokens: int) -> float:
@@ -70,13 +83,13 @@ def geometric_rate(length: float, num_tokens: int) -> float:
     return (low + high) / 2
 
 
-def fastest(models: Mapping[int, SpeedModel], length: float) -> tuple[int | None, float, float]:
+def fastest(models: Mapping[int, Sequence[SpeedModel]], length: float) -> tuple[int | None, float, float]:
     """The K that is the fastest for a drafter which has this acceptance length with the largest K.
 
     With fewer tokens its length is lower, as if each token were accepted at the same rate once all before it are.
 
     Args:
-        models: by K.
+        models: of each round, by K.
         length: at most the largest K + 1.
 
     Returns:
@@ -84,6 +97,7 @@ def fastest(models: Mapping[int, SpeedModel], length: float) -> tuple[int | None
     """
     rate = geometric_rate(length, max(models))
     lengths = {number: geometric_length(rate, number) for number in models}
-    best = max(models, key=lambda number: models[number].speed_up(lengths[number]))
-    speed_up = models[best].speed_up(lengths[best])
+    speed_ups = {number: median_speed_up(models[number], lengths[number]) for number in models}
+    best = max(models, key=lambda number: speed_ups[number])
+    speed_up = speed_ups[best]
     return (best, lengths[best], speed_up) if speed_up > 1 else (None, 1.0, 1.0)
