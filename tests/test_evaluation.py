@@ -312,6 +312,10 @@ def test_vllm_is_told_one_k_and_where_it_drafts(caplog):
     }
     assert scheduled(pays_at_few, False) == {"num_speculative_tokens": 4}
     assert "can't choose K by load" in caplog.text
+    caplog.set_level("INFO")
+    almost_pays = recommendation({0: 20, 2: 30, 4: 40}, {0: 57, 2: 30, 4: 55})
+    assert scheduled(almost_pays, True) == {"num_speculative_tokens": 4}
+    assert "No drafter was faster by at most 5 % at 4 chats at a time" in caplog.text
     pays = recommendation({0: 20, 2: 30, 4: 40}, {0: 50, 2: 90, 4: 60})
     assert scheduled(pays, True) == {"num_speculative_tokens": 2}
     assert scheduled(recommendation({2: 30, 4: 40}, {2: 90, 4: 60}), True) == {"num_speculative_tokens": 2}

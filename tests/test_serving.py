@@ -261,7 +261,12 @@ def test_k_by_load_is_read_from_the_evaluation_beside_the_drafter(arguments, bas
         config = json.loads(command[command.index("--speculative-config") + 1])
         assert config["num_speculative_tokens"] == 3
         assert config["num_speculative_tokens_per_batch_size"] == [[1, 1, 3], [2, 3, 0]]
-    path.write_text(json.dumps(report | {"drafter_weights": "other"}))
+    beside = link.parent / "evaluation" / "evaluation.json"
+    beside.parent.mkdir()
+    path.rename(beside)
+    path.write_text(json.dumps(report | {"drafter_weights": "other"}))  # it is passed over
+    assert drafting_command(ServeArguments(str(link), **auto), on_cpu=False) == command
+    beside.unlink()
     with pytest.raises(PeagleError, match="evaluates a different checkpoint"):
         drafting_command(ServeArguments(str(link), **auto), on_cpu=False)
     del report["recommended_num_speculative_tokens"]

@@ -43,7 +43,7 @@ from .address import Address
 from .environment import installed_vllm, vllm_environment
 from .installed import REQUEST_COUNTS, drafting_environment
 from .supervisor import supervised
-from .tokens_by_load import AUTO, RECOMMENDED, SCHEDULE, find_report, scheduled
+from .tokens_by_load import AUTO, RECOMMENDED, SCHEDULE, reports_beside, scheduled
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ class ServeArguments(Arguments):
         default=None,
         metadata={
             "help": "For auto, the report of peagle-hf evaluate on this drafter. Default: evaluation.json in the "
-            "drafter's folder or in one of the three above it."
+            "drafter's folder or in one of the three above it, or in a folder evaluation there."
         },
     )
     draft_sample_method: Literal["probabilistic", "greedy"] = field(
@@ -307,12 +307,25 @@ def drafting_command(arguments: ServeArguments, on_cpu: bool) -> list[str]:
 
 def _tokens_by_load(arguments: ServeArguments, folder: Path) -> dict[str, Any]:
     """The fields of `--speculative-config` that an evaluation of this drafter recommends."""
-    path = find_report(arguments.evaluation, Path(os.path.abspath(arguments.model)), folder)
-    report = read_evaluation(path, folder)
+    path, report = _report(arguments, folder)
     if RECOMMENDED not in report:
         raise PeagleError(f"{path} comes from an older peagle-hf evaluate and recommends nothing. Run it again.")
-    logger.info("K by load is that of %s.", path)
+    logger.info("K by load comes from the report %s.", path)
     return scheduled(report[RECOMMENDED], installed_vllm(arguments.vllm_python).takes(SCHEDULE))
+
+
+def _report(arguments: ServeArguments, folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The report that is named, or else the first one found that is about this drafter."""
+    if arguments.evaluation is not None:
+        return Path(arguments.evaluation), read_evaluation(arguments.evaluation, folder)
+    link = Path(os.path.abspath(arguments.model)) if Path(arguments.model).is_dir() else None
+    errors = []
+    for path in reports_beside(folder, link):
+        try:
+            return path, read_evaluation(path, folder)
+        except PeagleError as error:
+            errors.append(error)
+    raise errors[0]
 
 
 def _chat_options(arguments: ServeArguments, folder: Path, verifier: str) -> dict[str, Any]:

@@ -17,9 +17,12 @@ logger = logging.getLogger(__name__)
 AUTO = "auto"
 SCHEDULE = "num_speculative_tokens_per_batch_size"
 """vLLM's field of `--speculative-config`: [first batch size, last batch size, K] by load."""
-REPORT = "evaluation.json"
+REPORT, EVALUATION = "evaluation.json", "evaluation"
+"""The report's file, and the folder in which `peagle-hf run` has it."""
 RECOMMENDED = "recommended_num_speculative_tokens"
 """The field of that report with the recommendation."""
+MARGIN = 0.05
+"""By which share the verifier alone must be faster at a load for vLLM to be told to draft nothing there."""
 
 
 def recommend(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -71,7 +74,9 @@ def scheduled(recommended: Sequence[Mapping[str, Any]], takes_schedule: bool) ->
 
     vLLM 0.26 to 0.33 gives the drafts of a batch to the wrong requests if it drafts fewer tokens in parallel than it
     was started with, unless it drafts none. So one K is taken, the one with the highest speeds over all loads, and
-    none where the drafter doesn't pay. Between two loads that were measured the border is their geometric mean.
+    none where the verifier alone was faster by more than `MARGIN`: vLLM still runs the drafter there, and with a
+    schedule it takes piecewise CUDA graphs at every load. Between two loads that were measured the border is their
+    geometric mean.
 
     Args:
         takes_schedule: whether this vLLM can choose by load.
@@ -90,8 +95,21 @@ def scheduled(recommended: Sequence[Mapping[str, Any]], takes_schedule: bool) ->
         )
     best = max(candidates, key=lambda tokens: sum(math.log(max(by_k[tokens], by_k.get(0, 0.0))) for by_k in speeds))
     if len(fastest - {0}) > 1:
-        logger.info("K %d is served at all loads that it pays at: vLLM can't draft with several K in parallel.", best)
-    pays = [by_k[best] >= by_k.get(0, 0.0) for by_k in speeds]
+        logger.info(
+            "K %d is drafted at every load at which it is faster than no drafter: vLLM can't draft with several K in "
+            "parallel.",
+            best,
+        )
+    loads = [row["concurrency"] for row in recommended]
+    gains = [by_k.get(0, 0.0) / by_k[best] - 1 for by_k in speeds]  # of no drafter
+    pays = [gain <= MARGIN for gain in gains]
+    if close := [str(load) for load, gain in zip(loads, gains, strict=True) if 0 < gain <= MARGIN]:
+        logger.info(
+            "No drafter was faster by at most %.0f %% at %s chats at a time. vLLM drafts there too, because a schedule "
+            "with K 0 costs time itself.",
+            100 * MARGIN,
+            ", ".join(close),
+        )
     fields: dict[str, Any] = {"num_speculative_tokens": best}
     if all(pays):
         logger.info("K is %d at any load.", best)
@@ -99,7 +117,7 @@ def scheduled(recommended: Sequence[Mapping[str, Any]], takes_schedule: bool) ->
     if not takes_schedule:
         logger.warning("This vLLM can't choose K by load (%s), so K is %d at any.", SCHEDULE, best)
         return fields
-    fields[SCHEDULE] = list(_ranges([row["concurrency"] for row in recommended], [best if pay else 0 for pay in pays]))
+    fields[SCHEDULE] = list(_ranges(loads, [best if pay else 0 for pay in pays]))
     said = ", ".join(f"{tokens} from {first} requests on" for first, _, tokens in fields[SCHEDULE])
     logger.info("K by the number of requests that vLLM runs at a time: %s.", said)
     return fields
@@ -117,22 +135,25 @@ def _ranges(loads: Sequence[int], tokens: Sequence[int]) -> Iterator[list[int]]:
         first = last + 1
 
 
-def find_report(given: str | None, *drafters: Path) -> Path:
-    """The report of an evaluation: the one that is named, else the one in a drafter's folder or in one above it.
+def reports_beside(folder: Path, link: Path | None) -> list[Path]:
+    """The reports of evaluations in a drafter's folder and, where a user named a folder, in the three above it.
+
+    In each of these it may be in a folder `evaluation` too, into which `peagle-hf run` writes it.
 
     Args:
-        drafters: folders of the same drafter, as a link names it and as it is.
+        folder: of the drafter, with all links followed.
+        link: the folder that the user named; None for a drafter of the hub, above whose folder is the hub's cache.
 
     Raises:
         PeagleError: there is none.
     """
-    if given is not None:
-        return Path(given)
-    places = [folder / REPORT for drafter in drafters for folder in (drafter, *drafter.parents[:3])]
-    for place in places:
-        if place.is_file():
-            return place
-    raise PeagleError(
-        f"--num-speculative-tokens is auto, which needs the report of peagle-hf evaluate, but there is no {REPORT} in "
-        f"{drafters[-1]} or the three folders above it. Name it with --evaluation, or name a number."
-    )
+    folders = [folder] if link is None else [one for start in (link, folder) for one in (start, *start.parents[:3])]
+    places = dict.fromkeys(place for one in folders for place in (one / REPORT, one / EVALUATION / REPORT))
+    found = [place for place in places if place.is_file()]
+    if not found:
+        raise PeagleError(
+            f"--num-speculative-tokens is auto, which needs the report of peagle-hf evaluate, but there is no {REPORT} "
+            f"in {folder}{'' if link is None else ' or the three folders above it'}, nor in a folder {EVALUATION} "
+            "there. Name it with --evaluation, or name a number."
+        )
+    return found
