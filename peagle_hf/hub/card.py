@@ -194,7 +194,10 @@ def _about(config: PeagleConfig, verifier: str | None) -> str:
 
 def _acceptance(report: dict[str, Any]) -> str:
     rates = report["per_position_acceptance"]
-    sampling = "greedy" if report["temperature"] == 0 else f"temperature {report['temperature']}"
+    sampling = "greedy"
+    if report["temperature"] > 0:
+        drafts = report.get("draft_sample_method")
+        sampling = f"temperature {report['temperature']}{f' with {drafts} drafts' if drafts else ''}"
     method = report.get("interval_method")
     intervals = f" In brackets: {method['confidence']:.0%} intervals ({method['name']})." if method else ""
     measured = (
