@@ -357,6 +357,9 @@ def test_the_report_has_the_figures_of_each_segment(arguments, drafter, capsys):
     assert "| drafts that begin in | number of prompts |" in card
     assert "| reasoning | 2 | 1.500 | 16.7% |" in card
     assert "| tokens before the draft |" not in card
+    sampled = evaluation | {"temperature": 1.0, "draft_sample_method": "probabilistic"}
+    card = model_card(check_checkpoint(drafter), "my-lab/d", None, None, sampled).text
+    assert "temperature 1.0 with probabilistic drafts, " in card
     evaluation["by_context"]["16K-"] = contexts["0-1K"]
     card = model_card(check_checkpoint(drafter), "my-lab/d", None, None, evaluation).text
     assert "| tokens before the draft | number of prompts |" in card
@@ -369,7 +372,7 @@ def test_a_server_that_counts_by_request_only_is_named_with_the_remedy(arguments
     assert report["by_segment"] is None
     assert report["num_drafts"] == 8
     printed = capsys.readouterr().out
-    assert "Acceptance isn't known by segment, because the server counts per request, not per draft." in printed
+    assert "Acceptance isn't known by segment or by position in the context, because the server counts per" in printed
     assert "--per-request-spec-decode-metrics detailed" in printed
     evaluation = read_evaluation(Path(arguments.output) / "evaluation.json", drafter)
     assert "drafts that begin in" not in model_card(check_checkpoint(drafter), "a/b", None, None, evaluation).text

@@ -324,7 +324,7 @@ def test_a_server_that_only_counts_as_a_whole_gives_no_intervals_of_acceptance(
     report = evaluate(arguments(baseline_endpoint=baseline.url))
     assert "--per-request-spec-decode-metrics detailed" in caplog.text
     assert (by_request["counts"], report["counts"]) == ("by draft", "by category")
-    assert "Acceptance has no intervals and isn't known by segment, because the server (0.32.0)" in text(report)
+    assert "known by segment or by position in the context, because the server (0.32.0)" in text(report)
     assert set(report["intervals"]) == {"tokens_per_second", "tokens_per_second_without", "speed_up"}
     assert report["break_even_length"] == pytest.approx(report["acceptance_length"] / report["speed_up"])
     names = ("acceptance_length", "num_drafts", "num_accepted_tokens", "per_position_acceptance")

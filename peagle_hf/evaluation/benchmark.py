@@ -18,6 +18,7 @@ from ..files import atomic_path, locked_folder, write_json
 from ..hub.training_json import chosen_chat_options, recorded_chat_options
 from ..model.served_checkpoint import check_checkpoint
 from ..pages.pictures import can_draw
+from ..serving.environment import installed_vllm
 from ..serving.tokens_by_load import RECOMMENDED, recommend
 from .arguments import EvaluateArguments
 from .figures import difference, entry
@@ -144,7 +145,7 @@ def _report(task: Task, measured: Measured, num_drafters: int, segmenter: Segmen
         RECOMMENDED: recommended,
         "max_tokens": arguments.max_tokens,
         "temperature": arguments.temperature[0],
-        "draft_sample_method": arguments.draft_sample_method if arguments.endpoint is None else None,
+        "draft_sample_method": _draft_sample_method(arguments),
         **task.options.description(),
         **(segmenter.description() if segmenter else {}),
         "seed": arguments.seed if arguments.endpoint is None else None,
@@ -155,6 +156,13 @@ def _report(task: Task, measured: Measured, num_drafters: int, segmenter: Segmen
         "command": arguments.command(),
         **measured.measured_on,
     }
+
+
+def _draft_sample_method(arguments: EvaluateArguments) -> str | None:
+    """How this vLLM drafts at temperatures above 0: greedily if it has no choice; None for a server."""
+    if arguments.endpoint is not None:
+        return None
+    return arguments.draft_sample_method if installed_vllm().takes("draft_sample_method") else "greedy"
 
 
 def _entries(task: Task, runs: AtTemperature, num_drafters: int, segmenter: Segmenter | None) -> list[dict[str, Any]]:

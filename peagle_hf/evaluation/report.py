@@ -15,7 +15,7 @@ from ..pages.pictures import COLOURS, GREY, picture, save_png
 from ..pages.tables import Table
 from ..serving.tokens_by_load import RECOMMENDED, describe
 from .intervals import MIN_PROMPTS
-from .runs import BY_CATEGORY, BY_REQUEST, coarse_counts
+from .runs import BY_DRAFT, coarse_counts
 
 TEMPERATURE_HEAD = [
     *("Temperature", "", "Acceptance length", "Acceptance rate", "Accepted by position", "Tokens/s", "Speed-up")
@@ -312,7 +312,7 @@ def _sentences(report: dict[str, Any]) -> list[str]:
     for label, entry in labelled:
         prefix = f"{label}: " if len(labelled) > 1 else ""
         sentences.append(prefix + _text_sentence(entry, report))
-    if (report["counts"] == BY_REQUEST and report.get("segment_markers")) or report["counts"] == BY_CATEGORY:
+    if report["counts"] != BY_DRAFT:
         is_server = report["seed"] is None
         sentences.append(coarse_counts(report["counts"], report["versions"]["vllm"], is_server))
     for label, entry in labelled[1:]:

@@ -106,10 +106,13 @@ def coarse_counts(counts: str, version: str, is_server: bool) -> str:
         else f"vLLM {'.'.join(map(str, COUNTS_REQUESTS_FROM))} and newer count each draft."
     )
     if counts == BY_REQUEST:
-        return f"Acceptance isn't known by segment, because the server counts per request, not per draft. {remedy}"
+        return (
+            "Acceptance isn't known by segment or by position in the context, because the server counts per request, "
+            f"not per draft. {remedy}"
+        )
     return (
-        f"Acceptance has no intervals and isn't known by segment, because {'the server' if is_server else 'vLLM'} "
-        f"({version}) counts drafts in total only. {remedy}"
+        "Acceptance has no intervals and isn't known by segment or by position in the context, because "
+        f"{'the server' if is_server else 'vLLM'} ({version}) counts drafts in total only. {remedy}"
     )
 
 
@@ -124,7 +127,7 @@ def check_counts(answers: Sequence[Answer], counted: Sequence[int]) -> None:
         raise PeagleError(
             f"The speculative-decoding counters of this vLLM don't add up: its counts per request sum to {added} "
             "(drafts, drafted tokens, accepted tokens, and these by position), its total counters say "
-            f"{list(counted)}. Use vLLM 0.32."
+            f"{list(counted)}. Use vLLM 0.29 to 0.33."
         )
 
 
@@ -158,7 +161,7 @@ class FinishedRuns:
                     self._runs[line["name"]] = Run.of(line["run"]), dict(line["measured_on"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise PeagleError(
-                f"{path}, which holds the finished runs of an evaluation that was interrupted, is damaged "
+                f"{path}, which holds the finished runs of a command that was interrupted, is damaged "
                 f"({type(error).__name__}: {error}). Remove it and run the same command again to measure everything "
                 "again."
             ) from error
