@@ -18,7 +18,7 @@ AUTO = "auto"
 SCHEDULE = "num_speculative_tokens_per_batch_size"
 """vLLM's field of `--speculative-config`: [first batch size, last batch size, K] by load."""
 REPORT, EVALUATION = "evaluation.json", "evaluation"
-"""The report's file, and the folder in which `peagle-hf run` has it."""
+"""The report's file, and the folder that the examples of the documentation give it."""
 RECOMMENDED = "recommended_num_speculative_tokens"
 """The field of that report with the recommendation."""
 MARGIN = 0.05
@@ -138,7 +138,7 @@ def _ranges(loads: Sequence[int], tokens: Sequence[int]) -> Iterator[list[int]]:
 def reports_beside(folder: Path, link: Path | None) -> list[Path]:
     """The reports of evaluations in a drafter's folder and, where a user named a folder, in the three above it.
 
-    In each of these it may be in a folder `evaluation` too, into which `peagle-hf run` writes it.
+    In each of these it may be in a folder `evaluation` too, as in `--output out/evaluation`.
 
     Args:
         folder: of the drafter, with all links followed.
