@@ -114,7 +114,10 @@ class SlowRows(HiddenStatesDataset):
 
 
 def test_minutes_left_count_steps_validations_and_saves_to_come(monkeypatch):
-    """Three epochs of 20 steps of 2 s, the first four of which take longer; each ends with 33 s of pauses."""
+    """Three epochs of 20 steps of 2 s, the first four of which take longer.
+
+    Before the first step there is a validation; each epoch ends with one on two data sets (30 s) and a save (13 s).
+    """
     clock = Clock()
     monkeypatch.setattr(time, "perf_counter", clock)
     args = SimpleNamespace(
@@ -122,13 +125,14 @@ def test_minutes_left_count_steps_validations_and_saves_to_come(monkeypatch):
         per_device_eval_batch_size=1,
         gradient_accumulation_steps=1,
         eval_strategy=IntervalStrategy.EPOCH,
-        eval_steps=None,
-        save_strategy=SaveStrategy.EPOCH,
-        save_steps=500,
+        save_strategy=SaveStrategy.STEPS,
+        save_steps=1 / 3,
     )
     trainer = type("Trainer", (), {"args": args, "eval_dataset": range(20)})()
-    left, state, said = TimeLeft(trainer), TrainerState(max_steps=60), []
+    left, state, said = TimeLeft(trainer), TrainerState(max_steps=60, save_steps=20), []
     left.on_train_begin(args, state, None, train_dataloader=range(20))
+    clock.now += 30
+    left.on_evaluate(args, state, None)
     for step in range(1, 61):
         left.on_step_begin(args, state, None)
         clock.now += {1: 26, 2: 5, 3: 3, 4: 4}.get(step, 2)
@@ -140,15 +144,16 @@ def test_minutes_left_count_steps_validations_and_saves_to_come(monkeypatch):
         assert state.log_history[-1]["minutes_left"] == logs["minutes_left"]
         said.append((clock.now, logs["minutes_left"] * 60))
         if step % 20 == 0:
-            clock.now += 30
-            left.on_evaluate(args, state, None)
-            clock.now += 2
+            for seconds in (20, 10):
+                clock.now += seconds
+                left.on_evaluate(args, state, None)
+            clock.now += 12
             left.on_save(args, state, None)
             clock.now += 1
     for now, seconds in said:
-        if now > 60:
+        if now > 150:  # after the first validation and save
             assert seconds == pytest.approx(clock.now - now, rel=0.1), now
-    assert said[-1][1] == pytest.approx(33)
+    assert said[-1][1] == pytest.approx(43)
 
 
 def test_a_slow_loader_shows(train_flags):

@@ -26,7 +26,7 @@ from ..errors import PeagleError
 from ..files import canonical_path, check_writable
 from ..model.config import PeagleConfig
 from ..model.drafter import PeagleForSpeculation
-from ..processes import on_first, together
+from ..processes import are_several, on_first, together
 from ..verifier.draft_vocabulary import draft_vocabulary, load_token_freq
 from ..verifier.loading import load_verifier_config
 from .adapters import add_adapter
@@ -145,6 +145,8 @@ def print_time(args: PeagleTrainingArguments) -> None:
             raise PeagleError("show this process one GPU with CUDA_VISIBLE_DEVICES, or start it with torchrun.")
         times = _time_steps(args)
     except PeagleError as error:
+        if are_several():
+            raise  # the other processes may be waiting for this one
         times = f"How long training takes isn't measured: {error}"
     if args.process_index == 0:
         print(times)
@@ -157,6 +159,7 @@ def _time_steps(args: PeagleTrainingArguments) -> str:
     brief.eval_strategy, brief.save_strategy, brief.load_best_model_at_end = IntervalStrategy.NO, SaveStrategy.NO, False
     brief.linear_start, brief.resume, brief.resume_from_checkpoint, brief.on_generate = False, False, None, "delete"
     brief.push_to_hub, brief.report_to = False, []
+    brief.dataloader_persistent_workers = False  # they would keep the plan of the first validation
     with TemporaryDirectory() as folder:
         brief.output_dir = on_first(lambda: folder)
         trainer = build_trainer(brief)
@@ -165,16 +168,19 @@ def _time_steps(args: PeagleTrainingArguments) -> str:
         trainer.train()
         step, steps_timed = trainer.time_left.step_seconds, trainer.time_left.steps_timed
         steps, steps_an_epoch = planned_steps(args, len(cast(HiddenStatesDataset, trainer.train_dataset)))
-        validations, validation = 0, 0.0
+        validations, validation, validated = 0, 0.0, []
         if args.eval_strategy != IntervalStrategy.NO and trainer.eval_dataset is not None:
-            every = args.eval_steps if args.eval_strategy == IntervalStrategy.STEPS and args.eval_steps else None
-            validations = math.ceil(steps / (every or steps_an_epoch))
+            every: float = steps_an_epoch
+            if args.eval_strategy == IntervalStrategy.STEPS and args.eval_steps:
+                every = args.eval_steps if args.eval_steps >= 1 else math.ceil(steps * args.eval_steps)
+            validations = math.ceil(steps / every)
             validation = _time_validation(trainer)
+            validated = [f"{f'a validation of {validation_batches(trainer):,} batches':<44}{validation:>8.1f} s"]
     minutes = (steps * step + validations * validation) / 60
     return "\n".join(
         [
             f"{f'a step here, mean of {steps_timed}':<44}{step * 1e3:>8.0f} ms",
-            f"{f'a validation of {validation_batches(trainer):,} batches':<44}{validation:>8.1f} s",
+            *validated,
             f"{f'{steps:,} steps and {validations} validations':<44}{minutes:>8.1f} minutes",
             "The start, with the compiling of kernels, and the saving of checkpoints come on top.",
         ]

@@ -35,8 +35,8 @@ class TimeLeft(TrainerCallback):
         self._begun_at, self._steps_an_epoch, self._last = step, steps_an_epoch, time.perf_counter()
         self._seconds: deque[float] = deque(maxlen=LATEST_STEPS)
         self._first: list[float] = []
-        self._pauses: dict[str, list[float]] = {"evaluate": [], "save": []}
-        self._paused_for: str | None = None
+        self._pauses: dict[str, dict[int, float]] = {"evaluate": {}, "save": {}}  # seconds by step
+        self._paused_for: tuple[str, int] | None = None
 
     def _take(self) -> float:
         """Seconds since the last event."""
@@ -60,26 +60,33 @@ class TimeLeft(TrainerCallback):
             self._seconds.append(seconds)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._begin_pause("evaluate")
+        self._begin_pause("evaluate", state.global_step)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._begin_pause("save")
+        self._begin_pause("save", state.global_step)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs["logs"]
         if "loss" in logs:
             logs["minutes_left"] = state.log_history[-1]["minutes_left"] = self.seconds_left(args, state) / 60
 
-    def _begin_pause(self, kind: str) -> None:
-        """Called at the end of a validation, and in the midst of a save, which the next step's begin ends."""
-        self._end_pause()
-        self._pauses[kind].append(self._take())
-        self._paused_for = kind
+    def _begin_pause(self, kind: str, step: int) -> None:
+        """Called when a validation, or a part of one on another data set, has ended, and when a checkpoint is written.
+
+        The time since the event before is of this kind. What follows, such as an upload, is too, up to the next event.
+        """
+        self._paused_for = kind, step
+        self._add_to_pause()
 
     def _end_pause(self) -> None:
         if self._paused_for is not None:
-            self._pauses[self._paused_for][-1] += self._take()
+            self._add_to_pause()
             self._paused_for = None
+
+    def _add_to_pause(self) -> None:
+        assert self._paused_for is not None
+        kind, step = self._paused_for
+        self._pauses[kind][step] = self._pauses[kind].get(step, 0.0) + self._take()
 
     @property
     def step_seconds(self) -> float:
@@ -98,21 +105,22 @@ class TimeLeft(TrainerCallback):
     def seconds_left(self, args: TrainingArguments, state: TrainerState) -> float:
         """Seconds until the last step, its validation and its save are over."""
         step = self.step_seconds
-        validation = _mean(self._pauses["evaluate"], VALIDATION_SHARE * step * validation_batches(self._trainer))
-        evaluates_left = self._times_left("evaluate", args.eval_strategy, args.eval_steps, state)
+        predicted = VALIDATION_SHARE * step * validation_batches(self._trainer)
+        validation = _mean([*self._pauses["evaluate"].values()], predicted)
+        evaluates_left = self._times_left("evaluate", args.eval_strategy, state.eval_steps, state)
         is_best = args.save_strategy == SaveStrategy.BEST  # decided after each validation
-        strategy, every = (args.eval_strategy, args.eval_steps) if is_best else (args.save_strategy, args.save_steps)
+        strategy, every = (args.eval_strategy, state.eval_steps) if is_best else (args.save_strategy, state.save_steps)
         saves_left = self._times_left("save", strategy, every, state)
-        save = _mean(self._pauses["save"], 0.0)
+        save = _mean([*self._pauses["save"].values()], 0.0)
         return (state.max_steps - state.global_step) * step + evaluates_left * validation + saves_left * save
 
-    def _times_left(self, kind: str, strategy: Any, every: float | None, state: TrainerState) -> int:
-        """How often there still is a validation or a save."""
+    def _times_left(self, kind: str, strategy: Any, every: int, state: TrainerState) -> int:
+        """How often there still is a validation or a save; one at the step at which the training began is extra."""
         if strategy == IntervalStrategy.NO:
             return 0
         interval = every if strategy == IntervalStrategy.STEPS and every else self._steps_an_epoch
         total = math.ceil(state.max_steps / interval) - int(self._begun_at // interval)
-        return max(0, total - len(self._pauses[kind]))
+        return max(0, total - sum(step > self._begun_at for step in self._pauses[kind]))
 
 
 def updates_in(batches: int, args: TrainingArguments) -> int:
