@@ -389,11 +389,12 @@ class HiddenStatesDataset(Dataset):
             manifest, model = Manifest.read(self.hidden_states_path), self.verifier.load()
         tokens = [torch.from_numpy(request.token_ids) for request in requests]
         for request, token_ids in zip(requests, tokens, strict=True):
-            check_vocabulary(model, request.row, token_ids)
+            with row_errors(request.row, self.data_path):
+                check_vocabulary(model, request.row, token_ids)
+        with row_errors(requests[0].row, self.data_path):
+            computed = self.verifier.states(tokens, dtype_of(manifest))
         found = []
-        for request, token_ids, states in zip(
-            requests, tokens, self.verifier.states(tokens, dtype_of(manifest)), strict=True
-        ):
+        for request, token_ids, states in zip(requests, tokens, computed, strict=True):
             with row_errors(request.row, self.data_path):
                 if not _are_finite(states):
                     raise PeagleError(
