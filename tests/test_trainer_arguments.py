@@ -208,6 +208,7 @@ def make_unchecked(changes):
         ({"eval_strategy": "sometimes"}, "sometimes"),
         ({"save_strategy": "steps", "save_steps": 2.5}, "save_steps"),
         ({"load_best_model_at_end": True, "train_data_ratio": 1.0}, "load_best_model_at_end"),
+        ({"on_missing": "generate", "verifier_device": "gpu"}, "--verifier-device gpu can't be used"),
     ],
     ids=str,
 )

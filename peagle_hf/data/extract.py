@@ -19,9 +19,9 @@ from ..console import progress_bar
 from ..errors import PeagleError
 from ..files import check_writable, locked_folder, remove_leftovers
 from ..model.slots import target_tokens
-from ..processes import gather, on_first
+from ..processes import gather, on_first, together
 from ..verifier.head import check_logits
-from ..verifier.loading import check_layer_ids, load_verifier_config
+from ..verifier.loading import check_layer_ids, load_verifier_config, usable_device
 from .cache_manifest import Manifest, check_folder, origin_of
 from .cache_storage import (
     FP8_STORAGES,
@@ -230,6 +230,9 @@ def extract(arguments: ExtractArguments) -> ExtractReport:
     """
     _check_arguments(arguments)
     share = share_of(arguments)
+    if arguments.device is not None:
+        with together():
+            usable_device("--device", device_of(arguments.device, share))
     with share.one_voice():
         return _extract_share(arguments, share)
 
@@ -463,14 +466,6 @@ def _check_arguments(arguments: ExtractArguments) -> None:
             f"--storage {arguments.storage} is read as bfloat16; leave out --dtype {arguments.dtype}, or store plain "
             "or learnt."
         )
-    if arguments.device is not None:
-        try:
-            torch.empty(0, device=arguments.device)
-        except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-            raise PeagleError(
-                f"--device {arguments.device} can't be used: {str(error).splitlines()[0].rstrip('.')}. Name a device "
-                "that PyTorch has here, such as cpu or cuda:0, or leave the flag out."
-            ) from error
     if arguments.endpoint and (arguments.device or arguments.max_batch_tokens or arguments.verifier_dtype != "auto"):
         raise PeagleError(
             "--device, --verifier-dtype and --max-batch-tokens are for a verifier in this process. With --endpoint "

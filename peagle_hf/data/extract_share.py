@@ -93,9 +93,9 @@ def device_of(given: str | None, share: Share) -> str:
     Raises:
         PeagleError: the launcher has started more processes on this machine than there are GPUs.
     """
-    device = torch.device(given or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type != "cuda" or device.index is not None or not share.is_launched:
-        return str(device)
+    device = given or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device != "cuda" or not torch.cuda.is_available() or not share.is_launched:
+        return device
     local_rank, num_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if local_rank >= num_gpus:
         raise PeagleError(

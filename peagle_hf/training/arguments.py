@@ -20,7 +20,7 @@ from ..data.prepared_dataset import learnt_share
 from ..errors import PeagleError
 from ..model.config import PeagleConfig
 from ..processes import connect_on_cpu, is_launched
-from ..verifier.loading import hub_verifier
+from ..verifier.loading import hub_verifier, usable_device
 from .argument_rules import (
     check_contradictions,
     check_names_of_trainer,
@@ -412,6 +412,10 @@ class PeagleTrainingArguments(TrainingArguments):
             )
         if self.device.type not in ("cpu", "cuda"):
             raise PeagleError(f"Training runs on a CPU or CUDA GPUs, not on {self.device.type}: pass --use-cpu.")
+        if self.runs_verifier and self.verifier_device:
+            is_same_kind = self.verifier_device == self.device.type  # then this process's own GPU, not the first one
+            name = str(self.device) if is_same_kind else self.verifier_device
+            self.verifier_device = str(usable_device("--verifier-device", name))
         if self.n_gpu > 1 and self.runs_verifier and self.verifier_device:
             self._n_gpu = 1  # the drafter stays on the first GPU
         if self.n_gpu > 1 and not self.memory_report:

@@ -30,6 +30,24 @@ from .quantization import (
 from .weights import readable
 
 
+def usable_device(flag: str, name: str) -> torch.device:
+    """The device of a name, on which a tensor can be made.
+
+    Args:
+        flag: that gives the name, for the message.
+
+    Raises:
+        PeagleError: PyTorch doesn't have such a device here.
+    """
+    try:
+        return torch.empty(0, device=torch.device(name)).device
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise PeagleError(
+            f"{flag} {name} can't be used: {str(error).splitlines()[0].rstrip('.')}. Name a device that PyTorch has "
+            "here, such as cpu or cuda:0, or leave the flag out."
+        ) from error
+
+
 def load_verifier_config(
     name_or_path: str | os.PathLike[str], revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedConfig:
