@@ -120,7 +120,7 @@ def test_a_row_that_the_verifier_cannot_read_is_named(generating, tiny_verifier)
     with pytest.raises(RowError, match=rf"row {row} of .* not finite .* --skip-rows {row}"):
         list(dataset.completed([batch]))
     batch["to_generate"][0].token_ids[0] = 10_000
-    with pytest.raises(PeagleError, match=f"Row {row} has token ids .* another tokenizer"):
+    with pytest.raises(RowError, match=f"Row {row} has token ids .* another tokenizer"):
         list(dataset.completed([batch]))
 
 

@@ -39,7 +39,7 @@ from .endpoint_folder import check_layers, remove_unfetched, require_layers
 from .endpoint_states import Endpoint
 from .extract_from_servers import extract_from_servers
 from .extract_in_process import extract_in_process, load_for_extraction, use_device
-from .extract_share import Share, device_of, share_of
+from .extract_share import Share, device_of, share_of, whole_shares
 from .prepared_dataset import check_skip_rows, load_prepared, read_prepare_record, rows_fingerprint
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ def extract(arguments: ExtractArguments) -> ExtractReport:
     listed with the reason in `failed.json` in the output folder (`failed_<rank>.json` with several ranks).
 
     Started by torchrun or accelerate, the processes share the samples, each on the GPU of its local rank, and each
-    returns the report of all.
+    returns the report of all. If samples of one share fail, the other shares are still extracted before all raise.
 
     Raises:
         PeagleError: verifier or data can't be read or don't fit each other, the folder holds states of another kind,
@@ -378,22 +378,36 @@ def _extract_missing(
         on_first(lambda: check_disk(output, manifest, data, to_write))
         write = _begin(arguments, share, output, manifest, data)
         failed_record = output / f"failed{share.suffix}.json"
-        seconds = extract_from_servers(arguments, failed_record, data, missing, endpoint, write)
-        remove_unfetched(server_folder, arguments.request_timeout)
+        with whole_shares():
+            seconds = extract_from_servers(arguments, failed_record, data, missing, endpoint, write)
+            remove_unfetched(server_folder, arguments.request_timeout)
     elif to_write:
         assert arguments.model is not None
         config = load_verifier_config(arguments.model, arguments.revision, arguments.trust_remote_code)
         _check_context(config, max(to_write.values()), arguments.model)
         on_first(lambda: check_disk(output, manifest, data, to_write))
         write = _begin(arguments, share, output, manifest, data)
-    if missing and not urls:
-        assert arguments.model is not None
-        use_device(device := device_of(arguments.device, share))
-        trusts_code = arguments.trust_remote_code
-        model = load_for_extraction(arguments.model, device, arguments.verifier_dtype, arguments.revision, trusts_code)
-        check_logits(model)
-        seconds = extract_in_process(arguments, model, manifest.aux_layer_ids, data, missing, write)
+        with whole_shares():
+            if missing:
+                seconds = _run_verifier(arguments, share, manifest, data, missing, write)
     return ExtractReport(output, manifest, len(lengths), num_kept, made_again, sum(missing.values()), seconds)
+
+
+def _run_verifier(
+    arguments: ExtractArguments,
+    share: Share,
+    manifest: Manifest,
+    data: "datasets.Dataset",
+    missing: dict[int, int],
+    write: Callable[[int, Tensor, Tensor], None],
+) -> float:
+    """Extract the samples of a share with a verifier in this process; returns the seconds without its loading."""
+    assert arguments.model is not None
+    use_device(device := device_of(arguments.device, share))
+    trusts_code = arguments.trust_remote_code
+    model = load_for_extraction(arguments.model, device, arguments.verifier_dtype, arguments.revision, trusts_code)
+    check_logits(model)
+    return extract_in_process(arguments, model, manifest.aux_layer_ids, data, missing, write)
 
 
 def _missing_of_all(share: Share, lengths: dict[int, int], missing: dict[int, int]) -> dict[int, int]:

@@ -1,5 +1,6 @@
 """Which share of the samples a process of `peagle-hf extract` takes, and on which device it runs the verifier."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +11,12 @@ import torch
 
 from ..console import less_verbose
 from ..errors import PeagleError
-from ..processes import connect_on_cpu, is_launched, together
+from ..processes import are_several, connect_on_cpu, is_launched, together
 
 if TYPE_CHECKING:
     from .extract import ExtractArguments
+
+logger = logging.getLogger(__name__)
 
 LONGEST_WAIT = 7 * 24 * 3600.0
 """Seconds that a process which has finished its share waits for the others; one that ends is noticed at once."""
@@ -70,6 +73,24 @@ def share_of(arguments: "ExtractArguments") -> Share:
     if not 0 <= rank < size:
         raise PeagleError(f"--rank is {rank} but must be in 0 .. {size - 1} (--world-size).")
     return Share(rank, size)
+
+
+@contextmanager
+def whole_shares() -> Iterator[None]:
+    """Let each connected process come to the end of the block, before all raise if one has failed in it.
+
+    A launcher ends all processes once one has ended with an error. The failed one logs its error at once.
+
+    Raises:
+        PeagleError: the block failed on another process, which the message names.
+    """
+    with together():
+        try:
+            yield
+        except Exception as error:
+            if are_several():
+                logger.error("This process has failed; the others still extract their shares. %s", error)
+            raise
 
 
 def _check_flags(arguments: "ExtractArguments", rank: int, size: int) -> None:
