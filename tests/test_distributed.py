@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from peagle_hf.errors import PeagleError
 from peagle_hf.training.checkpoints import newest_checkpoint
 from peagle_hf.training.record import RunRecord
 from peagle_hf.training.run import train
+from peagle_hf.training.sharding import require_whole_weights
 
 WORKERS = Path(__file__).parent / "workers"
 EXAMPLES = ROOT / "examples" / "accelerate"
@@ -196,6 +198,22 @@ def test_shards_in_checkpoints_are_refused_before_training(train_flags, kind, ch
     assert "peagle-hf train: Checkpoints would hold shards of the weights" in printed
     assert "FULL_STATE_DICT" in printed
     assert not Path(train_flags["output_dir"]).exists()
+
+
+@pytest.mark.parametrize(
+    ("version", "changes", "words"),
+    [(2, {"save_on_each_node": True}, "--save-on-each-node would save empty ones"), (1, {}, "Set fsdp_version to 2")],
+)
+def test_what_needs_whole_weights_is_refused_under_fsdp(version, changes, words):
+    plugin = SimpleNamespace(fsdp_version=version, state_dict_type="FULL_STATE_DICT")
+    trainer = SimpleNamespace(
+        accelerator=SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)),
+        args=SimpleNamespace(**{"save_on_each_node": False, "optim": "muon"} | changes),
+        is_fsdp_enabled=True,
+        own_optimizer=None,
+    )
+    with pytest.raises(PeagleError, match=words):
+        require_whole_weights(trainer)
 
 
 @pytest.mark.parametrize("partitions", ["1", "4"])

@@ -103,13 +103,13 @@ def test_the_arguments_name_it_and_deepspeed_cant_have_it(tmp_path, monkeypatch)
 
 def test_training_says_what_muon_trains() -> None:
     optimizer = MuonWithAdamW(make_drafter().named_parameters(), lr=1e-2)
-    said = describe_optimizer(optimizer, num_processes=2, uses_deepspeed=False)
+    said = describe_optimizer(optimizer, num_processes=2, is_replaced=False)
     assert said is not None
     number = len(optimizer.param_groups[0]["params"])
     assert said.startswith(f"Muon trains {number} matrices of 0.")
     assert "each orthogonalised on one of 2 processes" in said
-    assert describe_optimizer(torch.optim.SGD(make_drafter().parameters()), 1, uses_deepspeed=False) is None
-    assert "DeepSpeed cuts up the matrices" in str(describe_optimizer(None, 2, uses_deepspeed=True))
+    assert describe_optimizer(torch.optim.SGD(make_drafter().parameters()), 1, is_replaced=False) is None
+    assert "DeepSpeed cuts up the matrices" in str(describe_optimizer(None, 2, is_replaced=True))
 
 
 def test_without_a_matrix_adamw_is_left_alone() -> None:

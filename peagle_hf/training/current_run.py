@@ -202,7 +202,9 @@ class CurrentRun(TrainerCallback):
         self.record = note_settings(self.record, self.before, *settings_as_made(trainer))
         if args.should_save:
             self.record.write(self.folder)
-        said = describe_optimizer(bare_optimizer(trainer), args.world_size, trainer.is_deepspeed_enabled)
+        is_chosen = trainer.own_optimizer is not None or trainer.args.as_given["optim"] is not None
+        is_replaced = trainer.is_deepspeed_enabled and not is_chosen
+        said = describe_optimizer(bare_optimizer(trainer), args.world_size, is_replaced)
         if said is not None and state.is_world_process_zero:
             logger.info(said)
         if self._view is not None and self.before is not None:

@@ -28,7 +28,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
     Muon's step is scaled as AdamW's is (`match_rms_adamw`, arXiv 2502.16982), so that both take one learning rate.
     The parameter groups are the matrices, the tables (embeddings and head), and norms and vectors. Only the matrices
     are decayed: a row of a table whose token is rare would shrink with hardly a gradient to restore it.
-    Where no matrix is trained, as with all layers frozen, AdamW is left alone.
+    Where no matrix is trained, AdamW trains everything.
 
     Args:
         named_parameters: those of the model; what needs no gradient is left out.
@@ -96,9 +96,13 @@ def make_muon(model: nn.Module, args: TrainingArguments) -> MuonWithAdamW:
     )
 
 
-def describe_optimizer(optimizer: Any, num_processes: int, uses_deepspeed: bool) -> str | None:
-    """One sentence about what trains which weights, where Muon does or where DeepSpeed keeps it from that."""
-    if uses_deepspeed:
+def describe_optimizer(optimizer: Any, num_processes: int, is_replaced: bool) -> str | None:
+    """One sentence about what trains which weights, where Muon does or would by default.
+
+    Args:
+        is_replaced: no optimizer was chosen, and DeepSpeed keeps Muon from being the default.
+    """
+    if is_replaced:
         return "Muon isn't used: DeepSpeed cuts up the matrices that it needs whole."
     if not isinstance(optimizer, MuonWithAdamW) or not isinstance(optimizer._parts[0], Muon):
         return None

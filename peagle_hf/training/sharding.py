@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from ..errors import PeagleError
+from .optimizer import MUON
 
 if TYPE_CHECKING:
     from .trainer import PeagleTrainer
@@ -38,25 +39,41 @@ def is_fsdp2(trainer: "PeagleTrainer") -> bool:
     return trainer.is_fsdp_enabled and sharding_of(trainer) == "FSDP2"
 
 
+def is_fsdp1(trainer: "PeagleTrainer") -> bool:
+    return trainer.is_fsdp_enabled and not is_fsdp2(trainer)
+
+
 def require_whole_weights(trainer: "PeagleTrainer") -> None:
-    """Refuse settings under which checkpoints would hold shards of the weights, and adapters that are in shards.
+    """Refuse settings under which checkpoints would hold no whole weights, and adapters and Muon on shards.
 
     Raises:
         PeagleError: names the setting to change.
     """
     state: Any = trainer.accelerator.state
-    saves_shards = False
+    saves_shards, has_shards = False, trainer.is_fsdp_enabled
     if trainer.is_fsdp_enabled:
         saves_shards = "FULL_STATE_DICT" not in str(state.fsdp_plugin.state_dict_type)
     elif trainer.is_deepspeed_enabled:
         config = state.deepspeed_plugin.hf_ds_config
         gathers = config.get_value("zero_optimization.stage3_gather_16bit_weights_on_model_save")
-        saves_shards = config.is_zero3() and not gathers
+        has_shards = config.is_zero3()
+        saves_shards = has_shards and not gathers
     if saves_shards:
         raise PeagleError(
             "Checkpoints would hold shards of the weights, which neither vLLM nor a resume on other processes can "
             "read. Save whole weights: with FSDP set fsdp_state_dict_type to FULL_STATE_DICT, with ZeRO-3 "
             "zero3_save_16bit_model (stage3_gather_16bit_weights_on_model_save) to true."
+        )
+    if has_shards and trainer.args.save_on_each_node:
+        raise PeagleError(
+            "With FSDP and ZeRO-3 only the first process gets the whole weights, so --save-on-each-node would save "
+            "empty ones on the other machines. Leave the flag out and name an output folder that all machines share, "
+            "or train with DDP or ZeRO-2."
+        )
+    if is_fsdp1(trainer) and trainer.args.optim == MUON and trainer.own_optimizer is None:
+        raise PeagleError(
+            "FSDP1 makes vectors of the matrices that Muon needs. Set fsdp_version to 2, as "
+            "examples/accelerate/fsdp2.yaml does, or take --optim adamw_torch_fused."
         )
     if isinstance(trainer.model, PeftModel) and trainer.is_sharded:
         raise PeagleError("An adapter can't be merged out of shards. Train it with DDP instead of FSDP or ZeRO.")
@@ -75,7 +92,7 @@ def gradient_norm(trainer: "PeagleTrainer", model: Any) -> Any:
     if hasattr(model, "get_global_grad_norm"):  # DeepSpeed's engine, which has stepped in the backward pass
         return model.get_global_grad_norm()
     norm = torch.nn.utils.get_total_norm([one.grad for one in model.parameters() if one.grad is not None])
-    if trainer.is_fsdp_enabled and not is_fsdp2(trainer):  # FSDP1: each process has the gradients of its shard
+    if is_fsdp1(trainer):  # each process has the gradients of its shard
         squared = norm.square()
         distributed.all_reduce(squared)
         norm = squared.sqrt()
