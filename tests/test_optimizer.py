@@ -93,6 +93,8 @@ def test_the_arguments_name_it_and_deepspeed_cant_have_it(tmp_path, monkeypatch)
     assert PeagleTrainingArguments(tmp_path).optim == "muon"
     assert PeagleTrainingArguments(tmp_path, lora_r=4, from_pretrained="drafter").optim == "adamw_torch_fused"
     assert PeagleTrainingArguments(tmp_path, optim="sgd").optim == "sgd"
+    assert PeagleTrainingArguments(tmp_path).weight_decay == 1
+    assert PeagleTrainingArguments(tmp_path, optim="muon", lora_r=4, from_pretrained="drafter").weight_decay == 0
     with pytest.raises(PeagleError, match="optim is 'muonn'; it must be one of muon, adamw_torch"):
         PeagleTrainingArguments(tmp_path, optim="muonn")
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")

@@ -279,7 +279,7 @@ class PeagleTrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "Weight decay. muon applies it to the drafter's matrices only, the other optimizers to embeddings "
-            "and head too. Default: 1 with muon, 0 with the others."
+            "and head too. Default: 1 with muon, but 0 with lora_r, whose factors must not shrink; 0 with the others."
         },
     )
     lr_scheduler_type: SchedulerType | str = field(
@@ -443,7 +443,7 @@ class PeagleTrainingArguments(TrainingArguments):
             raise PeagleError(f"optim is {self.optim!r}; it must be one of {', '.join(names)}.")
         is_muon = self.optim == MUON
         if self.weight_decay is None:
-            self.weight_decay = MUON_WEIGHT_DECAY if is_muon else 0.0
+            self.weight_decay = MUON_WEIGHT_DECAY if is_muon and self.lora_r is None else 0.0
         if is_muon and self.optim_args:
             raise PeagleError(f"optim_args {self.optim_args!r} are for the Trainer's own optimizers, not for {MUON}.")
         if is_muon and uses_deepspeed:
