@@ -22,7 +22,7 @@ from peagle_hf.data.cache_storage import cached_rows, check_file, read_states, r
 from peagle_hf.data.errors import RowError
 from peagle_hf.data.extract import ExtractArguments
 from peagle_hf.data.extract_in_process import plan_batches
-from peagle_hf.data.prepared_dataset import rows_fingerprint
+from peagle_hf.data.prepared_dataset import load_prepared, rows_fingerprint
 from peagle_hf.errors import PeagleError
 from peagle_hf.fingerprint import weights_of
 from peagle_hf.verifier.parts import residual_streams
@@ -342,13 +342,22 @@ def test_what_cannot_fit_on_the_disk_is_not_begun(
     monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(PeagleError, match=r"GiB are free\. .* or fp8-learnt \(0\.\d KiB a token, 0\.00 GiB\)"):
         extract.extract(arguments)
-    assert not (Path(arguments.preprocessed_data) / "hidden_states").exists()
+    with pytest.raises(PeagleError, match=r"--storage fp8 \("):  # not plain, which is in use
+        extract.extract(replace(arguments, dtype="float32"))
+    output = Path(arguments.preprocessed_data) / "hidden_states"
+    assert not output.exists()
     assert f"{sum(LENGTHS)} tokens need" in caplog.text
     monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda path: usage._replace(free=12200))
     with pytest.raises(PeagleError, match=r"fp8 \(.*, which fits\)"):
         extract.extract(arguments)
     extract.extract(replace(arguments, rank=0, world_size=2))
     assert "All shares together need 0.00 GiB" in caplog.text
+    monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda path: usage._replace(free=disk_space.HEADER_BYTES))
+    manifest, data = Manifest.read(output), load_prepared(arguments.preprocessed_data)
+    assert manifest is not None
+    disk_space.check_disk(output, manifest, data, {0: LENGTHS[0]})  # whose file will be replaced
+    with pytest.raises(PeagleError, match="GiB are free"):
+        disk_space.check_disk(output, manifest, data, {1: LENGTHS[1]})
 
 
 @pytest.mark.fault(

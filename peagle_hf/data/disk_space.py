@@ -11,7 +11,7 @@ import torch
 from ..errors import PeagleError
 from ..model.slots import target_tokens
 from .cache_manifest import Manifest
-from .cache_storage import LEARNT_STORAGES, STORAGES
+from .cache_storage import FP8_STORAGES, LEARNT_STORAGES, STORAGES, row_path
 
 if TYPE_CHECKING:
     import datasets
@@ -27,19 +27,21 @@ def check_disk(output: Path, manifest: Manifest, data: "datasets.Dataset", lengt
     """Log how many bytes the states of samples need on the disk, and refuse to begin if they don't fit.
 
     Args:
-        lengths: tokens of each sample to be written, of all processes, by its row in `data`.
+        lengths: tokens of each sample to be written, of all processes, by its row in `data`; files that they have
+            already will be replaced.
 
     Raises:
         PeagleError: they don't fit; says what each storage kind needs.
     """
     num_tokens, needed, free = sum(lengths.values()), bytes_needed(manifest, data, lengths), free_bytes(output)
+    replaced = sum(path.stat().st_size for row in lengths if (path := row_path(output, row)).exists())
     a_token = f"{needed / max(1, num_tokens) / KIB:.1f} KiB a token as {manifest.storage} {manifest.dtype}"
     logger.info(
         "%d tokens need %.2f GiB in %s (%s); %.2f GiB are free.", num_tokens, needed / GIB, output, a_token, free / GIB
     )
-    if needed <= free:
+    if needed <= free + replaced:
         return
-    smaller = _kinds(manifest, data, lengths, free)
+    smaller = _kinds(manifest, data, lengths, free + replaced)
     raise PeagleError(
         f"The hidden states of {num_tokens} tokens need {needed / GIB:.2f} GiB in {output} ({a_token}), but only "
         f"{free / GIB:.2f} GiB are free. Free some space, name an --output on another disk, take fewer samples with "
@@ -66,7 +68,8 @@ def _kinds(manifest: Manifest, data: "datasets.Dataset", lengths: dict[int, int]
     num_tokens, needed = sum(lengths.values()), bytes_needed(manifest, data, lengths)
     found = []
     for kind in STORAGES:
-        other = bytes_needed(replace(manifest, storage=kind, dtype="bfloat16"), data, lengths)
+        dtype = "bfloat16" if kind in FP8_STORAGES else manifest.dtype
+        other = bytes_needed(replace(manifest, storage=kind, dtype=dtype), data, lengths)
         if other < needed:
             fits = ", which fits" if other <= free else ""
             found.append(f"{kind} ({other / num_tokens / KIB:.1f} KiB a token, {other / GIB:.2f} GiB{fits})")
