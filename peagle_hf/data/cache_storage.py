@@ -152,8 +152,8 @@ class CachedStates:
         return new
 
     def _quantized(self) -> "CachedStates":
-        # Neither abs() nor a comparison needs a second copy of the states.
         """The same states in float8, with one scale for each token."""
+        # abs() would make a second copy of the states.
         highest = torch.maximum(self.states.amax((1, 2)), -self.states.amin((1, 2))).float()
         last = self.last
         if last is not None:

@@ -97,8 +97,10 @@ def draft_and_verify(
     """
     _check(model, drafter, len(input_ids), logits_processor, generation_config, draft_sample_method, model_kwargs)
     num_tokens = num_speculative_tokens or drafter.config.num_depths
-    decoding = _Decoding(model, drafter, input_ids, logits_processor, generation_config, model_kwargs, num_tokens)
-    decoding.draws_drafts = generation_config.do_sample and draft_sample_method == "probabilistic"
+    draws_drafts = generation_config.do_sample and draft_sample_method == "probabilistic"
+    decoding = _Decoding(
+        model, drafter, input_ids, logits_processor, generation_config, model_kwargs, num_tokens, draws_drafts
+    )
     num_drafts, accepted_by_position = decoding.run(stopping_criteria)
     pad_token = generation_config._pad_token_tensor
     padding = 0 if pad_token is None else int(pad_token)
@@ -129,10 +131,11 @@ class _Decoding:
         generation_config: GenerationConfig,
         model_kwargs: dict[str, Any],
         num_tokens: int,
+        draws_drafts: bool,
     ):
         self.model, self.drafter, self.num_tokens = model, drafter, num_tokens
         self.logits_processor, self.do_sample = logits_processor, generation_config.do_sample
-        self.draws_drafts = self.do_sample
+        self.draws_drafts = draws_drafts
         self.takes_num_logits = "logits_to_keep" in model_kwargs
         self.layer_ids = drafter.config.eagle_aux_hidden_state_layer_ids
         self.verifier_cache, self.drafter_cache = DynamicCache(), DynamicCache()
