@@ -416,8 +416,7 @@ class PeagleTrainingArguments(TrainingArguments):
             is_same_kind = self.verifier_device == self.device.type  # then this process's own GPU, not the first one
             name = str(self.device) if is_same_kind else self.verifier_device
             self.verifier_device = str(usable_device("--verifier-device", name))
-        if self.n_gpu > 1 and self.runs_verifier and self.verifier_device:
-            self._n_gpu = 1  # the drafter stays on the first GPU
+            self._n_gpu = min(self.n_gpu, 1)  # the drafter stays on the first GPU
         if self.n_gpu > 1 and not self.memory_report:
             raise PeagleError(
                 f"{self.n_gpu} GPUs are visible to one process, which would copy the model at every step. Start one "
