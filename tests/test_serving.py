@@ -299,7 +299,7 @@ def test_several_temperatures_are_measured_side_by_side(arguments, server, basel
     with pytest.raises(PeagleError, match=r"--temperature is 1\.0 0\.0 but needs distinct and ascending"):
         arguments(temperature=[1, 0])
     with pytest.raises(PeagleError, match=r"its own .*--draft-sample-method"):
-        arguments(draft_sample_method="greedy")
+        arguments(draft_sample_method="probabilistic")
 
 
 def test_without_a_baseline_nothing_is_compared(arguments, drafter, capsys):

@@ -90,10 +90,10 @@ def test_the_optimizer_has_the_options_of_the_arguments(train_flags, optim):
     assert {(*group["betas"], group["eps"]) for group in adam} == {(0.5, 0.6, 1e-3)}
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.25, 0.0}
     for group in optimizer.param_groups:
-        if group["weight_decay"] == 0.0:
-            assert all(parameter.ndim != 2 for parameter in group["params"])
-        else:
+        if group["weight_decay"] != 0.0:
             assert any(parameter.ndim == 2 for parameter in group["params"])
+        elif optim != "muon":
+            assert all(parameter.ndim != 2 for parameter in group["params"])
     assert (len(adam) < len(optimizer.param_groups)) is (optim == "muon")
 
 

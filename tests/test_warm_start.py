@@ -131,7 +131,7 @@ def test_a_checkpoint_of_speculators_is_continued(train_flags, tmp_path, caplog)
         {"token_freq_path": "counts.pt"},
         {"target_layer_ids": [1, 2, 3]},
         {"num_layers": 3},
-        {"draft_arch": "qwen3"},
+        {"draft_arch": "llama"},
         {"mask_token_id": 5},
         {"sliding_window": 8},
         {"norm_before_residual": False},
@@ -147,7 +147,7 @@ def test_another_drafter_can_not_be_continued(again, changes):
 
 
 def test_arguments_that_say_what_the_drafter_has_are_no_error(again):
-    args = again(draft_vocab_size=64, num_layers=2, draft_arch="llama", target_layer_ids=[2, 3, 4])
+    args = again(draft_vocab_size=64, num_layers=2, draft_arch="qwen3", target_layer_ids=[2, 3, 4])
     assert build_drafter(args).config.draft_vocab_size == 64
 
 

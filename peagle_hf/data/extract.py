@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..arguments import Arguments, check_ranges, config_path, write_config
 from ..console import progress_bar
@@ -386,28 +386,23 @@ def _extract_missing(
         config = load_verifier_config(arguments.model, arguments.revision, arguments.trust_remote_code)
         _check_context(config, max(to_write.values()), arguments.model)
         on_first(lambda: check_disk(output, manifest, data, to_write))
+        with together():
+            model = _load_model(arguments, share) if missing else None
         write = _begin(arguments, share, output, manifest, data)
         with whole_shares():
-            if missing:
-                seconds = _run_verifier(arguments, share, manifest, data, missing, write)
+            if model is not None:
+                seconds = extract_in_process(arguments, model, manifest.aux_layer_ids, data, missing, write)
     return ExtractReport(output, manifest, len(lengths), num_kept, made_again, sum(missing.values()), seconds)
 
 
-def _run_verifier(
-    arguments: ExtractArguments,
-    share: Share,
-    manifest: Manifest,
-    data: "datasets.Dataset",
-    missing: dict[int, int],
-    write: Callable[[int, Tensor, Tensor], None],
-) -> float:
-    """Extract the samples of a share with a verifier in this process; returns the seconds without its loading."""
+def _load_model(arguments: ExtractArguments, share: Share) -> PreTrainedModel:
+    """The verifier of this process on its device, with logits that follow from its last states."""
     assert arguments.model is not None
     use_device(device := device_of(arguments.device, share))
     trusts_code = arguments.trust_remote_code
     model = load_for_extraction(arguments.model, device, arguments.verifier_dtype, arguments.revision, trusts_code)
     check_logits(model)
-    return extract_in_process(arguments, model, manifest.aux_layer_ids, data, missing, write)
+    return model
 
 
 def _missing_of_all(share: Share, lengths: dict[int, int], missing: dict[int, int]) -> dict[int, int]:
