@@ -528,7 +528,7 @@ def test_vllm_counts_what_the_chain_and_the_drafter_must_give(drafter, tmp_path,
     assert report["dtype"] == "float32" or torch.cuda.is_available()
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == report
     assert (tmp_path / "out" / "evaluation.png").stat().st_size > 1000
-    assert "data:image/png" in (tmp_path / "out" / "evaluation.html").read_text()
+    assert "data:image/svg+xml" in (tmp_path / "out" / "evaluation.html").read_text()
     assert "Acceptance length" in capsys.readouterr().out
 
 
