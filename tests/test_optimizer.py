@@ -9,7 +9,6 @@ from test_modeling import make_config
 from torch import nn
 
 from peagle_hf import PeagleError, PeagleForSpeculation, PeagleTrainingArguments
-from peagle_hf.training.muon import Muon
 from peagle_hf.training.optimizer import MuonWithAdamW, describe_optimizer
 
 
@@ -40,7 +39,13 @@ def test_matrices_take_muons_step_and_the_rest_adamws() -> None:
     assert not is_matrix["norm.weight"]
     named = dict(alone.named_parameters())
     others = [
-        Muon([named[name] for name in named if is_matrix[name]], lr=1e-2, weight_decay=0.1, momentum=0.8),
+        torch.optim.Muon(
+            [named[name] for name in named if is_matrix[name]],
+            lr=1e-2,
+            weight_decay=0.1,
+            momentum=0.8,
+            adjust_lr_fn="match_rms_adamw",
+        ),
         torch.optim.AdamW(
             [named[name] for name in named if named[name].ndim != 2], lr=1e-2, weight_decay=0.0, **options
         ),
@@ -109,7 +114,7 @@ def test_training_says_what_muon_trains() -> None:
     assert said is not None
     number = len(optimizer.param_groups[0]["params"])
     assert said.startswith(f"Muon trains {number} matrices of 0.")
-    assert "each orthogonalised on one of 2 processes" in said
+    assert "orthogonalised" not in said  # on a CPU it is PyTorch's own
     assert describe_optimizer(torch.optim.SGD(make_drafter().parameters()), 1, is_replaced=False) is None
     assert "DeepSpeed cuts up the matrices" in str(describe_optimizer(None, 2, is_replaced=True))
 

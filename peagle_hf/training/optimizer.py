@@ -56,11 +56,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         tables = [parameter for parameter in others if parameter.ndim == 2]
         vectors = [parameter for parameter in others if parameter.ndim != 2]
         self._parts: list[torch.optim.Optimizer] = [
-            *(
-                Muon(parameters, lr=lr, weight_decay=weight_decay, momentum=momentum, process_group=process_group)
-                for parameters in (matrices,)
-                if parameters
-            ),
+            *(_muon(parameters, lr, weight_decay, momentum, process_group) for parameters in (matrices,) if parameters),
             *(
                 torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, betas=betas, eps=eps, fused=True)
                 for parameters in (tables, vectors)
@@ -77,6 +73,17 @@ class MuonWithAdamW(torch.optim.Optimizer):
             part.param_groups, part.state = [group], self.state  # anew, as loading a state dict replaces both
             part.step()
         return None
+
+
+def _muon(
+    matrices: list[nn.Parameter], lr: float, weight_decay: float, momentum: float, process_group: Any
+) -> torch.optim.Optimizer:
+    """PyTorch's Muon on a CPU, where its bfloat16 products take half the time of the float32 ones of ours."""
+    if matrices[0].device.type == "cpu":
+        return torch.optim.Muon(
+            matrices, lr=lr, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn="match_rms_adamw"
+        )
+    return Muon(matrices, lr=lr, weight_decay=weight_decay, momentum=momentum, process_group=process_group)
 
 
 def make_muon(model: nn.Module, args: TrainingArguments) -> MuonWithAdamW:
@@ -104,11 +111,12 @@ def describe_optimizer(optimizer: Any, num_processes: int, is_replaced: bool) ->
     """
     if is_replaced:
         return "Muon isn't used: DeepSpeed cuts up the matrices that it needs whole."
-    if not isinstance(optimizer, MuonWithAdamW) or not isinstance(optimizer._parts[0], Muon):
+    if not isinstance(optimizer, MuonWithAdamW) or not isinstance(optimizer._parts[0], torch.optim.Muon):
         return None
     counts = [sum(one.numel() for one in group["params"]) / 1e6 for group in optimizer.param_groups]
     number = len(optimizer.param_groups[0]["params"])
-    shared = f", each orthogonalised on one of {num_processes} processes," if num_processes > 1 else ""
+    is_shared = num_processes > 1 and isinstance(optimizer._parts[0], Muon)
+    shared = f", each orthogonalised on one of {num_processes} processes," if is_shared else ""
     return (
         f"Muon trains {number} matrices of {counts[0]:.1f} million weights{shared} and AdamW {sum(counts[1:]):.1f} "
         "million others."
