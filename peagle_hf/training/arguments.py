@@ -465,6 +465,7 @@ class PeagleTrainingArguments(TrainingArguments):
             self.fp16 = launched == "fp16"
             self.bf16 = launched == "bf16" or (launched == "no" and not self.use_cpu and has_bfloat16())
         self.bf16 = bool(self.bf16)
+        os.environ.update({} if self.bf16 or self.fp16 else {"ACCELERATE_MIXED_PRECISION": "no"})
 
     @property
     def runs_verifier(self) -> bool:
