@@ -1,6 +1,7 @@
 """The chunked losses against the plain formulas with whole logits."""
 
 import json
+import math
 import runpy
 import sys
 from pathlib import Path
@@ -8,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from code_blocks import blocks
+from test_modeling import make_batch, make_config, make_pair
 from torch.nn import functional as F
 
 from peagle_hf import PeagleError, register_loss
 from peagle_hf.training import losses
+from peagle_hf.training.objective import FOR_THE_LOSS
 
 N, U, H, V = 37, 11, 8, 23
 
@@ -104,7 +107,7 @@ def squared_chance(chance):
 @pytest.mark.parametrize("chunk_elements", [5 * V, 1 << 20])
 @pytest.mark.parametrize("head_is_trained", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.bfloat16, 2e-2)])
-def test_row_weights_follow_the_drafter_and_are_constants_to_the_gradient(
+def test_slot_weights_follow_the_drafter_and_are_constants_to_the_gradient(
     monkeypatch, chunk_elements, head_is_trained, dtype, tolerance
 ):
     """Weights of the drafter's probability of the verifier's token, against whole softmaxes and autograd."""
@@ -119,22 +122,71 @@ def test_row_weights_follow_the_drafter_and_are_constants_to_the_gradient(
     expected = (squared_chance(chance) * kl(p, q)).sum()
     given = []
 
-    def row_weights(chances):
+    def slot_weights(chances):
         given.append(chances)
         return squared_chance(chances)
 
     arguments = (student, head, teacher, teacher_logits, target, {"kl_div": 1.0})
-    loss = losses.distillation_loss(*arguments, row_weights)[0]
+    loss = losses.distillation_loss(*arguments, slot_weights)[0]
     torch.testing.assert_close(loss, expected, rtol=tolerance, atol=tolerance)
     for chances in given:
         torch.testing.assert_close(chances, chance, rtol=tolerance, atol=tolerance)
     expected_grads = torch.autograd.grad(expected * 0.3, wanted)
     for grad, expected_grad in zip(torch.autograd.grad(loss * 0.3, wanted), expected_grads, strict=True):
         assert ((grad - expected_grad).float().norm() / expected_grad.float().norm()).item() < tolerance
+    known = losses.distillation_loss(*arguments, squared_chance(chance))[0]
+    torch.testing.assert_close(known, expected, rtol=tolerance, atol=tolerance)
+    for grad, expected_grad in zip(torch.autograd.grad(known * 0.3, wanted), expected_grads, strict=True):
+        assert ((grad - expected_grad).float().norm() / expected_grad.float().norm()).item() < tolerance
     same = losses.distillation_loss(*arguments, torch.ones_like)
     unweighted = losses.distillation_loss(*arguments)
     for one, other in zip(same, unweighted, strict=True):
         assert torch.equal(one, other)
+
+
+def test_weights_that_need_no_probabilities_cost_no_pass_for_them(monkeypatch):
+    student, head, *rest = inputs(torch.float32)
+    monkeypatch.setattr(losses, "verifier_token_chances", None)
+    weights = torch.rand(student.shape[0])
+    losses.distillation_loss(student, head, *rest, {"kl_div": 1.0}, weights)[0].backward()
+    assert head.grad is not None
+
+
+@pytest.mark.parametrize("train_head", [False, True])
+@pytest.mark.parametrize("draft_vocab_size", [40, 96])
+def test_the_objective_is_the_weighted_sum_over_rollouts(train_head, draft_vocab_size):
+    """Loss and gradients in float64, against whole softmaxes, autograd and a loop over the slots."""
+    config, alpha, decay = make_config(draft_vocab_size=draft_vocab_size, num_depths=5), 0.3, 0.9
+    drafter, objective = make_pair(config, dpace_alpha=alpha)
+    objective.configure("kl_div", decay, alpha)
+    drafter.double().train().lm_head.weight.requires_grad_(train_head)
+    objective.verifier_head.double()
+    objective.draft_head.double()
+    batch = make_batch(config, (37, 12, 58))
+    loss = objective(drafter, batch, 10).loss
+    wanted = [parameter for parameter in drafter.parameters() if parameter.requires_grad]
+    grads = torch.autograd.grad(loss, wanted)
+
+    inputs_of_drafter = {name: value for name, value in batch.items() if name not in FOR_THE_LOSS}
+    logits = drafter(**inputs_of_drafter, head_function=F.linear)
+    own_head = objective.draft_head
+    teacher = own_head.logits(own_head.normalize(batch["target_states"][0].double()))[batch["target_index"][0]]
+    p, q = F.softmax(teacher.double(), -1), F.softmax(logits, -1)
+    chance = q.gather(-1, p.argmax(-1, keepdim=True)).squeeze(-1).tolist()
+    trained = batch["trained_slots"][0]
+    places = list(zip(batch["anchors"][0, trained].tolist(), batch["depths"][0, trained].tolist(), strict=True))
+    survival = {place: (1 - alpha) * one + alpha for place, one in zip(places, chance, strict=True)}
+
+    def weight(anchor, depth):
+        lasts = [last for last in range(depth, config.num_depths) if (anchor, last) in survival]
+        before = [[survival.get((anchor, earlier), 1.0) for earlier in range(last + 1)] for last in lasts]
+        return decay**depth * sum(math.prod(factors) for factors in before)
+
+    weights = torch.tensor([weight(*place) for place in places], dtype=torch.float64)
+    expected = (weights * kl(p, q)).sum() / 10
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    for grad, expected_grad in zip(grads, torch.autograd.grad(expected, wanted), strict=True):
+        torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])

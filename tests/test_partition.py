@@ -34,13 +34,17 @@ def test_a_batch_that_teaches_nothing_gives_no_loss_and_no_gradient():
 
 @pytest.mark.parametrize("lengths", [LENGTHS, (107,)])
 @pytest.mark.parametrize("num_parts", [2, 3, 7])
-@pytest.mark.parametrize(("window", "dpace_alpha"), [(None, None), (9, None), (None, 0.5)])
-def test_parts_add_up_to_the_whole(lengths, num_parts, window, dpace_alpha):
+@pytest.mark.parametrize(
+    ("window", "dpace_alpha", "train_head"),
+    [(None, None, False), (9, None, False), (None, 0.5, False), (None, 0.5, True)],
+)
+def test_parts_add_up_to_the_whole(lengths, num_parts, window, dpace_alpha, train_head):
     layer = {"sliding_window": window, "layer_types": ["sliding_attention"] * 2} if window else {}
     config = make_config(layer=layer)
     # The norms round to float32.
     drafter, objective = make_pair(config, dpace_alpha=dpace_alpha)
     drafter, batch = drafter.double().train(), make_batch(config, lengths)
+    drafter.lm_head.weight.requires_grad_(train_head)
     objective.verifier_head.double()
     objective.draft_head.double()
     num_items = int((batch["labels"] != -100).sum())
@@ -54,6 +58,7 @@ def test_parts_add_up_to_the_whole(lengths, num_parts, window, dpace_alpha):
     assert part_loss == pytest.approx(loss, rel=1e-6)
     assert torch.equal(part_counters, counters)
     assert part_grads.keys() == grads.keys()
+    assert ("lm_head.weight" in grads) == train_head
     for name, grad in grads.items():
         torch.testing.assert_close(part_grads[name], grad, rtol=1e-4, atol=1e-8)
 

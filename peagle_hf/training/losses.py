@@ -24,7 +24,7 @@ rounds over an H100's 132 multiprocessors.
 """
 
 SCALED_SLOTS = 4096
-"""Rows of a 16-bit gradient that are scaled in float32 at a time."""
+"""Slots of a 16-bit gradient that are scaled in float32 at a time."""
 
 Divergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(log p, log q), each [n, V] -> (the divergence of each slot [n], its gradient to q's logits [n, V])."""
@@ -147,14 +147,14 @@ def distillation_loss(
     teacher_logits: Callable[[Tensor], Tensor],
     target_N: Tensor,
     weights: Mapping[str, float],
-    slot_weights: SlotWeights | None = None,
+    slot_weights: SlotWeights | Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum over slots of a weighted sum of divergences between the verifier's and the drafter's distributions.
 
     Softmaxes are float32 at least, whatever the inputs are. With gradients on, the gradients are formed in the same
-    pass and no logits are kept for the backward pass. Row weights are constants to the gradient. The hidden states'
-    gradient is multiplied by them after the pass. The gradient of a trained head is a sum over slots, which needs the
-    weights before: then a first pass computes the probabilities alone.
+    pass and no logits are kept for the backward pass. Weights of slots are constants to the gradient. The hidden
+    states' gradient is multiplied by them after the pass. The gradient of a trained head is a sum over slots, which
+    needs the weights before: if they depend on probabilities, a first pass computes these alone.
 
     Args:
         student_NH: the drafter's normed hidden states of the trained slots, sorted by target position.
@@ -163,7 +163,8 @@ def distillation_loss(
         teacher_logits: [u, H] -> [u, V].
         target_N: int64, the row of `teacher_UH` that each slot learns from, ascending.
         weights: of `DIVERGENCES`, by name (see `parse_loss`).
-        slot_weights: how much each slot counts. Default: all alike.
+        slot_weights: how much each slot counts: [N], or what gives it for the drafter's probabilities [N] of the
+            verifier's most likely token. Default: all alike.
 
     Returns:
         the sum (float32 scalar at least), the drafter's argmax [N] and the verifier's [U], int64 draft token numbers.
@@ -198,10 +199,12 @@ class _DistillationLoss(torch.autograd.Function):
         student_grad = torch.empty_like(student_NH) if student_needed else None
         head_grad = torch.zeros_like(head_VH, dtype=precision) if head_needed else None
         head = head_VH.to(student_NH.dtype)
+        slot_weight_N = slot_weights if isinstance(slot_weights, Tensor) else None
+        if head_needed and slot_weights is not None and slot_weight_N is None:
+            slot_weight_N = slot_weights(verifier_token_chances(student_NH, head, teacher_UH, teacher_logits, target_N))
         weighted_NH = student_NH
-        if head_needed and slot_weights is not None:
-            chances = verifier_token_chances(student_NH, head, teacher_UH, teacher_logits, target_N)
-            weighted_NH = (student_NH * slot_weights(chances)[:, None]).to(student_NH.dtype)
+        if head_needed and slot_weight_N is not None:
+            weighted_NH = (student_NH * slot_weight_N[:, None]).to(student_NH.dtype)
         for targets, slots in chunks(target_N, teacher_UH.shape[0], head.shape[0]):
             teacher_uV, student_nV = teacher_logits(teacher_UH[targets]), linear(student_NH[slots], head)
             target_n = target_N[slots] - targets.start
@@ -215,9 +218,9 @@ class _DistillationLoss(torch.autograd.Function):
                 student_grad[slots] = linear(logits_grad_nV, head.T)
             if head_grad is not None:
                 head_grad += linear(logits_grad_nV.T, weighted_NH[slots].T).to(precision)
-        slot_weight_N = None
-        if slot_weights is not None:
+        if slot_weights is not None and slot_weight_N is None:
             slot_weight_N = slot_weights(chance_N)
+        if slot_weight_N is not None:
             loss_N = loss_N * slot_weight_N
         ctx.save_for_backward(student_grad, None if head_grad is None else head_grad.to(head_VH.dtype), slot_weight_N)
         ctx.mark_non_differentiable(student_top_N, teacher_top_U)

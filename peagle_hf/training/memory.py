@@ -58,7 +58,7 @@ class MemoryPlan:
         checkpointing: "none", "keep_attention" or "whole".
         partitions: parts that a batch is cut into.
         accumulates: gradients of earlier micro-batches are in memory during the forward pass.
-        train_head: as in `PeagleForSpeculation.attach_verifier`.
+        train_head: whether the drafter's head is trained.
         lora_r: rank of an adapter that is trained on all linear layers instead of their weights.
         linear_start: whether the drafter starts from a linear fit, which is over before the first step.
         processes: that train together, each with copies of all weights.
@@ -181,8 +181,8 @@ def estimate(plan: MemoryPlan) -> MemoryEstimate:
         whole_head=embedding * HALF if plan.validates and config.draft_vocab_size < layer.vocab_size else 0,
         linear_start=linear_start_bytes(config) if plan.linear_start else 0,
         inputs=plan.num_positions * size * (config.num_aux_hidden_states + 3) * HALF,
-        # The logits, their gradient, and the verifier's logits of the same targets.
-        loss=round(2.4 * chunk_slots * config.draft_vocab_size * HALF),
+        # The logits, their gradient, the verifier's logits of the same targets; a trained head's gradient, and it scaled.
+        loss=round(2.4 * chunk_slots * config.draft_vocab_size * HALF) + 2 * head * FLOAT * plan.train_head,
         activations=slots * bytes_per_slot(plan),
         step=step_bytes(linear, plan.processes) if plan.optimizer == MUON and plan.lora_r is None else 0,
         accumulates=plan.accumulates or plan.partitions > 1,

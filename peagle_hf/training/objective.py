@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import PeagleError
 from ..model.drafter import PeagleForSpeculation
 from ..verifier.head import VerifierHead
-from .losses import CHUNK_ELEMENTS, distillation_loss, parse_loss, survival_weights
+from .losses import CHUNK_ELEMENTS, SlotWeights, distillation_loss, parse_loss, survival_weights
 from .metrics import count_by_depth, outcomes_by_anchor, reached_slots
 
 FOR_THE_LOSS = ("labels", "target_states", "target_index")
@@ -67,7 +67,7 @@ class Objective:
             whether slots are weighted and over which vocabulary the verifier's token is taken.
         head: the verifier's final norm and head.
         loss_fn: see `losses.parse_loss`.
-        depth_loss_decay: in training a slot of depth d counts this to the power d.
+        depth_loss_decay: in training the loss of a slot at depth d is multiplied by this to the power d.
         dpace_alpha: in training a slot counts as much as `losses.survival_weights` says; None: all alike.
 
     Raises:
@@ -135,8 +135,7 @@ class Objective:
         index = batch["target_index"][0]
         with torch.no_grad():
             teacher = head.normalize(batch["target_states"][0])
-        weighs = is_training and (self.depth_loss_decay != 1 or self.dpace_alpha is not None)
-        slot_weights = partial(self._slot_weights, batch) if weighs else None
+        slot_weights = self._slot_weights(batch, states) if is_training else None
         loss, student_N, teacher_U = distillation_loss(
             states, weight, teacher, head.logits, index, self.loss_weights, slot_weights
         )
@@ -153,15 +152,17 @@ class Objective:
         chunks = teacher_UH.split(max(1, CHUNK_ELEMENTS[teacher_UH.device.type] // self.drafter.config.vocab_size))
         return torch.cat([head.logits(chunk).argmax(-1) for chunk in chunks])
 
-    def _slot_weights(self, batch: Mapping[str, Any], chance_N: Tensor) -> Tensor:
-        """How much each trained slot counts, [N], given the drafter's probability of the verifier's token."""
+    def _slot_weights(self, batch: Mapping[str, Any], states: Tensor) -> SlotWeights | Tensor | None:
+        """How much each trained slot counts, as `distillation_loss` takes it."""
+        if self.depth_loss_decay == 1 and self.dpace_alpha is None:
+            return None
         trained = batch["trained_slots"][0]
         anchors_N, depths_N = batch["anchors"][0, trained], batch["depths"][0, trained]
-        weight_N = self.depth_loss_decay ** depths_N.to(chance_N.dtype)
+        decayed_N = self.depth_loss_decay ** depths_N.to(torch.promote_types(states.dtype, torch.float32))
         if self.dpace_alpha is None:
-            return weight_N
-        sizes = batch["document_ids"].numel(), self.drafter.config.num_depths
-        return weight_N * survival_weights(chance_N, anchors_N, depths_N, *sizes, self.dpace_alpha)
+            return decayed_N
+        sizes, alpha = (batch["document_ids"].numel(), self.drafter.config.num_depths), self.dpace_alpha
+        return lambda chance_N: decayed_N * survival_weights(chance_N, anchors_N, depths_N, *sizes, alpha)
 
     def _count(
         self, batch: Mapping[str, Any], is_training: bool, student_N: Tensor, teacher_N: Tensor
