@@ -9,7 +9,8 @@ from test_modeling import make_config
 from torch import nn
 
 from peagle_hf import PeagleError, PeagleForSpeculation, PeagleTrainingArguments
-from peagle_hf.training.optimizer import MuonWithAdamW, describe_optimizer
+from peagle_hf.training.muon import Muon
+from peagle_hf.training.optimizer import MuonWithAdamW, describe_optimizer, make_muon
 
 
 def make_drafter() -> PeagleForSpeculation:
@@ -117,6 +118,14 @@ def test_training_says_what_muon_trains() -> None:
     assert "orthogonalised" not in said  # on a CPU it is PyTorch's own
     assert describe_optimizer(torch.optim.SGD(make_drafter().parameters()), 1, is_replaced=False) is None
     assert "DeepSpeed cuts up the matrices" in str(describe_optimizer(None, 2, is_replaced=True))
+
+
+def test_muon_is_chosen_by_the_device_of_training(tmp_path, monkeypatch) -> None:
+    """With FSDP the optimizer is made before the weights leave the CPU."""
+    args = PeagleTrainingArguments(tmp_path, use_cpu=True)
+    assert type(make_muon(make_drafter(), args)._parts[0]) is torch.optim.Muon
+    monkeypatch.setattr(PeagleTrainingArguments, "device", torch.device("cuda"))
+    assert type(make_muon(make_drafter(), args)._parts[0]) is Muon
 
 
 def test_without_a_matrix_adamw_is_left_alone() -> None:

@@ -35,6 +35,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
         momentum: of Muon.
         betas: of AdamW, as `eps`.
         process_group: as of `Muon`.
+        device_type: of the device that steps are taken on; by default that of the matrices. With FSDP the optimizer is
+            made while they are still on the CPU.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         process_group: Any = None,
+        device_type: str | None = None,
     ):
         matrices: list[nn.Parameter] = []
         others: list[nn.Parameter] = []
@@ -56,7 +59,11 @@ class MuonWithAdamW(torch.optim.Optimizer):
         tables = [parameter for parameter in others if parameter.ndim == 2]
         vectors = [parameter for parameter in others if parameter.ndim != 2]
         self._parts: list[torch.optim.Optimizer] = [
-            *(_muon(parameters, lr, weight_decay, momentum, process_group) for parameters in (matrices,) if parameters),
+            *(
+                _muon(parameters, lr, weight_decay, momentum, process_group, device_type or parameters[0].device.type)
+                for parameters in (matrices,)
+                if parameters
+            ),
             *(
                 torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, betas=betas, eps=eps, fused=True)
                 for parameters in (tables, vectors)
@@ -76,10 +83,15 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 def _muon(
-    matrices: list[nn.Parameter], lr: float, weight_decay: float, momentum: float, process_group: Any
+    matrices: list[nn.Parameter],
+    lr: float,
+    weight_decay: float,
+    momentum: float,
+    process_group: Any,
+    device_type: str,
 ) -> torch.optim.Optimizer:
     """PyTorch's Muon on a CPU, where its bfloat16 products take half the time of the float32 ones of ours."""
-    if matrices[0].device.type == "cpu":
+    if device_type == "cpu":
         return torch.optim.Muon(
             matrices, lr=lr, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn="match_rms_adamw"
         )
@@ -100,6 +112,7 @@ def make_muon(model: nn.Module, args: TrainingArguments) -> MuonWithAdamW:
         betas=(args.adam_beta1, args.adam_beta2),
         eps=args.adam_epsilon,
         process_group=distributed.group.WORLD if args.world_size > 1 else None,
+        device_type=args.device.type,
     )
 
 
