@@ -21,7 +21,8 @@ from peagle_hf.data.cache_manifest import Manifest
 from peagle_hf.data.cache_storage import cached_rows, check_file, read_states, row_path, write_states
 from peagle_hf.data.errors import RowError
 from peagle_hf.data.extract import ExtractArguments
-from peagle_hf.data.extract_in_process import plan_batches
+from peagle_hf.data.extract_in_process import batches_at_once, plan_batches
+from peagle_hf.data.extract_in_process import extract_in_process as run_in_process
 from peagle_hf.data.prepared_dataset import load_prepared, rows_fingerprint
 from peagle_hf.errors import PeagleError
 from peagle_hf.fingerprint import weights_of
@@ -106,6 +107,26 @@ def test_the_number_of_threads_is_as_before(arguments: ExtractArguments) -> None
     before = torch.get_num_threads()
     extract.extract(arguments)
     assert torch.get_num_threads() == before
+
+
+def test_batches_overlap_on_a_gpu_whatever_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun sets OMP_NUM_THREADS=1 for each of several processes."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert [batches_at_once(torch.device(name)) for name in ("cpu", "cuda:1")] == [1, 4]
+
+
+@pytest.mark.parametrize("storage", ["fp8", "fp8-learnt"])
+def test_states_are_converted_to_float8_where_they_are_computed(
+    arguments: ExtractArguments, llama: Path, storage: str
+) -> None:
+    """Then a GPU converts them, and half as many bytes are copied; the CPU would take one thread for it."""
+    data, written = load_prepared(arguments.preprocessed_data).with_format(None), {}
+    arguments = replace(arguments, storage=storage)
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    run_in_process(arguments, model, [1, 2, 3], data, dict(enumerate(LENGTHS)), written.__setitem__)
+    assert {row: (cached.storage, cached.states.dtype, len(cached.states)) for row, cached in written.items()} == {
+        row: ("fp8", torch.float8_e4m3fn, length) for row, length in enumerate(LENGTHS)
+    }
 
 
 def test_a_verifier_with_new_weights_is_another_one(llama: Path, arguments: ExtractArguments, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from ..model.slots import target_tokens
 from .cache_manifest import Manifest, origin_of
 from .cache_storage import (
     CachedStates,
+    all_finite,
     cache_folder,
     cached_rows,
     check_file,
@@ -454,8 +455,7 @@ def dtype_of(manifest: Manifest | None) -> torch.dtype:
 
 
 def _are_finite(states: torch.Tensor) -> bool:
-    """Whether all values are finite; on a CPU in a tenth of the time of `torch.isfinite(states).all()`."""
-    return states.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(states))).all())
+    return states.numel() == 0 or bool(all_finite(states))
 
 
 def _names(rows: Sequence[int]) -> str:

@@ -26,12 +26,13 @@ from .cache_manifest import Manifest, check_folder, origin_of
 from .cache_storage import (
     FP8_STORAGES,
     LEARNT_STORAGES,
+    CachedStates,
     Storage,
     cache_folder,
     cached_rows,
     check_file,
     row_path,
-    write_states,
+    save_states,
 )
 from .disk_space import check_disk, plan, warn_of_other_shares
 from .endpoint import MAX_RETRIES, REQUEST_TIMEOUT, check_length, check_requests, endpoint_urls, served_model
@@ -446,11 +447,8 @@ def _targets(data: "datasets.Dataset", row: int, storage: Storage | None) -> Ten
 
 def _begin(
     arguments: ExtractArguments, share: Share, output: Path, manifest: Manifest, data: "datasets.Dataset"
-) -> Callable[[int, Tensor, Tensor], None]:
-    """Write the arguments and the manifest into the cache folder; returns what writes a sample's states into it.
-
-    That takes a sample's row, its states [T, A+1, H] and its token ids int64 [T].
-    """
+) -> Callable[[int, CachedStates], None]:
+    """Write the arguments and the manifest into the cache folder; returns what writes the states of a row into it."""
     if share.is_first:
         write_config(arguments, config_path(output, "extract"), "extract")
     existing = Manifest.read(output)
@@ -458,9 +456,9 @@ def _begin(
         manifest.write(output)
     origin = origin_of(existing or manifest)
 
-    def write(row: int, states: Tensor, token_ids: Tensor) -> None:
-        is_target = _targets(data, row, arguments.storage)
-        write_states(output, row, states, token_ids, arguments.storage, is_target, origin)
+    def write(row: int, states: CachedStates) -> None:
+        stored = states.stored_as(arguments.storage, _targets(data, row, arguments.storage))
+        save_states(row_path(output, row), replace(stored, origin=origin))
 
     return write
 

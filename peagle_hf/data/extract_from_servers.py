@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from ..console import progress_bar
 from ..errors import PeagleError
 from ..files import write_json
+from .cache_storage import CachedStates
 from .dataset import MAX_NAMED
 from .endpoint import concurrently
 from .endpoint_states import Endpoint
@@ -34,14 +34,14 @@ def extract_from_servers(
     data: "datasets.Dataset",
     lengths: dict[int, int],
     endpoint: Endpoint,
-    write: Callable[[int, Tensor, Tensor], None],
+    write: Callable[[int, CachedStates], None],
 ) -> float:
     """Ask vLLM servers for the states of samples, several at a time and the longest first, and hand them to `write`.
 
     Args:
         failed_record: the file that lists the samples that failed.
         lengths: tokens of each sample to extract, by its row in `data`.
-        write: called from several threads with a sample's row, its states [T, A+1, H] and its token ids int64 [T].
+        write: called from several threads with a sample's row and its plain states.
 
     Returns:
         Seconds that this took.
@@ -57,7 +57,7 @@ def extract_from_servers(
 
     def extract_sample(row: int) -> None:
         token_ids = data[row]["input_ids"]
-        write(row, endpoint.fetch(token_ids, dtype), torch.tensor(token_ids))
+        write(row, CachedStates(torch.tensor(token_ids), endpoint.fetch(token_ids, dtype)))
 
     start = time.perf_counter()
     longest_first = sorted(lengths, key=lambda row: (-lengths[row], row))

@@ -22,6 +22,7 @@ from ..cpu import keep_freed_memory, pack_linear_layers
 from ..errors import PeagleError
 from ..verifier.loading import load_verifier
 from ..verifier.parts import residual_streams, verifier_parts
+from .cache_storage import FP8_STORAGES, CachedStates, all_finite
 from .errors import RowError
 
 if TYPE_CHECKING:
@@ -69,13 +70,13 @@ def extract_in_process(
     aux_layer_ids: Sequence[int],
     data: "datasets.Dataset",
     lengths: dict[int, int],
-    write: Callable[[int, Tensor, Tensor], None],
+    write: Callable[[int, CachedStates], None],
 ) -> float:
     """Run the verifier over samples and hand the states of each to `write`.
 
     Args:
         lengths: tokens of each sample to extract, by its row in `data`.
-        write: called from several threads with a sample's row, its states [T, A+1, H] and its token ids int64 [T].
+        write: called from several threads with a sample's row and its states, plain or, for float8 kinds, float8 ones.
 
     Returns:
         Seconds that this took.
@@ -84,30 +85,21 @@ def extract_in_process(
         RowError: a sample's states aren't finite.
         PeagleError: a sample has ids outside the verifier's vocabulary, or `write` raised this.
     """
-    dtype, num_tokens = getattr(torch, arguments.dtype), sum(lengths.values())
+    num_tokens = sum(lengths.values())
     on_cpu = model.device.type == "cpu"
     batches = plan_batches(lengths, arguments.max_batch_tokens or (CPU_BATCH_TOKENS if on_cpu else GPU_BATCH_TOKENS))
     num_cores = torch.get_num_threads()
-    at_once = min(CPU_BATCHES if on_cpu else GPU_BATCHES, num_cores)
+    at_once = batches_at_once(model.device)
     own = threading.local()
 
     def begin() -> None:
-        torch.set_num_threads(num_cores // at_once)
+        torch.set_num_threads(max(1, num_cores // at_once))
         use_device(model.device)
         own.model = replica(model)
 
     def extract_batch(rows: Sequence[int]) -> int:
-        for row, states, token_ids in run_verifier(own.model, aux_layer_ids, data, rows, dtype):
-            if not states.isfinite().all():
-                raise RowError(
-                    row,
-                    arguments.preprocessed_data,
-                    reason=f"the verifier's hidden states are not finite as {arguments.dtype}; nothing of the row was "
-                    "written, the rows before it are kept",
-                    advice="try --verifier-dtype float32 or --dtype bfloat16, look at the row's text, or leave it out "
-                    f"with --skip-rows {row}",
-                )
-            write(row, states, token_ids)
+        for row, states in _finite_states(arguments, own.model, aux_layer_ids, data, rows):
+            write(row, states)
         return sum(lengths[row] for row in rows)
 
     start = time.perf_counter()
@@ -123,6 +115,44 @@ def extract_in_process(
     seconds = time.perf_counter() - start
     logger.info("%d tokens in %.1f s: %.0f tokens/s.", num_tokens, seconds, num_tokens / seconds)
     return seconds
+
+
+def _finite_states(
+    arguments: "ExtractArguments",
+    model: PreTrainedModel,
+    aux_layer_ids: Sequence[int],
+    data: "datasets.Dataset",
+    rows: Sequence[int],
+) -> Iterator[tuple[int, CachedStates]]:
+    """The states of each sample of a batch on the CPU, plain or, for float8 kinds, float8 ones.
+
+    Raises:
+        RowError: those of a sample aren't finite.
+    """
+    are_finite, computed = [], []
+    for states in run_verifier(model, aux_layer_ids, data, rows, getattr(torch, arguments.dtype)):
+        are_finite.append(all_finite(states.states))
+        computed.append((states.stored_as("fp8") if arguments.storage in FP8_STORAGES else states).to_cpu())
+    # The device is waited for once: other threads have queued batches by then, which a second wait would be for.
+    for row, is_finite, states in zip(rows, torch.stack(are_finite).tolist(), computed, strict=True):
+        if not is_finite:
+            raise RowError(
+                row,
+                arguments.preprocessed_data,
+                reason=f"the verifier's hidden states are not finite as {arguments.dtype}; nothing of the row was "
+                "written, the rows before it are kept",
+                advice="try --verifier-dtype float32 or --dtype bfloat16, look at the row's text, or leave it out "
+                f"with --skip-rows {row}",
+            )
+        yield row, states
+
+
+def batches_at_once(device: torch.device) -> int:
+    """How many batches are computed at the same time; on a GPU that doesn't depend on the threads of PyTorch.
+
+    torchrun leaves each of several processes one such thread.
+    """
+    return min(CPU_BATCHES, torch.get_num_threads()) if device.type == "cpu" else GPU_BATCHES
 
 
 def use_device(device: str | torch.device) -> None:
@@ -159,11 +189,11 @@ def run_verifier(
     data: "datasets.Dataset",
     rows: Sequence[int],
     dtype: torch.dtype,
-) -> Iterator[tuple[int, Tensor, Tensor]]:
+) -> Iterator[CachedStates]:
     """Run transformers' decoder, without its head, on one batch.
 
     Yields:
-        Of each sample its row, its states [T, A+1, H] on the CPU and its token ids int64 [T].
+        Of each sample its states [T, A+1, H] on the verifier's device, and its token ids on the CPU.
 
     Raises:
         PeagleError: a sample has ids outside the verifier's vocabulary, or the architecture isn't known.
@@ -173,8 +203,8 @@ def run_verifier(
         check_vocabulary(model, row, token_ids)
     # The padding is on the right, where a causal model can't see it: no attention mask is needed.
     states_BTAH = residual_streams(model, layer_ids, pad_sequence(samples, batch_first=True), dtype)
-    for row, token_ids, states_TAH in zip(rows, samples, states_BTAH.cpu(), strict=True):
-        yield row, states_TAH[: len(token_ids)], token_ids
+    for token_ids, states_TAH in zip(samples, states_BTAH, strict=True):
+        yield CachedStates(token_ids, states_TAH[: len(token_ids)])
 
 
 def check_vocabulary(model: PreTrainedModel, row: int, token_ids: Tensor) -> None:

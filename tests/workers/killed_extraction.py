@@ -6,17 +6,17 @@ import signal
 from peagle_hf.cli import main
 from peagle_hf.data import extract
 
-write_states, num_written = extract.write_states, 0
+save_states, num_written = extract.save_states, 0
 
 
 def write_or_die(*arguments):
     global num_written
     if os.environ["RANK"] == os.environ["RANK_THAT_IS_KILLED"] and num_written == int(os.environ["FILES_BEFORE"]):
         os.kill(os.getpid(), signal.SIGKILL)
-    write_states(*arguments)
+    save_states(*arguments)
     num_written += 1
 
 
 if __name__ == "__main__":
-    extract.write_states = write_or_die
+    extract.save_states = write_or_die
     main()
