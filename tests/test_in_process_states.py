@@ -90,11 +90,12 @@ def test_what_is_missing_is_added_to_the_cache_in_its_kind(generating, tiny_veri
 
 
 @pytest.mark.slow
-def test_each_of_two_processes_generates_its_own_states(train_flags, generating, cached):
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "zero3"])
+def test_each_of_two_processes_generates_its_own_states(train_flags, generating, cached, kind):
     """With AdamW, to the rounding of two processes' sums; one accumulates what the two share."""
     common = {"optim": "adamw_torch_fused", "total_seq_len": 32, "num_train_epochs": 1}
     one = run({**train_flags, "data_path": str(cached)}, **common, gradient_accumulation_steps=2)
-    launch("ddp", generating, **common)
+    launch(kind, generating, **common)
     assert history(Path(generating["output_dir"]) / "0", "loss") == pytest.approx(losses(one), rel=1e-5)
 
 

@@ -3,14 +3,17 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import VISION, save_verifier
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, distributed
 from transformers import CLIPConfig, Gemma3Config, Gemma3TextConfig, GPT2Config, LlamaConfig, PreTrainedModel
+from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from peagle_hf.errors import PeagleError
 from peagle_hf.verifier.draft_vocabulary import draft_vocabulary, load_token_freq
@@ -43,6 +46,32 @@ def check_head(folder: Path, model: PreTrainedModel) -> VerifierHead:
     torch.testing.assert_close(head.logits(head.normalize(entering[0])), logits, rtol=1e-5, atol=1e-5)
     assert torch.equal(load_embedding(folder), model.get_input_embeddings().weight)
     return head
+
+
+@pytest.fixture
+def divided(request, llama: tuple[Path, PreTrainedModel], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As in a process of `accelerate launch` with ZeRO-3, or in the second one of a machine with FSDP."""
+    if request.param == "zero3":
+        config = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
+        yield
+        assert is_deepspeed_zero3_enabled()
+        del config
+        unset_hf_deepspeed_config()
+        return
+    for name, value in {"ACCELERATE_USE_FSDP": "true", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("divided", ["zero3", "fsdp"], indirect=True)
+def test_a_verifier_is_whole_where_the_drafter_is_divided(divided, llama: tuple[Path, PreTrainedModel]) -> None:
+    folder, model = llama
+    loaded = load_verifier(folder, torch.float32, "cpu")
+    assert all(torch.equal(one, loaded.get_parameter(name)) for name, one in model.named_parameters())
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -1,9 +1,12 @@
 """Loading a verifier: its configuration, the whole model, the model without weights, and its default layers."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+from accelerate.utils import patch_environment
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
@@ -16,7 +19,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.modeling_utils import set_zero3_state
+from transformers.integrations import deepspeed as hf_deepspeed
 
 from ..errors import PeagleError
 from .quantization import (
@@ -118,7 +121,7 @@ def load_verifier(
     check_quantization(name_or_path, config)
     is_quantised = quantization_of(config) is not None
     ask_for_dense_weights(config)
-    with readable(name_or_path):
+    with readable(name_or_path), _whole_on_each_process():
         loaded: Any = _auto_class(config).from_pretrained(
             name_or_path,
             config=config,
@@ -152,6 +155,22 @@ def load_verifier(
     return cast(PreTrainedModel, model)
 
 
+@contextmanager
+def _whole_on_each_process() -> Iterator[None]:
+    """Within the block transformers makes models as if neither ZeRO-3 nor FSDP were to divide them.
+
+    With ZeRO-3 it would divide even a model without weights, and refuses a device for one with weights; with FSDP's
+    loading that saves host memory all processes but one would get zeros.
+    """
+    reference = hf_deepspeed._hf_deepspeed_config_weak_ref
+    with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
+        hf_deepspeed.unset_hf_deepspeed_config()
+        try:
+            yield
+        finally:
+            hf_deepspeed._hf_deepspeed_config_weak_ref = reference
+
+
 def _load_config(
     name_or_path: str | os.PathLike[str], revision: str | None, trust_remote_code: bool
 ) -> PreTrainedConfig:
@@ -171,8 +190,7 @@ def verifier_without_weights(
 ) -> PreTrainedModel:
     """The verifier's modules without weights (on the meta device), for their names, types and tied parameters."""
     config = _load_config(name_or_path, revision, trust_remote_code)
-    # Under ZeRO-3 transformers would shard even a model without weights, unless it is told that this is done already.
-    with readable(name_or_path), set_zero3_state(), torch.device("meta"):
+    with readable(name_or_path), _whole_on_each_process(), torch.device("meta"):
         return _auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
 
 
