@@ -9,7 +9,9 @@ import torch
 from conftest import HIDDEN, LAYERS, VOCAB
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GptOssConfig
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config, GptOssConfig, Qwen3MoeConfig
+from transformers.integrations.finegrained_fp8 import replace_with_fp8_linear
+from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from peagle_hf import PeagleError, VerifierHead
@@ -17,7 +19,7 @@ from peagle_hf.cpu import pack_linear_layers
 from peagle_hf.data.chat_models import LocalChatModel, Sampling
 from peagle_hf.data.extract_in_process import load_for_extraction
 from peagle_hf.verifier.head import load_embedding
-from peagle_hf.verifier.loading import load_verifier
+from peagle_hf.verifier.loading import inference_memory, load_verifier
 from peagle_hf.verifier.parts import residual_streams, verifier_parts
 from peagle_hf.verifier.quantization import METHODS
 
@@ -234,3 +236,27 @@ def test_each_method_of_transformers_works_or_is_refused_before_loading(tiny_ver
         words = rf"is quantised with {name}, which can't be run in this process.*extract with --endpoint"
     with pytest.raises(PeagleError, match=words):
         load_verifier(tmp_path, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("method", ["fp8", "mxfp4"])
+def test_the_memory_of_quantised_experts_is_that_of_the_modules_that_transformers_makes(method, tmp_path):
+    """Experts are no linear layers but three-dimensional weights, and most of such a model."""
+    sizes = {"hidden_size": 128, "vocab_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 64}
+    sizes |= {"intermediate_size": 256, "num_hidden_layers": 2}
+    if method == "fp8":
+        config = Qwen3MoeConfig(**sizes, moe_intermediate_size=256, num_experts=16, num_experts_per_tok=2)
+    else:
+        config = GptOssConfig(**sizes, num_local_experts=16)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    kept = [name for name, _ in model.named_modules() if name.endswith(("lm_head", "mlp.gate"))]
+    if method == "fp8":
+        replace_with_fp8_linear(model, kept, FineGrainedFP8Config())
+    else:
+        for layer in model.model.layers:
+            layer.mlp.experts = Mxfp4GptOssExperts(config).to("meta")
+    del model.lm_head
+    wanted = sum(tensor.nbytes for tensor in model.state_dict().values())
+    config.quantization_config = {"quant_method": method}
+    config.save_pretrained(tmp_path)
+    assert inference_memory(tmp_path, 3)[0] == pytest.approx(wanted, rel=0.1)

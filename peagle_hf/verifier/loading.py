@@ -199,7 +199,8 @@ def inference_memory(
 ) -> tuple[int, int]:
     """Predict the bytes of a verifier in bfloat16 without its head, and those that it needs per token that it reads.
 
-    Quantised layers are counted with their number of bits where the configuration names it.
+    Quantised layers are counted with their number of bits where the configuration names it: linear ones, with fp8 also
+    experts, with mxfp4 experts alone.
 
     Args:
         num_states: auxiliary layers whose states are recorded.
@@ -207,10 +208,15 @@ def inference_memory(
     model = verifier_without_weights(name_or_path, revision, trust_remote_code)
     settings = quantization_of(model.config) or {}
     bits = settings.get("bits") or (4 if settings.get("load_in_4bit") or settings.get("quant_method") == "mxfp4" else 8)
-    is_dense = not settings or settings["quant_method"] == COMPRESSED_TENSORS
+    method = settings.get("quant_method", COMPRESSED_TENSORS)  # whose weights are made dense
+
+    def is_quantised(name: str, module: nn.Module) -> bool:
+        is_linear = isinstance(module, nn.Linear) and method not in (COMPRESSED_TENSORS, "mxfp4")
+        return is_linear or (name.endswith(".experts") and method in ("fp8", "mxfp4"))
+
     widths = {  # a head that is tied to the embeddings is counted with them
-        parameter: 16 if is_dense or not isinstance(module, nn.Linear) else bits
-        for module in model.modules()
+        parameter: bits if is_quantised(name, module) else 16
+        for name, module in model.named_modules()
         if module is not model.get_output_embeddings()
         for parameter in module.parameters(recurse=False)
     }
