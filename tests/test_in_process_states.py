@@ -125,6 +125,22 @@ def test_a_row_that_the_verifier_cannot_read_is_named(generating, tiny_verifier)
         list(dataset.completed([batch]))
 
 
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_batches_before_one_that_cannot_be_read_are_still_given(tiny_verifier, ahead):
+    """Steps on them are taken, so that they are saved with what was trained."""
+
+    def loaded():
+        for number in range(3):
+            yield {"input_ids": torch.full((1, 2), number)}
+        raise RowError(7, "data", reason="it can't be read", advice="leave it out")
+
+    given = []
+    with pytest.raises(RowError, match="row 7"):
+        for batch in InProcessVerifier(str(tiny_verifier), AUX, "cpu").completed(loaded(), None, ahead):
+            given.append(int(batch["input_ids"][0, 0]))
+    assert given == [0, 1, 2]
+
+
 def test_loader_workers_get_a_verifier_without_weights(tiny_verifier):
     verifier = InProcessVerifier(str(tiny_verifier), AUX, "cpu")
     verifier.load()

@@ -107,18 +107,28 @@ class InProcessVerifier:
     ) -> Iterator[dict[str, Any]]:
         """Give batches with the states that they lack, which a thread computes for the `ahead` batches that follow.
 
+        An error of `batches` is raised after the batches before it, as without fetching ahead.
+
         Args:
             compute: called in the thread.
 
         Raises:
-            RowError: `compute` raised this.
+            RowError: `compute` or `batches` raised this.
         """
+        failures: list[Exception] = []
+
+        def until_failure() -> Iterator[dict[str, Any]]:
+            try:
+                yield from batches
+            except Exception as error:
+                failures.append(error)
+
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, "verifier")
         self._pool.submit(int).result()  # nothing runs in the thread while loader workers are forked
         pending: deque[tuple[dict[str, Any], list[StatesRequest], Future[list[States]]]] = deque()
         try:
-            for batch in batches:
+            for batch in until_failure():
                 requests: list[StatesRequest] = batch.get(TO_GENERATE, [])
                 future = self._pool.submit(self._beside, compute, requests, batch["input_ids"].device)
                 pending.append((batch, requests, future))
@@ -126,6 +136,8 @@ class InProcessVerifier:
                     yield _complete(*pending.popleft())
             while pending:
                 yield _complete(*pending.popleft())
+            if failures:
+                raise failures[0]
         finally:
             for _, _, unused in pending:
                 unused.cancel()
