@@ -2,6 +2,7 @@
 
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,9 @@ from peagle_hf.data.dataset import HiddenStatesDataset
 from peagle_hf.data.errors import RowError
 from peagle_hf.data.extract import ExtractArguments, extract
 from peagle_hf.data.in_process_states import InProcessVerifier
-from peagle_hf.training.run import train
+from peagle_hf.training import memory
+from peagle_hf.training.memory import estimate, report
+from peagle_hf.training.run import build_config, train
 from peagle_hf.verifier.loading import inference_memory
 
 
@@ -134,11 +137,10 @@ def test_batches_before_one_that_cannot_be_read_are_still_given(tiny_verifier, a
             yield {"input_ids": torch.full((1, 2), number)}
         raise RowError(7, "data", reason="it can't be read", advice="leave it out")
 
-    given = []
+    batches = InProcessVerifier(str(tiny_verifier), AUX, "cpu").completed(loaded(), None, ahead)
+    assert [int(next(batches)["input_ids"][0, 0]) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(RowError, match="row 7"):
-        for batch in InProcessVerifier(str(tiny_verifier), AUX, "cpu").completed(loaded(), None, ahead):
-            given.append(int(batch["input_ids"][0, 0]))
-    assert given == [0, 1, 2]
+        next(batches)
 
 
 def test_loader_workers_get_a_verifier_without_weights(tiny_verifier):
@@ -166,3 +168,29 @@ def test_the_memory_report_counts_the_verifier(generating, tiny_verifier, capsys
     weights = sum(one.numel() for one in AutoModelForCausalLM.from_pretrained(tiny_verifier).model.parameters())
     assert inference_memory(str(tiny_verifier), 3)[0] == 2 * weights
     assert isinstance(model.lm_head, torch.nn.Identity)
+
+
+def test_a_verifier_on_another_device_is_compared_with_the_memory_there(generating, monkeypatch):
+    """This device has the states that are computed ahead, and nothing else of it."""
+    args = PeagleTrainingArguments(**generating)
+    here = args.memory_plan(build_config(args))
+    args.verifier_device = "cuda:1"
+    apart = args.memory_plan(build_config(args))
+    assert replace(apart, verifier_device=None) == here
+    assert 0 < estimate(apart).generated < estimate(here).generated
+    assert (estimate(here).verifier, estimate(apart).verifier) == (here.verifier, 0)
+    for fits in (True, False):
+        monkeypatch.setattr(memory, "device_memory", {torch.device("cuda:1"): 1 << (40 if fits else 0)}.get)
+        printed = report(apart, None)
+        assert "verifier and its work, on cuda:1" in printed
+        assert ("It doesn't fit on cuda:1: run peagle-hf extract" in printed) != fits
+    assert "verifier that generates states" not in printed
+
+
+def test_a_verifier_that_is_never_loaded_is_not_counted(generating, cached):
+    args = PeagleTrainingArguments(**{**generating, "data_path": str(cached)})
+    assert args.memory_plan(build_config(args)).verifier == 0
+    row_path(cached / "hidden_states", 3).unlink()
+    assert args.memory_plan(build_config(args)).verifier > 0
+    args.skip_rows = [3]
+    assert args.memory_plan(build_config(args)).batches_ahead == 0

@@ -30,6 +30,8 @@ from peagle_hf.training.memory import (
     report,
     slots_that_fit,
 )
+from peagle_hf.training.muon import step_bytes
+from peagle_hf.training.newton_schulz import orthogonalize_elements
 from peagle_hf.training.run import build_config
 
 
@@ -96,6 +98,46 @@ def test_muons_step_is_counted():
     assert predicted.step < shared.step < predicted.step + predicted.weights
     assert estimate(replace(plan, optimizer="adamw_torch")).step == 0
     assert "stacks of Muon's step" in report(plan, None)
+
+
+def test_fsdp_divides_what_a_process_keeps():
+    """Whole in bf16 are the embeddings, the head, and two layers with a gradient of one."""
+    plan = MemoryPlan(qwen3_8b(), 4096, optimizer="muon", processes=8, linear_start=True)
+    copies, shards = estimate(plan), estimate(replace(plan, sharding="FSDP"))
+    assert (copies.gathered, shards.weights, shards.gradients) == (0, copies.weights // 8, copies.gradients // 8)
+    assert shards.optimizer == copies.optimizer // 8
+    assert shards.frozen == copies.frozen * 2 // 8
+    layer = 2 * (8192 * 6144 + 4096 * 4096 + 3 * 4096 * 12288)
+    assert shards.gathered == 2 * 2 * 151936 * 4096 + 3 * layer
+    assert shards.step < copies.step
+    assert (shards.activations, shards.loss) == (copies.activations, copies.loss)
+    assert shards.total < 0.6 * copies.total
+    whole = copies.weights + copies.frozen * 2
+    assert shards.linear_start == copies.linear_start + whole - whole // 8
+    alone = replace(plan, processes=1)
+    assert estimate(replace(alone, sharding="FSDP")) == estimate(alone)
+    assert slots_that_fit(replace(plan, sharding="FSDP"), 40 * GIB) > slots_that_fit(plan, 40 * GIB)
+    printed = report(replace(plan, sharding="FSDP"), None)
+    assert "weights, float32, 1/8 of them" in printed
+    assert "tables and layers that are gathered" in printed
+
+
+def test_the_step_on_shards_holds_a_share_of_all_rows_and_whole_matrices_of_its_own():
+    shapes = [(4096, 4096)] * 8
+    own = orthogonalize_elements(4, 4096, 4096)
+    assert step_bytes(shapes, 2, has_shards=True) == 2 * (own + (4 + 2 * 4) * 4096**2)
+
+
+@pytest.mark.parametrize(
+    ("variable", "sharding"), [(None, "none"), ("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "ZeRO")]
+)
+def test_the_launcher_says_how_weights_are_divided(train_flags, monkeypatch, variable, sharding):
+    args = PeagleTrainingArguments(**train_flags)
+    if variable:
+        monkeypatch.setenv(variable, "true")
+    plan = replace(args.memory_plan(make_config()), processes=2)
+    assert plan.sharding == sharding
+    assert ("What ZeRO divides" in report(plan, None)) == (sharding == "ZeRO")
 
 
 def test_the_advice_ends_with_what_fits():

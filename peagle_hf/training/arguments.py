@@ -34,7 +34,7 @@ from .argument_rules import (
     warn_of_unused,
 )
 from .losses import parse_loss
-from .memory import GIB, MemoryPlan, cut_to_fit, device_memory, verifier_memory
+from .memory import GIB, MemoryPlan, cut_to_fit, device_memory, processes_of, verifier_memory
 from .optimizer import MUON, MUON_WEIGHT_DECAY
 
 GENERATE_WORKERS = min(4, os.cpu_count() or 1)
@@ -490,7 +490,7 @@ class PeagleTrainingArguments(TrainingArguments):
             lora_r=self.lora_r,
             linear_start=self.linear_start and not self.from_pretrained,
             validates=self.eval_strategy != "no",
-            processes=self.world_size,
+            **processes_of(self),
             **verifier_memory(self, config),
         )
         return cut_to_fit(plan, self.usable_memory()) if self.sequence_partitions == "auto" else plan

@@ -1,16 +1,24 @@
 """Predicts the device memory of a training step from the configuration, and names the flags that lower it.
 
 The prediction is linear: a fixed number of bytes, and a number for each slot of the largest part that is run at once.
-It describes one process on a GPU in bf16 mixed precision, with all weights. Shape letters: L positions, R slots, H
-hidden size.
+It describes one process on a GPU in bf16 mixed precision. Shape letters: L positions, R slots, H hidden size.
+
+With FSDP it assumes what examples/accelerate/fsdp2.yaml sets: each process keeps its share of weights (frozen ones in
+float32, too), gradients and optimizer states, and while a layer runs, the embeddings, the head, that layer and the next
+are whole in bf16, and one layer's gradient. What ZeRO divides isn't counted: with it the prediction is that of whole
+copies, which is too high.
 """
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 
+from ..data.cache_storage import cache_folder, cached_rows
 from ..data.extract_in_process import GPU_BATCH_TOKENS
+from ..data.prepared_dataset import load_prepared
 from ..errors import PeagleError
 from ..model.config import PeagleConfig
 from ..model.layers import RECOMPUTED_SLOTS
@@ -61,9 +69,11 @@ class MemoryPlan:
         train_head: whether the drafter's head is trained.
         lora_r: rank of an adapter that is trained on all linear layers instead of their weights.
         linear_start: whether the drafter starts from a linear fit, which is over before the first step.
-        processes: that train together, each with copies of all weights.
+        processes: that train together.
+        sharding: what divides weights among them, "FSDP" or "ZeRO"; "none" if each has copies of all.
         validates: whether there is validation, which from the first one on keeps the verifier's whole head.
-        verifier: bytes of the verifier's weights on this device, if it generates hidden states in this process.
+        verifier: bytes of the verifier's weights, if it generates hidden states in this process.
+        verifier_device: where it runs, if that isn't the drafter's device.
         verifier_token: bytes that it needs for each token that it reads at once.
         batches_ahead: batches whose states it generates in advance.
     """
@@ -81,7 +91,9 @@ class MemoryPlan:
     linear_start: bool = False
     validates: bool = False
     processes: int = 1
+    sharding: str = "none"
     verifier: int = 0
+    verifier_device: str | None = None
     verifier_token: int = 0
     batches_ahead: int = 0
 
@@ -89,6 +101,16 @@ class MemoryPlan:
     def num_positions(self) -> int:
         """L of the batch."""
         return self.positions * self.batch_size
+
+    @property
+    def shares(self) -> int:
+        """Processes that the weights are divided among."""
+        return self.processes if self.sharding == "FSDP" else 1
+
+    @property
+    def verifier_work(self) -> int:
+        """Bytes that the verifier needs beside its weights for the batch that it reads."""
+        return min(self.num_positions, max(self.positions, GPU_BATCH_TOKENS)) * self.verifier_token
 
     @property
     def slots(self) -> int:
@@ -119,7 +141,8 @@ class MemoryEstimate:
     """Bytes by kind; `total` is the largest peak: of the linear start, the backward pass or the optimizer's step.
 
     `optimizer` is None, and counts nothing, where it isn't known; `step` is what the optimizer's step needs beside it.
-    `verifier` are the weights of one that generates states, and `generated` what it works with and the states of the
+    `gathered` are the weights that are whole, and a layer's gradient, while a divided drafter runs. `verifier` are the
+    weights of one that generates states on this device, and `generated` what it works with here and the states of the
     batches ahead.
     """
 
@@ -134,6 +157,7 @@ class MemoryEstimate:
     activations: int
     step: int
     accumulates: bool
+    gathered: int = 0
     verifier: int = 0
     generated: int = 0
 
@@ -146,7 +170,7 @@ class MemoryEstimate:
     @property
     def total(self) -> int:
         start = self.weights + self.frozen + self.linear_start + self.verifier + self.generated
-        passes = self.held + self.loss + self.activations + (self.gradients if self.accumulates else 0)
+        passes = self.held + self.gathered + self.loss + self.activations + self.gradients * self.accumulates
         return max(start, passes, self.held + self.gradients + self.step)
 
 
@@ -160,10 +184,12 @@ def estimate(plan: MemoryPlan) -> MemoryEstimate:
     for width in [2 * size, *[size] * (num_layers - 1)]:
         linear += [(width, query), (width, key), (width, key), (query, size)]
         linear += [(size, inner), (size, inner), (inner, size)]
+    of_layer = sum(inputs * outputs for inputs, outputs in linear[1:8])
     weights = sum(inputs * outputs for inputs, outputs in linear)
     embedding, head = layer.vocab_size * size, config.draft_vocab_size * size
     trained = weights + embedding * config.embed_requires_grad + head * plan.train_head
-    frozen = (head + embedding * (not config.embed_requires_grad)) * HALF
+    shares, is_divided = plan.shares, plan.shares > 1
+    frozen = (head + embedding * (not config.embed_requires_grad)) * (FLOAT if is_divided else HALF)
     if plan.lora_r is not None:
         frozen += trained * FLOAT
         trained = weights = plan.lora_r * sum(map(sum, linear))
@@ -171,43 +197,67 @@ def estimate(plan: MemoryPlan) -> MemoryEstimate:
     states = None if bytes_a_weight is None else trained * bytes_a_weight
     if plan.optimizer == MUON:
         states = weights * FLOAT + (trained - weights) * 2 * FLOAT
+    is_apart = plan.verifier_device is not None
     slots = plan.slots_at_once
     chunk_slots = min(slots, CHUNK_ELEMENTS["cuda"] // config.draft_vocab_size)
     return MemoryEstimate(
-        weights=trained * FLOAT,
-        gradients=trained * FLOAT,
-        optimizer=states,
-        frozen=frozen,
+        weights=trained * FLOAT // shares,
+        gradients=trained * FLOAT // shares,
+        optimizer=states if states is None else states // shares,
+        frozen=frozen // shares,
         whole_head=embedding * HALF if plan.validates and config.draft_vocab_size < layer.vocab_size else 0,
-        linear_start=linear_start_bytes(config) if plan.linear_start else 0,
+        # It has the weights whole, which are divided after it.
+        linear_start=plan.linear_start
+        * (linear_start_bytes(config) + (trained * FLOAT + frozen) * (shares - 1) // shares),
         inputs=plan.num_positions * size * (config.num_aux_hidden_states + 3) * HALF,
-        # The logits, their gradient, the verifier's logits of the same targets; a trained head's gradient, and it scaled.
+        # Logits, their gradient, the verifier's logits of the same targets; a trained head's gradient, and it scaled.
         loss=round(2.4 * chunk_slots * config.draft_vocab_size * HALF) + 2 * head * FLOAT * plan.train_head,
         activations=slots * bytes_per_slot(plan),
-        step=step_bytes(linear, plan.processes) if plan.optimizer == MUON and plan.lora_r is None else 0,
+        step=step_bytes(linear, plan.processes, is_divided) if plan.optimizer == MUON and plan.lora_r is None else 0,
         accumulates=plan.accumulates or plan.partitions > 1,
-        verifier=plan.verifier,
-        generated=min(plan.num_positions, max(plan.positions, GPU_BATCH_TOKENS)) * plan.verifier_token
+        gathered=is_divided * (embedding + head + 3 * of_layer) * HALF,
+        verifier=0 if is_apart else plan.verifier,
+        generated=(0 if is_apart else plan.verifier_work)
         + plan.batches_ahead * plan.num_positions * size * (config.num_aux_hidden_states + 1) * HALF,
     )
 
 
-def verifier_memory(args: Any, config: PeagleConfig) -> dict[str, int]:
+def verifier_memory(args: Any, config: PeagleConfig) -> dict[str, Any]:
     """The fields of `MemoryPlan` for a verifier that generates states in this process, as the arguments describe it.
+
+    None where all samples have their states: then it is never loaded.
 
     Args:
         args: a `PeagleTrainingArguments`.
     """
     name = args.verifier_name_or_path or config.verifier_name_or_path
-    if not args.runs_verifier or name is None:
+    if not args.runs_verifier or name is None or not lacks_states(args):
         return {}
-    ahead = {"batches_ahead": args.gradient_accumulation_steps}
-    if args.verifier_device and torch.device(args.verifier_device) != args.device:
-        return ahead
+    is_apart = args.verifier_device and torch.device(args.verifier_device) != args.device
     weights, a_token = inference_memory(
         name, config.num_aux_hidden_states, args.verifier_revision, args.trust_remote_code
     )
-    return {"verifier": weights, "verifier_token": a_token, **ahead}
+    return {
+        "verifier": weights,
+        "verifier_device": args.verifier_device if is_apart else None,
+        "verifier_token": a_token,
+        "batches_ahead": args.gradient_accumulation_steps,
+    }
+
+
+def lacks_states(args: Any) -> bool:
+    """Whether a sample that is trained on has no cached states; also if there is no prepared dataset yet."""
+    if not (Path(args.data_path) / "token_freq.pt").exists():
+        return True
+    present = cached_rows(cache_folder(args.data_path, args.hidden_states_path)) | set(args.skip_rows or ())
+    return not present.issuperset(range(len(load_prepared(args.data_path))))
+
+
+def processes_of(args: Any) -> dict[str, Any]:
+    """The fields of `MemoryPlan` for processes that train together, by the arguments and by `accelerate launch`."""
+    is_divided = args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")
+    by_zero = args.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+    return {"processes": args.world_size, "sharding": "FSDP" if is_divided else "ZeRO" if by_zero else "none"}
 
 
 def linear_start_bytes(config: PeagleConfig) -> int:
@@ -245,7 +295,7 @@ def slots_that_fit(plan: MemoryPlan, budget: int) -> int:
             f"How much memory the states of {plan.optimizer} take isn't known, so --sequence-partitions auto can't "
             "tell what fits. Give a number of parts."
         )
-    needed = fixed.held + fixed.gradients + fixed.loss
+    needed = fixed.held + fixed.gathered + fixed.gradients + fixed.loss
     slots = (budget - needed) // bytes_per_slot(fixed_plan)
     needed = max(needed, fixed.held + fixed.gradients + fixed.step)
     if slots < 1 or needed > budget:
@@ -269,11 +319,13 @@ def report(plan: MemoryPlan, budget: int | None) -> str:
     """A table of bytes by kind, and the flags to change if the total is more than `budget` bytes."""
     predicted = estimate(plan)
     is_known = predicted.optimizer is not None
+    part = f", 1/{plan.shares} of them" if plan.shares > 1 else ""
     shares = {
-        "weights, float32": predicted.weights,
-        "gradients, float32": predicted.gradients,
-        f"optimizer states ({plan.optimizer})": predicted.optimizer or 0,
-        "frozen weights": predicted.frozen,
+        f"weights, float32{part}": predicted.weights,
+        f"gradients, float32{part}": predicted.gradients,
+        f"optimizer states ({plan.optimizer}){part}": predicted.optimizer or 0,
+        f"frozen weights{part}": predicted.frozen,
+        **({"tables and layers that are gathered": predicted.gathered} if predicted.gathered else {}),
         **({"verifier's whole head, from validation on": predicted.whole_head} if predicted.whole_head else {}),
         **({"linear start, before the first step": predicted.linear_start} if predicted.linear_start else {}),
         **({"verifier that generates states": predicted.verifier} if predicted.verifier else {}),
@@ -287,6 +339,10 @@ def report(plan: MemoryPlan, budget: int | None) -> str:
     if not is_known:
         lines.append(f"The states of {plan.optimizer} aren't known, and are not counted.")
     lines.append(f"{'predicted peak (not all are there at once)':<44}{predicted.total / GIB:>8.2f} GiB")
+    if plan.sharding == "ZeRO":
+        lines.append("What ZeRO divides among the processes isn't counted: less is needed.")
+    if plan.verifier_device:
+        lines += _of_other_device(plan, plan.verifier_device)
     if budget is not None:
         lines.append(f"{'available':<44}{budget / GIB:>8.2f} GiB")
         if predicted.total > budget:
@@ -294,6 +350,17 @@ def report(plan: MemoryPlan, budget: int | None) -> str:
         else:
             lines.append("It fits." if is_known else "Without those states it fits.")
     return "\n".join(lines)
+
+
+def _of_other_device(plan: MemoryPlan, name: str) -> list[str]:
+    """What the verifier needs on a device of its own, beside what there is."""
+    needed, budget = plan.verifier + plan.verifier_work, device_memory(torch.device(name))
+    lines = [f"{f'verifier and its work, on {name}':<44}{needed / GIB:>8.2f} GiB"]
+    if budget is not None:
+        lines.append(f"{f'available on {name}':<44}{budget / GIB:>8.2f} GiB")
+        if needed > budget:
+            lines.append(f"It doesn't fit on {name}: run peagle-hf extract before training, or name a larger GPU.")
+    return lines
 
 
 def advice(plan: MemoryPlan, budget: int) -> str:
@@ -311,7 +378,7 @@ def advice(plan: MemoryPlan, budget: int) -> str:
     small = replace(half, config=PeagleConfig.from_dict(plan.config.to_dict() | {"embed_requires_grad": False}))
     steps.append(("--no-embed-requires-grad", small))
     steps.append(("--no-linear-start", replace(small, linear_start=False)))
-    if plan.verifier:
+    if estimate(plan).verifier:
         cached = replace(steps[-1][1], verifier=0, verifier_token=0, batches_ahead=0)
         steps.append(("peagle-hf extract before training", cached))
     lines = ["To need less, turn these on, one after another:"]

@@ -127,16 +127,19 @@ def shares(shapes: Sequence[tuple[int, ...]], num_processes: int) -> list[list[i
     return [sorted(share) for share in result]
 
 
-def step_bytes(shapes: Sequence[tuple[int, ...]], num_processes: int = 1) -> int:
-    """The most device memory that a step needs beside weights, gradients and momenta, on a GPU and without shards.
+def step_bytes(shapes: Sequence[tuple[int, ...]], num_processes: int = 1, has_shards: bool = False) -> int:
+    """The most device memory that a step needs beside weights, gradients and momenta, on a GPU.
 
     Args:
         num_processes: that share the work.
+        has_shards: each of them has a share of the rows, instead of copies of the weights.
     """
     size = 2
     planned = shares(shapes, num_processes)
     own = [orthogonalize_elements(len(one), *shapes[one[0]]) for share in planned for one in stacks(share, shapes)]
     sent = sum(map(math.prod, shapes)) if num_processes > 1 else 0
+    if has_shards:  # a share of all rows, and the matrices of one process twice: as they come and as they go
+        sent = sent // num_processes + 2 * max(sum(math.prod(shapes[number]) for number in share) for share in planned)
     return size * (max(own, default=0) + sent)
 
 
