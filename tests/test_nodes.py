@@ -3,12 +3,13 @@
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from test_distributed import free_port, history, launch
@@ -93,10 +94,11 @@ def test_two_nodes_with_one_folder_are_one_node(one_node, tmp_path):
     while not list((shared[0] / "checkpoints").glob("checkpoint-1")):
         assert all(agent.poll() is None for agent in agents), (shared[0] / "node 0.log").read_text()[-4000:]
         time.sleep(0.05)
-    os.killpg(agents[1].pid, signal.SIGKILL)
-    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(agents[1].pid)], capture_output=True, text=True)
-    for child in children.stdout.split():
-        os.kill(int(child), signal.SIGKILL)
+    # Its processes, in sessions of their own, are listed while it lives: afterwards they have another parent.
+    lost = [psutil.Process(agents[1].pid), *psutil.Process(agents[1].pid).children(recursive=True)]
+    for process in lost:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
     assert agents[1].wait(60) != 0
     assert agents[0].wait(240) != 0
     train("torchrun", {**common, **steps}, shared)
