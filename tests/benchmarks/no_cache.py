@@ -141,8 +141,8 @@ def cache_bytes(sizes: argparse.Namespace) -> float:
 def arguments(sizes: argparse.Namespace, generates: bool) -> PeagleTrainingArguments:
     name = "generated" if generates else "cached"
     generating = {"on_missing": "generate", "hidden_states_path": str(sizes.folder / "no states")} if generates else {}
-    if generates and sizes.verifier_device:
-        generating["verifier_device"] = sizes.verifier_device
+    if sizes.verifier_device:  # without it a second visible GPU is refused; from a cache no verifier is loaded
+        generating |= {"on_missing": "generate", "verifier_device": sizes.verifier_device}
     return PeagleTrainingArguments(
         verifier_name_or_path=str(sizes.folder / "verifier"),
         data_path=str(sizes.folder / "data"),
@@ -195,6 +195,7 @@ def verifier_alone(sizes: argparse.Namespace) -> float:
     dataset, collator, took = trainer.train_dataset, CODDataCollator(num_depths=sizes.num_depths), []
     for number in range(min(len(dataset), sizes.steps)):
         batch = collator([dataset[number]])
+        batch["input_ids"] = batch["input_ids"].to(trainer.args.device)  # where the states go, as in training
         start = time.perf_counter()
         list(dataset.completed([batch]))
         took.append(time.perf_counter() - start)
