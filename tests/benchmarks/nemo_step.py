@@ -5,6 +5,9 @@ whose states are bfloat16 too, and runs the verifier in each step, since its cac
 the states are given, as to the others; what is left of the verifier is the product with its head, which the others also
 have in their step. It doesn't pack: each sample is a row of its own, and the rows of a batch run one after another. Its
 attention has no backward pass on a CPU.
+
+`pip install --no-deps nemo-automodel==0.7.0` is enough, and leaves the versions of torch and transformers as they are:
+beside these two, importing what is used here needs only datasets and pandas, which come with peagle-hf.
 """
 
 from typing import Any

@@ -5,10 +5,11 @@
 
 On a GPU: a drafter for Qwen3-8B (hidden size 4,096, 151,936 tokens, 4 layers) with 60 % of the tokens learnt, bf16
 autocast over float32 weights, fused AdamW and clipping. On a CPU: SmolLM2-135M's sizes in float32. Every
-implementation runs its cases in a child process of its own, one after another. The peers are speculators 0.9.0 and, on
-a GPU, NeMo AutoModel 0.7.0, which trains bfloat16 weights (see `nemo_step`). With `--default-optimizers` each takes the
-optimizer that it takes by default: ours and speculators' Muon with AdamW, NeMo's AdamW. `--small` shrinks everything
-for a test of the benchmark itself; its times mean nothing.
+implementation runs its cases in a child process of its own, one after another; where one fails, the table has its
+error, and the others go on. `--output` is written anew after each. The peers are speculators 0.9.0 and, on a GPU, NeMo
+AutoModel 0.7.0, which trains bfloat16 weights (see `nemo_step`). With `--default-optimizers` each takes the optimizer
+that it takes by default: ours and speculators' Muon with AdamW, NeMo's AdamW. `--small` shrinks everything for a test
+of the benchmark itself; its times mean nothing.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import re
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -426,15 +428,18 @@ def print_profile(step: Callable[[], object]) -> None:
 def run_child(implementation: str, cases: list[Case], options: argparse.Namespace) -> list[dict]:
     command = [sys.executable, __file__, "--child", implementation, "--cases-json", json.dumps([*map(asdict, cases)])]
     command += ["--steps", str(options.steps)] + ["--small"] * options.small + ["--profile"] * options.profile
-    results = []
+    results, reason = [], ""
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout or ():
             if line.startswith("RESULT "):
                 line = line.removeprefix("RESULT ")
                 results.append(json.loads(line))
+            elif line.startswith("FAILED "):
+                reason = line.removeprefix("FAILED ").strip()
             print(line, end="", flush=True)
     if process.returncode:
-        sys.exit(f"{implementation} ended with {process.returncode} on {[case.label for case in cases]}")
+        failed = {"implementation": implementation, "failed": f"failed: {reason or process.returncode}"}
+        results += [failed | {"case": case.label} for case in cases[len(results) :]]
     return results
 
 
@@ -489,7 +494,12 @@ def main() -> None:
     sizes = SMALL if options.small else QWEN3_8B if device == "cuda" else SMOLLM2
     if options.child:
         cases = [Case(**fields) for fields in json.loads(options.cases_json)]
-        measure(options.child, sizes, cases, device, options.steps, options.profile)
+        try:
+            measure(options.child, sizes, cases, device, options.steps, options.profile)
+        except Exception as error:
+            lines = traceback.format_exception_only(error)[-1].replace("|", "/").split("\n")
+            print("FAILED " + lines[0], flush=True)
+            raise
         return
     if options.small:
         cases, long = [Case(128, 64, 4, 512), Case(128, 128, 3, 100)], [Case(128, 128, 4, 512, checkpointing=True)]
@@ -512,21 +522,22 @@ def main() -> None:
     for name, package in wanted:
         if name not in peers:
             print(f"{package} can't be imported here, so {name} isn't measured.")
-    results = []
+    results: list[dict] = []
+
+    def run(implementation: str, taken: list[Case]) -> None:
+        if taken:
+            results.extend(run_child(implementation, taken, options))
+        if options.output:
+            options.output.write_text(json.dumps(medians(results), indent=1) + "\n")
+
     for group in groups(cases):
-        rounds: list[dict] = []
         for _ in range(options.rounds):
             for peer in peers:
-                taken = [case for case in group if not (case.checkpointing or (peer == "nemo" and case.window))]
-                if taken:
-                    rounds += run_child(peer, taken, options)
-            rounds += run_child("ours", group, options)
-        results += medians(rounds)
+                run(peer, [case for case in group if not (case.checkpointing or (peer == "nemo" and case.window))])
+            run("ours", group)
     for group in groups(long):
-        results += run_child("ours", group, options)
-    print_table(results, torch.cuda.get_device_name() if device == "cuda" else "CPU")
-    if options.output:
-        options.output.write_text(json.dumps(results, indent=1) + "\n")
+        run("ours", group)
+    print_table(medians(results), torch.cuda.get_device_name() if device == "cuda" else "CPU")
 
 
 if __name__ == "__main__":
