@@ -5,8 +5,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from conftest import write_prepared
+from test_trainer import ROOT
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from peagle_hf.model.served_checkpoint import check_checkpoint
 
@@ -27,6 +31,21 @@ def test_small_benchmark_reports_every_case(tmp_path):
         assert f"| {result['case']} | ours | {result['step_ms']} |" in run.stdout
         assert result["rows"] > 128
         assert result["loss"] > 0
+
+
+def test_a_peer_that_fails_is_a_line_of_the_table(tmp_path, monkeypatch, capsys):
+    (tmp_path / "speculators").mkdir()
+    (tmp_path / "speculators" / "__init__.py").write_text("raise RuntimeError('two | three\\nfour')\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import training_step
+
+    options = SimpleNamespace(steps=1, small=True, profile=False)
+    results = training_step.run_child("speculators", [training_step.Case(128, 64, 4, 512)], options)
+    failed = "failed: RuntimeError: two / three"
+    assert results == [{"implementation": "speculators", "case": "128, K 4, Vd 512", "failed": failed}]
+    training_step.print_table([*results, {"implementation": "ours", "case": "128, K 4, Vd 512", "step_ms": 2}], "CPU")
+    assert f"| 128, K 4, Vd 512 | speculators | {failed} |" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -59,6 +78,67 @@ def test_small_tutorial_goes_on_where_it_was_stopped(tmp_path):
     assert re.fullmatch(r"[\d.]+", found["extract"])
     assert re.fullmatch(r"\*[\d.]+\*", found["train: 5 epochs"])  # in italics, since only 4 steps were run
     assert re.fullmatch(r"\*[\d.]+\*", found["everything"])
+
+
+def attempt(steps: int, **facts: float) -> dict:
+    return {"logged_steps": steps, "step_s": 0.6, "start_s": 60.0, "seconds": 900.0, "loader_wait": 0.0} | facts
+
+
+@pytest.mark.parametrize(
+    ("attempts", "complete", "epoch", "all_epochs"),
+    [
+        ([attempt(200)], False, "*1.0*", "*6.0*"),  # two whole epochs, whose ends weren't seen
+        ([attempt(230, epoch_s=90.0), attempt(30)], False, "1.5", "*8.5*"),
+        ([attempt(250, epoch_s=90.0), attempt(250, epoch_s=90.0)], True, "1.5", "*8.5*"),
+        ([attempt(30), attempt(500, epoch_s=90.0)], True, "1.5", "15.0"),
+    ],
+)
+def test_what_the_tutorials_report_calculates_is_in_italics(monkeypatch, attempts, complete, epoch, all_epochs):
+    """Attempts that were cut don't add up: the next one begins at a checkpoint."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from tutorial_report import report
+
+    train = {"gpus": 2, "steps_an_epoch": 100, "attempts": attempts, "complete": complete, "generated": False}
+    server = {"storage": "plain", "samples": 5, "of_samples": 10, "tokens": 50, "of_tokens": 100}
+    server |= {"seconds": 60, "tokens_per_s": 0.5}
+    results = {"device": "2 x H200", "versions": {"torch": "2", "transformers": "5"}, "prepare": {"seconds": 60}}
+    results["prepare"] |= {"samples": 10, "tokens": 100}
+    printed = report([results | {"train, 2 GPUs": train, "extract, 2 GPUs, vLLM server": server}])
+    rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| ")]
+    found = {row[0]: row[2] for row in rows}
+    assert (found["train: start"], found["train: an epoch"]) == ("*1.0*", epoch)
+    assert found["train: 5 epochs"] == all_epochs
+    assert found["extract, vLLM server"] == "*2.7*"
+    assert found["everything"] == f"*{float(all_epochs.strip('*')) + 1 + 160 / 60:.1f}*"
+
+
+def test_the_tutorial_goes_on_from_folders_of_other_runs(tmp_path, monkeypatch):
+    """New results with the old folder of large files, extraction from a server, and steps saved within an epoch."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import tutorial_size
+    from tutorial_inputs import TINY
+
+    class Asked(tutorial_size.Benchmark):
+        def run(self, step, commands, **_):
+            asked[step] = commands[0][0]
+            return tutorial_size.Timed(seconds=1.0, returncode=0, lines=[(1.0, "")])
+
+    asked: dict[str, list[str]] = {}
+    write_prepared(tmp_path / "data", [20] * 10)
+    config = AutoConfig.for_model("qwen3", **TINY)
+    weights = AutoModelForCausalLM.from_config(config)
+    weights.save_pretrained(tmp_path / "verifier", max_shard_size="1MB")
+    options = {"folder": tmp_path, "results": tmp_path / "new", "minutes": 60, "hidden_states": None, "tiny": True}
+    options |= {"gpus": 2, "endpoint": "http://server/v1", "storage": "plain", "max_samples": None, "epochs": 1}
+    benchmark = Asked(SimpleNamespace(**options, max_steps=None, extra=[]))
+    benchmark.model()
+    assert benchmark.results["model"]["weights"] == sum(one.numel() for one in weights.parameters())
+    benchmark.extract()
+    assert asked["extract"][:3] == [sys.executable, "-m", "peagle_hf"]
+    assert asked["extract"][-2:] == ["--endpoint", "http://server/v1"]
+    assert "extract, 2 GPUs, vLLM server" in benchmark.results
+    benchmark.train()
+    assert "--save-strategy steps --save-steps 2" in " ".join(asked["train"])
 
 
 @pytest.mark.slow

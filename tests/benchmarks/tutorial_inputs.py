@@ -46,8 +46,8 @@ CHAT_TEMPLATE = (
 CONSONANTS, VOWELS = "bcdfghjklmnprstvwz", "aeiou"
 
 
-def make_verifier(folder: Path, tokenizer: str | None, tiny: bool) -> dict[str, Any]:
-    """Write a random Qwen3 in bfloat16, in files of 4 GB, with a tokenizer; returns its facts.
+def make_verifier(folder: Path, tokenizer: str | None, tiny: bool) -> None:
+    """Write a random Qwen3 in bfloat16, in files of 4 GB, with a tokenizer.
 
     Args:
         tokenizer: a folder or hub name; None trains a small one on words of syllables.
@@ -65,7 +65,17 @@ def make_verifier(folder: Path, tokenizer: str | None, tiny: bool) -> dict[str, 
     model.save_pretrained(written, max_shard_size="4GB")
     make_tokenizer(tokenizer, tiny).save_pretrained(written)
     written.rename(folder)
-    return {"weights": sum(weight.numel() for weight in model.parameters()), "config": TINY if tiny else VERIFIER}
+
+
+def facts_of_verifier(folder: Path) -> dict[str, Any]:
+    """The number of weights and the configuration of a verifier that `make_verifier` has written."""
+    from safetensors import safe_open
+
+    config, weights = json.loads((folder / "config.json").read_text()), 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            weights += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    return {"weights": weights, "config": {name: config[name] for name in VERIFIER if name in config}}
 
 
 def make_tokenizer(name: str | None, tiny: bool) -> Any:

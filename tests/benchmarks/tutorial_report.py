@@ -20,7 +20,8 @@ def report(results: list[dict[str, Any]]) -> str:
             lines.append(row("prepare", "", minutes(one["prepare"]["seconds"]), one["prepare"], ""))
         for name, facts in one.items():
             if name.startswith("extract, ") and facts.get("tokens"):
-                lines += extraction_rows(facts, int(name.split()[1]))
+                step, gpus, *server = name.split(", ")
+                lines += extraction_rows(", ".join([step, *server]), facts, int(gpus.split()[0]))
             elif name.startswith("train, "):
                 lines += training_rows(one, facts)
         lines += ["", "*In italics*: calculated from what was run."]
@@ -46,41 +47,49 @@ def extraction_seconds(facts: dict[str, Any]) -> float:
     return facts["seconds"] + (facts["of_tokens"] - facts["tokens"]) / facts["tokens_per_s"]
 
 
-def extraction_rows(facts: dict[str, Any], gpus: int) -> list[str]:
-    done = facts["samples"] == facts["of_samples"]
+def is_whole(extraction: dict[str, Any]) -> bool:
+    return extraction["samples"] == extraction["of_samples"]
+
+
+def extraction_rows(step: str, facts: dict[str, Any], gpus: int) -> list[str]:
+    done = is_whole(facts)
     remark = f"{facts['storage']}; {facts['samples']:,} of {facts['of_samples']:,} samples"
-    return [row("extract", gpus, minutes(extraction_seconds(facts), not done), facts, remark)]
+    return [row(step, gpus, minutes(extraction_seconds(facts), not done), facts, remark)]
 
 
 def training_rows(one: dict[str, Any], facts: dict[str, Any]) -> list[str]:
-    """The start, an epoch, and all epochs; then everything from `prepare` on."""
+    """The start, an epoch, and all epochs, by the longest attempt; then everything from `prepare` on.
+
+    An epoch is measured if the attempt has two ends of epochs, and all epochs are if it has all steps.
+    """
     known = [attempt for attempt in facts["attempts"] if attempt.get("step_s")]
     if not known:
         return ["| train | | | | | | | | too short to tell |"]
-    last, gpus = known[-1], facts["gpus"]
-    steps, end = facts["steps_an_epoch"], last.get("epoch_end_s") or 0.0
-    logged = sum(attempt.get("logged_steps", 0) for attempt in facts["attempts"])
-    epoch = steps * last["step_s"] + end
+    last, gpus = max(known, key=lambda attempt: attempt["logged_steps"]), facts["gpus"]
+    steps, end, logged = facts["steps_an_epoch"], last.get("epoch_end_s") or 0.0, last["logged_steps"]
+    epoch = last.get("epoch_s") or steps * last["step_s"] + end
     whole = last["start_s"] + EPOCHS * epoch
     ran_whole = facts["complete"] and logged >= EPOCHS * (steps - 1)
-    if ran_whole:  # a part that was run twice, because it had been cut, counts twice
-        whole = sum(attempt["seconds"] for attempt in facts["attempts"])
+    if ran_whole:
+        whole = last["seconds"]
     how = "states generated in the process" if facts["generated"] else "from the cache"
     wait = f"{last['step_s'] * 1e3:.0f} ms a step; {last['loader_wait']:.1%} of the time waiting for data"
-    ending = "" if last.get("epoch_end_s") else ", without validation and saving"
+    ending = "" if last.get("epoch_s") or last.get("epoch_end_s") else ", without validation and saving"
     measured = last | {name: facts[name] for name in ("mfu", "disk_gib") if name in facts}
+    remark, is_calculated = f"{steps} steps, {wait}{ending}", not last.get("epoch_s")
     lines = [
-        row("train: start", gpus, minutes(last["start_s"]), {}, "up to the first step, and what compiling costs"),
-        row("train: an epoch", gpus, minutes(epoch, logged < steps), measured, f"{steps} steps, {wait}{ending}"),
-        row(f"train: {EPOCHS} epochs", gpus, minutes(whole, not ran_whole), {}, f"{how}; {logged} steps run"),
+        row("train: start", gpus, minutes(last["start_s"], True), {}, "up to the first step, and what compiling costs"),
+        row("train: an epoch", gpus, minutes(epoch, is_calculated), measured, remark),
+        row(f"train: {EPOCHS} epochs", gpus, minutes(whole, not ran_whole), {}, f"{how}; {logged} steps run at once"),
     ]
-    extraction = one.get(f"extract, {gpus} GPUs", {})
+    extraction = one.get(f"extract, {gpus} GPUs") or one.get(f"extract, {gpus} GPUs, vLLM server", {})
     total = whole + one["prepare"]["seconds"]
     if facts["generated"]:
         lines.append(row("everything", gpus, minutes(total, not ran_whole), {}, "prepare, train"))
     elif extraction.get("tokens"):
         total += extraction_seconds(extraction)
-        lines.append(row("everything", gpus, minutes(total, not ran_whole), {}, "prepare, extract, train"))
+        is_calculated = not (ran_whole and is_whole(extraction))
+        lines.append(row("everything", gpus, minutes(total, is_calculated), {}, "prepare, extract, train"))
     return lines
 
 

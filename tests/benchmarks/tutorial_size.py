@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from timed_command import Timed, run_together
-from tutorial_inputs import make_verifier, write_chats
+from tutorial_inputs import facts_of_verifier, make_verifier, write_chats
 from tutorial_report import EPOCHS, report
 
 from peagle_hf.data.cache_storage import cached_rows
@@ -42,6 +42,8 @@ CONVERSATIONS, LENGTH, LAYERS, DEPTHS = 5000, 4096, 4, 4
 """The tutorial's, like `EPOCHS`."""
 LOGGED = 10
 """Steps between two lines of a training's log, the default of `peagle-hf train`."""
+SAVED = 250
+"""Steps between two checkpoints of a training that may be stopped at `--minutes`."""
 CHECKPOINT_GIB = 19
 """Of a drafter with 4 layers for Qwen3-8B and the states of Muon, by calculation. Two are kept while one is written."""
 STORAGES = ("plain", "fp8-learnt")
@@ -63,7 +65,7 @@ class Benchmark:
         self.deadline = time.monotonic() + 60 * options.minutes if options.minutes else None
         self.verifier, self.data = self.folder / "verifier", self.folder / "data"
         self.cache = (options.hidden_states or self.data / "hidden_states").absolute()
-        self.length, self.logged = (256, 1) if options.tiny else (LENGTH, LOGGED)
+        self.length, self.logged, self.saved = (256, 1, 2) if options.tiny else (LENGTH, LOGGED, SAVED)
 
     def save(self, step: str, facts: dict[str, Any]) -> None:
         self.results[step] = facts
@@ -73,7 +75,8 @@ class Benchmark:
         return bool(self.results.get(self.key(step), {}).get("complete"))
 
     def key(self, step: str) -> str:
-        return f"{step}, {self.options.gpus} GPUs" if step in ("extract", "train") else step
+        server = ", vLLM server" if step == "extract" and self.options.endpoint else ""
+        return f"{step}, {self.options.gpus} GPUs{server}" if step in ("extract", "train") else step
 
     def run(self, step: str, commands: list[tuple[list[str], dict[str, str]]], **options: Any) -> Timed:
         for command, _ in commands[:1]:
@@ -85,9 +88,10 @@ class Benchmark:
         if not self.verifier.exists():
             with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # whose memory on the GPU goes with it
                 arguments = (self.verifier, self.options.tokenizer, self.options.tiny)
-                facts = pool.submit(make_verifier, *arguments).result()
-            facts |= {"seconds": round(time.monotonic() - start, 1)}
-        self.save("model", self.results.get("model", {}) | facts | {"complete": True} | self.disk(self.verifier))
+                pool.submit(make_verifier, *arguments).result()
+            facts = {"seconds": round(time.monotonic() - start, 1)}
+        facts |= facts_of_verifier(self.verifier) | self.disk(self.verifier) | {"complete": True}
+        self.save("model", self.results.get("model", {}) | facts)
 
     def chats(self) -> None:
         start, file = time.monotonic(), self.folder / "chats.jsonl"
@@ -109,7 +113,10 @@ class Benchmark:
         self.save("prepare", facts | self.disk(self.data))
 
     def extract(self) -> None:
-        """Cache the states of all samples, on every GPU a share; or of as many as `--max-samples`, to see the speed."""
+        """Cache the states of all samples, on every GPU a share; or of as many as `--max-samples`, to see the speed.
+
+        With `--endpoint` one process asks the servers, which have the GPUs.
+        """
         before, lengths, gpus = cached_rows(self.cache), self.lengths(), self.options.gpus
         storage, fits = (self.options.storage, True) if self.options.storage else self.storage_that_fits()
         wanted = self.options.max_samples or (len(lengths) if fits else len(lengths) // 10)
@@ -120,7 +127,11 @@ class Benchmark:
         command = ["extract", "--model", str(self.verifier), "--preprocessed-data", str(self.data)]
         command += ["--output", str(self.cache), "--storage", storage, "--validate-outputs"]
         command += ["--max-samples", str(min(wanted, len(lengths)))]
-        timed = self.run("extract", [self.on_gpus(gpus, command)])
+        if self.options.endpoint:
+            start = ([*PROGRAM, *command, "--endpoint", self.options.endpoint], {})
+        else:
+            start = self.on_gpus(gpus, command)
+        timed = self.run("extract", [start])
         made = sum(lengths[row] for row in cached_rows(self.cache) - before)
         earlier = self.results.get(self.key("extract"), {})
         facts = timed.facts() | {"complete": timed.returncode == 0 and not timed.cut, "storage": storage}
@@ -140,6 +151,8 @@ class Benchmark:
         output = f"checkpoints-{options.gpus}"
         flags = ["--epochs", str(options.epochs), "--on-missing", "generate" if missing else "raise"]
         flags += ["--save-total-limit", "2", *(["--max-steps", str(options.max_steps)] if options.max_steps else [])]
+        if self.deadline is not None:  # so that the same command goes on within an epoch
+            flags += ["--save-strategy", "steps", "--save-steps", str(self.saved)]
         flags = self.train_flags(output, flags)
         planned = self.planned_steps(options.gpus)
         key, attempts = self.key("train"), self.results.get(self.key("train"), {}).get("attempts", [])
@@ -155,8 +168,9 @@ class Benchmark:
         facts |= {"complete": timed.returncode == 0 and not timed.cut} | self.disk(self.folder / output)
         facts["attempts"] = [*attempts, training_facts(timed, self.logged) | timed.facts()]
         flops = self.flops_a_step(options.gpus)
-        step = next((one["step_s"] for one in reversed(facts["attempts"]) if one.get("step_s")), None)
-        if step:
+        known = [one for one in facts["attempts"] if one.get("step_s")]
+        if known:
+            step = max(known, key=lambda one: one["logged_steps"])["step_s"]
             facts |= {"step_s": step, "flops_a_step": flops} | self.mfu(flops / step)
         self.save(key, facts)
 
@@ -363,6 +377,8 @@ def training_facts(timed: Timed, each: int) -> dict[str, Any]:
     step = statistics.median(end - begin for begin, end in plain) / each
     longer = [end - begin - each * step for begin, end in gaps[1:] if (begin, end) not in plain]
     facts |= {"step_s": step, "start_s": losses[1][0] - 2 * each * step}
+    if len(ends) > 1:  # of whole epochs, each with its validation and the saving before it
+        facts["epoch_s"] = (ends[-1] - ends[0]) / (len(ends) - 1)
     facts["tokens_per_s"] = statistics.median(float(values["tokens_per_second"]) for _, values in losses[2:])
     facts["loader_wait"] = statistics.median(float(values["loader_wait"]) for _, values in losses[2:])
     facts["epoch_end_s"] = statistics.mean(longer) if longer else None
@@ -390,6 +406,11 @@ def main() -> None:
     )
     parser.add_argument("--num-workers", type=int, default=1, help="processes that prepare (default: the tutorial's 1)")
     parser.add_argument("--storage", help="of the cache (default: the largest of plain and fp8-learnt that fits)")
+    parser.add_argument(
+        "--endpoint",
+        help="extract from these vLLM servers; start one before, with --gpus GPUs: peagle-hf launch-vllm "
+        "FOLDER/verifier --hidden-states-path FOLDER/data/hidden_states",
+    )
     parser.add_argument("--hidden-states", type=Path, help="folder of the cache (default: in --folder)")
     parser.add_argument("--tokenizer", help="a folder or hub name (default: one is trained on the spot)")
     parser.add_argument("--scaling", action="store_true", help="all: also compare numbers of GPUs, DDP and FSDP2")
