@@ -1,4 +1,4 @@
-"""The generated pages are complete; scripts and notebooks run with a small verifier and a few chats."""
+"""The pages render without faults, the generated ones are complete; scripts and notebooks run with a small verifier."""
 
 import json
 import os
@@ -9,8 +9,10 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+import code_blocks
 import diagrams
 import pytest
+import yaml
 from site_hooks import command_line, faults, faults_page
 
 from peagle_hf.cli import COMMANDS
@@ -56,6 +58,39 @@ def test_pictures_and_table_are_those_of_their_scripts(tmp_path, monkeypatch):
     figures = ROOT / "docs" / "data" / "training_step.csv"
     run([sys.executable, ROOT / "tests" / "benchmarks" / "step_figures.py", "table", figures, page], tmp_path)
     assert Path(page).read_text() == (ROOT / "docs" / "performance.md").read_text()
+
+
+def html_of_pages() -> dict[Path, str]:
+    """README and each page of docs/ with the extensions of mkdocs.yml, as HTML without its code."""
+    markdown = pytest.importorskip("markdown")
+    pytest.importorskip("pymdownx", reason="mkdocs-material is not installed")
+    listed = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["markdown_extensions"]
+    options = {name: values for one in listed if isinstance(one, dict) for name, values in one.items()}
+    names = [one if isinstance(one, str) else next(iter(one)) for one in listed]
+    options["pymdownx.highlight"] = {"use_pygments": False}  # which takes seconds
+    converter = markdown.Markdown(extensions=["tables", *names, "pymdownx.highlight"], extension_configs=options)
+    blocks = re.compile(r"<pre>.*?</pre>|<code>.*?</code>", re.S)
+    return {path: blocks.sub("", converter.reset().convert(path.read_text())) for path in code_blocks.pages()}
+
+
+def test_pages_have_no_dead_anchor_and_no_markup_that_is_shown_as_text():
+    """A definition list whose lines were joined, or a table that lost its head, is a paragraph with its own markup."""
+    pages = html_of_pages()
+    anchors = {path: set(re.findall(r'\bid="([^"]+)"', html)) for path, html in pages.items()}
+    reference = ROOT / "docs" / "reference.md"
+    documented = tuple(re.findall(r"^::: (\S+)", reference.read_text(), re.M))  # their anchors are mkdocstrings'
+    broken = []
+    for path, html in pages.items():
+        for paragraph in re.findall(r"<p>(.*?)</p>", html, re.S):
+            text = re.sub(r"<[^>]+>", "", paragraph)
+            if re.search(r"^\||\{#|(^|\s):   ", text, re.M):
+                broken.append(f"{path.name}: {text[:80]}")
+        for target, anchor in re.findall(r'href="([^":#]*)#([^"]+)"', html):
+            linked = (path.parent / target).resolve() if target else path
+            is_documented = linked == reference and anchor.startswith(documented)
+            if linked in anchors and anchor not in anchors[linked] and not is_documented:
+                broken.append(f"{path.name}: {target}#{anchor}")
+    assert broken == []
 
 
 def test_command_line_page_has_every_flag():
