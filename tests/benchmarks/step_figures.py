@@ -120,7 +120,7 @@ def draw(rows: list[Row], unit: str, label: str, path: Path) -> None:
     failed = min(int(row["positions"]) for row in rows if row["peer_ms"] == "out of memory")
     axes.axvline(failed, color=COLOURS["peer"], linestyle=":", linewidth=1)
     where = {"x": failed * 1.06, "y": 0.03, "transform": axes.get_xaxis_transform(), "color": COLOURS["peer"]}
-    axes.text(s=f"{NAMES['peer']}: out of memory", fontsize=9, **where)
+    axes.text(s=f"{NAMES['peer']}, without checkpointing:\nout of memory", fontsize=9, **where)
     ticks = sorted({int(row["positions"]) for row in rows})
     axes.set_xscale("log")
     axes.set_yscale("log")
