@@ -200,6 +200,17 @@ def test_memory_report_prints_and_trains_nothing(train_flags, tmp_path, capsys):
     assert "How long training takes isn't measured: " in capsys.readouterr().out
 
 
+def test_a_memory_report_without_data_builds_no_drafter(train_flags, tmp_path, monkeypatch, capsys, caplog):
+    monkeypatch.setattr(PeagleForSpeculation, "__init__", lambda *_: pytest.fail("a drafter was built"))
+    without = {**train_flags, "data_path": tmp_path / "none", "draft_vocab_size": 16, "memory_report": True}
+    with caplog.at_level("INFO", "peagle_hf"):
+        main(["train", *flags(without)])
+    printed = capsys.readouterr().out
+    assert "predicted peak" in printed
+    assert f"isn't measured: {tmp_path / 'none'} is not a prepared dataset. Make it with peagle-hf prepare" in printed
+    assert caplog.text.count("Mask token") == 1
+
+
 def test_out_of_memory_ends_with_advice(train_flags, monkeypatch, tmp_path):
     def fail(*_args, **_kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")

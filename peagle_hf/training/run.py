@@ -54,9 +54,10 @@ def train(args: PeagleTrainingArguments) -> PeagleTrainer | None:
     steps, to see how long they take, and keeps nothing of it.
     """
     if args.memory_report:
+        config = build_config(args)
         if args.process_index == 0:
-            print(report(args.memory_plan(build_config(args)), args.usable_memory()))
-        print_time(args)
+            print(report(args.memory_plan(config), args.usable_memory()))
+        print_time(args, config)
         return None
     if args.dry_run:
         print(plan(args))
@@ -138,12 +139,13 @@ def plan(args: PeagleTrainingArguments) -> str:
     )
 
 
-def print_time(args: PeagleTrainingArguments) -> None:
+def print_time(args: PeagleTrainingArguments, config: PeagleConfig) -> None:
     """Print how long a step and the whole training take on this device, from some steps on the cached data."""
     try:
         if args.n_gpu > 1:
             raise PeagleError("show this process one GPU with CUDA_VISIBLE_DEVICES, or start it with torchrun.")
-        times = _time_steps(args)
+        load_prepared(args.data_path)  # before a drafter is built, which may be larger than this machine's memory
+        times = _time_steps(args, config)
     except PeagleError as error:
         if are_several():
             raise  # the other processes may be waiting for this one
@@ -152,13 +154,14 @@ def print_time(args: PeagleTrainingArguments) -> None:
         print(times)
 
 
-def _time_steps(args: PeagleTrainingArguments) -> str:
+def _time_steps(args: PeagleTrainingArguments, config: PeagleConfig) -> str:
     """Train and validate for some steps in a temporary folder, and say what the training takes at this speed."""
     brief = copy(args)
     brief.max_steps, brief.logging_strategy, brief.logging_steps = TIMED_STEPS, IntervalStrategy.STEPS, FIRST_STEPS
     brief.eval_strategy, brief.save_strategy, brief.load_best_model_at_end = IntervalStrategy.NO, SaveStrategy.NO, False
     brief.linear_start, brief.resume, brief.resume_from_checkpoint, brief.on_generate = False, False, None, "delete"
     brief.push_to_hub, brief.report_to = False, []
+    brief.mask_token_id = config.mask_token_id  # the log has it already
     brief.dataloader_persistent_workers = False  # they would keep the plan of the first validation
     with TemporaryDirectory() as folder:
         brief.output_dir = on_first(lambda: folder)

@@ -20,6 +20,11 @@ def load_token_freq(path: str | os.PathLike[str]) -> Tensor | dict[int, int]:
     Raises:
         PeagleError: there is no such file, or it holds something else.
     """
+    if not os.path.exists(path):
+        raise PeagleError(
+            f"There is no file of token counts {path}. peagle-hf prepare writes token_freq.pt into the folder of the "
+            "prepared data; --token-freq-path of train names another file."
+        )
     try:
         token_freq = torch.load(path, weights_only=True) if zipfile.is_zipfile(path) else None
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:
