@@ -29,8 +29,9 @@ SMALLER = {
     "--draft-vocab-size": "64",
     "--num-workers": "1",
     "--draft-vocab-sizes": "64",
+    "--optim": "adamw_torch",
 }
-"""What large numbers become."""
+"""What large numbers become, and optimizers that other packages bring."""
 SHORTER = {"train": ["--epochs", "1"], "regenerate": ["--max-new-tokens", "8"]}
 """What is added to a command that leaves it at its default."""
 IN_PYTHON = {"4096": "256", "num_train_epochs=5": "num_train_epochs=1"}

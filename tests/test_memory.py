@@ -1,10 +1,13 @@
 """The prediction of a step's memory: what it counts exactly, what it advises, and how a run uses it."""
 
+import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from code_blocks import blocks, embedded
 from peft import LoraConfig
 from test_modeling import make_batch, make_config, make_drafter
 from test_trainer import losses, run, weights
@@ -19,7 +22,7 @@ from peagle_hf import (
     add_adapter,
 )
 from peagle_hf.cli import main
-from peagle_hf.cli.parsing import flags
+from peagle_hf.cli.parsing import flags, parse_arguments
 from peagle_hf.training.memory import (
     GIB,
     STATE_BYTES,
@@ -34,6 +37,8 @@ from peagle_hf.training.muon import step_bytes
 from peagle_hf.training.newton_schulz import orthogonalize_elements
 from peagle_hf.training.run import build_config
 
+ROOT = Path(__file__).parents[1]
+
 
 def qwen3_8b(**fields):
     sizes = {
@@ -46,6 +51,48 @@ def qwen3_8b(**fields):
         "vocab_size": 151936,
     }
     return make_config(layer=sizes, draft_vocab_size=151936, num_depths=8, **fields)
+
+
+QWEN3_8B = {
+    "model_type": "qwen3",
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+}
+LLAMA_70B = {
+    "model_type": "llama",
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
+"""The sizes in the configurations of Qwen/Qwen3-8B and meta-llama/Llama-3.3-70B-Instruct."""
+
+
+@pytest.mark.parametrize(
+    ("page", "verifier", "num_layers", "plan", "sentence"),
+    [
+        ("one-card", QWEN3_8B, 4, {"optimizer": "adamw_bnb_8bit"}, "For the command above the report predicts {} GiB."),
+        ("one-card", QWEN3_8B, 4, {}, "With Muon, the default optimizer, it predicts {} GiB,"),
+        ("your-model", LLAMA_70B, 4, {"processes": 8}, "`--memory-report` predicts {} GiB a GPU at 8,192"),
+        ("your-model", LLAMA_70B, 1, {"processes": 8}, "positions, with one layer {} GiB."),
+    ],
+)
+def test_guides_quote_the_memory_that_is_predicted(page, verifier, num_layers, plan, sentence, tmp_path):
+    """For the flags of the guide's command, from the verifier's sizes; not every machine has its 8-bit optimizer."""
+    (tmp_path / "config.json").write_text(json.dumps(verifier))
+    text = (ROOT / "docs" / "how-to" / f"{page}.md").read_text()
+    command = next(words for block in blocks(text) for words in embedded(block.code) if "--draft-vocab-size" in words)
+    sizes = {"verifier_name_or_path": tmp_path, "mask_token_id": 0, "optim": "muon", "use_cpu": True}
+    args = parse_arguments(PeagleTrainingArguments, [*command[1:], *flags({**sizes, "num_layers": num_layers})])
+    predicted = estimate(replace(args.memory_plan(build_config(args)), **plan)).total
+    assert sentence.format(f"{predicted / GIB:.1f}") in " ".join(text.split())
 
 
 @pytest.mark.parametrize("embed_requires_grad", [True, False])
