@@ -22,8 +22,8 @@ def load_token_freq(path: str | os.PathLike[str]) -> Tensor | dict[int, int]:
     """
     if not os.path.exists(path):
         raise PeagleError(
-            f"There is no file of token counts {path}. peagle-hf prepare writes token_freq.pt into the folder of the "
-            "prepared data; --token-freq-path of train names another file."
+            f"{path} is not there. peagle-hf prepare writes the token counts into the folder of the prepared data, as "
+            "token_freq.pt; --token-freq-path of train names another file."
         )
     try:
         token_freq = torch.load(path, weights_only=True) if zipfile.is_zipfile(path) else None
