@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from peagle_hf import PeagleError, PeagleTrainingArguments
 from peagle_hf.arguments import Arguments, check_ranges, config_path, config_text, write_config
 from peagle_hf.cli import COMMANDS, main
 from peagle_hf.cli.parsing import GENERAL, TRAINER, CommandParser, flags, parse_arguments, read_yaml
+from peagle_hf.cli.speculators import COUNTERPARTS, counterpart
 from peagle_hf.data.extract import ExtractArguments
 from peagle_hf.data.prepare import PrepareArguments
 from peagle_hf.evaluation.arguments import EvaluateArguments
@@ -150,12 +152,51 @@ def test_importing_the_package_registers_the_auto_classes():
     subprocess.run([sys.executable, "-c", code], timeout=300, check=True)
 
 
+MIGRATION = (Path(__file__).parents[1] / "docs" / "migration.md").read_text()
+COMMAND_OF = {"prepare-data": "prepare", "generate-offline-data": "extract", "regenerate-responses": "regenerate"}
+
+
+@pytest.mark.parametrize(
+    "theirs", ["prepare-data", "launch_vllm.py", "generate-offline-data", "train", "regenerate-responses"]
+)
+def test_flags_of_speculators_are_explained_as_in_the_guide(theirs):
+    """Each of the guide's rows is a flag of the command, or what its message says; every flag it names exists."""
+    [section] = re.findall(rf"^## {theirs}\b.*?\n(.*?)(?=^## )", MIGRATION, re.M | re.S)
+    parser = parser_of(COMMAND_OF.get(theirs, theirs.removesuffix(".py").replace("_", "-")))
+    for row in re.findall(r"^\| `--.*$", section, re.M):
+        names, here, *_ = row.strip("| ").split(" | ")
+        names_there = re.findall(r"`(--[\w*-]+)`", names)
+        known = {name for name in names_there if name in parser._option_string_actions}
+        if "**same**" in here:
+            assert known == {*names_there}, row
+            continue
+        listed, whole = re.findall(r"`(.+?)`", here), here.replace("`", "")
+        others = listed if len(listed) == len(names_there) > 1 else [whole] * len(names_there)
+        for flag, other in zip(names_there, others, strict=True):
+            if flag in known:
+                assert flag == other
+                continue
+            assert counterpart(flag) == other, row
+            assert other in parser._suggestion(flag), row
+            if other.startswith("--"):
+                assert parser._option_string_actions.keys() >= {*re.findall(r"--[\w-]+", other)}
+
+
+def test_every_explained_flag_stands_in_the_guide():
+    assert [flag for flag in COUNTERPARTS if f"`{flag}`" not in MIGRATION] == []
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
         (["prepar"], "Did you mean prepare?"),
         (["train", "--learning-rte", "1"], "unknown flag --learning-rte. Did you mean --learning-rate?"),
         (["train", "--learning_rte=1"], "Did you mean --learning-rate?"),
+        (["train", "--num-workers", "4"], "speculators has this flag; here it is --dataloader-num-workers."),
+        (["train", "--muon-lr", "1"], "here it is --optim."),
+        (["train", "--checkpoint-freq=1"], "here it is --save-strategy steps --save-steps N."),
+        (["train", "--save-best"], "here it is not needed, so leave it out."),
+        (["evaluate", "--checkpoint-freq=1"], "`peagle-hf evaluate --help` lists all"),
         (["extract", "--bogus-thing"], "`peagle-hf extract --help` lists all"),
         (["train", "--num-layers", "many"], "invalid int value: 'many'"),
         (["train", "--num-layers"], "expected one argument"),
@@ -276,6 +317,7 @@ def test_a_yaml_file_that_can_not_be_read_is_named(tmp_path, content, words):
     ("content", "words"),
     [
         ("num_layrs: 2", "unknown key num_layrs. Did you mean num_layers?"),
+        ("num_workers: 2", "unknown key num_workers. speculators has this flag; here it is dataloader_num_workers."),
         ("no_linear_start: 3", "no_linear_start is a switch"),
         ("num_layers: [1, 2]", "num_layers takes one value"),
         ("num_layers: two", "invalid int value"),

@@ -18,6 +18,7 @@ from transformers.hf_argparser import string_to_bool
 from ..arguments import config_text, flag_of, plain
 from ..console import MISUSED, set_verbosity
 from ..errors import PeagleError
+from .speculators import NOT_NEEDED, NOT_THERE, counterpart
 
 Parsed = TypeVar("Parsed")
 GENERAL = "General"
@@ -250,8 +251,15 @@ class CommandParser(HfArgumentParser):
         return taken
 
     def _suggestion(self, flag: str, prefix: str = "--") -> str:
-        """A sentence that suggests the closest flag, or `--help` if none is close."""
+        """A sentence that suggests a flag: the one for a flag of speculators, else the closest, else `--help`."""
         dashed = flag.replace("_", "-")
+        here = counterpart(dashed)
+        if here in (NOT_NEEDED, NOT_THERE):
+            return f" speculators has this flag; here it is {here}, so leave it out."
+        flags_here = re.findall(r"--[\w-]+", here) if here and here.startswith("--") else []
+        if here and self._option_string_actions.keys() >= {*flags_here}:
+            shown = here if prefix else re.sub(r"--([\w-]+)", lambda found: found[1].replace("-", "_"), here)
+            return f" speculators has this flag; here it is {shown}."
         known = [option for option in self._option_string_actions if "_" not in option and option.startswith("--")]
         close = difflib.get_close_matches(dashed, known, n=1, cutoff=0.7)
         if close:
