@@ -71,6 +71,7 @@ def test_help_shows_each_flag_once_in_groups_with_examples_that_parse(name, caps
         if one.default is MISSING and one.default_factory is MISSING and one.name not in COMMANDS[name].positional:
             place = everything.index(f"--{one.name.replace('_', '-')}")
             assert "(required)" in everything[place : place + 1200]
+    assert ("--help-all" in text) is (name == "train"), "the other commands have no more to show"
     for example in COMMANDS[name].examples:
         program, *argv = example.split()
         assert program == name

@@ -334,7 +334,7 @@ def _groups(arguments: type) -> Mapping[str, tuple[str, ...]]:
     """Field names by group: the dataclass's `GROUPS`, and one group of all other fields."""
     own: Mapping[str, tuple[str, ...]] = getattr(arguments, "GROUPS", {})
     named = {name for names in own.values() for name in names}
-    others = tuple(one.name for one in fields(arguments) if one.name not in named)
+    others = tuple(one.name for one in fields(arguments) if one.init and one.name not in named)
     return {**own, (TRAINER if own and others else GENERAL): others}
 
 
