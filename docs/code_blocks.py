@@ -43,7 +43,7 @@ COMMANDS_NOT_RUN = {
     r"^peagle-hf .*--(vllm-)?endpoint\b": "it needs a server; `tests/test_endpoint.py` has one",
     r"^peagle-hf regenerate .*--invent\b": "a random verifier ends no prompt; `tests/test_regenerate.py` invents",
     r"^(torchrun|accelerate) ": "it needs several GPUs; `tests/test_distributed.py` starts two processes on a CPU",
-    r"^vllm serve ": "vLLM's own command",
+    r"^vllm (serve|bench) ": "vLLM's own command",
     r"^python hellinger\.py ": "the script is not in a file; `tests/test_losses.py` registers such a loss",
     r"^python examples/smollm2\.py ": "the fixture of the tests runs it for all of them",
     r"^peagle-hf .*(\.\.\.|…)": "a part of a command",
