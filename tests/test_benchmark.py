@@ -1,16 +1,19 @@
 """The benchmark of the training step runs and fills its table; its times at these sizes mean nothing."""
 
 import json
+import math
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import write_prepared
 from test_trainer import ROOT
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from peagle_hf.model.served_checkpoint import check_checkpoint
 
@@ -246,3 +249,24 @@ def test_small_large_dataset_runs_every_step(tmp_path):
     ]
     assert all(re.fullmatch(r"[\d,.]+", cell) for row in rows for cell in row[2:])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_texts_that_end_count_in_the_chi_square_of_the_token_that_ends_them(tmp_path):
+    """A verifier that ends half of its texts at each token, and texts that it could have written itself."""
+    chances = [1.0, 1.0, 7.0, 1.0, 1.0, 1.0, 1.0, 0.04]  # whatever came before; token 2 ends a text
+    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=False))
+    with torch.no_grad():
+        for parameter in (model.model.layers[0].self_attn.o_proj.weight, model.model.layers[0].mlp.down_proj.weight):
+            parameter.zero_()
+        model.model.embed_tokens.weight.copy_(torch.eye(8))
+        for token, chance in enumerate(chances):
+            model.lm_head.weight[token] = math.log(chance) / math.sqrt(8)  # the norm makes a 1 the root of 8
+    model.save_pretrained(tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.multinomial(torch.tensor(chances), 3, True, generator=generator).tolist() for _ in range(2000)]
+    texts = [text[: text.index(2) + 1] if 2 in text else text for text in texts]
+    said = runpy.run_path(str(BENCHMARKS / "draft_sampling.py"))["chi_square"](str(tmp_path), [3], texts, 1.0)
+    deviations = [float(found) for found in re.findall(r"\(([+-][\d.]+) deviations", said)]
+    assert len(deviations) == 2
+    assert max(map(abs, deviations)) < 3

@@ -216,10 +216,10 @@ def _do(job: Job, llm: Any, drafts: bool, send: Callable[..., object]) -> None:
         groups = grouped(job.prompts, job.counts) if job.token_ids is None else {"": list(range(len(job.token_ids)))}
         counters, seconds = {}, 0.0
         for category, indices in groups.items():
-            before, started = _read_counters(llm), time.perf_counter()
+            before, started = read_counters(llm), time.perf_counter()
             conversations.hold(indices, concurrency, lambda count: send(done=count))
             seconds += time.perf_counter() - started
-            counters[category] = [after - earlier for after, earlier in zip(_read_counters(llm), before, strict=True)]
+            counters[category] = [after - earlier for after, earlier in zip(read_counters(llm), before, strict=True)]
         by_category = drafts and job.counts == BY_CATEGORY
         if drafts and not by_category:
             check_counts([answer for chat in conversations.chats for answer in chat], counters[""])
@@ -381,7 +381,7 @@ class _Conversations:
         )
 
 
-def _read_counters(llm: Any) -> list[int]:
+def read_counters(llm: Any) -> list[int]:
     """See `client.Counters.drafting`."""
     metrics = {metric.name: metric for metric in llm.get_metrics()}
     if f"vllm:{DRAFT_COUNTERS[0]}" not in metrics:

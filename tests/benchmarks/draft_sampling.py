@@ -3,9 +3,10 @@
     python tests/benchmarks/draft_sampling.py output/demo/verifier output/demo/checkpoints/checkpoint_best
 
 For each `draft_sample_method`, in a vLLM process of its own: the acceptance of all prompts, its difference from the
-other method with an interval over prompts, and tokens/s. Then one prompt is answered many times with three tokens. The
-second and third of these, which drafts may have given, are compared by chi-square with the verifier's exact
-probabilities given the tokens before.
+other method with an interval over prompts, and tokens/s. Before vLLM 0.29, which counts drafts in total only, the
+difference has no interval. Then one prompt is answered many times with at most three tokens. The second and third of
+these, which drafts may have given, are compared by chi-square with the verifier's exact probabilities given the tokens
+before.
 """
 
 import argparse
@@ -21,16 +22,17 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peagle_hf.evaluation.intervals import all_and_leave_one_out, degrees_of_freedom, difference_interval
+from peagle_hf.evaluation.vllm_process import read_counters
 from peagle_hf.model.served_checkpoint import check_checkpoint, speculative_config
 from peagle_hf.serving.client import acceptance_rates, drafting_counts
-from peagle_hf.serving.environment import vllm_environment
+from peagle_hf.serving.environment import installed_vllm, vllm_environment
 from peagle_hf.serving.installed import REQUEST_COUNTS, drafting_environment
 
 METHODS = ("greedy", "probabilistic")
 
 
 def answer(job: dict) -> dict:
-    """In the child: the counts of each prompt, tokens/s, and the short answers."""
+    """In the child: the counts of each prompt, or one row of totals; tokens/s; and the short answers."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(**job["engine"])
@@ -41,12 +43,15 @@ def answer(job: dict) -> dict:
         return [output.outputs[0] for output in llm.generate(given, sampling, use_tqdm=False)]
 
     ask(job["prompts"][:2], 4)
-    started = time.perf_counter()
+    before, started = read_counters(llm), time.perf_counter()
     answers = ask(job["prompts"], job["max_tokens"])
     seconds = time.perf_counter() - started
-    counted = [one.spec_decode_metrics for one in answers]
+    counts = [[after - earlier for after, earlier in zip(read_counters(llm), before, strict=True)]]
+    counted = [one.spec_decode_metrics for one in answers if getattr(one, "spec_decode_metrics", None) is not None]
+    if len(counted) == len(answers):
+        counts = [drafting_counts(one.histogram, one.num_draft_tokens) for one in counted]
     return {
-        "counts": [drafting_counts(one.histogram, one.num_draft_tokens) for one in counted],
+        "counts": counts,
         "speed": sum(len(one.token_ids) for one in answers) / seconds,
         "short": [list(one.token_ids) for one in ask([job["prompts"][0]] * job["copies"], 3)],
     }
@@ -54,9 +59,9 @@ def answer(job: dict) -> dict:
 
 def chi_square(verifier: str, prompt: list[int], short: list[list[int]], temperature: float) -> str:
     """The statistic of the second and of the third token, and its distance from the mean in standard deviations."""
-    model = AutoModelForCausalLM.from_pretrained(verifier, dtype=torch.float32).eval()
-    texts, parts = torch.tensor([one for one in short if len(one) == 3]), []
+    model, parts = AutoModelForCausalLM.from_pretrained(verifier, dtype=torch.float32).eval(), []
     for place in (1, 2):
+        texts = torch.tensor([one[: place + 1] for one in short if len(one) > place])  # one may end with EOS here
         prefixes, number = texts[:, :place].unique(dim=0, return_inverse=True)
         ids = torch.cat([torch.tensor(prompt).expand(len(prefixes), -1), prefixes], dim=1)
         with torch.no_grad():
@@ -88,6 +93,9 @@ def main() -> None:
         list(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)) for chat in chats
     ]
     folder = os.path.realpath(options.drafter)
+    installed = installed_vllm()
+    if not installed.takes("draft_sample_method"):
+        sys.exit(f"vLLM {installed.version} has no draft_sample_method: it drafts greedily at any temperature.")
     counts = {}
     for method in METHODS:
         engine = {
@@ -97,10 +105,11 @@ def main() -> None:
             "max_model_len": max(map(len, prompts)) + options.max_tokens,
             "max_num_seqs": options.concurrency,
             "enable_prefix_caching": False,
+            "disable_log_stats": False,
             "speculative_config": speculative_config(folder, check_checkpoint(folder), None, method),
             REQUEST_COUNTS: "detailed",
         }
-        job = vars(options) | {"engine": engine, "prompts": prompts}
+        job = vars(options) | {"engine": installed.known(engine), "prompts": prompts}
         environment = drafting_environment(vllm_environment()) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
         done = subprocess.run(
             [sys.executable, __file__],
@@ -124,6 +133,15 @@ def main() -> None:
             f"chi-square of {len(result['short'])} texts {square}",
             flush=True,
         )
+    if len(counts["greedy"]) < len(prompts):
+        values = [
+            acceptance_rates(counts[method].sum(0))["acceptance_length"] for method in ("probabilistic", "greedy")
+        ]
+        print(
+            f"probabilistic - greedy: {values[0] - values[1]:+.4f}, without an interval, since this vLLM counts "
+            "drafts in total only"
+        )
+        return
     weights = all_and_leave_one_out(len(prompts))
     lengths = {method: acceptance_rates(weights @ of)["acceptance_length"] for method, of in counts.items()}
     values = lengths["probabilistic"] - lengths["greedy"]
