@@ -315,13 +315,16 @@ def test_without_a_baseline_nothing_is_compared(arguments, drafter, capsys):
 def test_a_server_that_only_counts_as_a_whole_gives_no_intervals_of_acceptance(
     arguments, server, baseline, prompts, caplog
 ):
-    """Its figures are those of a server that counts by request; the categories are run one by one."""
+    """Its figures are those of a server that counts by request; a second pass asks each category by itself."""
     prompts.write_text("".join(json.dumps(row) + "\n" for row in ROWS * 2))
     by_request = evaluate(arguments(baseline_endpoint=baseline.url, rounds=2))
     assert set(by_request["intervals"]) > {"acceptance_length", "per_position_acceptance", "speed_up"}
     assert by_request["is_speed_up_or_down"] in (True, False)
     server.by_request = False
+    server.requests.clear()
+    baseline.requests.clear()
     report = evaluate(arguments(baseline_endpoint=baseline.url))
+    assert [len(one.requests) for one in (server, baseline)] == [2 + 8 + 8, 1 + 8]
     assert "--per-request-spec-decode-metrics detailed" in caplog.text
     assert (by_request["counts"], report["counts"]) == ("by draft", "by category")
     assert "known by segment or by position in the context, because the server (0.32.0)" in text(report)

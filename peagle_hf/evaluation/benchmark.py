@@ -70,8 +70,8 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
       the main figures, another drafter with `--model` at the same K. A difference has `value`, `interval` and
       `is_difference`, which is false if the interval contains 0 (for the ratio of speeds: 1).
     - `dropped_prompts`: what was left out of the suites, and why.
-    - `counts`: how finely vLLM counts drafts: `by draft`, `by request`, or `by category`: its totals, between which
-      the categories run one by one (before vLLM 0.29).
+    - `counts`: how finely vLLM counts drafts: `by draft`, `by request`, or `by category`: its totals (before
+      vLLM 0.29), read after each category in a second pass that isn't timed.
     - how it was measured: `command`, `num_prompts`, `max_tokens`, `seed`, `dtype`, `device`, `versions` and so on.
 
     Without `--baseline-endpoint` every figure that compares with the verifier alone is null.

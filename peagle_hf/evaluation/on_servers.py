@@ -4,6 +4,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from .. import __version__
@@ -13,7 +14,7 @@ from ..data.prompts import Prompt
 from ..data.tokenizer import ChatOptions
 from ..errors import PeagleError
 from ..files import canonical_path
-from ..serving.client import DRAFT_COUNTERS, Answer, Client
+from ..serving.client import DRAFT_COUNTERS, Answer, Client, Counters
 from .arguments import EvaluateArguments
 from .runs import BY_CATEGORY, BY_DRAFT, BY_REQUEST, Condition, Run, check_counts, coarse_counts, grouped
 from .task import Measured, Task, by_temperature, conditions, name_of_run
@@ -40,7 +41,8 @@ def measure_servers(task: Task) -> Measured:
     answer = client.ask(first, max_tokens=2, extra=fields)
     counts = BY_CATEGORY if answer.drafting is None else BY_REQUEST if answer.drafts is None else BY_DRAFT
     if counts == BY_CATEGORY:
-        logger.warning("The categories are run one by one: %s", coarse_counts(counts, client.version(), is_server=True))
+        said = coarse_counts(counts, client.version(), is_server=True)
+        logger.warning("Each category is run once more by itself, to count its drafts. %s", said)
     finished = task.finished_runs({"num_speculative_tokens": number, "counts": counts, **measured_on})
     wanted = conditions(arguments)
     without: dict[Condition, list[Run]] = {condition: [] for condition in wanted}
@@ -118,46 +120,65 @@ def measure(
 
     Args:
         answers: for each prompt the answers by turn that later turns follow; default: the server's own.
-        counts: with `BY_CATEGORY` one category is run after another, and the server's counters are read in between.
+        counts: with `BY_CATEGORY` and a drafter a second pass, which isn't timed, runs one category after another, and
+            the server's counters are read in between.
         extra: more fields of each request.
 
     Raises:
         PeagleError: the server fails, or it generates more than was requested here, because others use it too.
     """
-
-    def converse(index: int) -> list[Answer]:
-        given = None if answers is None else answers[index]
-        return _converse(client, prompts[index], given, max_tokens, temperature, extra)
-
     temperature, concurrency = condition
     before = client.counters()
     warmed_up = client.ask([{"role": "user", "content": prompts[0].turns[0]}], 8, temperature, extra)
     client.since(before, len(warmed_up.token_ids))
-    chats: list[list[Answer]] = [[] for _ in prompts]
-    counters, seconds = {}, 0.0
-    by_category = counts == BY_CATEGORY
-    for category, indices in grouped(prompts, counts).items():
-        before, started = client.counters(), time.perf_counter()
+
+    def ask(
+        indices: Sequence[int], given: Sequence[Sequence[str]] | None, report: Callable[[int], object]
+    ) -> tuple[Run, list[int]]:
+        """The run of these prompts, and the server's counts of its drafts."""
+
+        def converse(index: int) -> list[Answer]:
+            turns = None if given is None else given[index]
+            return _converse(client, prompts[index], turns, max_tokens, temperature, extra)
+
+        before, chats = client.counters(), {}
+        started = time.perf_counter()
         for index, result in concurrently(converse, indices, min(concurrency, len(indices))):
             if isinstance(result, BaseException):
                 raise result
             chats[index] = result
-            report_progress(1)
-        seconds += time.perf_counter() - started
-        answered = [answer for index in indices for answer in chats[index]]
-        asked = sum(len(answer.token_ids) for answer in answered)
-        counted = client.since(before, asked)
-        if counted.generated > asked:
-            raise PeagleError(
-                f"{client.url} generated {counted.generated} tokens, but only {asked} were requested by this "
-                "evaluation: others use it too, and its counters don't tell whose tokens they count. Run it when "
-                "nobody else uses it."
-            )
-        if by_category:
-            counters[category] = counted.drafting
-        elif counted.drafting:  # it drafts
-            check_counts(answered, counted.drafting)
-    return Run(concurrency, chats, seconds, counters if by_category else None)
+            report(1)
+        run = Run(concurrency, [chats[index] for index in indices], time.perf_counter() - started)
+        return run, _counted(client, before, run)
+
+    run, counted = ask(range(len(prompts)), answers, report_progress)
+    if not counted:  # it doesn't draft
+        return run
+    if counts != BY_CATEGORY:
+        check_counts([answer for chat in run.chats for answer in chat], counted)
+        return run
+    groups = grouped(prompts)
+    if len(groups) == 1:
+        return replace(run, counters=dict.fromkeys(groups, counted))
+    said = answers or run.texts
+    return replace(run, counters={name: ask(indices, said, lambda count: None)[1] for name, indices in groups.items()})
+
+
+def _counted(client: Client, before: Counters, run: Run) -> list[int]:
+    """The server's counts of drafts since `before`.
+
+    Raises:
+        PeagleError: it has generated other tokens than those of the run.
+    """
+    asked = sum(len(answer.token_ids) for chat in run.chats for answer in chat)
+    counted = client.since(before, asked)
+    if counted.generated > asked:
+        raise PeagleError(
+            f"{client.url} generated {counted.generated} tokens, but only {asked} were requested by this "
+            "evaluation: others use it too, and its counters don't tell whose tokens they count. Run it when "
+            "nobody else uses it."
+        )
+    return counted.drafting
 
 
 def _converse(

@@ -19,7 +19,8 @@ from ..serving.client import Answer
 logger = logging.getLogger(__name__)
 
 BY_DRAFT, BY_REQUEST, BY_CATEGORY = "by draft", "by request", "by category"
-"""How finely drafts are counted: each one, those of each request, or vLLM's totals, read after each category."""
+"""How finely drafts are counted: each one, those of each request, or vLLM's totals. These are read after each category,
+in a pass that isn't timed."""
 COUNTS_REQUESTS_FROM = 0, 29
 """The first vLLM that can count the drafts of each request."""
 
@@ -81,11 +82,11 @@ class Run:
         return {name: _distribution(seconds) if seconds else None for name, seconds in values.items()}
 
 
-def grouped(prompts: Sequence[Prompt], counts: str) -> dict[str, list[int]]:
-    """The numbers of the prompts that run together, by category if vLLM's totals are read; else all, under ""."""
+def grouped(prompts: Sequence[Prompt]) -> dict[str, list[int]]:
+    """The numbers of the prompts of each category."""
     groups: dict[str, list[int]] = {}
     for index, prompt in enumerate(prompts):
-        groups.setdefault(prompt.category if counts == BY_CATEGORY else "", []).append(index)
+        groups.setdefault(prompt.category, []).append(index)
     return groups
 
 

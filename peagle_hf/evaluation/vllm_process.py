@@ -15,7 +15,7 @@ from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -44,7 +44,7 @@ class Job:
     Args:
         prompts: in the order in which they are run.
         conditions: measured one after another.
-        counts: `BY_DRAFT`, or `BY_CATEGORY`: then one category is run after another.
+        counts: `BY_DRAFT`, or `BY_CATEGORY`: then a second pass runs one category after another to count drafts.
         options: chat template and variables.
         answers: for each condition and prompt, the answers by turn that later turns follow; default: vLLM's own.
         token_ids: prompts that are given as token ids, in place of `prompts`; the answer to each has exactly
@@ -213,17 +213,35 @@ def _do(job: Job, llm: Any, drafts: bool, send: Callable[..., object]) -> None:
         )
     for number, (temperature, concurrency) in enumerate(job.conditions):
         conversations = _Conversations(llm, job, temperature, job.answers[number] if job.answers else None)
-        groups = grouped(job.prompts, job.counts) if job.token_ids is None else {"": list(range(len(job.token_ids)))}
-        counters, seconds = {}, 0.0
-        for category, indices in groups.items():
-            before, started = read_counters(llm), time.perf_counter()
-            conversations.hold(indices, concurrency, lambda count: send(done=count))
-            seconds += time.perf_counter() - started
-            counters[category] = [after - earlier for after, earlier in zip(read_counters(llm), before, strict=True)]
-        by_category = drafts and job.counts == BY_CATEGORY
-        if drafts and not by_category:
-            check_counts([answer for chat in conversations.chats for answer in chat], counters[""])
-        send(run=asdict(Run(concurrency, conversations.chats, seconds, counters if by_category else None)))
+        before, started = read_counters(llm), time.perf_counter()
+        conversations.hold(range(len(conversations.chats)), concurrency, lambda count: send(done=count))
+        run = Run(concurrency, conversations.chats, time.perf_counter() - started)
+        counted = _since(before, llm)
+        if drafts and job.counts == BY_CATEGORY:
+            again = _Conversations(llm, job, temperature, conversations.answers or run.texts)
+            run = replace(run, counters=_count_categories(again, llm, concurrency, counted))
+        elif drafts:
+            check_counts([answer for chat in run.chats for answer in chat], counted)
+        send(run=asdict(run))
+
+
+def _count_categories(
+    conversations: "_Conversations", llm: Any, concurrency: int, counted: list[int]
+) -> dict[str, list[int]]:
+    """See `Run.counters`: from a pass that isn't timed, in which one category is run after another.
+
+    Args:
+        conversations: not begun yet.
+        counted: vLLM's counts of the timed run, which serve if there is one category only.
+    """
+    groups, counters = grouped(conversations.job.prompts), {}
+    if len(groups) < 2:
+        return dict.fromkeys(groups or ("",), counted)
+    for category, indices in groups.items():
+        before = read_counters(llm)
+        conversations.hold(indices, concurrency, lambda count: None)
+        counters[category] = _since(before, llm)
+    return counters
 
 
 def _with_flags(engine: dict[str, Any], flags: list[str]) -> dict[str, Any]:
@@ -379,6 +397,10 @@ class _Conversations:
                 num_prompt_tokens=len(output.prompt_token_ids),
             )
         )
+
+
+def _since(before: list[int], llm: Any) -> list[int]:
+    return [after - earlier for after, earlier in zip(read_counters(llm), before, strict=True)]
 
 
 def read_counters(llm: Any) -> list[int]:
