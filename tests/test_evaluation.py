@@ -220,7 +220,7 @@ def make_entry(drafter="a/checkpoint_best", accepted=EASY_AND_HARD, speed=20.0, 
         "by_category": {
             name: figures(trial.runs[0], without, PROMPTS, name, is_greedy=True) for name in ("easy", "hard")
         },
-        "by_concurrency": [{"concurrency": 2, **measured, **latency}],
+        "by_concurrency": [{"concurrency": 2, "chats_at_a_time": 2, **measured, **latency}],
         "text_identical": True,
         "num_identical": 12,
         "differences": [],
@@ -283,8 +283,8 @@ def recommendation(*speeds):
 def test_the_fastest_k_at_each_load_is_recommended():
     entries = []
     for tokens, speeds in ((2, [30, 70, 80]), (4, [40, 60, 50])):
-        rows = zip([1, 4, 16], speeds, [20, 50, 90], strict=True)
-        names = ("concurrency", "tokens_per_second", "tokens_per_second_without")
+        rows = zip([1, 4, 16], [1, 4, 16], speeds, [20, 50, 90], strict=True)
+        names = ("concurrency", "chats_at_a_time", "tokens_per_second", "tokens_per_second_without")
         entries.append(
             {"num_speculative_tokens": tokens, "by_concurrency": [dict(zip(names, row, strict=True)) for row in rows]}
         )
@@ -319,6 +319,8 @@ def test_vllm_is_told_one_k_and_where_it_drafts(caplog):
     pays = recommendation({0: 20, 2: 30, 4: 40}, {0: 50, 2: 90, 4: 60})
     assert scheduled(pays, True) == {"num_speculative_tokens": 2}
     assert scheduled(recommendation({2: 30, 4: 40}, {2: 90, 4: 60}), True) == {"num_speculative_tokens": 2}
+    with pytest.raises(PeagleError, match="it had fewer prompts than chats at a time"):
+        scheduled([], True)
     with pytest.raises(PeagleError, match=r"slower than the verifier alone at each load .*\(1, 4 chats at a time\)"):
         scheduled(recommendation({0: 20, 2: 10}, {0: 50, 2: 40}), True)
 

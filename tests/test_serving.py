@@ -280,6 +280,23 @@ def test_k_by_load_is_read_from_the_evaluation_beside_the_drafter(arguments, bas
         ServeArguments(str(link), evaluation=str(path))
 
 
+def test_a_load_for_which_there_are_too_few_prompts_is_named_and_recommends_nothing(
+    arguments, baseline, caplog, capsys
+):
+    report = evaluate(arguments(baseline_endpoint=baseline.url, concurrency=[1, 3, 16]))
+    assert "--concurrency is 16, but there are only 3 prompts" in caplog.text
+    assert [row["chats_at_a_time"] for row in report["by_concurrency"]] == [1, 3, 3]
+    assert [row["concurrency"] for row in report["recommended_num_speculative_tokens"]] == [1, 3]
+    assert report["concurrency"] == 3
+    printed = capsys.readouterr().out
+    assert "Only 3 chats ran at a time at --concurrency 16" in printed
+    assert "3 of 16" in printed
+    caplog.clear()
+    alone = evaluate(arguments())
+    assert alone["recommended_num_speculative_tokens"] == []
+    assert "only 3 chats run at a time there" in caplog.text
+
+
 def test_several_temperatures_are_measured_side_by_side(arguments, server, baseline, capsys):
     """Both ask the same; only at temperature 0 texts are compared, and the main figures are those of the first."""
     report = evaluate(arguments(baseline_endpoint=baseline.url, temperature=[0, 1], concurrency=[1, 3]))

@@ -56,13 +56,15 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
       `answers_begin_in` the segment that the generation prompt opens, or `text`.
     - `by_context`: the same by position in the context, the number of tokens before a draft's first one, prompt
       included: "0-1K", "1K-4K", "4K-16K" and "16K-", K being 1,024. Null if a server doesn't count per draft.
-    - `by_concurrency`: acceptance and speed at each number of chats at a time, and `latency_seconds`,
+    - `by_concurrency`: acceptance and speed at each number of chats at a time (`chats_at_a_time` is what ran:
+      `concurrency`, or the number of prompts if that is lower), and `latency_seconds`,
       `latency_seconds_without`: mean, median and p99 from a request to its last token (`request`), to its first
       (`first_token`), and between two later ones on average (`output_token`), over all rounds.
     - `by_temperature`, with several: all this at each, with `temperature`. The main figures are those of the first.
       `draft_sample_method`: how tokens were drafted at temperatures above 0; null for a server, which doesn't say it.
     - `recommended_num_speculative_tokens`: for each concurrency the K with which `--model` was fastest, 0 if the
-      verifier alone was (see `tokens_by_load.recommend`). `peagle-hf serve --num-speculative-tokens auto` reads it.
+      verifier alone was (see `tokens_by_load.recommend`), without those for which there were too few prompts.
+      `peagle-hf serve --num-speculative-tokens auto` reads it.
     - `text_identical`, `num_identical`, `differences` (prompt, turn, first token that differs); null if sampled.
     - `drafter`: the folder, `drafter_link`: the name that was given if it is a link (such as `checkpoint_best`, which
       is resolved once, at the start), `drafter_weights`: the fingerprint of its weights.
@@ -90,6 +92,7 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
     drafting = drafting_of(arguments, drafters, verifier)
     dropped: list[dict[str, str]] = []
     prompts = load_prompts(arguments, dropped)
+    _warn_of_few_prompts(arguments.concurrency, len(prompts))
     with locked_folder(arguments.output, "Wait until it has ended, or name another --output.", "evaluate"):
         return _evaluate(arguments, drafters, verifier, drafting, prompts, dropped)
 
@@ -151,7 +154,7 @@ def _report(task: Task, measured: Measured, num_drafters: int, segmenter: Segmen
         "seed": arguments.seed if arguments.endpoint is None else None,
         "rounds": arguments.rounds,
         "interval_method": {"confidence": CONFIDENCE, "name": METHOD},
-        "concurrency": arguments.concurrency[-1],
+        "concurrency": min(arguments.concurrency[-1], len(task.prompts)),
         "counts": measured.counts,
         "command": arguments.command(),
         **measured.measured_on,
@@ -203,6 +206,20 @@ def _illustrate(report: dict[str, Any], output: Path) -> None:
             picture,
             type(error).__name__,
             error,
+        )
+
+
+def _warn_of_few_prompts(concurrency: Sequence[int], num_prompts: int) -> None:
+    """Warn of numbers of chats at a time that can't be reached."""
+    loads = [str(number) for number in concurrency if number > num_prompts]
+    if loads:
+        logger.warning(
+            "--concurrency is %s, but there are only %d prompts, so only %d chats run at a time there. The report "
+            "says so and recommends no K for it. To measure it, give at least as many prompts, better several times as "
+            "many.",
+            " ".join(loads),
+            num_prompts,
+            num_prompts,
         )
 
 

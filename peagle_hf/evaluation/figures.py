@@ -71,6 +71,7 @@ def entry(
         "by_concurrency": [
             {
                 "concurrency": runs[0].concurrency,
+                "chats_at_a_time": min(runs[0].concurrency, len(prompts)),
                 **figures(runs, others, prompts, None, is_greedy),
                 "latency_seconds": _latency(runs),
                 "latency_seconds_without": others and _latency(others),

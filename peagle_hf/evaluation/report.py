@@ -13,7 +13,7 @@ from ..data.contexts import drafted_contexts
 from ..pages.page import render
 from ..pages.pictures import COLOURS, GREY, picture, save_png
 from ..pages.tables import Table
-from ..serving.tokens_by_load import RECOMMENDED, describe
+from ..serving.tokens_by_load import RECOMMENDED, describe, not_reached
 from .intervals import MIN_PROMPTS
 from .runs import BY_DRAFT, coarse_counts
 
@@ -210,7 +210,7 @@ def _speed_rows(entries: list[tuple[str, dict[str, Any]]]) -> list[list[str]]:
     def row(label: str, run: dict[str, Any], suffix: str) -> list[str]:
         times = run[f"latency_seconds{suffix}"]
         return [
-            str(run["concurrency"]),
+            _load(run),
             label,
             _figure(run, f"tokens_per_second{suffix}", ".1f"),
             "" if suffix else _speed_up(run),
@@ -234,6 +234,7 @@ def _three(times: dict[str, float] | None, scale: float) -> str:
 
 def _difference_rows(report: dict[str, Any]) -> list[list[str]]:
     labels, rows = _labels(report), []
+    loads = {run["concurrency"]: _load(run) for run in report["by_concurrency"]}
     for label, entry in _entries(report)[1:]:
         difference = entry["difference"]
         other = labels[tuple(difference["from"].values())]
@@ -246,7 +247,7 @@ def _difference_rows(report: dict[str, Any]) -> list[list[str]]:
         ]
         for run in difference["by_concurrency"]:
             ratio = run["tokens_per_second_ratio"]
-            figure = f"tokens/s, {run['concurrency']} at a time, ratio"
+            figure = f"tokens/s, {loads[run['concurrency']]} at a time, ratio"
             rows.append([label, other, figure, estimate(ratio["value"], ratio["interval"], ".3f"), _verdict(ratio, 1)])
     return rows
 
@@ -306,7 +307,8 @@ def _markers(report: dict[str, Any]) -> str:
 
 
 def _sentences(report: dict[str, Any]) -> list[str]:
-    found = [_speed_sentence(report), describe(report[RECOMMENDED]), *_break_even_sentences(report)]
+    found = [_speed_sentence(report), _load_sentence(report), describe(report[RECOMMENDED])]
+    found += _break_even_sentences(report)
     sentences = [sentence for sentence in found if sentence]
     labelled, labels = _entries(report), _labels(report)
     for label, entry in labelled:
@@ -321,6 +323,23 @@ def _sentences(report: dict[str, Any]) -> list[str]:
         verdict = f"{_verdict(row, 0)}, {estimate(row['value'], row['interval'], '+.3f')}"
         sentences.append(f"Acceptance length of {label} against {other}: {verdict}.")
     return sentences
+
+
+def _load_sentence(report: dict[str, Any]) -> str:
+    """Which numbers of chats at a time weren't reached; "" if all were."""
+    loads = not_reached(report)
+    if not loads:
+        return ""
+    return (
+        f"Only {report['num_prompts']} chats ran at a time at --concurrency {' '.join(map(str, loads))}, because there "
+        "are no more prompts; K by load is recommended without these loads."
+    )
+
+
+def _load(run: dict[str, Any]) -> str:
+    """The number of chats at a time, with the one that was asked for if that wasn't reached."""
+    asked, ran = run["concurrency"], run["chats_at_a_time"]
+    return str(ran) if ran == asked else f"{ran} of {asked}"
 
 
 def _speed_sentence(report: dict[str, Any]) -> str:
@@ -349,7 +368,7 @@ def _speed_sentence(report: dict[str, Any]) -> str:
 def _break_even_sentences(report: dict[str, Any]) -> list[str]:
     """From which acceptance length the drafter pays, at each number of chats at a time; none if it isn't known."""
     lengths = [
-        f"{_figure(run, 'break_even_length', '.2f')} at {run['concurrency']}"
+        f"{_figure(run, 'break_even_length', '.2f')} at {_load(run)}"
         for run in report["by_concurrency"]
         if run["break_even_length"] is not None
     ]
@@ -420,7 +439,7 @@ def _draw_speeds(report: dict[str, Any], axes: Any) -> None:
     baseline = report["tokens_per_second_without"] is not None
     if baseline:
         series.insert(0, ("no drafter", speeds(report, "tokens_per_second_without")))
-    concurrency = [str(run["concurrency"]) for run in report["by_concurrency"]]
+    concurrency = [_load(run) for run in report["by_concurrency"]]
     _bars(axes, concurrency, series, "{:.1f}", baseline)
     axes.set(xlabel="Chats at a time", ylabel="Tokens per second", title="Speed")
 

@@ -28,6 +28,8 @@ MARGIN = 0.05
 def recommend(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The fastest K at each number of chats at a time; 0, no drafter, if that was faster.
 
+    Loads for which there were too few prompts (see `not_reached`) are left out.
+
     Args:
         entries: of one drafter in the report of an evaluation, one for each K.
 
@@ -36,7 +38,10 @@ def recommend(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         `tokens_per_second_by_k`: of each K that was measured, and of "0", the verifier alone, if that was.
     """
     recommended = []
+    too_many = not_reached(entries[0])
     for number, first in enumerate(entries[0]["by_concurrency"]):
+        if first["concurrency"] in too_many:
+            continue
         speeds = {
             entry["num_speculative_tokens"]: entry["by_concurrency"][number]["tokens_per_second"] for entry in entries
         }
@@ -54,6 +59,12 @@ def recommend(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             }
         )
     return recommended
+
+
+def not_reached(entry: Mapping[str, Any]) -> list[int]:
+    """The numbers of chats at a time for which an evaluation had too few prompts: fewer ran at the same time."""
+    rows = entry["by_concurrency"]
+    return [row["concurrency"] for row in rows if row["chats_at_a_time"] < row["concurrency"]]
 
 
 def describe(recommended: Sequence[Mapping[str, Any]]) -> str:
@@ -82,8 +93,13 @@ def scheduled(recommended: Sequence[Mapping[str, Any]], takes_schedule: bool) ->
         takes_schedule: whether this vLLM can choose by load.
 
     Raises:
-        PeagleError: the drafter paid at no load.
+        PeagleError: the drafter paid at no load, or nothing is recommended.
     """
+    if not recommended:
+        raise PeagleError(
+            "--num-speculative-tokens is auto, but the evaluation recommends nothing: it had fewer prompts than chats "
+            "at a time. Evaluate with more prompts or a lower --concurrency, or name a number."
+        )
     speeds = [{int(tokens): speed for tokens, speed in row["tokens_per_second_by_k"].items()} for row in recommended]
     fastest = {max(by_k, key=lambda tokens: (by_k[tokens], -tokens)) for by_k in speeds}
     candidates = sorted({tokens for by_k in speeds for tokens in by_k} - {0})
