@@ -78,6 +78,26 @@ def test_lengths_that_the_verifier_has_no_positions_for_are_refused(tiny_verifie
         plan(PlanArguments(str(tiny_verifier), str(tmp_path), prompt_tokens=475))
 
 
+def test_only_a_verifier_without_a_tokenizer_is_run_without_one(tiny_verifier, tmp_path, monkeypatch):
+    """vLLM builds the processor of a model that reads images from the tokenizer."""
+    pytest.importorskip("vllm")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_bytes((tiny_verifier / "config.json").read_bytes())
+    engines = []
+
+    def stop(engine, *others):
+        engines.append(engine)
+        raise PeagleError("stopped")
+
+    monkeypatch.setattr("peagle_hf.evaluation.plan.VllmProcess", stop)
+    for model in (tiny_verifier, bare):
+        with pytest.raises(PeagleError, match="stopped"):
+            plan(PlanArguments(str(model), str(tmp_path / "out"), concurrency=[1], num_layers=[1]))
+    assert [engine.get("skip_tokenizer_init") for engine in engines] == [None, True]
+    assert [engine.get("load_format") for engine in engines] == [None, "dummy"]
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [

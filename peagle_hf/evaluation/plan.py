@@ -292,7 +292,9 @@ class _Measurement:
             arguments.seed,
             arguments.trust_remote_code,
         )
-        return engine | {"skip_tokenizer_init": True} | ({"load_format": "dummy"} if self.is_dummy else {})
+        if not _has_tokenizer(arguments.model):
+            engine["skip_tokenizer_init"] = True
+        return engine | ({"load_format": "dummy"} if self.is_dummy else {})
 
     def _num_prompts(self, concurrency: int) -> int:
         return max(self.arguments.num_prompts, 2 * concurrency)
@@ -429,6 +431,15 @@ def _has_no_weights(model: str) -> bool:
     """Whether the verifier is a folder with its configuration alone."""
     folder = Path(model)
     return folder.is_dir() and not any([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+
+
+def _has_tokenizer(model: str) -> bool:
+    """Whether a folder has a tokenizer; True for a hub name. vLLM starts without one, unless the model reads images."""
+    folder = Path(model)
+    return not folder.is_dir() or any(next(folder.glob(name), None) for name in _TOKENIZER_FILES)
+
+
+_TOKENIZER_FILES = ("tokenizer*", "tekken.json", "vocab*", "*.tiktoken", "*.model")
 
 
 def _draw(report: dict[str, Any], path: Path) -> None:
