@@ -15,7 +15,6 @@ from types import SimpleNamespace
 import pytest
 from conftest import VllmServer, ended
 from fake_vllm import FakeDraftingVllm
-from transformers import AutoTokenizer
 
 from peagle_hf import EvaluateArguments, PeagleError, cli, evaluate
 from peagle_hf.data.prompts import Prompt
@@ -177,9 +176,9 @@ def test_servers_are_asked_with_the_template_variables_of_the_training(
 
 
 def test_vllm_in_this_machine_is_given_the_template_and_the_tools(chain):
-    tokenizer = AutoTokenizer.from_pretrained(chain)
-    engine = SimpleNamespace(model_config=SimpleNamespace(max_model_len=99))
-    llm = SimpleNamespace(llm_engine=engine, renderer=None, get_tokenizer=lambda: tokenizer)
+    """Also where vLLM's own tokenizer takes neither, as that of Mistral's models with tekken.json."""
+    config = SimpleNamespace(max_model_len=99, tokenizer=str(chain), trust_remote_code=False)
+    llm = SimpleNamespace(llm_engine=SimpleNamespace(model_config=config), renderer=None)
     prompts = [Prompt("1", "chat", [], ["w5"], tools=[{"name": "w20"}])]
     template = "{{ tools[0].name }} {{ messages[0].content }} {{ word }}"
     job = Job(prompts, [], 8, options=ChatOptions(template, {"word": "w7"}))

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -26,7 +27,7 @@ from .. import __version__
 from ..arguments import flag_of
 from ..console import progress_bar
 from ..data.prompts import Prompt
-from ..data.tokenizer import ChatOptions
+from ..data.tokenizer import ChatOptions, load_tokenizer
 from ..errors import PeagleError
 from ..serving.client import DRAFT_COUNTERS, POSITION_COUNTER, Answer, drafting_counts, drafts_in_order
 from ..serving.installed import MODEL_RUNNER, REQUEST_COUNTS
@@ -296,6 +297,7 @@ def check_flags(engine: dict[str, Any], given: dict[str, Any]) -> None:
             )
 
 
+_tokenizer = cache(load_tokenizer)
 _SET_HERE = ("model", "speculative_config", "seed", REQUEST_COUNTS, "disable_log_stats")
 _AT_LEAST = {
     "max_num_seqs": "so many chats run at the same time",
@@ -312,7 +314,9 @@ class _Conversations:
         self.max_model_len = llm.llm_engine.model_config.max_model_len
         self.chats: list[list[Answer]] = [[] for _ in job.token_ids or job.prompts]
         self._engine, self._renderer = llm.llm_engine, llm.renderer
-        self._tokenizer = None if job.token_ids else llm.get_tokenizer()
+        config = llm.llm_engine.model_config
+        # vLLM's own tokenizer of a Mistral model takes neither a template nor variables.
+        self._tokenizer = None if job.token_ids else _tokenizer(config.tokenizer, config.trust_remote_code)
         self._asked: dict[str, tuple[int, float]] = {}
 
     def hold(self, indices: Sequence[int], concurrency: int, report_progress: Callable[[int], object]) -> None:
