@@ -10,7 +10,10 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections import deque
+from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from conftest import CHAIN_LENGTH, VOCAB
@@ -186,6 +189,66 @@ def test_prompts_share_the_time_by_how_long_they_were_answered():
     assert (measured["speed_up"], measured["intervals"]["speed_up"]) == (pytest.approx(2), pytest.approx([2, 2]))
     assert measured["break_even_length"] == pytest.approx(0.9)
     assert measured["intervals"]["break_even_length"] == pytest.approx([0.9, 0.9])
+
+
+@dataclass
+class Request:
+    """A request of `simulated`."""
+
+    needed: int
+    started: float
+    first: float = 0.0
+    tokens: float = 0.0
+    rounds: int = 0
+
+
+def simulated(concurrency, prompt_seconds, round_seconds, length=1.0, num_prompts=64):
+    """A run of an engine that reads prompts and goes on with all answers in the same step.
+
+    Args:
+        prompt_seconds: time that each prompt adds to a step.
+        round_seconds: time of a step with answers, each of which gets `length` tokens on average.
+    """
+    needed = np.random.default_rng(0).integers(80, 240, num_prompts).tolist()
+    waiting, active, answers, now = deque(needed), [], [], 0.0
+    while waiting or active:
+        old = list(active)
+        while waiting and len(active) < concurrency:
+            active.append(Request(waiting.popleft(), now))
+        now += prompt_seconds * (len(active) - len(old)) + round_seconds * bool(old)
+        for one in active[:]:
+            if one in old:
+                one.tokens, one.rounds = one.tokens + length, one.rounds + 1
+            else:
+                one.tokens, one.first = 1.0, now - one.started
+            if one.tokens >= one.needed:
+                active.remove(one)
+                by_position = [round(one.rounds * min(max(length - place, 0), 1)) for place in range(1, 9)]
+                counts = [one.rounds, 8 * one.rounds, sum(by_position), *by_position]
+                answers.append(Answer("", [1] * one.needed, "stop", one.first, now - one.started, counts))
+    return Run(concurrency, [[answer] for answer in answers], now)
+
+
+@pytest.mark.parametrize("length", [1.2, 2.5])
+@pytest.mark.parametrize("concurrency", [1, 4, 16])
+@pytest.mark.parametrize("share", [0.02, 0.05, 0.2, 0.5])
+def test_the_break_even_length_leaves_out_the_time_of_prompts(share, concurrency, length):
+    """Against the length at which the simulated engine takes the same time with the drafter as without."""
+    round_seconds = 1.5
+    prompt_seconds = 160 / 1.67 * share / (1 - share)  # of this share with one chat at a time and length 2.5
+    without = simulated(concurrency, prompt_seconds, 1.0)
+    run, alone = (simulated(number, prompt_seconds, round_seconds, length) for number in (concurrency, 1))
+    prompts = [Prompt(str(number), "chat", [], ["one"]) for number in range(64)]
+    found = figures([run], [without], prompts, None, is_greedy=True, alone=[alone])["break_even_length"]
+    low, high = 1.0, 9.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        faster = simulated(concurrency, prompt_seconds, round_seconds, middle).seconds < without.seconds
+        low, high = (low, middle) if faster else (middle, high)
+    if concurrency == 1 or share == 0.02:
+        assert found == pytest.approx(low, rel=0.01 if concurrency == 1 else 0.05)
+    else:
+        assert found is None or found == pytest.approx(low, rel=0.05)
 
 
 def test_rounds_that_differ_are_no_difference_and_one_round_tells_nothing():

@@ -25,6 +25,8 @@ from .intervals import (
 )
 from .runs import Run
 
+UNCERTAIN = 1.1
+"""The break-even length is left out if its greatest possible value is more than this many times its least."""
 SPEEDS = ("tokens_per_second", "tokens_per_second_without", "speed_up", "break_even_length")
 
 
@@ -58,12 +60,13 @@ def entry(
     pairs: list[tuple[list[Run], list[Run] | None]]
     pairs = list(zip(trial.runs, without, strict=True)) if without else [(runs, None) for runs in trial.runs]
     last, baseline = pairs[-1]
+    alone = next((runs for runs in trial.runs if runs[0].concurrency == 1), None)
     return {
         "num_speculative_tokens": trial.num_speculative_tokens,
-        **figures(last, baseline, prompts, None, is_greedy),
+        **figures(last, baseline, prompts, None, is_greedy, alone),
         **compare(prompts, baseline[0] if baseline and is_greedy else None, last[0]),
         "by_category": {
-            name: figures(last, baseline, prompts, name, is_greedy)
+            name: figures(last, baseline, prompts, name, is_greedy, alone)
             for name in sorted({prompt.category for prompt in prompts})
         },
         **({} if segmenter is None else {"by_segment": part_figures(last, segmenter, is_greedy)}),
@@ -72,7 +75,7 @@ def entry(
             {
                 "concurrency": runs[0].concurrency,
                 "chats_at_a_time": min(runs[0].concurrency, len(prompts)),
-                **figures(runs, others, prompts, None, is_greedy),
+                **figures(runs, others, prompts, None, is_greedy, alone),
                 "latency_seconds": _latency(runs),
                 "latency_seconds_without": others and _latency(others),
             }
@@ -82,18 +85,21 @@ def entry(
 
 
 def figures(
-    runs: list[Run], without: list[Run] | None, prompts: Sequence[Prompt], category: str | None, is_greedy: bool
+    runs: list[Run],
+    without: list[Run] | None,
+    prompts: Sequence[Prompt],
+    category: str | None,
+    is_greedy: bool,
+    alone: list[Run] | None = None,
 ) -> dict[str, Any]:
     """The figures of a category, or of all prompts (None), with intervals.
-
-    The `break_even_length` is the acceptance length divided by the speed-up: the length at which the drafter would be
-    as fast as none, if all of the time were spent in rounds of drafting and verifying. The time of the prompts' own
-    passes makes that too high for a drafter that is faster than none, and too low for one that is slower.
 
     Args:
         runs: by round.
         without: the same without a drafter.
         is_greedy: count only the first round, as all draft the same; else the counts of all rounds are added.
+        alone: like `runs`, with one chat at a time, by which the `break_even_length` is known better; None if it wasn't
+            measured.
     """
     indices, counted = _indices(prompts, category), runs[:1] if is_greedy else runs
     weights_WP = all_and_leave_one_out(len(indices))
@@ -108,11 +114,13 @@ def figures(
     pairs: list[tuple[Run, Run | None]]
     pairs = list(zip(runs, without, strict=True)) if without else [(run, None) for run in runs]
     speeds = [_speeds(run, baseline, indices, weights_WP) for run, baseline in pairs]
-    for speed in speeds:
-        if "speed_up" in speed:
-            speed["break_even_length"] = (summary["acceptance_length"] if lengths_W is None else lengths_W) / speed[
-                "speed_up"
-            ]
+    if without:
+        lengths = summary["acceptance_length"] if lengths_W is None else lengths_W
+        bounds = [_prompt_seconds(run, one, indices, weights_WP) for run, one in zip(runs, alone or runs, strict=True)]
+        pays = [_break_even(lengths, speed, *each) for speed, each in zip(speeds, bounds, strict=True)]
+        for speed, length_W in zip(speeds, pays, strict=True):
+            if length_W is not None and all(each is not None for each in pays):
+                speed["break_even_length"] = length_W
     if enough:
         degrees = [_speed_degrees([run, baseline], indices) for run, baseline in pairs]
         unknown = {"break_even_length"} if lengths_W is None else set()
@@ -282,6 +290,50 @@ def _speeds(
         return {"tokens_per_second": speed}
     baseline = _speed(without, indices, weights_WP)
     return {"tokens_per_second": speed, "tokens_per_second_without": baseline, "speed_up": speed / baseline}
+
+
+def _prompt_seconds(
+    run: Run, alone: Run, indices: list[int], weights_WP: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The least and the greatest time [W] that the prompts' own passes can have taken, for each generated token.
+
+    With one chat at a time it is the time to the first tokens. With several, other answers go on meanwhile, or several
+    prompts are read together; it is at most the sum of these times, and at most what it is with one chat at a time.
+
+    Args:
+        alone: the run with one chat at a time, or else `run` itself.
+    """
+    of_runs = []
+    for one in (run, alone):
+        in_flight, chats = sum(answer.seconds for chat in one.chats for answer in chat), one.chats
+        first_P = np.array([sum(answer.first_token_seconds for answer in chat) for chat in chats])[indices]
+        tokens_P = np.array([sum(len(answer.token_ids) for answer in chat) for chat in chats])[indices]
+        is_alone = min(one.concurrency, len(chats)) == 1
+        scale = one.seconds / in_flight if is_alone else 1.0
+        of_runs.append(scale * (weights_WP @ first_P) / (weights_WP @ tokens_P))
+    most_W = np.minimum(*of_runs)
+    return (most_W if min(run.concurrency, len(run.chats)) == 1 else np.zeros_like(most_W)), most_W
+
+
+def _break_even(
+    lengths: float | NDArray[np.float64],
+    speed: dict[str, NDArray[np.float64]],
+    least_W: NDArray[np.float64],
+    most_W: NDArray[np.float64],
+) -> NDArray[np.float64] | None:
+    """The acceptance length [W] from which the drafter pays; None if it isn't known to 5 %.
+
+    With it, the rounds of drafting and verifying would take the time that the verifier alone needs, less that of the
+    prompts' own passes: L (t - p) / (t0 - p), with t and t0 the seconds of a token with and without the drafter, p
+    those of the prompts, and L the acceptance length.
+    """
+    seconds_W, without_W = 1 / speed["tokens_per_second"], 1 / speed["tokens_per_second_without"]
+    if (most_W >= np.minimum(seconds_W, without_W)).any():
+        return None
+    one, other = (lengths * (seconds_W - prompt_W) / (without_W - prompt_W) for prompt_W in (least_W, most_W))
+    if max(one[0] / other[0], other[0] / one[0]) > UNCERTAIN:
+        return None
+    return np.asarray(np.sqrt(one * other))
 
 
 def _speed_degrees(runs: Sequence[Run | None], indices: list[int]) -> float:

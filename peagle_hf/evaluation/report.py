@@ -367,17 +367,24 @@ def _speed_sentence(report: dict[str, Any]) -> str:
 
 def _break_even_sentences(report: dict[str, Any]) -> list[str]:
     """From which acceptance length the drafter pays, at each number of chats at a time; none if it isn't known."""
-    lengths = [
-        f"{_figure(run, 'break_even_length', '.2f')} at {_load(run)}"
-        for run in report["by_concurrency"]
-        if run["break_even_length"] is not None
-    ]
-    if not lengths:
+    if report["speed_up"] is None:
         return []
-    return [
-        f"It pays here from acceptance length {', '.join(lengths)} at a time; this drafter has "
-        f"{report['acceptance_length']:.2f}."
-    ]
+    known = [run for run in report["by_concurrency"] if run["break_even_length"] is not None]
+    unknown = [_load(run) for run in report["by_concurrency"] if run["break_even_length"] is None]
+    sentences = []
+    if known:
+        lengths = [f"{_figure(run, 'break_even_length', '.2f')} at {_load(run)}" for run in known]
+        sentences.append(
+            f"It pays here from acceptance length {', '.join(lengths)} at a time; this drafter has "
+            f"{report['acceptance_length']:.2f}."
+        )
+    if unknown:
+        sentences.append(
+            f"From which acceptance length it pays isn't known at {', '.join(unknown)} at a time: the prompts' own "
+            "passes may take a large part of the time, and other answers go on meanwhile. --concurrency 1 as well, or "
+            "longer answers, tell more, and peagle-hf plan measures it."
+        )
+    return sentences
 
 
 def _text_sentence(entry: dict[str, Any], report: dict[str, Any]) -> str:
