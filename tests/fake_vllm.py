@@ -315,8 +315,8 @@ class FakeDraftingVllm(FakeVllm):
         length = min(len(message.split()) + 1, request["max_tokens"])
         tokens = [self.first + place for place in range(2 if fault == "cut" else length)]
         handler.start_stream()
-        self._send(handler, tokens[:1], last=len(tokens) == 1, fault=fault)
-        place, histogram, accepted_by_step = 1, [0] * 4, []
+        place, histogram, accepted_by_step = 6 if fault == "late drafts" else 1, [0] * 4, []
+        self._send(handler, tokens[:place], last=len(tokens) <= place, fault=fault)
         for accepted in itertools.cycle((0, 1, 2)):
             if place >= len(tokens):
                 break

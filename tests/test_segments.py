@@ -239,6 +239,14 @@ def test_a_draft_behind_the_end_belongs_to_the_last_segment():
     assert counts_of(Run(1, [[Answer(token_ids=[4], drafting=[0, 0, 0, 0, 0], drafts=[])]], 1.0)) is not None
 
 
+def test_an_answer_with_many_tokens_without_drafts_has_no_known_places():
+    """As under a load at which a server drafts nothing: vLLM counts the steps with drafts only. Two may be without."""
+    assert counts_of(Run(1, [[answer_of([4] * 6, [1, 0])]], 1.0)) is not None
+    undrafted = answer_of([4] * 7, [1, 0])
+    assert counts_of(Run(1, [[undrafted]], 1.0)) is None
+    assert part_figures([Run(1, [[undrafted, BY_HAND]], 1.0)], SEGMENTER, True) is None
+
+
 def random_run(generator: np.random.Generator, num_prompts: int) -> Run:
     """Two turns to each prompt, tokens and accepted numbers by chance."""
 
@@ -376,6 +384,15 @@ def test_a_server_that_counts_by_request_only_is_named_with_the_remedy(arguments
     assert "--per-request-spec-decode-metrics detailed" in printed
     evaluation = read_evaluation(Path(arguments.output) / "evaluation.json", drafter)
     assert "drafts that begin in" not in model_card(check_checkpoint(drafter), "a/b", None, None, evaluation).text
+
+
+def test_a_server_that_drafts_at_times_only_has_no_figures_by_segment(arguments, server, capsys):
+    """As one of `serve --num-speculative-tokens auto`, whose drafts began after the sixth token, when the load fell."""
+    server.chat_fault = lambda message: "late drafts"
+    report = evaluate(arguments)
+    assert report["by_segment"] is report["by_context"] is None
+    assert report["num_drafts"] == 2
+    assert "because vLLM generated tokens without drafts, as with K 0 under load" in capsys.readouterr().out
 
 
 def test_finished_runs_without_counts_per_draft_are_not_mixed_with_others(arguments, server, caplog):

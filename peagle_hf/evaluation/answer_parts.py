@@ -40,7 +40,8 @@ class Contexts:
 def counts_by_part(run: Run, division: Division) -> dict[str, NDArray[np.int64]] | None:
     """For each part the counters [P, 3 + K] of each prompt, all turns together (see `Counters.drafting`).
 
-    None if vLLM doesn't count per draft, or if parts aren't known.
+    None if vLLM doesn't count per draft, if parts aren't known, or if more tokens than a draft has came without drafts,
+    so that the places of the drafts aren't known.
     """
     by_prompt = []
     for chat in run.chats:
@@ -55,7 +56,10 @@ def _count(answer: Answer, division: Division) -> NDArray[np.int64] | None:
     """The counters of an answer by part, int64 [len(names), 3 + K]; None if they aren't known."""
     if answer.drafting is None or answer.drafts is None or (parts := division.parts(answer)) is None:
         return None
-    positions = np.arange(len(answer.drafting) - 3)
+    most = len(answer.drafting) - 3
+    if 1 + sum(accepted + 1 for accepted, _ in answer.drafts) < len(answer.token_ids) - most:
+        return None  # vLLM generated tokens without drafts, as with K 0 under load, and doesn't count these steps
+    positions = np.arange(most)
     counts = np.zeros((len(division.names), len(answer.drafting)), np.int64)
     place = 1  # the first token comes with the prompt
     for accepted, drafted in answer.drafts:

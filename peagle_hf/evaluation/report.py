@@ -317,6 +317,11 @@ def _sentences(report: dict[str, Any]) -> list[str]:
     if report["counts"] != BY_DRAFT:
         is_server = report["seed"] is None
         sentences.append(coarse_counts(report["counts"], report["versions"]["vllm"], is_server))
+    elif any(entry.get("by_context", {}) is None for _, entry in labelled):
+        sentences.append(
+            "Acceptance isn't known by segment or by position in the context, because vLLM generated tokens without "
+            "drafts, as with K 0 under load, and doesn't say where. Measure with one K at any load."
+        )
     for label, entry in labelled[1:]:
         difference = entry["difference"]
         row, other = difference["acceptance_length"], labels[tuple(difference["from"].values())]
