@@ -182,7 +182,7 @@ def test_a_damaged_journal_is_named_with_the_remedy(arguments, tmp_path, damage)
         evaluate(arguments())
 
 
-def test_vllm_in_process_does_only_what_is_missing(arguments, chain, drafter, tmp_path, monkeypatch):
+def test_vllm_in_process_does_only_what_is_missing(arguments, monkeypatch, capsys, caplog):
     """vLLM dies in the second round after one of two runs with the drafter; each round has a seed of its own."""
     pytest.importorskip("vllm")
     asked, dies = [], True
@@ -209,7 +209,9 @@ def test_vllm_in_process_does_only_what_is_missing(arguments, chain, drafter, tm
                 fields = {"token_ids": [1, 2, 3], "seconds": 1.0, "text": f"{self.seed} {concurrency}"}
                 fields |= {"drafting": [2, 2, 1, 1]} if job.answers else {}
                 chats = [[fields] * len(prompt.turns) for prompt in job.prompts]
-                keep(Run.of({"concurrency": concurrency, "chats": chats, "seconds": 2.0}), MEASURED_ON)
+                runner = "first" if job.answers else "second"
+                run = Run.of({"concurrency": concurrency, "chats": chats, "seconds": 2.0})
+                keep(run, MEASURED_ON | {"model_runner": runner})
 
     monkeypatch.setattr("peagle_hf.evaluation.in_processes.VllmProcess", FakeProcess)
     here = {"endpoint": None, "baseline_endpoint": None, "seed": 7, "temperature": 0.7, "num_speculative_tokens": [1]}
@@ -222,6 +224,18 @@ def test_vllm_in_process_does_only_what_is_missing(arguments, chain, drafter, tm
     assert asked == [(8, "with the drafter", 2, "8 2")]
     assert report["versions"] == MEASURED_ON["versions"]
     assert report["num_drafts"] == 2 * 2 * 2 * len(ROWS)  # sampled: two rounds of two turns count
+    assert report["model_runner"] == {"without": "second", "with a drafter": "first"}
+    assert "the second without, the first with a drafter" in capsys.readouterr().out
+
+    dies = True
+    with pytest.raises(PeagleError, match="vLLM failed"):
+        evaluate(arguments(**here))
+    dies = False
+    asked.clear()
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")  # another speed
+    evaluate(arguments(**here))
+    assert len(asked) == 8
+    assert "OMP_NUM_THREADS is 7 and was" in caplog.text
 
 
 MEASURED_ON = {"dtype": "float32", "device": "CPU", "versions": {"vllm": "0.32.0"}}

@@ -76,7 +76,8 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
     - `dropped_prompts`: what was left out of the suites, and why.
     - `counts`: how finely vLLM counts drafts: `by draft`, `by request`, or `by category`: its totals (before
       vLLM 0.29), read after each category in a second pass that isn't timed.
-    - how it was measured: `command`, `num_prompts`, `max_tokens`, `seed`, `dtype`, `device`, `versions` and so on.
+    - how it was measured: `command`, `num_prompts`, `max_tokens`, `seed`, `dtype`, `device`, `versions` and so on;
+      `model_runner` is vLLM's, without and with a drafter (without one it is vLLM's own choice).
 
     Without `--baseline-endpoint` every figure that compares with the verifier alone is null.
 

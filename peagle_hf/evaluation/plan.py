@@ -27,9 +27,9 @@ from ..serving.environment import installed_vllm, vllm_environment
 from ..serving.installed import REQUEST_COUNTS, drafting_environment
 from ..verifier.loading import load_verifier_config
 from .arguments import MAX_SEED
-from .in_processes import device_name, engine_arguments, versions
+from .in_processes import engine_arguments, machine_settings
 from .plan_report import draw, text
-from .runs import BY_CATEGORY, BY_DRAFT, Condition, FinishedRuns, Run
+from .runs import BY_CATEGORY, BY_DRAFT, DRAFTED, NOT_DRAFTED, Condition, FinishedRuns, Run
 from .speed_model import SpeedModel, fastest, median_break_even, median_speed_up
 from .synthetic_acceptance import SYNTHETIC, check_synthetic_acceptance
 from .task import name_of_run
@@ -162,7 +162,7 @@ def plan(arguments: PlanArguments) -> dict[str, Any]:
       a drafter that has this acceptance length with the largest K, with `acceptance_length` and `speed_up` at the
       fastest K. Every token is taken to be accepted at the same rate once all before it are.
     - how it was measured: `verifier`, `weights` ("random" or "its own"), `prompt_tokens`, `max_tokens`, `num_prompts`,
-      `rounds`, `seed`, `command`, `dtype`, `device`, `versions`.
+      `rounds`, `seed`, `command`, `dtype`, `device`, `versions`, and vLLM's `model_runner` without and with a drafter.
 
     Where there are several rounds, each figure is the median of them. Finished runs are kept in `plan.journal` until
     the report is written, so the same command goes on after an interruption.
@@ -225,8 +225,7 @@ class _Measurement:
             **{name: getattr(arguments, name) for name in names},
             **{name: value for name, value in self.engine.items() if name != "model"},
             "vllm_args": public_command(arguments.vllm_args),
-            "device": device_name(),
-            "versions": versions(),
+            **machine_settings(),
         }
         self.finished = FinishedRuns(self.output / FINISHED_RUNS, settings)
         for number in range(1, arguments.rounds + 1):
@@ -241,7 +240,10 @@ class _Measurement:
             for tokens in arguments.num_speculative_tokens
             for concurrency in arguments.concurrency
         }
-        _, measured_on = self.finished[self._name(1, arguments.concurrency[0])]
+        size, tokens = next(iter(self.drafters)), arguments.num_speculative_tokens[0]
+        first = self._name(1, arguments.concurrency[0]), self._name(1, arguments.concurrency[0], size, tokens)
+        (_, measured_on), (_, drafted_on) = self.finished[first[0]], self.finished[first[1]]
+        runners = {NOT_DRAFTED: measured_on["model_runner"], DRAFTED: drafted_on["model_runner"]}
         return {
             "verifier": arguments.model,
             "weights": "random" if self.is_dummy else "its own",
@@ -272,6 +274,7 @@ class _Measurement:
             "num_prompts": {str(number): self._num_prompts(number) for number in arguments.concurrency},
             "command": command_text(arguments, "plan", arguments.vllm_args),
             **measured_on,
+            "model_runner": runners,
         }
 
     def _engine(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..pages.pictures import COLOURS, GREY, save_png
 from ..pages.tables import Table
+from .runs import runners_row
 
 GREAT_ERROR = 0.05
 """Deviation of the model of speed, as a share, above which the text says that figures are rough."""
@@ -94,6 +95,7 @@ def _measured(report: dict[str, Any]) -> list[list[str]]:
             f"{report['prompt_tokens']} random tokens, answers of {report['max_tokens']}; "
             + ", ".join(f"{count} prompts at {concurrency} at a time" for concurrency, count in counts),
         ],
+        *runners_row(report),
         ["Seed, rounds", f"{report['seed']}, {report['rounds']}"],
         ["Versions", ", ".join(f"{name} {version}" for name, version in report["versions"].items())],
     ]

@@ -15,7 +15,7 @@ from ..pages.pictures import COLOURS, GREY, picture, save_png
 from ..pages.tables import Table
 from ..serving.tokens_by_load import RECOMMENDED, describe, not_reached
 from .intervals import MIN_PROMPTS
-from .runs import BY_DRAFT, coarse_counts
+from .runs import BY_DRAFT, coarse_counts, runners_row
 
 TEMPERATURE_HEAD = [
     *("Temperature", "", "Acceptance length", "Acceptance rate", "Accepted by position", "Tokens/s", "Speed-up")
@@ -285,6 +285,7 @@ def _measured_rows(report: dict[str, Any]) -> list[list[str]]:
             "Seed of vLLM",
             "the server's own" if seed is None else f"{seed}{', and 1 more in each later round' * (rounds > 1)}",
         ],
+        *runners_row(report),
         ["Versions", ", ".join(f"{name} {version}" for name, version in report["versions"].items())],
         [
             "Intervals",

@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 BY_DRAFT, BY_REQUEST, BY_CATEGORY = "by draft", "by request", "by category"
 """How finely drafts are counted: each one, those of each request, or vLLM's totals. These are read after each category,
 in a pass that isn't timed."""
+DRAFTED, NOT_DRAFTED = "with a drafter", "without"
+"""The names in a report of the two kinds of runs, for vLLM's `model_runner` in each."""
 COUNTS_REQUESTS_FROM = 0, 29
 """The first vLLM that can count the drafts of each request."""
 
@@ -115,6 +117,14 @@ def coarse_counts(counts: str, version: str, is_server: bool) -> str:
         "Acceptance has no intervals and isn't known by segment or by position in the context, because "
         f"{'the server' if is_server else 'vLLM'} ({version}) counts drafts in total only. {remedy}"
     )
+
+
+def runners_row(report: Mapping[str, Any]) -> list[list[str]]:
+    """The row of a report's table that names vLLM's model runner in each kind of runs; none for servers."""
+    runners = report.get("model_runner")
+    if not runners:
+        return []
+    return [["vLLM's model runner", ", ".join(f"the {number} {kind}" for kind, number in runners.items())]]
 
 
 def check_counts(answers: Sequence[Answer], counted: Sequence[int]) -> None:

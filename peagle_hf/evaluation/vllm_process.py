@@ -117,7 +117,7 @@ class VllmProcess:
 
         Args:
             keep: called with the run of each condition, in order, as soon as it is finished, and with its `dtype`,
-                `device` and `versions`.
+                `device`, `model_runner` and `versions`.
 
         Raises:
             PeagleError: vLLM fails, or a prompt is too long.
@@ -170,7 +170,8 @@ def _work(receive: Callable[[], dict[str, Any]], send: Callable[..., object]) ->
     if SYNTHETIC.keys() <= drafting.keys():
         accept_synthetically_on_cpu()
     llm = vllm.LLM(**engine)
-    if drafting and getattr(llm.llm_engine.vllm_config, "use_v2_model_runner", False):
+    is_second = getattr(llm.llm_engine.vllm_config, "use_v2_model_runner", False)
+    if drafting and is_second:
         raise PeagleError(
             "vLLM uses its second model runner, but drafts for P-EAGLE in the first one only. Set "
             f"{MODEL_RUNNER}=0, and leave out what needs the second one."
@@ -180,6 +181,7 @@ def _work(receive: Callable[[], dict[str, Any]], send: Callable[..., object]) ->
         measured_on={
             "dtype": str(llm.llm_engine.model_config.dtype).removeprefix("torch."),
             "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+            "model_runner": "second" if is_second else "first",
             "versions": {
                 "peagle_hf": __version__,
                 "vllm": vllm.__version__,
