@@ -137,6 +137,15 @@ def test_the_server_writes_chats_as_the_training_did(trained_drafter, drafter, t
         drafting_command(ServeArguments(str(drafter), chat_template="nowhere"), on_cpu=False)
 
 
+def test_a_template_is_written_for_a_user_without_a_name(trained_drafter, monkeypatch):
+    """As in a container that is run with a number that /etc/passwd doesn't have."""
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    command = drafting_command(ServeArguments(str(trained_drafter)), on_cpu=False)
+    assert Path(command[command.index("--chat-template") + 1]).read_text() == TEMPLATE
+
+
 # Measuring
 
 

@@ -1,6 +1,5 @@
 """`peagle-hf launch-vllm` and `serve`: run vLLM as a server of hidden states, or of a verifier with its drafter."""
 
-import getpass
 import hashlib
 import json
 import logging
@@ -347,10 +346,15 @@ def _template_file(name: str | None, template: str) -> Path:
         if name is not None and Path(name).read_text(encoding="utf-8") == template:
             return Path(name).absolute()
     digest = hashlib.sha256(template.encode()).hexdigest()[:16]
-    path = Path(tempfile.gettempdir()) / f"peagle-hf-{getpass.getuser()}-{digest}.jinja"
+    path = Path(tempfile.gettempdir()) / f"peagle-hf-{_user()}-{digest}.jinja"
     with atomic_path(path) as temporary:
         temporary.write_text(template, encoding="utf-8")
     return path
+
+
+def _user() -> str:
+    """A number for the user, who may have no name, as in a container; on Windows the folder itself is the user's."""
+    return str(os.getuid()) if hasattr(os, "getuid") else "user"
 
 
 def _vllm_command(
