@@ -84,10 +84,11 @@ def test_only_a_verifier_without_a_tokenizer_is_run_without_one(tiny_verifier, t
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "config.json").write_bytes((tiny_verifier / "config.json").read_bytes())
-    engines = []
+    engines, advice = [], []
 
-    def stop(engine, *others):
+    def stop(engine, environment, log, what, flags, if_memory_ran_out):
         engines.append(engine)
+        advice.append(if_memory_ran_out)
         raise PeagleError("stopped")
 
     monkeypatch.setattr("peagle_hf.evaluation.plan.VllmProcess", stop)
@@ -95,6 +96,7 @@ def test_only_a_verifier_without_a_tokenizer_is_run_without_one(tiny_verifier, t
         with pytest.raises(PeagleError, match="stopped"):
             plan(PlanArguments(str(model), str(tmp_path / "out"), concurrency=[1], num_layers=[1]))
     assert [engine.get("skip_tokenizer_init") for engine in engines] == [None, True]
+    assert not any("--max-model-len" in one for one in advice)  # it is refused below what is needed
     assert [engine.get("load_format") for engine in engines] == [None, "dummy"]
 
 

@@ -560,6 +560,21 @@ def test_an_answer_that_fails_or_is_stopped_ends_neither_the_chat_nor_stays_in_i
     assert "Traceback" not in shown.err
 
 
+def test_a_server_that_takes_too_long_is_no_reason_to_name_a_flag_that_the_command_lacks(
+    arguments, server, monkeypatch, capsys
+):
+    """Neither evaluate nor chat has --request-timeout."""
+    monkeypatch.setattr("peagle_hf.serving.client.TIMEOUT_SECONDS", 0.2)
+    server.chat_fault = lambda message: time.sleep(0.6)
+    with pytest.raises(PeagleError, match=r"timed out.*start it again if it hangs") as caught:
+        evaluate(arguments())
+    with pytest.raises(SystemExit):
+        chat(monkeypatch, "a b c\n", "--endpoint", server.url)
+    said = capsys.readouterr().err
+    assert "start it again if it hangs" in said
+    assert "--request-timeout" not in str(caught.value) + said
+
+
 @pytest.mark.parametrize("end", [KeyboardInterrupt, EOFError])
 def test_a_key_at_the_prompt_ends_the_chat_with_a_line(server, monkeypatch, capsys, end):
     class Keyboard(io.StringIO):

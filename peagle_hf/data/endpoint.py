@@ -233,13 +233,22 @@ def concurrently(
 class Server:
     """Connections to one vLLM server from this process, with the server's health and load.
 
+    Args:
+        if_slow: what the user of this command can do when the server doesn't answer in time.
+
     Attributes:
         in_flight: requests that wait for an answer.
         is_resting: a request failed, and neither a request nor a health check has succeeded since.
         rests_in_turn: how often the server began to rest since its last answer.
     """
 
-    def __init__(self, url: str, timeout: float, max_retries: int):
+    def __init__(
+        self,
+        url: str,
+        timeout: float,
+        max_retries: int,
+        if_slow: str = "raise --request-timeout if the server is only slow, or start it again if it hangs",
+    ):
         try:
             import openai
         except ImportError as error:
@@ -256,6 +265,7 @@ class Server:
             max_retries=max_retries,
             default_headers=headers,
         )
+        self.if_slow = if_slow
         self.in_flight = self.rests_in_turn = 0
         self.is_resting = False
         self._health_check_at = math.inf
@@ -371,7 +381,7 @@ class Server:
             cause = f" ({shorten(str(error.__cause__))})" if error.__cause__ else ""
             advice = "start the server again, or correct its address"
             if isinstance(error, openai.APITimeoutError):
-                advice = "raise --request-timeout if the server is only slow, or start it again if it hangs"
+                advice = self.if_slow
             raise EndpointError(f"{shorten(str(error))}{cause}", advice) from error
         except (json.JSONDecodeError, AttributeError, IndexError, KeyError, TypeError) as error:
             raise EndpointError(

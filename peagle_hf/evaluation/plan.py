@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 LENGTHS = (1.5, 2.0, 3.0, 4.0)
 """The acceptance lengths for which the report has speed-ups."""
+IF_MEMORY_RAN_OUT = "lower --concurrency, --prompt-tokens or --max-tokens"
 FINISHED_RUNS = "plan.journal"
 """File of finished runs in the output folder, until the report is written."""
 
@@ -353,7 +354,8 @@ class _Measurement:
             environment = drafting_environment(environment)
         suffix = f"_round_{round_number}" if self.arguments.rounds > 1 else ""
         log = self.output / f"vllm_{what.replace(',', '').replace(' ', '_')}{suffix}.log"
-        with VllmProcess(self.installed.known(engine), environment, log, what, self.arguments.vllm_args) as process:
+        known, flags = self.installed.known(engine), self.arguments.vllm_args
+        with VllmProcess(known, environment, log, what, flags, IF_MEMORY_RAN_OUT) as process:
             for name, job in missing.items():
                 process.run(job, _keeper(self.finished, name))
 

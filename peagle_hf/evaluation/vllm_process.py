@@ -71,6 +71,7 @@ class VllmProcess:
         log: file for vLLM's output.
         what: the end of "vLLM failed …" in messages, such as "with the drafter".
         flags: vLLM's own flags, as on its command line; they have precedence over `engine`.
+        if_memory_ran_out: what the user of this command can do then.
     """
 
     def __init__(
@@ -80,8 +81,10 @@ class VllmProcess:
         log: Path,
         what: str,
         flags: Sequence[str] = (),
+        if_memory_ran_out: str = "lower --concurrency or --max-model-len",
     ):
         self.engine, self.environment, self.log, self.what, self.flags = engine, environment, log, what, flags
+        self.if_memory_ran_out = if_memory_ran_out
         self._measured_on: dict[str, Any] | None = None
         self._process: subprocess.Popen | None = None
         self._stack = ExitStack()
@@ -149,7 +152,7 @@ class VllmProcess:
             logger.error("%s", "".join(end))
             raise PeagleError(
                 f"vLLM failed {self.what} (exit status {status}); the end of its output is above, all of it is in "
-                f"{self.log}. If memory ran out, lower --concurrency or --max-model-len."
+                f"{self.log}. If memory ran out, {self.if_memory_ran_out}."
             )
         message: dict[str, Any] = json.loads(line)
         if "error" in message:

@@ -17,6 +17,7 @@ DRAFT_COUNTERS = ("spec_decode_num_drafts", "spec_decode_num_draft_tokens", "spe
 POSITION_COUNTER = "spec_decode_num_accepted_tokens_per_pos"
 TIMEOUT_SECONDS = 600.0
 """How long to wait for the next part of an answer."""
+IF_SLOW = "ask the server when it is less busy, or start it again if it hangs"
 SETTLE_SECONDS = 5.0
 """How long to wait until the counters include an answer."""
 _SAMPLE = re.compile(r'^vllm:(\w+)_total\{(?:.*\bposition="(\d+)")?.*\} ([\d.eE+]+)$', re.M)
@@ -73,7 +74,7 @@ class Client:
         if len(urls) > 1:
             raise PeagleError(f"{endpoint} names {len(urls)} servers, and each has its own counters. Name one.")
         (self.url,) = urls
-        self._server = Server(self.url, TIMEOUT_SECONDS, max_retries=0)
+        self._server = Server(self.url, TIMEOUT_SECONDS, max_retries=0, if_slow=IF_SLOW)
         try:
             self.model = self._server.model
         except EndpointError as error:
