@@ -213,7 +213,7 @@ def test_generation_drafts_and_accepts_what_the_cached_states_say(
     # The first draft of an answer begins with its second token, which one token more than the prompt is before.
     first = sum(len(prompt) == shortest for prompt in prompts) * copies
     by_context = list(report["by_context"].values())
-    assert [row["num_drafts"] for row in by_context] == [0, first, report["num_drafts"] - first, 0]
+    assert [row["num_drafts"] for row in by_context] == [0, first, report["num_drafts"] - first, 0, 0]
     for name in ("reached", "accepted"):
         assert np.sum([row[name] for row in by_context], axis=0).tolist() == report[name]
     cut = [

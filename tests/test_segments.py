@@ -280,13 +280,14 @@ def test_the_counts_of_all_segments_sum_to_the_whole():
 def test_a_draft_counts_in_the_range_of_the_tokens_before_it():
     """Prompt and answer: the drafts begin after 1,022 + 1, 1,024, 1,027, 1,029 and 1,030 tokens."""
     whole = part_figures([Run(1, [[replace(BY_HAND, num_prompt_tokens=1022)]], 1.0)], Contexts(), True)
-    assert {name: row["num_drafts"] for name, row in whole.items()} == {"0-1K": 1, "1K-4K": 4, "4K-16K": 0, "16K-": 0}
+    drafts = {"0-1K": 1, "1K-4K": 4, "4K-16K": 0, "16K-32K": 0, "32K-": 0}
+    assert {name: row["num_drafts"] for name, row in whole.items()} == drafts
     generator = np.random.default_rng(1)
     run = random_run(generator, 12)
     assert part_figures([run], Contexts(), True) is None  # a server that doesn't say how long prompts are
     for chat in run.chats:
         for answer in chat:
-            answer.num_prompt_tokens = int(generator.choice([5, 1010, 4090, 16380, 99999]))
+            answer.num_prompt_tokens = int(generator.choice([5, 1010, 4090, 16380, 32760, 99999]))
     counts = counts_by_part(run, Contexts())
     assert all(rows.any() for rows in counts.values())
     assert sum(counts.values()).tolist() == run.drafting
@@ -368,7 +369,7 @@ def test_the_report_has_the_figures_of_each_segment(arguments, drafter, capsys):
     sampled = evaluation | {"temperature": 1.0, "draft_sample_method": "probabilistic"}
     card = model_card(check_checkpoint(drafter), "my-lab/d", None, None, sampled).text
     assert "temperature 1.0 with probabilistic drafts, " in card
-    evaluation["by_context"]["16K-"] = contexts["0-1K"]
+    evaluation["by_context"]["32K-"] = contexts["0-1K"]
     card = model_card(check_checkpoint(drafter), "my-lab/d", None, None, evaluation).text
     assert "| tokens before the draft | number of prompts |" in card
     assert "By position in the context" in text(evaluation)

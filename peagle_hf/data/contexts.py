@@ -4,9 +4,9 @@ before its first one, prompt included."""
 from bisect import bisect_right
 from typing import Any
 
-BOUNDS = (1024, 4096, 16384)
+BOUNDS = (1024, 4096, 16384, 32768)
 """The least position of each range but the first."""
-CONTEXTS = ("0-1K", "1K-4K", "4K-16K", "16K-")
+CONTEXTS = ("0-1K", "1K-4K", "4K-16K", "16K-32K", "32K-")
 """Names of the ranges, in which K stands for 1,024 tokens."""
 
 

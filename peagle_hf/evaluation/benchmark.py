@@ -57,7 +57,7 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
       `segment_markers` has the text with which a segment opens and closes (null: at the end of the answer),
       `answers_begin_in` the segment that the generation prompt opens, or `text`.
     - `by_context`: the same by position in the context, the number of tokens before a draft's first one, prompt
-      included: "0-1K", "1K-4K", "4K-16K" and "16K-", K being 1,024. Null where `by_segment` is.
+      included: "0-1K", "1K-4K", "4K-16K", "16K-32K" and "32K-", K being 1,024. Null where `by_segment` is.
     - `by_concurrency`: acceptance and speed at each number of chats at a time (`chats_at_a_time` is what ran:
       `concurrency`, or the number of prompts if that is lower), and `latency_seconds`,
       `latency_seconds_without`: mean, median and p99 from a request to its last token (`request`), to its first
