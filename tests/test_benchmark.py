@@ -1,5 +1,6 @@
 """The benchmark of the training step runs and fills its table; its times at these sizes mean nothing."""
 
+import argparse
 import json
 import math
 import re
@@ -270,3 +271,18 @@ def test_texts_that_end_count_in_the_chi_square_of_the_token_that_ends_them(tmp_
     deviations = [float(found) for found in re.findall(r"\(([+-][\d.]+) deviations", said)]
     assert len(deviations) == 2
     assert max(map(abs, deviations)) < 3
+
+
+def test_results_of_long_contexts_are_not_shown_for_other_options(tmp_path):
+    keep = runpy.run_path(str(BENCHMARKS / "long_contexts.py"))["keep_options"]
+    options = argparse.Namespace(output=tmp_path / "out", windows=[0], seeds=[0], num_layers=2)
+    keep(options)
+    options.windows, options.seeds = [0, 64], [1]
+    keep(options)
+    options.num_layers = 4
+    with pytest.raises(SystemExit, match="results of other options: num_layers is 4 and was 2"):
+        keep(options)
+    (tmp_path / "out" / "options.json").unlink()
+    (tmp_path / "out" / "data").mkdir()
+    with pytest.raises(SystemExit, match="not the options that they were made with"):
+        keep(options)

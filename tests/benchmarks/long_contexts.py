@@ -5,11 +5,13 @@
 VERIFIER is a folder or hub name. CHATS has `messages` or `conversations` in each line. 0 is full attention.
 --join-characters N makes long chats of short ones: lines are joined, one after another, up to so many characters (about
 four times the tokens), so later answers stand far into a context of other chats. Each window is trained with each seed;
-acceptance is measured offline on the samples that the training kept back. A finished training is not repeated.
+acceptance is measured offline on the samples that the training kept back. A finished training is not repeated. The
+output folder is for one set of options; windows and seeds can be added.
 """
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from peagle_hf import (
@@ -43,6 +45,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     options = parser.parse_args()
 
+    keep_options(options)
     data = options.output / "data"
     if not (data / "prepare.json").exists():
         data.mkdir(parents=True, exist_ok=True)
@@ -57,6 +60,27 @@ def main() -> None:
             lengths = [report["by_context"][name] for name in CONTEXTS]
             cells = [f"{row['acceptance_length']:.3f} in {row['num_drafts']}" for row in lengths]
             print(f"window {window or 'none':>5}, seed {seed}: {report['acceptance_length']:.3f}", *cells, sep=" | ")
+
+
+def keep_options(options: argparse.Namespace) -> None:
+    """Write the options beside the results, which are read again by window and seed alone; end if they were others."""
+    kept = {name: str(value) for name, value in vars(options).items() if name not in ("output", "windows", "seeds")}
+    path = options.output / "options.json"
+    if not path.exists():
+        if options.output.exists() and any(options.output.iterdir()):
+            sys.exit(
+                f"{options.output} has results, but not the options that they were made with. Name another --output."
+            )
+        options.output.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(kept))
+    earlier = json.loads(path.read_text())
+    changes = [
+        f"{name} is {kept.get(name)} and was {earlier.get(name)}"
+        for name in earlier | kept
+        if kept.get(name) != earlier.get(name)
+    ]
+    if changes:
+        sys.exit(f"{options.output} has results of other options: {'; '.join(changes)}. Name another --output.")
 
 
 def measured(options: argparse.Namespace, data: Path, window: int, seed: int) -> dict:
