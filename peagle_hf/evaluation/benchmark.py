@@ -44,29 +44,25 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
       they are computed; with a temperature above 0 those of all rounds together (greedy rounds draft the same).
     - `tokens_per_second`, `tokens_per_second_without`, `speed_up`: generated tokens over wall time, warmed up, the
       median of the rounds. `is_speed_up_or_down`: whether the speeds differ; null after one round.
-      `break_even_length`: the acceptance length from which the drafter pays at this concurrency; null if the time of
-      the prompts' own passes isn't known well enough.
+      `break_even_length`: the acceptance length from which the drafter pays at this concurrency; null if not known.
     - `intervals` of all these, [low, high]: see `intervals`. Speed intervals are the union over rounds. There are none
       with fewer than six prompts, and none for acceptance if vLLM doesn't count per request.
     - `by_category`: the same for each kind of prompt; a prompt's share in the wall time is its share in the seconds of
       all answers, which run side by side.
     - `by_segment`, if the chat template marks reasoning or tool calls: acceptance within the `reasoning`, within each
       `tool_call` and in the rest of the `text`. A draft counts where its first token lies, so the counts of all
-      segments sum to the whole; `num_prompts` have a draft there. Null if vLLM doesn't count per draft, or if it
-      generated tokens without drafts, as a server with K 0 under load does: then the places of drafts aren't known.
+      segments sum to the whole; `num_prompts` have a draft there. Null if vLLM doesn't say where drafts began.
       `segment_markers` has the text with which a segment opens and closes (null: at the end of the answer),
       `answers_begin_in` the segment that the generation prompt opens, or `text`.
     - `by_context`: the same by position in the context, the number of tokens before a draft's first one, prompt
-      included: "0-1K", "1K-4K", "4K-16K", "16K-32K" and "32K-", K being 1,024. Null where `by_segment` is.
-    - `by_concurrency`: acceptance and speed at each number of chats at a time (`chats_at_a_time` is what ran:
-      `concurrency`, or the number of prompts if that is lower), and `latency_seconds`,
-      `latency_seconds_without`: mean, median and p99 from a request to its last token (`request`), to its first
-      (`first_token`), and between two later ones on average (`output_token`), over all rounds.
+      included: "0-1K", "1K-4K", "4K-16K", "16K-32K" and "32K-", K being 1,024. Null for the same reason.
+    - `by_concurrency`: acceptance and speed at each number of chats at a time (`chats_at_a_time`, at most the prompts),
+      and `latency_seconds`, `latency_seconds_without`: mean, median and p99 from a request to its last token
+      (`request`), to its first (`first_token`), and between two later ones on average, over all rounds.
     - `by_temperature`, with several: all this at each, with `temperature`. The main figures are those of the first.
       `draft_sample_method`: how tokens were drafted at temperatures above 0; null for a server, which doesn't say it.
-    - `recommended_num_speculative_tokens`: for each concurrency the K with which `--model` was fastest, 0 if the
-      verifier alone was (see `tokens_by_load.recommend`), without those for which there were too few prompts.
-      `peagle-hf serve --num-speculative-tokens auto` reads it.
+    - `recommended_num_speculative_tokens`: for each concurrency that was reached, the K with which `--model` was
+      fastest, 0 if the verifier alone was (see `recommend`). `peagle-hf serve --num-speculative-tokens auto` reads it.
     - `text_identical`, `num_identical`, `differences` (prompt, turn, first token that differs); null if sampled.
     - `drafter`: the folder, `drafter_link`: the name that was given if it is a link (such as `checkpoint_best`, which
       is resolved once, at the start), `drafter_weights`: the fingerprint of its weights.
@@ -76,8 +72,7 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
     - `dropped_prompts`: what was left out of the suites, and why.
     - `counts`: how finely vLLM counts drafts: `by draft`, `by request`, or `by category`: its totals (before
       vLLM 0.29), read after each category in a second pass that isn't timed.
-    - how it was measured: `command`, `num_prompts`, `max_tokens`, `seed`, `dtype`, `device`, `versions` and so on;
-      `model_runner` is vLLM's, without and with a drafter (without one it is vLLM's own choice).
+    - how it was measured: `command`, `seed`, `dtype`, `device`, `versions`, vLLM's `model_runner` and so on.
 
     Without `--baseline-endpoint` every figure that compares with the verifier alone is null.
 
@@ -95,7 +90,6 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
     drafting = drafting_of(arguments, drafters, verifier)
     dropped: list[dict[str, str]] = []
     prompts = load_prompts(arguments, dropped)
-    _warn_of_few_prompts(arguments.concurrency, len(prompts))
     with locked_folder(arguments.output, "Wait until it has ended, or name another --output.", "evaluate"):
         return _evaluate(arguments, drafters, verifier, drafting, prompts, dropped)
 
@@ -110,6 +104,7 @@ def _evaluate(
 ) -> dict[str, Any]:
     output = Path(arguments.output)
     write_config(arguments, config_path(output, "evaluate"), "evaluate")
+    _warn_of_few_prompts(arguments.concurrency, len(prompts))
     options = chosen_chat_options(
         drafters[0].folder,
         verifier,

@@ -13,7 +13,7 @@ from ..data.contexts import drafted_contexts
 from ..pages.page import render
 from ..pages.pictures import COLOURS, GREY, picture, save_png
 from ..pages.tables import Table
-from ..serving.tokens_by_load import RECOMMENDED, describe, not_reached
+from ..serving.tokens_by_load import RECOMMENDED, describe, describe_not_reached
 from .intervals import MIN_PROMPTS
 from .runs import BY_DRAFT, coarse_counts, runners_row
 
@@ -308,7 +308,7 @@ def _markers(report: dict[str, Any]) -> str:
 
 
 def _sentences(report: dict[str, Any]) -> list[str]:
-    found = [_speed_sentence(report), _load_sentence(report), describe(report[RECOMMENDED])]
+    found = [_speed_sentence(report), describe_not_reached(report), describe(report[RECOMMENDED])]
     found += _break_even_sentences(report)
     sentences = [sentence for sentence in found if sentence]
     labelled, labels = _entries(report), _labels(report)
@@ -329,17 +329,6 @@ def _sentences(report: dict[str, Any]) -> list[str]:
         verdict = f"{_verdict(row, 0)}, {estimate(row['value'], row['interval'], '+.3f')}"
         sentences.append(f"Acceptance length of {label} against {other}: {verdict}.")
     return sentences
-
-
-def _load_sentence(report: dict[str, Any]) -> str:
-    """Which numbers of chats at a time weren't reached; "" if all were."""
-    loads = not_reached(report)
-    if not loads:
-        return ""
-    return (
-        f"Only {report['num_prompts']} chats ran at a time at --concurrency {' '.join(map(str, loads))}, because there "
-        "are no more prompts; K by load is recommended without these loads."
-    )
 
 
 def _load(run: dict[str, Any]) -> str:

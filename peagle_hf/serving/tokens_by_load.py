@@ -67,6 +67,17 @@ def not_reached(entry: Mapping[str, Any]) -> list[int]:
     return [row["concurrency"] for row in rows if row["chats_at_a_time"] < row["concurrency"]]
 
 
+def describe_not_reached(report: Mapping[str, Any]) -> str:
+    """Which numbers of chats at a time weren't reached, in a sentence; "" if all were."""
+    loads = " ".join(map(str, not_reached(report)))
+    if not loads:
+        return ""
+    return (
+        f"Only {report['num_prompts']} chats ran at a time at --concurrency {loads}, as there are no more prompts. K "
+        "by load is recommended without these loads."
+    )
+
+
 def describe(recommended: Sequence[Mapping[str, Any]]) -> str:
     """The recommendation in a sentence; "" if there was nothing to choose from."""
     if all(len(row["tokens_per_second_by_k"]) == 1 for row in recommended):
