@@ -623,21 +623,15 @@ def test_a_drafter_is_not_served_with_impossible_values():
         ServeArguments("drafter", num_speculative_tokens=0)
 
 
-# Real vLLM
+# Real vLLM; tests/test_gpu_vllm.py does the same on a GPU
 
 
-@pytest.fixture(scope="module")
-def served(drafter, tmp_path_factory):
-    log = tmp_path_factory.mktemp("served") / "vllm.log"
-    flags = ["--dtype", "float32", "--trust-request-chat-template"]
-    with VllmServer(["peagle_hf", "serve", str(drafter), "--"], flags, log) as served:
-        yield served
+def serve_in_vllm(drafter: Path, log: Path, *flags: str) -> VllmServer:
+    return VllmServer(["peagle_hf", "serve", str(drafter), "--"], ["--trust-request-chat-template", *flags], log)
 
 
-@pytest.mark.vllm
-@pytest.mark.slow
-def test_a_real_server_counts_what_vllm_in_process_counts(served, drafter, tmp_path, monkeypatch, capsys):
-    """Both ways are run on the same prompts; what must be counted is worked out in test_evaluation.py.
+def asked_of(drafter: Path, folder: Path) -> dict:
+    """Arguments of an evaluation whose counts are worked out in test_evaluation.py; w5 begins a thought, w6 ends it.
 
     After w6 an answer begins a step later in the cycle, and 20 of 39 drafts are right. (A prompt of one token would not
     do: where it joins others that run, vLLM 0.32 counts its first step as a draft.)
@@ -647,26 +641,28 @@ def test_a_real_server_counts_what_vllm_in_process_counts(served, drafter, tmp_p
         {"question_id": 2, "category": "ends", "turns": ["w9 w20"]},
         {"question_id": 3, "category": "cycle", "turns": ["w9 w7", "w9 w6"]},
     ]
-    prompts = tmp_path / "prompts.jsonl"
+    prompts, template = folder / "prompts.jsonl", folder / "template.jinja"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    template = tmp_path / "template.jinja"  # in which w5 begins a thought and w6 ends it
     template.write_text(
         "{% for m in messages %}{{ 'w5 ' + m.reasoning_content + ' w6 ' if m.reasoning_content else '' }}"
         "{{ m.content }} {% endfor %}"
     )
-    flags = {"model": str(drafter), "suite": [str(prompts)], "max_tokens": 60, "chat_template": str(template)}
-    here = evaluate(EvaluateArguments(**flags, output=str(tmp_path / "here"), dtype="float32"))
-    there = evaluate(
-        EvaluateArguments(**flags, output=str(tmp_path / "there"), endpoint=served.url, concurrency=[1, 4])
-    )
+    return {"model": str(drafter), "suite": [str(prompts)], "max_tokens": 60, "chat_template": str(template)}
+
+
+def check_that_a_server_counts_alike(served: VllmServer, here: dict, flags: dict, folder: Path) -> None:
+    """A server with the drafter, against the report of vLLM in a process on the same prompts."""
+    there = evaluate(EvaluateArguments(**flags, output=str(folder / "there"), endpoint=served.url, concurrency=[1, 4]))
     for category, row in here["by_category"].items():
         same = there["by_category"][category]
         for name in ("num_drafts", "num_accepted_tokens", "per_position_acceptance"):
             assert same[name] == row[name]
         assert same["intervals"].get("acceptance_length") == row["intervals"].get("acceptance_length")
     assert there["by_segment"] == here["by_segment"]
-    assert sum(row["num_drafts"] for row in there["by_segment"].values()) == there["num_drafts"]
-    assert there["by_segment"]["reasoning"]["num_accepted_tokens"] == there["num_accepted_tokens"]
+    assert there["counts"] == here["counts"]
+    if here["counts"] == "by draft":  # from vLLM 0.29 on
+        assert sum(row["num_drafts"] for row in there["by_segment"].values()) == there["num_drafts"]
+        assert there["by_segment"]["reasoning"]["num_accepted_tokens"] == there["num_accepted_tokens"]
     assert there["by_category"]["cycle"]["acceptance_length"] == 1 + 58 / 119
     assert there["num_speculative_tokens"] == here["num_speculative_tokens"] == 3
     assert there["versions"]["vllm"] == here["versions"]["vllm"]
@@ -674,13 +670,30 @@ def test_a_real_server_counts_what_vllm_in_process_counts(served, drafter, tmp_p
         assert row["num_drafts"] == here["num_drafts"]
         assert 0 < row["latency_seconds"]["first_token"]["mean"] < row["latency_seconds"]["request"]["mean"]
 
-    capsys.readouterr()  # the reports
+
+def check_a_chat(served: VllmServer, monkeypatch, capsys) -> None:
+    capsys.readouterr()  # what was printed before
     chat(monkeypatch, "w9 w7\n", "--endpoint", served.url, "--max-tokens", "60", "--temperature", "0")
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == ["w5", "w6", "w7"] * 20
     assert lines[2].startswith("[acceptance length 1.48, by position 48% 0% 0%; 60 tokens, ")
 
-    prompts.write_text(json.dumps({"turns": ["w7 " * 250]}))
+
+@pytest.fixture(scope="module")
+def served(drafter, tmp_path_factory):
+    with serve_in_vllm(drafter, tmp_path_factory.mktemp("served") / "vllm.log", "--dtype", "float32") as served:
+        yield served
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_a_real_server_counts_what_vllm_in_process_counts(served, drafter, tmp_path, monkeypatch, capsys):
+    flags = asked_of(drafter, tmp_path)
+    here = evaluate(EvaluateArguments(**flags, output=str(tmp_path / "here"), dtype="float32"))
+    assert here["counts"] == "by draft"
+    check_that_a_server_counts_alike(served, here, flags, tmp_path)
+    check_a_chat(served, monkeypatch, capsys)
+    Path(*flags["suite"]).write_text(json.dumps({"turns": ["w7 " * 250]}))
     with pytest.raises(PeagleError, match="cut the answer to turn 0 of prompt 0 after 6 of 60 tokens"):
         evaluate(EvaluateArguments(**flags, output=str(tmp_path / "long"), endpoint=served.url))
 
