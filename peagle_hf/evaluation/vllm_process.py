@@ -352,10 +352,10 @@ class _Conversations:
         for question, answer in zip(prompt.turns, said[: len(chat)], strict=False):
             messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         messages.append({"role": "user", "content": prompt.turns[len(chat)]})
-        given = {"tools": prompt.tools, "chat_template": self.job.options.template}
+        given: dict[str, Any] = {"tools": prompt.tools, "chat_template": self.job.options.template}
         given = {name: value for name, value in given.items() if value}
         try:
-            ids = self._tokenizer.apply_chat_template(
+            ids: Any = self._tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, return_dict=False, **given, **self.job.options.kwargs
             )
         except (TemplateError, TypeError, ValueError) as error:
