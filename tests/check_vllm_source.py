@@ -24,7 +24,7 @@ MODULES = ["vllm.entrypoints.cli.main", "vllm.entrypoints.openai.api_server"]
 
 MEMBERS = {
     # peagle_hf.evaluation.benchmark and peagle_hf.evaluation.vllm_process
-    "LLM": "collective_rpc generate get_metrics get_tokenizer llm_engine renderer",
+    "LLM": "collective_rpc generate get_metrics llm_engine renderer",
     "SamplingParams": "detokenize ignore_eos max_tokens output_kind temperature",
     "RequestOutputKind": "FINAL_ONLY",
     "LLMEngine": "add_request model_config step vllm_config",

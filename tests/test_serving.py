@@ -18,7 +18,7 @@ from fake_vllm import FakeDraftingVllm
 
 from peagle_hf import EvaluateArguments, PeagleError, cli, evaluate
 from peagle_hf.data.prompts import Prompt
-from peagle_hf.data.tokenizer import ChatOptions
+from peagle_hf.data.tokenizer import ChatOptions, load_tokenizer
 from peagle_hf.evaluation.report import text
 from peagle_hf.evaluation.vllm_process import Job, _Conversations
 from peagle_hf.hub.card import model_card, read_evaluation
@@ -186,15 +186,15 @@ def test_servers_are_asked_with_the_template_variables_of_the_training(
 
 def test_vllm_in_this_machine_is_given_the_template_and_the_tools(chain):
     """Also where vLLM's own tokenizer takes neither, as that of Mistral's models with tekken.json."""
-    config = SimpleNamespace(max_model_len=99, tokenizer=str(chain), trust_remote_code=False)
-    llm = SimpleNamespace(llm_engine=SimpleNamespace(model_config=config), renderer=None)
+    engine = SimpleNamespace(model_config=SimpleNamespace(max_model_len=99))
+    llm, tokenizer = SimpleNamespace(llm_engine=engine, renderer=None), load_tokenizer(str(chain), False)
     prompts = [Prompt("1", "chat", [], ["w5"], tools=[{"name": "w20"}])]
     template = "{{ tools[0].name }} {{ messages[0].content }} {{ word }}"
     job = Job(prompts, [], 8, options=ChatOptions(template, {"word": "w7"}))
-    assert _Conversations(llm, job, 0.0, None).inputs(0) == {"prompt_token_ids": [20, 5, 7]}
+    assert _Conversations(llm, tokenizer, job, 0.0, None).inputs(0) == {"prompt_token_ids": [20, 5, 7]}
     refusing = replace(job, options=ChatOptions("{{ raise_exception('no tools here') }}"))
     with pytest.raises(PeagleError, match="refuses turn 0 of prompt 1: no tools here"):
-        _Conversations(llm, refusing, 0.0, None).inputs(0)
+        _Conversations(llm, tokenizer, refusing, 0.0, None).inputs(0)
 
 
 def test_servers_give_the_report_that_vllm_in_process_gives(arguments, server, baseline, drafter, capsys):

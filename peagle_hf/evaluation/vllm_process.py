@@ -16,12 +16,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
 import torch
 from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
 
 from .. import __version__
 from ..arguments import flag_of
@@ -193,6 +193,7 @@ def _work(receive: Callable[[], dict[str, Any]], send: Callable[..., object]) ->
             },
         }
     )
+    tokenizer = None
     while True:
         content = receive()
         prompts = [Prompt(**prompt) for prompt in content.pop("prompts")]
@@ -200,10 +201,15 @@ def _work(receive: Callable[[], dict[str, Any]], send: Callable[..., object]) ->
         job = Job(prompts=prompts, conditions=conditions, options=ChatOptions(**content.pop("options")), **content)
         if job.acceptance_length is not None:
             set_acceptance_length(llm, job.acceptance_length)
-        _do(job, llm, bool(drafting), send)
+        if tokenizer is None and job.token_ids is None:
+            # vLLM's own tokenizer of a Mistral model takes neither a template nor variables.
+            tokenizer = load_tokenizer(engine["model"], engine["trust_remote_code"])
+        _do(job, llm, tokenizer, bool(drafting), send)
 
 
-def _do(job: Job, llm: Any, drafts: bool, send: Callable[..., object]) -> None:
+def _do(
+    job: Job, llm: Any, tokenizer: PreTrainedTokenizerBase | None, drafts: bool, send: Callable[..., object]
+) -> None:
     """Do one job of a process."""
     from vllm import SamplingParams
 
@@ -211,20 +217,21 @@ def _do(job: Job, llm: Any, drafts: bool, send: Callable[..., object]) -> None:
     if job.token_ids is not None:
         num_chats, max_tokens = min(max(one.concurrency for one in job.conditions), len(job.token_ids)), 32
     for temperature in {condition.temperature for condition in job.conditions}:
-        first = _Conversations(llm, job, temperature, None)
+        first = _Conversations(llm, tokenizer, job, temperature, None)
         llm.generate(  # the first forward passes are slower
             [first.inputs(index) for index in range(num_chats)],
             SamplingParams(temperature=temperature, max_tokens=max_tokens, detokenize=job.token_ids is None),
             use_tqdm=False,
         )
     for number, (temperature, concurrency) in enumerate(job.conditions):
-        conversations = _Conversations(llm, job, temperature, job.answers[number] if job.answers else None)
+        given = job.answers[number] if job.answers else None
+        conversations = _Conversations(llm, tokenizer, job, temperature, given)
         before, started = read_counters(llm), time.perf_counter()
         conversations.hold(range(len(conversations.chats)), concurrency, lambda count: send(done=count))
         run = Run(concurrency, conversations.chats, time.perf_counter() - started)
         counted = _since(before, llm)
         if drafts and job.counts == BY_CATEGORY:
-            again = _Conversations(llm, job, temperature, conversations.answers or run.texts)
+            again = _Conversations(llm, tokenizer, job, temperature, conversations.answers or run.texts)
             run = replace(run, counters=_count_categories(again, llm, concurrency, counted))
         elif drafts:
             check_counts([answer for chat in run.chats for answer in chat], counted)
@@ -302,7 +309,6 @@ def check_flags(engine: dict[str, Any], given: dict[str, Any]) -> None:
             )
 
 
-_tokenizer = cache(load_tokenizer)
 _SET_HERE = ("model", "speculative_config", "seed", REQUEST_COUNTS, "disable_log_stats")
 _AT_LEAST = {
     "max_num_seqs": "so many chats run at the same time",
@@ -314,14 +320,19 @@ _AT_LEAST = {
 class _Conversations:
     """All chats of a job, `concurrency` at a time: when one ends, the next begins."""
 
-    def __init__(self, llm: Any, job: Job, temperature: float, answers: Sequence[Sequence[str]] | None):
+    def __init__(
+        self,
+        llm: Any,
+        tokenizer: PreTrainedTokenizerBase | None,
+        job: Job,
+        temperature: float,
+        answers: Sequence[Sequence[str]] | None,
+    ):
         self.job, self.temperature, self.answers = job, temperature, answers
         self.max_model_len = llm.llm_engine.model_config.max_model_len
         self.chats: list[list[Answer]] = [[] for _ in job.token_ids or job.prompts]
         self._engine, self._renderer = llm.llm_engine, llm.renderer
-        config = llm.llm_engine.model_config
-        # vLLM's own tokenizer of a Mistral model takes neither a template nor variables.
-        self._tokenizer = None if job.token_ids else _tokenizer(config.tokenizer, config.trust_remote_code)
+        self._tokenizer = tokenizer
         self._asked: dict[str, tuple[int, float]] = {}
 
     def hold(self, indices: Sequence[int], concurrency: int, report_progress: Callable[[int], object]) -> None:
