@@ -54,6 +54,9 @@ def test_help_shows_each_flag_once_in_groups_with_examples_that_parse(name, caps
     assert f"{TRAINER}:" not in text
     assert "(default: None)" not in everything
     assert "(default: False)" not in everything
+    assert name != "train" or "--gradient-checkpointing The older name of --activation-checkpointing." in " ".join(
+        text.split()
+    )
     for action in parser_of(name)._actions:
         # Python 3.14 does this when an argument is added, so that a bare % ends every command there.
         assert action.help == argparse.SUPPRESS or action.help % (vars(action) | {"prog": "peagle-hf"})

@@ -122,6 +122,7 @@ class CommandParser(HfArgumentParser):
             titles = [title for title in dict.fromkeys(self._title_of.values()) if title != TRAINER]
             self._groups = {title: self.add_argument_group(title) for title in [*titles, GENERAL, TRAINER]}
         group = self._groups[self._title_of.get(name, GENERAL)]
+        kwargs["help"] = getattr(self._arguments, "HELP", {}).get(name, kwargs.get("help"))  # of the Trainer's fields
         if kwargs.get("action") == "store_false":
             kwargs["help"] = argparse.SUPPRESS  # shown together with the flag that it negates
         if name in self._one_or_more:

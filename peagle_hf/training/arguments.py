@@ -98,12 +98,13 @@ class PeagleTrainingArguments(TrainingArguments):
     max_anchors: int | None = field(
         default=None,
         metadata={
-            "help": "Start rollouts at no more than so many positions of a document. Default: that of "
+            "help": "Start rollouts at no more than so many positions of a sample. Default: that of "
             "--from-pretrained, else all."
         },
     )
     norm_before_residual: bool = field(
-        default=True, metadata={"help": "Layer 0's residual is the normed verifier state, not the raw one."}
+        default=True,
+        metadata={"help": "The first layer adds its output to the verifier's states after their norm, not before it."},
     )
     norm_before_fc: bool = field(
         default=False, metadata={"help": "Normalise the concatenated verifier states before the projection."}
@@ -180,10 +181,7 @@ class PeagleTrainingArguments(TrainingArguments):
     )
     keep_attention: bool = field(
         default=True,
-        metadata={
-            "help": "With activation checkpointing keep what attention gave instead of recomputing it, which matters "
-            "for long documents."
-        },
+        metadata={"help": "With activation checkpointing keep attention's outputs: faster for long samples."},
     )
     # transformers 5.23 renamed gradient_checkpointing to activation_checkpointing. Both names work with all versions.
     activation_checkpointing: bool | None = field(
@@ -326,6 +324,7 @@ class PeagleTrainingArguments(TrainingArguments):
     ddp_broadcast_buffers: bool | None = field(default=False, metadata={"help": "Nothing needs broadcasting."})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "None is ever unused."})
 
+    HELP: ClassVar = {"gradient_checkpointing": "The older name of --activation-checkpointing."}
     GROUPS: ClassVar = {
         "Input and output": (
             "verifier_name_or_path",
