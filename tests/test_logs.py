@@ -298,19 +298,29 @@ def drawn(monkeypatch):
     return lines
 
 
+def labels(monkeypatch):
+    """The labels of the vertical axes that are drawn from now on, and still drawn."""
+    from matplotlib.axes import Axes
+
+    found, set_label = [], Axes.set_ylabel
+    monkeypatch.setattr(Axes, "set_ylabel", lambda axes, label: (found.append(label), set_label(axes, label))[1])
+    return found
+
+
 def test_curves_are_those_of_the_log(train_flags, tmp_path, monkeypatch):
     trainer = run(train_flags)
     folder = Path(train_flags["output_dir"])
     with Image.open(folder / "training.png") as picture:
         assert picture.format == "PNG"
         assert len(set(picture.convert("L").tobytes())) > 10
-    lines = drawn(monkeypatch)
+    lines, named = drawn(monkeypatch), labels(monkeypatch)
     metrics.draw(trainer.state.log_history, tmp_path / "again.png")
     assert (tmp_path / "again.png").read_bytes() == (folder / "training.png").read_bytes()
 
     def points(name):
         return [(entry["step"], entry[name]) for entry in trainer.state.log_history if name in entry]
 
+    assert named[0] == "Loss (training: weighted, validation: not)"  # two numbers in one panel
     assert lines["training"] == [points("loss"), points("acceptance_length")]
     assert lines["validation"] == [points("eval_loss"), points("eval_acceptance_length")]
     assert len(points("eval_loss")) == 2

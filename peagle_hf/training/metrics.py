@@ -13,6 +13,7 @@ from ..pages.pictures import BLUE, GREY, save_png
 METRICS = ("loss", "acceptance_length", "anchor_acceptance_length")
 """What validation gives, beside the accuracy and acceptance of each depth."""
 COUNTERS = ("learnt", "correct", "reached", "accepted")
+LOSS_LABEL = "Loss (training: weighted, validation: not)"
 
 
 def metric_names(num_depths: int) -> list[str]:
@@ -46,10 +47,10 @@ def reached_slots(
     """
     slots = torch.arange(depths_R.numel(), device=depths_R.device)
     before = torch.where(depths_R == 1, anchors_R, slots - 1)
-    goes_on = correct_R & follows_R
+    continues = correct_R & follows_R
     reached = learnt_R & (depths_R == 0)
     for depth in range(1, num_depths):
-        reached = torch.where(depths_R == depth, (reached & goes_on)[before] & learnt_R, reached)
+        reached = torch.where(depths_R == depth, (reached & continues)[before] & learnt_R, reached)
     return reached
 
 
@@ -167,4 +168,4 @@ def draw(history: list[dict[str, Any]], path: str | os.PathLike[str]) -> None:
         finish(axes, "Acceptance by depth")
 
     lengths = partial(both, "acceptance_length", "Acceptance length")
-    save_png(path, [partial(both, "loss", "Loss"), lengths, by_depth], (13 / 3, 3.8))
+    save_png(path, [partial(both, "loss", LOSS_LABEL), lengths, by_depth], (13 / 3, 3.8))

@@ -1,7 +1,7 @@
 """`PeagleTrainer`: the Hugging Face Trainer over packed sequences.
 
 What it overrides of the Trainer is in its class below. The rest of its work is elsewhere in this package: at the events
-of the loop in `current_run`, before the first step in `resuming`, checkpoints in `saving`, validation in `evaluation`.
+of the loop in `current_run`, before the first step in `resuming`, checkpoints in `saving`, validation in `validation`.
 """
 
 import time
@@ -68,8 +68,8 @@ class PeagleTrainer(Trainer):
     Evaluation drops no slot: every trained position starts a rollout of all K depths. `eval_acceptance_d` and
     `eval_acceptance_length` are of the drafts that decoding the text would make (see `metrics.count_drafts`),
     `eval_anchor_acceptance_length` is the mean over all positions. `eval_loss` is the mean over all slots, so that it
-    depends neither on COD's ratios nor on the seed; the training loss, in which depths count as often as they are
-    sampled, is another number.
+    depends neither on COD's ratios nor on the seed. The training loss is another number: depths count as often as they
+    are sampled, and each slot by its weight (see `losses.survival_weights`), which grows as the drafter improves.
 
     Attributes:
         current_run: the state of the current, or last, call of `train`.
