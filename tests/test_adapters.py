@@ -5,12 +5,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
+from test_modeling import make_batch, make_config, make_drafter, make_pair
 from test_trainer import StopAt, losses, run
 from transformers import LlamaForCausalLM
 
-from peagle_hf import PeagleConfig, PeagleError, PeagleForSpeculation, PeagleTrainer, PeagleTrainingArguments
+from peagle_hf import (
+    PeagleConfig,
+    PeagleError,
+    PeagleForSpeculation,
+    PeagleTrainer,
+    PeagleTrainingArguments,
+    build_drafter,
+)
 from peagle_hf.training.adapters import MASK_HIDDEN, add_adapter, load_adapter, merge_adapter, save_adapter
 
 
@@ -94,6 +102,64 @@ def test_an_adapter_of_another_drafter_is_refused(trained, tmp_path):
             load_adapter(PeagleForSpeculation(other), tmp_path / "a")
     with pytest.raises(PeagleError, match=r"adapter_model\.safetensors"):
         load_adapter(PeagleForSpeculation(config), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(target_modules=["q_proj", "lm_head"]),
+        LoraConfig(target_modules=["q_proj"], trainable_token_indices={"lm_head": [1, 2]}),
+        LoHaConfig(target_modules=["q_proj", "lm_head"]),
+    ],
+)
+def test_an_adapter_on_the_output_of_the_head_is_refused_with_what_to_do(config):
+    with pytest.raises(PeagleError, match=r"lm_head.*modules_to_save"):
+        add_adapter(make_drafter(make_config()), config)
+
+
+def test_an_adapter_of_peft_alone_on_the_head_is_refused_by_the_trainer(train_flags):
+    drafter = build_drafter(PeagleTrainingArguments(**train_flags))
+    with pytest.raises(PeagleError, match=r"lm_head.*modules_to_save"):
+        PeagleTrainer(
+            get_peft_model(drafter, LoraConfig(target_modules=["lm_head"])),
+            PeagleTrainingArguments(**train_flags, eval_strategy="no", metric_for_best_model=None),
+        )
+
+
+def test_virtual_tokens_are_refused():
+    with pytest.raises(PeagleError, match="PromptTuningConfig"):
+        add_adapter(make_drafter(make_config()), PromptTuningConfig(num_virtual_tokens=2))
+
+
+@pytest.mark.parametrize(
+    ("config", "trained"),
+    [
+        (LoraConfig(target_modules="all-linear"), "fc.lora_B"),
+        (LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]), "lm_head.modules_to_save"),
+        (LoraConfig(target_modules=["q_proj", "embed_tokens"]), "embed_tokens.lora_embedding_B"),
+        (LoraConfig(target_modules=["q_proj"], target_parameters=["lm_head.weight"]), "lm_head.lora_B"),
+        (LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 2]), "embed_tokens.token_adapter"),
+        (LoHaConfig(target_modules=["q_proj", "fc"]), "fc.hada_w2_a"),
+        (IA3Config(target_modules=["q_proj"], feedforward_modules=[]), "q_proj.ia3_l"),
+    ],
+)
+def test_kinds_of_adapters_are_trained_saved_loaded_and_merged(config, trained, tmp_path):
+    drafter, objective = make_pair(make_config())
+    model = add_adapter(drafter, config)
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    optimizer = torch.optim.SGD(parameters.values(), lr=1.0)
+    for _ in range(2):  # of two factors, one is 0 at first
+        optimizer.zero_grad()
+        objective(model.train(), make_batch(drafter.config)).loss.backward()
+        optimizer.step()
+    assert any(trained in name and parameter.grad.any() for name, parameter in parameters.items())
+    save_adapter(model, tmp_path)
+    frozen = load_adapter(make_drafter(make_config()), tmp_path)
+    assert not [name for name, parameter in frozen.named_parameters() if parameter.requires_grad]
+    merged = merge_adapter(frozen).state_dict()
+    assert all(torch.equal(merged[name], tensor) for name, tensor in merge_adapter(model).state_dict().items())
+    going_on = load_adapter(make_drafter(make_config()), tmp_path, is_trainable=True)
+    assert {name for name, parameter in going_on.named_parameters() if parameter.requires_grad} == parameters.keys()
 
 
 def test_a_head_that_an_adapter_trains_does_not_become_its_own_teacher(trained, tiny_verifier):

@@ -10,13 +10,14 @@ from typing import cast
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file
 
 from ..cpu import use_onednn
 from ..errors import PeagleError
 from ..files import atomic_path, save_file
 from ..model.config import PeagleConfig
-from ..model.drafter import PeagleForSpeculation
+from ..model.drafter import DraftHead, PeagleForSpeculation
 
 WEIGHTS = "adapter_model.safetensors"
 MASK_HIDDEN = "base_model.model.mask_hidden"
@@ -26,11 +27,36 @@ def add_adapter(drafter: PeagleForSpeculation, config: PeftConfig) -> PeftModel:
     """Freeze the drafter but for `mask_hidden`, and add an adapter; train the result with `PeagleTrainer`.
 
     Load the verifier's head before (`PeagleForSpeculation.load_verifier`).
+
+    Raises:
+        PeagleError: the adapter puts layers on the drafter's head, or virtual tokens before its input.
     """
+    if config.is_prompt_learning:
+        raise PeagleError(
+            f"A drafter can't be adapted by {type(config).__name__}: it has no prompt that virtual tokens could "
+            "precede. Take an adapter of its layers, such as LoraConfig."
+        )
     model = cast(PeftModel, get_peft_model(drafter, config))
+    check_adapted_head(drafter)
     use_onednn(model)
     drafter.mask_hidden.requires_grad_(True)
     return model
+
+
+def check_adapted_head(drafter: PeagleForSpeculation) -> None:
+    """Refuse an adapter that computes with the output of `lm_head`, which in training is the loss and no tensor.
+
+    Raises:
+        PeagleError: there is one; says how to train the head.
+    """
+    head = drafter.lm_head
+    changes_weight = hasattr(head, "parameter_name")  # PEFT's `target_parameters`
+    if not isinstance(head, DraftHead | ModulesToSaveWrapper) and not changes_weight:
+        raise PeagleError(
+            "The adapter targets lm_head, which computes the loss in training, so an adapter can't add to its output. "
+            "Take lm_head out of target_modules (and trainable_token_indices); to train it name it in modules_to_save, "
+            "which trains it whole."
+        )
 
 
 def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
@@ -52,6 +78,10 @@ def load_adapter(
     drafter: PeagleForSpeculation, folder: str | os.PathLike[str], is_trainable: bool = False
 ) -> PeftModel:
     """Put a saved adapter on its drafter.
+
+    Args:
+        is_trainable: whether the adapter and `mask_hidden` are trained further; else they are frozen, for use or to be
+            merged. To train, call `drafter.load_verifier(name, initialize=False)` before.
 
     Raises:
         PeagleError: the folder holds no adapter, or one whose tensors don't fit this drafter.

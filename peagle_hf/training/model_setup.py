@@ -12,6 +12,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from ..errors import PeagleError
 from ..model.drafter import PeagleForSpeculation, PeagleLayer
 from ..verifier.head import VerifierHead
+from .adapters import check_adapted_head
 from .arguments import PeagleTrainingArguments
 from .objective import Objective, load_head
 
@@ -42,9 +43,10 @@ def build_objective(
         earlier: is configured again and returned if it is of the same drafter, which may be sharded by now.
 
     Raises:
-        PeagleError: the drafter isn't ready to be trained, or its verifier can't be read.
+        PeagleError: the drafter isn't ready to be trained, its verifier can't be read, or an adapter is on its head.
     """
     drafter: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    check_adapted_head(drafter)
     dpace_alpha = args.dpace_alpha if args.per_position_loss_weight == "dpace" else None
     if earlier is not None and earlier.drafter is drafter:
         earlier.configure(args.loss_fn, args.depth_loss_decay, dpace_alpha)
