@@ -24,6 +24,8 @@ from .errors import EndpointError, RefusedEndpointError, WrongServerEndpointErro
 
 DEFAULT_URL = "http://localhost:8000/v1"
 REQUEST_TIMEOUT, MAX_RETRIES = 120.0, 3
+REQUEST_TIMEOUT_HELP = "Seconds to wait for a server's answer, each time it is tried."
+MAX_RETRIES_HELP = "How often a request is repeated that a server fails."
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
 """Seconds between a server's failure and its health check; the pause doubles with each failure up to the longest."""
 HEALTH_TIMEOUT = 5.0

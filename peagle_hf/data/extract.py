@@ -35,7 +35,16 @@ from .cache_storage import (
     save_states,
 )
 from .disk_space import check_disk, plan, warn_of_other_shares
-from .endpoint import MAX_RETRIES, REQUEST_TIMEOUT, check_length, check_requests, endpoint_urls, served_model
+from .endpoint import (
+    MAX_RETRIES,
+    MAX_RETRIES_HELP,
+    REQUEST_TIMEOUT,
+    REQUEST_TIMEOUT_HELP,
+    check_length,
+    check_requests,
+    endpoint_urls,
+    served_model,
+)
 from .endpoint_folder import check_layers, remove_unfetched, require_layers
 from .endpoint_states import Endpoint
 from .extract_from_servers import extract_from_servers
@@ -117,12 +126,8 @@ class ExtractArguments(Arguments):
         metadata={"help": "The folder that the servers write to, as it is seen here (default: the output folder)."},
     )
     concurrency: int = field(default=32, metadata={"help": "Requests to the servers at a time."})
-    request_timeout: float = field(
-        default=REQUEST_TIMEOUT, metadata={"help": "Seconds to wait for a server's answer, each time it is tried."}
-    )
-    max_retries: int = field(
-        default=MAX_RETRIES, metadata={"help": "How often a request is repeated that a server fails."}
-    )
+    request_timeout: float = field(default=REQUEST_TIMEOUT, metadata={"help": REQUEST_TIMEOUT_HELP})
+    max_retries: int = field(default=MAX_RETRIES, metadata={"help": MAX_RETRIES_HELP})
     fail_on_error: bool = field(
         default=False,
         metadata={"help": "End with the first sample that the servers fail, instead of going on without it."},

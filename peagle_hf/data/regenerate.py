@@ -25,7 +25,7 @@ from ..fingerprint import has_weights, weights_of
 from .answer_journal import Journal
 from .chat_models import ChatModel, LocalChatModel, ServedChatModel
 from .dialogues import Answers, answer_prompts, fitting_prompts, invent_prompts, replay
-from .endpoint import MAX_RETRIES
+from .endpoint import MAX_RETRIES, MAX_RETRIES_HELP, REQUEST_TIMEOUT_HELP
 from .prompts import Prompt, distinct, grams, read_prompts
 from .tokenizer import CHAT_TEMPLATE_HELP, CHAT_TEMPLATE_KWARGS_HELP, ChatOptions, vocabulary_fingerprint
 
@@ -107,12 +107,8 @@ class RegenerateArguments(Arguments):
         metadata={"help": "vLLM servers that run the verifier, URL[,URL...] (default: run it in this process)."},
     )
     concurrency: int = field(default=32, metadata={"help": "Chats that the servers answer at a time."})
-    request_timeout: float = field(
-        default=ANSWER_TIMEOUT, metadata={"help": "Seconds to wait for a server's answer, each time it is tried."}
-    )
-    max_retries: int = field(
-        default=MAX_RETRIES, metadata={"help": "How often a request is repeated that a server fails."}
-    )
+    request_timeout: float = field(default=ANSWER_TIMEOUT, metadata={"help": REQUEST_TIMEOUT_HELP})
+    max_retries: int = field(default=MAX_RETRIES, metadata={"help": MAX_RETRIES_HELP})
     batch_size: int = field(default=32, metadata={"help": "Chats that are answered together in this process."})
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto",

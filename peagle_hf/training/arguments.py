@@ -15,7 +15,7 @@ from transformers.utils import is_in_notebook
 
 from ..arguments import check_names, plain
 from ..console import is_quiet
-from ..data.endpoint import MAX_RETRIES, REQUEST_TIMEOUT, endpoint_urls
+from ..data.endpoint import MAX_RETRIES, MAX_RETRIES_HELP, REQUEST_TIMEOUT, REQUEST_TIMEOUT_HELP, endpoint_urls
 from ..data.prepared_dataset import learnt_share
 from ..errors import PeagleError
 from ..model.config import PeagleConfig
@@ -238,12 +238,8 @@ class PeagleTrainingArguments(TrainingArguments):
             "help": "The folder that the servers write to, as it is seen here. Default: the hidden-states folder."
         },
     )
-    request_timeout: float = field(
-        default=REQUEST_TIMEOUT, metadata={"help": "Seconds to wait for a server's answer, each time it is tried."}
-    )
-    max_retries: int = field(
-        default=MAX_RETRIES, metadata={"help": "How often a request is repeated that a server fails."}
-    )
+    request_timeout: float = field(default=REQUEST_TIMEOUT, metadata={"help": REQUEST_TIMEOUT_HELP})
+    max_retries: int = field(default=MAX_RETRIES, metadata={"help": MAX_RETRIES_HELP})
     export_dtype: Literal["bfloat16", "float16", "float32"] = field(
         default="bfloat16", metadata={"help": "dtype of the weights in the folders that vLLM serves."}
     )
