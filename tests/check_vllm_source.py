@@ -92,7 +92,7 @@ STRINGS = """
     ExampleHiddenStatesConnector hidden_states_path kv_producer shared_storage_path token_ids
     detailed eagle3 extract_hidden_states peagle
     PeagleLlamaForCausalLM PeagleQwen3ForCausalLM
-    draft_vocab_size eagle_aux_hidden_state_layer_ids mask_token_id norm_before_fc norm_before_residual
+    draft_vocab_size eagle_aux_hidden_state_layer_ids fc_norm mask_token_id norm_before_fc norm_before_residual
     num_aux_hidden_states speculative_tokens speculators_model_type
     d2t mask_hidden t2d
 """

@@ -38,6 +38,8 @@ def features_and_targets(drafter, dataset):
                 states = document["hidden_states"][place].float().flatten()
                 if drafter.config.norm_before_fc:
                     states = drafter.input_norm(states)
+                if drafter.config.has_fc_norm:
+                    states = drafter.fc_norm(states)
                 embedding = drafter.layers[0].input_layernorm(drafter.embed_tokens.weight[tokens[place + 1]])
                 features.append(torch.cat([states, embedding]).detach())
                 targets.append(head.normalize(last))
@@ -52,7 +54,7 @@ def ridge(features, targets):
     return torch.linalg.lstsq(rows, F.pad(targets, (0, 0, 0, len(pull)))).solution
 
 
-@pytest.mark.parametrize("options", [{}, {"norm_before_fc": True}, {"norm_before_residual": False}])
+@pytest.mark.parametrize("options", [{}, {"norm_before_fc": True}, {"fc_norm": True}, {"norm_before_residual": False}])
 def test_the_first_layer_is_the_ridge_regression_of_the_next_state(tiny_verifier, tiny_data, options):
     drafter, dataset = new_drafter(tiny_verifier, **options), HiddenStatesDataset(tiny_data, total_seq_len=64)
     attention, before = drafter.layers[0].self_attn, new_drafter(tiny_verifier, **options).layers[0].self_attn
@@ -149,10 +151,10 @@ def widen(monkeypatch, wide):
     monkeypatch.setattr(CODDataCollator, "__call__", widened)
 
 
-@pytest.mark.parametrize("options", [{}, {"norm_before_fc": True}])
+@pytest.mark.parametrize("options", [{}, {"norm_before_fc": True}, {"fc_norm": True}])
 def test_a_linear_start_needs_little_more_than_its_matrix(tiny_verifier, tiny_data, monkeypatch, options):
     drafter, dataset = new_drafter(tiny_verifier, **options), HiddenStatesDataset(tiny_data, total_seq_len=600)
-    size, width = drafter.config.hidden_size, 2048
+    size, width = drafter.config.hidden_size, 3 * 683
     drafter.fc = torch.nn.Linear(width, size, bias=False)
     widen(monkeypatch, torch.randn(3 * size, width))
     matrix = 8 * (width + size) * (width + 2 * size)

@@ -117,6 +117,12 @@ def test_rows_are_what_the_collator_gives():
     assert plan.slots == pytest.approx(batch["anchors"].numel(), rel=0.05)
 
 
+@pytest.mark.parametrize("normed", [{"norm_before_fc": True}, {"layer": {"fc_norm": True}}], ids=str)
+def test_states_that_are_normed_first_are_counted_twice(normed):
+    plain, other = (estimate(MemoryPlan(make_config(**fields), 100)) for fields in ({}, normed))
+    assert other.inputs - plain.inputs == 100 * 3 * 32 * 2
+
+
 def test_what_costs_less_is_predicted_to_cost_less():
     plan = MemoryPlan(qwen3_8b(), 32768)
     kept = replace(plan, checkpointing="keep_attention")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, DynamicCache
 
 from peagle_hf import CODDataCollator, PeagleConfig, PeagleError, PeagleForSpeculation, VerifierHead
 from peagle_hf.model import layers
@@ -117,11 +117,20 @@ def test_speculators_checkpoint_loads_by_auto_class_and_saves_the_same_tensors(t
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3"])
-@pytest.mark.parametrize("draft_vocab_size", [40, 96])
-def test_save_then_auto_load_gives_equal_outputs(tmp_path, model_type, draft_vocab_size):
-    config = make_config(model_type, draft_vocab_size=draft_vocab_size, norm_before_residual=False)
+@pytest.mark.parametrize(("draft_vocab_size", "fc_norm"), [(40, False), (96, True)])
+def test_save_then_auto_load_gives_equal_outputs(tmp_path, model_type, draft_vocab_size, fc_norm):
+    layer = {"fc_norm": True} if fc_norm else {}
+    config = make_config(model_type, layer, draft_vocab_size=draft_vocab_size, norm_before_residual=False)
     drafter = make_drafter(config).eval()
+    for norm in drafter.fc_norm.parameters():
+        nn.init.normal_(norm, 1.0)
     drafter.save_pretrained(tmp_path)
+    check_checkpoint(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["transformer_layer_config"].get("fc_norm", False) is fc_norm
+    assert {f"fc_norm.{state}.weight" for state in range(3) if fc_norm} == {
+        name for name in load_file(tmp_path / "model.safetensors") if name.startswith("fc_norm")
+    }
     loaded = AutoModel.from_pretrained(tmp_path)
     assert isinstance(loaded, PeagleForSpeculation)
     assert isinstance(AutoConfig.from_pretrained(tmp_path), PeagleConfig)
@@ -129,6 +138,34 @@ def test_save_then_auto_load_gives_equal_outputs(tmp_path, model_type, draft_voc
     for name in ("labels", "trained_slots", "target_states", "target_index"):
         del batch[name]
     assert torch.equal(drafter(**batch).logits, loaded.eval()(**batch).logits)
+
+
+def test_norms_of_single_states_are_those_of_a_plain_computation():
+    """A drafter without norms that is given normed states does the same, in a step and in decoding."""
+    config = make_config(layer={"fc_norm": True})
+    drafter, plain = make_drafter(config).eval(), make_drafter(make_config()).eval()
+    weights = torch.randn(3, config.hidden_size)
+    for norm, weight in zip(drafter.fc_norm, weights, strict=True):
+        norm.weight.data = weight
+
+    def normed(states):
+        parts = states.unflatten(-1, (3, config.hidden_size))
+        eps = config.transformer_layer_config.rms_norm_eps
+        return (parts / (parts.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weights).flatten(-2)
+
+    plain.load_state_dict(
+        {name: tensor for name, tensor in drafter.state_dict().items() if not name.startswith("fc_norm")}
+    )
+    plain.mask_hidden.data = normed(drafter.mask_hidden.data)
+    batch = make_batch(config)
+    for name in ("labels", "trained_slots", "target_states", "target_index"):
+        del batch[name]
+    expected = plain(**{**batch, "hidden_states": normed(batch["hidden_states"])}).logits
+    torch.testing.assert_close(drafter(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+    tokens, states = batch["input_ids"][:, :9], batch["hidden_states"][:, :9]
+    mask = torch.ones_like(tokens).bool()
+    expected = plain.draft(tokens, normed(states), mask, 3, DynamicCache())
+    torch.testing.assert_close(drafter.draft(tokens, states, mask, 3, DynamicCache()), expected, rtol=1e-4, atol=1e-5)
 
 
 def layer_names(index, qwen3):
@@ -311,7 +348,8 @@ def test_verifier_never_enters_state_dict_or_parameters():
         ({"mask_token_id": None}, "mask_token_id"),
         ({"draft_vocab_size": 97}, "draft_vocab_size 97"),
         ({"eagle_aux_hidden_state_layer_ids": [1, 1, 2]}, "[1, 1, 2]"),
-        ({"fc_norm": True}, "fc_norm"),
+        ({"fc_norm": True}, "fc_norm belongs into transformer_layer_config"),
+        ({"layer": {"fc_norm": True}, "norm_before_fc": True}, "norm_before_fc and fc_norm"),
         ({"norm_output": True}, "norm_output"),
         ({"target_hidden_size": 64}, "target_hidden_size 64"),
         ({"num_depths": 0}, "num_depths 0"),

@@ -50,9 +50,12 @@ def test_vllm_accepts_what_an_overfitted_drafter_proposes(overfitted, tmp_path):
     assert result["acceptance_length"] == pytest.approx(1 + sum(result["per_position_acceptance"]))
 
 
-def test_the_reference_counts_what_vllm_counts(servable_verifier, tmp_path):
+@pytest.mark.parametrize("fields", [{}, {"fc_norm": True}, {"fc_norm": True, "draft_arch": "llama"}], ids=str)
+def test_the_reference_counts_what_vllm_counts(servable_verifier, tmp_path, fields):
     """A drafter that is right at times, with more tokens at a time than it was trained for, in one batch."""
-    drafter, prompts = train_on_answers(tmp_path, servable_verifier, NUM_DEPTHS, NEW_TOKENS, num_train_epochs=1)
+    drafter, prompts = train_on_answers(
+        tmp_path, servable_verifier, NUM_DEPTHS, NEW_TOKENS, num_train_epochs=1, **fields
+    )
     result = evaluate(
         EvaluateArguments(
             model=str(drafter),

@@ -136,6 +136,7 @@ def test_a_checkpoint_of_speculators_is_continued(train_flags, tmp_path, caplog)
         {"sliding_window": 8},
         {"norm_before_residual": False},
         {"norm_before_fc": True},
+        {"fc_norm": True},
     ],
     ids=str,
 )

@@ -43,6 +43,7 @@ class PeagleConfig(PreTrainedConfig):
     Attributes:
         transformer_layer_config: the draft decoder's own configuration (Llama or Qwen3), or its fields as a dict with
             `model_type`. Its `hidden_size` and `vocab_size` are the verifier's, its `num_hidden_layers` the drafter's.
+            With `fc_norm` true in it each verifier state passes an RMSNorm of its own before `fc` (`has_fc_norm`).
         speculators_config: algorithm, proposal method and verifier (`name_or_path`, `architectures`). Only the verifier
             is read; the rest is written when the configuration is saved. Serving and export need the verifier's name.
         draft_vocab_size: rows of the drafter's head, V_d; None means the verifier's whole vocabulary.
@@ -50,7 +51,7 @@ class PeagleConfig(PreTrainedConfig):
         eagle_aux_hidden_state_layer_ids: the verifier's residual streams that the drafter reads, by number of layers
             passed (0 = embeddings, l = after layer l).
         norm_before_residual: whether layer 0's residual is the normed verifier state (True) or the raw one.
-        norm_before_fc: whether the concatenated verifier states pass one RMSNorm before `fc`.
+        norm_before_fc: whether the concatenated verifier states pass one RMSNorm before `fc`; not with `has_fc_norm`.
         embed_requires_grad: whether the token embeddings are trained.
         num_depths: K, the tokens proposed in one forward pass (depths 0 .. K-1).
         down_sample_ratio: r of COD sampling; depth d keeps the fraction max(r^d, r_min) of the learnt positions.
@@ -132,6 +133,7 @@ class PeagleConfig(PreTrainedConfig):
         target_layer_ids: list[int] | None = None,
         norm_before_residual: bool = True,
         norm_before_fc: bool = False,
+        fc_norm: bool = False,
         embed_requires_grad: bool = True,
         sliding_window: int | None = None,
         down_sample_ratio: float = 0.7,
@@ -147,6 +149,7 @@ class PeagleConfig(PreTrainedConfig):
             draft_arch: "llama" or "qwen3", the kind of the draft layers, not of the verifier; default: qwen3.
             mask_token_id: default: see `choose_mask_token`; which one is logged.
             target_layer_ids: default: see `verifier.loading.default_aux_layer_ids`.
+            fc_norm: whether each verifier state passes an RMSNorm of its own before `fc`.
             sliding_window: of every draft layer, in tokens; None means full attention.
         """
         target = load_verifier_config(verifier, revision=revision, trust_remote_code=trust_remote_code)
@@ -159,6 +162,8 @@ class PeagleConfig(PreTrainedConfig):
         layer_config = _layer_config(target, draft_arch or "qwen3", num_layers, sliding_window)
         if len(layer_ids) != VLLM_AUX_HIDDEN_STATES:
             layer_config.num_aux_hidden_states = len(layer_ids)
+        if fc_norm:
+            layer_config.fc_norm = True
         return cls(
             transformer_layer_config=layer_config,
             speculators_config={"verifier": {"name_or_path": verifier, "architectures": target.architectures or []}},
@@ -211,9 +216,12 @@ class PeagleConfig(PreTrainedConfig):
             wrong.append(f"mask_token_id {self.mask_token_id} is outside the vocabulary of {vocab_size}")
         if not layer_ids or min(layer_ids) < 0 or len(set(layer_ids)) != len(layer_ids):
             wrong.append(f"eagle_aux_hidden_state_layer_ids {layer_ids} must be distinct ids >= 0")
-        for name in ("fc_norm", "norm_output"):
-            if getattr(self, name):
-                wrong.append(f"{name} is not supported: vLLM ignores it for P-EAGLE drafters")
+        if self.fc_norm:
+            wrong.append("fc_norm belongs into transformer_layer_config: vLLM ignores it elsewhere for P-EAGLE")
+        if self.norm_output:
+            wrong.append("norm_output is not supported: vLLM ignores it for P-EAGLE drafters")
+        if self.norm_before_fc and self.has_fc_norm:
+            wrong.append("norm_before_fc and fc_norm are both set, but the states need one of these norms only")
         if self.target_hidden_size not in (None, hidden_size):
             wrong.append(f"target_hidden_size {self.target_hidden_size} differs from the drafter's {hidden_size}")
         if rotated != 1.0:
@@ -243,6 +251,11 @@ class PeagleConfig(PreTrainedConfig):
     def num_aux_hidden_states(self) -> int:
         """A, the number of verifier states that the drafter reads."""
         return len(self.eagle_aux_hidden_state_layer_ids)
+
+    @property
+    def has_fc_norm(self) -> bool:
+        """Whether each verifier state passes an RMSNorm of its own before `fc`."""
+        return bool(getattr(self.transformer_layer_config, "fc_norm", False))
 
     @property
     def verifier_name_or_path(self) -> str | None:

@@ -23,7 +23,7 @@ from ..verifier.loading import hub_verifier
 from .attention import ATTENTION
 from .config import PeagleConfig
 from .forward_slots import DraftSlots, PackedSlots, PassSlots
-from .layers import PeagleAttention, PeagleLayer, RMSNorm
+from .layers import PeagleAttention, PeagleLayer, RMSNorm, StateNorms
 
 HUB_TAGS = ("speculative-decoding", "speculators", "eagle3", "p-eagle", "vllm")
 
@@ -80,6 +80,7 @@ class PeagleForSpeculation(PreTrainedModel):
         self.embed_tokens = nn.Embedding(layer_config.vocab_size, size)
         self.mask_hidden = nn.Parameter(torch.empty(1, 1, states_size * size))
         self.input_norm = RMSNorm(states_size * size, eps) if config.norm_before_fc else nn.Identity()
+        self.fc_norm = StateNorms(states_size, size, eps) if config.has_fc_norm else nn.Identity()
         self.fc = nn.Linear(states_size * size, size, bias=False)
         self.layers = nn.ModuleList(PeagleLayer(config, index) for index in range(layer_config.num_hidden_layers))
         self.norm = RMSNorm(size, eps)
@@ -113,7 +114,7 @@ class PeagleForSpeculation(PreTrainedModel):
         return True
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
-        """As `PreTrainedModel.set_attn_implementation`.
+        """Choose how attention is computed, as `PreTrainedModel.set_attn_implementation` does.
 
         Raises:
             PeagleError: a drafter has no such attention.
@@ -133,7 +134,9 @@ class PeagleForSpeculation(PreTrainedModel):
         return self.lm_head
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> str:  # type: ignore[override]
-        """As `PreTrainedModel.push_to_hub`, for a verifier that is on the hub; `peagle-hf push` also writes the card.
+        """Push a drafter whose verifier is on the hub, as `PreTrainedModel.push_to_hub` does.
+
+        `peagle-hf push` writes the model card as well.
 
         Raises:
             PeagleError: the verifier is a local path.
@@ -290,7 +293,7 @@ class PeagleForSpeculation(PreTrainedModel):
         mask_token = input_ids.new_full((num_sequences, 1), self.config.mask_token_id)
         embeds = self.embed_tokens(torch.cat([input_ids, mask_token], dim=1)).to(dtype)
         parts = (hidden_states.to(dtype), self.mask_hidden.to(dtype).expand(num_sequences, -1, -1))
-        states = torch.cat([self.fc(self.input_norm(part)) for part in parts], dim=1)
+        states = torch.cat([self.fc(self.fc_norm(self.input_norm(part))) for part in parts], dim=1)
         slots.set_rotary(self.rotary_emb(states, position_ids))
         states = self.layers[0](states, slots, embeds)
         for layer in self.layers[1:]:

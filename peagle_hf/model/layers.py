@@ -1,6 +1,7 @@
 """The drafter's decoder layers: norms, projections, attention over slots, and the feed-forward part.
 
-Shape letters: L positions, R slots, N slots that give an output, H hidden size, D size of an attention head.
+Shape letters: L positions, R slots, N slots that give an output, A auxiliary states, H hidden size, D size of an
+attention head.
 """
 
 import math
@@ -31,6 +32,17 @@ class RMSNorm(LlamaRMSNorm):
     @fuse_on_gpu(dynamic_dim=1)
     def forward(self, hidden_states: Tensor) -> Tensor:
         return super().forward(hidden_states).to(hidden_states.dtype)
+
+
+class StateNorms(nn.ModuleList):
+    """An RMSNorm for each of the A verifier states that lie side by side, [..., A * H]."""
+
+    def __init__(self, num_states: int, size: int, eps: float):
+        super().__init__(RMSNorm(size, eps) for _ in range(num_states))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        parts = hidden_states.chunk(len(self), dim=-1)
+        return torch.cat([norm(part) for norm, part in zip(self, parts, strict=True)], dim=-1)
 
 
 class PeagleAttention(nn.Module):

@@ -109,6 +109,9 @@ class PeagleTrainingArguments(TrainingArguments):
     norm_before_fc: bool = field(
         default=False, metadata={"help": "Normalise the concatenated verifier states before the projection."}
     )
+    fc_norm: bool = field(
+        default=False, metadata={"help": "Normalise each verifier state by itself before the projection."}
+    )
     embed_requires_grad: bool = field(default=True, metadata={"help": "Train the token embeddings."})
     sliding_window: int | None = field(
         default=None, metadata={"help": "Window of the drafter's attention in tokens. Default: full attention."}
@@ -337,7 +340,7 @@ class PeagleTrainingArguments(TrainingArguments):
         ),
         "Drafter": (
             *("speculator_type", "num_layers", "draft_arch", "draft_vocab_size", "token_freq_path"),
-            *("mask_token_id", "target_layer_ids", "norm_before_residual", "norm_before_fc"),
+            *("mask_token_id", "target_layer_ids", "norm_before_residual", "norm_before_fc", "fc_norm"),
             *("embed_requires_grad", "sliding_window", "train_head", "linear_start"),
         ),
         "COD sampling and loss": (

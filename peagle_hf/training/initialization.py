@@ -97,6 +97,7 @@ def _moments(
     """
     device, size, states_size = drafter.device, drafter.config.hidden_size, drafter.fc.in_features
     head, eps = head.to(device), float(drafter.norm.variance_epsilon)
+    num_states = drafter.config.num_aux_hidden_states
     num_features = states_size + size
     num_rows, num_positions = 0, 0
     while num_rows < len(dataset) and num_positions < POSITIONS_A_FEATURE * num_features:
@@ -117,6 +118,9 @@ def _moments(
                 states_PS = batch["hidden_states"][0, slots].to(device).double()
                 if drafter.config.norm_before_fc:
                     states_PS = F.rms_norm(states_PS, (states_size,), eps=eps)
+                elif drafter.config.has_fc_norm:
+                    states_PS = states_PS.unflatten(1, (num_states, -1))
+                    states_PS = F.rms_norm(states_PS, states_PS.shape[2:], eps=eps).flatten(1)
                 embeds_PH = drafter.embed_tokens(batch["input_ids"][0, slots].to(device)).double()
                 features_PF = torch.cat([states_PS, F.rms_norm(embeds_PH, (size,), eps=eps)], dim=1)
                 second_FF.addmm_(features_PF.T, features_PF)

@@ -200,6 +200,7 @@ def estimate(plan: MemoryPlan) -> MemoryEstimate:
     is_apart = plan.verifier_device is not None
     slots = plan.slots_at_once
     chunk_slots = min(slots, CHUNK_ELEMENTS["cuda"] // config.draft_vocab_size)
+    normed = config.norm_before_fc or config.has_fc_norm  # what `fc` reads then is a copy of the states
     return MemoryEstimate(
         weights=trained * FLOAT // shares,
         gradients=trained * FLOAT // shares,
@@ -209,7 +210,7 @@ def estimate(plan: MemoryPlan) -> MemoryEstimate:
         # It has the weights whole, which are divided after it.
         linear_start=plan.linear_start
         * (linear_start_bytes(config) + (trained * FLOAT + frozen) * (shares - 1) // shares),
-        inputs=plan.num_positions * size * (config.num_aux_hidden_states + 3) * HALF,
+        inputs=plan.num_positions * size * (config.num_aux_hidden_states * (1 + normed) + 3) * HALF,
         # Logits, their gradient, the verifier's logits of the same targets; a trained head's gradient, and it scaled.
         loss=round(2.4 * chunk_slots * config.draft_vocab_size * HALF) + 2 * head * FLOAT * plan.train_head,
         activations=slots * bytes_per_slot(plan),

@@ -66,7 +66,7 @@ ON_RESUME: dict[str, str] = {
     **_names(REFUSED, "speculator_type train_head lora_r lora_alpha lora_dropout lora_modules_to_save"),
     **_names(BY_CONTENT, "data_path hidden_states_path verifier_name_or_path verifier_revision from_pretrained"),
     **_names(BY_CONTENT, "token_freq_path num_layers draft_arch draft_vocab_size mask_token_id target_layer_ids"),
-    **_names(BY_CONTENT, "norm_before_residual norm_before_fc sliding_window embed_requires_grad"),
+    **_names(BY_CONTENT, "norm_before_residual norm_before_fc fc_norm sliding_window embed_requires_grad"),
     **_names(BY_CONTENT, "num_depths down_sample_ratio down_sample_ratio_min max_anchors"),
 }
 """The rule for each argument whose value differs when a run is resumed.

@@ -267,6 +267,7 @@ def build_config(args: PeagleTrainingArguments, earlier: str | None = None) -> P
         target_layer_ids=args.target_layer_ids or layer_ids,
         norm_before_residual=args.norm_before_residual,
         norm_before_fc=args.norm_before_fc,
+        fc_norm=args.fc_norm,
         sliding_window=args.sliding_window,
         revision=args.verifier_revision,
         trust_remote_code=args.trust_remote_code,

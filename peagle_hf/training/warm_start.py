@@ -112,6 +112,7 @@ def _check_arguments(args: PeagleTrainingArguments, drafter: str, saved: PeagleC
         "target_layer_ids": saved.eagle_aux_hidden_state_layer_ids,
         "norm_before_residual": saved.norm_before_residual,
         "norm_before_fc": saved.norm_before_fc,
+        "fc_norm": saved.has_fc_norm,
         "sliding_window": layer_config.sliding_window if windowed else None,
     }
     wrong = [
