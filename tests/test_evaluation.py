@@ -124,11 +124,17 @@ def test_acceptance_from_counters():
         "acceptance_length": 1.3,
         "acceptance_rate": 0.15,
         "per_position_acceptance": [0.2, 0.1],
+        "conditional_acceptance": [0.2, 0.5],
         "num_drafts": 40,
         "num_draft_tokens": 80,
         "num_accepted_tokens": 12,
     }
     assert summarize([[0, 0, 0, 0, 0]])["acceptance_length"] == 1
+
+
+def test_conditional_acceptance_is_not_known_where_no_draft_arrives():
+    assert summarize([[10, 40, 5, 4, 1, 0, 0]])["conditional_acceptance"] == [0.4, 0.25, 0, None]
+    assert summarize([[0, 0, 0, 0, 0]])["conditional_acceptance"] == [None, None]
 
 
 def run_of(token_ids, drafting=None, seconds=4.0):
@@ -576,6 +582,7 @@ def test_vllm_counts_what_the_chain_and_the_drafter_must_give(drafter, tmp_path,
     cycle, ends = report["by_category"]["cycle"], report["by_category"]["ends"]
     assert cycle["num_prompts"] == 2
     assert cycle["per_position_acceptance"] == [19 / 40, 0, 0]
+    assert cycle["conditional_acceptance"] == [19 / 40, 0, None]
     assert cycle["acceptance_length"] == 1 + 19 / 40
     assert ends["acceptance_length"] == 1
     assert cycle["intervals"] == {}  # two prompts

@@ -206,6 +206,8 @@ def test_servers_give_the_report_that_vllm_in_process_gives(arguments, server, b
     counted = [report[name] for name in ("num_drafts", "num_draft_tokens", "num_accepted_tokens")]
     assert counted == counts[:3]
     assert report["per_position_acceptance"] == [count / counts[0] for count in counts[3:]]
+    places = zip([counts[0], *counts[3:-1]], counts[3:], strict=True)
+    assert report["conditional_acceptance"] == pytest.approx([accepted / reached for reached, accepted in places])
     assert report["acceptance_length"] == 1 + counts[2] / counts[0]
     assert (report["num_speculative_tokens"], report["concurrency"], report["num_prompts"]) == (3, 3, 3)
     assert (report["text_identical"], report["num_identical"]) == (True, 3)
@@ -225,6 +227,7 @@ def test_servers_give_the_report_that_vllm_in_process_gives(arguments, server, b
     assert (output / "evaluation.png").read_bytes().startswith(b"\x89PNG")
     table = capsys.readouterr().out
     assert "without" in table
+    assert "Of those that reach it" in table
     assert "To first token, s" in table
     assert report["others"] == []
     assert len(server.requests) == 1 + 2 * 2 * (1 + 4)  # and a request to warm up each time

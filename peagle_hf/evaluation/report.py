@@ -18,7 +18,8 @@ from .intervals import MIN_PROMPTS
 from .runs import BY_DRAFT, coarse_counts, runners_row
 
 TEMPERATURE_HEAD = [
-    *("Temperature", "", "Acceptance length", "Acceptance rate", "Accepted by position", "Tokens/s", "Speed-up")
+    *("Temperature", "", "Acceptance length", "Acceptance rate", "Accepted by position", "Of those that reach it"),
+    *("Tokens/s", "Speed-up"),
 ]
 LONGEST_LABEL = 40
 """Longest name of a category in the text for a terminal, in characters; in a picture half of that."""
@@ -93,6 +94,11 @@ def _figure(entry: dict[str, Any], name: str, form: str) -> str:
     return "" if entry[name] is None else estimate(entry[name], entry["intervals"].get(name), form)
 
 
+def _rates(rates: list[float | None]) -> str:
+    """Shares by position; one that isn't known is a dash."""
+    return "  ".join("-" if rate is None else f"{rate:.1%}" for rate in rates)
+
+
 def _speed_up(entry: dict[str, Any]) -> str:
     return _figure(entry, "speed_up", ".2f") + (", no difference" if entry["is_speed_up_or_down"] is False else "")
 
@@ -101,13 +107,14 @@ def _tables(report: dict[str, Any]) -> list[Table]:
     entries = _entries(report)
     acceptance = Table(
         "Acceptance",
-        ["", "Acceptance length", "Acceptance rate", "Accepted by position", "Drafter"],
+        ["", "Acceptance length", "Acceptance rate", "Accepted by position", "Of those that reach it", "Drafter"],
         [
             [
                 label,
                 _figure(entry, "acceptance_length", ".3f"),
                 _figure(entry, "acceptance_rate", ".1%"),
-                "  ".join(f"{rate:.1%}" for rate in entry["per_position_acceptance"]),
+                _rates(entry["per_position_acceptance"]),
+                _rates(entry["conditional_acceptance"]),
                 f"{entry['drafter']}, K={entry['num_speculative_tokens']}",
             ]
             for label, entry in entries
@@ -163,7 +170,8 @@ def _temperature_rows(entries: list[tuple[str, dict[str, Any]]]) -> list[list[st
             label,
             _figure(row, "acceptance_length", ".3f"),
             _figure(row, "acceptance_rate", ".1%"),
-            "  ".join(f"{rate:.1%}" for rate in row["per_position_acceptance"]),
+            _rates(row["per_position_acceptance"]),
+            _rates(row["conditional_acceptance"]),
             _figure(row, "tokens_per_second", ".1f"),
             _speed_up(row),
         ]

@@ -229,6 +229,17 @@ def acceptance_rates(counts: NDArray[np.int64]) -> dict[str, NDArray[np.float64]
     }
 
 
+def conditional_acceptance(by_position: Sequence[float], has_drafts: bool = True) -> list[float | None]:
+    """Of the drafts that reach a position, the share that is accepted there; None where none reaches it.
+
+    Args:
+        by_position: of all drafts the share that is accepted at each position.
+        has_drafts: whether there is any draft.
+    """
+    reached = [float(has_drafts), *by_position]
+    return [rate / before if before else None for before, rate in zip(reached, by_position, strict=False)]
+
+
 def summarize(counters: Sequence[list[int]]) -> dict[str, Any]:
     """Acceptance and counts from vLLM's counters, summed over runs.
 
@@ -236,7 +247,9 @@ def summarize(counters: Sequence[list[int]]) -> dict[str, Any]:
         counters: for each run, drafts, drafted tokens, accepted tokens, then accepted tokens by position.
     """
     counts = np.sum(list(counters), axis=0)
+    rates = {name: values.tolist() for name, values in acceptance_rates(counts).items()}
     return {
-        **{name: values.tolist() for name, values in acceptance_rates(counts).items()},
+        **rates,
+        "conditional_acceptance": conditional_acceptance(rates["per_position_acceptance"], counts[0] > 0),
         **dict(zip(("num_drafts", "num_draft_tokens", "num_accepted_tokens"), counts[:3].tolist(), strict=True)),
     }
