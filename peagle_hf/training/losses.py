@@ -307,7 +307,8 @@ def survival_weights(
 ) -> Tensor:
     """Weight of each slot in the loss: what it adds to the expected accepted length of its rollout (D-PACE).
 
-    With `q_i` the drafter's probability of the verifier's token at depth i, the slot at depth j weighs
+    With `q_i` the drafter's probability, at depth i, of the token of the draft vocabulary that is the verifier's most
+    likely one, the slot at depth j weighs
     `w_j = Σ_{m≥j} Π_{i≤m} ((1 - alpha) q_i + alpha)`, over the trained slots of its rollout that COD
     kept: deep slots count where the drafter is likely to get there, and shallow ones as much as depends on them (after
     D-PACE's weights of the positions of a block). A rollout is never cut, so no weight depends on how a batch is cut.
