@@ -41,9 +41,8 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
 
     - `acceptance_length`: tokens per forward pass of the verifier, 1 + accepted tokens / drafts; `acceptance_rate`:
       accepted / drafted tokens; `per_position_acceptance`: accepted at position k / drafts;
-      `conditional_acceptance`: accepted at position k / drafts that reach it, null where none does; and the counts
-      from which they are computed; with a temperature above 0 those of all rounds together (greedy rounds draft the
-      same).
+      `conditional_acceptance`: accepted at position k / drafts that reach it, null where none does; and their
+      counts; with a temperature above 0 those of all rounds together (greedy rounds draft the same).
     - `tokens_per_second`, `tokens_per_second_without`, `speed_up`: generated tokens over wall time, warmed up, the
       median of the rounds. `is_speed_up_or_down`: whether the speeds differ; null after one round.
       `break_even_length`: the acceptance length from which the drafter pays at this concurrency; null if not known.
