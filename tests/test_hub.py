@@ -34,7 +34,8 @@ from peagle_hf import (
 )
 from peagle_hf.cli.parsing import flags
 from peagle_hf.fingerprint import weights_of
-from peagle_hf.hub.card import model_card, read_evaluation
+from peagle_hf.hub.card import model_card
+from peagle_hf.hub.evaluation_json import read_evaluation
 from peagle_hf.hub.training_json import read_record
 from peagle_hf.model.served_checkpoint import check_checkpoint
 from peagle_hf.serving.launch import ServeArguments, drafting_command

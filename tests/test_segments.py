@@ -18,7 +18,8 @@ from peagle_hf.evaluation.intervals import MIN_PROMPTS
 from peagle_hf.evaluation.report import text
 from peagle_hf.evaluation.runs import Run
 from peagle_hf.evaluation.segments import Segmenter
-from peagle_hf.hub.card import model_card, read_evaluation
+from peagle_hf.hub.card import model_card
+from peagle_hf.hub.evaluation_json import read_evaluation
 from peagle_hf.model.served_checkpoint import check_checkpoint
 from peagle_hf.serving.client import Answer
 

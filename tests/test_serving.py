@@ -21,7 +21,8 @@ from peagle_hf.data.prompts import Prompt
 from peagle_hf.data.tokenizer import ChatOptions, load_tokenizer
 from peagle_hf.evaluation.report import text
 from peagle_hf.evaluation.vllm_process import Job, _Conversations
-from peagle_hf.hub.card import model_card, read_evaluation
+from peagle_hf.hub.card import model_card
+from peagle_hf.hub.evaluation_json import read_evaluation
 from peagle_hf.model.served_checkpoint import check_checkpoint
 from peagle_hf.serving.chat import ChatArguments
 from peagle_hf.serving.launch import ServeArguments, drafting_command

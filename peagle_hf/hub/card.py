@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,8 +15,6 @@ from ..data.contexts import drafted_contexts
 from ..data.prepared_dataset import CHAT_TEMPLATE_FILE
 from ..data.sources import BUILT_IN_DATASETS, is_local_file
 from ..data.tokenizer import ChatOptions
-from ..errors import PeagleError
-from ..fingerprint import has_weights
 from ..model.config import PeagleConfig
 from ..model.drafter import HUB_TAGS
 from ..model.served_checkpoint import speculative_config
@@ -25,13 +22,6 @@ from ..pages.tables import Table, escape_markdown
 from .training_json import chat_options_of
 
 logger = logging.getLogger(__name__)
-
-_EVALUATION = (
-    *("drafter", "prompts", "num_prompts", "max_tokens", "temperature", "num_speculative_tokens", "concurrency"),
-    *("dtype", "device", "versions", "acceptance_length", "acceptance_rate", "per_position_acceptance"),
-    *("tokens_per_second", "tokens_per_second_without", "num_identical", "by_category"),
-)
-"""Fields of an evaluation's report that the card shows."""
 
 _CITATION = """```bibtex
 @article{hui2026peagle,
@@ -42,35 +32,6 @@ _CITATION = """```bibtex
   year={2026}
 }
 ```"""
-
-
-def read_evaluation(path: str | os.PathLike[str], model: str | os.PathLike[str]) -> dict[str, Any]:
-    """The report of `peagle-hf evaluate` on the drafter `model`.
-
-    Raises:
-        PeagleError: there is no such file, it is something else, or it is about another drafter.
-    """
-    try:
-        report = json.loads(Path(path).read_text(encoding="utf-8"))
-        weights, rates = report["drafter_weights"], report["per_position_acceptance"]
-        of_parts = [*report["by_category"].values(), *(report.get("by_segment") or {}).values()]
-        of_parts += (report.get("by_context") or {}).values()
-        for figures in [{name: report[name] for name in _EVALUATION}, *of_parts]:
-            for name in ("num_prompts", "acceptance_length", "acceptance_rate"):
-                float(figures[name])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PeagleError(
-            f"{path} is not a report of peagle-hf evaluate, or is damaged ({type(error).__name__}: {error}). Name its "
-            "evaluation.json, or run peagle-hf evaluate again."
-        ) from error
-    if not rates:
-        raise PeagleError(f"{path} has no acceptance, because vLLM drafted nothing. Run peagle-hf evaluate again.")
-    if weights is None or not has_weights(weights, model):
-        raise PeagleError(
-            f"{path} evaluates a different checkpoint than {model}: {report['drafter']}. Run peagle-hf evaluate "
-            f"--model {model}."
-        )
-    return report
 
 
 def model_card(

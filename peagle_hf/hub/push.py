@@ -15,7 +15,8 @@ from ..arguments import Arguments, flag_of
 from ..errors import PeagleError
 from ..model.served_checkpoint import check_checkpoint
 from ..verifier.loading import hub_verifier
-from .card import model_card, read_evaluation
+from .card import model_card
+from .evaluation_json import read_evaluation
 from .training_json import chat_option_files, read_record, recorded_chat_options
 
 logger = logging.getLogger(__name__)

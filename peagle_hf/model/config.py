@@ -56,7 +56,7 @@ class PeagleConfig(PreTrainedConfig):
         num_depths: K, the tokens proposed in one forward pass (depths 0 .. K-1).
         down_sample_ratio: r of COD sampling; depth d keeps the fraction max(r^d, r_min) of the learnt positions.
         down_sample_ratio_min: r_min of COD sampling.
-        max_anchors: at most so many positions of a document start rollouts; None means all.
+        max_anchors: the most positions of a document that rollouts start from; None means all.
 
     Raises:
         PeagleError: a field has a value that no drafter of this format can have; the message names the field.

@@ -22,6 +22,9 @@ GREY, BLUE = "#8593a1", "#4a86c5"
 COLOURS = (BLUE, "#e0a33e", "#5a9a68", "#c06c84", "#8f80c9", "#5fb0b7")
 """Colours of series, in order; they can be told apart on white and on black."""
 MISSING = "Pictures need matplotlib, which is not installed: pip install 'peagle-hf[plots]'."
+_PAGE_SIZE = (5.6, 3.2)
+"""Width and height of a picture in a page, in inches."""
+_DOTS_PER_INCH = 150
 _INKS = {"light": "#1d2733", "dark": "#dfe5ec"}
 
 Draw = Callable[[Any], None]
@@ -37,17 +40,16 @@ def can_draw() -> bool:
     return is_there
 
 
-def picture(title: str, draw: Draw, size: tuple[float, float] = (5.6, 3.2)) -> Markup:
+def picture(title: str, draw: Draw) -> Markup:
     """A drawing for a page, for light and for dark screens; one that can't be drawn is replaced by the reason.
 
     Args:
         title: what the picture shows, for readers who don't see it.
-        size: width and height in inches.
     """
     if not can_draw():
         return Markup("<p>{}: {}</p>").format(title, MISSING)
     try:
-        light, dark = (_svg(draw, size, ink) for ink in _INKS.values())
+        light, dark = (_svg(draw, ink) for ink in _INKS.values())
     except Exception as error:  # whatever matplotlib raises: the tables have the figures
         logger.warning("The picture %r could not be drawn (%s: %s).", title, type(error).__name__, error)
         return Markup("<p>The picture “{}” could not be drawn: {}</p>").format(title, error)
@@ -57,19 +59,17 @@ def picture(title: str, draw: Draw, size: tuple[float, float] = (5.6, 3.2)) -> M
     )
 
 
-def save_png(
-    path: str | os.PathLike[str], drawings: Sequence[Draw], size: tuple[float, float], dots_per_inch: int = 150
-) -> None:
+def save_png(path: str | os.PathLike[str], drawings: Sequence[Draw], size: tuple[float, float]) -> None:
     """Draw side by side into a PNG file on white; `size` is that of one drawing, in inches."""
     with _style(_INKS["light"]):
-        _figure(drawings, size).savefig(path, format="png", dpi=dots_per_inch, facecolor="white")
+        _figure(drawings, size).savefig(path, format="png", dpi=_DOTS_PER_INCH, facecolor="white")
 
 
-def _svg(draw: Draw, size: tuple[float, float], ink: str) -> str:
+def _svg(draw: Draw, ink: str) -> str:
     """A drawing as a data URL; the same drawing gives the same URL."""
     content = BytesIO()
     with _style(ink):
-        _figure([draw], size).savefig(content, format="svg", metadata={"Date": None})
+        _figure([draw], _PAGE_SIZE).savefig(content, format="svg", metadata={"Date": None})
     return "data:image/svg+xml;base64," + b64encode(content.getvalue()).decode()
 
 

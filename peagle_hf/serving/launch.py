@@ -28,7 +28,7 @@ from ..data.endpoint_folder import (
 from ..data.tokenizer import CHAT_KWARGS_OF_DRAFTER_HELP, CHAT_TEMPLATE_OF_DRAFTER_HELP
 from ..errors import PeagleError
 from ..files import atomic_path, check_writable
-from ..hub.card import read_evaluation
+from ..hub.evaluation_json import read_evaluation
 from ..hub.training_json import chosen_chat_options
 from ..model.served_checkpoint import (
     DRAFT_SAMPLE_METHOD_HELP,

@@ -98,7 +98,7 @@ class PeagleTrainingArguments(TrainingArguments):
     max_anchors: int | None = field(
         default=None,
         metadata={
-            "help": "Start rollouts at no more than so many positions of a sample. Default: that of "
+            "help": "The most positions of a sample that rollouts start from. Default: that of "
             "--from-pretrained, else all."
         },
     )
@@ -287,7 +287,7 @@ class PeagleTrainingArguments(TrainingArguments):
         },
     )
     logging_steps: float = field(
-        default=10, metadata={"help": "Log every so many steps.", "aliases": ["--log_freq", "--log-freq"]}
+        default=10, metadata={"help": "Steps between two logs.", "aliases": ["--log_freq", "--log-freq"]}
     )
     per_device_train_batch_size: int = field(default=1, metadata={"help": "Packed sequences per device and step."})
     per_device_eval_batch_size: int = field(

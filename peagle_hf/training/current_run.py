@@ -72,7 +72,7 @@ class CurrentRun(TrainerCallback):
         self.begin(None, None)
 
     def begin(self, resumed_from: Path | None, trial: Any) -> None:
-        """Forget the call before. A trial's arguments aren't set yet (see `take_up`)."""
+        """Forget the call before. A trial's arguments aren't set yet (see `restore`)."""
         self.resumed_from, self._trial = resumed_from, trial
         self.record: RunRecord | None = None
         self.before: RunRecord | None = None
@@ -98,7 +98,7 @@ class CurrentRun(TrainerCallback):
         """Where the checkpoints go: the output folder, or a trial's folder in it."""
         return Path(self._trainer._get_output_dir(self._trial))
 
-    def take_up(self) -> None:
+    def restore(self) -> None:
         """Describe the run, and compare it with that of the checkpoint that it goes on from.
 
         Raises:
@@ -130,7 +130,7 @@ class CurrentRun(TrainerCallback):
         """Called in each training once the model and the arguments are there, which a trial of a search may change."""
         self.restart_counting()
         if self.record is None and self._trainer.is_in_train:
-            self.take_up()
+            self.restore()
 
     @contextmanager
     def going_on(self, ignore_keys: list[str] | None) -> Iterator[str | None]:

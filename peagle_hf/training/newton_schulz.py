@@ -22,7 +22,7 @@ SCALE = 8.0
 EPSILON = 1e-7
 """The least Frobenius norm that a matrix is divided by, as of `torch.optim.Muon`."""
 PANELS = 4
-"""A symmetric product is computed in so many panels of rows, each from the diagonal on."""
+"""How many panels of rows a symmetric product is computed in. Each panel begins at its first row's diagonal element."""
 MIN_PANEL = 512
 """The fewest rows of a panel: smaller products start more kernels than they save work."""
 

@@ -206,7 +206,7 @@ def _time_validation(trainer: PeagleTrainer) -> float:
 
 
 def planned_steps(args: PeagleTrainingArguments, num_packs: int) -> tuple[int, int]:
-    """Steps of the training, and of an epoch, with so many packed sequences."""
+    """Steps of the training, and of an epoch, given the number of packed sequences."""
     batches = math.ceil(math.ceil(num_packs / args.per_device_train_batch_size) / args.world_size)
     steps_an_epoch = updates_in(batches, args)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(steps_an_epoch * args.num_train_epochs)

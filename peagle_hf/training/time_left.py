@@ -124,7 +124,7 @@ class TimeLeft(TrainerCallback):
 
 
 def updates_in(batches: int, args: TrainingArguments) -> int:
-    """Steps of the optimizer in an epoch of so many batches."""
+    """Steps of the optimizer in an epoch, given its number of batches."""
     return max(1, math.ceil(batches / args.gradient_accumulation_steps))
 
 

@@ -215,7 +215,7 @@ class PeagleTrainer(Trainer):
                 self.optimizer = None  # it is made anew, since arguments may differ from those of an earlier call
             with lost_process_explained(), run.failures_explained():
                 if trial is None and self.model_init is None:  # which makes the model later
-                    run.take_up()
+                    run.restore()
                 with run.going_on(ignore_keys_for_eval) as view:
                     try:
                         return super().train(view, trial, ignore_keys_for_eval)
