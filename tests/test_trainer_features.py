@@ -171,6 +171,15 @@ def test_optimizer_and_schedule_may_be_given(train_flags):
     assert len(optimizer.state) == len(named)
 
 
+def test_warm_restarts_bring_the_rate_back_to_its_peak(train_flags):
+    flags = {"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": '{"num_cycles": 3}', "max_steps": 6}
+    trainer = make_trainer({**train_flags, **flags, "warmup_steps": 0, "eval_strategy": "no", "save_strategy": "no"})
+    trainer.train()
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    peak = trainer.args.learning_rate
+    assert rates == pytest.approx([peak, peak / 2] * 3)
+
+
 def test_an_optimizer_class_of_ones_own_resumes_exactly(train_flags, tmp_path):
     options = {"optimizer_cls_and_kwargs": (torch.optim.NAdam, {"lr": 2e-3, "momentum_decay": 1e-3})}
     whole = make_trainer(train_flags, **options)
