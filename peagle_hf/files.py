@@ -29,6 +29,9 @@ _UNWRITABLE = (
 )
 """Errors of the operating system that are about the path itself, not about what is written."""
 
+ANOTHER_OUTPUT = "Wait until it has ended, or name another --output."
+"""What to do if another process writes the output of a command."""
+
 _HELD: set[str] = set()
 """Real paths of the locks that this process holds (see `locked_file`)."""
 

@@ -1,6 +1,7 @@
 """Reading conversations: rows of the data, in any of the usual shapes, become a `Chat`."""
 
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +29,7 @@ ROLES = {
 
 PREFERENCES = ("chosen", "rejected")
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _CONVERSATION_FIELDS = ("messages", "conversations", "conversation")
 _QUESTION_FIELDS = ("prompt", "instruction", "question", "query")
 _ANSWER_FIELDS = ("completion", "response", "output", "answer")
@@ -48,6 +50,12 @@ class Unlearnable(Exception):
     def __init__(self, reason: str, field: str | None = None) -> None:
         super().__init__(reason)
         self.field = field
+
+
+def check_text(text: str) -> None:
+    """Raise `Unlearnable` for text with half a surrogate pair, which no tokenizer encodes."""
+    if _SURROGATE.search(text):
+        raise Unlearnable("it holds half a surrogate pair, which is no text")
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from .errors import EndpointError, RefusedEndpointError, WrongServerEndpointErro
 
 DEFAULT_URL = "http://localhost:8000/v1"
 REQUEST_TIMEOUT, MAX_RETRIES = 120.0, 3
+NO_TOKEN_IDS = "it gives no token ids with its answer, as vLLM 0.11 and later do"
 REQUEST_TIMEOUT_HELP = "Seconds to wait for a server's answer, each time it is tried."
 MAX_RETRIES_HELP = "How often a request is repeated that a server fails."
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
@@ -358,7 +359,7 @@ class Server:
                 "stay. Start another without that, such as vllm serve MODEL."
             )
         if not completed:
-            raise EndpointError("it gives no token ids with its answer, as vLLM 0.11 and later do")
+            raise EndpointError(NO_TOKEN_IDS)
         if completed[-1] not in end_ids and len(completed) < max_tokens:
             raise EndpointError(f"it cut the answer after {len(completed)} of {max_tokens} tokens")
         return completed

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..arguments import Arguments, check_ranges, config_path, write_config
 from ..console import progress_bar
 from ..errors import PeagleError
-from ..files import check_writable, locked_folder, remove_leftovers
+from ..files import ANOTHER_OUTPUT, check_writable, locked_folder, remove_leftovers
 from ..model.slots import target_tokens
 from ..processes import gather, on_first, together
 from ..verifier.head import check_logits
@@ -265,7 +265,7 @@ def _extract_share(arguments: ExtractArguments, share: Share) -> ExtractReport:
     if share.size > 1 and not share.is_launched:
         warn_of_other_shares(output, manifest, data, {row: selected[row] for row in selected if row not in present})
     part = "extract" if share.size == 1 else f"extract-{share.rank}-of-{share.size}"
-    with locked_folder(output, "Wait until it has ended, or name another --output.", part):
+    with locked_folder(output, ANOTHER_OUTPUT, part):
         for folder in {output, server_folder}:
             remove_unfetched(folder, arguments.request_timeout)
         if share.size == 1:

@@ -29,9 +29,8 @@ from .chat_template import (
     joined,
     pieces_of,
 )
-from .chats import Chat, Unlearnable
+from .chats import Chat, Unlearnable, check_text
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _OPEN_TAG = re.compile(r"[<\[][^<>\[\]\s]*\Z")
 """An unfinished tag at the end of a text: two tags that begin with the same characters have no token in common."""
 
@@ -287,8 +286,7 @@ class ChatTokenizer:
             text, start, shift = self._start_without_prompt(chat, index, text, prompt, kind)
             marks = [(begin + shift, end + shift) for begin, end in marks or []]
         end, is_open = self._end_of_answer(chat, index, text, start, kind)
-        if _SURROGATE.search(text):
-            raise Unlearnable("it holds half a surrogate pair, which is no text")
+        check_text(text)
         answer = _Answer(index, start, end, is_open and not kind.is_marking, None)
         if kind.is_marking:
             inside = [(max(begin, start), min(stop, end)) for begin, stop in marks or []]

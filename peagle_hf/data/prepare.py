@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..arguments import Arguments, check_ranges, config_path, write_config
 from ..errors import PeagleError
-from ..files import add_relative_path, atomic_path, locked_folder, remove_leftovers, write_json
+from ..files import ANOTHER_OUTPUT, add_relative_path, atomic_path, locked_folder, remove_leftovers, write_json
 from .loss_mask import ChatTokenizer
 from .prepared_dataset import (
     CHAT_TEMPLATE_FILE,
@@ -187,7 +187,7 @@ def prepare(arguments: PrepareArguments) -> Path:
     if not is_cut_off and arguments.token_freq_path is None and is_made(output, origin, arguments.overwrite):
         logger.info("%s already holds this dataset; it is kept as it is.", output)
         return output  # also where the folder can only be read
-    with locked_folder(output, "Wait until it has ended, or name another --output.", "prepare"):
+    with locked_folder(output, ANOTHER_OUTPUT, "prepare"):
         _prepare(arguments, output, tokenizer, origin)
     return output
 

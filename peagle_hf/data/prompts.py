@@ -16,7 +16,7 @@ import numpy as np
 
 from ..console import progress_bar
 from ..errors import PeagleError
-from .chats import Unlearnable, read_chat
+from .chats import Unlearnable, check_text, read_chat
 from .sources import open_source, source_name
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ _WORDS = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 MAX_PROMPT_SIMILARITY = 0.5
 """Jaccard similarity of the 5-grams of two prompts above which they are near-duplicates."""
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _ODD = 0x9E3779B97F4A7C15
 """Odd multiplier of the hash of a run of words, so that the order of the words counts."""
 
@@ -98,8 +97,7 @@ def read_prompts(
 
 def _check_answerable(prompt: Prompt, roles: list[str]) -> None:
     """Raise `Unlearnable` for a prompt that no model can answer."""
-    if _SURROGATE.search(json.dumps([prompt.system, prompt.turns, prompt.tools], ensure_ascii=False)):
-        raise Unlearnable("it holds half a surrogate pair, which is no text")
+    check_text(json.dumps([prompt.system, prompt.turns, prompt.tools], ensure_ascii=False))
     if "tool" in roles and "user" in roles[roles.index("tool") :]:
         raise Unlearnable("a user turn follows a tool result, which can't be regenerated")
 

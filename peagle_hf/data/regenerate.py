@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal
 from ..arguments import Arguments, check_ranges, flag_of
 from ..console import progress_bar
 from ..errors import PeagleError
-from ..files import atomic_path, locked_file, remove_leftovers, write_json
+from ..files import ANOTHER_OUTPUT, atomic_path, locked_file, remove_leftovers, write_json
 from ..fingerprint import has_weights, weights_of
 from .answer_journal import Journal
 from .chat_models import ChatModel, LocalChatModel, ServedChatModel
@@ -176,7 +176,7 @@ def regenerate(arguments: RegenerateArguments) -> Path:
             other arguments, another process writes it, or the servers failed a request.
     """
     output = Path(arguments.output)
-    with locked_file(output, "Wait until it has ended, or name another --output."):
+    with locked_file(output, ANOTHER_OUTPUT):
         report_path = output.with_suffix(".report.json")
         remove_leftovers(output.parent, "|".join(re.escape(path.name) for path in (output, report_path)))
         return _regenerate(arguments, output, report_path)

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from operator import mul
@@ -27,7 +28,7 @@ from ..files import write_json
 from ..hub.training_json import read_record
 from ..model.config import PeagleConfig
 from ..model.drafter import PeagleForSpeculation
-from ..model.served_checkpoint import check_checkpoint, drafter_folder, drafter_name
+from ..model.served_checkpoint import DRAFTER_HELP, VERIFIER_HELP, check_checkpoint, drafter_folder, drafter_name
 from ..training.metrics import count_by_position, drafts_in_text
 from ..training.objective import Objective
 from ..verifier.head import VerifierHead
@@ -43,20 +44,13 @@ DTYPES = ("float32", "bfloat16", "float16")
 class AcceptanceArguments(Arguments):
     """Arguments of `peagle-hf acceptance`."""
 
-    model: str = field(
-        metadata={
-            "aliases": ["--drafter"],
-            "help": "The drafter: a checkpoint folder, such as checkpoints/checkpoint_best, or a hub name.",
-        }
-    )
+    model: str = field(metadata={"aliases": ["--drafter"], "help": DRAFTER_HELP})
     data_path: str = field(metadata={"help": "Folder of `peagle-hf prepare`, of text that the verifier wrote."})
     output: str = field(metadata={"help": "File for the report, such as acceptance.json."})
     hidden_states_path: str | None = field(
         default=None, metadata={"help": "Folder of `peagle-hf extract`. Default: hidden_states in the data path."}
     )
-    verifier: str | None = field(
-        default=None, metadata={"help": "Folder or hub name of the verifier; default: the one in the checkpoint."}
-    )
+    verifier: str | None = field(default=None, metadata={"help": VERIFIER_HELP})
     num_speculative_tokens: int | None = field(
         default=None, metadata={"help": "K, the tokens to draft at a time; default: the K that it was trained with."}
     )
@@ -175,7 +169,7 @@ def acceptance(arguments: AcceptanceArguments) -> dict[str, Any]:
         **_summarize(drafts.sum(0)),
         "by_context": {name: _summarize(counts) for name, counts in zip(CONTEXTS, drafts, strict=True)},
         "sampled": {"temperature": arguments.temperature}
-        | {method: _rates(*expected[method].tolist()) for method in METHODS},
+        | {method: rates_by_position(*expected[method].tolist()) for method in METHODS},
         "every_anchor": _summarize(counters[2:]) | {"accuracy": accuracy.tolist()},
     }
     write_json(arguments.output, report)
@@ -250,10 +244,14 @@ def count(
 
 def _summarize(counts_2K: Tensor) -> dict[str, Any]:
     reached, accepted = counts_2K.tolist()
-    return {**_rates(reached, accepted), "num_drafts": reached[0], "reached": reached, "accepted": accepted}
+    return {**rates_by_position(reached, accepted), "num_drafts": reached[0], "reached": reached, "accepted": accepted}
 
 
-def _rates(reached: list[float], accepted: list[float]) -> dict[str, Any]:
+def rates_by_position(reached: Sequence[float], accepted: Sequence[float]) -> dict[str, Any]:
+    """Acceptance length, and acceptance by position of all drafts and of those that reach it, from counts by position.
+
+    A position that no draft reaches counts as never accepted.
+    """
     conditional = [taken / met if met else 0.0 for met, taken in zip(reached, accepted, strict=True)]
     by_position = list(accumulate(conditional, mul))
     return {

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from ..arguments import Arguments, check_ascending, check_ranges, command_text
 from ..data.tokenizer import CHAT_KWARGS_OF_DRAFTER_HELP, CHAT_TEMPLATE_OF_DRAFTER_HELP, read_template_kwargs
 from ..errors import PeagleError
-from ..model.served_checkpoint import DRAFT_SAMPLE_METHOD_HELP
+from ..model.served_checkpoint import DRAFT_SAMPLE_METHOD_HELP, DRAFTER_HELP, VERIFIER_HELP
 
 MAX_MODEL_LEN = 4096
 """Default limit of prompt and answer together, in tokens; the verifier's own limit if that is lower."""
@@ -18,12 +18,7 @@ MAX_SEED = 2**32 - 1
 class EvaluateArguments(Arguments):
     """Arguments of `peagle-hf evaluate`."""
 
-    model: str = field(
-        metadata={
-            "aliases": ["--drafter"],
-            "help": "The drafter: a checkpoint folder, such as checkpoints/checkpoint_best, or a hub name.",
-        }
-    )
+    model: str = field(metadata={"aliases": ["--drafter"], "help": DRAFTER_HELP})
     suite: list[str] = field(
         metadata={
             "help": "One or more suites of prompts that the drafter has not seen: .jsonl or .json files or hub "
@@ -39,9 +34,7 @@ class EvaluateArguments(Arguments):
         default_factory=list,
         metadata={"help": "More drafters for the same verifier, run on the same prompts and compared with --model."},
     )
-    verifier: str | None = field(
-        default=None, metadata={"help": "Folder or hub name of the verifier; default: the one in the checkpoint."}
-    )
+    verifier: str | None = field(default=None, metadata={"help": VERIFIER_HELP})
     max_prompts: int | None = field(
         default=None, metadata={"help": "Take at most this many of the prompts, evenly from their categories."}
     )

@@ -14,7 +14,7 @@ from ..arguments import config_path, write_config
 from ..data.prompts import Prompt
 from ..data.sources import source_name
 from ..data.tokenizer import ChatOptions
-from ..files import atomic_path, locked_folder, write_json
+from ..files import ANOTHER_OUTPUT, atomic_path, locked_folder, write_json
 from ..hub.training_json import chosen_chat_options, recorded_chat_options
 from ..model.served_checkpoint import check_checkpoint
 from ..pages.pictures import can_draw
@@ -91,7 +91,7 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
     drafting = drafting_of(arguments, drafters, verifier)
     dropped: list[dict[str, str]] = []
     prompts = load_prompts(arguments, dropped)
-    with locked_folder(arguments.output, "Wait until it has ended, or name another --output.", "evaluate"):
+    with locked_folder(arguments.output, ANOTHER_OUTPUT, "evaluate"):
         return _evaluate(arguments, drafters, verifier, drafting, prompts, dropped)
 
 

@@ -15,7 +15,7 @@ import torch
 
 from ..arguments import Arguments, check_ascending, check_ranges, command_text, config_path, write_config
 from ..errors import PeagleError
-from ..files import atomic_path, locked_folder, write_json
+from ..files import ANOTHER_OUTPUT, atomic_path, locked_folder, write_json
 from ..fingerprint import weights_of
 from ..model.config import PeagleConfig
 from ..model.drafter import PeagleForSpeculation
@@ -180,7 +180,7 @@ def plan(arguments: PlanArguments) -> dict[str, Any]:
         for vocabulary in arguments.draft_vocab_size or [config.vocab_size]
     ]
     drafters = {size: _drafter_config(arguments, size) for size in sizes}
-    with locked_folder(arguments.output, "Wait until it has ended, or name another --output.", "plan"):
+    with locked_folder(arguments.output, ANOTHER_OUTPUT, "plan"):
         output = Path(arguments.output)
         write_config(arguments, config_path(output, "plan"), "plan", arguments.vllm_args)
         measurement = _Measurement(arguments, drafters, config.vocab_size)

@@ -16,6 +16,8 @@ from .config import VLLM_AUX_HIDDEN_STATES, PeagleConfig
 from .drafter import PeagleForSpeculation
 
 CHECKPOINT_FILES = ("config.json", "model.safetensors")
+DRAFTER_HELP = "The drafter: a checkpoint folder, such as checkpoints/checkpoint_best, or a hub name."
+VERIFIER_HELP = "Folder or hub name of the verifier; default: the one in the checkpoint."
 DRAFT_SAMPLE_METHOD_HELP = (
     "How tokens are drafted at a temperature above 0: the drafter's most likely ones (greedy), or drawn from its "
     "distribution (probabilistic), often accepted more, but it takes GPU memory and ignores the seeds of requests. "

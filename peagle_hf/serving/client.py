@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..data.endpoint import Server, endpoint_urls
+from ..data.endpoint import NO_TOKEN_IDS, Server, endpoint_urls
 from ..data.errors import EndpointError
 from ..errors import PeagleError
 
@@ -181,7 +181,7 @@ class Client:
             if answer.finish_reason is None:
                 raise EndpointError("the answer breaks off")
             if not answer.token_ids:
-                raise EndpointError("it gives no token ids with its answer, as vLLM 0.11 and later do")
+                raise EndpointError(NO_TOKEN_IDS)
         except EndpointError as error:
             raise PeagleError(f"The vLLM server {self.url} failed: {error}.") from error
         return answer

@@ -32,6 +32,8 @@ from ..hub.evaluation_json import read_evaluation
 from ..hub.training_json import chosen_chat_options
 from ..model.served_checkpoint import (
     DRAFT_SAMPLE_METHOD_HELP,
+    DRAFTER_HELP,
+    VERIFIER_HELP,
     check_checkpoint,
     drafter_folder,
     speculative_config,
@@ -99,15 +101,8 @@ class LaunchArguments(Arguments):
 class ServeArguments(Arguments):
     """Arguments of `peagle-hf serve MODEL ... -- <vLLM's own flags>`."""
 
-    model: str = field(
-        metadata={
-            "aliases": ["--drafter"],
-            "help": "The drafter, a checkpoint folder or a hub name; the flag may be left out.",
-        },
-    )
-    verifier: str | None = field(
-        default=None, metadata={"help": "Folder or hub name of the verifier; default: the one in the checkpoint."}
-    )
+    model: str = field(metadata={"aliases": ["--drafter"], "help": f"{DRAFTER_HELP} The flag may be left out."})
+    verifier: str | None = field(default=None, metadata={"help": VERIFIER_HELP})
     num_speculative_tokens: str | None = field(
         default=None,
         metadata={

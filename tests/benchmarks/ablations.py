@@ -17,9 +17,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from itertools import accumulate
 from multiprocessing import get_context
-from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +41,6 @@ BASE = {
 
 DRAFTED = 4
 """Tokens drafted at a time in every measurement, whatever a drafter was trained for."""
-
-STUDENT_T = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
-"""Half the width of a 95 % interval in standard errors, by the number of seeds."""
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "base": {},
@@ -103,7 +98,7 @@ def run_cell(verifier: str, train: str, held_out: str, name: str, seed: int) -> 
 
     from peagle_hf import HiddenStatesDataset, PeagleTrainer, PeagleTrainingArguments, start_linearly
     from peagle_hf.cli.parsing import flags, parse_arguments
-    from peagle_hf.evaluation.acceptance import count
+    from peagle_hf.evaluation.acceptance import count, rates_by_position
     from peagle_hf.training.run import build_datasets, build_drafter
 
     torch._dynamo.config.recompile_limit = 64  # one process compiles for the sizes of many variants
@@ -122,12 +117,10 @@ def run_cell(verifier: str, train: str, held_out: str, name: str, seed: int) -> 
     with torch.autocast("cuda", dtype=torch.bfloat16, enabled=args.bf16):
         _, by_context, _ = count(drafter, trainer.distillation, dataset)
     reached, accepted = by_context.sum(0).tolist()
-    rates = list(accumulate((taken / max(met, 1) for met, taken in zip(reached, accepted, strict=True)), mul))
     return {
         "variant": name,
         "seed": seed,
-        "acceptance_length": 1 + sum(rates),
-        "per_position_acceptance": rates,
+        **rates_by_position(reached, accepted),
         "num_drafts": reached[0],
         "steps": output.global_step,
         "train_loss": output.training_loss,
@@ -168,6 +161,8 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def table(options: argparse.Namespace) -> None:
     """Mean and spread over seeds, and the difference to the base with its 95 % interval, paired by seed."""
+    from peagle_hf.evaluation.intervals import student_t
+
     by_variant: dict[str, dict[int, dict[str, Any]]] = {}
     for cell in read(Path(options.output)):
         by_variant.setdefault(cell["variant"], {})[cell["seed"]] = cell
@@ -186,7 +181,7 @@ def table(options: argparse.Namespace) -> None:
             print(f"{line} | |")
             continue
         gaps = [cells[seed]["acceptance_length"] - base[seed]["acceptance_length"] for seed in seeds]
-        gap, half = statistics.mean(gaps), STUDENT_T[len(gaps)] * statistics.stdev(gaps) / len(gaps) ** 0.5
+        gap, half = statistics.mean(gaps), student_t(len(gaps) - 1) * statistics.stdev(gaps) / len(gaps) ** 0.5
         verdict = "no difference" if abs(gap) <= half else "better" if gap > 0 else "worse"
         print(f"{line} {gap:+.3f} ± {half:.3f} | {verdict} |")
 

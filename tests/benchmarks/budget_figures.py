@@ -12,8 +12,6 @@ import json
 import math
 import statistics
 from collections.abc import Callable
-from itertools import accumulate
-from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +19,25 @@ import torch
 from against_peer import with_interval
 from step_figures import COLOURS, GREY, NAMES, save, style
 
+from peagle_hf.evaluation.acceptance import rates_by_position
+from peagle_hf.evaluation.intervals import student_t
+
 Job = dict[str, Any]
 """One training: `who` (ours or peer), `rate`, `steps`, `seed` and, where they differ, other arguments as `flags`."""
 
 RATES = {"ours": (2e-3, 1e-3, 3e-3), "peer": (2e-3, 1e-3, 3e-3)}
 """Learning rates to choose from."""
 SEARCH_STEPS = 2000
-T_160 = 1.975
-"""The 97.5 % point of Student's t for 160 prompts."""
 
 
 def conditional(counts_2K: torch.Tensor) -> list[float]:
-    """The share of drafts accepted at each position among those that reach it."""
-    reached, accepted = counts_2K.double().tolist()
-    return [taken / max(met, 1) for met, taken in zip(reached, accepted, strict=True)]
+    rates: list[float] = rates_by_position(*counts_2K.tolist())["conditional_acceptance"]
+    return rates
 
 
 def by_position(counts_2K: torch.Tensor) -> list[float]:
-    return list(accumulate(conditional(counts_2K), mul))
+    rates: list[float] = rates_by_position(*counts_2K.tolist())["per_position_acceptance"]
+    return rates
 
 
 def length(result: Job, name: str = "tested") -> float:
@@ -86,7 +85,7 @@ def jackknife(figure: Callable[[torch.Tensor, torch.Tensor], float], ours: list[
         for prompt in range(number)
     ]
     mean = statistics.fmean(without)
-    half = T_160 * math.sqrt((number - 1) / number * sum((one - mean) ** 2 for one in without))
+    half = student_t(number - 1) * math.sqrt((number - 1) / number * sum((one - mean) ** 2 for one in without))
     value = figure(*whole)
     return [value, value - half, value + half]
 

@@ -23,9 +23,7 @@ import subprocess
 import sys
 import time
 import traceback
-from itertools import accumulate
 from multiprocessing import get_context
-from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +33,7 @@ from transformers import TrainerCallback
 
 from peagle_hf import HiddenStatesDataset, PeagleTrainer, PeagleTrainingArguments, start_linearly
 from peagle_hf.cli.parsing import flags, parse_arguments
-from peagle_hf.evaluation.acceptance import count
+from peagle_hf.evaluation.acceptance import count, rates_by_position
 from peagle_hf.training import objective as objectives
 from peagle_hf.training.losses import survival_weights
 from peagle_hf.training.objective import Objective, load_head
@@ -196,9 +194,13 @@ def measure(folder: Path, job: dict[str, Any], drafter: Any, dataset_class: Any,
     with torch.autocast("cuda", dtype=torch.bfloat16):
         _, by_context, _ = count(drafter, Objective(drafter, load_head(drafter)), dataset)
     reached, accepted = by_context.sum(0).tolist()
-    conditional = [taken / max(met, 1) for met, taken in zip(reached, accepted, strict=True)]
-    rates = list(accumulate(conditional, mul))
-    return {"length": 1 + sum(rates), "rates": rates, "conditional": conditional, "drafts": reached[0]}
+    rates = rates_by_position(reached, accepted)
+    names = {
+        "length": "acceptance_length",
+        "rates": "per_position_acceptance",
+        "conditional": "conditional_acceptance",
+    }
+    return {ours: rates[name] for ours, name in names.items()} | {"drafts": reached[0]}
 
 
 def run_job(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
