@@ -3,8 +3,9 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import train_on_answers, write_answers
+from conftest import CHAIN_LENGTH, train_on_answers, write_answers
 from test_distributed import launch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -16,6 +17,15 @@ from peagle_hf import (
     evaluate,
     train,
 )
+from peagle_hf.data.prompts import Prompt
+from peagle_hf.evaluation.answer_parts import Contexts, counts_by_part
+from peagle_hf.evaluation.in_processes import engine_arguments
+from peagle_hf.evaluation.runs import Condition, Run
+from peagle_hf.evaluation.vllm_process import Job, VllmProcess
+from peagle_hf.model.served_checkpoint import check_checkpoint, speculative_config
+from peagle_hf.serving.environment import vllm_environment
+from peagle_hf.serving.installed import REQUEST_COUNTS, drafting_environment
+from peagle_hf.serving.tokens_by_load import scheduled
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -90,6 +100,38 @@ def test_the_reference_counts_what_vllm_counts(servable_verifier, tmp_path, fiel
     assert (output.num_drafts, sum(counts)) == (result["num_drafts"], result["num_accepted_tokens"])
     assert [count / output.num_drafts for count in counts] == pytest.approx(result["per_position_acceptance"])
     assert output.acceptance_length == pytest.approx(result["acceptance_length"])
+
+
+def test_nothing_is_drafted_at_loads_above_the_border(chain, drafter, tmp_path):
+    """With the schedule of `serve --num-speculative-tokens auto`: drafts at two chats at a time, none at eight.
+
+    Then the load falls from six to two while two answers are written: they are drafted from there on only.
+    """
+    speeds = {2: {"0": 1.0, "3": 2.0}, 8: {"0": 2.0, "3": 1.0}}
+    rows = [{"concurrency": number, "tokens_per_second_by_k": by_k} for number, by_k in speeds.items()]
+    schedule = scheduled(rows, takes_schedule=True)
+    assert schedule["num_speculative_tokens_per_batch_size"] == [[1, 4, 3], [5, 8, 0]]
+    config = speculative_config(drafter, check_checkpoint(drafter)) | schedule
+    prompts = [Prompt(str(number), "cycle", [], ["w9 w7"]) for number in range(8)]
+    jobs = [Job(prompts, [Condition(0.0, 2), Condition(0.0, 8)], NEW_TOKENS)]
+    soon = [Prompt(str(number), "ends", [], ["w9 w20"]) for number in range(2, 14)]  # four at a time
+    jobs.append(Job(prompts[:2] + soon, [Condition(0.0, 6)], NEW_TOKENS))
+    engine = engine_arguments(str(chain), [8], max_model_len=CHAIN_LENGTH)
+    runs: dict[str, list[Run]] = {"without": [], "with": []}
+    for name, drafting in {"without": {}, "with": {"speculative_config": config, REQUEST_COUNTS: "detailed"}}.items():
+        environment = drafting_environment(vllm_environment())
+        with VllmProcess(engine | drafting, environment, tmp_path / f"{name}.log", name) as process:
+            for job in jobs:
+                process.run(job, lambda run, measured_on, so_far=runs[name]: so_far.append(run))
+    for alone, drafted in zip(*runs.values(), strict=True):
+        assert drafted.texts == alone.texts
+    few, many, falling = runs["with"]
+    # In the cycle of three tokens every second draft begins before w5, which is right (see test_evaluation.py).
+    assert [(counts[0], counts[2]) for counts in few.drafting] == [(40, 19)] * len(prompts)
+    assert not np.any(many.drafting)
+    assert 20 < falling.drafting[0][0] < 40
+    assert falling.drafting[2:] == [[0] * 6] * len(soon)
+    assert counts_by_part(many, Contexts()) is counts_by_part(falling, Contexts()) is None
 
 
 def served(drafter, data, output):
