@@ -403,13 +403,12 @@ def ended(process_ids: list[int], seconds: float = 5.0) -> bool:
     return False
 
 
-@pytest.fixture
-def train_flags(tiny_verifier, tiny_data, tmp_path) -> dict:
+def short_run(verifier: Path, data: Path, output: Path) -> dict:
     """What a short run needs, as keyword arguments of `PeagleTrainingArguments`."""
     return {
-        "verifier_name_or_path": str(tiny_verifier),
-        "data_path": str(tiny_data),
-        "output_dir": str(tmp_path / "checkpoints"),
+        "verifier_name_or_path": str(verifier),
+        "data_path": str(data),
+        "output_dir": str(output / "checkpoints"),
         "num_layers": 2,
         "num_depths": 3,
         "draft_vocab_size": 64,
@@ -422,3 +421,9 @@ def train_flags(tiny_verifier, tiny_data, tmp_path) -> dict:
         "disable_tqdm": True,
         "report_to": "none",
     }
+
+
+@pytest.fixture
+def train_flags(tiny_verifier, tiny_data, tmp_path) -> dict:
+    """Those of a short run in the test's own folder."""
+    return short_run(tiny_verifier, tiny_data, tmp_path)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import short_run
 from safetensors.torch import load_file, save_file
 from test_trainer import ROOT, logged, losses, run, weights
 
@@ -44,22 +45,8 @@ def test_every_argument_is_free_refused_or_equivalent():
 @pytest.fixture(scope="module")
 def finished(tiny_verifier, tiny_data, tmp_path_factory):
     """The flags of a run of an epoch."""
-    flags = {
-        "verifier_name_or_path": str(tiny_verifier),
-        "data_path": str(tiny_data),
-        "output_dir": str(tmp_path_factory.mktemp("finished") / "checkpoints"),
-        "num_layers": 1,
-        "num_depths": 3,
-        "draft_vocab_size": 64,
-        "total_seq_len": 64,
-        "num_train_epochs": 1,
-        "train_data_ratio": 0.8,
-        "logging_steps": 1,
-        "use_cpu": True,
-        "bf16": False,
-        "disable_tqdm": True,
-        "report_to": "none",
-    }
+    flags = short_run(tiny_verifier, tiny_data, tmp_path_factory.mktemp("finished"))
+    flags |= {"num_layers": 1, "num_train_epochs": 1}
     again(flags)
     return flags
 
