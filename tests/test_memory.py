@@ -1,6 +1,7 @@
 """The prediction of a step's memory: what it counts exactly, what it advises, and how a run uses it."""
 
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from peagle_hf.training.memory import (
     GIB,
     STATE_BYTES,
     MemoryPlan,
+    advice,
     bytes_per_slot,
     cut_to_fit,
     estimate,
@@ -35,6 +37,7 @@ from peagle_hf.training.memory import (
 )
 from peagle_hf.training.muon import step_bytes
 from peagle_hf.training.newton_schulz import orthogonalize_elements
+from peagle_hf.training.optimizer import MUON
 from peagle_hf.training.run import build_config
 
 ROOT = Path(__file__).parents[1]
@@ -201,6 +204,28 @@ def test_the_advice_ends_with_what_fits():
     assert totals[-1] <= 20
     assert all(total > 20 for total in totals[:-1])
     assert report(MemoryPlan(qwen3_8b(), 8192), 80 * GIB).endswith("It fits.")
+
+
+@pytest.mark.parametrize("budget", [1, 17, 20])
+def test_the_advised_flags_alone_give_the_advised_peaks(budget):
+    """With Muon, whose own step is the peak, parts of a batch lower nothing before the optimizer is another."""
+    plan = MemoryPlan(qwen3_8b(), 4096, optimizer=MUON, checkpointing="keep_attention")
+    fields = {
+        "--sequence-partitions 4": {"partitions": 4},
+        "--optim adamw_bnb_8bit": {"optimizer": "adamw_bnb_8bit"},
+        "--total-seq-len 2048": {"positions": 2048},
+        "--no-embed-requires-grad": {"config": qwen3_8b(embed_requires_grad=False)},
+    }
+    _, *advised = advice(plan, budget * GIB).splitlines()
+    assert advised[0].split()[:2] == ["--optim", "adamw_bnb_8bit"]
+    for line in advised:
+        if line.startswith("  "):
+            flag, peak, _ = line.rsplit(maxsplit=2)
+            plan = replace(plan, **fields.pop(flag.strip()))
+            assert float(peak) == round(estimate(plan).total / GIB, 2)
+    assert (estimate(plan).total <= budget * GIB) == line.startswith("  ")
+    others = [estimate(replace(plan, **change)).total for change in fields.values()]
+    assert line.startswith("  ") or min(others, default=math.inf) >= estimate(plan).total
 
 
 def test_a_budget_below_the_weights_is_refused():

@@ -366,33 +366,30 @@ def _of_other_device(plan: MemoryPlan, name: str) -> list[str]:
 
 def advice(plan: MemoryPlan, budget: int) -> str:
     """The flags that lower the peak, each with the peak predicted with it and all flags before it, until it fits."""
-    steps = [
-        ("--activation-checkpointing", replace(plan, checkpointing="keep_attention")),
-        ("--sequence-partitions 4", replace(plan, checkpointing="keep_attention", partitions=max(4, plan.partitions))),
-    ]
-    narrow = replace(steps[-1][1], optimizer="adamw_bnb_8bit")
-    steps.append(("--optim adamw_bnb_8bit", narrow))
-    single = replace(narrow, batch_size=1)
-    steps.append(("--per-device-train-batch-size 1", single))
-    half = replace(single, positions=plan.positions // 2)
-    steps.append((f"--total-seq-len {half.positions}", half))
-    small = replace(half, config=PeagleConfig.from_dict(plan.config.to_dict() | {"embed_requires_grad": False}))
-    steps.append(("--no-embed-requires-grad", small))
-    steps.append(("--no-linear-start", replace(small, linear_start=False)))
+    half, frozen = plan.positions // 2, plan.config.to_dict() | {"embed_requires_grad": False}
+    changes: dict[str, dict[str, Any]] = {
+        "--activation-checkpointing": {"checkpointing": "keep_attention"},
+        "--sequence-partitions 4": {"partitions": max(4, plan.partitions)},
+        "--optim adamw_bnb_8bit": {"optimizer": "adamw_bnb_8bit"},
+        "--per-device-train-batch-size 1": {"batch_size": 1},
+        f"--total-seq-len {half}": {"positions": half},
+        "--no-embed-requires-grad": {"config": PeagleConfig.from_dict(frozen)},
+        "--no-linear-start": {"linear_start": False},
+    }
     if estimate(plan).verifier:
-        cached = replace(steps[-1][1], verifier=0, verifier_token=0, batches_ahead=0)
-        steps.append(("peagle-hf extract before training", cached))
+        changes["peagle-hf extract before training"] = {"verifier": 0, "verifier_token": 0, "batches_ahead": 0}
     lines = ["To need less, turn these on, one after another:"]
-    current = estimate(plan).total
-    for flag, changed in steps:
-        total = estimate(changed).total
-        if total < current:
-            lines.append(f"  {flag:<48}{total / GIB:>8.2f} GiB")
-            current = total
-        if current <= budget:
+    peak = estimate(plan).total
+    while True:
+        lower = [flag for flag, change in changes.items() if estimate(replace(plan, **change)).total < peak]
+        if not lower:
+            lines.append("A drafter with fewer layers or a smaller --draft-vocab-size needs less still.")
             break
-    else:
-        lines.append("A drafter with fewer layers or a smaller --draft-vocab-size needs less still.")
+        plan = replace(plan, **changes.pop(lower[0]))
+        peak = estimate(plan).total
+        lines.append(f"  {lower[0]:<48}{peak / GIB:>8.2f} GiB")
+        if peak <= budget:
+            break
     return "\n".join(lines)
 
 
