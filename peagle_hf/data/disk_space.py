@@ -86,7 +86,7 @@ def bytes_needed(manifest: Manifest, data: "datasets.Dataset", lengths: dict[int
     num_tokens = num_last = sum(lengths.values())
     if manifest.storage in LEARNT_STORAGES:
         masks = (data[row]["loss_mask"] for row in lengths)
-        num_last = sum(int(target_tokens(torch.tensor(mask).bool()).sum()) for mask in masks)
+        num_last = sum(int(target_tokens(torch.as_tensor(mask).bool()).sum()) for mask in masks)
     return manifest.bytes_of(num_tokens, num_last) + len(lengths) * HEADER_BYTES
 
 
