@@ -11,7 +11,7 @@ from ..console import estimate
 from ..data.answer_markers import TEXT, drafted_segments
 from ..data.contexts import drafted_contexts
 from ..pages.page import render
-from ..pages.pictures import COLOURS, GREY, picture, save_png
+from ..pages.pictures import bars, picture, save_png
 from ..pages.tables import Table
 from ..serving.tokens_by_load import RECOMMENDED, describe, describe_not_reached
 from .intervals import MIN_PROMPTS
@@ -417,7 +417,7 @@ def _draw_positions(report: dict[str, Any], axes: Any) -> None:
     entries = _entries(report)
     positions = range(max(len(entry["per_position_acceptance"]) for _, entry in entries))
     series = [(label, _positions(entry, len(positions))) for label, entry in entries]
-    _bars(axes, [str(position + 1) for position in positions], series, "{:.1%}", baseline=False)
+    bars(axes, [str(position + 1) for position in positions], series, "{:.1%}", baseline=False)
     axes.set(xlabel="Draft position", ylabel="Accepted, of all drafts", title="Acceptance by position")
     axes.yaxis.set_major_formatter("{x:.0%}")
 
@@ -435,7 +435,7 @@ def _draw_categories(report: dict[str, Any], axes: Any) -> None:
 
     series = [(label, lengths(entry)) for label, entry in _entries(report)]
     names = [shown(name, LONGEST_LABEL // 2) for name in report["by_category"]]
-    _bars(axes, names, series, "{:.2f}", baseline=False, bottom=1.0)
+    bars(axes, names, series, "{:.2f}", baseline=False, bottom=1.0)
     axes.set(ylabel="Acceptance length", title="Acceptance length by category")
     axes.tick_params("x", rotation=30)
 
@@ -450,7 +450,7 @@ def _draw_speeds(report: dict[str, Any], axes: Any) -> None:
     if baseline:
         series.insert(0, ("no drafter", speeds(report, "tokens_per_second_without")))
     concurrency = [_load(run) for run in report["by_concurrency"]]
-    _bars(axes, concurrency, series, "{:.1f}", baseline)
+    bars(axes, concurrency, series, "{:.1f}", baseline)
     axes.set(xlabel="Chats at a time", ylabel="Tokens per second", title="Speed")
 
 
@@ -459,47 +459,3 @@ _PICTURES: list[tuple[str, Callable[[dict[str, Any], Any], None]]] = [
     ("Acceptance length by category", _draw_categories),
     ("Speed", _draw_speeds),
 ]
-
-
-def _bars(
-    axes: Any,
-    groups: list[str],
-    series: list[tuple[str, list[tuple[float, Any]]]],
-    form: str,
-    baseline: bool,
-    bottom: float = 0.0,
-) -> None:
-    """Bars side by side, with their intervals.
-
-    Args:
-        series: name and, for each group, value and interval.
-        form: format of the numbers on the bars, which are drawn if there is room.
-        baseline: the first series was measured without a drafter.
-    """
-    from matplotlib import rcParams
-
-    width = 0.8 / len(series)
-    for number, (label, values) in enumerate(series):
-        heights = [value - bottom for value, _ in values]
-        places = [group + (number - (len(series) - 1) / 2) * width for group in range(len(groups))]
-        spread = [interval or (value, value) for value, interval in values]
-        errors = [
-            [max(value - low, 0) for (value, _), (low, _) in zip(values, spread, strict=True)],
-            [max(high - value, 0) for (value, _), (_, high) in zip(values, spread, strict=True)],
-        ]
-        bars = axes.bar(
-            places,
-            heights,
-            width * 0.92,
-            bottom,
-            color=GREY if baseline and number == 0 else COLOURS[(number - baseline) % len(COLOURS)],
-            label=label,
-            yerr=errors,
-            error_kw={"ecolor": rcParams["text.color"], "elinewidth": 1, "capsize": 2},
-        )
-        if len(groups) * len(series) <= 16:
-            axes.bar_label(bars, [form.format(value) for value, _ in values], padding=2, fontsize=9)
-    axes.set_xticks(range(len(groups)), groups, parse_math=False)
-    axes.margins(y=0.15)
-    if len(series) > 1:
-        axes.legend(fontsize=9, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))

@@ -95,3 +95,47 @@ def _style(ink: str) -> Iterator[None]:
     with rc_context({**dict.fromkeys(inked, ink), **plain, **svg}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"Glyph \d+", UserWarning)  # a character that matplotlib's font lacks
         yield
+
+
+def bars(
+    axes: Any,
+    groups: list[str],
+    series: list[tuple[str, list[tuple[float, Any]]]],
+    form: str,
+    baseline: bool,
+    bottom: float = 0.0,
+) -> None:
+    """Draw groups of bars side by side, with their intervals.
+
+    Args:
+        series: name and, for each group, value and interval.
+        form: format of the numbers on the bars, which are drawn if there is room.
+        baseline: the first series was measured without a drafter.
+    """
+    from matplotlib import rcParams
+
+    width = 0.8 / len(series)
+    for number, (label, values) in enumerate(series):
+        heights = [value - bottom for value, _ in values]
+        places = [group + (number - (len(series) - 1) / 2) * width for group in range(len(groups))]
+        spread = [interval or (value, value) for value, interval in values]
+        errors = [
+            [max(value - low, 0) for (value, _), (low, _) in zip(values, spread, strict=True)],
+            [max(high - value, 0) for (value, _), (_, high) in zip(values, spread, strict=True)],
+        ]
+        bars = axes.bar(
+            places,
+            heights,
+            width * 0.92,
+            bottom,
+            color=GREY if baseline and number == 0 else COLOURS[(number - baseline) % len(COLOURS)],
+            label=label,
+            yerr=errors,
+            error_kw={"ecolor": rcParams["text.color"], "elinewidth": 1, "capsize": 2},
+        )
+        if len(groups) * len(series) <= 16:
+            axes.bar_label(bars, [form.format(value) for value, _ in values], padding=2, fontsize=9)
+    axes.set_xticks(range(len(groups)), groups, parse_math=False)
+    axes.margins(y=0.15)
+    if len(series) > 1:
+        axes.legend(fontsize=9, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
