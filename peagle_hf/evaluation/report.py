@@ -55,14 +55,21 @@ def _summary(entry: dict[str, Any], report: dict[str, Any]) -> dict[str, str]:
         "Verifier": report["verifier"],
         "Acceptance length": _figure(entry, "acceptance_length", ".3f"),
         "Speed-up": _speed_up(entry) or "not measured",
-        **_pays_from(entry),
+        **({"Pays from acceptance length": pays_from} if (pays_from := _pays_from(entry)) else {}),
         "Text identical": "not compared" if is_same is None else "yes" if is_same else f"NO, in {_num_other(entry)}",
     }
 
 
-def _pays_from(entry: dict[str, Any]) -> dict[str, str]:
-    length = _figure(entry, "break_even_length", ".2f")
-    return {"Pays from acceptance length": length} if length else {}
+def _pays_from(entry: dict[str, Any]) -> str:
+    """The break-even length, or the side of it that is known; empty without a baseline.
+
+    Without the time of the prompts' own passes, which isn't known then, a drafter that is slower than none pays only
+    from a greater length than acceptance length / speed-up, and one that is faster already from a smaller one.
+    """
+    if entry["speed_up"] is None or entry["break_even_length"] is not None:
+        return _figure(entry, "break_even_length", ".2f")
+    side = "more" if entry["speed_up"] < 1 else "less"
+    return f"{side} than {entry['acceptance_length'] / entry['speed_up']:.2f}"
 
 
 def _num_other(entry: dict[str, Any]) -> str:
@@ -222,7 +229,7 @@ def _speed_rows(entries: list[tuple[str, dict[str, Any]]]) -> list[list[str]]:
             label,
             _figure(run, f"tokens_per_second{suffix}", ".1f"),
             "" if suffix else _speed_up(run),
-            "" if suffix else _figure(run, "break_even_length", ".2f"),
+            "" if suffix else _pays_from(run),
             _three(times["request"], 1),
             _three(times["first_token"], 1),
             _three(times["output_token"], 1000),
@@ -369,23 +376,19 @@ def _speed_sentence(report: dict[str, Any]) -> str:
 
 
 def _break_even_sentences(report: dict[str, Any]) -> list[str]:
-    """From which acceptance length the drafter pays, at each number of chats at a time; none if it isn't known."""
+    """From which acceptance length the drafter pays, at each number of chats at a time."""
     if report["speed_up"] is None:
         return []
-    known = [run for run in report["by_concurrency"] if run["break_even_length"] is not None]
-    unknown = [_load(run) for run in report["by_concurrency"] if run["break_even_length"] is None]
-    sentences = []
-    if known:
-        lengths = [f"{_figure(run, 'break_even_length', '.2f')} at {_load(run)}" for run in known]
+    lengths = [f"{_pays_from(run)} at {_load(run)}" for run in report["by_concurrency"]]
+    sentences = [
+        f"It pays here from acceptance length {', '.join(lengths)} chats at a time; this drafter has "
+        f"{report['acceptance_length']:.2f}."
+    ]
+    if any(run["break_even_length"] is None for run in report["by_concurrency"]):
         sentences.append(
-            f"It pays here from acceptance length {', '.join(lengths)} at a time; this drafter has "
-            f"{report['acceptance_length']:.2f}."
-        )
-    if unknown:
-        sentences.append(
-            f"From which acceptance length it pays isn't known at {', '.join(unknown)} at a time: the prompts' own "
-            "passes may take a large part of the time, and other answers go on meanwhile. --concurrency 1 as well, or "
-            "longer answers, tell more, and peagle-hf plan measures it."
+            "Where only one side of that length is given, the prompts' own passes may take a large part of the time, "
+            "while other answers go on. --concurrency 1 as well, or longer answers, tell more, and peagle-hf plan "
+            "measures it."
         )
     return sentences
 
