@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import VllmServer, ended
 from fake_vllm import FakeDraftingVllm
 
@@ -25,6 +26,7 @@ from peagle_hf.hub.card import model_card
 from peagle_hf.hub.evaluation_json import read_evaluation
 from peagle_hf.model.served_checkpoint import check_checkpoint
 from peagle_hf.serving.chat import ChatArguments
+from peagle_hf.serving.environment import installed_vllm
 from peagle_hf.serving.launch import ServeArguments, drafting_command
 
 TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}{{ 'w9' if enable_thinking else 'w8' }}"
@@ -127,6 +129,8 @@ def test_the_server_writes_chats_as_the_training_did(trained_drafter, drafter, t
     assert words[words.index("--chat-template") + 1] == str(own)
     assert option(words, "--default-chat-template-kwargs") == {"a": "ä"}
     assert "From the training" not in caplog.text
+    warns = not torch.cuda.is_available() and installed_vllm().samples_wrongly_on_cpu
+    assert ("Ask with temperature 0, or serve without a drafter" in caplog.text) == warns
 
     for folder, changes in ((drafter, {}), (trained_drafter, {"chat_template": str(own), "chat_template_kwargs": {}})):
         command = drafting_command(ServeArguments(str(folder), **changes), on_cpu=False)

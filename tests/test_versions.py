@@ -1,17 +1,20 @@
 """The versions of transformers and vLLM that we support: what was renamed between them, and what we use of them."""
 
 import json
+import subprocess
 import sys
 import warnings
 from importlib.metadata import distributions, version
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import check_vllm_source
 import pytest
 from test_trainer_arguments import trainer_of
 
 from peagle_hf import PeagleError, PeagleTrainingArguments
+from peagle_hf.evaluation import in_processes
 from peagle_hf.serving.environment import installed_vllm
 from peagle_hf.serving.installed import MODEL_RUNNER, InstalledVllm, drafting_environment
 
@@ -86,6 +89,54 @@ def test_the_arguments_of_the_installed_vllm_are_known():
     names = {"model", "per_request_spec_decode_metrics", "default_chat_template_kwargs", "enforce_eager"}
     assert names < found.arguments
     assert {"parallel_drafting", "draft_sample_method", "num_speculative_tokens_per_batch_size"} < found.drafting
+
+
+KERNEL = """
+def _expand_kernel_impl(output, input_val, cu_num_tokens, replace_from, replace_to):
+    torch.ops._C.expand_kernel_impl({given}, input_val, cu_num_tokens, replace_from, replace_to)
+    {after}
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "after", "is_wrong"),
+    [
+        ("_ensure_int64(output)", "", True),
+        ("_ensure_int64(output)", "output.copy_(filled)", False),
+        ("output", "", False),
+    ],
+)
+def test_a_vllm_that_loses_temperatures_on_a_cpu_is_known_by_its_source(tmp_path, given, after, is_wrong):
+    old_vllm(tmp_path, "0.32.0")
+    (tmp_path / "utils").mkdir()
+    (tmp_path / "utils" / "cpu_triton_utils.py").write_text(KERNEL.format(given=given, after=after))
+    found = InstalledVllm.at(tmp_path)
+    assert found.samples_wrongly_on_cpu == is_wrong
+    assert ("vllm-project/vllm/issues/55005" in found.sampling_fault) == is_wrong
+
+
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM isn't installed")
+def test_the_installed_vllm_loses_temperatures_on_a_cpu_as_its_source_says():
+    """In a process of its own: what one of vLLM's kernels leaves in the output that it is given."""
+    code = (
+        "import torch, vllm._C; from vllm.utils.cpu_triton_utils import _expand_kernel_impl as expand\n"
+        "output = torch.full((4,), 7.0); expand(output, torch.tensor([1.0, 2.0]), torch.tensor([2, 4]), 0, 1)\n"
+        "print(output.tolist() == [7.0] * 4)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip("this vLLM has no kernels for a CPU")
+    assert done.stdout.split()[-1] == str(installed_vllm().samples_wrongly_on_cpu)
+
+
+@pytest.mark.fault("vLLM samples wrongly with a drafter on a CPU", "evaluate refuses it; serve warns.")
+def test_sampling_that_vllm_gets_wrong_is_not_measured(monkeypatch):
+    wrong = InstalledVllm("0.32.0", samples_wrongly_on_cpu=True)
+    monkeypatch.setattr(in_processes, "installed_vllm", lambda: wrong)
+    monkeypatch.setattr(in_processes.torch.cuda, "is_available", lambda: False)
+    task = SimpleNamespace(arguments=SimpleNamespace(temperature=[0.0, 1.0]), drafting=[])
+    with pytest.raises(PeagleError, match=r"issues/55005.*Measure with --temperature 0 or on a GPU"):
+        in_processes.measure_processes(task)
 
 
 def vllm_version() -> str:

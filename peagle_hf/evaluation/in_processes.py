@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..errors import PeagleError
 from ..serving.environment import available_cores, installed_vllm, vllm_environment
 from ..serving.installed import MODEL_RUNNER, REQUEST_COUNTS, InstalledVllm, drafting_environment
 from ..verifier.loading import load_verifier_config
@@ -25,10 +26,16 @@ def measure_processes(task: Task) -> Measured:
     """Run vLLM in processes of its own, in each round first without a drafter.
 
     Raises:
-        PeagleError: vLLM isn't installed, fails or lacks an argument, or a prompt is too long.
+        PeagleError: vLLM isn't installed, fails, lacks an argument or can't sample on this device, or a prompt is too
+            long.
     """
     arguments, drafting = task.arguments, task.drafting
     installed = installed_vllm()
+    if max(arguments.temperature) > 0 and not torch.cuda.is_available() and installed.sampling_fault:
+        raise PeagleError(
+            f"{installed.sampling_fault} Acceptance would be wrong, too. Measure with --temperature 0 or on a GPU; "
+            "peagle-hf acceptance --temperature and draft_and_verify need no vLLM."
+        )
     counts = BY_DRAFT if installed.takes(REQUEST_COUNTS) else BY_CATEGORY
     engine = engine_arguments(
         task.verifier,

@@ -28,6 +28,8 @@ OPTIONAL = {
 MODEL_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 """vLLM's variable that chooses the model runner. Only the first one drafts for P-EAGLE (0.26 to 0.33)."""
 _SOURCES = {"engine/arg_utils.py": "EngineArgs", "config/speculative.py": "SpeculativeConfig"}
+_CPU_KERNELS, _EXPAND = "utils/cpu_triton_utils.py", "_expand_kernel_impl"
+"""The file and function by which vLLM on a CPU gives each drafted token the temperature of its request."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,15 @@ class InstalledVllm:
         version: "" if it isn't known.
         arguments: of the engine and of the server, with underscores; empty if they aren't known.
         drafting: the fields of `--speculative-config`; empty if they aren't known.
+        samples_wrongly_on_cpu: whether on a CPU drafts are verified at a temperature from memory that was never
+            written, since the function that copies it fills a copy instead
+            (https://github.com/vllm-project/vllm/issues/55005).
     """
 
     version: str = ""
     arguments: frozenset[str] = frozenset()
     drafting: frozenset[str] = frozenset()
+    samples_wrongly_on_cpu: bool = False
 
     @classmethod
     def at(cls, folder: Path | None) -> "InstalledVllm":
@@ -52,7 +58,18 @@ class InstalledVllm:
         engine, drafting = (_fields(folder / path, name) for path, name in _SOURCES.items())
         server = [_fields(path) for path in (folder / "entrypoints").rglob("cli_args.py")]
         is_known = engine and any(server)
-        return cls(_version(folder), engine.union(*server) if is_known else frozenset(), drafting)
+        arguments = engine.union(*server) if is_known else frozenset()
+        return cls(_version(folder), arguments, drafting, _fills_a_copy(folder / _CPU_KERNELS))
+
+    @property
+    def sampling_fault(self) -> str:
+        """A sentence for users of a CPU whose requests have a temperature above 0; empty if nothing is wrong there."""
+        if not self.samples_wrongly_on_cpu:
+            return ""
+        return (
+            f"On a CPU vLLM {self.version} doesn't verify drafts at the temperature that was asked for if it is above "
+            "0 (https://github.com/vllm-project/vllm/issues/55005), so the text is not distributed as the verifier's."
+        )
 
     def takes(self, name: str) -> bool:
         """Whether this vLLM has an argument, or a field of `--speculative-config`; True if that isn't known."""
@@ -102,6 +119,15 @@ def drafting_environment(environment: Mapping[str, str]) -> dict[str, str]:
 @cache
 def _warn_once(message: str) -> None:
     logger.warning("%s", message)
+
+
+def _fills_a_copy(path: Path) -> bool:
+    """Whether `_EXPAND` hands a copy of its output to the kernel and doesn't copy the result back."""
+    for node in _body(path):
+        if isinstance(node, ast.FunctionDef) and node.name == _EXPAND:
+            code = ast.unparse(node)
+            return "_ensure_int64(output)" in code and "output.copy_(" not in code
+    return False
 
 
 def _version(folder: Path) -> str:

@@ -186,6 +186,8 @@ def serve(arguments: ServeArguments) -> None:
     address = Address.of(arguments.vllm_args)
     environment = drafting_environment(vllm_environment(arguments.vllm_python, needs_vllm=not arguments.dry_run))
     command = drafting_command(arguments, _on_cpu(environment))
+    if _on_cpu(environment) and (fault := installed_vllm(arguments.vllm_python).sampling_fault):
+        logger.warning("%s Ask with temperature 0, or serve without a drafter.", fault)
     _show(command, environment)
     if not arguments.dry_run:
         address.check_free()
