@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from fake_vllm import FakeDraftingVllm
 from peagle_hf import EvaluateArguments, PeagleError, evaluate
 from peagle_hf.evaluation.runs import Run
 from peagle_hf.evaluation.task import FINISHED_RUNS
+from peagle_hf.serving.environment import installed_vllm
 
 ROWS = [{"question_id": number, "turns": [f"a b c {'d ' * number}", "e f"]} for number in range(6)]
 REQUESTS = 1 + 2 * len(ROWS)
@@ -214,6 +216,8 @@ def test_vllm_in_process_does_only_what_is_missing(arguments, monkeypatch, capsy
                 keep(run, MEASURED_ON | {"model_runner": runner})
 
     monkeypatch.setattr("peagle_hf.evaluation.in_processes.VllmProcess", FakeProcess)
+    samples_rightly = replace(installed_vllm(), samples_wrongly_on_cpu=False)
+    monkeypatch.setattr("peagle_hf.evaluation.in_processes.installed_vllm", lambda: samples_rightly)
     here = {"endpoint": None, "baseline_endpoint": None, "seed": 7, "temperature": 0.7, "num_speculative_tokens": [1]}
     with pytest.raises(PeagleError, match="vLLM failed"):
         evaluate(arguments(**here))

@@ -31,11 +31,7 @@ def measure_processes(task: Task) -> Measured:
     """
     arguments, drafting = task.arguments, task.drafting
     installed = installed_vllm()
-    if max(arguments.temperature) > 0 and not torch.cuda.is_available() and installed.sampling_fault:
-        raise PeagleError(
-            f"{installed.sampling_fault} Acceptance would be wrong, too. Measure with --temperature 0 or on a GPU; "
-            "peagle-hf acceptance --temperature and draft_and_verify need no vLLM."
-        )
+    _check_sampling(arguments.temperature, installed)
     counts = BY_DRAFT if installed.takes(REQUEST_COUNTS) else BY_CATEGORY
     engine = engine_arguments(
         task.verifier,
@@ -83,6 +79,14 @@ def measure_processes(task: Task) -> Measured:
     measured_on = {**measured_on, "model_runner": runners}
     drafters = [(tried.drafter.name, tried.num_speculative_tokens) for tried in drafting]
     return Measured(by_temperature(drafters, runs[0], runs[1:]), measured_on, counts, finished)
+
+
+def _check_sampling(temperatures: Sequence[float], installed: InstalledVllm) -> None:
+    if max(temperatures) > 0 and not torch.cuda.is_available() and installed.sampling_fault:
+        raise PeagleError(
+            f"{installed.sampling_fault} Acceptance would be wrong, too. Measure with --temperature 0 or on a GPU; "
+            "peagle-hf acceptance --temperature and draft_and_verify need no vLLM."
+        )
 
 
 def _add(finished: FinishedRuns, names: Iterator[str], run: Run, measured_on: dict[str, Any]) -> None:
