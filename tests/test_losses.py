@@ -100,6 +100,17 @@ def test_a_weighted_sum_of_losses():
     torch.testing.assert_close(grads, expected_grads)
 
 
+def looped_weights(chances, num_depths, alpha):
+    """The weights of slots by (anchor, depth), by loops over their probabilities; where there is no slot that is 1."""
+    survival = {place: (1 - alpha) * chance + alpha for place, chance in chances.items()}
+
+    def weight(anchor, depth):
+        lasts = [last for last in range(depth, num_depths) if (anchor, last) in survival]
+        return sum(math.prod(survival.get((anchor, before), 1.0) for before in range(last + 1)) for last in lasts)
+
+    return {place: weight(*place) for place in chances}
+
+
 def squared_chance(chance):
     return chance.square() + 0.1
 
@@ -175,14 +186,8 @@ def test_the_objective_is_the_weighted_sum_over_rollouts(train_head, draft_vocab
     chance = q.gather(-1, p.argmax(-1, keepdim=True)).squeeze(-1).tolist()
     trained = batch["trained_slots"][0]
     places = list(zip(batch["anchors"][0, trained].tolist(), batch["depths"][0, trained].tolist(), strict=True))
-    survival = {place: (1 - alpha) * one + alpha for place, one in zip(places, chance, strict=True)}
-
-    def weight(anchor, depth):
-        lasts = [last for last in range(depth, config.num_depths) if (anchor, last) in survival]
-        before = [[survival.get((anchor, earlier), 1.0) for earlier in range(last + 1)] for last in lasts]
-        return decay**depth * sum(math.prod(factors) for factors in before)
-
-    weights = torch.tensor([weight(*place) for place in places], dtype=torch.float64)
+    looped = looped_weights(dict(zip(places, chance, strict=True)), config.num_depths, alpha)
+    weights = torch.tensor([decay**depth * looped[anchor, depth] for anchor, depth in places], dtype=torch.float64)
     expected = (weights * kl(p, q)).sum() / 10
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
     for grad, expected_grad in zip(grads, torch.autograd.grad(expected, wanted), strict=True):
@@ -202,22 +207,9 @@ def test_survival_weights_are_the_formula(alpha):
     chance = torch.rand(len(rows), generator=generator, dtype=torch.float64)
     anchors, depths = torch.tensor(rows).T
 
-    def survival(anchor, depth):
-        row = (anchor, depth)
-        return 1.0 if row not in rows else (1 - alpha) * float(chance[rows.index(row)]) + alpha
-
-    def weight(anchor, depth):
-        total = 0.0
-        for last in range(depth, num_depths):
-            if (anchor, last) in rows:
-                product = 1.0
-                for earlier in range(last + 1):
-                    product *= survival(anchor, earlier)
-                total += product
-        return total
-
+    weights = looped_weights(dict(zip(rows, chance.tolist(), strict=True)), num_depths, alpha)
     found = losses.survival_weights(chance, anchors, depths, num_positions, num_depths, alpha)
-    expected = torch.tensor([weight(*row) for row in rows], dtype=torch.float64)
+    expected = torch.tensor([weights[row] for row in rows], dtype=torch.float64)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
 
 

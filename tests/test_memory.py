@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.tutorial_inputs import VERIFIER
 from code_blocks import blocks, embedded
 from peft import LoraConfig
 from test_modeling import make_batch, make_config, make_drafter
@@ -42,30 +43,7 @@ from peagle_hf.training.run import build_config
 
 ROOT = Path(__file__).parents[1]
 
-
-def qwen3_8b(**fields):
-    sizes = {
-        "hidden_size": 4096,
-        "intermediate_size": 12288,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "num_hidden_layers": 4,
-        "vocab_size": 151936,
-    }
-    return make_config(layer=sizes, draft_vocab_size=151936, num_depths=8, **fields)
-
-
-QWEN3_8B = {
-    "model_type": "qwen3",
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 151936,
-}
+QWEN3_8B = {"model_type": "qwen3", **VERIFIER}
 LLAMA_70B = {
     "model_type": "llama",
     "hidden_size": 8192,
@@ -76,6 +54,11 @@ LLAMA_70B = {
     "vocab_size": 128256,
 }
 """The sizes in the configurations of Qwen/Qwen3-8B and meta-llama/Llama-3.3-70B-Instruct."""
+
+
+def qwen3_8b(**fields):
+    layer = QWEN3_8B | {"model_type": "llama", "num_hidden_layers": 4}
+    return make_config(layer=layer, draft_vocab_size=151936, num_depths=8, **fields)
 
 
 @pytest.mark.parametrize(
