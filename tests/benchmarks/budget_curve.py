@@ -14,6 +14,7 @@ once with all rates, and those with another rate than the best are ended when it
 its own, on the rows of one cache; its last weights are measured from cached states, in float32, on the selection and
 the test prompts. What fails is tried again. An interrupted `run` goes on with the trainings that have no result yet;
 the file `long_steps` in the folder shortens the longest trainings, which then start anew. Needs speculators 0.9.0.
+`run --jobs FILE` runs other trainings; `late_loss` in a line is the loss of ours in the last third of the steps.
 """
 
 import argparse
@@ -52,7 +53,8 @@ ATTEMPTS = 3
 
 
 def name_of(job: Job) -> str:
-    flags = "".join(f"-{name}{value}" for name, value in job.get("flags", {}).items())
+    others = job.get("flags", {}) | ({"late_loss": job["late_loss"]} if "late_loss" in job else {})
+    flags = "".join(f"-{name}{value}" for name, value in others.items())
     return f"{job['who']}-lr{job['rate']:g}-steps{job['steps']}-seed{job['seed']}{flags}"
 
 
@@ -62,14 +64,20 @@ def data(options: argparse.Namespace) -> None:
 
 def states(options: argparse.Namespace) -> None:
     """Cache the states of the three datasets; of the training rows every GPU makes a share."""
-    folder, shares = Path(options.folder), max(1, torch.cuda.device_count())
-    waited = []
-    for rank in range(shares):
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(rank)
+    folder, names = Path(options.folder), gpu_names()
+    shares, waited = len(names), []
+    for rank, name in enumerate(names):
+        os.environ["CUDA_VISIBLE_DEVICES"] = name
         waited.append(extract(folder, "train", "--rank", str(rank), "--world-size", str(shares)))
     waited += [extract(folder, name) for name in ("selected", "tested")]
     if any(process.wait() for process in waited):
         raise SystemExit("The extraction failed.")
+
+
+def gpu_names() -> list[str]:
+    """For each GPU what CUDA_VISIBLE_DEVICES must be, so that a process has it alone; one name without a GPU."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(gpu) for gpu in range(max(1, torch.cuda.device_count()))]
 
 
 class Clock:
@@ -94,11 +102,14 @@ def train_ours(folder: Path, job: Job, drafter_folder: Path, clock: Clock) -> di
 
     from peagle_hf import HiddenStatesDataset, PeagleTrainer, PeagleTrainingArguments, start_linearly
     from peagle_hf.cli.parsing import flags, parse_arguments
+    from peagle_hf.training.losses import parse_loss
     from peagle_hf.training.run import build_drafter
 
     class Steps(TrainerCallback):
-        def on_step_end(self, *arguments: Any, **options: Any) -> None:
+        def on_step_end(self, args: Any, state: Any, *arguments: Any, **options: Any) -> None:
             clock.step()
+            if job.get("late_loss") and state.global_step == 2 * job["steps"] // 3:
+                trainer.distillation.loss_weights = parse_loss(job["late_loss"])
 
     fields = BASE | {"lr": job["rate"], "max_steps": job["steps"], "seed": job["seed"]}
     fields |= {"verifier_name_or_path": (folder / "verifier.txt").read_text(), "data_path": str(folder / "train")}
@@ -108,7 +119,8 @@ def train_ours(folder: Path, job: Job, drafter_folder: Path, clock: Clock) -> di
     drafter = build_drafter(args)
     dataset = HiddenStatesDataset(folder / "train", None, args.total_seq_len, seed=args.seed)
     start_linearly(drafter.to(args.device), dataset)
-    PeagleTrainer(model=drafter, args=args, train_dataset=dataset, callbacks=[Steps()]).train()
+    trainer = PeagleTrainer(model=drafter, args=args, train_dataset=dataset, callbacks=[Steps()])
+    trainer.train()
     drafter.to(torch.bfloat16).save_pretrained(drafter_folder)
     lengths, share = dataset.data["seq_len"], job["steps"] / len(dataset)
     positions = sum(min(int(lengths[row]) - 2, args.total_seq_len) for rows in dataset.plan for row in rows)
@@ -263,7 +275,8 @@ def read(folder: Path) -> list[Job]:
 
 def run(options: argparse.Namespace) -> None:
     """Keep every GPU at work until all that is wanted has a result or has failed ATTEMPTS times."""
-    folder, gpus = Path(options.folder), max(1, torch.cuda.device_count())
+    folder, names_of_gpus = Path(options.folder), gpu_names()
+    gpus = len(names_of_gpus)
     for name in ("results", "progress", "logs", "work", "drafters"):
         (folder / name).mkdir(exist_ok=True)
     threads = {f"{name}_NUM_THREADS": "2" for name in ("OMP", "MKL", "OPENBLAS")}
@@ -275,7 +288,7 @@ def run(options: argparse.Namespace) -> None:
         name = name_of(job)
         command = [sys.executable, __file__, "train", str(folder), json.dumps(job)]
         with (folder / "logs" / f"{name}.log").open("ab") as log:
-            settings = environment | ({"CUDA_VISIBLE_DEVICES": str(gpu)} if torch.cuda.is_available() else {})
+            settings = environment | ({"CUDA_VISIBLE_DEVICES": names_of_gpus[gpu]} if torch.cuda.is_available() else {})
             process = subprocess.Popen(command, env=settings, stdout=log, stderr=log, start_new_session=True)
         running[name] = process, gpu
         print(f"{time.strftime('%T')} {name} on GPU {gpu}", flush=True)

@@ -6,8 +6,9 @@ Makes a verifier of Qwen3-8B's size with random weights (`model`) and 5,000 conv
 (`chats`; see `tutorial_inputs`), then runs the tutorial's own commands: `prepare`, `extract`, `train`. Each step can be
 run alone. `all` runs what isn't complete yet, and stops at `--minutes`; the same command goes on from there. What is
 known so far is in RESULTS/results.json after every step and every line of a training's log. `scaling` trains for some
-steps on 1, 2, 4 … GPUs with DDP and with FSDP2. `report` prints a table of one or more results files, in which what is
-calculated and not measured is in italics. `--tiny` shrinks everything for a test of this script itself.
+steps on 1, 2, 4 … GPUs with DDP and with FSDP2, without those that the results have already. `report` prints a table of
+one or more results files, in which what is calculated and not measured is in italics. `--tiny` shrinks everything for a
+test of this script itself.
 
 Arguments after `--` go to `peagle-hf train`.
 """
@@ -181,6 +182,8 @@ class Benchmark:
         kinds = [(count, kind) for count in counts for kind in ("ddp", "fsdp2") if count > 1 or kind == "ddp"]
         for count, kind in kinds:
             if kind == "fsdp2" and not gpu_names():  # accelerate has none on CPUs
+                continue
+            if self.results.get("scaling", {}).get(f"{kind}, {count}", {}).get("step_s"):
                 continue
             runs = self.folder / "scaling"
             shutil.rmtree(runs, ignore_errors=True)
