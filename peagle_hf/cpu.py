@@ -5,6 +5,7 @@ order. On other devices, in other dtypes, and in a PyTorch without oneDNN's oper
 """
 
 import ctypes
+import os
 import sys
 from typing import Any
 
@@ -14,6 +15,11 @@ from torch.nn import functional as F
 
 _HAS_LINEAR = hasattr(torch.ops.mkldnn, "_linear_pointwise")
 _HAS_PACKING = _HAS_LINEAR and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+
+
+def available_cores() -> int:
+    """Number of cores that this process may use; on macOS and Windows all cores of the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def linear(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

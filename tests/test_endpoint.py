@@ -587,6 +587,8 @@ def test_rows_are_asked_for_while_the_model_computes():
         on_missing="generate", vllm_endpoint="http://localhost:9", use_cpu=True, bf16=False
     )
     assert arguments.dataloader_num_workers >= 1
+    online = {"on_missing": "generate", "vllm_endpoint": "http://localhost:9", "use_cpu": True, "bf16": False}
+    assert PeagleTrainingArguments(**online, dataloader_num_workers=0).dataloader_num_workers == 0
     assert PeagleTrainingArguments(on_missing="generate", use_cpu=True, bf16=False).dataloader_num_workers == 0
     assert PeagleTrainingArguments(use_cpu=True, bf16=False).dataloader_num_workers == 0
 

@@ -5,6 +5,7 @@ import inspect
 import itertools
 import re
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from transformers.training_args import OptimizerNames
 from peagle_hf import PeagleError, PeagleTrainer, PeagleTrainingArguments, build_datasets, build_drafter
 from peagle_hf.arguments import default_of, flag_of
 from peagle_hf.cli import main
+from peagle_hf.training import loader_workers as loading
 from peagle_hf.training.argument_rules import CONTRADICTIONS, NEEDS, REFUSED, REFUSED_PARAMETERS, WORKS, has_bfloat16
 
 LATER = {"activation_checkpointing", "activation_checkpointing_kwargs"}
@@ -244,6 +246,32 @@ def test_bfloat16_is_the_default_on_gpus_that_have_it_only(monkeypatch):
             torch.cuda, "is_bf16_supported", lambda including_emulation=True, own=own: including_emulation or own
         )
         assert has_bfloat16() is own
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "free_gib", "num_workers"),
+    [
+        (16, 1, 100, 4),
+        (16, 8, 100, 2),
+        (4, 8, 100, 1),
+        (2, 1, 100, 2),
+        (16, 1, 0.06, 0),
+        (16, 8, 12.1, 2),
+        (16, 8, 11.9, 0),
+    ],
+)
+def test_samples_are_read_ahead_on_a_gpu_as_far_as_cores_and_shared_memory_allow(
+    monkeypatch, caplog, tmp_path, cores, processes, free_gib, num_workers
+):
+    args = PeagleTrainingArguments(use_cpu=True, bf16=False, total_seq_len=4096)
+    assert args.dataloader_num_workers == 0
+    args.use_cpu = False
+    monkeypatch.setattr(loading, "available_cores", lambda: cores)
+    monkeypatch.setattr(loading, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(loading, "disk_usage", lambda path: SimpleNamespace(free=free_gib * 2**30))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert loading.loader_workers(args) == num_workers
+    assert ("--shm-size" in caplog.text) == (num_workers == 0)
 
 
 def trainer_of(train_flags, changes=(), **options):

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..cpu import available_cores
 from ..errors import PeagleError
-from ..serving.environment import available_cores, installed_vllm, vllm_environment
+from ..serving.environment import installed_vllm, vllm_environment
 from ..serving.installed import MODEL_RUNNER, REQUEST_COUNTS, InstalledVllm, drafting_environment
 from ..verifier.loading import load_verifier_config
 from .arguments import MAX_MODEL_LEN

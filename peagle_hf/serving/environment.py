@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ..cpu import available_cores
 from ..errors import PeagleError
 from .installed import InstalledVllm
 
@@ -62,11 +63,6 @@ def installed_vllm(python: str | None = None) -> InstalledVllm:
     except PeagleError:
         folder = None
     return InstalledVllm.at(None if folder is None else Path(folder))
-
-
-def available_cores() -> int:
-    """Number of cores that this process may use; on macOS and Windows all cores of the machine."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _probe_this_python() -> tuple[str | None, bool, str]:

@@ -33,11 +33,10 @@ from .argument_rules import (
     refused_arguments,
     warn_of_unused,
 )
+from .loader_workers import loader_workers
 from .losses import parse_loss
 from .memory import GIB, MemoryPlan, cut_to_fit, device_memory, processes_of, verifier_memory
 from .optimizer import MUON, MUON_WEIGHT_DECAY
-
-GENERATE_WORKERS = min(4, os.cpu_count() or 1)
 
 
 @dataclass
@@ -310,6 +309,9 @@ class PeagleTrainingArguments(TrainingArguments):
             "const": True,
         },
     )
+    dataloader_num_workers: int | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Loader processes. Default: 4 on a GPU or with --vllm-endpoint, else 0."}
+    )
     dataloader_pin_memory: bool = field(
         default=torch.cuda.is_available(), metadata={"help": "Pin the loader's memory. Default: on with a GPU."}
     )
@@ -381,8 +383,6 @@ class PeagleTrainingArguments(TrainingArguments):
         check_numbers(self)
         self.sequence_partitions = str(self.sequence_partitions)
         check_contradictions(self)
-        if self.on_missing == "generate" and self.vllm_endpoint and self.dataloader_num_workers == 0:
-            self.dataloader_num_workers = GENERATE_WORKERS  # which request the next samples during a step
         if self.push_to_hub and self.verifier_name_or_path:
             hub_verifier(self.verifier_name_or_path, self.verifier_name)
         if self.train_data_ratio == 1:
@@ -390,6 +390,8 @@ class PeagleTrainingArguments(TrainingArguments):
         # Without an accelerator the Trainer would leave the processes of torchrun unconnected, each training alone.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self._choose_precision()
+        if self.dataloader_num_workers is None:
+            self.dataloader_num_workers = loader_workers(self)
         if is_launched() and self.use_cpu:
             connect_on_cpu(self.ddp_timeout)
         # Every process builds the same drafter: accelerate's loading from the first one knows no buffers, such as d2t.

@@ -10,6 +10,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from ..console import progress_bar
 from ..data.collator import CODDataCollator
@@ -31,7 +32,10 @@ POSITIONS_A_FEATURE = 16
 
 @torch.no_grad()
 def start_linearly(
-    drafter: PeagleForSpeculation, dataset: HiddenStatesDataset, head: VerifierHead | None = None
+    drafter: PeagleForSpeculation,
+    dataset: HiddenStatesDataset,
+    head: VerifierHead | None = None,
+    num_workers: int = 0,
 ) -> None:
     """Set a new drafter's first weights so that it predicts the verifier's next state as well as a linear map can.
 
@@ -48,6 +52,7 @@ def start_linearly(
             memory of a float64 matrix [F, F + H] (see `memory.linear_start_bytes`).
         dataset: to train on. Its first packed sequences are read, until there are 16 positions per feature.
         head: the verifier's; default: read from the verifier that the drafter's configuration names.
+        num_workers: processes that read the samples; 0: this one.
 
     Raises:
         PeagleError: the verifier or the samples can't be read, are of other layers or hold NaN, or the
@@ -55,7 +60,7 @@ def start_linearly(
     """
     dataset.check_layers(drafter.config.eagle_aux_hidden_state_layer_ids)
     try:
-        _start(drafter, dataset, load_head(drafter) if head is None else head)
+        _start(drafter, dataset, load_head(drafter) if head is None else head, num_workers)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -67,9 +72,9 @@ def start_linearly(
         ) from error
 
 
-def _start(drafter: PeagleForSpeculation, dataset: HiddenStatesDataset, head: VerifierHead) -> None:
+def _start(drafter: PeagleForSpeculation, dataset: HiddenStatesDataset, head: VerifierHead, num_workers: int) -> None:
     size, states_size = drafter.config.hidden_size, drafter.fc.in_features
-    second_FF, cross_FH, num_positions = _moments(drafter, dataset, head)
+    second_FF, cross_FH, num_positions = _moments(drafter, dataset, head, num_workers)
     deviation_F = ridge_regression(second_FF, cross_FH)
     states_SH, embeds_HH = cross_FH.split([states_size, size])
     drafter.fc.weight.copy_(states_SH.T)
@@ -89,7 +94,7 @@ def _start(drafter: PeagleForSpeculation, dataset: HiddenStatesDataset, head: Ve
 
 
 def _moments(
-    drafter: PeagleForSpeculation, dataset: HiddenStatesDataset, head: VerifierHead
+    drafter: PeagleForSpeculation, dataset: HiddenStatesDataset, head: VerifierHead, num_workers: int
 ) -> tuple[Tensor, Tensor, int]:
     """The mean products of the features with each other [F, F] and with the targets [F, H], and of how many positions.
 
@@ -105,14 +110,15 @@ def _moments(
         num_rows += 1
     process = PartialState()
     mine = range(process.process_index, num_rows, process.num_processes)
-    collator = CODDataCollator(num_depths=1)
+    collator: Any = CODDataCollator(num_depths=1)
+    loader = DataLoader(dataset, 1, sampler=mine, num_workers=num_workers, collate_fn=collator)
     second_FF = torch.zeros(num_features, num_features, dtype=torch.float64, device=device)
     piece = _piece(num_features)
     cross_HF = torch.zeros(size, num_features, dtype=torch.float64, device=device)
 
     def add_up() -> None:
-        numbers = progress_bar(mine, desc="Linear start", unit="row", disable=not process.is_local_main_process)
-        for batch in dataset.completed(collator([dataset[number]]) for number in numbers):
+        batches = progress_bar(loader, desc="Linear start", unit="row", disable=not process.is_local_main_process)
+        for batch in dataset.completed(batches):
             trained, targets = (batch[name][0].split(piece) for name in ("trained_slots", "target_states"))
             for slots, targets_PH in zip(trained, targets, strict=True):
                 states_PS = batch["hidden_states"][0, slots].to(device).double()

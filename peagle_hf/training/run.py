@@ -103,7 +103,7 @@ def build_trainer(
         with together():
             drafter.to(args.device)  # type: ignore[arg-type]
             head = load_head(drafter, head_dtype(args), args.verifier_revision, args.trust_remote_code)
-            start_linearly(drafter, train_dataset, head)
+            start_linearly(drafter, train_dataset, head, args.dataloader_num_workers or 0)
     return PeagleTrainer(
         model=drafter,
         args=args,
@@ -290,7 +290,8 @@ def build_drafter(args: PeagleTrainingArguments) -> PeagleForSpeculation | PeftM
     if earlier:
         drafter = load_drafter(earlier, config)
     else:
-        drafter = PeagleForSpeculation(config)
+        with args.device:  # a GPU draws the random weights of a large drafter in a moment, a CPU in half a minute
+            drafter = PeagleForSpeculation(config)
         if drafter.d2t is not None:
             frequencies = load_token_freq(args.token_freq_path or Path(args.data_path) / "token_freq.pt")
             drafter.set_draft_vocabulary(*draft_vocabulary(frequencies, config.draft_vocab_size, config.vocab_size))

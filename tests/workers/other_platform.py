@@ -37,9 +37,9 @@ os.symlink = no_links
 from fake_hub import TOKEN, fake_hub  # noqa: E402
 
 from peagle_hf import PeagleError, PeagleForSpeculation, PushArguments, cli, push  # noqa: E402
+from peagle_hf.cpu import available_cores  # noqa: E402
 from peagle_hf.data.endpoint_states import Endpoint  # noqa: E402
 from peagle_hf.serving import supervisor  # noqa: E402
-from peagle_hf.serving.environment import available_cores  # noqa: E402
 
 assert available_cores() == os.cpu_count()
 prepared = os.path.join(data, "prepared again")

@@ -1,0 +1,48 @@
+"""How many processes read samples ahead for a training that doesn't say so itself."""
+
+import logging
+import os
+from pathlib import Path
+from shutil import disk_usage
+from typing import Any
+
+from ..cpu import available_cores
+from .memory import GIB
+
+logger = logging.getLogger(__name__)
+
+MOST_WORKERS = 4
+"""Reading a packed sequence may take longer than training on it, but not four times as long."""
+LARGEST_STATES = 4 * 8192 * 2
+"""Bytes of hidden states for a position, of a verifier of 70 billion weights."""
+SHARED_MEMORY = Path("/dev/shm")
+"""Through which workers hand over what they have read."""
+
+
+def loader_workers(args: Any) -> int:
+    """The number of loader workers for each process of a training: 0, or as many as there are cores for.
+
+    A training on a GPU would wait for its samples if it read them itself, and one that asks a server for them would
+    wait for the server. On a CPU training needs all cores itself.
+
+    Args:
+        args: the `PeagleTrainingArguments`, whose `use_cpu` is decided.
+    """
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    num_workers = min(MOST_WORKERS, max(1, available_cores() // processes))
+    if args.on_missing == "generate" and args.vllm_endpoint:
+        return num_workers
+    if args.use_cpu:
+        return 0
+    batch = args.per_device_train_batch_size * args.total_seq_len * LARGEST_STATES
+    needed = 3 * num_workers * processes * batch  # for each worker two batches wait and one is being made
+    free = disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else needed
+    if free < needed:
+        logger.warning(
+            "Training reads its samples in its own process, one after another, since %s has only %.1f GiB free and "
+            "loader workers could need %.1f. Give a container more with docker run --shm-size, or choose with "
+            "--dataloader-num-workers.",
+            *(SHARED_MEMORY, free / GIB, needed / GIB),
+        )
+        return 0
+    return num_workers
