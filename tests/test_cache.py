@@ -111,6 +111,13 @@ def test_speculators_reads_what_is_written_here(tmp_path):
     torch.testing.assert_close(ours, fp8["hidden_states"], rtol=2**-7, atol=0)
 
 
+def test_every_float8_value_is_read_as_pytorch_converts_it():
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).view(2, 1, 128)
+    scales = torch.tensor([0.37, 5e-9]).view(2, 1, 1)
+    expected = (every.float() * scales).bfloat16()
+    torch.testing.assert_close(cache_storage._values(every, scales), expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_fp8_files_are_those_of_speculators_bit_for_bit(tmp_path):
     utils = pytest.importorskip("hs_connectors.fp8_utils")
     states, _ = make_states()

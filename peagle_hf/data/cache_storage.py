@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -37,6 +38,8 @@ LEARNT_STORAGES: tuple[Storage, ...] = ("learnt", "fp8-learnt")
 STATES, SCALES, TOKENS = "hidden_states", "hidden_states_scales", "token_ids"
 AUX_STATES, LAST_STATES, IS_TARGET = "aux_hidden_states", "last_hidden_states", "is_target"
 FP8, FP8_DTYPE = torch.float8_e4m3fn, "F8_E4M3"
+FP8_VALUES = torch.arange(256, dtype=torch.uint8).view(FP8).float().numpy()
+"""The value of each byte. On a CPU a table takes a third of the time of PyTorch's conversion."""
 PLAIN_DTYPES = ("BF16", "F16", "F32")
 ORIGIN = "states_of"
 """Key of a file's metadata that names the weights and layers (see `cache_manifest.origin_of`)."""
@@ -193,8 +196,14 @@ def _values(stored: Tensor, scales: Tensor | None) -> Tensor:
     values = torch.empty(stored.shape, dtype=torch.bfloat16, device=stored.device)
     for start in range(0, len(stored), TOKENS_AT_ONCE):
         part = slice(start, start + TOKENS_AT_ONCE)
-        values[part] = stored[part].float() * scales[part]
+        values[part] = _float32(stored[part]) * scales[part]
     return values
+
+
+def _float32(stored: Tensor) -> Tensor:
+    if not stored.is_cpu:
+        return stored.float()
+    return torch.from_numpy(np.take(FP8_VALUES, stored.view(torch.uint8).numpy()))
 
 
 def row_path(folder: str | os.PathLike[str], row: int) -> Path:
