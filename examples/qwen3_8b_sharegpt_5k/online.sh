@@ -2,7 +2,7 @@
 # The tutorial's run online: like offline.sh, but training asks a vLLM server for the hidden states, so that none are
 # cached on disk. The server uses SERVER_GPUS, training uses TRAIN_GPUS; acceptance is measured after both.
 #
-# Not run here, for lack of GPUs. offline.sh says what to compare the result with.
+# Not run with Qwen3-8B. offline.sh says what to compare the result with.
 set -euo pipefail
 ROOT=$(cd "$(dirname "$0")/../.." && pwd)
 
