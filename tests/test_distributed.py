@@ -116,6 +116,15 @@ def test_two_processes_are_one_with_muon_too(train_flags, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("missing", ["data_path", "hidden_states_path"])
+def test_the_memory_report_of_several_processes_needs_neither_data_nor_states(train_flags, tmp_path, missing):
+    given = {**train_flags, missing: str(tmp_path / "none"), "draft_vocab_size": 16, "memory_report": True}
+    printed = torchrun(["-m", "peagle_hf"], "train", *flags({**given, "use_cpu": None}))
+    assert printed.count("predicted peak") == 1
+    assert printed.count("How long training takes isn't measured: ") == 1
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_resume_is_bit_equal_on_two_processes(train_flags, tmp_path, kind):
     folder = tmp_path / "two"

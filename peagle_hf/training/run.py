@@ -141,13 +141,16 @@ def plan(args: PeagleTrainingArguments) -> str:
 
 def print_time(args: PeagleTrainingArguments, config: PeagleConfig) -> None:
     """Print how long a step and the whole training take on this device, from some steps on the cached data."""
+    has_data = False
     try:
         if args.n_gpu > 1:
             raise PeagleError("show this process one GPU with CUDA_VISIBLE_DEVICES, or start it with torchrun.")
-        load_prepared(args.data_path)  # before a drafter is built, which may be larger than this machine's memory
+        with together():  # before a drafter is built, which may be larger than this machine's memory
+            _datasets(args, _source(args, config))
+        has_data = True
         times = _time_steps(args, config)
     except PeagleError as error:
-        if are_several():
+        if has_data and are_several():
             raise  # the other processes may be waiting for this one
         times = f"How long training takes isn't measured: {error}"
     if args.process_index == 0:
