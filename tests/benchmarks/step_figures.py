@@ -18,7 +18,10 @@ from typing import Any
 
 PLACE = re.compile(r"(?<=<!-- table: data/training_step\.csv -->\n\n).*?(?=\n<!-- end of table -->)", re.S)
 """Where the table stands in the page."""
-COLUMNS = "positions", "K", "draft vocabulary", "peer ms", "ours ms", "ratio", "peer GiB", "ours GiB", "ours tokens/s"
+COLUMNS = (
+    *("positions", "K", "draft vocabulary", "speculators ms", "ours ms", "ratio"),
+    *("speculators GiB", "ours GiB", "ours tokens/s", "ours MFU"),
+)
 COLOURS = {"ours": "#d9730d", "peer": "#3d85c6"}
 NAMES = {"ours": "peagle_hf", "peer": "speculators 0.9.0"}
 GREY = "#808080"
@@ -45,8 +48,7 @@ def load(path: str | Path) -> list[Row]:
 
 def table(rows: list[Row]) -> str:
     """The configurations as a Markdown table; the ratio is that of the times."""
-    header = (*COLUMNS, "ours MFU")
-    lines = [f"| {' | '.join(header)} |\n", f"|{'---|' * len(header)}\n"]
+    lines = [f"| {' | '.join(COLUMNS)} |\n", f"|{'---|' * len(COLUMNS)}\n"]
     for row in rows:
         peer, ours = row["peer_ms"], float(row["ours_ms"])
         is_measured = re.fullmatch(r"[\d.]+", peer)
