@@ -65,6 +65,20 @@ def zst_frame(folder: Path) -> bytes:
     return path.read_bytes()
 
 
+@pytest.mark.parametrize("form", ["numpy", "torch", "columns"])
+def test_a_saved_dataset_is_read_without_the_format_it_was_saved_with(read, tmp_path, form):
+    rows = Dataset.from_list(ROWS)
+    rows = rows.with_format("numpy", columns=["id"]) if form == "columns" else rows.with_format(form)
+    rows.save_to_disk(tmp_path / "saved")
+    assert [row for _, row in read(tmp_path / "saved")] == ROWS
+
+
+def test_a_column_that_comes_twice_is_refused(read, tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,prompt,completion\nHello,Bye,Well\n")
+    with pytest.raises(PeagleError, match=r"a\.csv: its header has the column 'prompt' more than once"):
+        read(tmp_path / "a.csv")
+
+
 def test_places_name_the_line_where_an_object_begins(read, tmp_path):
     path = tmp_path / "objects.json"
     path.write_text("\n".join(json.dumps({"messages": [], "id": number}, indent=1) for number in range(3)))
@@ -317,6 +331,21 @@ def test_preference_rows_need_a_choice():
             "not valid JSON",
             "messages[0].tool_calls[0].function.arguments",
         ),
+        (
+            {"messages": [{**WELL, "tool_calls": [{"name": "f", "arguments": "[1]"}]}]},
+            "no JSON object",
+            "messages[0].tool_calls[0].function.arguments",
+        ),
+        (
+            {"messages": [HELLO, {**WELL, "reasoning": "Hm.", "thinking": "So."}]},
+            "different reasoning in reasoning and thinking",
+            "messages[1]",
+        ),
+        (
+            {"messages": [HELLO, {"role": "assistant", "content": "<think>So.</think>Well", "reasoning": "Hm."}]},
+            "different reasoning in content and reasoning",
+            "messages[1]",
+        ),
         ({"messages": [SYSTEM, HELLO], "system": "Be rude."}, "two system prompts", "system"),
     ],
 )
@@ -348,9 +377,39 @@ def test_thoughts_among_the_parts_are_reasoning():
     assert (message["content"], message["reasoning_content"]) == ("Well", "Hm.")
 
 
+def test_reasoning_that_is_given_twice_is_read_once():
+    fields = {"reasoning_content": "Hm.", "reasoning": "Hm.\n"}
+    message = read_chat({"messages": [HELLO, WELL | fields]}, "here").messages[1]
+    assert [message[name] for name in ("reasoning_content", "reasoning", "thinking")] == ["Hm."] * 3
+    content = "<think>\nHm.\n</think>\n\nWell"
+    message = read_chat({"messages": [HELLO, {"role": "assistant", "content": content, **fields}]}, "here").messages[1]
+    assert message == {"role": "assistant", "content": content}
+
+
+@pytest.mark.parametrize("name", ["tools", "functions"])
+def test_tools_have_the_form_that_servers_take(name):
+    function = {"name": "f", "parameters": {}}
+    tool = {"type": "function", "function": function}
+    other = {"type": "web_search"}
+    for given in ([function, other], [tool, other], [{"type": "function", **function}, other]):
+        assert read_chat({"messages": [HELLO, WELL], name: given}, "here").tools == [tool, other]
+    assert read_chat({"messages": [HELLO, WELL], name: []}, "here").tools is None
+    with pytest.raises(PeagleError, match=f"here: {name} must be a list of JSON objects"):
+        read_chat({"messages": [HELLO, WELL], name: ["f"]}, "here")
+
+
+def test_a_call_without_arguments_has_empty_ones():
+    for call in ({"name": "f"}, {"name": "f", "arguments": None}, {"name": "f", "arguments": ""}):
+        chat = read_chat({"messages": [HELLO, {"role": "assistant", "tool_calls": [call]}]}, "here")
+        assert chat.messages[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {}}
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
+        ({"content": "<think>\nHm, so"}, "cut off within its reasoning"),
+        ({"content": "<think>Hm.</think>Well"}, None),
+        ({"content": "The tag <think> opens it."}, None),
         ({"weight": 0}, "not to train on it (weight: 0)"),
         ({"train": False}, "not to train on it (train: false)"),
         ({"loss": False}, "not to train on it (loss: false)"),

@@ -571,9 +571,10 @@ def test_a_file_with_a_byte_order_mark_and_windows_lines(target, prompts, tmp_pa
 def test_tools_are_on_offer_and_their_results_are_not_made_up(target, tmp_path):
     folder = shutil.copytree(target, tmp_path / "with-tools")
     (folder / "chat_template.jinja").write_text(
-        "{% if tools %}<|start|>tools\n{{ tools[0]['name'] }}<|end|>\n{% endif %}" + TEMPLATE
+        "{% if tools %}<|start|>tools\n{{ tools[0].function.name }}<|end|>\n{% endif %}" + TEMPLATE
     )
-    tools = [{"name": "look", "description": "Look it up.", "parameters": {"type": "object", "properties": {}}}]
+    function = {"name": "look", "description": "Look it up.", "parameters": {"type": "object", "properties": {}}}
+    tools = [{"type": "function", "function": function}]
     user, call = {"role": "user", "content": "Who sings?"}, {"role": "assistant", "content": "look()", "thinking": "Hm"}
     result = {"role": "tool", "content": "Nobody."}
     rows = [

@@ -88,8 +88,10 @@ def read_chat(row: dict[str, Any], place: str, preference: str | None = None) ->
     - a preference row with `chosen` and `rejected`, with or without a `prompt`; `preference` says which to take.
 
     Every field of a message that isn't null is kept for the chat template. Reasoning is stored under each name that
-    templates know, and a tool call's arguments as an object also if the row has them as JSON text. The row's `system`
-    becomes the first message. Answers with `weight` 0, `train` false or `loss` false are not trained on.
+    templates know, and a tool call's arguments as an object also if the row has them as JSON text. Tools are the row's
+    `tools`, or `functions` as they were called before; one without `{"type": "function"}` around it gets that. The
+    row's `system` becomes the first message. Answers with `weight` 0, `train` false or `loss` false are not trained on,
+    nor are those that were cut off within `<think>`.
 
     Args:
         place: where the row was found, for error messages.
@@ -97,7 +99,8 @@ def read_chat(row: dict[str, Any], place: str, preference: str | None = None) ->
 
     Raises:
         PeagleError: the row has another shape, a field has the wrong type or a role is unknown.
-        Unlearnable: a message holds something other than text, or a function call that is not JSON.
+        Unlearnable: a message holds something other than text, reasoning that differs from its other reasoning, or a
+            function call that is not JSON.
     """
     if media := next((name for name in _MEDIA_FIELDS if row.get(name)), None):
         raise Unlearnable(f"the row has {media}, and only text can be trained on", media)
@@ -109,12 +112,9 @@ def read_chat(row: dict[str, Any], place: str, preference: str | None = None) ->
         if reason := _exclusion(read):
             excluded[index] = reason
         messages.append({name: value for name, value in read.items() if name not in _TRAIN_FIELDS})
-    tools = _decoded(row.get("tools") or None, place, "tools")
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise wrong_value(place, "tools", "a list of JSON objects", tools)
     if reason := _exclusion(row):
         excluded = {index: reason for index, message in enumerate(messages) if message["role"] == "assistant"}
-    return Chat(messages, tools or None, excluded, tuple(fields))
+    return Chat(messages, _read_tools(row, place), excluded, tuple(fields))
 
 
 def count_answers(row: dict[str, Any]) -> int:
@@ -229,8 +229,11 @@ def _exclusion(fields: dict[str, Any]) -> str | None:
         is_no = value is False or (name != "label" and isinstance(value, int | float) and value == 0)
         if is_no:
             return f"the data says not to train on it ({name}: {json.dumps(value)})"
-    if fields.get("role") == "assistant" and fields.get("refusal") and not fields.get("content"):
+    content = (fields.get("content") or "") if fields.get("role") == "assistant" else None
+    if content == "" and fields.get("refusal"):
         return "the answer is a `refusal` in a field of its own, which chat templates don't show"
+    if isinstance(content, str) and content.lstrip().startswith("<think>") and "</think>" not in content:
+        return "the answer was cut off within its reasoning: <think> is never closed"
     return None
 
 
@@ -258,13 +261,26 @@ def _read_message(message: Any, place: str, field: str) -> dict[str, Any]:
     for name in _REASONING_FIELDS:
         if not isinstance(message.get(name, ""), str):
             raise wrong_value(place, f"{field}.{name}", "text", message[name])
-    if reasoning := next((message[name] for name in _REASONING_FIELDS if message.get(name)), None):
-        message |= dict.fromkeys(_REASONING_FIELDS, reasoning)
+    _unite_reasoning(message, field)
     if calls:
         message["tool_calls"] = _read_tool_calls(calls, place, f"{field}.tool_calls")
         if content is None:
             message["content"] = None
     return message
+
+
+def _unite_reasoning(message: dict[str, Any], field: str) -> None:
+    """Store reasoning under each name that templates know, or under none if the content begins with it."""
+    thoughts = {name: message.pop(name) for name in _REASONING_FIELDS if name in message}
+    stripped = {thought.strip(): name for name, thought in thoughts.items() if thought.strip()}
+    is_in_content = message["content"].lstrip().startswith("<think>")
+    if stripped and is_in_content:
+        thought = message["content"].partition("</think>")[0].strip().removeprefix("<think>").strip()
+        stripped.setdefault(thought, "content")
+    if len(stripped) > 1:
+        raise Unlearnable(f"a message has different reasoning in {' and '.join(sorted(stripped.values()))}", field)
+    if stripped and not is_in_content:
+        message |= dict.fromkeys(_REASONING_FIELDS, next(filter(str.strip, thoughts.values())))
 
 
 def _text(content: Any, message: dict[str, Any], place: str, field: str) -> str:
@@ -285,8 +301,9 @@ def _text(content: Any, message: dict[str, Any], place: str, field: str) -> str:
             raise Unlearnable(f"a message holds something other than text ({kind})", f"{field}[{index}]")
         else:
             texts.append(text)
-    if thoughts and not any(message.get(name) for name in _REASONING_FIELDS):
-        message[_REASONING_FIELDS[0]] = "".join(thoughts)
+    if thoughts:
+        name = next((name for name in _REASONING_FIELDS if not message.get(name)), _REASONING_FIELDS[0])
+        message[name] = "".join(thoughts)
     return "".join(texts)
 
 
@@ -300,6 +317,20 @@ def _decoded_call(value: Any, field: str) -> list[Any]:
     if not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
         raise Unlearnable("a function call is no JSON object with a name", field)
     return calls
+
+
+def _read_tools(row: dict[str, Any], place: str) -> list[dict[str, Any]] | None:
+    """The tools on offer, each in the form that servers take; None if there are none."""
+    name = "tools" if row.get("tools") else "functions"
+    tools = _decoded(row.get(name) or None, place, name)
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise wrong_value(place, name, "a list of JSON objects", tools)
+    read = []
+    for tool in tools or ():
+        if "function" not in tool and tool.get("type", "function") == "function":
+            tool = {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
+        read.append(tool)
+    return read or None
 
 
 def _read_tool_calls(calls: Any, place: str, field: str) -> list[dict[str, Any]]:
@@ -320,6 +351,10 @@ def _read_tool_calls(calls: Any, place: str, field: str) -> list[dict[str, Any]]
             except json.JSONDecodeError as error:
                 where = f"{field}[{index}].function.arguments"
                 raise Unlearnable("the arguments of a tool call are not valid JSON", where) from error
+        arguments = {} if arguments is None else arguments
+        if not isinstance(arguments, dict):
+            where = f"{field}[{index}].function.arguments"
+            raise Unlearnable("the arguments of a tool call are no JSON object", where)
         others = {name: value for name, value in call.items() if name not in ("name", "arguments")}
         read.append({"type": "function", **others, "function": {**function, "arguments": arguments}})
     return read

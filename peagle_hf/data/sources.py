@@ -10,6 +10,7 @@ import json
 import lzma
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 from ..errors import PeagleError
 from .chats import wrong_value
+from .prepared_dataset import PREPARE_RECORD
 
 if TYPE_CHECKING:
     import datasets
@@ -66,8 +68,21 @@ class Source:
 
 
 def source_name(data: "str | datasets.Dataset") -> str:
-    """Name of a source in messages and records; of a `datasets.Dataset` in memory its fingerprint."""
-    return data if isinstance(data, str) else f"datasets.Dataset {data._fingerprint}"
+    """Name of a source in messages and records; of a `datasets.Dataset` in memory its fingerprint.
+
+    Raises:
+        PeagleError: it is neither.
+    """
+    if isinstance(data, str):
+        return data
+    from datasets import Dataset
+
+    if not isinstance(data, Dataset):
+        raise PeagleError(
+            f"A source of data must be a name, a path or a datasets.Dataset, but one is a {type(data).__name__}. Make "
+            "a Dataset of it, such as with Dataset.from_list, or name one split of a DatasetDict."
+        )
+    return f"datasets.Dataset {data._fingerprint}"
 
 
 def open_source(data: "str | datasets.Dataset", folder: Path) -> Source:
@@ -131,6 +146,11 @@ def _open_local(data: str, folder: Path) -> Source:
     from datasets.arrow_writer import ArrowWriter
 
     path, split = _split_of(data)
+    if (path / PREPARE_RECORD).exists():
+        raise PeagleError(
+            f"{path} is a prepared dataset already. Go on with it as it is, with peagle-hf extract, or name the "
+            "conversations that it was made from."
+        )
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         saved = load_from_disk(str(path))
         if isinstance(saved, DatasetDict):
@@ -139,7 +159,7 @@ def _open_local(data: str, folder: Path) -> Source:
                     f"{path} has no split {split or 'train'}, only {', '.join(saved)}. Name {path}:SPLIT."
                 )
             saved = saved[split or "train"]
-        return Source(data, saved)
+        return Source(data, saved.with_format(None))
     _check_exists(data, path)
     files = [path] if path.is_file() else _files_of_split(path, split)
 
@@ -371,6 +391,11 @@ def _csv_items(path: Path, delimiter: str) -> Iterator[tuple[int, Any]]:
             io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), delimiter=delimiter, strict=True
         )
         try:
+            if repeated := [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]:
+                raise PeagleError(
+                    f"{path}: its header has the column {repeated[0]!r} more than once, and which one is meant isn't "
+                    "known. Rename or remove one of them."
+                )
             for row in reader:
                 if None in row or None in row.values():
                     raise PeagleError(
