@@ -1,12 +1,14 @@
 """Dataclasses of command arguments: checks of paths and ranges, and writing them as a YAML file."""
 
 import json
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from enum import Enum
 from pathlib import Path
-from typing import Any, ClassVar
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -21,19 +23,45 @@ CONFIG = "config.yaml"
 class Arguments:
     """Base class of the commands' arguments: expands `~/` at the beginning of a path, and refuses empty names.
 
+    In Python a path may be a `Path`, and the only item of a list may be given without the list.
+
     Class attributes:
         GROUPS: titles under which `--help` shows the fields, and the names of these fields.
         TEXTS: fields that hold text rather than names or paths: they are not checked.
 
     Raises:
-        PeagleError: a name is empty.
+        PeagleError: a name is empty, or a value is none of those that a field may have.
     """
 
     GROUPS: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     TEXTS: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
+        self._take_python_values()
         check_names(self, [one.name for one in fields(self) if one.name not in self.TEXTS])
+
+    def _take_python_values(self) -> None:
+        """Bring values that only Python gives into the form that the command line gives, and check the choices."""
+        hints = get_type_hints(type(self))
+        for one in fields(self):
+            value, kind = getattr(self, one.name), _without_none(hints[one.name])
+            if get_origin(kind) is list and isinstance(value, str | os.PathLike):
+                value = [value]
+            values = [os.fspath(item) if isinstance(item, os.PathLike) else item for item in _items(value)]
+            setattr(self, one.name, values if isinstance(value, list | tuple) else values[0])
+            if get_origin(kind) is Literal and value is not None and value not in get_args(kind):
+                choices = ", ".join(map(str, get_args(kind)))
+                raise PeagleError(f"{flag_of(one.name)} is {value!r} but must be one of {choices}.")
+
+
+def _without_none(kind: Any) -> Any:
+    """A type `X | None` as X; another type as it is."""
+    parts = [part for part in get_args(kind) if part is not NoneType]
+    return parts[0] if get_origin(kind) in (Union, UnionType) and len(parts) == 1 else kind
+
+
+def _items(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def check_names(arguments: Any, names: Sequence[str]) -> None:
@@ -44,7 +72,7 @@ def check_names(arguments: Any, names: Sequence[str]) -> None:
     """
     for name in names:
         value = getattr(arguments, name)
-        values = value if isinstance(value, list) else [value]
+        values = _items(value)
         if "" in values:
             raise PeagleError(f"{flag_of(name)} is empty. Give it a value or leave it out.")
         expanded = [_in_home_folder(one) for one in values]
@@ -64,7 +92,7 @@ def check_ranges(arguments: Any, ranges: Mapping[str, tuple[float, float]]) -> N
     """
     for name, (least, greatest) in ranges.items():
         value = getattr(arguments, name)
-        for one in value if isinstance(value, list) else [value]:
+        for one in _items(value):
             if isinstance(one, int | float) and not least <= one <= greatest:  # NaN is in no range
                 limits = f"at least {least}" if greatest == float("inf") else f"from {least} to {greatest}"
                 raise PeagleError(f"{flag_of(name)} is {one} but must be {limits}.")

@@ -49,6 +49,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         PeagleError: no space is left, the folder can't be written to, or a file is to be written where a folder is.
     """
     path = Path(path)
+    path = path if path.name else path.absolute()  # of "." and "/"
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     replaced = None
     with writing(path), _folders_made(path.parent):

@@ -384,6 +384,16 @@ def test_what_cannot_be_used_is_not_converted(broken, tmp_path):
     row_path(broken, 4).unlink()
     with pytest.raises(PeagleError, match=r"hs_6\.safetensors can't be converted: it has values that are not finite"):
         cache_command.convert(broken, tmp_path / "new", "fp8", None)
+    with pytest.raises(PeagleError, match="no storage kind 'fp16': name one of plain, fp8, learnt, fp8-learnt"):
+        cache_command.convert(broken, tmp_path / "new", "fp16")
+
+
+def test_a_conversion_that_cannot_begin_is_not_in_the_way_of_the_next(tiny_data, tmp_path):
+    cache_command.convert(tiny_data / "hidden_states", tmp_path / "learnt", "learnt", str(tiny_data))
+    with pytest.raises(PeagleError, match="can't be converted to plain"):
+        cache_command.convert(tmp_path / "learnt", tmp_path / "new", "plain", str(tiny_data))
+    cache_command.convert(tmp_path / "learnt", tmp_path / "new", "fp8-learnt", str(tiny_data))
+    assert Manifest.read(tmp_path / "new").storage == "fp8-learnt"
 
 
 @pytest.mark.parametrize("words", [["convert", "FOLDER"], ["info", "FOLDER", "new"], ["info", "nowhere"]])

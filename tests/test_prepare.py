@@ -4,6 +4,7 @@ import copy
 import errno
 import json
 import logging
+import math
 from collections import Counter
 from dataclasses import replace
 from itertools import groupby
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset, load_from_disk
+from datasets import Dataset, DatasetDict, load_from_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -462,6 +463,23 @@ def test_a_dataset_in_memory_is_prepared_as_a_file_is(arguments, tmp_path):
     assert "Dataset in memory" in (tmp_path / "memory" / "config.yaml").read_text()
     turns = [prompt.turns for prompt in read_prompts(in_memory.data[0], [])]
     assert turns == [prompt.turns for prompt in read_prompts(arguments.data[0], [])]
+    for other in (DatasetDict(train=in_memory.data[0]), rows):
+        with pytest.raises(PeagleError, match=f"one is a {type(other).__name__}"):
+            prepare(replace(in_memory, data=[other]))
+
+
+def test_paths_and_a_single_source_are_taken_from_python(arguments, tmp_path):
+    given = replace(arguments, model=Path(arguments.model), data=Path(arguments.data[0]), output=tmp_path / "out")
+    assert prepared(prepare(given)) == prepared(prepare(arguments))
+    assert vars(given) == vars(arguments) | {"output": str(tmp_path / "out")}
+    with pytest.raises(PeagleError, match="--preference is 'both' but must be one of chosen, rejected"):
+        replace(arguments, preference="both")
+
+
+def test_a_prepared_dataset_is_no_data(arguments, tmp_path):
+    prepare(arguments)
+    with pytest.raises(PeagleError, match="prepared is a prepared dataset already"):
+        prepare(changed(arguments, data=[arguments.output], output=str(tmp_path / "again")))
 
 
 def test_the_folder_that_prepare_writes(arguments, caplog):
@@ -844,8 +862,11 @@ def test_bad_files_stop_the_command(arguments, content, problem):
         ({"model": "./no_such_model"}, "The tokenizer of --model ./no_such_model can't be loaded"),
         ({"seq_length": 0}, "--seq-length is 0"),
         ({"max_samples": 0}, "--max-samples is 0"),
-        ({"weights": [0.7, 0.3]}, r"--weights 0\.7 0\.3 must be numbers above 0, one for each of the 1 --data"),
-        ({"weights": [0.0]}, "must be numbers above 0"),
+        ({"weights": [0.7, 0.3]}, r"--weights 0\.7 0\.3 must be finite numbers above 0, one for each of the 1 --d"),
+        ({"weights": [0.0]}, "must be finite numbers above 0"),
+        ({"weights": [math.nan]}, "must be finite numbers above 0"),
+        ({"weights": [math.inf]}, "must be finite numbers above 0"),
+        ({"data": []}, "--data names nothing"),
     ],
 )
 def test_bad_arguments(arguments, changes, problem):
@@ -1041,6 +1062,13 @@ def test_token_counts_can_have_a_second_place(arguments, tmp_path):
         folder = prepare(changed(arguments, token_freq_path=str(second)))
         assert second.read_bytes() == (folder / "token_freq.pt").read_bytes()
         second.unlink()
+
+
+def test_token_counts_have_no_place_that_is_a_folder(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in (".", str(tmp_path)):
+        with pytest.raises(PeagleError, match=f"{tmp_path} can't be written: Is a directory"):
+            prepare(changed(arguments, token_freq_path=folder))
 
 
 def test_the_fingerprint_tells_tokenizers_apart():

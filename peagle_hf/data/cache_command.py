@@ -5,7 +5,7 @@ import os
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -249,9 +249,11 @@ def convert(
             folder lies in.
 
     Raises:
-        PeagleError: the files lack states that the new kind needs, one can't be read or has values that aren't finite,
-            or the destination isn't empty.
+        PeagleError: there is no such kind, the files lack states that it needs, one can't be read or has values that
+            aren't finite, or the destination isn't empty.
     """
+    if storage not in get_args(Storage):
+        raise PeagleError(f"There is no storage kind {storage!r}: name one of {', '.join(get_args(Storage))}.")
     with locked_file(destination, "Wait until it has ended, or name another folder to convert to."):
         _convert(Path(folder), Path(destination), storage, preprocessed_data)
 
@@ -268,9 +270,8 @@ def _convert(folder: Path, destination: Path, storage: Storage, preprocessed_dat
     working = destination.absolute().with_name(f".{destination.name}.converting")
     record = working / CONVERSION_RECORD
     described = {"source": str(folder.resolve()), "manifest": manifest and asdict(manifest), "storage": storage}
-    if not record.exists():
-        write_json(record, described)
-    elif read_json(record, f"Remove the folder {working}, and run the same command again.") != described:
+    remedy = f"Remove the folder {working}, and run the same command again."
+    if record.exists() and read_json(record, remedy) != described:
         raise PeagleError(
             f"{working} holds a conversion to {destination} of something else that isn't finished. Remove it, or name "
             "another folder to convert to."
@@ -295,11 +296,13 @@ def _convert(folder: Path, destination: Path, storage: Storage, preprocessed_dat
             converted = read_states(folder, row).stored_as(storage, is_target)
         except PeagleError as error:
             raise PeagleError(f"{row_path(folder, row)} can't be converted to {storage}. {error}") from error
+        if not record.exists():  # not before: a conversion that can't begin leaves nothing behind
+            write_json(record, described)
         save_states(row_path(working, row), replace(converted, origin=origin_of(manifest)))
     if manifest is not None:
         dtype = "bfloat16" if {storage, manifest.storage} & {*FP8_STORAGES} else manifest.dtype
         replace(manifest, storage=storage, dtype=dtype).write(working)
-    record.unlink()
+    record.unlink(missing_ok=True)
     os.rename(working, destination)
     logger.info("%d samples converted to %s in %s.", len(rows), storage, destination)
 

@@ -170,9 +170,12 @@ def prepare(arguments: PrepareArguments) -> Path:
         PeagleError: the model or the data can't be read, a row of the data is malformed, no sample is left, or the
             output folder holds something else.
     """
-    if arguments.weights is not None and (len(arguments.weights) != len(arguments.data) or min(arguments.weights) <= 0):
+    if not arguments.data:
+        raise PeagleError("--data names nothing. Name a file, a folder or a dataset with conversations.")
+    are_weights = all(0 < weight < math.inf for weight in arguments.weights or ())
+    if arguments.weights is not None and (len(arguments.weights) != len(arguments.data) or not are_weights):
         raise PeagleError(
-            f"--weights {' '.join(map(str, arguments.weights))} must be numbers above 0, one for each of the "
+            f"--weights {' '.join(map(str, arguments.weights))} must be finite numbers above 0, one for each of the "
             f"{len(arguments.data)} --data. Leave out the data that is not wanted."
         )
     output = Path(arguments.output)
