@@ -27,7 +27,14 @@ from .chat_models import ChatModel, LocalChatModel, ServedChatModel
 from .dialogues import Answers, answer_prompts, fitting_prompts, invent_prompts, replay
 from .endpoint import MAX_RETRIES, MAX_RETRIES_HELP, REQUEST_TIMEOUT_HELP
 from .prompts import Prompt, distinct, grams, read_prompts
-from .tokenizer import CHAT_TEMPLATE_HELP, CHAT_TEMPLATE_KWARGS_HELP, ChatOptions, vocabulary_fingerprint
+from .tokenizer import (
+    CHAT_TEMPLATE_HELP,
+    CHAT_TEMPLATE_KWARGS_HELP,
+    ChatOptions,
+    load_tokenizer,
+    tokenizer_fingerprint,
+    vocabulary_fingerprint,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -195,6 +202,7 @@ def _regenerate(arguments: RegenerateArguments, output: Path, report_path: Path)
         found = _settings_of(output, report_path)
         if has_weights(found.get("weights"), arguments.model):  # also by the fingerprint of an earlier version
             found["weights"] = settings.get("weights")
+        found.setdefault("tokenizer", settings["tokenizer"])  # an earlier version didn't record it
         _require_same_settings(settings, found, output, journal_path)
         logger.info("%s is complete already.", output)
         return output
@@ -270,6 +278,8 @@ def _settings(arguments: RegenerateArguments, prompts: list[Prompt], excluded: l
     """All settings that the output depends on, without a path of this machine, for the report."""
     settings = {name: value for name, value in asdict(arguments).items() if name not in _ELSEWHERE}
     settings["backend"] = _backend(arguments)
+    tokenizer = load_tokenizer(arguments.model, arguments.trust_remote_code, arguments.chat_template)
+    settings["tokenizer"] = f"with its chat template sha256 {tokenizer_fingerprint(tokenizer)[:16]}"
     if Path(arguments.model).is_dir():
         settings["model"] = Path(arguments.model).resolve().name
         settings["weights"] = weights_of(arguments.model)
