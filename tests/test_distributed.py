@@ -29,6 +29,7 @@ from peagle_hf.data.dataset import HiddenStatesDataset
 from peagle_hf.data.extract import ExtractArguments, extract
 from peagle_hf.data.extract_share import Share, device_of, share_of
 from peagle_hf.errors import PeagleError
+from peagle_hf.model.compile import small_functions
 from peagle_hf.training.checkpoints import newest_checkpoint
 from peagle_hf.training.record import RunRecord
 from peagle_hf.training.run import train
@@ -428,3 +429,29 @@ def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+def test_ddp_leaves_small_compiled_functions_whole():
+    """PyTorch would cut them at each weight of more than a mebibyte, and compile every piece."""
+    graphs = []
+
+    def compiler(graph, inputs, **options):
+        graphs.append(graph)
+        return graph.forward
+
+    class FeedForward(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = torch.nn.Linear(512, 1024), torch.nn.Linear(1024, 512)
+            self.run = torch.compile(lambda states: states + self.down(self.up(states).relu()), backend=compiler)
+
+        def forward(self, states):
+            with small_functions():
+                return self.run(states)
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        torch.nn.parallel.DistributedDataParallel(FeedForward())(torch.zeros(1, 512)).sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len(graphs) == 1

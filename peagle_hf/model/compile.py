@@ -1,6 +1,7 @@
 """Compile small functions for a GPU, where elementwise work between matrix products is bound by memory traffic."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, wraps
 from typing import Any, TypeVar
 
@@ -34,10 +35,22 @@ def fuse_on_gpu(dynamic_dim: int) -> Callable[[Function], Function]:
             for tensor in tensors:
                 if tensor.shape[dynamic_dim] > 1:
                     torch._dynamo.maybe_mark_dynamic(tensor, dynamic_dim)
-            # Between matrix products recomputing costs less time than keeping costs memory.
-            with autograd_compiler.patch(aggressive_recomputation=True):
+            with small_functions():
                 return compiled()(*args)
 
         return run  # type: ignore[return-value]
 
     return decorate
+
+
+@contextmanager
+def small_functions() -> Iterator[None]:
+    """Around calls of compiled functions that are small parts of a model.
+
+    Between matrix products recomputing costs less time than keeping costs memory. And under DDP the compiler would cut
+    each function at every large weight, for gradients to be sent before its backward pass ends, which is short anyway:
+    for a feed-forward part four graphs instead of one, with nothing fused across them.
+    """
+    whole = torch._dynamo.config.patch(optimize_ddp=False)
+    with autograd_compiler.patch(aggressive_recomputation=True), whole:
+        yield
