@@ -103,6 +103,25 @@ def test_a_bad_checkpoint_or_another_verifier_is_found_before_vllm_starts(drafte
         assert words in capsys.readouterr().err
 
 
+def test_a_verifier_that_was_moved_is_asked_for(drafter, chain, prompts, tmp_path, capsys):
+    folder, gone = shutil.copytree(drafter, tmp_path / "made elsewhere"), tmp_path / "gone"
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace(str(chain), str(gone)))
+    output = ["--output", str(tmp_path / "out")]
+    for command in (
+        ["serve", str(folder), "--dry-run"],
+        ["evaluate", "--model", str(folder), "--suite", str(prompts), *output],
+        ["acceptance", "--model", str(folder), "--data-path", str(tmp_path), *output],
+    ):
+        with pytest.raises(SystemExit):
+            cli.main(command)
+        said = capsys.readouterr().err
+        assert f"was trained with the verifier in {gone}, but there is no such folder" in said
+        assert "name it with --verifier" in said
+    cli.main(["serve", str(folder), "--verifier", str(chain), "--dry-run"])
+    assert str(chain) in capsys.readouterr().out
+
+
 @pytest.fixture
 def trained_drafter(drafter, tmp_path) -> Path:
     """With the record of a training on chats of a chosen template without thoughts."""

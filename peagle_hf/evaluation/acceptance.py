@@ -28,7 +28,14 @@ from ..files import write_json
 from ..hub.training_json import read_record
 from ..model.config import PeagleConfig
 from ..model.drafter import PeagleForSpeculation
-from ..model.served_checkpoint import DRAFTER_HELP, VERIFIER_HELP, check_checkpoint, drafter_folder, drafter_name
+from ..model.served_checkpoint import (
+    DRAFTER_HELP,
+    VERIFIER_HELP,
+    check_checkpoint,
+    drafter_folder,
+    drafter_name,
+    verifier_of,
+)
 from ..training.metrics import count_by_position, drafts_in_text
 from ..training.objective import Objective
 from ..verifier.head import VerifierHead
@@ -141,8 +148,7 @@ def acceptance(arguments: AcceptanceArguments) -> dict[str, Any]:
     folder = drafter_folder(arguments.model)
     name, link = drafter_name(arguments.model, folder)
     config = check_checkpoint(folder)
-    verifier = arguments.verifier or config.verifier_name_or_path
-    assert verifier is not None  # checked just above
+    verifier = verifier_of(folder, arguments.verifier)
     dtype: torch.dtype = getattr(torch, arguments.dtype)
     config.num_depths = arguments.num_speculative_tokens or config.num_depths
     drafter = _load_drafter(folder, config, dtype)

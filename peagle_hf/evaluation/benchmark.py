@@ -16,7 +16,7 @@ from ..data.sources import source_name
 from ..data.tokenizer import ChatOptions
 from ..files import ANOTHER_OUTPUT, atomic_path, locked_folder, write_json
 from ..hub.training_json import chosen_chat_options, recorded_chat_options
-from ..model.served_checkpoint import check_checkpoint
+from ..model.served_checkpoint import verifier_of
 from ..pages.pictures import can_draw
 from ..serving.environment import installed_vllm
 from ..serving.tokens_by_load import RECOMMENDED, recommend
@@ -87,7 +87,7 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
             others too.
     """
     drafters = follow_links(arguments)
-    verifier = arguments.verifier or str(check_checkpoint(drafters[0].folder).verifier_name_or_path)
+    verifier = verifier_of(drafters[0].folder, arguments.verifier)
     drafting = drafting_of(arguments, drafters, verifier)
     dropped: list[dict[str, str]] = []
     prompts = load_prompts(arguments, dropped)

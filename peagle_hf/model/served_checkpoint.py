@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 from ..errors import PeagleError
@@ -91,6 +92,26 @@ def check_checkpoint(
     if verifier is not None:
         _check_verifier(folder, config, verifier, trust_remote_code)
     return config
+
+
+def verifier_of(folder: str | os.PathLike[str], given: str | None) -> str:
+    """The verifier of a drafter: the one that is given, otherwise the one that the checkpoint names.
+
+    Raises:
+        PeagleError: the checkpoint names a folder that isn't there; or see `check_checkpoint`.
+    """
+    if given is not None:
+        return given
+    name = str(check_checkpoint(folder).verifier_name_or_path)
+    try:
+        if not os.path.isdir(name):
+            validate_repo_id(name)
+    except HFValidationError as error:
+        raise PeagleError(
+            f"The drafter {folder} was trained with the verifier in {name}, but there is no such folder. If it is "
+            "somewhere else now, name it with --verifier."
+        ) from error
+    return name
 
 
 def speculative_config(

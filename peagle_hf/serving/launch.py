@@ -37,6 +37,7 @@ from ..model.served_checkpoint import (
     check_checkpoint,
     drafter_folder,
     speculative_config,
+    verifier_of,
 )
 from ..redaction import public_command
 from ..verifier.loading import check_layer_ids, load_verifier_config
@@ -289,7 +290,7 @@ def drafting_command(arguments: ServeArguments, on_cpu: bool) -> list[str]:
         PeagleError: vLLM would load the checkpoint wrongly, or it was made for another verifier.
     """
     folder = drafter_folder(arguments.model)
-    verifier = arguments.verifier or str(check_checkpoint(folder).verifier_name_or_path)
+    verifier = verifier_of(folder, arguments.verifier)
     config = check_checkpoint(folder, verifier, arguments.trust_remote_code)
     tokens = arguments.num_speculative_tokens
     number = None if tokens in (None, AUTO) else int(str(tokens))
