@@ -226,6 +226,11 @@ def _unexpected(error: Exception, prog: str, argv: Sequence[str]) -> str:
     )
 
 
+def number_of(count: int, noun: str, plural: str = "") -> str:
+    """A number with its noun, as `1 chat`, `3 chats`, or `2 matrices` where a plural is given."""
+    return f"{count} {noun if count == 1 else plural or f'{noun}s'}"
+
+
 def estimate(value: float, interval: Sequence[float] | None, form: str) -> str:
     """A number as text, with its interval in brackets if it has one."""
     return f"{value:{form}}" + (f" ({interval[0]:{form}} to {interval[1]:{form}})" if interval else "")

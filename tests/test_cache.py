@@ -353,7 +353,7 @@ def test_info_shows_what_the_headers_show(broken, tiny_verifier, capsys):
         "Storage   plain (4) in BF16",
         f"Tokens    {tokens}",
         f"Bytes     {size}, {size / tokens:.0f} a token",
-        "Missing   1 rows: 2",
+        "Missing   1 row: 2",
         "Unusable  3",
         "hs_2.safetensors: no answer",
         "hs_4.safetensors: it can't be opened",
@@ -368,7 +368,7 @@ def test_verify_reads_everything_and_fails_with_the_list(broken, capsys):
     assert stopped.value.code == 1
     printed = capsys.readouterr()
     assert "4 files" in printed.err
-    assert "1 samples have no file" in printed.err
+    assert "1 sample has no file" in printed.err
     for row, reason in ((4, "can't be opened"), (5, "other tokens"), (6, "not finite"), (7, "instead of")):
         assert re.search(rf"hs_{row}\.safetensors: .*{reason}", printed.out)
 

@@ -252,5 +252,5 @@ def test_a_folder_that_is_no_dataset_is_named(tmp_path):
 
 def test_a_split_that_leaves_a_side_empty_is_refused(tmp_path):
     write_prepared(tmp_path, [10, 10], [0, 0])
-    with pytest.raises(PeagleError, match="1 conversations can't be split"):
+    with pytest.raises(PeagleError, match="1 conversation can't be split"):
         split_rows(tmp_path, 0.5)

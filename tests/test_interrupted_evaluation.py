@@ -97,7 +97,7 @@ def test_a_killed_evaluation_asks_only_what_is_missing_and_gives_the_same_report
         one.requests.clear()
     caplog.set_level(logging.INFO, logger="peagle_hf")
     report = evaluate(arguments(output=str(moved), **thinking))
-    assert "4 runs that were finished earlier" in caplog.text
+    assert "Read 4 finished runs of an interrupted command" in caplog.text
     assert len(baseline.requests) == 2 * REQUESTS
     assert len(server.requests) == 1 + 2 * REQUESTS  # and one that finds out how it counts
     assert not (moved / FINISHED_RUNS).exists()
@@ -133,7 +133,7 @@ def test_what_changed_is_named_and_all_is_measured_anew(arguments, server, suite
         interrupt(arguments(), server)
         caplog.clear()
         evaluate(arguments(rounds=1, **change))
-        assert "are discarded and everything is measured again, because" in caplog.text
+        assert "Everything is measured again, without " in caplog.text
         assert words in caplog.text
         assert len(server.requests) == 1 + 2 * REQUESTS
     interrupt(arguments(), server)

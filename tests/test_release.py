@@ -140,7 +140,7 @@ def test_init_keeps_what_was_changed(tmp_path, monkeypatch, caplog, capsys):
     assert script.read_text() == "changed" != original
     assert pipeline.exists()
     assert "mine/examples/train.py was kept: it differs" in caplog.text
-    assert "Wrote 1 files" in caplog.text
+    assert "Wrote 1 file into" in caplog.text
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit):
         cli.main(["init", "file"])

@@ -93,7 +93,7 @@ OTHERS = {
     "precision": ({"bf16": True}, r"--bf16 was False, is True"),
     "accumulation": (
         {"gradient_accumulation_steps": 2},
-        r"there were 1 packed sequences a step \(1 processes .* there are 2 packed sequences a step .*"
+        r"there were 1 packed sequence a step \(processes: 1 .* there are 2 packed sequences a step .*"
         r"with --gradient-accumulation-steps 1 each step has the same ones",
     ),
 }

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -264,6 +265,16 @@ def test_servers_give_the_report_that_vllm_in_process_gives(arguments, server, b
     assert server.url not in card
 
 
+def test_one_prompt_is_no_plural_and_no_draft_is_no_acceptance(arguments, baseline, prompts, caplog, capsys):
+    prompts.write_text(json.dumps({"turns": ["a b c"]}) + "\n")
+    for tokens in (60, 1):
+        evaluate(arguments(baseline_endpoint=baseline.url, max_tokens=tokens))
+        printed = capsys.readouterr().out
+        assert not re.search(r"\b1 (chat|prompt|token)s\b", printed + caplog.text)
+        assert "identical with and without the drafter for the only prompt" in printed
+        assert ("vLLM drafted nothing, so acceptance isn't known" in printed) == (tokens == 1)
+
+
 def test_what_is_asked_is_what_vllm_in_process_is_given(arguments, server, baseline):
     """Later turns follow the answers without the drafter; neither the prefix cache nor the model's defaults play in."""
     baseline.first = 50
@@ -320,7 +331,7 @@ def test_a_load_for_which_there_are_too_few_prompts_is_named_and_recommends_noth
     arguments, baseline, caplog, capsys
 ):
     report = evaluate(arguments(baseline_endpoint=baseline.url, concurrency=[1, 3, 16]))
-    assert "--concurrency is 16, but there are only 3 prompts" in caplog.text
+    assert "--concurrency is 16, but the suite has only 3 prompts" in caplog.text
     assert [row["chats_at_a_time"] for row in report["by_concurrency"]] == [1, 3, 3]
     assert [row["concurrency"] for row in report["recommended_num_speculative_tokens"]] == [1, 3]
     assert report["concurrency"] == 3
@@ -330,7 +341,7 @@ def test_a_load_for_which_there_are_too_few_prompts_is_named_and_recommends_noth
     caplog.clear()
     alone = evaluate(arguments())
     assert alone["recommended_num_speculative_tokens"] == []
-    assert "only 3 chats run at a time there" in caplog.text
+    assert "no more than 3 chats at a time can run there" in caplog.text
 
 
 def test_several_temperatures_are_measured_side_by_side(arguments, server, baseline, capsys):
@@ -469,7 +480,7 @@ def test_as_many_requests_as_are_wanted_are_in_flight(arguments, server):
         ("no token ids", "no token ids"),
         ("uncounted", "restarted in between, or several servers answer there"),
         ("started anew", "restarted in between"),
-        ("others", "generated 41 tokens, but only 20 were requested by this evaluation: others use it too"),
+        ("others", "generated 41 tokens, but this evaluation asked for 20 only: others use it too"),
         ("miscounts", r"sum to \[.*\] .* counters say"),
     ],
 )

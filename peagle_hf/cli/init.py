@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from ..arguments import Arguments
+from ..console import number_of
 from ..errors import PeagleError
 from ..files import atomic_path, check_writable
 
@@ -72,7 +73,8 @@ def init(arguments: InitArguments) -> Path:
             with atomic_path(copy) as temporary:
                 shutil.copy(path, temporary)
     logger.info(
-        "Wrote %d files into %s%s.", written, target, "" if written or kept else ", where all of them were already"
+        "Wrote %s into %s%s.",
+        *(number_of(written, "file"), target, "" if written or kept else ", where all of them were already"),
     )
     print(_next_steps(folder))
     return target

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import Arguments
-from ..console import progress_bar
+from ..console import number_of, progress_bar
 from ..errors import PeagleError
 from ..files import locked_file, read_json, write_json
 from ..fingerprint import has_weights
@@ -133,8 +133,9 @@ def cache(arguments: CacheArguments) -> CacheReport | None:
         )
     if arguments.action == "verify" and (report.missing or report.unusable):
         raise PeagleError(
-            f"{len(report.unusable)} files of {arguments.folder} can't be used and {len(report.missing or ())} "
-            "samples have no file. Run peagle-hf extract with --validate-outputs, which extracts only those."
+            f"In {arguments.folder} {number_of(len(report.unusable), 'file')} can't be used, and "
+            f"{number_of(len(report.missing or ()), 'sample has', 'samples have')} no file. Run peagle-hf extract with "
+            "--validate-outputs, which extracts only those."
         )
     return report
 
@@ -230,7 +231,7 @@ def _ranges(rows: list[int]) -> str:
         else:
             bounds.append([row, row])
     named = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in bounds)
-    return f"{len(rows)} rows: {named}" if rows else "none"
+    return f"{number_of(len(rows), 'row')}: {named}" if rows else "none"
 
 
 def convert(
@@ -304,7 +305,7 @@ def _convert(folder: Path, destination: Path, storage: Storage, preprocessed_dat
         replace(manifest, storage=storage, dtype=dtype).write(working)
     record.unlink(missing_ok=True)
     os.rename(working, destination)
-    logger.info("%d samples converted to %s in %s.", len(rows), storage, destination)
+    logger.info("Converted %s to %s in %s.", number_of(len(rows), "sample"), storage, destination)
 
 
 def _content(data: "datasets.Dataset | None", row: int) -> tuple[Tensor | None, Tensor | None]:

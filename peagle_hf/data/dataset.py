@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from ..console import number_of
 from ..errors import PeagleError
 from ..model.slots import target_tokens
 from .cache_manifest import Manifest, origin_of
@@ -132,15 +133,15 @@ class HiddenStatesDataset(Dataset):
             )
         if len(long_enough) < len(rows):
             logger.warning(
-                "%d samples of %s are left out: they are shorter than %d tokens.",
-                len(rows) - len(long_enough),
+                "%s out of %s: shorter than %d tokens.",
+                number_of(len(rows) - len(long_enough), "sample is left", "samples are left"),
                 self.data_path,
                 MIN_TOKENS,
             )
         if untrainable:
             logger.warning(
-                "%d samples are left out: nothing to train on in their first %d positions. Raise --total-seq-len.",
-                len(untrainable),
+                "%s: nothing to train on in the first %d positions. Raise --total-seq-len.",
+                number_of(len(untrainable), "sample is left out", "samples are left out"),
                 self.total_seq_len,
             )
         if self.num_truncated:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from ..console import progress_bar
+from ..console import number_of, progress_bar
 from ..errors import PeagleError
 from .answer_journal import Journal
 from .chat_models import Batch, ChatModel, Sampling
@@ -248,8 +248,8 @@ def _without_answers(answers: Answers, prompts: list[Prompt], unanswerable: dict
             unanswerable[index] = str(reason)
     if len(waiting) < len(prompts):
         logger.info(
-            "%s has answers to %d of %d prompts already; the other %d are asked for.",
-            *(answers.journal.path, len(prompts) - len(waiting), len(prompts), len(waiting)),
+            "%s has answers to %d of %s already; still to be asked for: %d.",
+            *(answers.journal.path, len(prompts) - len(waiting), number_of(len(prompts), "prompt"), len(waiting)),
         )
     return waiting
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..console import number_of
 from ..errors import PeagleError
 from ..model.slots import target_tokens
 from .cache_manifest import Manifest
@@ -98,7 +99,7 @@ def plan(output: Path, manifest: Manifest, data: "datasets.Dataset", missing: di
         [
             f"would run {manifest.verifier} ({manifest.architecture}, {manifest.num_layers} layers) and store layers "
             f"{', '.join(map(str, manifest.aux_layer_ids))} and the last one, as {manifest.storage} {manifest.dtype}",
-            f"would make {len(missing)} of {len(data)} samples, {sum(missing.values())} tokens",
+            f"would make {len(missing)} of {number_of(len(data), 'sample')}, {sum(missing.values())} tokens",
             f"would write {needed / GIB:.3f} GiB into {output}, where {free / GIB:.1f} GiB are free",
             *([f"less would be written with --storage {smaller}"] if smaller else []),
         ]

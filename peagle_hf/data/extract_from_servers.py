@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..console import progress_bar
+from ..console import number_of, progress_bar
 from ..errors import PeagleError
 from ..files import write_json
 from .cache_storage import CachedStates
@@ -98,8 +98,8 @@ def _failed_samples(failed: dict[int, str], num_samples: int, record: Path, ende
     """
     row, reason = next(reversed(failed.items()))
     return PeagleError(
-        f"{ended}{len(failed)} of {num_samples} samples failed, row {row} with: {reason}. All are listed with their "
-        f"reason in {record}. Run the same command again, which extracts only what is missing; leave out what fails "
-        f"every time with --skip-rows {' '.join(map(str, sorted(failed)[:MAX_NAMED]))}"
+        f"{ended}{len(failed)} of {number_of(num_samples, 'sample')} failed, row {row} with: {reason}. All are listed "
+        f"with their reason in {record}. Run the same command again, which extracts only what is missing; leave out "
+        f"what fails every time with --skip-rows {' '.join(map(str, sorted(failed)[:MAX_NAMED]))}"
         f"{' ...' if len(failed) > MAX_NAMED else ''}."
     )

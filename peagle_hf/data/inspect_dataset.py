@@ -11,6 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..arguments import Arguments
+from ..console import number_of
 from ..errors import PeagleError
 from ..files import atomic_path, write_json
 from ..pages.page import render
@@ -398,16 +399,17 @@ def _summary(report: DataReport) -> dict[str, str]:
     truncated = "not known"
     if report.truncated_share is not None:
         truncated = (
-            f"{report.num_truncated_rows} samples ({report.truncated_share:.1%}), after {report.seq_length} tokens"
+            f"{number_of(report.num_truncated_rows or 0, 'sample')} ({report.truncated_share:.1%}), after "
+            f"{report.seq_length} tokens"
         )
         if report.num_cut_tokens is not None:
-            truncated += f"; {report.num_cut_tokens} tokens were cut off"
+            truncated += f"; cut off: {number_of(report.num_cut_tokens, 'token')}"
     return {
-        "Samples": f"{report.num_rows}, of {report.num_conversations} conversations",
+        "Samples": f"{report.num_rows}, of {number_of(report.num_conversations, 'conversation')}",
         "Tokens": f"{report.num_tokens}",
         "Trained on": f"{report.num_learnt_tokens} ({report.learnt_share:.1%}), {report.num_distinct_learnt} different",
         "Cut": truncated,
-        "Left out": "not known" if report.skipped is None else f"{sum(report.skipped.values())} samples",
+        "Left out": "not known" if report.skipped is None else number_of(sum(report.skipped.values()), "sample"),
     }
 
 

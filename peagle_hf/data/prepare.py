@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..arguments import Arguments, check_ranges, config_path, write_config
+from ..console import number_of
 from ..errors import PeagleError
 from ..files import ANOTHER_OUTPUT, add_relative_path, atomic_path, locked_folder, remove_leftovers, write_json
 from .loss_mask import ChatTokenizer
@@ -249,7 +250,7 @@ def _plan(arguments: PrepareArguments, is_there: bool) -> str:
                 continue
             (folder := Path(scratch) / str(number)).mkdir()
             found = len(open_source(data, folder))
-            lines.append(f"would read {found} conversations of {data}")
+            lines.append(f"would read {number_of(found, 'conversation')} of {data}")
             num_rows = None if num_rows is None else num_rows + found
     if is_there:
         lines.append(f"{arguments.output} holds this dataset already and would be kept as it is")
@@ -260,8 +261,8 @@ def _plan(arguments: PrepareArguments, is_there: bool) -> str:
     if limits:
         size = min(limits) * arguments.seq_length * BYTES_A_TOKEN
         lines.append(
-            f"that is at most {size / 2**20:.1f} MiB for {min(limits)} samples of {arguments.seq_length} tokens, and "
-            "more only where a chat takes several samples"
+            f"that is at most {size / 2**20:.1f} MiB for {number_of(min(limits), 'sample')} of {arguments.seq_length} "
+            "tokens, and more only where a chat takes several samples"
         )
     return "\n".join(lines)
 
@@ -414,9 +415,8 @@ def _log_counts(counts: dict[str, Any], arguments: PrepareArguments) -> None:
     )
     if counts["copied_conversations"]:
         logger.info(
-            "%d conversations are copies of others, token for token. They are kept, on the same side of the validation "
-            "split.",
-            counts["copied_conversations"],
+            "%s of others, token for token, and kept on the same side of the validation split.",
+            number_of(counts["copied_conversations"], "conversation is a copy", "conversations are copies"),
         )
     if arguments.weights is None:
         return

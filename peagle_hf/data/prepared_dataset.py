@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from ..arguments import CONFIG, config_path
+from ..console import number_of
 from ..errors import PeagleError
 from ..files import read_json, resolve_relative_path
 from ..fingerprint import file_fingerprint
@@ -327,7 +328,7 @@ def split_rows(data_path: str | os.PathLike[str], train_ratio: float, seed: int 
     train = [row for row, conversation in enumerate(conversations) if conversation not in held_out]
     if not train or (train_ratio < 1 and not held_out):
         raise PeagleError(
-            f"{len(distinct)} conversations can't be split at train_data_ratio {train_ratio} with something on either "
-            "side. Prepare more data or change --train-data-ratio."
+            f"{number_of(len(distinct), 'conversation')} can't be split at train_data_ratio {train_ratio} with "
+            "something on either side. Prepare more data or change --train-data-ratio."
         )
     return train, [row for row, conversation in enumerate(conversations) if conversation in held_out]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..arguments import Arguments, check_ranges
-from ..console import progress_bar
+from ..console import number_of, progress_bar
 from ..data.cache_manifest import check_cache
 from ..data.cache_storage import cache_folder
 from ..data.collator import CODDataCollator
@@ -275,11 +275,12 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"Drafter            {report['drafter']}{f', which {link} links to' if link else ''}, "
-            f"{report['num_speculative_tokens']} tokens at a time",
+            f"{number_of(report['num_speculative_tokens'], 'token')} at a time",
             f"Verifier           {report['verifier']}, {report['dtype']}",
-            f"Measured           {report['num_rows']} samples of {report['data_path']}, from cached hidden states",
+            f"Measured           {number_of(report['num_rows'], 'sample')} of {report['data_path']}, from cached "
+            "hidden states",
             "",
-            f"Acceptance length  {report['acceptance_length']:6.3f}, in {report['num_drafts']} drafts",
+            f"Acceptance length  {report['acceptance_length']:6.3f}, in {number_of(report['num_drafts'], 'draft')}",
             f"At every position  {every['acceptance_length']:6.3f}, in {every['num_drafts']}",
             f"Temperature {sampled['temperature']:<7g}{sampled['probabilistic']['acceptance_length']:6.3f} expected "
             f"with probabilistic drafts, {sampled['greedy']['acceptance_length']:.3f} with greedy ones",

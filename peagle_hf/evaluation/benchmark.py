@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments import config_path, write_config
+from ..console import number_of
 from ..data.prompts import Prompt
 from ..data.sources import source_name
 from ..data.tokenizer import ChatOptions
@@ -213,12 +214,12 @@ def _warn_of_few_prompts(concurrency: Sequence[int], num_prompts: int) -> None:
     loads = [str(number) for number in concurrency if number > num_prompts]
     if loads:
         logger.warning(
-            "--concurrency is %s, but there are only %d prompts, so only %d chats run at a time there. The report "
+            "--concurrency is %s, but the suite has only %s, so no more than %s at a time can run there. The report "
             "says so and recommends no K for it. To measure it, give at least as many prompts, better several times as "
             "many.",
             " ".join(loads),
-            num_prompts,
-            num_prompts,
+            number_of(num_prompts, "prompt"),
+            number_of(num_prompts, "chat"),
         )
 
 

@@ -128,12 +128,17 @@ def figures(
             intervals[name] = _over_rounds(
                 [ratio_interval(each[name], one) for each, one in zip(speeds, degrees, strict=True)]
             )
+    medians = {
+        name: float(np.median([each[name][0] for each in speeds])) if name in speeds[0] else None for name in SPEEDS
+    }
+    if (length := medians["break_even_length"]) is not None:  # no acceptance length is below 1
+        medians["break_even_length"] = max(1.0, length)
+        if spread := intervals.get("break_even_length"):
+            intervals["break_even_length"] = [max(1.0, end) for end in spread]
     return {
         "num_prompts": len(indices),
         **summary,
-        **{
-            name: float(np.median([each[name][0] for each in speeds])) if name in speeds[0] else None for name in SPEEDS
-        },
+        **medians,
         "is_speed_up_or_down": is_difference(intervals.get("speed_up"), 1) if len(runs) > 1 else None,
         "intervals": intervals,
     }

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from .. import __version__
-from ..console import progress_bar
+from ..console import number_of, progress_bar
 from ..data.endpoint import PLAIN_SAMPLING, concurrently
 from ..data.prompts import Prompt
 from ..data.tokenizer import ChatOptions
@@ -174,8 +174,8 @@ def _counted(client: Client, before: Counters, run: Run) -> list[int]:
     counted = client.since(before, asked)
     if counted.generated > asked:
         raise PeagleError(
-            f"{client.url} generated {counted.generated} tokens, but only {asked} were requested by this "
-            "evaluation: others use it too, and its counters don't tell whose tokens they count. Run it when "
+            f"{client.url} generated {number_of(counted.generated, 'token')}, but this evaluation asked for {asked} "
+            "only: others use it too, and its counters don't tell whose tokens they count. Run it when "
             "nobody else uses it."
         )
     return counted.drafting

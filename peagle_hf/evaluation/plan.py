@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ..arguments import Arguments, check_ascending, check_ranges, command_text, config_path, write_config
+from ..console import number_of
 from ..errors import PeagleError
 from ..files import ANOTHER_OUTPUT, atomic_path, locked_folder, write_json
 from ..fingerprint import weights_of
@@ -144,7 +145,7 @@ class _Size:
 
     @property
     def name(self) -> str:
-        return f"{self.num_layers} layers, {self.draft_vocab_size} tokens"
+        return f"{number_of(self.num_layers, 'layer')}, {self.draft_vocab_size} tokens"
 
 
 def plan(arguments: PlanArguments) -> dict[str, Any]:

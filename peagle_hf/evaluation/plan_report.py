@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from ..console import number_of
 from ..pages.pictures import COLOURS, GREY, save_png
 from ..pages.tables import Table
 from .runs import runners_row
@@ -25,8 +26,7 @@ def draw(report: dict[str, Any], path: str | os.PathLike[str]) -> None:
 
 
 def _size(entry: dict[str, Any]) -> str:
-    layers = entry["num_layers"]
-    return f"{layers} layer{'s' * (layers > 1)}, {entry['draft_vocab_size']:,} tokens"
+    return f"{number_of(entry['num_layers'], 'layer')}, {entry['draft_vocab_size']:,} tokens"
 
 
 def _speed_table(report: dict[str, Any]) -> Table:
@@ -92,8 +92,8 @@ def _measured(report: dict[str, Any]) -> list[list[str]]:
         ["Drafters", "random weights; vLLM accepts at set rates (synthetic acceptance)"],
         [
             "Prompts",
-            f"{report['prompt_tokens']} random tokens, answers of {report['max_tokens']}; "
-            + ", ".join(f"{count} prompts at {concurrency} at a time" for concurrency, count in counts),
+            f"{number_of(report['prompt_tokens'], 'random token')}, answers of {report['max_tokens']}; "
+            + ", ".join(f"{number_of(count, 'prompt')} at {concurrency} at a time" for concurrency, count in counts),
         ],
         *runners_row(report),
         ["Seed, rounds", f"{report['seed']}, {report['rounds']}"],

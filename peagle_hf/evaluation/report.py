@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..console import estimate
+from ..console import estimate, number_of
 from ..data.answer_markers import TEXT, drafted_segments
 from ..data.contexts import drafted_contexts
 from ..pages.page import render
@@ -66,14 +66,17 @@ def _pays_from(entry: dict[str, Any]) -> str:
     Without the time of the prompts' own passes, which isn't known then, a drafter that is slower than none pays only
     from a greater length than acceptance length / speed-up, and one that is faster already from a smaller one.
     """
-    if entry["speed_up"] is None or entry["break_even_length"] is not None:
+    length = entry["break_even_length"]
+    if entry["speed_up"] is None or (length is not None and length > 1):
         return _figure(entry, "break_even_length", ".2f")
-    side = "more" if entry["speed_up"] < 1 else "less"
-    return f"{side} than {entry['acceptance_length'] / entry['speed_up']:.2f}"
+    bound = entry["acceptance_length"] / entry["speed_up"]
+    if length is not None or bound <= 1 < entry["speed_up"]:
+        return "1.00 (always)"
+    return f"{'more' if entry['speed_up'] < 1 else 'less'} than {bound:.2f}"
 
 
 def _num_other(entry: dict[str, Any]) -> str:
-    return f"{entry['num_prompts'] - entry['num_identical']} of {entry['num_prompts']} prompts"
+    return f"{entry['num_prompts'] - entry['num_identical']} of {number_of(entry['num_prompts'], 'prompt')}"
 
 
 def _entries(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -290,7 +293,11 @@ def _measured_rows(report: dict[str, Any]) -> list[list[str]]:
             f"{report['num_prompts']} of {report['prompts']}"
             + (f"; {len(dropped)} left out, see dropped_prompts in evaluation.json" if dropped else ""),
         ],
-        ["Answers", f"at most {report['max_tokens']} tokens, {sampling}; {report['concurrency']} chats at a time"],
+        [
+            "Answers",
+            f"at most {number_of(report['max_tokens'], 'token')}, {sampling}; "
+            f"{number_of(report['concurrency'], 'chat')} at a time",
+        ],
         *(
             [["Drafts at temperatures above 0", report["draft_sample_method"] or "as the server makes them"]]
             if any(temperatures)
@@ -330,6 +337,11 @@ def _sentences(report: dict[str, Any]) -> list[str]:
     for label, entry in labelled:
         prefix = f"{label}: " if len(labelled) > 1 else ""
         sentences.append(prefix + _text_sentence(entry, report))
+        if entry.get("num_drafts") == 0:
+            sentences.append(
+                f"{prefix}vLLM drafted nothing, so acceptance isn't known: all answers ended with their first token, "
+                "or K is 0 at this load. Raise --max-tokens, or lower --concurrency."
+            )
     if report["counts"] != BY_DRAFT:
         is_server = report["seed"] is None
         sentences.append(coarse_counts(report["counts"], report["versions"]["vllm"], is_server))
@@ -370,7 +382,8 @@ def _speed_sentence(report: dict[str, Any]) -> str:
     if speed < speed_without:
         sentence += (
             " The drafter slows vLLM down here: drafting and verifying "
-            f"{report['num_speculative_tokens']} tokens takes time, especially on a CPU, and too few are accepted."
+            f"{number_of(report['num_speculative_tokens'], 'token')} takes time, especially on a CPU, and too few "
+            "are accepted."
         )
     return sentence
 
@@ -381,8 +394,8 @@ def _break_even_sentences(report: dict[str, Any]) -> list[str]:
         return []
     lengths = [f"{_pays_from(run)} at {_load(run)}" for run in report["by_concurrency"]]
     sentences = [
-        f"It pays here from acceptance length {', '.join(lengths)} chats at a time; this drafter has "
-        f"{report['acceptance_length']:.2f}."
+        f"It pays here, by the number of chats at a time, from acceptance length {', '.join(lengths)}; this drafter "
+        f"has {report['acceptance_length']:.2f}."
     ]
     if any(run["break_even_length"] is None for run in report["by_concurrency"]):
         sentences.append(
@@ -393,11 +406,15 @@ def _break_even_sentences(report: dict[str, Any]) -> list[str]:
     return sentences
 
 
+def _all_prompts(count: int) -> str:
+    return "the only prompt" if count == 1 else f"all {count} prompts"
+
+
 def _text_sentence(entry: dict[str, Any], report: dict[str, Any]) -> str:
     if entry["text_identical"] is None:
         return "Text: not compared, because it is sampled or was generated only with the drafter."
     if entry["text_identical"]:
-        return f"Text: identical with and without the drafter for all {entry['num_prompts']} prompts."
+        return f"Text: identical with and without the drafter for {_all_prompts(entry['num_prompts'])}."
     places = [f"{shown(place['id'])} (turn {place['turn']}, token {place['token']})" for place in entry["differences"]]
     hint = (
         ""

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..console import number_of
 from ..data.prompts import Prompt
 from ..errors import PeagleError
 from ..files import atomic_path, writing
@@ -177,10 +178,10 @@ class FinishedRuns:
                 "again."
             ) from error
         if found != settings:
-            if found is not None:
+            if self._runs and found is not None:
                 logger.warning(
-                    "%d finished runs in %s are discarded and everything is measured again, because %s.",
-                    len(self._runs),
+                    "Everything is measured again, without %s of an interrupted command in %s, because %s.",
+                    number_of(len(self._runs), "finished run"),
                     path,
                     "; ".join(_changes(found, settings)),
                 )
@@ -191,7 +192,7 @@ class FinishedRuns:
             with writing(path):
                 os.truncate(path, len(complete) + 1)
         if self._runs:
-            logger.info("%d runs that were finished earlier are read from %s.", len(self._runs), path)
+            logger.info("Read %s of an interrupted command from %s.", number_of(len(self._runs), "finished run"), path)
 
     def __contains__(self, name: str) -> bool:
         return name in self._runs

@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import chain, zip_longest
 from pathlib import Path
 
+from ..console import number_of
 from ..data.prompts import Prompt, read_prompts
 from ..data.sources import is_local_file, source_name
 from ..errors import PeagleError
@@ -55,13 +56,13 @@ def load_prompts(arguments: EvaluateArguments, dropped: list[dict[str, str]]) ->
             category = prefix + prompt.category
             by_category[category].append(replace(prompt, id=prefix + prompt.id, category=category))
         for first, count in repeated.items():
-            logger.warning("%d prompts of %s are left out: they are in %s too.", count, suite, first)
+            logger.warning("Left out, because they are in %s too: %s of %s.", first, number_of(count, "prompt"), suite)
         if repeated.total() == len(prompts):
             raise PeagleError(f"All prompts of {source_name(suite)} are in the suites before it. Leave it out.")
     if len(suite_of) < sum(map(len, by_category.values())):
         logger.warning(
-            "%d prompts occur more than once in their suite. Intervals are too narrow for that: take them out.",
-            sum(map(len, by_category.values())) - len(suite_of),
+            "%s more than once in the same suite. Intervals are too narrow for that: take repeated prompts out.",
+            number_of(sum(map(len, by_category.values())) - len(suite_of), "prompt occurs", "prompts occur"),
         )
     in_turn = chain.from_iterable(zip_longest(*by_category.values()))
     return [prompt for prompt in in_turn if prompt is not None][: arguments.max_prompts]

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import __version__
 from ..arguments import flag_of
-from ..console import progress_bar
+from ..console import number_of, progress_bar
 from ..data.prompts import Prompt
 from ..data.tokenizer import ChatOptions, load_tokenizer
 from ..errors import PeagleError
@@ -183,7 +183,9 @@ def _work(receive: Callable[[], dict[str, Any]], send: Callable[..., object]) ->
     send(
         measured_on={
             "dtype": str(llm.llm_engine.model_config.dtype).removeprefix("torch."),
-            "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+            "device": torch.cuda.get_device_name()
+            if on_gpu
+            else f"CPU, {number_of(torch.get_num_threads(), 'thread')}",
             "model_runner": "second" if is_second else "first",
             "versions": {
                 "peagle_hf": __version__,
@@ -376,7 +378,7 @@ class _Conversations:
             ) from error
         if len(ids) + self.job.max_tokens > self.max_model_len:
             raise PeagleError(
-                f"Turn {len(chat)} of prompt {prompt.id} has {len(ids)} tokens; with an answer of "
+                f"Turn {len(chat)} of prompt {prompt.id} has {number_of(len(ids), 'token')}; with an answer of "
                 f"{self.job.max_tokens} that is more than --max-model-len {self.max_model_len}. Raise it, or take the "
                 "prompt out."
             )

@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..console import estimate
+from ..console import estimate, number_of
 from ..data.answer_markers import drafted_segments
 from ..data.contexts import drafted_contexts
 from ..data.prepared_dataset import CHAT_TEMPLATE_FILE
@@ -148,8 +148,8 @@ def _serve(config: PeagleConfig, repo_id: str, verifier: str | None, options: Ch
 def _about(config: PeagleConfig, verifier: str | None) -> str:
     return (
         f"A P-EAGLE drafter ([arXiv 2602.01469](https://arxiv.org/abs/2602.01469)) for {_link(verifier)}, trained with "
-        f"`peagle_hf`. It proposes {config.num_depths} tokens in one forward pass; the verifier checks them in one of "
-        "its own, so the text stays the verifier's."
+        f"`peagle_hf`. It proposes {number_of(config.num_depths, 'token')} in one forward pass; the verifier checks "
+        "them in one of its own, so the text stays the verifier's."
     )
 
 
@@ -162,10 +162,11 @@ def _acceptance(report: dict[str, Any]) -> str:
     method = report.get("interval_method")
     intervals = f" In brackets: {method['confidence']:.0%} intervals ({method['name']})." if method else ""
     measured = (
-        f"Measured with `peagle-hf evaluate`: {report['num_prompts']} prompts of {escape_markdown(_suites(report))}, "
-        f"at most {report['max_tokens']} tokens each, {sampling}, {report['num_speculative_tokens']} tokens at a time, "
-        f"{report['concurrency']} requests at a time, {report['dtype']} on {escape_markdown(report['device'])}; "
-        f"{_versions(report['versions'])}.{intervals}"
+        f"Measured with `peagle-hf evaluate`: {number_of(report['num_prompts'], 'prompt')} of "
+        f"{escape_markdown(_suites(report))}, at most {number_of(report['max_tokens'], 'token')} each, {sampling}, "
+        f"{number_of(report['num_speculative_tokens'], 'token')} at a time, "
+        f"{number_of(report['concurrency'], 'request')} at a time, {report['dtype']} on "
+        f"{escape_markdown(report['device'])}; {_versions(report['versions'])}.{intervals}"
     )
     by_position = _table(
         ["position", *map(str, range(1, len(rates) + 1))], [["accepted, of all drafts", *map(_percent, rates)]]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from ..arguments import Arguments, check_ranges
+from ..console import number_of
 from ..data.endpoint import DEFAULT_URL, endpoint_urls
 from ..data.tokenizer import read_template_kwargs
 from ..errors import PeagleError
@@ -89,7 +90,7 @@ def chat(arguments: ChatArguments) -> None:
             print(f"\n[{_acceptance(client, before, answer)}; {_speed(answer)}]")
     print(f"{chr(10) if is_terminal else ''}The chat has ended.")
     if num_failed and not is_terminal:
-        raise PeagleError(f"{num_failed} of {num_asked} messages got no answer; the reasons are above.")
+        raise PeagleError(f"{num_failed} of {number_of(num_asked, 'message')} got no answer; the reasons are above.")
 
 
 def _show(text: str) -> None:
@@ -123,4 +124,4 @@ def _acceptance(client: Client, before: Counters | None, answer: Answer) -> str:
 
 
 def _speed(answer: Answer) -> str:
-    return f"{len(answer.token_ids)} tokens, {len(answer.token_ids) / answer.seconds:.1f} tokens/s"
+    return f"{number_of(len(answer.token_ids), 'token')}, {len(answer.token_ids) / answer.seconds:.1f} tokens/s"

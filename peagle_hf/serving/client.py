@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..console import number_of
 from ..data.endpoint import NO_TOKEN_IDS, Server, endpoint_urls
 from ..data.errors import EndpointError
 from ..errors import PeagleError
@@ -122,8 +123,8 @@ class Client:
             late = time.monotonic() > deadline
             if started_anew or (late and difference.generated < num_tokens):
                 raise PeagleError(
-                    f"{self.url} generated {num_tokens} tokens but counted {difference.generated}: it was restarted in "
-                    "between, or several servers answer there. Measure one server that keeps running."
+                    f"{self.url} generated {number_of(num_tokens, 'token')} but counted {difference.generated}: it was "
+                    "restarted in between, or several servers answer there. Measure one server that keeps running."
                 )
             if difference.generated >= num_tokens:
                 return difference

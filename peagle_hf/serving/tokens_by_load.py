@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..console import number_of
 from ..errors import PeagleError
 
 logger = logging.getLogger(__name__)
@@ -73,8 +74,8 @@ def describe_not_reached(report: Mapping[str, Any]) -> str:
     if not loads:
         return ""
     return (
-        f"Only {report['num_prompts']} chats ran at a time at --concurrency {loads}, as there are no more prompts. K "
-        "by load is recommended without these loads."
+        f"Only {number_of(report['num_prompts'], 'chat')} ran at a time at --concurrency {loads}, as there are no more "
+        "prompts. K by load is recommended without these loads."
     )
 
 
@@ -117,7 +118,7 @@ def scheduled(recommended: Sequence[Mapping[str, Any]], takes_schedule: bool) ->
     if fastest == {0}:
         raise PeagleError(
             "--num-speculative-tokens is auto, but the drafter was slower than the verifier alone at each load of the "
-            f"evaluation ({', '.join(str(row['concurrency']) for row in recommended)} chats at a time). Serve the "
+            f"evaluation (chats at a time: {', '.join(str(row['concurrency']) for row in recommended)}). Serve the "
             "verifier without it, or name a number."
         )
     best = max(candidates, key=lambda tokens: sum(math.log(max(by_k[tokens], by_k.get(0, 0.0))) for by_k in speeds))
@@ -132,8 +133,8 @@ def scheduled(recommended: Sequence[Mapping[str, Any]], takes_schedule: bool) ->
     pays = [gain <= MARGIN for gain in gains]
     if close := [str(load) for load, gain in zip(loads, gains, strict=True) if 0 < gain <= MARGIN]:
         logger.info(
-            "No drafter was faster by at most %.0f %% at %s chats at a time. vLLM drafts there too, because a schedule "
-            "with K 0 costs time itself.",
+            "No drafter was faster by at most %.0f %% with so many chats at a time: %s. vLLM drafts there too, because "
+            "a schedule with K 0 costs time itself.",
             100 * MARGIN,
             ", ".join(close),
         )

@@ -10,6 +10,7 @@ from torch import Tensor, distributed, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments
 
+from ..console import number_of
 from ..errors import PeagleError
 from .muon import Muon
 
@@ -131,8 +132,8 @@ def describe_optimizer(optimizer: Any, num_processes: int, is_replaced: bool) ->
     is_shared = num_processes > 1 and isinstance(optimizer._parts[0], Muon)
     shared = f", each orthogonalised on one of {num_processes} processes," if is_shared else ""
     return (
-        f"Muon trains {number} matrices of {counts[0]:.1f} million weights{shared} and AdamW {sum(counts[1:]):.1f} "
-        "million others."
+        f"Muon trains {number_of(number, 'matrix', 'matrices')} of {counts[0]:.1f} million weights{shared} and AdamW "
+        f"{sum(counts[1:]):.1f} million others."
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments import flag_of
+from ..console import number_of
 from ..errors import PeagleError
 from .record import RunRecord
 
@@ -167,7 +168,7 @@ def _other_steps(before: RunRecord, now: RunRecord, taken: dict[str, list[Any]])
     if before.rows_per_step is None or now.rows_per_step is None:
         return []
     described = [
-        f"{one.rows_per_step} packed sequences a step ({one.processes or '?'} processes x "
+        f"{number_of(one.rows_per_step or 0, 'packed sequence')} a step (processes: {one.processes or '?'} x "
         f"--per-device-train-batch-size {one.arguments.get('per_device_train_batch_size', '?')} x "
         f"--gradient-accumulation-steps {one.arguments.get('gradient_accumulation_steps', '?')})"
         for one in (before, now)

@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
+from ..console import number_of
 from ..data.cache_manifest import Manifest, check_cache, check_folder
 from ..data.cache_storage import cache_folder, cached_rows
 from ..data.dataset import GENERATED_DTYPE, HiddenStatesDataset
@@ -129,10 +130,11 @@ def plan(args: PeagleTrainingArguments) -> str:
     return "\n".join(
         [
             f"would train a drafter of {num_weights / 1e6:.1f} million weights for {_verifier(args)}: "
-            f"{config.transformer_layer_config.num_hidden_layers} layers, K {config.num_depths}",
-            f"would train on {samples[0]} samples in {packs[0]} packed sequences of {args.total_seq_len} positions and "
-            f"validate on {sum(samples[1:])} in {sum(packs[1:])}",
-            f"would take {steps} steps, {steps_an_epoch} an epoch, of {a_step} packed sequences each",
+            f"{number_of(config.transformer_layer_config.num_hidden_layers, 'layer')}, K {config.num_depths}",
+            f"would train on {number_of(samples[0], 'sample')} in {number_of(packs[0], 'packed sequence')} of "
+            f"{args.total_seq_len} positions and validate on {sum(samples[1:])} in {sum(packs[1:])}",
+            f"would take {number_of(steps, 'step')}, {steps_an_epoch} an epoch, of "
+            f"{number_of(a_step, 'packed sequence')} each",
             f"would {f'go on from {newest}' if newest else f'write into {args.output_dir}'}: each exported checkpoint "
             f"takes {exported / 2**30:.2f} GiB, each one to resume from about {num_weights * 12 / 2**30:.2f} GiB more",
         ]
@@ -181,13 +183,15 @@ def _time_steps(args: PeagleTrainingArguments, config: PeagleConfig) -> str:
                 every = args.eval_steps if args.eval_steps >= 1 else math.ceil(steps * args.eval_steps)
             validations = math.ceil(steps / every)
             validation = _time_validation(trainer)
-            validated = [f"{f'a validation of {validation_batches(trainer):,} batches':<44}{validation:>8.1f} s"]
+            batches = number_of(validation_batches(trainer), "batch", "batches")
+            validated = [f"{f'a validation of {batches}':<44}{validation:>8.1f} s"]
     minutes = (steps * step + validations * validation) / 60
+    all_steps = f"{number_of(steps, 'step')} and {number_of(validations, 'validation')}"
     return "\n".join(
         [
             f"{f'a step here, mean of {steps_timed}':<44}{step * 1e3:>8.0f} ms",
             *validated,
-            f"{f'{steps:,} steps and {validations} validations':<44}{minutes:>8.1f} minutes",
+            f"{all_steps:<44}{minutes:>8.1f} minutes",
             "The start, with the compiling of kernels, and the saving of checkpoints come on top.",
         ]
     )
