@@ -5,6 +5,7 @@ import json
 import math
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -116,7 +117,7 @@ def test_what_the_tutorials_report_calculates_is_in_italics(monkeypatch, attempt
     assert found["everything"] == f"*{float(all_epochs.strip('*')) + 1 + 160 / 60:.1f}*"
 
 
-def test_the_tutorial_goes_on_from_folders_of_other_runs(tmp_path, monkeypatch):
+def test_the_tutorial_goes_on_from_folders_of_other_runs(tmp_path, monkeypatch, capsys):
     """New results with the old folder of large files, extraction from a server, and steps saved within an epoch."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import tutorial_size
@@ -143,6 +144,13 @@ def test_the_tutorial_goes_on_from_folders_of_other_runs(tmp_path, monkeypatch):
     assert "extract, 2 GPUs, vLLM server" in benchmark.results
     benchmark.train()
     assert "--save-strategy steps --save-steps 2" in " ".join(asked["train"])
+
+    run, started = subprocess.run, []
+    monkeypatch.setattr(subprocess, "run", lambda *args, **flags: started.append(args) or run(*args, **flags))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=-1))
+    assert benchmark.storage_that_fits() == ("fp8-learnt", False)
+    assert capsys.readouterr().out.count("GiB can be used") == 2
+    assert len(started) == 1, "the dry run of the first kind names the size of the other"
 
 
 @pytest.mark.slow

@@ -250,11 +250,15 @@ class Benchmark:
         free = shutil.disk_usage(self.cache).free / 2**30
         if not self.options.tiny and self.cache.stat().st_dev == self.folder.stat().st_dev:
             free -= CHECKPOINT_GIB * min(self.options.epochs, 3)
+        printed = ""
         for storage in STORAGES:
-            command = [*PROGRAM, "extract", "--model", str(self.verifier), "--preprocessed-data", str(self.data)]
-            command += ["--output", str(self.cache), "--storage", storage, "--dry-run"]
-            printed = subprocess.run(command, capture_output=True, text=True)
-            found = re.search(r"would write ([\d.]+) GiB", printed.stdout)
+            # The first answer names the sizes of smaller kinds too; a program of its own takes long to start.
+            found = re.search(rf"\b{storage} \([\d.]+ KiB a token, ([\d.]+) GiB", printed)
+            if found is None:
+                command = [*PROGRAM, "extract", "--model", str(self.verifier), "--preprocessed-data", str(self.data)]
+                command += ["--output", str(self.cache), "--storage", storage, "--dry-run"]
+                printed = subprocess.run(command, capture_output=True, text=True).stdout
+                found = re.search(r"would write ([\d.]+) GiB", printed)
             if found is None:  # the cache is of another kind
                 continue
             print(f"{storage} needs {found[1]} GiB; {free:.0f} GiB can be used.", flush=True)
