@@ -314,7 +314,7 @@ def test_k_by_load_is_read_from_the_evaluation_beside_the_drafter(arguments, bas
     path.write_text(json.dumps(report | {"drafter_weights": "other"}))  # it is passed over
     assert drafting_command(ServeArguments(str(link), **auto), on_cpu=False) == command
     beside.unlink()
-    with pytest.raises(PeagleError, match="evaluates a different checkpoint"):
+    with pytest.raises(PeagleError, match=r"evaluates a different checkpoint .*evaluate --model '[^']*'\."):
         drafting_command(ServeArguments(str(link), **auto), on_cpu=False)
     del report["recommended_num_speculative_tokens"]
     path.write_text(json.dumps(report))
@@ -499,7 +499,7 @@ def test_a_server_that_fails_or_counts_others_is_no_measure(arguments, server, p
 def test_servers_that_are_dead_or_others_are_refused(arguments, server, baseline, drafter, servable_verifier):
     with pytest.raises(PeagleError, match=r"127\.0\.0\.1:9/v1 can't be asked which model it runs.*peagle-hf serve"):
         evaluate(arguments(endpoint="http://127.0.0.1:9"))
-    with pytest.raises(PeagleError, match=r"serves no drafter\. Start it with peagle-hf serve"):
+    with pytest.raises(PeagleError, match=r"serves no drafter\. Start it with peagle-hf serve '/[^']*/a drafter0'"):
         evaluate(arguments(endpoint=baseline.url))
     with pytest.raises(PeagleError, match="has a drafter too"):
         evaluate(arguments(baseline_endpoint=server.url))

@@ -4,6 +4,7 @@ An answer depends on the token ids before it, the sampling settings and the answ
 its batch (up to the rounding of batched arithmetic).
 """
 
+import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -261,7 +262,7 @@ class ServedChatModel(ChatModel):
         options: ChatOptions | None = None,
     ):
         self.urls = endpoint_urls(endpoint)
-        served_model(self.urls, name, request_timeout, f"vllm serve {name}")
+        served_model(self.urls, name, request_timeout, f"vllm serve {shlex.quote(name)}")
         super().__init__(name, max_new_tokens, trust_remote_code, options)
         self.concurrency, self.request_timeout, self.max_retries = concurrency, request_timeout, max_retries
         limits = [

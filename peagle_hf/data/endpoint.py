@@ -9,6 +9,7 @@ import math
 import os
 import queue
 import re
+import shlex
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -173,7 +174,7 @@ def served_model(
             raise PeagleError(
                 f"The vLLM server {url} runs {found['root']}, wanted is {wanted}. Start it with that model, or name "
                 "the right endpoint. If it is the same model under another name, start the server with vLLM's "
-                f"--served-model-name {wanted}."
+                f"--served-model-name {shlex.quote(str(wanted))}."
             )
     assert wanted is not None
     return wanted

@@ -1,6 +1,7 @@
 """`peagle-hf data inspect`: what a prepared dataset holds, as an HTML page and as JSON."""
 
 import logging
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
@@ -152,7 +153,8 @@ def data_command(arguments: DataArguments) -> None:
     if arguments.folder is not None:
         raise PeagleError(
             f"`peagle-hf data template` tries a chat template on its own chats and reads no folder: leave out "
-            f"{arguments.folder}. `peagle-hf data inspect {arguments.folder}` shows a prepared dataset."
+            f"{arguments.folder}. `peagle-hf data inspect {shlex.quote(str(arguments.folder))}` shows a prepared "
+            "dataset."
         )
     show_template(
         arguments.model,

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import shlex
 import shutil
 import tempfile
 from collections import Counter
@@ -295,7 +296,7 @@ def _make(
         raise PeagleError(
             f"Nothing in {', '.join(origin['data'])} can be trained on: all {len(order)} conversations were left out. "
             f"{_summary(skipped)} Correct the data or choose other data; where the chat template is the reason, "
-            f"peagle-hf data template --model {arguments.model} shows what it can do."
+            f"peagle-hf data template --model {shlex.quote(arguments.model)} shows what it can do."
         )
     dataset = candidates.select(kept)
     by_source, token_counts = _count(dataset, conversations, order)

@@ -6,6 +6,7 @@ A file that is missing, truncated or damaged is named in the error.
 import hashlib
 import logging
 import os
+import shlex
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -57,7 +58,8 @@ def load_prepared(data_path: str | os.PathLike[str]) -> "datasets.Dataset":
 
     folder = Path(data_path)
     if not any((folder / name).exists() for name in (DATASET_INFO, DATASET_STATE, PREPARE_RECORD)):
-        raise PeagleError(f"{folder} is not a prepared dataset. Make it with peagle-hf prepare --output {folder}.")
+        command = f"peagle-hf prepare --output {shlex.quote(str(folder))}"
+        raise PeagleError(f"{folder} is not a prepared dataset. Make it with {command}.")
     if (folder / UNMOVED / PREPARE_RECORD).exists():
         raise PeagleError(
             f"{folder} is not complete: peagle-hf prepare was stopped while it moved the files of a new dataset into "

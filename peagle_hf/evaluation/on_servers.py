@@ -2,6 +2,7 @@
 
 import logging
 import secrets
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -97,11 +98,12 @@ def _open_servers(task: Task) -> tuple[Client, Client | None, int]:
             )
     counters = client.counters().drafting
     if not counters:
-        raise PeagleError(f"{client.url} serves no drafter. Start it with peagle-hf serve {arguments.model}.")
+        command = f"peagle-hf serve {shlex.quote(arguments.model)}"
+        raise PeagleError(f"{client.url} serves no drafter. Start it with {command}.")
     if baseline and baseline.counters().drafting:
         raise PeagleError(
             f"{baseline.url} has a drafter too, but --baseline-endpoint must be a server without one. Start it with "
-            f"vllm serve {task.verifier}."
+            f"vllm serve {shlex.quote(task.verifier)}."
         )
     return client, baseline, len(counters) - len(DRAFT_COUNTERS)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,6 @@ def read_evaluation(path: str | os.PathLike[str], model: str | os.PathLike[str])
     if weights is None or not has_weights(weights, model):
         raise PeagleError(
             f"{path} evaluates a different checkpoint than {model}: {report['drafter']}. Run peagle-hf evaluate "
-            f"--model {model}."
+            f"--model {shlex.quote(str(model))}."
         )
     return report
