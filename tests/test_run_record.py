@@ -232,7 +232,7 @@ def test_draws_and_left_out_rows_depend_on_how_a_step_is_divided(finished):
     for name, value in {"lora_dropout": 0.1, "dataloader_drop_last": True}.items():
         both = [replace(one, arguments={**one.arguments, name: value}) for one in (before, two)]
         (refused,) = changes_between(*both)[1]
-        assert "1 processes" in refused
+        assert "processes: 1" in refused
         assert "2 processes" in refused
 
 
