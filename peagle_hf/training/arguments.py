@@ -358,7 +358,7 @@ class PeagleTrainingArguments(TrainingArguments):
                 "train_data_ratio",
                 "eval_strategy",
             ),
-            *("save_strategy", "logging_steps", "metric_for_best_model", "seed", "use_cpu"),
+            *("save_strategy", "logging_steps", "metric_for_best_model", "seed", "use_cpu", "dataloader_num_workers"),
         ),
         "LoRA adapter": ("lora_r", "lora_alpha", "lora_dropout", "lora_modules_to_save"),
         "Memory": (
