@@ -132,6 +132,8 @@ class FakeVllm:
             def log_message(self, *args: object) -> None: ...
 
         class Server(ThreadingHTTPServer):
+            request_queue_size = 64  # the default of 5 resets connections of 16 chats at a time
+
             def handle_error(self, request: object, client_address: object) -> None:
                 """Leave a client that hung up unmentioned, as vLLM does; every other error is printed."""
                 if not isinstance(sys.exc_info()[1], ConnectionError):
