@@ -233,7 +233,7 @@ def test_draws_and_left_out_rows_depend_on_how_a_step_is_divided(finished):
         both = [replace(one, arguments={**one.arguments, name: value}) for one in (before, two)]
         (refused,) = changes_between(*both)[1]
         assert "processes: 1" in refused
-        assert "2 processes" in refused
+        assert "processes: 2" in refused
 
 
 @pytest.mark.parametrize(
