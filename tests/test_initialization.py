@@ -1,7 +1,9 @@
 import pytest
 import torch
 import transformers
+from peft import LoraConfig
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from peagle_hf import (
@@ -11,11 +13,13 @@ from peagle_hf import (
     PeagleError,
     PeagleForSpeculation,
     PeagleTrainingArguments,
+    add_adapter,
     build_datasets,
     build_drafter,
     start_linearly,
     train,
 )
+from peagle_hf.training import initialization
 from peagle_hf.training.initialization import RIDGE, factors, mean_square, ridge_regression
 from peagle_hf.training.objective import Objective, load_head
 
@@ -96,6 +100,25 @@ def test_the_same_rows_give_the_same_start_whichever_process_reads_them(tiny_ver
         starts.append(drafter.state_dict())
     for other in starts[1:]:
         assert all(torch.equal(starts[0][name], other[name]) for name in starts[0])
+
+
+def test_processes_that_read_are_started_as_the_arguments_say(tiny_verifier, tiny_data, monkeypatch):
+    contexts = []
+    monkeypatch.setattr(
+        initialization, "DataLoader", lambda *args, **options: contexts.append(options) or DataLoader(*args, **options)
+    )
+    dataset, drafter = HiddenStatesDataset(tiny_data, total_seq_len=64), new_drafter(tiny_verifier)
+    start_linearly(drafter, dataset, num_workers=1, multiprocessing_context="forkserver")
+    start_linearly(drafter, dataset, multiprocessing_context="forkserver")  # which no process is started by
+    assert [one.get("multiprocessing_context") for one in contexts] == ["forkserver", None]
+
+
+def test_a_drafter_without_its_verifiers_embeddings_or_with_an_adapter_is_refused(tiny_verifier, tiny_data):
+    dataset, drafter = HiddenStatesDataset(tiny_data, total_seq_len=64), new_drafter(tiny_verifier)
+    adapted = add_adapter(drafter, LoraConfig(target_modules="all-linear"))
+    for other in (PeagleForSpeculation(drafter.config), adapted):
+        with pytest.raises(PeagleError, match="load_verifier before"):
+            start_linearly(other, dataset)
 
 
 def test_collinear_and_constant_features_have_a_finite_map():
@@ -190,6 +213,7 @@ def test_a_start_for_no_verifier_is_refused(tiny_verifier, tiny_data):
     config = PeagleConfig.from_verifier(str(tiny_verifier))
     config.speculators_config["verifier"]["name_or_path"] = None
     drafter = PeagleForSpeculation(config)
+    drafter.set_trained(False, torch.float32)  # its embeddings are the user's
     with pytest.raises(PeagleError, match="names no verifier"):
         start_linearly(drafter, HiddenStatesDataset(tiny_data, total_seq_len=64))
 

@@ -36,6 +36,7 @@ def start_linearly(
     dataset: HiddenStatesDataset,
     head: VerifierHead | None = None,
     num_workers: int = 0,
+    multiprocessing_context: str | None = None,
 ) -> None:
     """Set a new drafter's first weights so that it predicts the verifier's next state as well as a linear map can.
 
@@ -53,14 +54,23 @@ def start_linearly(
         dataset: to train on. Its first packed sequences are read, until there are 16 positions per feature.
         head: the verifier's; default: read from the verifier that the drafter's configuration names.
         num_workers: processes that read the samples; 0: this one.
+        multiprocessing_context: how these are started, such as "spawn"; default: as Python starts processes.
 
     Raises:
-        PeagleError: the verifier or the samples can't be read, are of other layers or hold NaN, or the
-            device's memory is too small.
+        PeagleError: the verifier or the samples can't be read, are of other layers or hold NaN, the device's memory is
+            too small, or the drafter lacks its verifier's embeddings or has an adapter.
     """
+    if not isinstance(drafter, PeagleForSpeculation) or not drafter.is_ready_to_train:
+        raise PeagleError(
+            "start_linearly sets the first weights of a PeagleForSpeculation. Call the drafter's load_verifier before, "
+            "which gives it the verifier's embeddings, and put an adapter on it after."
+        )
     dataset.check_layers(drafter.config.eagle_aux_hidden_state_layer_ids)
+    loading: dict[str, Any] = {"num_workers": num_workers}
+    if num_workers:
+        loading["multiprocessing_context"] = multiprocessing_context
     try:
-        _start(drafter, dataset, load_head(drafter) if head is None else head, num_workers)
+        _start(drafter, dataset, load_head(drafter) if head is None else head, loading)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -72,9 +82,11 @@ def start_linearly(
         ) from error
 
 
-def _start(drafter: PeagleForSpeculation, dataset: HiddenStatesDataset, head: VerifierHead, num_workers: int) -> None:
+def _start(
+    drafter: PeagleForSpeculation, dataset: HiddenStatesDataset, head: VerifierHead, loading: dict[str, Any]
+) -> None:
     size, states_size = drafter.config.hidden_size, drafter.fc.in_features
-    second_FF, cross_FH, num_positions = _moments(drafter, dataset, head, num_workers)
+    second_FF, cross_FH, num_positions = _moments(drafter, dataset, head, loading)
     deviation_F = ridge_regression(second_FF, cross_FH)
     states_SH, embeds_HH = cross_FH.split([states_size, size])
     drafter.fc.weight.copy_(states_SH.T)
@@ -94,7 +106,7 @@ def _start(drafter: PeagleForSpeculation, dataset: HiddenStatesDataset, head: Ve
 
 
 def _moments(
-    drafter: PeagleForSpeculation, dataset: HiddenStatesDataset, head: VerifierHead, num_workers: int
+    drafter: PeagleForSpeculation, dataset: HiddenStatesDataset, head: VerifierHead, loading: dict[str, Any]
 ) -> tuple[Tensor, Tensor, int]:
     """The mean products of the features with each other [F, F] and with the targets [F, H], and of how many positions.
 
@@ -111,7 +123,7 @@ def _moments(
     process = PartialState()
     mine = range(process.process_index, num_rows, process.num_processes)
     collator: Any = CODDataCollator(num_depths=1)
-    loader = DataLoader(dataset, 1, sampler=mine, num_workers=num_workers, collate_fn=collator)
+    loader = DataLoader(dataset, 1, sampler=mine, collate_fn=collator, **loading)
     second_FF = torch.zeros(num_features, num_features, dtype=torch.float64, device=device)
     piece = _piece(num_features)
     cross_HF = torch.zeros(size, num_features, dtype=torch.float64, device=device)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from multiprocessing import get_all_start_methods, get_start_method
 from pathlib import Path
 from shutil import disk_usage
 from typing import Any
@@ -23,7 +24,9 @@ def loader_workers(args: Any) -> int:
     """The number of loader workers for each process of a training: 0, or as many as there are cores for.
 
     A training on a GPU would wait for its samples if it read them itself, and one that asks a server for them would
-    wait for the server. On a CPU training needs all cores itself.
+    wait for the server. On a CPU training needs all cores itself. Where new processes import everything anew instead of
+    being forked, as on Windows and from Python 3.14 on, each epoch and validation would wait for them, and a script
+    would need a guard against running again in each of them.
 
     Args:
         args: the `PeagleTrainingArguments`, whose `use_cpu` is decided.
@@ -32,9 +35,12 @@ def loader_workers(args: Any) -> int:
     num_workers = min(MOST_WORKERS, max(1, available_cores() // processes))
     if args.on_missing == "generate" and args.vllm_endpoint:
         return num_workers
-    if args.use_cpu:
+    how = args.dataloader_multiprocessing_context or get_start_method(allow_none=True) or get_all_start_methods()[0]
+    if args.use_cpu or how != "fork":
         return 0
-    batch = args.per_device_train_batch_size * args.total_seq_len * LARGEST_STATES
+    rows = args.per_device_train_batch_size  # whose workers wait with full hands during a validation
+    rows += 0 if args.eval_strategy == "no" else args.per_device_eval_batch_size
+    batch = rows * args.total_seq_len * LARGEST_STATES
     needed = 3 * num_workers * processes * batch  # for each worker two batches wait and one is being made
     free = disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else needed
     if free < needed:
