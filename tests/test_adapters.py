@@ -1,5 +1,6 @@
 """LoRA on a trained drafter: train, save with `mask_hidden`, load, merge, export."""
 
+import copy
 import os
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from peagle_hf import (
     PeagleForSpeculation,
     PeagleTrainer,
     PeagleTrainingArguments,
+    build_datasets,
     build_drafter,
 )
 from peagle_hf.training.adapters import MASK_HIDDEN, add_adapter, load_adapter, merge_adapter, save_adapter
@@ -160,6 +162,52 @@ def test_kinds_of_adapters_are_trained_saved_loaded_and_merged(config, trained, 
     assert all(torch.equal(merged[name], tensor) for name, tensor in merge_adapter(model).state_dict().items())
     going_on = load_adapter(make_drafter(make_config()), tmp_path, is_trainable=True)
     assert {name for name, parameter in going_on.named_parameters() if parameter.requires_grad} == parameters.keys()
+
+
+@pytest.mark.parametrize(
+    ("config", "other"),
+    [
+        (LoHaConfig(r=2, target_modules=["fc"]), LoHaConfig(r=2, alpha=3, target_modules=["fc"])),
+        (
+            IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
+            IA3Config(target_modules=["q_proj"], feedforward_modules=[], init_ia3_weights=False),
+        ),
+    ],
+    ids=["LoHa", "IA3"],
+)
+def test_other_kinds_of_adapters_are_trained_and_resumed_by_the_trainer(config, other, trained, tiny_verifier):
+    base, adapter_flags = trained
+    flags = {**adapter_flags, "lora_r": None, "optim": "adamw_torch"}
+
+    def train_with(config, epochs, **resuming):
+        drafter = PeagleForSpeculation.from_pretrained(base, dtype=torch.float32)
+        drafter.load_verifier(str(tiny_verifier), initialize=False)
+        args = PeagleTrainingArguments(**{**flags, "num_train_epochs": epochs})
+        train_dataset, eval_dataset = build_datasets(args)
+        trainer = PeagleTrainer(
+            add_adapter(drafter, config), args, train_dataset=train_dataset, eval_dataset=eval_dataset
+        )
+        trainer.train(**resuming)
+        return trainer.state.global_step
+
+    steps = train_with(copy.deepcopy(config), 1)
+    assert train_with(config, 2, resume_from_checkpoint=True) == 2 * steps
+    with pytest.raises(PeagleError, match="the adapter was"):
+        train_with(other, 3, resume_from_checkpoint=True)
+
+
+def test_modules_to_save_that_the_drafter_lacks_are_refused():
+    for name in ("lm_heads", "input_norm"):  # the last one is there, but has no weights
+        with pytest.raises(PeagleError, match=rf"names {name}, .* lm_head, .*norm"):
+            add_adapter(make_drafter(make_config()), LoraConfig(r=2, modules_to_save=["norm", name]))
+
+
+def test_merging_neither_changes_an_adapter_nor_warns_of_its_name(recwarn):
+    model = add_adapter(make_drafter(make_config()), LoraConfig(r=2, target_modules=["fc"]))
+    model.peft_config["default"].base_model_name_or_path = "checkpoints/0"
+    merge_adapter(model)
+    assert model.peft_config["default"].base_model_name_or_path == "checkpoints/0"
+    assert not [one for one in recwarn if "base_model_name_or_path" in str(one.message)]
 
 
 def test_a_head_that_an_adapter_trains_does_not_become_its_own_teacher(trained, tiny_verifier):

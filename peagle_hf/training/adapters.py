@@ -4,7 +4,9 @@ Beside what `peft` trains, the drafter's `mask_hidden` is trained and saved: a b
 can't name. `peft.PeftModel.from_pretrained` restores it as well.
 """
 
+import copy
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
 
@@ -29,18 +31,32 @@ def add_adapter(drafter: PeagleForSpeculation, config: PeftConfig) -> PeftModel:
     Load the verifier's head before (`PeagleForSpeculation.load_verifier`).
 
     Raises:
-        PeagleError: the adapter puts layers on the drafter's head, or virtual tokens before its input.
+        PeagleError: the adapter puts layers on the drafter's head, or virtual tokens before its input, or its
+            `modules_to_save` names what the drafter doesn't have.
     """
     if config.is_prompt_learning:
         raise PeagleError(
             f"A drafter can't be adapted by {type(config).__name__}: it has no prompt that virtual tokens could "
             "precede. Take an adapter of its layers, such as LoraConfig."
         )
+    _check_modules_to_save(drafter, getattr(config, "modules_to_save", None) or ())
     model = cast(PeftModel, get_peft_model(drafter, config))
     check_adapted_head(drafter)
     use_onednn(model)
     drafter.mask_hidden.requires_grad_(True)
     return model
+
+
+def _check_modules_to_save(drafter: PeagleForSpeculation, wanted: Iterable[str]) -> None:
+    """Refuse names that no module with weights has: PEFT would train nothing there, and not say so."""
+    names = [name for name, module in drafter.named_modules() if any(True for _ in module.parameters())]
+    unknown = [one for one in wanted if not any(name.endswith(one) for name in names)]
+    if unknown:
+        known = sorted({name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdecimal()} - {""})
+        raise PeagleError(
+            f"--lora-modules-to-save names {', '.join(unknown)}, which this drafter doesn't have. Take from "
+            f"{', '.join(known)}; mask_hidden is always trained."
+        )
 
 
 def check_adapted_head(drafter: PeagleForSpeculation) -> None:
@@ -114,8 +130,10 @@ def merge_adapter(model: PeftModel) -> PeagleForSpeculation:
     The drafter and the adapter are made anew, with random weights that are replaced at once; the random numbers that
     training draws afterwards, for dropout, stay the same.
     """
+    config = copy.deepcopy(model.peft_config[model.active_adapter])
+    config.base_model_name_or_path = None  # PEFT warns of another name, such as that of a link to the same drafter
     with torch.random.fork_rng(devices=[]):
         drafter = PeagleForSpeculation(cast(PeagleConfig, model.get_base_model().config))
-        copy = get_peft_model(drafter, model.peft_config[model.active_adapter], adapter_name=model.active_adapter)
-    copy.load_state_dict({name: tensor.cpu() for name, tensor in model.state_dict().items()})
-    return cast(PeagleForSpeculation, copy.merge_and_unload())
+        merged = get_peft_model(drafter, config, adapter_name=model.active_adapter)
+    merged.load_state_dict({name: tensor.cpu() for name, tensor in model.state_dict().items()})
+    return cast(PeagleForSpeculation, merged.merge_and_unload())

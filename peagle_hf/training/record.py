@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import SchedulerType
 from transformers.training_args import OptimizerNames
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 RUN_RECORD = "run.json"
 FORMAT_VERSION = 1
 
+_NO_SETTINGS_OF_ADAPTER = {"base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version"}
 _PATHS = ("data_path", "hidden_states_path", "output_dir", "from_pretrained", "token_freq_path", "logging_dir")
 
 
@@ -275,6 +276,12 @@ def _adapter(model: nn.Module) -> dict[str, Any] | str:
     if not isinstance(model, PeftModel):
         return "none"
     config: Any = model.peft_config[model.active_adapter]
+    if not isinstance(config, LoraConfig):  # other kinds have other settings
+        settings = {name: value for name, value in config.to_dict().items() if name not in _NO_SETTINGS_OF_ADAPTER}
+        plain_settings = json.dumps(
+            settings, default=lambda value: sorted(value) if isinstance(value, set) else str(value)
+        )
+        return dict(json.loads(plain_settings))
     modules = config.target_modules
     return {
         "r": config.r,
