@@ -171,6 +171,16 @@ def test_what_is_not_supported_is_refused_by_name(verifier, tiny_verifier):
         verifier.generate(**padded((5,)), **GREEDY, **ASSISTED, drafter=drafter, draft_sample_method="random")
     with pytest.raises(PeagleError, match="guidance_scale"):
         verifier.generate(**padded((5,)), **GREEDY, **ASSISTED, drafter=drafter, guidance_scale=1.5)
+    for number in (0, -1, 2.5):
+        with pytest.raises(PeagleError, match=f"num_speculative_tokens is {number}"):
+            verifier.generate(**padded((5,)), **GREEDY, **ASSISTED, drafter=drafter, num_speculative_tokens=number)
+    wanted = {"output_scores": True, "output_logits": True}
+    with pytest.raises(PeagleError, match="not supported: output_scores, output_logits"):
+        verifier.generate(**padded((5,)), **GREEDY, **ASSISTED, **wanted, drafter=drafter)
+    right = padded((5, 7))
+    right |= {name: right[name].flip(1) for name in ("input_ids", "attention_mask")}
+    with pytest.raises(PeagleError, match="padded on the right"):
+        verifier.generate(**right, **GREEDY, **ASSISTED, drafter=drafter)
     verifier.config.hidden_size, sizes = 64, verifier.config.hidden_size
     try:
         with pytest.raises(PeagleError, match=r"hidden size 32.*64"):

@@ -83,11 +83,12 @@ def draft_and_verify(
     """Generate with a drafter; pass it to the verifier's `generate` as `custom_generate`.
 
     `generate` prepares everything but the last two arguments, so its own mean what they always mean: sampling and its
-    temperature, `max_new_tokens`, stop tokens, left-padded prompts, `return_dict_in_generate`.
+    temperature, `max_new_tokens`, stop tokens, left-padded prompts, `return_dict_in_generate`. Only a `streamer`
+    gets the prompt alone, as `generate` doesn't hand it on.
 
     Args:
         drafter: in evaluation mode; on any device.
-        num_speculative_tokens: K; default: as many as the drafter was trained for.
+        num_speculative_tokens: K, from 1 on; default: as many as the drafter was trained for.
         draft_sample_method: how tokens are drafted where the text is sampled, as of vLLM's `--speculative-config`:
             `probabilistic` draws them from the drafter's distribution, `greedy` takes its most likely ones. The text is
             distributed alike with both.
@@ -95,8 +96,17 @@ def draft_and_verify(
     Raises:
         PeagleError: the drafter belongs to another verifier, or the verifier or an argument isn't supported.
     """
-    _check(model, drafter, len(input_ids), logits_processor, generation_config, draft_sample_method, model_kwargs)
-    num_tokens = num_speculative_tokens or drafter.config.num_depths
+    num_tokens = drafter.config.num_depths if num_speculative_tokens is None else num_speculative_tokens
+    _check(
+        model,
+        drafter,
+        len(input_ids),
+        logits_processor,
+        generation_config,
+        num_tokens,
+        draft_sample_method,
+        model_kwargs,
+    )
     draws_drafts = generation_config.do_sample and draft_sample_method == "probabilistic"
     decoding = _Decoding(
         model, drafter, input_ids, logits_processor, generation_config, model_kwargs, num_tokens, draws_drafts
@@ -286,12 +296,16 @@ def _check(
     num_sequences: int,
     logits_processor: LogitsProcessorList,
     generation_config: GenerationConfig,
+    num_tokens: int,
     draft_sample_method: str,
     model_kwargs: dict[str, Any],
 ) -> None:
     config = model.config.get_text_config(decoder=True)
     kinds = {type(layer) for layer in DynamicCache(config=config).layers}
     superfluous = sorted(model_kwargs.keys() - PREPARED_BY_GENERATE)
+    if generation_config.return_dict_in_generate:
+        superfluous += [name for name in ("output_scores", "output_logits") if getattr(generation_config, name)]
+    attention_mask = model_kwargs.get("attention_mask")
     ours = (drafter.config.hidden_size, drafter.config.vocab_size)
     wrong = []
     if ours != (config.hidden_size, config.vocab_size):
@@ -305,6 +319,10 @@ def _check(
         wrong.append("the verifier has a sliding window, so prompts must come one at a time")
     if superfluous:
         wrong.append(f"arguments are not supported: {', '.join(superfluous)}")
+    if attention_mask is not None and not attention_mask[:, -1].all():
+        wrong.append("prompts are padded on the right, where the text would go on; pad them on the left")
+    if not isinstance(num_tokens, int) or num_tokens < 1:
+        wrong.append(f"num_speculative_tokens is {num_tokens} but must be a whole number from 1 on")
     if draft_sample_method not in ("probabilistic", "greedy"):
         wrong.append(f"draft_sample_method is {draft_sample_method!r} but must be 'probabilistic' or 'greedy'")
     if generation_config.num_beams != 1:
