@@ -219,6 +219,15 @@ def test_an_unknown_loss_is_refused(loss_fn):
         losses.parse_loss(loss_fn)
 
 
+@pytest.mark.parametrize(
+    "weights", ['{"kl_div": -1}', '{"kl_div": 0}', '{"tv": 1, "ce": NaN}', '{"tv": 1, "ce": Infinity}']
+)
+def test_weights_that_a_loss_can_not_be_lowered_by_are_refused(weights):
+    with pytest.raises(PeagleError, match="must be 0 or above"):
+        losses.parse_loss(weights)
+    assert losses.parse_loss('{"tv": 1, "ce": 0}') == {"tv": 1.0, "ce": 0.0}
+
+
 def test_logits_are_never_whole(monkeypatch):
     monkeypatch.setitem(losses.CHUNK_ELEMENTS, "cpu", 4 * V)
     largest = 0

@@ -126,18 +126,22 @@ def parse_loss(loss_fn: str) -> dict[str, float]:
     two: LK losses, arXiv 2602.23881).
 
     Raises:
-        PeagleError: it is neither.
+        PeagleError: it is neither, or a weight is below 0, or none is above.
     """
     try:
         weights = {loss_fn: 1.0} if loss_fn in DIVERGENCES else json.loads(loss_fn)
-        if isinstance(weights, dict) and weights and weights.keys() <= DIVERGENCES.keys():
-            return {name: float(weight) for name, weight in weights.items()}
+        is_known = isinstance(weights, dict) and weights and weights.keys() <= DIVERGENCES.keys()
+        found = {name: float(weight) for name, weight in weights.items()} if is_known else {}
     except (TypeError, ValueError):
-        pass
-    raise PeagleError(
-        f"The loss {loss_fn!r} is not known. Use one of {', '.join(DIVERGENCES)}, or weights of several as JSON, such "
-        'as {"kl_div": 0.5, "tv": 0.5}. A loss of your own is added with peagle_hf.register_loss.'
-    )
+        found = {}
+    if not found:
+        raise PeagleError(
+            f"The loss {loss_fn!r} is not known. Use one of {', '.join(DIVERGENCES)}, or weights of several as JSON, "
+            'such as {"kl_div": 0.5, "tv": 0.5}. A loss of your own is added with peagle_hf.register_loss.'
+        )
+    if not all(0 <= weight < math.inf for weight in found.values()) or not any(found.values()):
+        raise PeagleError(f"The weights of the loss {loss_fn} must be 0 or above, and one of them above.")
+    return found
 
 
 def distillation_loss(
