@@ -229,6 +229,16 @@ def test_the_callback_alone_pushes(hub, train_flags):
     assert hub.files("tester/mine", "v1").keys() == SERVED
 
 
+def test_a_second_training_of_the_same_trainer_is_pushed_too(hub, hub_flags):
+    trainer = run(hub_flags, num_train_epochs=1)
+    first = hub.files("my-lab/drafter")["model.safetensors"]
+    trainer.args.resume, trainer.args.learning_rate = False, 5e-3
+    trainer.train()
+    second = hub.files("my-lab/drafter")["model.safetensors"]
+    assert second != first
+    assert second == (Path(hub_flags["output_dir"]) / "checkpoint_best/model.safetensors").read_bytes()
+
+
 def test_push_to_hub_of_the_model_gives_a_repository_that_vllm_serves(hub, trained, tmp_path):
     model = PeagleForSpeculation.from_pretrained(trained)
     with pytest.raises(PeagleError, match="--verifier-name"):
