@@ -139,6 +139,11 @@ def test_resume_is_bit_equal_on_two_processes(train_flags, tmp_path, kind):
 
 
 @pytest.mark.slow
+def test_two_processes_plan_once(train_flags):
+    printed = torchrun(["-m", "peagle_hf"], "train", *flags({**train_flags, "use_cpu": None}), "--dry-run")
+    assert printed.count("would take") == 1
+
+
 def test_two_processes_resume_in_the_middle_of_a_later_epoch(train_flags, tmp_path):
     """The rows that follow are those of that epoch, not of the first."""
     folder, kept = tmp_path / "two", tmp_path / "whole"

@@ -151,6 +151,7 @@ BAD = [
     {"memory_report": True, "dry_run": True},
     {"resume": False, "resume_from_checkpoint": "checkpoint-3"},
     {"train_data_ratio": 1.0, "eval_strategy": "steps"},
+    {"save_strategy": "best", "eval_strategy": "no"},
     {"down_sample_ratio": 0.3, "down_sample_ratio_min": 0.4},
 ]
 
@@ -256,14 +257,14 @@ def test_bfloat16_is_the_default_on_gpus_that_have_it_only(monkeypatch):
         (4, 8, 100, 1),
         (2, 1, 100, 2),
         (16, 1, 0.06, 0),
-        (16, 8, 12.1, 2),
-        (16, 8, 11.9, 0),
+        (16, 8, 24.1, 2),
+        (16, 8, 23.9, 0),
     ],
 )
 def test_samples_are_read_ahead_on_a_gpu_as_far_as_cores_and_shared_memory_allow(
     monkeypatch, caplog, tmp_path, cores, processes, free_gib, num_workers
 ):
-    args = PeagleTrainingArguments(use_cpu=True, bf16=False, total_seq_len=4096)
+    args = make(total_seq_len=4096)
     assert args.dataloader_num_workers == 0
     args.use_cpu = False
     monkeypatch.setattr(loading, "available_cores", lambda: cores)
@@ -272,6 +273,25 @@ def test_samples_are_read_ahead_on_a_gpu_as_far_as_cores_and_shared_memory_allow
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     assert loading.loader_workers(args) == num_workers
     assert ("--shm-size" in caplog.text) == (num_workers == 0)
+    # Batches of the validation wait in the same memory as those of the training.
+    args.per_device_eval_batch_size = 4
+    fits = free_gib >= 5 * 3 * processes * min(4, max(1, cores // processes)) * 4096 * loading.LARGEST_STATES / 2**30
+    assert bool(loading.loader_workers(args)) == fits
+    args.eval_strategy = "no"
+    args.per_device_train_batch_size = 5
+    assert bool(loading.loader_workers(args)) == fits
+
+
+def test_samples_are_read_ahead_only_by_processes_that_are_forked(monkeypatch):
+    args = make(total_seq_len=64)
+    args.use_cpu = False
+    assert loading.loader_workers(args) > 0
+    monkeypatch.setattr(loading, "get_start_method", lambda allow_none: None)  # nothing is chosen
+    for default, is_forked in (("forkserver", False), ("spawn", False), ("fork", True)):
+        monkeypatch.setattr(loading, "get_all_start_methods", lambda default=default: [default, "others"])
+        assert bool(loading.loader_workers(args)) == is_forked
+    args.dataloader_multiprocessing_context = "spawn"
+    assert loading.loader_workers(args) == 0
 
 
 def trainer_of(train_flags, changes=(), **options):

@@ -213,6 +213,13 @@ CONTRADICTIONS: tuple[tuple[Callable[[Any], bool], str], ...] = (
     ),
     (
         lambda args: (
+            plain(args.save_strategy) == "best" and (args.train_data_ratio == 1 or plain(args.eval_strategy) == "no")
+        ),
+        "--save-strategy best saves what validates best, but nothing is validated, so nothing would be left of the "
+        "training. Pass --save-strategy epoch, or validate: lower --train-data-ratio, leave --eval-strategy out.",
+    ),
+    (
+        lambda args: (
             not args.from_pretrained
             and (args.down_sample_ratio_min or 0) > (0.7 if args.down_sample_ratio is None else args.down_sample_ratio)
         ),
@@ -238,7 +245,7 @@ _RANGES = {
 """The least and the greatest values of arguments that are numbers."""
 _ABOVE_0 = (
     *("num_train_epochs", "learning_rate", "depth_loss_decay", "dpace_alpha", "logging_steps", "save_steps"),
-    *("eval_steps", "memory_budget", "train_data_ratio", "down_sample_ratio", "request_timeout"),
+    *("eval_steps", "memory_budget", "train_data_ratio", "down_sample_ratio", "request_timeout", "lora_alpha"),
 )
 
 _CHECKPOINTING = {"use_reentrant", "preserve_rng_state", "determinism_check", "early_stop", "debug", "offload"}

@@ -61,7 +61,9 @@ def train(args: PeagleTrainingArguments) -> PeagleTrainer | None:
         print_time(args, config)
         return None
     if args.dry_run:
-        print(plan(args))
+        planned = plan(args)
+        if args.process_index == 0:
+            print(planned)
         return None
     if args.save_strategy == SaveStrategy.NO and not args.enable_jit_checkpoint:
         raise PeagleError(
@@ -104,7 +106,8 @@ def build_trainer(
         with together():
             drafter.to(args.device)  # type: ignore[arg-type]
             head = load_head(drafter, head_dtype(args), args.verifier_revision, args.trust_remote_code)
-            start_linearly(drafter, train_dataset, head, args.dataloader_num_workers or 0)
+            workers = args.dataloader_num_workers or 0, args.dataloader_multiprocessing_context
+            start_linearly(drafter, train_dataset, head, *workers)
     return PeagleTrainer(
         model=drafter,
         args=args,

@@ -76,13 +76,15 @@ def check_metric(args: PeagleTrainingArguments, num_depths: int, validations: An
         validations: the data set to validate on, several by name, or None.
 
     Raises:
-        PeagleError: names those that there are.
+        PeagleError: names those that there are; or there is nothing to validate on.
     """
     metric = (args.metric_for_best_model or "").removeprefix("eval_")
     known = metric_names(num_depths)
     if isinstance(validations, dict):
         known = [f"{name}_{one}" for name in validations for one in known]
-    if metric and metric not in known and validations is not None:
+    if validations == {} and args.eval_strategy != "no":
+        raise PeagleError('eval_dataset holds no data set to validate on. Give one, or pass eval_strategy="no".')
+    if metric and metric not in known and validations:
         raise PeagleError(
             f"--metric-for-best-model is {metric!r}, which no validation gives. Take one of {', '.join(known)}."
         )
