@@ -19,6 +19,7 @@ from peagle_hf.arguments import default_of, flag_of
 from peagle_hf.cli import main
 from peagle_hf.training import loader_workers as loading
 from peagle_hf.training.argument_rules import CONTRADICTIONS, NEEDS, REFUSED, REFUSED_PARAMETERS, WORKS, has_bfloat16
+from peagle_hf.training.trainer_checks import check_metric
 
 LATER = {"activation_checkpointing", "activation_checkpointing_kwargs"}
 """Arguments that the Trainer has from transformers 5.23 on."""
@@ -451,3 +452,9 @@ def test_every_optimizer_is_taken_or_refused_before_anything_is_loaded(optimizer
     except PeagleError:
         taken = False
     assert taken or optimizer not in OWN
+
+
+def test_an_empty_collection_of_validations_is_refused():
+    with pytest.raises(PeagleError, match="holds no data set to validate on"):
+        check_metric(make(), 3, {})
+    check_metric(make(eval_strategy="no"), 3, {})
