@@ -46,8 +46,7 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
       counts; with a temperature above 0 those of all rounds together (greedy rounds draft the same).
     - `tokens_per_second`, `tokens_per_second_without`, `speed_up`: generated tokens over wall time, warmed up, the
       median of the rounds. `is_speed_up_or_down`: whether the speeds differ; null after one round.
-      `break_even_length`: the acceptance length from which the drafter pays at this concurrency (1: always); null if
-      not known.
+      `break_even_length`: the acceptance length from which the drafter pays at this load (1: always; null: unknown).
     - `intervals` of all these, [low, high]: see `intervals`. Speed intervals are the union over rounds. There are none
       with fewer than six prompts, and none for acceptance if vLLM doesn't count per request.
     - `by_category`: the same for each kind of prompt; a prompt's share in the wall time is its share in the seconds of
