@@ -150,7 +150,10 @@ def test_the_server_writes_chats_as_the_training_did(trained_drafter, drafter, t
     assert option(words, "--default-chat-template-kwargs") == {"a": "ä"}
     assert "From the training" not in caplog.text
     warns = not torch.cuda.is_available() and installed_vllm().samples_wrongly_on_cpu
-    assert ("Ask with temperature 0, or serve without a drafter" in caplog.text) == warns
+    assert ("Name none above 0, or serve without a drafter" in caplog.text) == warns
+    assert ("--override-generation-config" in words) == warns
+    if warns:
+        assert option(words, "--override-generation-config") == {"temperature": 0}
 
     for folder, changes in ((drafter, {}), (trained_drafter, {"chat_template": str(own), "chat_template_kwargs": {}})):
         command = drafting_command(ServeArguments(str(folder), **changes), on_cpu=False)

@@ -188,7 +188,10 @@ def serve(arguments: ServeArguments) -> None:
     environment = drafting_environment(vllm_environment(arguments.vllm_python, needs_vllm=not arguments.dry_run))
     command = drafting_command(arguments, _on_cpu(environment))
     if _on_cpu(environment) and (fault := installed_vllm(arguments.vllm_python).sampling_fault):
-        logger.warning("%s Ask with temperature 0, or serve without a drafter.", fault)
+        logger.warning(
+            "%s Requests without a temperature are answered greedily. Name none above 0, or serve without a drafter.",
+            fault,
+        )
     _show(command, environment)
     if not arguments.dry_run:
         address.check_free()
@@ -299,6 +302,8 @@ def drafting_command(arguments: ServeArguments, on_cpu: bool) -> list[str]:
         drafting |= _tokens_by_load(arguments, folder)
     options = {"speculative_config": drafting, REQUEST_COUNTS: "detailed"}
     options |= _chat_options(arguments, folder, verifier)
+    if on_cpu and installed_vllm(arguments.vllm_python).sampling_fault:
+        options["override_generation_config"] = {"temperature": 0}  # what a request has that names none
     return _vllm_command(arguments, verifier, options, on_cpu)
 
 
