@@ -5,7 +5,7 @@ import os
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from .cache_manifest import MANIFEST, Manifest, origin_of
 from .cache_storage import (
     FP8_STORAGES,
     LEARNT_STORAGES,
+    STORAGES,
     Storage,
     UnusableFile,
     cached_rows,
@@ -253,8 +254,8 @@ def convert(
         PeagleError: there is no such kind, the files lack states that it needs, one can't be read or has values that
             aren't finite, or the destination isn't empty.
     """
-    if storage not in get_args(Storage):
-        raise PeagleError(f"There is no storage kind {storage!r}: name one of {', '.join(get_args(Storage))}.")
+    if storage not in STORAGES:
+        raise PeagleError(f"There is no storage kind {storage!r}: name one of {', '.join(STORAGES)}.")
     with locked_file(destination, "Wait until it has ended, or name another folder to convert to."):
         _convert(Path(folder), Path(destination), storage, preprocessed_data)
 
