@@ -310,7 +310,7 @@ class PeagleTrainingArguments(TrainingArguments):
         },
     )
     dataloader_num_workers: int | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Loader processes. Default: 0; 4 with --vllm-endpoint, or a GPU and forking."}
+        default=None, metadata={"help": "Loader processes. Default: 4 on a GPU or with --vllm-endpoint, else 0."}
     )
     dataloader_pin_memory: bool = field(
         default=torch.cuda.is_available(), metadata={"help": "Pin the loader's memory. Default: on with a GPU."}
