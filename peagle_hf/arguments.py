@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
@@ -17,6 +18,12 @@ from .files import atomic_path
 from .redaction import is_secret, public_command, public_settings
 
 CONFIG = "config.yaml"
+VLLM_ARGS = "vllm_args"
+"""The field of vLLM's own flags, which stand after `--` on a command line."""
+VLLM_ARGS_HELP = (
+    "vLLM's own flags. On the command line write them at the end, after --; in a YAML file give a list of their words, "
+    'such as [--tensor-parallel-size, "2"].'
+)
 
 
 @dataclass
@@ -30,7 +37,8 @@ class Arguments:
         TEXTS: fields that hold text rather than names or paths: they are not checked.
 
     Raises:
-        PeagleError: a name is empty, or a value is none of those that a field may have.
+        PeagleError: a name is empty, a value is none of those that a field may have, or a flag for vLLM and its value
+            are one word.
     """
 
     GROUPS: ClassVar[Mapping[str, tuple[str, ...]]] = {}
@@ -38,7 +46,13 @@ class Arguments:
 
     def __post_init__(self) -> None:
         self._take_python_values()
-        check_names(self, [one.name for one in fields(self) if one.name not in self.TEXTS])
+        check_names(self, [one.name for one in fields(self) if one.name not in (VLLM_ARGS, *self.TEXTS)])
+        for word in getattr(self, VLLM_ARGS, []):
+            if re.match(r"--?[\w-]+\s", word):
+                raise PeagleError(
+                    f"{VLLM_ARGS} has the item {word!r}, which vLLM would take for one flag. Give each word as an item "
+                    f"of its own: {json.dumps(shlex.split(word))}."
+                )
 
     def _take_python_values(self) -> None:
         """Bring values that only Python gives into the form that the command line gives, and check the choices."""
@@ -113,19 +127,16 @@ def check_ascending(arguments: Any, names: Sequence[str]) -> None:
             )
 
 
-def command_text(arguments: Any, command: str, passed_on: Sequence[str] = ()) -> str:
-    """The command line that gives these arguments, without passwords.
-
-    Args:
-        passed_on: what stands after `--`.
-    """
+def command_text(arguments: Any, command: str) -> str:
+    """The command line that gives these arguments, without passwords."""
     words = ["peagle-hf", command]
+    vllm_args = getattr(arguments, VLLM_ARGS, [])
     for one in fields(arguments):
         value = getattr(arguments, one.name)
-        if one.init and value != default_of(one):
+        if one.init and one.name != VLLM_ARGS and value != default_of(one):
             words.append(flag_of(one.name))
             words += map(str, plain(value)) if isinstance(value, list) else [_word(value)]
-    return shlex.join(public_command([*words, *(["--", *passed_on] if passed_on else [])]))
+    return shlex.join(public_command([*words, *(["--", *vllm_args] if vllm_args else [])]))
 
 
 def _word(value: Any) -> str:
@@ -161,18 +172,10 @@ def config_path(folder: str | Path, command: str) -> Path:
     return path.with_name(f"{command}.yaml") if is_another else path
 
 
-def write_config(arguments: Any, path: Path, command: str, passed_on: Sequence[str] = ()) -> None:
-    """Write the YAML file (see `config_path`) with which `peagle-hf <command> FILE` runs the same command again.
-
-    Args:
-        passed_on: what stands after `--`, which no such file can hold: a comment has it.
-    """
-    header = _config_header(command)
-    if passed_on:
-        tail = "\n#   ".join(shlex.join(["--", *public_command(passed_on)]).splitlines())
-        header += f"# Behind this file's name the command also had, and needs again:\n#   {tail}\n"
+def write_config(arguments: Any, path: Path, command: str) -> None:
+    """Write the YAML file (see `config_path`) with which `peagle-hf <command> FILE` runs the same command again."""
     with atomic_path(path) as temporary:
-        temporary.write_text(header + config_text(arguments), encoding="utf-8")
+        temporary.write_text(_config_header(command) + config_text(arguments), encoding="utf-8")
 
 
 def _config_header(command: str) -> str:

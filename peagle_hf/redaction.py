@@ -55,6 +55,8 @@ def public_settings(settings: Any, name: str = "") -> Any:
     if isinstance(settings, Mapping):
         return {key: public_settings(value, str(key)) for key, value in settings.items()}
     if isinstance(settings, list | tuple):
+        if not is_secret(name) and all(isinstance(value, str) for value in settings):
+            return public_command(settings)
         return [public_settings(value, name) for value in settings]
     if not isinstance(settings, str):
         return settings

@@ -389,11 +389,31 @@ def test_config_yaml_is_read_back(arguments, argv, tmp_path, capsys):
     assert path.name == "config.yaml"
     assert config_path(tmp_path, "some") == path
     assert config_path(tmp_path, "other").name == "other.yaml"
-    write_config(parsed, path, "some", ["--chat-template", "a\nb", "--api-key", "secret"])
-    assert "#   -- --chat-template 'a\n#   b' --api-key" in path.read_text()
-    assert "secret" not in path.read_text()
-    assert config_text(parse_arguments(arguments, [str(path)])) == config_text(parsed)
-    assert config_path(tmp_path, "some") == path
+
+
+@pytest.mark.parametrize("name", ["plan", "launch-vllm", "serve", "evaluate"])
+def test_vllms_flags_stand_after_the_dashes_or_in_a_list_of_a_file(name, tmp_path, capsys):
+    """Word by word, whatever they look like; those of the command line replace those of the file."""
+    needed = {"launch-vllm": ["--hidden-states-path", "h"], "evaluate": ["--suite", "s", "--output", "o"]}
+    argv = [name, "--model", "m", *needed.get(name, [])]
+    words = ["--a", "b\nc", "--d=", "-O3", "", "--overrides", '{"a": "b c"}', "--api-key", "secret"]
+    shown = yaml.safe_load(printed(capsys, *argv, "--print-config", "--", *words))
+    assert shown["vllm_args"] == [*words[:-1], "***"]
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(shown))
+    again = [name, str(path), "--print-config"]
+    assert yaml.safe_load(printed(capsys, *again)) == shown
+    assert yaml.safe_load(printed(capsys, *again, "--"))["vllm_args"] == shown["vllm_args"]
+    assert yaml.safe_load(printed(capsys, *again, "--", "--seed", "1"))["vllm_args"] == ["--seed", "1"]
+    assert "lists all; flags of vLLM stand after --." in printed(capsys, *argv, "--port", "8000", code=2)
+    path.write_text(yaml.safe_dump({**shown, "vllm_args": "--tensor-parallel-size 2"}))
+    assert 'an item of its own: ["--tensor-parallel-size", "2"]' in printed(capsys, *again, code=1)
+
+
+def test_a_command_line_ends_with_vllms_flags_without_passwords():
+    arguments = EvaluateArguments("m", ["s"], "o", vllm_args=["--tensor-parallel-size", "2", "--hf-token", "secret"])
+    line = "peagle-hf evaluate --model m --suite s --output o -- --tensor-parallel-size 2 --hf-token '***'"
+    assert arguments.command() == line
 
 
 def test_numbers_out_of_range_are_refused_by_flag():

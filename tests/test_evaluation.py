@@ -61,6 +61,10 @@ def test_sound_checkpoint_is_served_as_it_was_trained(drafter, chain, spoil):
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
+        (
+            {"model_type": "qwen3", "speculators_model_type": "absent", "speculators_config": "absent"},
+            "describes a model of type qwen3 and not a drafter",
+        ),
         ({"model_type": "peagle"}, "model_type must be 'speculators'"),
         ({"speculators_model_type": "eagle3"}, "speculators_model_type must be 'peagle'"),
         ({"norm_before_residual": "absent"}, "norm_before_residual is missing"),
@@ -89,8 +93,13 @@ def test_checkpoint_that_vllm_would_load_wrongly_is_refused(spoil, fault, words)
 
 
 def test_broken_files_are_refused(drafter, spoil, tmp_path):
-    with pytest.raises(PeagleError, match=r"holds no config\.json"):
+    with pytest.raises(PeagleError, match=r"holds no config\.json.*Name a folder that training wrote"):
         check_checkpoint(tmp_path)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "checkpoint_best").symlink_to(drafter)
+    with pytest.raises(PeagleError, match=rf"holds no config\.json.* Name {run}/checkpoint_best\."):
+        check_checkpoint(run)
     (spoil() / "model.safetensors").unlink()
     with pytest.raises(PeagleError, match=r"holds no model\.safetensors"):
         check_checkpoint(tmp_path)

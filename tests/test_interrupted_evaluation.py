@@ -187,11 +187,12 @@ def test_a_damaged_journal_is_named_with_the_remedy(arguments, tmp_path, damage)
 def test_vllm_in_process_does_only_what_is_missing(arguments, monkeypatch, capsys, caplog):
     """vLLM dies in the second round after one of two runs with the drafter; each round has a seed of its own."""
     pytest.importorskip("vllm")
-    asked, dies = [], True
+    asked, dies, given_flags = [], True, ["--quantization", "fp8"]
 
     class FakeProcess:
-        def __init__(self, engine, environment, log, what):
+        def __init__(self, engine, environment, log, what, flags):
             self.seed, self.what = engine["seed"], what
+            assert flags == given_flags
 
         def __enter__(self):
             return self
@@ -219,6 +220,7 @@ def test_vllm_in_process_does_only_what_is_missing(arguments, monkeypatch, capsy
     samples_rightly = replace(installed_vllm(), samples_wrongly_on_cpu=False)
     monkeypatch.setattr("peagle_hf.evaluation.in_processes.installed_vllm", lambda: samples_rightly)
     here = {"endpoint": None, "baseline_endpoint": None, "seed": 7, "temperature": 0.7, "num_speculative_tokens": [1]}
+    here |= {"vllm_args": given_flags}
     with pytest.raises(PeagleError, match="vLLM failed"):
         evaluate(arguments(**here))
     assert len(asked) == 7

@@ -1,13 +1,15 @@
 """`peagle-hf plan`: the model of speed, and the whole command in real vLLM with a verifier that has no weights."""
 
 import json
+from functools import partial
 
 import pytest
 from conftest import VOCAB
 from transformers import LlamaConfig
 
-from peagle_hf import PeagleError
+from peagle_hf import EvaluateArguments, PeagleError
 from peagle_hf.cli import main
+from peagle_hf.evaluation.arguments import asks_for_random_weights
 from peagle_hf.evaluation.plan import FINISHED_RUNS, PlanArguments, plan
 from peagle_hf.evaluation.plan_report import text
 from peagle_hf.evaluation.speed_model import (
@@ -119,19 +121,17 @@ def test_vllms_flags_leave_what_is_measured_as_it_is(given, words):
         check_flags(engine, given)
 
 
-def test_only_the_load_format_asks_for_random_weights_and_no_file_holds_flags(tmp_path):
-    arguments = PlanArguments("m", str(tmp_path))
+def test_only_the_load_format_asks_for_random_weights_and_no_file_holds_flags():
     for words, is_dummy in {
         "--load-format dummy": True,
         "--seed=1 --load_format=dummy": True,
         "--served-model-name dummy": False,
         "--load-format auto": False,
     }.items():
-        arguments.vllm_args = words.split()
-        assert arguments.asks_for_random_weights is is_dummy
-    arguments.vllm_args = ["--config=flags.yaml"]
-    with pytest.raises(PeagleError, match="--config stands after --"):
-        plan(arguments)
+        assert asks_for_random_weights(words.split()) is is_dummy
+    for command in (PlanArguments, partial(EvaluateArguments, suite=["prompts.jsonl"], output="out")):
+        with pytest.raises(PeagleError, match="--config stands after --"):
+            command("m", vllm_args=["--config=flags.yaml"])
 
 
 @pytest.mark.vllm

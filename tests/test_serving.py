@@ -268,6 +268,18 @@ def test_servers_give_the_report_that_vllm_in_process_gives(arguments, server, b
     assert server.url not in card
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"vllm_args": ["--quantization", "fp8"]}, "A running server has its own flags"),
+        ({"vllm_args": ["--load_format=dummy"], "endpoint": None}, "a verifier of random weights accepts no drafter's"),
+    ],
+)
+def test_flags_for_vllm_that_an_evaluation_could_not_use_are_refused(arguments, flags, words):
+    with pytest.raises(PeagleError, match=words):
+        arguments(**flags)
+
+
 def test_one_prompt_is_no_plural_and_no_draft_is_no_acceptance(arguments, baseline, prompts, caplog, capsys):
     prompts.write_text(json.dumps({"turns": ["a b c"]}) + "\n")
     for tokens in (60, 1):

@@ -7,6 +7,7 @@ from dataclasses import MISSING, dataclass, fields
 from importlib import import_module
 from typing import Any
 
+from ..arguments import VLLM_ARGS, flag_of
 from ..console import MISUSED, check_one_process, command_line, log_lines_above_bars, versions
 
 
@@ -17,7 +18,6 @@ class Command:
     Args:
         examples: command lines without the program's name, for `--help`.
         positional: the arguments that may be given without their flags.
-        rest: the field that takes everything after `--`.
     """
 
     module: str
@@ -26,7 +26,6 @@ class Command:
     help: str
     examples: tuple[str, str]
     positional: tuple[str, ...] = ()
-    rest: str | None = None
 
     def load(self) -> tuple[Callable[[Any], Any], Any]:
         module = import_module(f"..{self.module}", __package__)
@@ -34,9 +33,11 @@ class Command:
 
     def usage(self) -> str:
         """What follows the command's name in a command line."""
-        needed = {one.name for one in fields(self.load()[1]) if one.default is MISSING}
+        arguments = fields(self.load()[1])
+        needed = {one.name for one in arguments if one.default is MISSING}
         first = [name.upper() if name in needed else f"[{name.upper()}]" for name in self.positional]
-        return " ".join([*(first or ["[config.yaml]"]), "[--flag value ...]", *(["[-- ...]"] if self.rest else [])])
+        flags = ["[-- vLLM's flags]"] if VLLM_ARGS in {one.name for one in arguments} else []
+        return " ".join([*(first or ["[config.yaml]"]), "[--flag value ...]", *flags])
 
 
 COMMANDS = {
@@ -58,7 +59,6 @@ COMMANDS = {
             "plan ./folder-with-config-json --num-speculative-tokens 4 -- --load-format dummy --quantization fp8",
         ),
         ("model",),
-        rest="vllm_args",
     ),
     "prepare": Command(
         "data.prepare",
@@ -98,7 +98,6 @@ COMMANDS = {
             "launch-vllm Qwen/Qwen3-8B --hidden-states-path out/hidden_states --dry-run -- --data-parallel-size 2",
         ),
         ("model",),
-        rest="vllm_args",
     ),
     "extract": Command(
         "data.extract",
@@ -138,7 +137,6 @@ COMMANDS = {
             "serve out/checkpoints/checkpoint_best --num-speculative-tokens 4 --dry-run",
         ),
         ("model",),
-        rest="vllm_args",
     ),
     "chat": Command(
         "serving.chat",
@@ -209,16 +207,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _run(name: str, argv: list[str]) -> None:
     check_one_process(name)
     command = COMMANDS[name]
-    passed_on: list[str] = []
-    if command.rest and "--" in argv:
-        passed_on, argv = argv[argv.index("--") + 1 :], argv[: argv.index("--")]
     function, arguments = command.load()
+    if "--" in argv and VLLM_ARGS in {one.name for one in fields(arguments)}:
+        end = argv.index("--")
+        argv = [*argv[:end], *(f"{flag_of(VLLM_ARGS)}={word}" for word in argv[end + 1 :])]
     from .parsing import parse_arguments  # not above, since it imports transformers
 
     examples = [f"peagle-hf {example}" for example in command.examples]
     parsed = parse_arguments(arguments, argv, f"peagle-hf {name}", command.positional, command.usage(), examples)
-    if command.rest:
-        setattr(parsed, command.rest, passed_on)
     with log_lines_above_bars():
         function(parsed)
 

@@ -15,7 +15,7 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from ..arguments import config_text, flag_of, plain
+from ..arguments import VLLM_ARGS, config_text, flag_of, plain
 from ..console import MISUSED, set_verbosity
 from ..errors import PeagleError
 from .speculators import NOT_NEEDED, NOT_THERE, counterpart
@@ -266,7 +266,8 @@ class CommandParser(HfArgumentParser):
         if close:
             name = close[0] if prefix else close[0].removeprefix("--").replace("-", "_")
             return f" Did you mean {name}?"
-        return f" `{self.prog} --help` lists all."
+        of_vllm = "; flags of vLLM stand after --" if prefix and VLLM_ARGS in self._title_of else ""
+        return f" `{self.prog} --help` lists all{of_vllm}."
 
     def error(self, message: str) -> NoReturn:
         message = re.sub(r"^argument (?:\S+/)?(--[\w-]+):", r"\1:", message)  # show one spelling of the flag only

@@ -1,10 +1,12 @@
 """`EvaluateArguments`: the arguments of `peagle-hf evaluate`."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import ClassVar, Literal
 
-from ..arguments import Arguments, check_ascending, check_ranges, command_text
+from ..arguments import VLLM_ARGS_HELP, Arguments, check_ascending, check_ranges, command_text
 from ..data.tokenizer import CHAT_KWARGS_OF_DRAFTER_HELP, CHAT_TEMPLATE_OF_DRAFTER_HELP, read_template_kwargs
 from ..errors import PeagleError
 from ..model.served_checkpoint import DRAFT_SAMPLE_METHOD_HELP, DRAFTER_HELP, VERIFIER_HELP
@@ -12,6 +14,26 @@ from ..model.served_checkpoint import DRAFT_SAMPLE_METHOD_HELP, DRAFTER_HELP, VE
 MAX_MODEL_LEN = 4096
 """Default limit of prompt and answer together, in tokens; the verifier's own limit if that is lower."""
 MAX_SEED = 2**32 - 1
+
+
+def check_vllm_args(vllm_args: Sequence[str]) -> None:
+    """Make sure that vLLM's flags stand in the command itself; the rest is checked by `vllm_process.check_flags`.
+
+    Raises:
+        PeagleError: they name a file of flags.
+    """
+    if any(word.partition("=")[0] == "--config" for word in vllm_args):
+        raise PeagleError(
+            "--config stands after --, but the report would name the file without what is in it. Write its flags "
+            "after -- instead."
+        )
+
+
+def asks_for_random_weights(vllm_args: Sequence[str]) -> bool:
+    """Whether vLLM's flags have `--load-format dummy`."""
+    words = [one for word in vllm_args for one in word.split("=", 1)]
+    formats = [value for name, value in pairwise(words) if name.replace("_", "-") == "--load-format"]
+    return formats[-1:] == ["dummy"]
 
 
 @dataclass
@@ -96,6 +118,7 @@ class EvaluateArguments(Arguments):
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the verifier."})
     chat_template: str | None = field(default=None, metadata={"help": CHAT_TEMPLATE_OF_DRAFTER_HELP})
     chat_template_kwargs: dict | str | None = field(default=None, metadata={"help": CHAT_KWARGS_OF_DRAFTER_HELP})
+    vllm_args: list[str] = field(default_factory=list, metadata={"help": VLLM_ARGS_HELP})
 
     GROUPS: ClassVar = {
         "Input and output": ("model", "compare", "suite", "output", "verifier", "trust_remote_code"),
@@ -110,7 +133,7 @@ class EvaluateArguments(Arguments):
             "seed",
         ),
         "Chat template": ("chat_template", "chat_template_kwargs"),
-        "vLLM": ("dtype", "max_model_len", "endpoint", "baseline_endpoint"),
+        "vLLM": ("dtype", "max_model_len", "vllm_args", "endpoint", "baseline_endpoint"),
     }
 
     def __post_init__(self) -> None:
@@ -143,6 +166,17 @@ class EvaluateArguments(Arguments):
             raise PeagleError("--model and --compare name a drafter twice. Name each once.")
         if self.endpoint is None and self.baseline_endpoint:
             raise PeagleError("--baseline-endpoint needs --endpoint, the server with the drafter. Add it.")
+        if self.endpoint and self.vllm_args:
+            raise PeagleError(
+                "A running server has its own flags, so none can be given after -- with --endpoint. Start the server "
+                "with them, or leave --endpoint out."
+            )
+        check_vllm_args(self.vllm_args)
+        if asks_for_random_weights(self.vllm_args):
+            raise PeagleError(
+                "--load-format dummy stands after --, but a verifier of random weights accepts no drafter's tokens. "
+                "Leave it out; peagle-hf plan measures speed with random weights."
+            )
         draws_drafts = self.draft_sample_method != "greedy"
         if self.endpoint and (self.num_speculative_tokens or self.max_model_len or self.compare or draws_drafts):
             raise PeagleError(

@@ -14,6 +14,7 @@ import torch
 from .. import __version__
 from ..cpu import available_cores
 from ..errors import PeagleError
+from ..redaction import public_command
 from ..serving.environment import installed_vllm, vllm_environment
 from ..serving.installed import MODEL_RUNNER, REQUEST_COUNTS, InstalledVllm, drafting_environment
 from ..verifier.loading import load_verifier_config
@@ -45,7 +46,7 @@ def measure_processes(task: Task) -> Measured:
     machine = machine_settings()
     finished = task.finished_runs(
         {name: value for name, value in engine.items() if name not in ("model", "trust_remote_code")}
-        | {"counts": counts, **machine}
+        | {"counts": counts, "vllm_args": public_command(arguments.vllm_args), **machine}
     )
     wanted = conditions(arguments)
     # The first process measures without a drafter, each other one measures one drafter.
@@ -111,7 +112,8 @@ def _process(
         log = "vllm_with_drafter" if len(task.drafting) == 1 else f"vllm_with_drafter_{number}"
         what = "with the drafter"
     suffix = f"_round_{number_of_round}.log" if task.arguments.rounds > 1 else ".log"
-    return VllmProcess(installed.known(engine), environment, Path(task.arguments.output) / f"{log}{suffix}", what)
+    log_file = Path(task.arguments.output) / f"{log}{suffix}"
+    return VllmProcess(installed.known(engine), environment, log_file, what, task.arguments.vllm_args)
 
 
 def _load_two_at_once(processes: list[VllmProcess], started: ExitStack) -> None:

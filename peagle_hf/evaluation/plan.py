@@ -6,14 +6,21 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 
-from ..arguments import Arguments, check_ascending, check_ranges, command_text, config_path, write_config
+from ..arguments import (
+    VLLM_ARGS_HELP,
+    Arguments,
+    check_ascending,
+    check_ranges,
+    command_text,
+    config_path,
+    write_config,
+)
 from ..console import number_of
 from ..errors import PeagleError
 from ..files import ANOTHER_OUTPUT, atomic_path, locked_folder, write_json
@@ -27,7 +34,7 @@ from ..serving.client import summarize
 from ..serving.environment import installed_vllm, vllm_environment
 from ..serving.installed import REQUEST_COUNTS, drafting_environment
 from ..verifier.loading import load_verifier_config
-from .arguments import MAX_SEED
+from .arguments import MAX_SEED, asks_for_random_weights, check_vllm_args
 from .in_processes import engine_arguments, machine_settings
 from .plan_report import draw, text
 from .runs import BY_CATEGORY, BY_DRAFT, DRAFTED, NOT_DRAFTED, Condition, FinishedRuns, Run
@@ -97,13 +104,13 @@ class PlanArguments(Arguments):
         metadata={"help": "Precision of both models; auto is float32 on a CPU, the verifier's own on a GPU."},
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the verifier."})
-    vllm_args: list[str] = field(default_factory=list, init=False)
+    vllm_args: list[str] = field(default_factory=list, metadata={"help": VLLM_ARGS_HELP})
 
     GROUPS: ClassVar = {
         "Input and output": ("model", "output", "trust_remote_code"),
         "Drafters": ("num_layers", "draft_vocab_size", "draft_arch", "num_speculative_tokens"),
         "What is measured": ("concurrency", "num_prompts", "prompt_tokens", "max_tokens", "rounds", "seed"),
-        "vLLM": ("dtype",),
+        "vLLM": ("dtype", "vllm_args"),
     }
 
     def __post_init__(self) -> None:
@@ -115,25 +122,7 @@ class PlanArguments(Arguments):
         at_least_1 = ("num_prompts", "prompt_tokens", "rounds")
         check_ranges(self, {**dict.fromkeys(at_least_1, (1, math.inf)), "max_tokens": (8, math.inf)})
         check_ranges(self, {"seed": (0, MAX_SEED - self.rounds + 1)})
-
-    def check_vllm_args(self) -> None:
-        """Make sure that vLLM's flags stand in the command itself; the rest is checked by `vllm_process.check_flags`.
-
-        Raises:
-            PeagleError: they name a file of flags.
-        """
-        if any(word.partition("=")[0] == "--config" for word in self.vllm_args):
-            raise PeagleError(
-                "--config stands after --, but the report would name the file without what is in it. Write its flags "
-                "after -- instead."
-            )
-
-    @property
-    def asks_for_random_weights(self) -> bool:
-        """Whether vLLM's flags have `--load-format dummy`."""
-        words = [one for word in self.vllm_args for one in word.split("=", 1)]
-        formats = [value for name, value in pairwise(words) if name.replace("_", "-") == "--load-format"]
-        return formats[-1:] == ["dummy"]
+        check_vllm_args(self.vllm_args)
 
 
 @dataclass(frozen=True)
@@ -173,7 +162,6 @@ def plan(arguments: PlanArguments) -> dict[str, Any]:
         PeagleError: vLLM isn't installed, fails, or has no synthetic acceptance; the verifier's configuration can't be
             read; the journal is damaged.
     """
-    arguments.check_vllm_args()
     config = load_verifier_config(arguments.model, trust_remote_code=arguments.trust_remote_code)
     sizes = [
         _Size(layers, vocabulary)
@@ -183,7 +171,7 @@ def plan(arguments: PlanArguments) -> dict[str, Any]:
     drafters = {size: _drafter_config(arguments, size) for size in sizes}
     with locked_folder(arguments.output, ANOTHER_OUTPUT, "plan"):
         output = Path(arguments.output)
-        write_config(arguments, config_path(output, "plan"), "plan", arguments.vllm_args)
+        write_config(arguments, config_path(output, "plan"), "plan")
         measurement = _Measurement(arguments, drafters, config.vocab_size)
         report = measurement.report()
         write_json(output / "plan.json", report)
@@ -211,7 +199,7 @@ class _Measurement:
 
     def __init__(self, arguments: PlanArguments, drafters: dict[_Size, PeagleConfig], vocab_size: int):
         self.arguments, self.drafters, self.output = arguments, drafters, Path(arguments.output)
-        self.is_dummy = arguments.asks_for_random_weights or _has_no_weights(arguments.model)
+        self.is_dummy = asks_for_random_weights(arguments.vllm_args) or _has_no_weights(arguments.model)
         self.engine = self._engine()
         self.environment, self.installed = vllm_environment(), installed_vllm()
         check_synthetic_acceptance(self.installed)
@@ -274,7 +262,7 @@ class _Measurement:
             ],
             **{name: getattr(arguments, name) for name in ("prompt_tokens", "max_tokens", "rounds", "seed")},
             "num_prompts": {str(number): self._num_prompts(number) for number in arguments.concurrency},
-            "command": command_text(arguments, "plan", arguments.vllm_args),
+            "command": command_text(arguments, "plan"),
             **measured_on,
             "model_runner": runners,
         }

@@ -83,10 +83,13 @@ def check_checkpoint(
     folder = Path(folder)
     for name in CHECKPOINT_FILES:
         if not (folder / name).is_file():
-            raise PeagleError(
-                f"{folder} holds no {name}, so it is no drafter checkpoint. Name a folder that training wrote, such as "
-                "checkpoints/checkpoint_best."
+            best = folder / "checkpoint_best"
+            advice = (
+                f"Name {best}"
+                if best.exists()
+                else "Name a folder that training wrote, such as checkpoints/checkpoint_best"
             )
+            raise PeagleError(f"{folder} holds no {name}, so it is no drafter checkpoint. {advice}.")
     config = _check_config(folder / "config.json")
     _check_tensors(folder / "model.safetensors", config)
     if verifier is not None:
@@ -142,6 +145,12 @@ def _check_config(path: Path) -> PeagleConfig:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise PeagleError(f"{path} is not valid JSON ({error}). Export the checkpoint again.") from error
+
+    if "speculators_model_type" not in fields and "speculators_config" not in fields:
+        raise PeagleError(
+            f"{path} describes a model of type {fields.get('model_type')} and not a drafter. Name the folder of a "
+            "drafter, such as checkpoints/checkpoint_best; its verifier is known from there."
+        )
 
     speculators_config = fields.get("speculators_config") or {}
     methods = speculators_config.get("proposal_methods") or [{}]

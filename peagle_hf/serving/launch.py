@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from ..arguments import Arguments, check_ranges, flag_of
+from ..arguments import VLLM_ARGS_HELP, Arguments, check_ranges, flag_of
 from ..data.endpoint_folder import (
     SERVER_RECORD,
     SWEEP_SECONDS,
@@ -83,12 +83,12 @@ class LaunchArguments(Arguments):
     dry_run: bool = field(default=False, metadata={"help": DRY_RUN_HELP})
     vllm_python: str | None = field(default=None, metadata={"help": VLLM_PYTHON_HELP})
     trust_remote_code: bool = field(default=False, metadata={"help": TRUST_HELP})
-    vllm_args: list[str] = field(default_factory=list, init=False)
+    vllm_args: list[str] = field(default_factory=list, metadata={"help": VLLM_ARGS_HELP})
 
     GROUPS: ClassVar = {
         "Model and output": ("model", "hidden_states_path", "trust_remote_code"),
         "Hidden states": ("target_layer_ids", "include_last_layer"),
-        "Command": ("dry_run", "vllm_python"),
+        "vLLM": ("vllm_args", "vllm_python", "dry_run"),
     }
 
     def __post_init__(self) -> None:
@@ -126,13 +126,13 @@ class ServeArguments(Arguments):
     trust_remote_code: bool = field(default=False, metadata={"help": TRUST_HELP})
     chat_template: str | None = field(default=None, metadata={"help": CHAT_TEMPLATE_OF_DRAFTER_HELP})
     chat_template_kwargs: dict | str | None = field(default=None, metadata={"help": CHAT_KWARGS_OF_DRAFTER_HELP})
-    vllm_args: list[str] = field(default_factory=list, init=False)
+    vllm_args: list[str] = field(default_factory=list, metadata={"help": VLLM_ARGS_HELP})
 
     GROUPS: ClassVar = {
         "Models": ("model", "verifier", "trust_remote_code"),
         "Drafts": ("num_speculative_tokens", "evaluation", "draft_sample_method"),
         "Chat template": ("chat_template", "chat_template_kwargs"),
-        "Command": ("dry_run", "vllm_python"),
+        "vLLM": ("vllm_args", "vllm_python", "dry_run"),
     }
 
     def __post_init__(self) -> None:
