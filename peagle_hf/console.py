@@ -64,7 +64,8 @@ def command_line(prog: str, argv: Sequence[str] = ()) -> Iterator[None]:
     verbosity, bars = _verbosity, os.environ.get("TQDM_DISABLE")
     set_verbosity(_verbosity)
     if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # for bars of other libraries, whose tqdm isn't imported yet
+        # This is for the bars of other libraries, which import tqdm later.
+        os.environ.setdefault("TQDM_DISABLE", "1")
     _end_at_sigterm(prog)
     try:
         yield
@@ -81,7 +82,8 @@ def command_line(prog: str, argv: Sequence[str] = ()) -> Iterator[None]:
         if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
             _end(FAILED, f"{prog}: {_OUT_OF_MEMORY.format(error=' '.join(str(error).split()))}")
         _end(FAILED, f"{prog}: {_unexpected(error, prog, argv)}")
-    finally:  # a process that runs several commands, such as a notebook, doesn't keep one's --quiet
+    # A process may run several commands, as a notebook does. The --quiet of one must not stay on for the next.
+    finally:
         set_verbosity(verbosity)
         if bars is None:
             os.environ.pop("TQDM_DISABLE", None)
@@ -152,7 +154,8 @@ def end_processes() -> None:
     """Let the processes of a distributed run end together: one that ends early would abort the others."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
-        gc.collect()  # a model that is still wrapped keeps threads of the process group alive
+        # A wrapped model that isn't collected yet keeps threads of the process group alive.
+        gc.collect()
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
@@ -201,7 +204,7 @@ def _end_forked_at_once() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-if hasattr(os, "register_at_fork"):  # not on Windows
+if hasattr(os, "register_at_fork"):  # Windows has no fork
     os.register_at_fork(after_in_child=_end_forked_at_once)
 
 

@@ -112,7 +112,7 @@ def _is_suited(*tensors: Tensor | None) -> bool:
     )
 
 
-# An operator of its own: PyTorch's compiler takes oneDNN's with constant weights only, but calls this one as it is.
+# PyTorch's compiler accepts oneDNN's operator only with constant weights. It calls an operator of our own as it is.
 @torch.library.custom_op("peagle_hf::onednn_product", mutates_args=())
 def _product(states: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
     operator: Any = torch.ops.mkldnn._linear_pointwise
@@ -133,6 +133,6 @@ def keep_freed_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        trim_threshold, mmap_max, arena_max = -1, -4, -8  # from <malloc.h>
+        trim_threshold, mmap_max, arena_max = -1, -4, -8  # the numbers of these parameters in malloc.h
         for parameter, value in ((arena_max, 1), (mmap_max, 0), (trim_threshold, 2**31 - 1)):
             mallopt(parameter, value)

@@ -9,6 +9,6 @@ class PeagleError(ValueError):
     """
 
     def __init__(self, message: str = ""):
-        # torch raises a loader worker's exception again, with the worker's traceback before the message.
+        # When a loader worker fails, PyTorch raises its exception again with the worker's traceback before the message.
         _, found, own = message.rpartition(f".{type(self).__name__}: ")
         super().__init__(own.strip() if found and "Original Traceback (most recent call last)" in message else message)

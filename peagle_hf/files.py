@@ -49,7 +49,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         PeagleError: no space is left, the folder can't be written to, or a file is to be written where a folder is.
     """
     path = Path(path)
-    path = path if path.name else path.absolute()  # of "." and "/"
+    path = path if path.name else path.absolute()  # "." has no name of its own
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     replaced = None
     with writing(path), _folders_made(path.parent):
@@ -79,7 +79,8 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # safetensors raises an error of its own with the system's message; torch reports a file of the wrong size.
+        # On a full disk safetensors raises an error of its own with the system's message, and torch reports a wrong
+        # file size.
         is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         if is_full or "No space left" in str(error) or "unexpected pos" in str(error):
             raise PeagleError(
@@ -117,7 +118,7 @@ def _folders_made(folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        with suppress(OSError):  # something is in it
+        with suppress(OSError):  # another process has put something into it
             for one in made:
                 one.rmdir()
         raise
@@ -167,7 +168,8 @@ def _locked(lock_path: Path, written: str | os.PathLike[str], remedy: str) -> It
         try:
             lock = _acquired(lock_path)
         except filelock.Timeout as error:
-            # On a disk without locks a file that isn't empty is the lock, and outlives a process of another machine.
+            # On a disk without locks a file that isn't empty stands for the lock. It stays when a process on another
+            # machine dies.
             files = (lock_path.with_name(f"{lock_path.name}.soft"), lock_path)
             stands_for_a_lock = next((path for path in files if path.exists() and path.stat().st_size), None)
             ended = f" If that process has ended, remove {stands_for_a_lock}." if stands_for_a_lock else ""

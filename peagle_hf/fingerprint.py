@@ -117,7 +117,7 @@ def _folder(name_or_path: str | os.PathLike[str], revision: str | None) -> Path 
         return Path(name_or_path)
     try:
         cached = try_to_load_from_cache(str(name_or_path), CONFIG_NAME, revision=revision)
-    except HFValidationError:  # a path, perhaps of another machine
+    except HFValidationError:  # the name is a path, perhaps on another machine
         return None
     return Path(cached).parent if isinstance(cached, str) else None
 
@@ -184,7 +184,7 @@ def _pieces(path: Path) -> list[_Piece]:
         ]
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            # The archive's checksums cover all values, unless they were switched off when it was saved.
+            # The checksums of the archive cover all values, unless they were switched off when the file was saved.
             return [
                 _Piece(f"{entry.filename} {entry.CRC}", path, entry.header_offset, entry.compress_size)
                 for entry in archive.infolist()
@@ -205,7 +205,8 @@ def _samples(pieces: Iterable[_Piece]) -> list[tuple[str, str]]:
         for piece in pieces:
             if piece.path not in descriptors:
                 descriptors[piece.path] = os.open(piece.path, os.O_RDONLY)
-                if hasattr(os, "posix_fadvise"):  # otherwise the kernel reads ahead after each block
+                # Without this advice the kernel would read ahead after each block.
+                if hasattr(os, "posix_fadvise"):
                     os.posix_fadvise(descriptors[piece.path], 0, 0, os.POSIX_FADV_RANDOM)
         with ThreadPoolExecutor(READERS) as pool:
             digests = pool.map(lambda piece: _sample(descriptors[piece.path], piece), pieces)

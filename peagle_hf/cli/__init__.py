@@ -211,7 +211,7 @@ def _run(name: str, argv: list[str]) -> None:
     if "--" in argv and VLLM_ARGS in {one.name for one in fields(arguments)}:
         end = argv.index("--")
         argv = [*argv[:end], *(f"{flag_of(VLLM_ARGS)}={word}" for word in argv[end + 1 :])]
-    from .parsing import parse_arguments  # not above, since it imports transformers
+    from .parsing import parse_arguments  # importing it above would import transformers for --help
 
     examples = [f"peagle-hf {example}" for example in command.examples]
     parsed = parse_arguments(arguments, argv, f"peagle-hf {name}", command.positional, command.usage(), examples)

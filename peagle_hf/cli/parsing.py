@@ -91,7 +91,8 @@ class CommandParser(HfArgumentParser):
         self._title_of = {name: title for title, names in _groups(arguments).items() for name in names}
         self._positional = positional
         self._arguments = arguments
-        # HfArgumentParser accepts one value for a field such as `report_to: str | list[str]`; these may have several.
+        # HfArgumentParser accepts one value for a field such as `report_to: str | list[str]`. Here such a field may
+        # have several.
         hints = get_type_hints(arguments)
         self._one_or_more = {name for name, hint in hints.items() if {str, list[str]} <= set(get_args(hint))}
         epilog = "\n".join(["examples:", *(f"  {example}" for example in examples)]) if examples else None
@@ -122,9 +123,10 @@ class CommandParser(HfArgumentParser):
             titles = [title for title in dict.fromkeys(self._title_of.values()) if title != TRAINER]
             self._groups = {title: self.add_argument_group(title) for title in [*titles, GENERAL, TRAINER]}
         group = self._groups[self._title_of.get(name, GENERAL)]
-        kwargs["help"] = getattr(self._arguments, "HELP", {}).get(name, kwargs.get("help"))  # of the Trainer's fields
+        # `HELP` has other words for some fields of the Trainer.
+        kwargs["help"] = getattr(self._arguments, "HELP", {}).get(name, kwargs.get("help"))
         if kwargs.get("action") == "store_false":
-            kwargs["help"] = argparse.SUPPRESS  # shown together with the flag that it negates
+            kwargs["help"] = argparse.SUPPRESS  # its help stands beside the flag that it negates
         if name in self._one_or_more:
             kwargs["nargs"] = "+"
         if kwargs.get("nargs") == "+":
@@ -132,7 +134,7 @@ class CommandParser(HfArgumentParser):
         if kwargs.get("type") is dict or get_origin(kwargs.get("type")) is dict:
             kwargs["type"] = json.loads
         if name in self._positional:
-            kwargs["required"] = False  # it may be given without its flag: `parse` checks it
+            kwargs["required"] = False  # it may stand without its flag, so `parse` checks it
         return group.add_argument(*flags, **kwargs)
 
     def field_of(self, flag: str) -> str | None:
@@ -196,7 +198,8 @@ class CommandParser(HfArgumentParser):
         return parsed
 
     def _check_json(self, name: str, flag: str, value: str) -> None:
-        is_template = value.startswith(("{%", "{{", "{#"))  # Jinja, whose own errors are clearer
+        # A Jinja template isn't JSON, and Jinja's own errors are clearer.
+        is_template = value.startswith(("{%", "{{", "{#"))
         if value.startswith("{") and not is_template and name not in getattr(self._arguments, "TEXTS", ()):
             try:
                 json.loads(value)

@@ -88,7 +88,7 @@ def run(arguments: RunArguments) -> None:
     with locked_folder(arguments.output, "Wait until it has ended, or name another output.", "run"):
         remove_leftovers(arguments.output, r"pipeline\.json|(config|run)\.yaml")
         write_config(arguments, config_path(arguments.output, "run"), "run")
-        for step, section in public_settings(sections).items():  # without passwords, as they are recorded
+        for step, section in public_settings(sections).items():  # without passwords, since they are recorded
             _run_step(step, parsed[step], section, Path(arguments.output) / "pipeline.json")
 
 
@@ -242,7 +242,7 @@ def _parts(values: list[Any], state_of: Callable[[Path], dict[str, str]]) -> dic
     parts: dict[str, str] = {}
     for number, value in enumerate(values):
         path = Path(str(value))
-        is_there = path.exists() or (state_of is _data and is_local_file(str(value)))  # also FOLDER:SPLIT
+        is_there = path.exists() or (state_of is _data and is_local_file(str(value)))  # FOLDER:SPLIT is local too
         if not is_there:
             parts |= {} if os.path.isabs(str(value)) else {f"name {number}": weights_of(str(value)) or str(value)}
             continue

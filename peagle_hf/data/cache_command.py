@@ -169,7 +169,8 @@ def inspect(folder: str, preprocessed_data: str | None = None, read_values: bool
         except UnusableFile as error:
             unusable[row] = str(error)
             continue
-        num_layers, size = layout.shape[1:]  # without a manifest the first file says what all should be
+        # Without a manifest all files should be like the first one.
+        num_layers, size = layout.shape[1:]
         storages[layout.storage] += 1
         dtypes[layout.dtype] += 1
         num_tokens += layout.shape[0]
@@ -298,7 +299,8 @@ def _convert(folder: Path, destination: Path, storage: Storage, preprocessed_dat
             converted = read_states(folder, row).stored_as(storage, is_target)
         except PeagleError as error:
             raise PeagleError(f"{row_path(folder, row)} can't be converted to {storage}. {error}") from error
-        if not record.exists():  # not before: a conversion that can't begin leaves nothing behind
+        # The record is written only now, so that a conversion that can't begin leaves nothing behind.
+        if not record.exists():
             write_json(record, described)
         save_states(row_path(working, row), replace(converted, origin=origin_of(manifest)))
     if manifest is not None:

@@ -163,7 +163,7 @@ class CachedStates:
 
     def _quantized(self) -> "CachedStates":
         """The same states in float8, with one scale for each token."""
-        # abs() would make a second copy of the states.
+        # The maximum of abs() would need a second copy of the states.
         highest = torch.maximum(self.states.amax((1, 2)), -self.states.amin((1, 2))).float()
         last = self.last
         if last is not None:

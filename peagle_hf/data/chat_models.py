@@ -184,7 +184,8 @@ class LocalChatModel(ChatModel):
         own = "float32" if dtype == "auto" and device == "cpu" else dtype
         self.model: Any = load_verifier(name, own, device, trust_remote_code=trust_remote_code)
         pack_linear_layers(self.model)
-        # Other recommendations of the checkpoint, such as a repetition penalty, would change the model's own text.
+        # The checkpoint's recommendations for sampling, such as a repetition penalty, would change the model's own
+        # text.
         self.model.generation_config = GenerationConfig()
 
     @torch.inference_mode()
@@ -313,7 +314,7 @@ class ServedChatModel(ChatModel):
 def _generation_config(name: str, config: Any) -> GenerationConfig:
     try:
         return GenerationConfig.from_pretrained(name)
-    except OSError:  # the checkpoint has none
+    except OSError:  # the checkpoint has no generation_config.json
         return GenerationConfig.from_model_config(config)
 
 

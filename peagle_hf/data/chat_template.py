@@ -119,7 +119,8 @@ class ChatRenderer:
                 f"The chat template of {self._tokenizer.name_or_path} is no valid Jinja: {error.message} (line "
                 f"{error.lineno}). Name another one with --chat-template."
             ) from error
-        except Exception as error:  # a template may do anything to a value, so any error may come out of it
+        # A template may do anything to a value, so it can raise any error.
+        except Exception as error:
             raise Refused(f"{TEMPLATE_ERROR} ({error})") from error
         (text,), marks = rendered
         return text, marks[0] if is_marking else None

@@ -127,7 +127,7 @@ def count_answers(row: dict[str, Any]) -> int:
 def _raw_messages(row: dict[str, Any], place: str, preference: str | None) -> tuple[list[Any], list[str]]:
     """The messages of a row as they are, and the field in which each was found."""
     present = [name for name in row if row[name] is not None]
-    # A `conversation` that is no list names the conversation that the row is a part of.
+    # A `conversation` that is no list is the name of the conversation that the row belongs to.
     named = [name for name in present if name != "conversation" or isinstance(row[name], list)]
     name = next((name for name in _CONVERSATION_FIELDS if name in named), None)
     question = next((name for name in _QUESTION_FIELDS if name in present), None)
@@ -188,7 +188,7 @@ def _with_question(row: dict[str, Any], place: str, question: str | None, answer
         whole = _list_of_messages(row[answer], place, answer)
         first = whole[0][0] if whole[0] and isinstance(whole[0][0], dict) else {}
         if ROLES.get(str(first.get("role", first.get("from")))) in ("system", "developer", "user"):
-            return whole  # it holds the question too
+            return whole  # the answer's list has the question too
     messages: list[Any] = []
     fields: list[str] = []
     for index, pair in enumerate(row.get("history") or []):

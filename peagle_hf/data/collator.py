@@ -108,7 +108,7 @@ class CODDataCollator:
         targets = anchors + depths
         trained_slots = (labels != -100).nonzero().flatten()
         trained_slots = trained_slots[targets[trained_slots].argsort(stable=True)]
-        # Depth 0 has every position that is trained on, so the targets are just those.
+        # Every position that is trained on has a slot of depth 0, so the targets are exactly these positions.
         _, target_index = targets[trained_slots].unique(return_inverse=True)
         document_ids = torch.repeat_interleave(torch.arange(len(samples)), torch.tensor(lengths))
 

@@ -308,7 +308,9 @@ class HiddenStatesDataset(Dataset):
         request = index if isinstance(index, SequenceRequest) else SequenceRequest(0, index)
         rows = self._kept(request.number)
         is_filler = request.is_filler or not rows
-        if not rows:  # --skip-rows leaves nothing: another sample keeps the number of steps
+        # If --skip-rows leaves nothing of a packed sequence, another sample takes its place, so that the number of
+        # steps stays the same.
+        if not rows:
             rows = next(filter(None, map(self._kept, range(len(self)))))[:1]
         generated = self._generated(rows)
         documents = []

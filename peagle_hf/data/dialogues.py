@@ -191,8 +191,9 @@ def answer_prompts(answers: Answers, prompts: list[Prompt], lengths: list[int]) 
     verifier = answers.verifier
     unanswerable: dict[int, str] = {}
     waiting = _without_answers(answers, prompts, unanswerable)
-    # The composition of a batch changes rounding, so a run that continues another has the same batches: the order
-    # doesn't depend on the file, and the prompts of a batch have equally many turns, so a batch is finished as a whole.
+    # Which prompts share a batch changes rounding, so a run that continues another must form the same batches. The order
+    # of the prompts therefore doesn't depend on the file. All prompts of a batch have equally many turns, so that a
+    # batch is finished as a whole.
     waiting.sort(key=lambda index: (len(prompts[index].turns), lengths[index], prompts[index].digest))
     groups = groupby(waiting, key=lambda index: len(prompts[index].turns))
     batches = [batch for _, group in groups for batch in _batches(list(group), verifier.batch_size)]
@@ -206,7 +207,8 @@ def answer_prompts(answers: Answers, prompts: list[Prompt], lengths: list[int]) 
                 try:
                     if index in dialogues:
                         dialogues[index].ask(turn)
-                except Unlearnable as reason:  # the template refuses the chat because of an answer in it
+                # The template refuses the chat because of an answer in it.
+                except Unlearnable as reason:
                     unanswerable[index] = str(reason)
                     del dialogues[index]
             try:
@@ -280,7 +282,7 @@ class Dialogue:
     def __init__(self, prompt: Prompt, verifier: ChatModel):
         self.prompt, self.verifier = prompt, verifier
         self.messages: list[dict[str, Any]] = list(prompt.system)
-        self.text = ""  # what the chat template should write up to the end of the last answer
+        self.text = ""  # the chat as text, up to the end of the last answer
         self.input_ids: list[int] = []
         self.loss_mask: list[int] = []
         self.finish_reason = ""

@@ -116,7 +116,7 @@ def endpoint_urls(endpoint: str) -> tuple[str, ...]:
         try:
             parts = urlsplit(public)
             is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        except ValueError:  # the port is no number, or too large
+        except ValueError:  # the port is no number, or too large a number
             is_address = False
         if not is_address or re.search(r"[\s,?#]", public.strip()):
             raise PeagleError(
@@ -188,7 +188,8 @@ def check_length(urls: tuple[str, ...], longest: int, timeout: float) -> None:
     """
     for url in urls:
         limit = Server(url, timeout, max_retries=1).max_model_len
-        if limit is not None and longest >= limit:  # one token is the answer's
+        # One of the server's tokens is needed for the answer.
+        if limit is not None and longest >= limit:
             raise PeagleError(
                 f"The longest sample has {longest} tokens, and the vLLM server {url} takes {limit - 1} at most. Start "
                 f"it with --max-model-len {longest + 1}, or cut the samples with peagle-hf prepare --seq-length "
@@ -319,7 +320,8 @@ class Server:
                 temperature=0,
                 extra_headers={"X-Request-Id": request},
             )
-            answer.choices[0]  # vLLM's answers have one
+            # Every answer of vLLM has at least one choice; an IndexError means that another program answered.
+            answer.choices[0]
             parameters = getattr(answer, "kv_transfer_params", None) or {}
             path = parameters.get("hidden_states_path")
         if not isinstance(path, str):
@@ -345,7 +347,8 @@ class Server:
                 max_tokens=max_tokens,
                 extra_body={
                     **PLAIN_SAMPLING,
-                    "ignore_eos": True,  # a server may know other end ids, depending on how it was started
+                    # The server's own end ids depend on how it was started, so the request names them.
+                    "ignore_eos": True,
                     "stop_token_ids": sorted(end_ids),
                     "return_token_ids": True,
                     **fields,
@@ -398,7 +401,8 @@ class Server:
         self.rests_in_turn, self.is_resting = 0, False
 
     def failed(self) -> None:
-        if not self.is_resting:  # else other requests of the same moment failed too
+        # If it rests already, this request was sent at the same time as one that failed, and must not lengthen the rest.
+        if not self.is_resting:
             self._rest()
 
     def _rest(self) -> None:
@@ -417,7 +421,8 @@ class Server:
 
         try:
             client = self.client.with_options(timeout=HEALTH_TIMEOUT, max_retries=0)
-            with suppress(openai.NotFoundError):  # it answers, but not as vLLM: a proxy, perhaps
+            # A proxy may answer without this page of vLLM, which also shows that the address works.
+            with suppress(openai.NotFoundError):
                 client.get(f"{self.url.removesuffix('/v1')}/health", cast_to=str)
             self.is_resting = False
         except openai.OpenAIError:

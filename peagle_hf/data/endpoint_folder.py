@@ -83,7 +83,7 @@ def check_other_servers(folder: str | os.PathLike[str], model: str, layer_ids: l
         record = json.loads((Path(folder) / SERVER_RECORD).read_text(encoding="utf-8"))
         servers = record["servers"] if (record["model"], record["layer_ids"]) != (model, layer_ids) else []
         addresses = {server: (host, int(port)) for server in servers for host, _, port in [server.rpartition(":")]}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # there is none, or it is damaged
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # there is no record, or it is damaged
         return
     for server, address in addresses.items():
         with suppress(OSError), socket.create_connection(address, CONNECT_SECONDS):

@@ -87,7 +87,8 @@ class Endpoint:
             ) from error
         except EndpointError:
             raise
-        except PeagleError as error:  # about the folder or what the server's record says
+        # The error is about the folder or about what the server's record says.
+        except PeagleError as error:
             raise WrongServerEndpointError(str(error).removesuffix(".")) from error
         except OSError as error:
             raise EndpointError(
@@ -100,7 +101,7 @@ class Endpoint:
         try:
             real = Path(os.path.realpath(path))
             inside = real.is_relative_to(os.path.realpath(self.folder))
-        except ValueError:  # no path at all
+        except ValueError:  # the text can't be a path
             inside = False
         if not inside or real.suffix != ".safetensors" or STATES_FILE.fullmatch(real.name):
             raise WrongServerEndpointError(
@@ -145,7 +146,8 @@ class Endpoint:
                 "start it with peagle-hf launch-vllm, and with a vLLM that peagle-hf supports",
             )
         states = tensors["hidden_states"]
-        served = sorted(set(self.layer_ids))  # vLLM gives the layers in their own order, each once
+        # vLLM returns each layer once, in ascending order.
+        served = sorted(set(self.layer_ids))
         if list(states.shape[1:]) != [len(served), self.hidden_size] or not states.is_floating_point():
             raise WrongServerEndpointError(
                 f"the server gives {states.dtype} states of the shape {list(states.shape)} (tokens, layers, size), "

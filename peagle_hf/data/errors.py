@@ -128,7 +128,8 @@ def on_all_processes(fetch: Callable[[], Result]) -> Result:
     except RowError as error:
         failure = error
     except RuntimeError as error:
-        if "DataLoader" not in str(error):  # PyTorch's message if a worker was killed or timed out
+        # PyTorch's message names the DataLoader if a worker was killed or took too long.
+        if "DataLoader" not in str(error):
             raise
         failure = RowError(
             None,
@@ -138,7 +139,8 @@ def on_all_processes(fetch: Callable[[], Result]) -> Result:
     if are_several():
         num_failed = torch.tensor([int(failure is not None)])
         with lost_process_explained():
-            distributed.all_reduce(num_failed, group=cpu_group())  # on a GPU it would wait for the step before
+            # A group of the GPUs would wait here for the previous step, so this uses one of the CPUs.
+            distributed.all_reduce(num_failed, group=cpu_group())
         if num_failed.item():
             failure = next(one for _, one in gather(failure) if one is not None)
     if failure is not None:

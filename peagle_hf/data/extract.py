@@ -307,7 +307,8 @@ def _verifier_name(arguments: ExtractArguments, urls: tuple[str, ...]) -> str:
     model = served_model(urls, arguments.model, arguments.request_timeout) if urls else arguments.model
     model = model or read_prepare_record(arguments.preprocessed_data).get("model")
     if model is None:
-        load_prepared(arguments.preprocessed_data)  # names the folder, if that isn't a prepared dataset
+        # If the folder holds no prepared dataset, this raises an error that names it.
+        load_prepared(arguments.preprocessed_data)
         raise PeagleError("No verifier is named. Pass --model with a hub name or a folder, or an --endpoint.")
     return model
 

@@ -133,7 +133,8 @@ def _finite_states(
     for states in run_verifier(model, aux_layer_ids, data, rows, getattr(torch, arguments.dtype)):
         are_finite.append(all_finite(states.states))
         computed.append((states.stored_as("fp8") if arguments.storage in FP8_STORAGES else states).to_cpu())
-    # The device is waited for once: other threads have queued batches by then, which a second wait would be for.
+    # This waits for the device only once. By then other threads have queued batches, and a second wait would wait for
+    # those too.
     for row, is_finite, states in zip(rows, torch.stack(are_finite).tolist(), computed, strict=True):
         if not is_finite:
             raise RowError(
@@ -201,7 +202,7 @@ def run_verifier(
     samples = [torch.tensor(token_ids) for token_ids in data.select(rows)["input_ids"]]
     for row, token_ids in zip(rows, samples, strict=True):
         check_vocabulary(model, row, token_ids)
-    # The padding is on the right, where a causal model can't see it: no attention mask is needed.
+    # A causal model doesn't see padding on the right, so no attention mask is needed.
     states_BTAH = residual_streams(model, layer_ids, pad_sequence(samples, batch_first=True), dtype)
     for token_ids, states_TAH in zip(samples, states_BTAH, strict=True):
         yield CachedStates(token_ids, states_TAH[: len(token_ids)])

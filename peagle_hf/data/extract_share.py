@@ -66,7 +66,8 @@ def share_of(arguments: "ExtractArguments") -> Share:
     if launched > 1:
         rank = int(os.environ["RANK"])
         connect_on_cpu(LONGEST_WAIT)
-        with together():  # else those without a contradiction would wait for the others
+        # Without this, the processes whose flags are right would wait for the others for ever.
+        with together():
             _check_flags(arguments, rank, launched)
         return Share(rank, launched, is_launched=True)
     rank, size = arguments.rank or 0, 1 if arguments.world_size is None else arguments.world_size

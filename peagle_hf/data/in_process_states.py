@@ -77,7 +77,8 @@ class InProcessVerifier:
                     self.name_or_path, self.device, revision=self._revision, trust_remote_code=self._trust_remote_code
                 )
                 check_logits(model)
-            head = verifier_parts(model).head  # the objective has its own
+            # The verifier's head is not run here: the objective has its own copy.
+            head = verifier_parts(model).head
             for parent in list(model.modules()):
                 for name, child in parent.named_children():
                     if child is head:
@@ -87,7 +88,8 @@ class InProcessVerifier:
             self._model = model
         return self._model
 
-    @torch.no_grad()  # not in inference mode, whose tensors a backward pass can't use
+    # A backward pass can't use tensors that were made in inference mode.
+    @torch.no_grad()
     def states(self, samples: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
         """The residual streams [T, L, H] of samples, int64 [T] each, on the verifier's device."""
         model, lengths = self.load(), {index: len(token_ids) for index, token_ids in enumerate(samples)}
@@ -125,7 +127,8 @@ class InProcessVerifier:
 
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, "verifier")
-        self._pool.submit(int).result()  # nothing runs in the thread while loader workers are forked
+        # Starting the thread now makes sure that nothing runs in it while loader workers are forked.
+        self._pool.submit(int).result()
         pending: deque[tuple[dict[str, Any], list[StatesRequest], Future[list[States]]]] = deque()
         try:
             for batch in until_failure():
@@ -147,7 +150,8 @@ class InProcessVerifier:
         if not requests:
             return []
         with ExitStack() as stack:
-            for one in (device, self.device):  # the last one is the current one, on which Triton's kernels run
+            # Triton's kernels run on the current device, so the verifier's own device comes last.
+            for one in (device, self.device):
                 if one.type == "cuda":
                     stream = self._streams[one] = self._streams.get(one) or torch.cuda.Stream(one)
                     stack.enter_context(torch.cuda.stream(stream))

@@ -199,7 +199,8 @@ class ChatTokenizer:
         answer_ends = []
         for answer in rendering.answers:
             for start, end in answer.spans:
-                # A token whose spaces are trimmed away is empty: it ends where the answer starts if it is before it.
+                # A token of nothing but trimmed spaces has an empty span. Directly before the answer that span ends
+                # where the answer starts.
                 is_inside = (starts >= start) & (ends > start) & (ends <= end)
                 for index in self._straddling(rendering.text, input_ids, starts, ends, start, end):
                     is_inside[index] = True
@@ -402,7 +403,7 @@ def _closed(answer: _Answer, text: str, messages: list[dict[str, Any]], kind: Te
     if not answer.is_open or not follower:
         return answer
     found = re.compile(rf"\s*({kind.special_token.pattern})").match(text, answer.end)
-    # Before another answer it may also be the header of that one.
+    # Before another answer the found token may also be part of the header of that answer.
     if found is None or (follower[0]["role"] == "assistant" and found.group() != kind.next_token):
         return answer
     return replace(answer, end=found.end(), is_open=False)

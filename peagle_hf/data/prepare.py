@@ -191,7 +191,7 @@ def prepare(arguments: PrepareArguments) -> Path:
     is_cut_off = (output / UNMOVED).exists()
     if not is_cut_off and arguments.token_freq_path is None and is_made(output, origin, arguments.overwrite):
         logger.info("%s already holds this dataset; it is kept as it is.", output)
-        return output  # also where the folder can only be read
+        return output  # so a folder that can only be read is fine
     with locked_folder(output, ANOTHER_OUTPUT, "prepare"):
         _prepare(arguments, output, tokenizer, origin)
     return output

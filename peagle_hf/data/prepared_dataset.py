@@ -72,7 +72,8 @@ def load_prepared(data_path: str | os.PathLike[str]) -> "datasets.Dataset":
         _check_file(folder / name, recorded)
     try:
         data = load_from_disk(str(folder))
-    except Exception as error:  # datasets and Arrow raise many kinds for a file that they can't read
+    # datasets and Arrow raise many kinds of errors for a file that they can't read.
+    except Exception as error:
         damaged = next((path for path in sorted(folder.glob("data-*.arrow")) if not _can_be_opened(path)), folder)
         raise PeagleError(f"{damaged} is damaged ({' '.join(str(error).split())}). {REMEDY}") from error
     if lacking := {"input_ids", "loss_mask", "seq_len"} - set(data.column_names):
@@ -275,7 +276,8 @@ def finish_move(output: Path) -> None:
     if not (source / PREPARE_RECORD).exists():
         shutil.rmtree(source, ignore_errors=True)
         return
-    files = read_prepare_record(source).get("files", {})  # a version before this one had none
+    # Records of earlier versions have no list of files.
+    files = read_prepare_record(source).get("files", {})
     (output / PREPARE_RECORD).unlink(missing_ok=True)
     for path in _own_files(output):
         if path.name not in (*files, SKIPPED, CONFIG, "prepare.yaml"):

@@ -127,7 +127,8 @@ def _with_content(prompt: Prompt, row: dict[str, Any], place: str) -> tuple[Prom
             raise PeagleError(f"{place}: `turns` must be a list of texts, none of them empty. Correct the row.")
         messages = [{"role": "user", "content": turn} for turn in turns]
     else:
-        chat = read_chat(row, place, preference="chosen")  # either has the same user turns
+        # The chosen and the rejected answer follow the same user turns, so either will do.
+        chat = read_chat(row, place, preference="chosen")
         messages, tools = chat.messages, chat.tools
     turns = [message["content"] for message in messages if message["role"] == "user"]
     if not any(turn.strip() for turn in turns):
@@ -202,7 +203,8 @@ class _NearDuplicates:
         ranks = np.empty(len(shared), dtype=np.int32)
         ranks[order] = np.arange(len(shared))
         self.shared = [np.sort(ranks[_positions(own, shared)]) for own in sets]
-        # The sets that contain rank r, and its place in each, are at `starts[r]` .. `starts[r] + lengths[r] - 1`.
+        # The sets that contain rank r, and its place in each of them, are stored from `starts[r]` to `starts[r] +
+        # lengths[r] - 1`.
         self.starts = np.concatenate([[0], np.cumsum(counts[order] + 1)])
         self.lengths = np.zeros(len(shared), dtype=np.int32)
         self.smallest = np.full(len(shared), np.iinfo(np.int32).max // 2, dtype=np.int32)

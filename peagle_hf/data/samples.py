@@ -145,11 +145,11 @@ def number_conversations(sources: list[Source]) -> Conversations:
         PeagleError: a row's field is neither text nor an integer.
     """
     numbers = np.arange(sum(map(len, sources)))
-    start = end = 0  # of the rows before this source, and of their conversations
+    start = end = 0  # numbers of rows and of conversations before this source
     for source in sources:
         first: dict[Any, int] = {}
         for index, value in enumerate(_conversation_values(source)):
-            if isinstance(value, list):  # the messages, by another name
+            if isinstance(value, list):  # the field holds the messages themselves
                 value = None
             if value is not None and type(value) not in (str, int):
                 raise PeagleError(
@@ -159,7 +159,8 @@ def number_conversations(sources: list[Source]) -> Conversations:
             numbers[start + index] = end + first.setdefault(index if value is None else (value,), len(first))
         start, end = start + len(source), end + len(first)
     row_ends = np.cumsum([len(source) for source in sources])
-    # Conversations of a source follow those of the one before, so the last row of a source has its highest number.
+    # The conversations of a source are numbered after those of the source before, so the maximum up to its last row is
+    # its own highest number.
     last_ids = np.maximum.accumulate(numbers)[row_ends - 1]
     return Conversations(numbers, row_ends, last_ids, np.diff(last_ids, prepend=-1))
 
@@ -173,7 +174,8 @@ def _conversation_values(source: Source) -> Iterator[Any]:
         yield from (None if isinstance(value, list) and not has_others else value for value in values)
         return
     for batch in source.rows.iter(batch_size=1000):
-        for text in batch["json"]:  # most have no such field, and needn't be decoded twice
+        # Most rows have no such field, so searching their text saves decoding them twice.
+        for text in batch["json"]:
             row = json.loads(text) if f'"{CONVERSATION}"' in text else {}
             value = row.get(CONVERSATION)
             is_messages = isinstance(value, list) and not row.keys() & {"messages", "conversations"}

@@ -163,7 +163,7 @@ def _open_local(data: str, folder: Path) -> Source:
     _check_exists(data, path)
     files = [path] if path.is_file() else _files_of_split(path, split)
 
-    # Rows travel as text: Arrow would want the same fields and types in every row, which tool calls do not have.
+    # Rows are kept as text, because Arrow wants the same fields and types in every row, and tool calls differ.
     copy = folder / f"{len(list(folder.iterdir()))}.arrow"
     features = Features({"file": Value("int32"), "number": Value("int64"), "json": Value("large_string")})
     units = []

@@ -231,7 +231,7 @@ def count(
         for part in partition_every_slot(collator([dataset[number]])):
             tensors = {name: value.to(drafter.device) for name, value in part.items() if name != "max_length"}
             output = objective(drafter, tensors | {"max_length": part["max_length"]})
-            assert output.outcomes is not None  # the drafter is in evaluation
+            assert output.outcomes is not None  # with the drafter in evaluation mode there are outcomes
             counters += output.counters.cpu()
             outcomes.append(output.outcomes.cpu())
             if isinstance(objective, SamplingObjective):

@@ -58,10 +58,12 @@ def _count(answer: Answer, division: Division) -> NDArray[np.int64] | None:
         return None
     most = len(answer.drafting) - 3
     if 1 + sum(accepted + 1 for accepted, _ in answer.drafts) < len(answer.token_ids) - most:
-        return None  # vLLM generated tokens without drafts, as with K 0 under load, and doesn't count these steps
+        # vLLM doesn't count steps in which it drafted nothing, such as those with K 0 under load, so places aren't
+        # known.
+        return None
     positions = np.arange(most)
     counts = np.zeros((len(division.names), len(answer.drafting)), np.int64)
-    place = 1  # the first token comes with the prompt
+    place = 1  # the forward pass over the prompt gives the first token
     for accepted, drafted in answer.drafts:
         row = counts[division.names.index(parts[min(place, len(parts) - 1)])]
         row[:3] += (1, drafted, accepted)

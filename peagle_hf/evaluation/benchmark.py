@@ -194,13 +194,13 @@ def _illustrate(report: dict[str, Any], output: Path) -> None:
         temporary.write_text(html(report), encoding="utf-8")
     picture = output / "evaluation.png"
     if not can_draw():
-        picture.unlink(missing_ok=True)  # that of an earlier evaluation
+        picture.unlink(missing_ok=True)  # the picture of an earlier evaluation
         return
     try:
         with atomic_path(picture) as temporary:
             draw(report, temporary)
     except Exception as error:
-        picture.unlink(missing_ok=True)  # that of an earlier evaluation
+        picture.unlink(missing_ok=True)  # the picture of an earlier evaluation
         logger.warning(
             "%s could not be drawn (%s: %s). All figures are in evaluation.json and evaluation.html beside it.",
             picture,

@@ -131,7 +131,8 @@ def figures(
     medians = {
         name: float(np.median([each[name][0] for each in speeds])) if name in speeds[0] else None for name in SPEEDS
     }
-    if (length := medians["break_even_length"]) is not None:  # no acceptance length is below 1
+    # An acceptance length is at least 1, so a break-even length below that becomes 1.
+    if (length := medians["break_even_length"]) is not None:
         medians["break_even_length"] = max(1.0, length)
         if spread := intervals.get("break_even_length"):
             intervals["break_even_length"] = [max(1.0, end) for end in spread]

@@ -119,7 +119,7 @@ def _process(
 def _load_two_at_once(processes: list[VllmProcess], started: ExitStack) -> None:
     """Start the first two processes together: on a CPU that takes as long as one. A GPU has memory for one only."""
     for process in processes[:2]:
-        started.enter_context(process)  # it also ends if another one fails
+        started.enter_context(process)  # ends this process too if another one fails
     for process in processes[:2]:
         process.wait_until_ready()
 

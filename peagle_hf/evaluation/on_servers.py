@@ -154,7 +154,7 @@ def measure(
         return run, _counted(client, before, run)
 
     run, counted = ask(range(len(prompts)), answers, report_progress)
-    if not counted:  # it doesn't draft
+    if not counted:  # the server drafts nothing
         return run
     if counts != BY_CATEGORY:
         check_counts([answer for chat in run.chats for answer in chat], counted)
@@ -196,7 +196,8 @@ def _converse(
     for turn, question in enumerate(prompt.turns):
         messages.append({"role": "user", "content": question})
         fields = {**PLAIN_SAMPLING, "cache_salt": secrets.token_hex(8), **(extra or {})}
-        if prompt.tools:  # described to the model; a call stays part of the answer's text
+        # The model sees the tools, and its calls stay part of the answer's text.
+        if prompt.tools:
             fields |= {"tools": prompt.tools, "tool_choice": "none"}
         try:
             answer = client.ask(messages, max_tokens, temperature, fields)

@@ -189,7 +189,7 @@ def _drafter_config(arguments: PlanArguments, size: _Size) -> PeagleConfig:
         num_depths=arguments.num_speculative_tokens[-1],
         draft_arch=arguments.draft_arch,
         draft_vocab_size=size.draft_vocab_size,
-        mask_token_id=0,  # any token: a verifier without a tokenizer is enough
+        mask_token_id=0,  # any token will do, so no tokenizer is needed
         trust_remote_code=arguments.trust_remote_code,
     )
 
@@ -438,7 +438,7 @@ _TOKENIZER_FILES = ("tokenizer*", "tekken.json", "vocab*", "*.tiktoken", "*.mode
 
 def _draw(report: dict[str, Any], path: Path) -> None:
     """Draw the picture; if it can't be drawn, the log says why, and all figures are in plan.json."""
-    path.unlink(missing_ok=True)  # that of an earlier plan
+    path.unlink(missing_ok=True)  # the picture of an earlier plan
     if not can_draw():
         return
     try:

@@ -109,7 +109,8 @@ def _sentences(report: dict[str, Any]) -> list[str]:
         if run["break_even_length"] is not None and run["break_even_length"] <= drafter["num_speculative_tokens"] + 1
     ]
     sentences = []
-    for tokens in sorted({drafter["num_speculative_tokens"] for drafter, _ in runs}):  # lengths compare for one K only
+    # Acceptance lengths can be compared for the same K only.
+    for tokens in sorted({drafter["num_speculative_tokens"] for drafter, _ in runs}):
         of_k = [one for one in reachable if one[1]["num_speculative_tokens"] == tokens and one[0] > 1]
         if of_k:
             length, drafter, run = min(of_k, key=lambda one: one[0])

@@ -86,14 +86,15 @@ def expected_drafts(places_2M: Tensor, chances_MK: Tensor) -> NDArray[np.float64
     chances = chances_MK.double().cpu().numpy()
     survival = np.nan_to_num(chances).cumprod(1)
     reached = np.concatenate([np.ones((len(chances), 1)), survival[:, :-1]], 1)
-    ends = np.concatenate([reached - survival, survival[:, -1:]], 1)  # after 0 .. K accepted tokens
+    ends = np.concatenate([reached - survival, survival[:, -1:]], 1)  # chance to end after 0 .. K tokens
     num_depths = chances.shape[1]
     is_first = np.ones(len(chances), bool)
     is_first[1:] = (np.diff(places[0]) != 0) | (np.diff(places[1]) != 1)
-    starts = np.concatenate([is_first.astype(np.float64), np.zeros(num_depths + 1)])  # chance of a draft at each anchor
+    # The chance that a draft begins at each anchor.
+    starts = np.concatenate([is_first.astype(np.float64), np.zeros(num_depths + 1)])
     for number in range(len(chances)):
         if is_first[number]:
-            starts[number : number + num_depths + 1] = 0  # what the answer before would have gone on with
+            starts[number : number + num_depths + 1] = 0  # an answer's drafts don't reach into the next answer
             starts[number] = 1
         starts[number + 1 : number + num_depths + 2] += starts[number] * ends[number]
     weights = starts[: len(chances), None]

@@ -90,7 +90,7 @@ class VllmProcess:
         self._stack = ExitStack()
 
     def __enter__(self) -> "VllmProcess":
-        if self._process is not None:  # it was started ahead
+        if self._process is not None:  # the process was started before the block
             return self
         log = self._stack.enter_context(open(self.log, "w", encoding="utf-8", errors="replace"))
         environment = self.environment | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
@@ -138,7 +138,7 @@ class VllmProcess:
     def _send(self, content: dict[str, Any]) -> None:
         assert self._process is not None
         assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # vLLM has failed: `_receive` raises the error
+        with suppress(BrokenPipeError):  # vLLM has failed, and `_receive` raises the error
             self._process.stdin.write(json.dumps(content) + "\n")
             self._process.stdin.flush()
 
@@ -220,7 +220,7 @@ def _do(
         num_chats, max_tokens = min(max(one.concurrency for one in job.conditions), len(job.token_ids)), 32
     for temperature in {condition.temperature for condition in job.conditions}:
         first = _Conversations(llm, tokenizer, job, temperature, None)
-        llm.generate(  # the first forward passes are slower
+        llm.generate(  # warms up, because the first forward passes are slower
             [first.inputs(index) for index in range(num_chats)],
             SamplingParams(temperature=temperature, max_tokens=max_tokens, detokenize=job.token_ids is None),
             use_tqdm=False,
@@ -275,7 +275,8 @@ def _with_flags(engine: dict[str, Any], flags: list[str]) -> dict[str, Any]:
             raise PeagleError(f"vLLM doesn't take the flags after --: {message}.")
 
     parser = EngineArgs.add_cli_args(Parser())
-    not_given = object()  # it stays where a flag isn't given, while argparse would set the flag's default
+    # This object stays where a flag isn't given. Otherwise argparse would set the flag's default.
+    not_given = object()
     parsed = parser.parse_args(flags, Namespace(**dict.fromkeys(vars(parser.parse_args([])), not_given)))
     names = {one.name for one in fields(EngineArgs)}
     given = {name: value for name, value in vars(parsed).items() if name in names and value is not not_given}
@@ -402,7 +403,7 @@ class _Conversations:
 
     def _take(self, index: int, output: Any, seconds: float) -> None:
         (answer,) = output.outputs
-        counted = getattr(answer, "spec_decode_metrics", None)  # before vLLM 0.29 there is none
+        counted = getattr(answer, "spec_decode_metrics", None)  # vLLM before 0.29 has no such field
         drafting = drafts = None
         if counted is not None:
             drafting = drafting_counts(counted.histogram, counted.num_draft_tokens)

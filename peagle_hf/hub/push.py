@@ -85,7 +85,7 @@ def push(
         PeagleError: the folder is no drafter that vLLM serves, its verifier is a local path, the evaluation is about
             another drafter, or the upload fails; the message has the command to repeat it.
     """
-    folder = Path(arguments.model).resolve()  # checkpoint_best may move meanwhile
+    folder = Path(arguments.model).resolve()  # checkpoint_best may lead elsewhere before the upload
     config = check_checkpoint(folder)
     verifier = hub_verifier(config.verifier_name_or_path, arguments.verifier_name)
     evaluation = read_evaluation(arguments.evaluation, folder) if arguments.evaluation else None
@@ -165,7 +165,8 @@ def hub_errors(remedy: str = "", token_remedy: str = "") -> Iterator[None]:
     except Exception as error:
         said = (" ".join(str(error).split()) or type(error).__name__).rstrip(".")
         what, then = f"The upload to the hub failed: {said}.", token_remedy
-        # By name, as huggingface_hub 1 raises the TransportError of httpx and huggingface_hub 2 that of httpx2.
+        # The error is recognised by its name, because huggingface_hub 1 raises the TransportError of httpx and
+        # huggingface_hub 2 that of httpx2.
         if not {"TransportError", "ConnectionError"}.isdisjoint(kind.__name__ for kind in type(error).__mro__):
             what = f"The hub can't be reached: {said}."
             then = "Check the network, and the address in HF_ENDPOINT if that is set, and run the same command again."

@@ -31,7 +31,8 @@ KEY_UNIT = 512
 """The keys of a rectangle are a multiple of this, so that the kernel meets few shapes."""
 
 
-@torch.compiler.disable  # How it cuts depends on the documents, for which the compiler would stop with a warning.
+# The rectangles depend on the documents, so the compiler would stop here with a warning.
+@torch.compiler.disable
 def document_attention(spans: Spans, query_documents: Tensor, key_documents: Tensor, max_length: int) -> Attend:
     """Attention as two dense SDPAs a document, so that the cost grows with a document's slots, not with the batch's.
 
@@ -112,7 +113,7 @@ def find_rectangles(spans: Spans) -> list[Rectangle]:
     bounds = torch.stack([starts.amax(1), stops.amin(1)], dim=1).tolist()
     rectangles = []
     last = len(bounds)
-    # Backwards, so that what is left over of each run of blocks is where the context is short.
+    # Going backwards leaves the odd block of each run at its beginning, where the context is short.
     while last > 0:
         first = last - 1
         while first > 0 and last - first < STRIPE // BLOCK:
@@ -173,7 +174,7 @@ def _flex_attention(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) 
         for states in (query, key, value):
             for dim in (0, 1, 3):
                 torch._dynamo.mark_static(states, dim)
-    # One compilation for as many queries as keys and for fewer.
+    # One compilation serves both as many queries as keys and fewer of them.
     with symbolic_shapes.patch(use_duck_shape=False):  # type: ignore[attr-defined]
         output, auxiliary = run(
             query,
@@ -258,7 +259,8 @@ def _merge(output: Tensor, norm: Tensor, part: Tensor, part_norm: Tensor) -> tup
 def _near_gradients(
     output_grad: Tensor, near: Tensor, near_norm: Tensor, output: Tensor, norm: Tensor
 ) -> tuple[Tensor, Tensor]:
-    weight = torch.exp(near_norm - norm).masked_fill(near_norm.isneginf(), 0)  # padding sees nothing, norm is too
+    # For padding, which sees no key, both norms are -inf, and the weight is 0.
+    weight = torch.exp(near_norm - norm).masked_fill(near_norm.isneginf(), 0)
     norm_grad = weight * (output_grad.float() * (near.float() - output.float())).sum(-1)
     return (output_grad * weight.unsqueeze(-1)).to(near.dtype), norm_grad
 

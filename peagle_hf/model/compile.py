@@ -23,7 +23,8 @@ def fuse_on_gpu(dynamic_dim: int) -> Callable[[Function], Function]:
     def decorate(function: Function) -> Function:
         @cache
         def compiled() -> Any:
-            return torch.compile(function)  # not when this module is imported: it takes seconds
+            # The first call compiles, not the import of this module, because it takes seconds.
+            return torch.compile(function)
 
         @wraps(function)
         def run(*args: Any) -> Any:

@@ -63,7 +63,8 @@ class PeagleConfig(PreTrainedConfig):
     """
 
     model_type = "speculators"
-    has_no_defaults_at_init = True  # transformers would leave fields out of config.json that have their default
+    # Without this, transformers would leave fields with their default values out of config.json.
+    has_no_defaults_at_init = True
 
     speculators_model_type: str = "peagle"
     speculators_version: str = SPECULATORS_VERSION
@@ -153,7 +154,8 @@ class PeagleConfig(PreTrainedConfig):
             sliding_window: of every draft layer, in tokens; None means full attention.
         """
         target = load_verifier_config(verifier, revision=revision, trust_remote_code=trust_remote_code)
-        target.allow_global_per_layer_attribute_access = True  # Gemma 4's layers differ; any of their sizes will do.
+        # The layers of Gemma 4 differ in size; the drafter may take the sizes of any of them.
+        target.allow_global_per_layer_attribute_access = True
         layer_ids = target_layer_ids or default_aux_layer_ids(target.num_hidden_layers)
         if mask_token_id is None:
             tokenizer = AutoTokenizer.from_pretrained(verifier, revision=revision, trust_remote_code=trust_remote_code)

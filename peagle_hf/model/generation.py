@@ -217,7 +217,8 @@ class _Decoding:
         """
         logits = process(self.logits_processor, texts, logits)
         if is_drawn:
-            # Where a processor forbids the whole draft vocabulary, any distribution will do as a proposal.
+            # If a processor forbids the whole draft vocabulary, softmax gives NaN, and any distribution will do as a
+            # proposal.
             return logits.softmax(-1).nan_to_num(1 / logits.shape[1])
         return torch.zeros_like(logits).scatter_(1, logits.argmax(1, keepdim=True), 1.0)
 
@@ -265,7 +266,8 @@ def accept(drafts: Tensor, chances: Tensor, target_chances: Tensor) -> tuple[Ten
     place = num_accepted[:, None, None].expand(-1, 1, target_chances.shape[2])
     target = target_chances.gather(1, place).squeeze(1)
     left = (target - F.pad(chances, (0, 0, 0, 1)).gather(1, place).squeeze(1)).clamp(min=0)
-    left = torch.where(left.sum(1, keepdim=True) > 0, left, target)  # rounding may leave nothing where p is q
+    # If both distributions are equal, rounding may leave nothing of their difference.
+    left = torch.where(left.sum(1, keepdim=True) > 0, left, target)
     return num_accepted, left.multinomial(1).squeeze(1)
 
 

@@ -24,7 +24,7 @@ def row_statistics(logits_nV: Tensor) -> tuple[Tensor, Tensor]:
 def _row_statistics(logits, norm, top, row_stride, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
-    # Each lane keeps the greatest logit that it met, where, and its share of the sum relative to it.
+    # Each lane keeps the greatest logit that it has met, its place, and its share of the sum relative to that logit.
     greatest = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     place = tl.zeros([BLOCK], tl.int32)

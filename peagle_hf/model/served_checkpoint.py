@@ -133,8 +133,8 @@ def speculative_config(
     """
     drafting = {
         "model": str(folder),
-        "method": "eagle3",  # without it vLLM takes the drafter for a language model of its own
-        "parallel_drafting": True,  # without it vLLM drafts token by token, and accepts far fewer
+        "method": "eagle3",  # without it vLLM runs the drafter as a language model
+        "parallel_drafting": True,  # without it vLLM drafts token by token and accepts fewer
         "num_speculative_tokens": num_speculative_tokens or config.num_depths,
     }
     return drafting | ({} if draft_sample_method == "greedy" else {"draft_sample_method": draft_sample_method})
@@ -188,7 +188,8 @@ def _check_tensors(path: Path, config: PeagleConfig) -> None:
         with safe_open(path, framework="pt") as file:
             found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
             d2t = file.get_tensor("d2t") if "d2t" in found else None
-    except (SafetensorError, OSError) as error:  # safetensors finds no file where it may not read it
+    # safetensors reports a file that it may not read as missing.
+    except (SafetensorError, OSError) as error:
         raise PeagleError(
             f"{path} can't be read: {error}. Check its permissions, or export the checkpoint again."
         ) from error

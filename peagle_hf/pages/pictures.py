@@ -50,7 +50,8 @@ def picture(title: str, draw: Draw) -> Markup:
         return Markup("<p>{}: {}</p>").format(title, MISSING)
     try:
         light, dark = (_svg(draw, ink) for ink in _INKS.values())
-    except Exception as error:  # whatever matplotlib raises: the tables have the figures
+    # The tables have the figures, so no error of matplotlib is worth failing for.
+    except Exception as error:
         logger.warning("The picture %r could not be drawn (%s: %s).", title, type(error).__name__, error)
         return Markup("<p>The picture “{}” could not be drawn: {}</p>").format(title, error)
     return Markup(
@@ -90,10 +91,11 @@ def _style(ink: str) -> Iterator[None]:
 
     inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     plain = {"figure.facecolor": "none", "axes.facecolor": "none", "legend.frameon": False, "text.usetex": False}
-    plain["axes.titlepad"] = 24  # points, in which a legend has room
+    plain["axes.titlepad"] = 24  # in points; leaves room for a legend
     svg = {"svg.hashsalt": "peagle_hf", "svg.fonttype": "none"}
     with rc_context({**dict.fromkeys(inked, ink), **plain, **svg}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"Glyph \d+", UserWarning)  # a character that matplotlib's font lacks
+        # matplotlib warns of each character that its font lacks.
+        warnings.filterwarnings("ignore", r"Glyph \d+", UserWarning)
         yield
 
 

@@ -69,7 +69,7 @@ class Address:
             tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 tried.bind((self.host, self.port))
-            except OSError as error:  # vLLM itself reports anything else
+            except OSError as error:  # vLLM itself reports other errors
                 if error.errno == errno.EADDRINUSE:
                     raise self._taken() from error
 

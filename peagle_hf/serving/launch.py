@@ -164,7 +164,7 @@ def launch(arguments: LaunchArguments) -> None:
     check_writable(folder)
     address.check_free()
     if address.is_tcp:
-        remove_server_record(folder, server_name(address.port))  # of one that was killed
+        remove_server_record(folder, server_name(address.port))  # a killed server left its record behind
         check_other_servers(folder, arguments.model, layer_ids)
     try:
         with supervised(command, environment) as process:
@@ -303,7 +303,8 @@ def drafting_command(arguments: ServeArguments, on_cpu: bool) -> list[str]:
     options = {"speculative_config": drafting, REQUEST_COUNTS: "detailed"}
     options |= _chat_options(arguments, folder, verifier)
     if on_cpu and installed_vllm(arguments.vllm_python).sampling_fault:
-        options["override_generation_config"] = {"temperature": 0}  # what a request has that names none
+        # A request that names no temperature then has temperature 0.
+        options["override_generation_config"] = {"temperature": 0}
     return _vllm_command(arguments, verifier, options, on_cpu)
 
 

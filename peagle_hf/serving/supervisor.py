@@ -62,7 +62,8 @@ def _end(process: subprocess.Popen) -> None:
     try:
         with suppress(subprocess.TimeoutExpired):
             process.wait(GRACE_SECONDS + KILL_SECONDS)
-    finally:  # interrupted again, or the guard itself was killed
+    # This also runs if the user interrupts again, or if the guard itself was killed.
+    finally:
         end_session(process.pid)
         process.wait()
         if process.stdout is not None:

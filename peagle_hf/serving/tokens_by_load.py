@@ -129,7 +129,7 @@ def scheduled(recommended: Sequence[Mapping[str, Any]], takes_schedule: bool) ->
             best,
         )
     loads = [row["concurrency"] for row in recommended]
-    gains = [by_k.get(0, 0.0) / by_k[best] - 1 for by_k in speeds]  # of no drafter
+    gains = [by_k.get(0, 0.0) / by_k[best] - 1 for by_k in speeds]  # how much faster vLLM is without a drafter
     pays = [gain <= MARGIN for gain in gains]
     if close := [str(load) for load, gain in zip(loads, gains, strict=True) if 0 < gain <= MARGIN]:
         logger.info(

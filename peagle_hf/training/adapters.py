@@ -66,7 +66,8 @@ def check_adapted_head(drafter: PeagleForSpeculation) -> None:
         PeagleError: there is one; says how to train the head.
     """
     head = drafter.lm_head
-    changes_weight = hasattr(head, "parameter_name")  # PEFT's `target_parameters`
+    # PEFT wraps a head whose weight is one of `target_parameters` in a layer that has this attribute.
+    changes_weight = hasattr(head, "parameter_name")
     if not isinstance(head, DraftHead | ModulesToSaveWrapper) and not changes_weight:
         raise PeagleError(
             "The adapter targets lm_head, which computes the loss in training, so an adapter can't add to its output. "
@@ -131,7 +132,8 @@ def merge_adapter(model: PeftModel) -> PeagleForSpeculation:
     training draws afterwards, for dropout, stay the same.
     """
     config = copy.deepcopy(model.peft_config[model.active_adapter])
-    config.base_model_name_or_path = None  # PEFT warns of another name, such as that of a link to the same drafter
+    # PEFT would warn if the name differs, for example because one of the two is a link to the same drafter.
+    config.base_model_name_or_path = None
     with torch.random.fork_rng(devices=[]):
         drafter = PeagleForSpeculation(cast(PeagleConfig, model.get_base_model().config))
         merged = get_peft_model(drafter, config, adapter_name=model.active_adapter)

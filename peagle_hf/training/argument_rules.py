@@ -383,12 +383,14 @@ def check_optimizer(args: TrainingArguments) -> None:
     Raises:
         PeagleError: says which.
     """
-    from transformers import Trainer  # slow to import
+    # Importing it takes seconds, so it is imported only when it is needed.
+    from transformers import Trainer
 
     if is_low_rank(args.optim) and args.optim_target_modules is None:
         raise PeagleError(f"--optim {plain(args.optim)} needs --optim-target-modules, for example all-linear.")
     if is_low_rank(args.optim) or args.optim in (OptimizerNames.LOMO, OptimizerNames.ADALOMO):
-        return  # the Trainer wants the model to say more
+        # The Trainer needs the model to choose these optimizers, so they are checked when it is built.
+        return
     with refused_arguments():
         wanted = Trainer.get_optimizer_cls_and_kwargs(args)[1]
     options = [one for one in (args.optim_args or "").replace(" ", "").split(",") if one]
@@ -429,7 +431,8 @@ def check_tracker(name: str) -> None:
     """
     if name not in INTEGRATION_TO_CALLBACK:
         raise PeagleError(f"report_to names {name!r}, which is none of {', '.join(INTEGRATION_TO_CALLBACK)}.")
-    # The list of what is installed leaves these two out even where they are: the Trainer itself refuses them later.
+    # transformers leaves these two out of its list of installed trackers, even where they are installed. If they are
+    # not, the Trainer refuses them later.
     if name not in ("azure_ml", "flyte", *get_available_reporting_integrations()):
         raise PeagleError(
             f"report_to names {name}, which isn't installed, or not set up. Run `pip install {name}`, or train without "

@@ -81,7 +81,8 @@ def export_served_weights(folder: Path, dtype: torch.dtype, merged: PeagleForSpe
     else:
         config = json.loads(merged.config.to_json_string()) | {"architectures": [type(merged).__name__]}
     for path in list(saved.iterdir()):
-        if path.name == "training_args.bin":  # a pickle that nothing here reads, with the token of the hub in it
+        # Nothing reads this pickle, and it holds the user's token of the hub.
+        if path.name == "training_args.bin":
             path.unlink()
         elif path.name != WEIGHTS and not (merged is not None and path.name.startswith("adapter_")):
             path.rename(folder / path.name)
@@ -133,7 +134,8 @@ def put_in_place(temporary: Path, folder: Path, superseded: Iterable[Path]) -> N
 
 def _put_back(hidden: Path) -> None:
     name = hidden.name.removeprefix(_SUPERSEDED)
-    for path in sorted(hidden.iterdir(), key=lambda path: path.name == name):  # last, as it was the first to go
+    # The folder of this name was moved away first, so it is moved back last.
+    for path in sorted(hidden.iterdir(), key=lambda path: path.name == name):
         path.rename(hidden.parent / path.name)
     hidden.rmdir()
 
@@ -186,7 +188,8 @@ def checkpoints_by_step(run_folder: str | os.PathLike[str]) -> dict[int, Path]:
 
 
 def _by_step(folders: Iterable[Path]) -> dict[int, Path]:
-    ordered = sorted(folders, key=lambda path: path.name.isdecimal())  # where a step has two, the epoch's counts
+    # If a step has two folders, the one that is named after the epoch comes last and so replaces the other.
+    ordered = sorted(folders, key=lambda path: path.name.isdecimal())
     found = {_step_of(folder): folder for folder in ordered}
     return {step: found[step] for step in sorted(found)}
 
@@ -307,7 +310,8 @@ def trainer_view(
         for theirs, ours in _TRAINER_NAMES.items():
             if has_optimizer and (view / ours).exists():
                 _link_or_copy(view / ours, view / theirs)
-            elif not has_optimizer and (view / theirs).exists() and theirs != "optimizer.bin":  # of an earlier version
+            # Checkpoints of an earlier version of this package have the Trainer's names.
+            elif not has_optimizer and (view / theirs).exists() and theirs != "optimizer.bin":
                 (view / theirs).replace(view / ours)
         yield view
     finally:
@@ -335,7 +339,8 @@ def scores_by_step(args: TrainingArguments, state: TrainerState) -> dict[int, fl
     """The metric that chooses the best checkpoint at each step that was validated, where it is a finite number."""
     name = metric_name(args)
     scores = {int(entry["step"]): float(entry[name]) for entry in state.log_history if name in entry}
-    return {step: score for step, score in scores.items() if abs(score) < float("inf")}  # NaN isn't less either
+    # Comparisons with NaN are false, so this leaves out NaN as well as infinity.
+    return {step: score for step, score in scores.items() if abs(score) < float("inf")}
 
 
 def step_of_best(args: TrainingArguments, scores: Mapping[int, float]) -> int | None:

@@ -68,7 +68,8 @@ class CurrentRun(TrainerCallback):
     """
 
     def __init__(self, trainer: "PeagleTrainer"):
-        self._trainer: PeagleTrainer = weakref.proxy(trainer)  # a cycle would keep the memory of a deleted trainer
+        # A strong reference would form a cycle, and a deleted trainer would keep its memory.
+        self._trainer: PeagleTrainer = weakref.proxy(trainer)
         self.begin(None, None)
 
     def begin(self, resumed_from: Path | None, trial: Any) -> None:
@@ -89,7 +90,8 @@ class CurrentRun(TrainerCallback):
         """Count and measure from here on, for the model that the trainer has now."""
         args = self._trainer.args
         self.counters = torch.zeros(len(COUNTERS), 0, dtype=torch.long, device=args.device)
-        if self._trainer.model is not None:  # between the trials of a search there is none
+        # Between the trials of a hyperparameter search the trainer has no model.
+        if self._trainer.model is not None:
             self.counters = self.counters.new_zeros(len(COUNTERS), self._trainer.config.num_depths)
         self.nan_check, self.throughput = NanCheck(), Throughput(args.device)
 
@@ -146,7 +148,8 @@ class CurrentRun(TrainerCallback):
         owed = OwedValidation(trainer, self._trial, ignore_keys)
         evaluates_first = args.eval_on_start
         if self.owes_validation:
-            trainer.add_callback(owed)  # after all others, so that these have begun when it validates and saves
+            # It stands after all other callbacks, so that these have begun when it validates and saves.
+            trainer.add_callback(owed)
             args.eval_on_start = False
         try:
             with view_of(trainer, checkpoint) as self._view:
@@ -179,7 +182,8 @@ class CurrentRun(TrainerCallback):
         trainer, step, folder = self._trainer, self._trainer.state.global_step, self.folder
         if step == 0:
             return "Training ended before its first step"
-        is_saved = not self.superseded and step in checkpoints_by_step(folder)  # else those are of an earlier run
+        # A checkpoint of this step may also belong to an earlier run, which this run replaces.
+        is_saved = not self.superseded and step in checkpoints_by_step(folder)
         if not broadcast_object_list([is_saved])[0]:
             try:
                 trainer._save_checkpoint(trainer.model, self._trial)
@@ -243,7 +247,8 @@ class CurrentRun(TrainerCallback):
             logs |= metrics
             state.log_history[-1] |= metrics
         if "train_runtime" in logs:
-            # This log is the last. Next the Trainer would load the best itself, from files of other names.
+            # After this last log the Trainer would load the best checkpoint itself, from files that have other names
+            # here.
             self._best_at_end, state.best_model_checkpoint = state.best_model_checkpoint, None
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

@@ -57,7 +57,8 @@ class VllmExportCallback(TrainerCallback):
         self._saved_step, self._is_described = None, False
         if not args.should_save:
             return
-        if state.global_step > 0 or not folders_of_run(self._folder(args)):  # else the arguments of those are kept
+        # The folder keeps the arguments of an earlier run until this run has trained.
+        if state.global_step > 0 or not folders_of_run(self._folder(args)):
             self._describe(args)
         if state.global_step > 0:
             self._update(args, state)

@@ -98,7 +98,7 @@ def _start(
     eps = float(drafter.norm.variance_epsilon)
     value_NH, output_HN = factors(embeds_HH.T / max(norm, eps), attention.v_proj.out_features)
     attention.v_proj.weight[:, :size] += value_NH
-    # The heads of a group see the same values, so each gives its share.
+    # The heads of a group see the same values, so each contributes an equal share of the output.
     group = attention.q_proj.out_features // attention.v_proj.out_features
     shares = output_HN.unflatten(1, (-1, attention.head_dim)).repeat_interleave(group, dim=1).flatten(1) / group
     attention.o_proj.weight += shares
@@ -173,7 +173,8 @@ def ridge_regression(second_FF: Tensor, cross_FH: Tensor) -> Tensor:
     """
     deviation_F = second_FF.diagonal().sqrt().clamp_min(torch.finfo(second_FF.dtype).tiny)
     second_FF.div_(deviation_F[:, None]).div_(deviation_F).diagonal().add_(RIDGE)
-    factor_FF = second_FF.mT  # LAPACK works in place on matrices that are stored column by column
+    # LAPACK stores matrices column by column, so the transposed view lets it work in place.
+    factor_FF = second_FF.mT
     failed = torch.zeros((), dtype=torch.int32, device=second_FF.device)
     torch.linalg.cholesky_ex(factor_FF, out=(factor_FF, failed))
     if failed:

@@ -38,10 +38,12 @@ def loader_workers(args: Any) -> int:
     how = args.dataloader_multiprocessing_context or get_start_method(allow_none=True) or get_all_start_methods()[0]
     if args.use_cpu or how != "fork":
         return 0
-    rows = args.per_device_train_batch_size  # whose workers wait with full hands during a validation
+    # During a validation the workers of the training wait, and each still holds its batches.
+    rows = args.per_device_train_batch_size
     rows += 0 if args.eval_strategy == "no" else args.per_device_eval_batch_size
     batch = rows * args.total_seq_len * LARGEST_STATES
-    needed = 3 * num_workers * processes * batch  # for each worker two batches wait and one is being made
+    # Each worker has two finished batches that wait, and makes a third one.
+    needed = 3 * num_workers * processes * batch
     free = disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else needed
     if free < needed:
         logger.warning(

@@ -35,7 +35,7 @@ SlotWeights = Callable[[Tensor], Tensor]
 
 def _kl_div(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     p = log_p.exp()
-    # Not the difference of entropy and cross-entropy, which cancel where the two distributions are close.
+    # Subtracting the entropy from the cross-entropy would lose precision where the two distributions are close.
     return (p * (log_p - log_q)).sum(-1), log_q.exp() - p
 
 
@@ -173,7 +173,7 @@ def distillation_loss(
     Returns:
         the sum (float32 scalar at least), the drafter's argmax [N] and the verifier's [U], int64 draft token numbers.
     """
-    # An autograd function sees whether the head is trained, but not whether gradients are off.
+    # An autograd function can tell whether the head is trained, but not whether gradients are switched off.
     head = head_VH if torch.is_grad_enabled() else head_VH.detach()
     return _DistillationLoss.apply(student_NH, head, teacher_UH, teacher_logits, target_N, dict(weights), slot_weights)
 

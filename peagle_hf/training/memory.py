@@ -47,7 +47,7 @@ STATE_BYTES: dict[str, int | None] = {
     "sgd": 0,
     "sgd with momentum": FLOAT,
     "rmsprop with momentum": 2 * FLOAT,
-    "adafactor": 0,  # of a matrix a row and a column
+    "adafactor": 0,  # one row and one column for each matrix, which is next to nothing
     **dict.fromkeys(_NOT_KNOWN.split(), None),
     **dict.fromkeys((f"{name}_layerwise" for name in _NOT_KNOWN.split()[:4]), None),
 }
@@ -125,7 +125,8 @@ class MemoryPlan:
         if self.partitions == 1:
             return self.slots
         rollouts = self.slots - self.num_positions
-        # Equal parts of n slots: each brings its prefix, so that the k-th has the rollouts of fewer positions.
+        # Parts have equally many slots. A later part also has the positions before it, so it has room for fewer
+        # rollouts.
         least, most = self.num_positions, self.slots
         while least < most:
             middle = (least + most) // 2
@@ -200,18 +201,20 @@ def estimate(plan: MemoryPlan) -> MemoryEstimate:
     is_apart = plan.verifier_device is not None
     slots = plan.slots_at_once
     chunk_slots = min(slots, CHUNK_ELEMENTS["cuda"] // config.draft_vocab_size)
-    normed = config.norm_before_fc or config.has_fc_norm  # what `fc` reads then is a copy of the states
+    # A norm before `fc` makes a copy of the states.
+    normed = config.norm_before_fc or config.has_fc_norm
     return MemoryEstimate(
         weights=trained * FLOAT // shares,
         gradients=trained * FLOAT // shares,
         optimizer=states if states is None else states // shares,
         frozen=frozen // shares,
         whole_head=embedding * HALF if plan.validates and config.draft_vocab_size < layer.vocab_size else 0,
-        # It has the weights whole, which are divided after it.
+        # The linear start needs whole weights; they are divided among the processes after it.
         linear_start=plan.linear_start
         * (linear_start_bytes(config) + (trained * FLOAT + frozen) * (shares - 1) // shares),
         inputs=plan.num_positions * size * (config.num_aux_hidden_states * (1 + normed) + 3) * HALF,
-        # Logits, their gradient, the verifier's logits of the same targets; a trained head's gradient, and it scaled.
+        # These are the logits, their gradient and the verifier's logits of the same targets. A trained head adds its
+        # gradient and a scaled copy of that.
         loss=round(2.4 * chunk_slots * config.draft_vocab_size * HALF) + 2 * head * FLOAT * plan.train_head,
         activations=slots * bytes_per_slot(plan),
         step=step_bytes(linear, plan.processes, is_divided) if plan.optimizer == MUON and plan.lora_r is None else 0,

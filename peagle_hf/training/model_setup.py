@@ -22,7 +22,8 @@ def configure_drafter(model: nn.Module, args: PeagleTrainingArguments) -> None:
     if is_deepspeed_zero3_enabled():
         from deepspeed.utils import set_z3_leaf_modules
 
-        # Shards are gathered a layer at a time: hooks on the modules within would be in the way of the compiler.
+        # ZeRO-3 then gathers the shards layer by layer. Its hooks on the modules within a layer would disturb the
+        # compiler.
         set_z3_leaf_modules(model, [PeagleLayer])
     for module in model.modules():
         if isinstance(module, PeagleForSpeculation) and args.device.type == "cuda":

@@ -138,7 +138,9 @@ def step_bytes(shapes: Sequence[tuple[int, ...]], num_processes: int = 1, has_sh
     planned = shares(shapes, num_processes)
     own = [orthogonalize_elements(len(one), *shapes[one[0]]) for share in planned for one in stacks(share, shapes)]
     sent = sum(map(math.prod, shapes)) if num_processes > 1 else 0
-    if has_shards:  # a share of all rows, and the matrices of one process twice: as they come and as they go
+    # Each process sends its share of all rows. The process with the most matrices also holds these twice: as it
+    # receives them and as it sends them back.
+    if has_shards:
         sent = sent // num_processes + 2 * max(sum(math.prod(shapes[number]) for number in share) for share in planned)
     return size * (max(own, default=0) + sent)
 

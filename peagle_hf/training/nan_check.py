@@ -47,7 +47,8 @@ class NanCheck:
 
     def note_gradient(self, step: int, norm: Tensor | float | None) -> None:
         """Note the norm of a step's whole gradient; None, where it isn't known, is left out."""
-        if isinstance(norm, DTensor):  # under FSDP2; all processes call this
+        # Under FSDP2 the norm is distributed, and all processes make this call together.
+        if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         if norm is not None:
             self._note(Value(step, None), torch.as_tensor(norm))

@@ -47,23 +47,23 @@ ON_RESUME: dict[str, str] = {
     **_names(FREE, "dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order"),
     **_names(FREE, "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend"),
     **_names(FREE, "ddp_timeout local_rank fsdp fsdp_config deepspeed parallelism_config"),
-    # Sources of hidden states and requests to servers; the samples are compared themselves.
+    # Where hidden states come from, and how servers are asked. The samples themselves are compared by content.
     **_names(FREE, "on_missing vllm_endpoint on_generate server_hidden_states_path request_timeout max_retries"),
     **_names(FREE, "verifier_device"),
-    **_names(FREE, "skip_rows"),  # which leave all other samples in their places
-    # Arguments of one start of a run only.
+    **_names(FREE, "skip_rows"),  # all other samples keep their places in the order
+    # Arguments that matter for one start of a run only.
     **_names(FREE, "resume resume_from_checkpoint ignore_data_skip restore_callback_states_from_checkpoint do_train"),
     **_names(FREE, "memory_report dry_run linear_start trust_remote_code"),
-    # The samples of a step.
+    # What decides which samples a step trains on.
     **_names(EQUIVALENT, "per_device_train_batch_size gradient_accumulation_steps"),
     **_names(REFUSED, "seed data_seed train_data_ratio total_seq_len dataloader_drop_last auto_find_batch_size"),
     **_names(REFUSED, "train_sampling_strategy group_by_length length_column_name accelerator_config"),
     **_names(REFUSED, "remove_unused_columns label_names average_tokens_across_devices"),
-    # The loss, the optimizer's kind and the precision.
+    # What decides the loss, the kind of optimizer and the precision.
     **_names(REFUSED, "loss_fn depth_loss_decay per_position_loss_weight dpace_alpha optim optim_args bf16 fp16"),
     **_names(REFUSED, "optim_target_modules label_smoothing_factor neftune_noise_alpha use_liger_kernel"),
     **_names(REFUSED, "liger_kernel_config"),
-    # The drafter and its trained weights.
+    # What decides the drafter and which of its weights are trained.
     **_names(REFUSED, "speculator_type train_head lora_r lora_alpha lora_dropout lora_modules_to_save"),
     **_names(BY_CONTENT, "data_path hidden_states_path verifier_name_or_path verifier_revision from_pretrained"),
     **_names(BY_CONTENT, "token_freq_path num_layers draft_arch draft_vocab_size mask_token_id target_layer_ids"),
@@ -103,7 +103,8 @@ def changes_between(before: RunRecord, now: RunRecord) -> tuple[dict[str, list[A
     for name in sorted(before.arguments.keys() & now.arguments.keys()):
         old, new = before.arguments[name], now.arguments[name]
         rule = ON_RESUME.get(name, REFUSED)
-        if isinstance(old, dict) and isinstance(new, dict):  # another version of a library may know more keys
+        # Another version of a library may have added keys, so only the common ones are compared.
+        if isinstance(old, dict) and isinstance(new, dict):
             common = old.keys() & new.keys()
             old, new = ({key: one[key] for key in sorted(common)} for one in (old, new))
         if old == new or rule == BY_CONTENT:

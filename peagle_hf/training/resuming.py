@@ -76,7 +76,8 @@ def checkpoint_to_go_on_from(trainer: "PeagleTrainer", wanted: str | bool | None
 
 def _chosen(trainer: "PeagleTrainer", wanted: str | bool | None, trial: Any) -> Path | None:
     if trial is not None and not wanted:
-        return None  # a trial's folder may be named after parameters that are chosen later
+        # The name of a trial's folder may contain parameters that are chosen later.
+        return None
     run_folder = Path(trainer._get_output_dir(trial))
     recover(run_folder)
     if wanted is True:
@@ -100,7 +101,8 @@ def loads_states_itself(trainer: "PeagleTrainer") -> bool:
 def view_of(trainer: "PeagleTrainer", checkpoint: Path) -> Iterator[Path]:
     """A temporary folder in which the Trainer finds what it loads of a checkpoint (see `checkpoints.trainer_view`)."""
     with ExitStack() as stack:
-        with together():  # a process whose disk is full must not leave the others waiting
+        # If the disk of one process is full, the others must not wait for it.
+        with together():
             view = stack.enter_context(
                 trainer_view(
                     checkpoint,
@@ -146,7 +148,8 @@ def load_optimizer_and_schedule(trainer: "PeagleTrainer", view: Path, before: Ru
         PeagleError: the checkpoint's states are those of another optimizer, or of other parameters.
     """
     schedule: Any = trainer.lr_scheduler
-    if loads_states_itself(trainer):  # and has done it
+    # Under ZeRO and FSDP1 the Trainer has loaded the optimizer and the schedule already.
+    if loads_states_itself(trainer):
         schedule = getattr(schedule, "scheduler", schedule)
         saved = schedule.state_dict()
     else:
@@ -170,7 +173,8 @@ def _load_optimizer(trainer: "PeagleTrainer", view: Path) -> None:
             "another way. Start from its weights alone with --from-pretrained and another --save-path."
         )
     is_read = not is_fsdp2(trainer) or args.process_index == 0
-    on_gpu = args.device.type == "cuda"  # where states are copied from a file that all processes share
+    # A training on a GPU copies the states there, so the processes can map one file instead of reading it each.
+    on_gpu = args.device.type == "cuda"
     try:
         state = torch.load(path, map_location="cpu", mmap=on_gpu, weights_only=True) if is_read else {}
         if is_fsdp2(trainer):

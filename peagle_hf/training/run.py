@@ -100,9 +100,10 @@ def build_trainer(
     with together():
         drafter = build_drafter(args)
         train_dataset, eval_dataset = build_datasets(args)
-    head = None  # the trainer reads it from the verifier if none is given
+    # Without a head the trainer reads it from the verifier.
+    head = None
     if args.linear_start and not (args.from_pretrained or resumed):
-        assert isinstance(drafter, PeagleForSpeculation)  # an adapter is of a trained one
+        assert isinstance(drafter, PeagleForSpeculation)  # only a trained drafter gets an adapter
         with together():
             drafter.to(args.device)  # type: ignore[arg-type]
             head = load_head(drafter, head_dtype(args), args.verifier_revision, args.trust_remote_code)
@@ -123,7 +124,8 @@ def plan(args: PeagleTrainingArguments) -> str:
     config = build_config(args)
     with torch.device("meta"):
         num_weights = sum(parameter.numel() for parameter in PeagleForSpeculation(config).parameters())
-    train_dataset, eval_dataset = _datasets(args, _source(args, config))  # which isn't asked or loaded here
+    # The source of hidden states is only described here: no server is asked and no verifier is loaded.
+    train_dataset, eval_dataset = _datasets(args, _source(args, config))
     packs = [len(dataset.plan) for dataset in (train_dataset, eval_dataset) if dataset]
     samples = [dataset.num_samples for dataset in (train_dataset, eval_dataset) if dataset]
     steps, steps_an_epoch = planned_steps(args, packs[0])
@@ -150,13 +152,15 @@ def print_time(args: PeagleTrainingArguments, config: PeagleConfig) -> None:
     try:
         if args.n_gpu > 1:
             raise PeagleError("show this process one GPU with CUDA_VISIBLE_DEVICES, or start it with torchrun.")
-        with together():  # before a drafter is built, which may be larger than this machine's memory
+        # The data are checked before the drafter is built, which may need more memory than this machine has.
+        with together():
             _datasets(args, _source(args, config))
         has_data = True
         times = _time_steps(args, config)
     except PeagleError as error:
         if has_data and are_several():
-            raise  # the other processes may be waiting for this one
+            # The other processes may wait for this one, so it must end with an error.
+            raise
         times = f"How long training takes isn't measured: {error}"
     if args.process_index == 0:
         print(times)
@@ -169,8 +173,10 @@ def _time_steps(args: PeagleTrainingArguments, config: PeagleConfig) -> str:
     brief.eval_strategy, brief.save_strategy, brief.load_best_model_at_end = IntervalStrategy.NO, SaveStrategy.NO, False
     brief.linear_start, brief.resume, brief.resume_from_checkpoint, brief.on_generate = False, False, None, "delete"
     brief.push_to_hub, brief.report_to = False, []
-    brief.mask_token_id = config.mask_token_id  # the log has it already
-    brief.dataloader_persistent_workers = False  # they would keep the plan of the first validation
+    # The log has named the mask token already.
+    brief.mask_token_id = config.mask_token_id
+    # Persistent workers would keep the plan of the first validation, and the next one has another plan.
+    brief.dataloader_persistent_workers = False
     with TemporaryDirectory() as folder:
         brief.output_dir = on_first(lambda: folder)
         trainer = build_trainer(brief)
@@ -235,7 +241,8 @@ def checkpoint_to_resume(args: PeagleTrainingArguments) -> str | None:
     with together():
         if args.should_save:
             check_writable(args.output_dir)
-    return on_first(lambda: _checkpoint_to_resume(args))  # else each of several machines would choose its own
+    # The first process decides, because each of several machines could choose another checkpoint.
+    return on_first(lambda: _checkpoint_to_resume(args))
 
 
 def _checkpoint_to_resume(args: PeagleTrainingArguments) -> str | None:
@@ -294,13 +301,15 @@ def build_drafter(args: PeagleTrainingArguments) -> PeagleForSpeculation | PeftM
         PeagleError: no verifier is named, or the cache was made by another one.
     """
     set_seed(args.seed)
-    # A link such as checkpoint_best may move between the reading of configuration and weights: it is followed once.
+    # A link such as checkpoint_best may move between reading the configuration and reading the weights, so it is
+    # followed once.
     earlier = args.from_pretrained and str(canonical_path(args.from_pretrained))
     verifier, config = _verifier(args), build_config(args, earlier)
     if earlier:
         drafter = load_drafter(earlier, config)
     else:
-        with args.device:  # a GPU draws the random weights of a large drafter in a moment, a CPU in half a minute
+        # Drawing the random weights of a large drafter takes a moment on a GPU and half a minute on a CPU.
+        with args.device:
             drafter = PeagleForSpeculation(config)
         if drafter.d2t is not None:
             frequencies = load_token_freq(args.token_freq_path or Path(args.data_path) / "token_freq.pt")
@@ -456,7 +465,8 @@ def _verifier(args: PeagleTrainingArguments) -> str:
     manifest = Manifest.read(_cache_folder(args))
     model = manifest.verifier if manifest else read_prepare_record(args.data_path).get("model")
     if model is None:
-        load_prepared(args.data_path)  # names the folder, if that isn't a prepared dataset
+        # If the folder holds no prepared dataset, this raises an error that names it.
+        load_prepared(args.data_path)
         raise PeagleError("No verifier is named. Pass --verifier-name-or-path with the model to draft for.")
     return str(model)
 

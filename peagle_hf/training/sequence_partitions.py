@@ -39,7 +39,7 @@ class Partitioner:
             num_parts = int(self._args.sequence_partitions)
             parts = partition(batch, num_parts) if is_training else partition_every_slot(batch, num_parts)
         if self._is_sharded:
-            # Every pass gathers the shards of all processes, so all must run equally many.
+            # Every pass gathers the shards of all processes, so all processes must run equally many passes.
             counts = self._accelerator.gather(torch.tensor([len(parts)], device=self._args.device))
             parts = [without_labels(parts[0])] * (int(counts.max()) - len(parts)) + parts
         return parts

@@ -89,10 +89,12 @@ def gradient_norm(trainer: "PeagleTrainer", model: Any) -> Any:
 
     All processes get the same one, so that they end together if it isn't finite.
     """
-    if hasattr(model, "get_global_grad_norm"):  # DeepSpeed's engine, which has stepped in the backward pass
+    # DeepSpeed's engine takes its step within the backward pass and keeps the norm.
+    if hasattr(model, "get_global_grad_norm"):
         return model.get_global_grad_norm()
     norm = torch.nn.utils.get_total_norm([one.grad for one in model.parameters() if one.grad is not None])
-    if is_fsdp1(trainer):  # each process has the gradients of its shard
+    # Under FSDP1 each process has only the gradients of its shard.
+    if is_fsdp1(trainer):
         squared = norm.square()
         distributed.all_reduce(squared)
         norm = squared.sqrt()

@@ -41,7 +41,8 @@ class Throughput:
             yield
             after.record()
             self._waits.append((before, after))
-            while self._waits and self._waits[0][1].query():  # or they would pile up where nothing is logged
+            # Finished waits are added up now, because without logging they would pile up.
+            while self._waits and self._waits[0][1].query():
                 self._waited += elapsed(*self._waits.popleft())
         else:
             started = time.perf_counter()

@@ -28,7 +28,8 @@ class TimeLeft(TrainerCallback):
     """
 
     def __init__(self, trainer: "PeagleTrainer"):
-        self._trainer: PeagleTrainer = weakref.proxy(trainer)  # a cycle would keep the memory of a deleted trainer
+        # A strong reference would form a cycle, and a deleted trainer would keep its memory.
+        self._trainer: PeagleTrainer = weakref.proxy(trainer)
         self._restart(0, 1)
 
     def _restart(self, step: int, steps_an_epoch: int) -> None:
@@ -108,7 +109,7 @@ class TimeLeft(TrainerCallback):
         predicted = VALIDATION_SHARE * step * validation_batches(self._trainer)
         validation = _mean([*self._pauses["evaluate"].values()], predicted)
         evaluates_left = self._times_left("evaluate", args.eval_strategy, state.eval_steps, state)
-        is_best = args.save_strategy == SaveStrategy.BEST  # decided after each validation
+        is_best = args.save_strategy == SaveStrategy.BEST  # whether to save is decided after each validation
         strategy, every = (args.eval_strategy, state.eval_steps) if is_best else (args.save_strategy, state.save_steps)
         saves_left = self._times_left("save", strategy, every, state)
         save = _mean([*self._pauses["save"].values()], 0.0)

@@ -109,7 +109,8 @@ class PeagleTrainer(Trainer):
         self.own_optimizer = None if given is type(None) else given.__name__
         self._collator_is_own, self._verifier_head = data_collator is None, verifier_head
         config = getattr(model, "config", None)
-        if args.push_to_hub and args.process_index == 0 and config is not None:  # before the Trainer, without a check
+        # The Trainer would make the repository too, but without these checks.
+        if args.push_to_hub and args.process_index == 0 and config is not None:
             make_repo(args, config.verifier_name_or_path)
         with refused_arguments():
             super().__init__(
@@ -176,7 +177,7 @@ class PeagleTrainer(Trainer):
         if isinstance(self.data_collator, CODDataCollator):
             self.eval_collator = replace(self.data_collator, every_slot=True)
         configure_drafter(self.model, args)
-        # Not "objective": a hyperparameter search of the Trainer keeps its score under that name.
+        # The attribute isn't called "objective", because a hyperparameter search keeps its score under that name.
         drafter = self.accelerator.unwrap_model(self.model)
         self.distillation = build_objective(drafter, args, self._verifier_head, getattr(self, "distillation", None))
         self._verifier_head = self.distillation.verifier_head
@@ -212,9 +213,10 @@ class PeagleTrainer(Trainer):
                 check_there_is_a_step(self.args, self.train_dataset)
             run.begin(folder, trial)
             if self.own_optimizer is None:
-                self.optimizer = None  # it is made anew, since arguments may differ from those of an earlier call
+                # The optimizer is made anew, because the arguments may differ from those of an earlier call.
+                self.optimizer = None
             with lost_process_explained(), run.failures_explained():
-                if trial is None and self.model_init is None:  # which makes the model later
+                if trial is None and self.model_init is None:  # with model_init the model is made later
                     run.restore()
                 with run.going_on(ignore_keys_for_eval) as view:
                     try:
@@ -222,7 +224,7 @@ class PeagleTrainer(Trainer):
                     except NothingLeft:
                         return self._finalize_training(trial, 0, time.time())
                     finally:
-                        self._completed = None  # which keeps loader workers
+                        self._completed = None  # a reference to it would keep the loader workers alive
 
     def _get_dataloader(
         self,
@@ -239,14 +241,15 @@ class PeagleTrainer(Trainer):
         samplers, and one for another collator in validation, would replace it.
         """
         check_dataset(dataset)
-        if is_training:  # the first that the Trainer asks for once a trial's model and arguments are there
+        # This is the first call of the Trainer after the model and the arguments of a trial are known.
+        if is_training:
             require_trained(self.model)
             self.configure_model()
             self.current_run.on_arguments_known()
         elif id(dataset) in self._eval_loaders:
             return self._eval_loaders[id(dataset)]
         dataset.check_layers(self.config.eagle_aux_hidden_state_layer_ids)
-        # Without fillers accelerate would repeat packed sequences until all processes have equally many.
+        # Fillers make the number of packed sequences equal for all processes. Otherwise accelerate would repeat some.
         multiple = self.args.world_size * batch_size if self.args.world_size > 1 else 1
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         sampler = EpochSampler(len(dataset), seed, multiple, shuffle=is_training)
@@ -259,7 +262,8 @@ class PeagleTrainer(Trainer):
             loader = super()._get_dataloader(dataset, description, batch_size, lambda _: sampler)
         finally:
             self.data_collator, self.args.dataloader_drop_last = given
-        if self.args.dataloader_persistent_workers and dataloader_key is not None:  # of a validation, not of a test
+        # Validation passes a key, prediction on a test set doesn't.
+        if self.args.dataloader_persistent_workers and dataloader_key is not None:
             self._eval_loaders[id(dataset)] = loader
         return loader
 
@@ -294,7 +298,7 @@ class PeagleTrainer(Trainer):
                 loss = loss + super().training_step(model, part, num_items_in_batch)
         loss = loss + super().training_step(model, last, num_items_in_batch)
         run.nan_check.note_loss(step, loss)
-        # The scaler of float16 tries for infinities, and leaves out the steps that bring them.
+        # With float16 the gradient scaler expects infinities and skips the steps that have them.
         if self.accelerator.sync_gradients and not self.args.fp16:
             run.nan_check.note_gradient(step, gradient_norm(self, model))
         if run.nan_check.is_full:
@@ -313,7 +317,7 @@ class PeagleTrainer(Trainer):
         outputs = self.distillation(model, inputs, num_items_in_batch)
         if model.training:
             self.current_run.counters += outputs.counters
-        # The losses of all processes are averaged, but num_items_in_batch is a sum over them.
+        # DDP averages the gradients of all processes, but num_items_in_batch counts the labels of all of them.
         is_shared = self.args.average_tokens_across_devices and num_items_in_batch is not None
         loss = outputs.loss * (self.accelerator.num_processes if is_shared else 1)
         return (loss, outputs) if return_outputs else loss

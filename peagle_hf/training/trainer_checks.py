@@ -63,7 +63,8 @@ def name_metric(args: PeagleTrainingArguments, validations: Any) -> PeagleTraini
     metric = (args.metric_for_best_model or "").removeprefix("eval_")
     if not isinstance(validations, dict) or not validations or not is_metric(metric):
         return args
-    args = copy.copy(args)  # the user's own stay as they are
+    # The arguments that the user passed stay as they are.
+    args = copy.copy(args)
     args.metric_for_best_model = f"{next(iter(validations))}_{metric}"
     logger.info("The best checkpoint is that with the best eval_%s.", args.metric_for_best_model)
     return args

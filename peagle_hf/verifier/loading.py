@@ -208,13 +208,13 @@ def inference_memory(
     model = verifier_without_weights(name_or_path, revision, trust_remote_code)
     settings = quantization_of(model.config) or {}
     bits = settings.get("bits") or (4 if settings.get("load_in_4bit") or settings.get("quant_method") == "mxfp4" else 8)
-    method = settings.get("quant_method", COMPRESSED_TENSORS)  # whose weights are made dense
+    method = settings.get("quant_method", COMPRESSED_TENSORS)  # loading makes weights of compressed-tensors dense
 
     def is_quantised(name: str, module: nn.Module) -> bool:
         is_linear = isinstance(module, nn.Linear) and method not in (COMPRESSED_TENSORS, "mxfp4")
         return is_linear or (name.endswith(".experts") and method in ("fp8", "mxfp4"))
 
-    widths = {  # a head that is tied to the embeddings is counted with them
+    widths = {  # a head that is tied to the embeddings counts once, with them
         parameter: bits if is_quantised(name, module) else 16
         for name, module in model.named_modules()
         if module is not model.get_output_embeddings()
@@ -223,7 +223,8 @@ def inference_memory(
     total = sum(parameter.numel() * width for parameter, width in widths.items()) // 8
     config = model.config.get_text_config(decoder=True)
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    # A layer's own states, those that are recorded and their stack, and the widest part: gate, its activation, up.
+    # These are the states within a layer, the recorded states and the stack of them, and the widest part of a layer:
+    # the gate, its activation and the up projection.
     return total, 2 * ((2 * (num_states + 1) + 4) * config.hidden_size + 3 * inner)
 
 
