@@ -191,9 +191,9 @@ def answer_prompts(answers: Answers, prompts: list[Prompt], lengths: list[int]) 
     verifier = answers.verifier
     unanswerable: dict[int, str] = {}
     waiting = _without_answers(answers, prompts, unanswerable)
-    # Which prompts share a batch changes rounding, so a run that continues another must form the same batches. The order
-    # of the prompts therefore doesn't depend on the file. All prompts of a batch have equally many turns, so that a
-    # batch is finished as a whole.
+    # Which prompts share a batch changes rounding, so a run that continues another must form the same batches: the
+    # order of the prompts doesn't depend on the file. All prompts of a batch have equally many turns, so that a batch
+    # is finished as a whole.
     waiting.sort(key=lambda index: (len(prompts[index].turns), lengths[index], prompts[index].digest))
     groups = groupby(waiting, key=lambda index: len(prompts[index].turns))
     batches = [batch for _, group in groups for batch in _batches(list(group), verifier.batch_size)]

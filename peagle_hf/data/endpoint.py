@@ -401,7 +401,7 @@ class Server:
         self.rests_in_turn, self.is_resting = 0, False
 
     def failed(self) -> None:
-        # If it rests already, this request was sent at the same time as one that failed, and must not lengthen the rest.
+        # If it rests already, this request was sent together with one that failed, and must not lengthen the rest.
         if not self.is_resting:
             self._rest()
 

@@ -109,7 +109,7 @@ class Objective:
             num_items_in_batch: what the summed loss is divided by; default: N.
         """
         inputs = {name: value for name, value in batch.items() if name not in FOR_THE_LOSS}
-        is_training = self.drafter.training  # a wrapper, such as DeepSpeed's, may be in another mode
+        is_training = self.drafter.training  # the mode of a wrapper, such as DeepSpeed's, may differ
         compare = partial(self._compare, batch, is_training)
         loss, student_N, teacher_N = model(**inputs, head_function=compare)
         divisor = torch.as_tensor(student_N.numel() if num_items_in_batch is None else num_items_in_batch)
@@ -130,7 +130,8 @@ class Objective:
         """
         head = self.draft_head
         if self._heads_are_equal and not weight.requires_grad:
-            head.weight = weight.detach()  # the weight that a sharded forward pass has gathered, instead of a copy
+            # A sharded forward pass has gathered this weight, so the head needs no copy of its own.
+            head.weight = weight.detach()
         head.to(states.device)
         index = batch["target_index"][0]
         with torch.no_grad():

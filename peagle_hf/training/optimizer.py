@@ -78,7 +78,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
         if closure is not None:
             raise ValueError("No closure is evaluated here.")
         for part, group in zip(self._parts, self.param_groups, strict=True):
-            part.param_groups, part.state = [group], self.state  # anew, as loading a state dict replaces both
+            # Both are set at every step, because loading a state dict replaces them.
+            part.param_groups, part.state = [group], self.state
             part.step()
         return None
 

@@ -47,7 +47,7 @@ class PushToHubCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._uploaded = None  # another training may write folders of the same names
+        self._uploaded = None  # another training may reuse the folders' names
         if state.is_world_process_zero:
             config: PeagleConfig = kwargs["model"].config
             verifier = hub_verifier(config.verifier_name_or_path, self.verifier_name)

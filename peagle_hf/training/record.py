@@ -114,7 +114,8 @@ class RunRecord:
         known = {one.name for one in fields(cls)}
         if not isinstance(content.get("arguments"), dict):
             raise PeagleError(f"{path} is damaged: it has no arguments. {remedy}")
-        content["arguments"].setdefault("per_position_loss_weight", "uniform")  # before there was another
+        # Records of earlier versions lack this argument, which then had only one value.
+        content["arguments"].setdefault("per_position_loss_weight", "uniform")
         return cls(**{name: value for name, value in content.items() if name in known})
 
     def write(self, folder: str | os.PathLike[str]) -> None:
@@ -276,7 +277,7 @@ def _adapter(model: nn.Module) -> dict[str, Any] | str:
     if not isinstance(model, PeftModel):
         return "none"
     config: Any = model.peft_config[model.active_adapter]
-    if not isinstance(config, LoraConfig):  # other kinds have other settings
+    if not isinstance(config, LoraConfig):  # other kinds of adapters have other settings
         settings = {name: value for name, value in config.to_dict().items() if name not in _NO_SETTINGS_OF_ADAPTER}
         plain_settings = json.dumps(
             settings, default=lambda value: sorted(value) if isinstance(value, set) else str(value)
@@ -295,7 +296,7 @@ def _adapter(model: nn.Module) -> dict[str, Any] | str:
 def _relative(path: str, folder: str) -> str:
     try:
         return os.path.relpath(os.path.realpath(path), os.path.realpath(folder))
-    except ValueError:  # on another drive of Windows
+    except ValueError:  # the folder is on another drive of Windows
         return path
 
 
