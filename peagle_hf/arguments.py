@@ -102,7 +102,7 @@ def check_ranges(arguments: Any, ranges: Mapping[str, tuple[float, float]]) -> N
         ranges: the least and the greatest allowed value of each field; `math.inf` for no limit.
 
     Raises:
-        PeagleError: names the flag, its value and the limits.
+        PeagleError: a number is outside its limits; the message names its flag, its value and the limits.
     """
     for name, (least, greatest) in ranges.items():
         value = getattr(arguments, name)
@@ -116,7 +116,7 @@ def check_ascending(arguments: Any, names: Sequence[str]) -> None:
     """Make sure that lists of numbers are positive, distinct and ascending.
 
     Raises:
-        PeagleError: names the flag and its values.
+        PeagleError: a list isn't; the message names its flag and its values.
     """
     for name in names:
         numbers = getattr(arguments, name)

@@ -138,7 +138,7 @@ def file_fingerprint(path: str | os.PathLike[str]) -> str:
     """Fingerprint of a file's content: its size and a digest of sampled blocks, or of all of it if it is small.
 
     Raises:
-        OSError: it can't be read.
+        OSError: the file can't be read.
     """
     size = os.path.getsize(path)
     return f"{size} bytes, {_digest(_samples(_equal_pieces(Path(path), size)))}"

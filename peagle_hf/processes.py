@@ -104,7 +104,7 @@ def require_same(value: Any, what: str, remedy: str) -> None:
         remedy: what to do if they differ, as a sentence.
 
     Raises:
-        PeagleError: it isn't; raised on all processes.
+        PeagleError: the values differ; raised on all processes.
     """
     if not are_several():
         return

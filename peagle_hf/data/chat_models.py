@@ -64,7 +64,7 @@ class ChatModel(ABC):
         options: a chat template instead of the model's own, and the template's variables.
 
     Raises:
-        PeagleError: it can't be loaded, or is no chat model.
+        PeagleError: the model can't be loaded, or is no chat model.
     """
 
     batch_size: int

@@ -113,7 +113,7 @@ class HiddenStatesDataset(Dataset):
         """Those of the rows whose sample has something to train on; what is left out or cut is logged.
 
         Raises:
-            PeagleError: there is none.
+            PeagleError: no sample has anything to train on.
         """
         long_enough = [row for row in rows if lengths[row] >= MIN_TOKENS]
         cut = [row for row in long_enough if lengths[row] - 2 > self.total_seq_len]

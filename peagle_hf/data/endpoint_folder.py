@@ -134,7 +134,7 @@ def check_layers(folder: str | os.PathLike[str], layer_ids: tuple[int, ...]) -> 
     """Make sure that the folder's server was started with these layers, as far as is known.
 
     Raises:
-        PeagleError: it was started with others.
+        PeagleError: the server was started with other layers.
     """
     served = served_layers(folder)
     if served is not None and set(served) != set(layer_ids):

@@ -53,7 +53,7 @@ def load_for_extraction(
         verifier_dtype: the name of a dtype; "auto": float32 on a CPU, else bfloat16.
 
     Raises:
-        PeagleError: it can't be loaded (see `load_verifier`), or its architecture isn't known.
+        PeagleError: the verifier can't be loaded (see `load_verifier`), or its architecture isn't known.
     """
     on_cpu = torch.device(device).type == "cpu"
     dtype = getattr(torch, ("float32" if on_cpu else "bfloat16") if verifier_dtype == "auto" else verifier_dtype)

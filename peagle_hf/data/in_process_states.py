@@ -69,7 +69,7 @@ class InProcessVerifier:
         """Load the verifier without its head, unless it is there already.
 
         Raises:
-            PeagleError: it can't be loaded or run here, or its head doesn't give its own logits.
+            PeagleError: the verifier can't be loaded or run here, or its head doesn't give its own logits.
         """
         if self._model is None:
             with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():

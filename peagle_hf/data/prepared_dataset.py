@@ -197,7 +197,7 @@ def is_made(output: Path, origin: dict[str, Any], overwrite: bool) -> bool:
         overwrite: whether another dataset may be replaced.
 
     Raises:
-        PeagleError: it holds another one that must not be replaced.
+        PeagleError: the folder holds another dataset, which must not be replaced.
     """
     if not any(_own_files(output)):
         return False

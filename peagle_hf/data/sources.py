@@ -71,7 +71,7 @@ def source_name(data: "str | datasets.Dataset") -> str:
     """Name of a source in messages and records; of a `datasets.Dataset` in memory its fingerprint.
 
     Raises:
-        PeagleError: it is neither.
+        PeagleError: the source is neither text nor a `datasets.Dataset`.
     """
     if isinstance(data, str):
         return data
@@ -128,7 +128,7 @@ def data_sha256(data: "str | datasets.Dataset") -> str | None:
     """SHA-256 of a file's or folder's content and names; None for a dataset that is no local file.
 
     Raises:
-        PeagleError: it can't be read.
+        PeagleError: the file or folder can't be read.
     """
     if not isinstance(data, str) or not is_local_file(data):
         return None

@@ -130,7 +130,7 @@ def read_template_kwargs(value: dict[str, Any] | str | None) -> dict[str, Any]:
     """The variables for a chat template, from a YAML mapping or JSON text.
 
     Raises:
-        PeagleError: it is no JSON object, or sets what the chat template is given anyway.
+        PeagleError: the value is no JSON object, or sets a variable that the chat template is given anyway.
     """
     try:
         kwargs = json.loads(value) if isinstance(value, str) else value or {}

@@ -170,7 +170,7 @@ def _counted(client: Client, before: Counters, run: Run) -> list[int]:
     """The server's counts of drafts since `before`.
 
     Raises:
-        PeagleError: it has generated other tokens than those of the run.
+        PeagleError: the server has generated other tokens than those of the run.
     """
     asked = sum(len(answer.token_ids) for chat in run.chats for answer in chat)
     counted = client.since(before, asked)

@@ -19,7 +19,7 @@ def check_synthetic_acceptance(installed: InstalledVllm) -> None:
     """Make sure that a vLLM has synthetic acceptance.
 
     Raises:
-        PeagleError: it has none.
+        PeagleError: this vLLM has no synthetic acceptance.
     """
     lacking = [name for name in SYNTHETIC if not installed.takes(name)]
     if lacking:

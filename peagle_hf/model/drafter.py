@@ -213,7 +213,7 @@ class PeagleForSpeculation(PreTrainedModel):
         """Refuse a verifier's head of other sizes than this drafter was made for.
 
         Raises:
-            PeagleError: names both sizes.
+            PeagleError: the head has other sizes; the message names both.
         """
         expected = (self.config.vocab_size, self.config.hidden_size)
         if tuple(head.weight.shape) != expected:

@@ -82,7 +82,7 @@ class InstalledVllm:
             given: values by name, with underscores; `speculative_config` as a mapping, whose fields are checked too.
 
         Raises:
-            PeagleError: it lacks one that isn't optional.
+            PeagleError: this vLLM lacks an argument that isn't optional.
         """
         kept = self._known(given, self.arguments, "argument")
         if isinstance(kept.get("speculative_config"), Mapping):

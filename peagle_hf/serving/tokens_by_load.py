@@ -173,7 +173,7 @@ def reports_beside(folder: Path, link: Path | None) -> list[Path]:
         link: the folder that the user named; None for a drafter of the hub, above whose folder is the hub's cache.
 
     Raises:
-        PeagleError: there is none.
+        PeagleError: no report is in any of these folders.
     """
     folders = [folder] if link is None else [one for start in (link, folder) for one in (start, *start.parents[:3])]
     places = dict.fromkeys(place for one in folders for place in (one / REPORT, one / EVALUATION / REPORT))

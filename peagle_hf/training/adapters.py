@@ -63,7 +63,7 @@ def check_adapted_head(drafter: PeagleForSpeculation) -> None:
     """Refuse an adapter that computes with the output of `lm_head`, which in training is the loss and no tensor.
 
     Raises:
-        PeagleError: there is one; says how to train the head.
+        PeagleError: it is such an adapter; the message says how to train the head.
     """
     head = drafter.lm_head
     # PEFT wraps a head whose weight is one of `target_parameters` in a layer that has this attribute.

@@ -274,7 +274,7 @@ def check_names_of_trainer(args: TrainingArguments) -> None:
     """Refuse arguments of the Trainer that can't be used here, and those that this version doesn't know.
 
     Raises:
-        PeagleError: names the flag and the reason.
+        PeagleError: such an argument is given; the message names its flag and the reason.
     """
     trainers_own = {field.name for field in fields(TrainingArguments)}
     for name in sorted(trainers_own - WORKS):
@@ -287,7 +287,7 @@ def check_numbers(args: Any) -> None:
     """Refuse numbers out of their ranges.
 
     Raises:
-        PeagleError: names the flag and its range.
+        PeagleError: a number is out of its range; the message names its flag and the range.
     """
     check_ranges(args, _RANGES)
     for name in _ABOVE_0:
@@ -301,7 +301,7 @@ def check_contradictions(args: TrainingArguments) -> None:
     """Refuse values that are impossible, alone or together (see `CONTRADICTIONS`).
 
     Raises:
-        PeagleError: names the flags.
+        PeagleError: there are such values; the message names their flags.
     """
     for holds, message in CONTRADICTIONS:
         if holds(args):
@@ -323,7 +323,7 @@ def check_values(args: Any) -> None:
         args: a `PeagleTrainingArguments` that the Trainer's own `__post_init__` has been through.
 
     Raises:
-        PeagleError: names the flag and what it takes.
+        PeagleError: there is such a value; the message names its flag and what it takes.
     """
     if args.fp16 and args.device.type == "cpu":
         raise PeagleError("--fp16 needs a GPU: a CPU would train in float32. Leave it out, or use --bf16.")
@@ -381,7 +381,7 @@ def check_optimizer(args: TrainingArguments) -> None:
         args: with the name of one of the Trainer's own optimizers as `optim`.
 
     Raises:
-        PeagleError: says which.
+        PeagleError: the optimizer isn't installed or doesn't read an option; the message names it.
     """
     # Importing it takes seconds, so it is imported only when it is needed.
     from transformers import Trainer
@@ -410,7 +410,7 @@ def check_scheduler(args: TrainingArguments) -> None:
     """Refuse a schedule that lacks arguments of its own before anything is loaded.
 
     Raises:
-        PeagleError: says what it needs.
+        PeagleError: an argument is missing; the message names it.
     """
     optimizer = torch.optim.SGD([torch.zeros(1)])
     kwargs: Any = args.lr_scheduler_kwargs
@@ -427,7 +427,7 @@ def check_tracker(name: str) -> None:
     """Refuse a tracker of `report_to` that the Trainer doesn't know or that can't be used here.
 
     Raises:
-        PeagleError: says which there are, or what to install.
+        PeagleError: the tracker is unknown, or its library isn't installed.
     """
     if name not in INTEGRATION_TO_CALLBACK:
         raise PeagleError(f"report_to names {name!r}, which is none of {', '.join(INTEGRATION_TO_CALLBACK)}.")

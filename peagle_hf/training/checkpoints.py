@@ -210,7 +210,7 @@ def trainer_state(folder: Path) -> dict[str, Any]:
     """The Trainer's state in a checkpoint.
 
     Raises:
-        PeagleError: it can't be read.
+        PeagleError: the state can't be read.
     """
     path = _content(folder) / TRAINER_STATE_NAME
     state = read_json(path, f"The checkpoint is damaged: remove {folder}, and training goes on from the one before it.")
@@ -246,7 +246,7 @@ def resumable_folder(checkpoint: str | os.PathLike[str]) -> Path:
     """The real path of a checkpoint, after checking that all files are there from which training is resumed.
 
     Raises:
-        PeagleError: it is no checkpoint, holds the model only, or a file is missing or damaged.
+        PeagleError: the folder is no checkpoint, it holds the model only, or a file is missing or damaged.
     """
     folder = Path(checkpoint).resolve()
     content = _content(folder)

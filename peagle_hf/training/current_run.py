@@ -104,7 +104,8 @@ class CurrentRun(TrainerCallback):
         """Describe the run, and compare it with that of the checkpoint that it goes on from.
 
         Raises:
-            PeagleError: it is another run, or would mix its checkpoints with those of an earlier one; on all processes.
+            PeagleError: the checkpoint is of another run, or this run would mix its checkpoints with those of an
+                earlier one; raised on all processes.
         """
         trainer, folder = self._trainer, self.resumed_from
         earlier = [] if folder else folders_of_run(self.folder)
@@ -261,7 +262,7 @@ class CurrentRun(TrainerCallback):
         """End training if a loss or a gradient since the last call was NaN or infinite. Waits for the device.
 
         Raises:
-            PeagleError: names the step, its samples, and the checkpoint from before it.
+            PeagleError: one was; the message names the step, its samples, and the checkpoint from before it.
         """
         bad = self.nan_check.first_bad()
         if bad is None:
@@ -280,7 +281,7 @@ class CurrentRun(TrainerCallback):
         """End training if the loss of its validation was NaN or infinite.
 
         Raises:
-            PeagleError: names the step, and the checkpoint from before it.
+            PeagleError: it was; the message names the step, and the checkpoint from before it.
         """
         if not math.isfinite(loss):
             raise PeagleError(

@@ -126,7 +126,7 @@ def parse_loss(loss_fn: str) -> dict[str, float]:
     two: LK losses, arXiv 2602.23881).
 
     Raises:
-        PeagleError: it is neither, or a weight is below 0, or none is above.
+        PeagleError: the text is neither of these, a weight is below 0, or no weight is above 0.
     """
     try:
         weights = {loss_fn: 1.0} if loss_fn in DIVERGENCES else json.loads(loss_fn)

@@ -100,7 +100,7 @@ class RunRecord:
         """The record in a checkpoint or an output folder; None where there is none.
 
         Raises:
-            PeagleError: it is damaged, or of a later version.
+            PeagleError: the record is damaged, or a later version wrote it.
         """
         path = Path(folder) / RUN_RECORD
         if not path.exists():

@@ -207,7 +207,7 @@ def check_resume(folder: Path, before: RunRecord, now: RunRecord, step: int, oth
         others: more that differs and must not, as phrases.
 
     Raises:
-        PeagleError: names all that differs and must not, and what to do.
+        PeagleError: a setting differs that must not; the message names all of these and what to do.
     """
     taken, refused = changes_between(before, now)
     if refused := [*others, *refused]:

@@ -47,7 +47,7 @@ def require_whole_weights(trainer: "PeagleTrainer") -> None:
     """Refuse settings under which checkpoints would hold no whole weights, and adapters and Muon on shards.
 
     Raises:
-        PeagleError: names the setting to change.
+        PeagleError: a setting leads to that; the message names it.
     """
     state: Any = trainer.accelerator.state
     saves_shards, has_shards = False, trainer.is_fsdp_enabled

@@ -22,7 +22,7 @@ def check_parameters(others: Mapping[str, Any]) -> None:
     """Refuse parameters that `PeagleTrainer` doesn't have, with the reason where the Trainer has them.
 
     Raises:
-        PeagleError: there is one.
+        PeagleError: such a parameter is given.
     """
     for name in others:
         reason = REFUSED_PARAMETERS.get(name, "neither this trainer nor the Trainer has it")
@@ -33,7 +33,7 @@ def check_dataset(dataset: Any) -> None:
     """Refuse a data set that a trainer can't ask for packed sequences.
 
     Raises:
-        PeagleError: says what to give instead.
+        PeagleError: it is such a data set; the message says what to give instead.
     """
     if dataset is not None and not isinstance(dataset, HiddenStatesDataset):
         raise PeagleError(
@@ -47,7 +47,7 @@ def check_drafter(model: nn.Module) -> None:
     """Refuse a model that is no drafter and holds none.
 
     Raises:
-        PeagleError: names its class.
+        PeagleError: the model is no drafter; the message names its class.
     """
     if not any(isinstance(module, PeagleForSpeculation) for module in model.modules()):
         raise PeagleError(f"PeagleTrainer trains a PeagleForSpeculation, not a {type(model).__name__}.")
@@ -77,7 +77,8 @@ def check_metric(args: PeagleTrainingArguments, num_depths: int, validations: An
         validations: the data set to validate on, several by name, or None.
 
     Raises:
-        PeagleError: names those that there are; or there is nothing to validate on.
+        PeagleError: no validation gives the metric, or there is nothing to validate on; the message names the metrics
+            that can be chosen.
     """
     metric = (args.metric_for_best_model or "").removeprefix("eval_")
     known = metric_names(num_depths)
@@ -95,7 +96,7 @@ def check_there_is_a_step(args: PeagleTrainingArguments, dataset: Any) -> None:
     """Refuse a training of no steps.
 
     Raises:
-        PeagleError: says what to change.
+        PeagleError: the training has no steps; the message says what to change.
     """
     size = len(dataset) if isinstance(dataset, Sized) else math.inf
     if size == 0:

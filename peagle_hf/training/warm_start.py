@@ -25,7 +25,7 @@ def continued_config(args: PeagleTrainingArguments, drafter: str, verifier: str)
     """The configuration of `drafter`, with the arguments' sampling, for `verifier`.
 
     Raises:
-        PeagleError: it can't be read, the arguments ask for another drafter, or the verifier has other sizes.
+        PeagleError: the drafter can't be read, the arguments ask for another drafter, or the verifier has other sizes.
     """
     saved = _saved_config(drafter)
     _check_arguments(args, drafter, saved)
@@ -59,7 +59,7 @@ def load_drafter(name_or_path: str, config: PeagleConfig) -> PeagleForSpeculatio
     """Load a trained drafter under its continued configuration, and log what is reused and what is new.
 
     Raises:
-        PeagleError: it can't be read, or has other tensors than its configuration says.
+        PeagleError: the drafter can't be read, or has other tensors than its configuration says.
     """
     load: Any = PeagleForSpeculation.from_pretrained
     with _readable(name_or_path):

@@ -137,7 +137,7 @@ def check_logits(model: PreTrainedModel) -> None:
     """Make sure that `VerifierHead` computes the verifier's own logits from its last residual stream.
 
     Raises:
-        PeagleError: it doesn't: the architecture computes logits in a way that `VerifierHead` doesn't know.
+        PeagleError: the architecture computes logits in a way that `VerifierHead` doesn't know.
     """
     vocab_size = model.config.get_text_config(decoder=True).vocab_size
     ids_BT = torch.arange(CHECKED_TOKENS, device=model.device)[None] % vocab_size

@@ -57,7 +57,7 @@ def load_verifier_config(
     """Read the verifier's configuration; of a multimodal model the text part.
 
     Raises:
-        PeagleError: there is none, or it isn't a language model's.
+        PeagleError: there is no configuration, or it isn't a language model's.
     """
     config = _load_config(name_or_path, revision, trust_remote_code).get_text_config(decoder=True)
     lacking = [name for name in ("hidden_size", "num_hidden_layers", "vocab_size") if not hasattr(config, name)]
