@@ -28,7 +28,7 @@ def unpack(folder: str | Path) -> Path:
     quantized = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     config = quantized.config
     del config.quantization_config
-    config.rms_norm_eps = 1e-5  # the GGUF's own value, which the reader rounds
+    config.rms_norm_eps = 1e-5  # the GGUF's own value, which its reader rounds
     model = type(quantized)(config)
     model.load_state_dict(quantized.state_dict())
     model.generation_config = quantized.generation_config

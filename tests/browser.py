@@ -72,12 +72,12 @@ class Page:
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if is_dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
-        # Another anchor of the same page has no loader, and no load event follows.
+        # If the browser only moves to another anchor of the same page, it names no loader and sends no load event.
         self.is_loaded |= "loaderId" not in self.call("Page.navigate", url=url)
         end = time.monotonic() + LOAD_SECONDS
         while not self.is_loaded:
             self._receive(end - time.monotonic())
-        # Scripts that the load event starts, and pictures that are decoded after it.
+        # This waits for scripts that the load event starts, and for pictures that are decoded after it.
         self.call("Runtime.evaluate", expression="new Promise(done => setTimeout(done, 150))", awaitPromise=True)
 
     def evaluate(self, expression: str) -> Any:

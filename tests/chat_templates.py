@@ -106,7 +106,7 @@ CALLS = "{% for c in m.tool_calls %}<call>{{ c.function | tojson }}</call>{% end
 TOOL_CHATML = CHATML.replace("{{ m.content }}", "{{ m.content or '' }}" + CALLS)
 THINKS = "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
 THINKING = TOOL_CHATML.replace("{{ m.content or", THINKS + "{{ m.content or")
-# Reasoning is shown for the answers after the last question only.
+# This template shows reasoning only for the answers after the last question.
 FORGETS = (
     "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
     "{% endif %}{% endfor %}"

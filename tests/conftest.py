@@ -72,7 +72,8 @@ def tiny_verifier(tmp_path_factory) -> Path:
     return folder
 
 
-# As Qwen3's: answers after the last question begin with a thought, if only an empty one; earlier ones lose theirs.
+# In the style of Qwen3's template: answers after the last question begin with a thought, which may be empty; earlier
+# answers lose theirs.
 THINKING = (
     "{% set asked = namespace(last=0) %}{% for message in messages %}"
     "{% if message.role == 'user' %}{% set asked.last = loop.index0 %}{% endif %}{% endfor %}"

@@ -36,7 +36,7 @@ DEPTHS, NEW_TOKENS, ANSWERS = 3, 70, 4
 def trained(request, tmp_path_factory, tiny_verifier):
     """A drafter that is right at times, and the folder of answers that it was trained on."""
     folder = tmp_path_factory.mktemp("acceptance")
-    # In bfloat16 a near-tie of the verifier's may turn.
+    # In bfloat16 two tokens that are nearly equally likely for the verifier may change places.
     answers = write_answers(folder, tiny_verifier, NEW_TOKENS, torch.float32)
     options = {"num_train_epochs": 1, "draft_vocab_size": request.param, "num_depths": DEPTHS}
     train(PeagleTrainingArguments(**answers, **options))
@@ -210,7 +210,7 @@ def test_generation_drafts_and_accepts_what_the_cached_states_say(
     assert "Acceptance length" in capsys.readouterr().out  # also with --quiet, as it is what was asked for
     copies = report["num_rows"] // ANSWERS
     assert report["num_drafts"] == copies * generated.num_drafts
-    # The first draft of an answer begins with its second token, which one token more than the prompt is before.
+    # The first draft of an answer begins with its second token. Before it stand the prompt and one token.
     first = sum(len(prompt) == shortest for prompt in prompts) * copies
     by_context = list(report["by_context"].values())
     assert [row["num_drafts"] for row in by_context] == [0, first, report["num_drafts"] - first, 0, 0]

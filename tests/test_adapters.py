@@ -150,7 +150,7 @@ def test_kinds_of_adapters_are_trained_saved_loaded_and_merged(config, trained, 
     model = add_adapter(drafter, config)
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = torch.optim.SGD(parameters.values(), lr=1.0)
-    for _ in range(2):  # of two factors, one is 0 at first
+    for _ in range(2):  # one of the two factors of an adapter is 0 at first
         optimizer.zero_grad()
         objective(model.train(), make_batch(drafter.config)).loss.backward()
         optimizer.step()

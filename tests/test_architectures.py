@@ -119,7 +119,7 @@ def test_states_are_the_layers_outputs_and_give_the_verifiers_logits(
     head = VerifierHead.from_pretrained(folder)
     layer_ids = default_aux_layer_ids(LAYERS)
     assert report.manifest.aux_layer_ids == layer_ids
-    # A batch of its own makes no difference either, even where most of a row is padding.
+    # Batching makes no difference either, even where most of a row is padding.
     loaded = load_verifier(folder, torch.float32, "cpu")
     with torch.inference_mode():
         padded = residual_streams(loaded, layer_ids, pad_sequence(rows, batch_first=True), torch.float32)

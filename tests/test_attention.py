@@ -79,7 +79,7 @@ def test_merging_rectangles_gives_dense_attention_and_its_gradients(monkeypatch)
     monkeypatch.setattr(attention, "KEY_UNIT", 8)
     spans = long_document(100)
     num_keys = spans.own_start.numel()
-    # Cut so that some row sees nothing but a rectangle; and rows of padding, which see nothing at all.
+    # The cut leaves a row that sees nothing but a rectangle, and rows of padding, which see nothing at all.
     spans = padded(spans.map(lambda bound: bound[15:]), 64)
     whole, rectangles = dense(spans, num_keys), attention.find_rectangles(spans)
     near = whole.clone()
@@ -105,7 +105,7 @@ def test_merging_rectangles_gives_dense_attention_and_its_gradients(monkeypatch)
     expected_grads = torch.autograd.grad(expected, states, output_grad)
 
     kept = {}
-    for _ in range(2):  # the second time from what the first has kept
+    for _ in range(2):  # the second pass uses what the first has kept
         output = attention.RectangleAttention.apply(query, key, value, *attend_near(), rectangles, kept)
         torch.testing.assert_close(output[:, :, seen], expected[:, :, seen], rtol=1e-6, atol=1e-6)
         grads = torch.autograd.grad(output, states, output_grad)

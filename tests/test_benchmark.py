@@ -92,7 +92,7 @@ def attempt(steps: int, **facts: float) -> dict:
 @pytest.mark.parametrize(
     ("attempts", "complete", "epoch", "all_epochs"),
     [
-        ([attempt(200)], False, "*1.0*", "*6.0*"),  # two whole epochs, whose ends weren't seen
+        ([attempt(200)], False, "*1.0*", "*6.0*"),  # two epochs were whole, but their ends weren't logged
         ([attempt(230, epoch_s=90.0), attempt(30)], False, "1.5", "*8.5*"),
         ([attempt(250, epoch_s=90.0), attempt(250, epoch_s=90.0)], True, "1.5", "*8.5*"),
         ([attempt(30), attempt(500, epoch_s=90.0)], True, "1.5", "15.0"),

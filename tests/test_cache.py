@@ -194,7 +194,7 @@ def test_learnt_files_of_another_loss_mask_are_refused_and_made_again(arguments,
     with pytest.raises(PeagleError, match=r"8 of the files .* hs_0\.safetensors: it lacks the last layer's states of"):
         HiddenStatesDataset(tmp_path / "all", output)
     manifest = Manifest.read(output)
-    replace(manifest, rows=None).write(output)  # as earlier versions wrote it
+    replace(manifest, rows=None).write(output)  # earlier versions wrote no rows
     dataset = HiddenStatesDataset(tmp_path / "all", output)
     with pytest.raises(PeagleError, match=r"hs_\d\.safetensors: The last layer's states of \d tokens are needed"):
         dataset[0]

@@ -88,7 +88,7 @@ class Killer:
     def writes(self, write, path_of):
         def wrapped(*args, **kwargs):
             is_dying = self.dies()
-            before, self.count = self.count, -(10**9)  # what is within it counts as one
+            before, self.count = self.count, -(10**9)  # a call within this one doesn't count
             try:
                 write(*args, **kwargs)
             finally:
@@ -169,7 +169,7 @@ def test_a_save_that_is_killed_at_any_change_leaves_the_old_or_the_new(train_fla
     assert sorted(path.name for path in epoch_folders(killed[-1])) == ["1", "2"]
     is_new = []
     for folder in killed:
-        check_checkpoint(folder / "checkpoint_best")  # also as it is, before anything is tidied up
+        check_checkpoint(folder / "checkpoint_best")  # it is sound even before anything is tidied up
         recover(folder)
         newest = resumable_folder(newest_checkpoint(folder))
         assert content(newest) == (new if newest.name == "2" else old)

@@ -79,7 +79,7 @@ def test_help_shows_each_flag_once_in_groups_with_examples_that_parse(name, caps
         program, *argv = example.split()
         assert program == name
         assert example in text
-        if not example.startswith("run "):  # whose file is an example too
+        if not example.startswith("run "):  # the file of `run` is an example, too
             printed(capsys, *argv_before_rest([program, *argv]), "--print-config")
 
 

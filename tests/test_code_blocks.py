@@ -148,7 +148,7 @@ class Page:
             path.write_text(json.dumps(share_gpt(CHAT_TEXTS)))
         if kind == VERIFIER and "checkpoint" in value:
             kind = DRAFTER
-        if kind == CACHED:  # its states may come from a server, in a command that isn't run
+        if kind == CACHED:  # a server that isn't started here may make its states
             self.provide(DATA, value)
             if not (path / "hidden_states").exists():
                 cli.main(["extract", "--model", str(self.kit[VERIFIER]), "--preprocessed-data", str(path)])

@@ -159,7 +159,7 @@ def test_two_processes_resume_in_the_middle_of_a_later_epoch(train_flags, tmp_pa
 def test_a_run_goes_on_under_another_sharding_and_on_another_number_of_processes(train_flags, tmp_path):
     """FSDP2, DDP and one process go on from each other's checkpoints, in the middle of an epoch too, with AdamW."""
     common = {**train_flags, "optim": "adamw_torch_fused", "save_strategy": "steps", "save_steps": 2}
-    common["lr_scheduler_type"] = "constant"  # as the run's length changes
+    common["lr_scheduler_type"] = "constant"  # so that the rate doesn't depend on the run's length
     whole = run(common, gradient_accumulation_steps=2)
     expected = losses(whole)
 

@@ -76,7 +76,7 @@ def html_of_pages() -> dict[Path, str]:
     listed = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["markdown_extensions"]
     options = {name: values for one in listed if isinstance(one, dict) for name, values in one.items()}
     names = [one if isinstance(one, str) else next(iter(one)) for one in listed]
-    options["pymdownx.highlight"] = {"use_pygments": False}  # which takes seconds
+    options["pymdownx.highlight"] = {"use_pygments": False}  # highlighting takes seconds
     converter = markdown.Markdown(extensions=["tables", *names, "pymdownx.highlight"], extension_configs=options)
     blocks = re.compile(r"<pre>.*?</pre>|<code>.*?</code>", re.S)
     return {path: blocks.sub("", converter.reset().convert(path.read_text())) for path in code_blocks.pages()}

@@ -212,7 +212,7 @@ def test_another_model_or_other_layers_are_found_before_anything_is_asked(argume
         extract(replace(arguments, model=str(tiny_verifier)))
     server.model = str(tiny_verifier)
     write_server_record(output, str(tiny_verifier), [1, 2, 3, LAYERS])
-    fresh = f"http://localhost:{server.port}/v1"  # what a server runs is asked once a process
+    fresh = f"http://localhost:{server.port}/v1"  # each process asks an address only once
     with pytest.raises(PeagleError, match=r"extracts the layers \[1, 2, 3, 7\], wanted are \[2, 3, 4, 7\]"):
         extract(replace(arguments, model=str(tiny_verifier), endpoint=fresh))
     assert server.asked == []
@@ -336,7 +336,7 @@ def test_states_that_come_after_the_client_gave_up_do_not_fill_the_disk(server, 
     server.released.set()
     deadline = time.monotonic() + 5
     while not list(output.glob("cmpl-*.safetensors")) and fault == "late" and time.monotonic() < deadline:
-        time.sleep(0.02)  # it comes, although nobody waits
+        time.sleep(0.02)  # the file comes, although nobody waits for it
     time.sleep(0.1)
     endpoint.fetch(tokens[1], torch.float32)
     assert list(output.iterdir()) == []

@@ -202,7 +202,7 @@ def test_prompts_share_the_time_by_how_long_they_were_answered():
     assert measured["tokens_per_second"] == pytest.approx(30)
     assert measured["tokens_per_second_without"] == pytest.approx(15)
     assert (measured["speed_up"], measured["intervals"]["speed_up"]) == (pytest.approx(2), pytest.approx([2, 2]))
-    assert measured["break_even_length"] == 1  # it would be 0.9, which no drafter is below
+    assert measured["break_even_length"] == 1  # the model gives 0.9, and no length is below 1
     assert measured["intervals"]["break_even_length"] == [1, 1]
 
 
@@ -250,7 +250,7 @@ def simulated(concurrency, prompt_seconds, round_seconds, length=1.0, num_prompt
 def test_the_break_even_length_leaves_out_the_time_of_prompts(share, concurrency, length):
     """Against the length at which the simulated engine takes the same time with the drafter as without."""
     round_seconds = 1.5
-    prompt_seconds = 160 / 1.67 * share / (1 - share)  # of this share with one chat at a time and length 2.5
+    prompt_seconds = 160 / 1.67 * share / (1 - share)  # of a prompt, with one chat at a time and length 2.5
     without = simulated(concurrency, prompt_seconds, 1.0)
     run, alone = (simulated(number, prompt_seconds, round_seconds, length) for number in (concurrency, 1))
     prompts = [Prompt(str(number), "chat", [], ["one"]) for number in range(64)]
@@ -263,7 +263,7 @@ def test_the_break_even_length_leaves_out_the_time_of_prompts(share, concurrency
         low, high = (low, middle) if faster else (middle, high)
     if concurrency == 1 or share == 0.02:
         assert found == pytest.approx(low, rel=0.01 if concurrency == 1 else 0.05)
-    elif found is None:  # the side of it that the report names
+    elif found is None:  # the report says on which side of the limits it is
         assert (low > measured["acceptance_length"] / measured["speed_up"]) == (measured["speed_up"] < 1)
     else:
         assert found == pytest.approx(low, rel=0.05)
@@ -613,8 +613,8 @@ def test_vllm_counts_what_the_chain_and_the_drafter_must_give(drafter, tmp_path,
     assert cycle["conditional_acceptance"] == [19 / 40, 0, None]
     assert cycle["acceptance_length"] == 1 + 19 / 40
     assert ends["acceptance_length"] == 1
-    assert cycle["intervals"] == {}  # two prompts
-    assert ends["num_drafts"] <= 3  # it ends at EOS, long before 60 tokens
+    assert cycle["intervals"] == {}  # two prompts are too few for intervals
+    assert ends["num_drafts"] <= 3  # the answer ends with EOS long before 60 tokens
     assert report["num_drafts"] == cycle["num_drafts"] + ends["num_drafts"]
     assert report["num_draft_tokens"] == 3 * report["num_drafts"]
     assert report["num_accepted_tokens"] == cycle["num_accepted_tokens"]

@@ -153,7 +153,7 @@ def test_files_are_bfloat16_and_trainable_by_others(arguments: ExtractArguments)
         "token_ids": (torch.int64, (30,)),
     }
     manifest = report.output / "manifest.json"
-    assert row_path(report.output, 1).stat().st_mode == manifest.stat().st_mode  # another account may read them, too
+    assert row_path(report.output, 1).stat().st_mode == manifest.stat().st_mode  # so others may read both
     assert json.loads(manifest.read_text()) == {
         "verifier": arguments.model,
         "revision": weights_of(arguments.model),
@@ -363,7 +363,7 @@ def test_what_cannot_fit_on_the_disk_is_not_begun(
     monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(PeagleError, match=r"GiB are free\. .* or fp8-learnt \(0\.\d KiB a token, 0\.00 GiB\)"):
         extract.extract(arguments)
-    with pytest.raises(PeagleError, match=r"--storage fp8 \("):  # not plain, which is in use
+    with pytest.raises(PeagleError, match=r"--storage fp8 \("):  # the advice doesn't name plain, which is in use
         extract.extract(replace(arguments, dtype="float32"))
     output = Path(arguments.preprocessed_data) / "hidden_states"
     assert not output.exists()
@@ -376,7 +376,7 @@ def test_what_cannot_fit_on_the_disk_is_not_begun(
     monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda path: usage._replace(free=disk_space.HEADER_BYTES))
     manifest, data = Manifest.read(output), load_prepared(arguments.preprocessed_data)
     assert manifest is not None
-    disk_space.check_disk(output, manifest, data, {0: LENGTHS[0]})  # whose file will be replaced
+    disk_space.check_disk(output, manifest, data, {0: LENGTHS[0]})  # the file of this row will be replaced
     with pytest.raises(PeagleError, match="GiB are free"):
         disk_space.check_disk(output, manifest, data, {1: LENGTHS[1]})
 

@@ -63,7 +63,7 @@ def test_killed_in_the_middle_of_a_save(train_flags, tmp_path, point, killer, ne
     output, _ = process.communicate(timeout=200)
     assert process.returncode == (143 if killer == "SIGTERM" else -signal.SIGKILL), output[-3000:]
     leftovers = [name for name in os.listdir(folder) if name.startswith(".")]
-    assert bool(leftovers) is (killer == "SIGKILL")  # at SIGTERM they are cleaned up
+    assert bool(leftovers) is (killer == "SIGKILL")  # SIGTERM lets the process clean up
     assert max(checkpoints_by_step(folder)) == newest
     assert check_checkpoint(folder / "checkpoint_best")
     resumed = train(PeagleTrainingArguments(**cut))

@@ -98,7 +98,7 @@ def test_what_is_right_is_always_accepted(verifier):
         **inputs, **ASSISTED, drafter=oracle, max_new_tokens=41, do_sample=False, eos_token_id=-1
     )
     assert torch.equal(output.sequences, expected[:, : 9 + 41])
-    # The first token needs no draft, each of the others comes with three more.
+    # The first token needs no draft. Each later round brings one token and three drafted ones.
     assert (output.num_drafts, output.accepted_by_position) == (20, [20, 20, 20])
     assert output.acceptance_length == 4
 
@@ -200,7 +200,7 @@ def test_drafting_bit_by_bit_gives_what_the_rows_of_training_give(verifier, mode
     states = torch.randn(2, 13, 3 * drafter.config.hidden_size)
     cache, mask = DynamicCache(), torch.zeros(2, 0, dtype=torch.bool)
     done = [0, 0]
-    for counts in [(3, 1), (4, 3), (1, 4), (5, 1)]:  # how many positions of each sequence a call brings
+    for counts in [(3, 1), (4, 3), (1, 4), (5, 1)]:  # new positions of each sequence, call by call
         new = max(counts)
         chosen = [torch.arange(first, first + new).clamp(max=12) for first in done]
         real = torch.stack([torch.arange(new) < count for count in counts])

@@ -134,7 +134,7 @@ def test_a_linear_start_on_the_gpu_is_that_of_the_cpu(tiny_verifier, tiny_data):
         drafter = new_drafter(tiny_verifier).to(device)
         attention = drafter.layers[0].self_attn
         for projection in (attention.v_proj, attention.o_proj):
-            nn.init.zeros_(projection.weight)  # the factors' signs are the library's choice
+            nn.init.zeros_(projection.weight)  # the signs of the factors differ between libraries
         start_linearly(drafter, dataset)
         groups = attention.q_proj.out_features // attention.v_proj.out_features
         values = attention.v_proj.weight.unflatten(0, (-1, attention.head_dim)).repeat_interleave(groups, dim=0)
@@ -189,7 +189,7 @@ def test_a_linear_start_needs_little_more_than_its_matrix(tiny_verifier, tiny_da
     drafter.fc = nn.Linear(width, size, bias=False)
     drafter.cuda()
     widen(monkeypatch, torch.randn(3 * size, width))
-    torch.linalg.cholesky(torch.eye(64, dtype=torch.float64, device="cuda"))  # the libraries' own memory
+    torch.linalg.cholesky(torch.eye(64, dtype=torch.float64, device="cuda"))  # takes the libraries' memory
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     start_linearly(drafter, dataset)
@@ -200,7 +200,7 @@ def test_a_linear_start_needs_little_more_than_its_matrix(tiny_verifier, tiny_da
 @pytest.mark.parametrize("changes", [{"full_determinism": True}, {"fp16": True}, {"tf32": True}], ids=str)
 def test_precision_and_determinism_are_those_that_are_asked_for(servable_verifier, tmp_path, changes):
     flags = write_answers(tmp_path, servable_verifier, 24) | {"use_cpu": False, "logging_steps": 1, "max_steps": 6}
-    flags["bf16"] = None  # the library's choice
+    flags["bf16"] = None  # train chooses the precision
     trainer = run(flags, num_depths=3, eval_strategy="no", **changes)
     assert trainer.accelerator.mixed_precision == ("fp16" if "fp16" in changes else "bf16")
     assert all(loss == loss for loss in logged_losses(trainer))

@@ -40,7 +40,7 @@ def flags(drafter, tmp_path_factory) -> dict:
 @pytest.fixture(scope="module")
 def here(flags, tmp_path_factory) -> dict:
     """The report of vLLM in processes, which need the GPU's memory for themselves: before any server starts."""
-    gc.collect()  # what other test modules have left to this process
+    gc.collect()  # frees what other test modules left in this process
     torch.cuda.empty_cache()
     return evaluate(EvaluateArguments(**flags, output=str(tmp_path_factory.mktemp("here")), dtype=DTYPE))
 

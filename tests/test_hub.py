@@ -166,7 +166,7 @@ def test_train_push_and_load_are_a_round_trip(hub, hub_flags, tmp_path):
 @pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
 def test_the_trainer_uploads_what_its_strategy_says(hub, hub_flags, strategy):
     """Never what nobody asked for: no optimizer states, no pickled arguments, no path of this machine."""
-    hub_flags |= {"metric_for_best_model": "loss"}  # which falls, so that the second epoch is the best one
+    hub_flags |= {"metric_for_best_model": "loss"}  # the loss falls, so the second epoch is the best one
     trainer = run(hub_flags, hub_strategy=strategy, learning_rate=1e-3, hub_private_repo=True, hub_token=TOKEN)
     commits = hub.repos["my-lab/drafter"]["main"]
     files = commits[-1]

@@ -109,7 +109,7 @@ def test_processes_that_read_are_started_as_the_arguments_say(tiny_verifier, tin
     )
     dataset, drafter = HiddenStatesDataset(tiny_data, total_seq_len=64), new_drafter(tiny_verifier)
     start_linearly(drafter, dataset, num_workers=1, multiprocessing_context="forkserver")
-    start_linearly(drafter, dataset, multiprocessing_context="forkserver")  # which no process is started by
+    start_linearly(drafter, dataset, multiprocessing_context="forkserver")  # the linear start starts no process here
     assert [one.get("multiprocessing_context") for one in contexts] == ["forkserver", None]
 
 
@@ -213,7 +213,7 @@ def test_a_start_for_no_verifier_is_refused(tiny_verifier, tiny_data):
     config = PeagleConfig.from_verifier(str(tiny_verifier))
     config.speculators_config["verifier"]["name_or_path"] = None
     drafter = PeagleForSpeculation(config)
-    drafter.set_trained(False, torch.float32)  # its embeddings are the user's
+    drafter.set_trained(False, torch.float32)  # the user's own embeddings must stay
     with pytest.raises(PeagleError, match="names no verifier"):
         start_linearly(drafter, HiddenStatesDataset(tiny_data, total_seq_len=64))
 

@@ -70,7 +70,7 @@ def test_a_killed_evaluation_asks_only_what_is_missing_and_gives_the_same_report
     arguments, server, baseline, tmp_path, caplog
 ):
     """It is killed in the fifth of eight runs: four are finished and aren't asked again."""
-    template = tmp_path / "template.jinja"  # in which w5 begins a thought
+    template = tmp_path / "template.jinja"  # with this template w5 begins a thought
     template.write_text(
         "{% for m in messages %}{{ 'w5 ' + m.reasoning + ' w7 ' if m.reasoning else '' }}{{ m.content }} {% endfor %}"
     )
@@ -89,7 +89,7 @@ def test_a_killed_evaluation_asks_only_what_is_missing_and_gives_the_same_report
     journal = tmp_path / "out" / FINISHED_RUNS
     assert len(journal.read_bytes().splitlines()) == 1 + 4
     assert not (tmp_path / "out" / "evaluation.json").exists()
-    with open(journal, "a") as file:  # as if it had been killed while it wrote
+    with open(journal, "a") as file:  # what a process killed while writing leaves
         file.write('{"name": "round 2, 1 at a time')
 
     moved = (tmp_path / "out").rename(tmp_path / "moved")
@@ -99,7 +99,7 @@ def test_a_killed_evaluation_asks_only_what_is_missing_and_gives_the_same_report
     report = evaluate(arguments(output=str(moved), **thinking))
     assert "Read 4 finished runs of an interrupted command" in caplog.text
     assert len(baseline.requests) == 2 * REQUESTS
-    assert len(server.requests) == 1 + 2 * REQUESTS  # and one that finds out how it counts
+    assert len(server.requests) == 1 + 2 * REQUESTS  # one more request finds out how the server counts
     assert not (moved / FINISHED_RUNS).exists()
     assert without_times(report) == without_times(evaluate(arguments(output=str(tmp_path / "whole"), **thinking)))
     assert report["by_segment"]["reasoning"]["num_drafts"] > 0
@@ -112,7 +112,7 @@ def interrupt(arguments, server, requests: int = 2 * REQUESTS + 3) -> None:
     server.chat_fault = lambda message: "400" if len(server.requests) > requests else None
     with pytest.raises(PeagleError, match="the prompt is too long"):
         evaluate(arguments)
-    time.sleep(0.3)  # what was asked at the same time fails too
+    time.sleep(0.3)  # requests that were sent at the same time fail too
     server.chat_fault = lambda message: None
     server.requests.clear()
 
@@ -121,9 +121,9 @@ def interrupt(arguments, server, requests: int = 2 * REQUESTS + 3) -> None:
     "An evaluation is rerun with other settings", "The log names each change, and everything is measured again."
 )
 def test_what_changed_is_named_and_all_is_measured_anew(arguments, server, suite, caplog, monkeypatch):
-    monkeypatch.setattr("peagle_hf.evaluation.benchmark._illustrate", lambda report, output: None)  # takes long
+    monkeypatch.setattr("peagle_hf.evaluation.benchmark._illustrate", lambda report, output: None)  # drawing takes long
     interrupt(arguments(), server)
-    evaluate(arguments(rounds=1))  # fewer rounds are no other setting: all of the first is there
+    evaluate(arguments(rounds=1))  # the number of rounds may change: the first is there
     assert len(server.requests) == 1
     changes = {
         "max_tokens is 9 and was 20": {"max_tokens": 9},
@@ -160,7 +160,7 @@ def test_other_weights_are_measured_anew(arguments, server, drafter, tmp_path, c
     best.unlink()
     best.symlink_to("2")
 
-    def move(message: str) -> None:  # and it moves again while it is measured
+    def move(message: str) -> None:  # the link moves again during the evaluation
         link = tmp_path / f"link of thread {threading.get_ident()}"
         link.symlink_to("1")
         link.replace(best)
@@ -238,7 +238,7 @@ def test_vllm_in_process_does_only_what_is_missing(arguments, monkeypatch, capsy
         evaluate(arguments(**here))
     dies = False
     asked.clear()
-    monkeypatch.setenv("OMP_NUM_THREADS", "7")  # another speed
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")  # with other threads the speed differs
     evaluate(arguments(**here))
     assert len(asked) == 8
     assert "OMP_NUM_THREADS is 7 and was" in caplog.text

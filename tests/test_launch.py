@@ -249,7 +249,7 @@ def test_the_record_is_there_from_when_the_server_answers_until_it_ends(stand_in
     arguments = launch_arguments(tiny_verifier, output)
     arguments.vllm_args = ["--port", str(free_port()), "--host", "127.0.0.1"]
     record = output / "server.json"
-    write_server_record(output, "another", [1, 2, LAYERS], "localhost:9")  # of a server that is gone
+    write_server_record(output, "another", [1, 2, LAYERS], "localhost:9")  # the server of this record is gone
     before = record.read_text()
     seen = []
 
@@ -259,7 +259,7 @@ def test_the_record_is_there_from_when_the_server_answers_until_it_ends(stand_in
 
     def answers() -> bool:
         if stand_in.exists() and not seen:
-            time.sleep(0.3)  # it listens, but isn't ready
+            time.sleep(0.3)  # the server listens, but isn't ready
             seen.append(record.read_text())
             Path(f"{stand_in}.ready").touch()
         return len(seen) == 1 and record.read_text() != before

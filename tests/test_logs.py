@@ -160,7 +160,7 @@ def test_a_slow_loader_shows(train_flags):
     trainer = run(train_flags, **EPOCH)
     (fast,) = logs(trainer)
     trainer.train_dataset.__class__ = SlowRows
-    trainer.args.num_train_epochs = 2  # the five steps of the second are the ones that count for the time left
+    trainer.args.num_train_epochs = 2  # only the second epoch's five steps count for the time left
     trainer.train()
     slow = logs(trainer)[-1]
     waited = slow["loader_wait"] * epoch_positions(trainer) / slow["tokens_per_second"]
@@ -212,7 +212,7 @@ def wandb_metrics(folder):
         _, length, kind = struct.unpack_from("<IHB", data, place)
         parts += data[place + 7 : place + 7 + length]
         place += 7 + length
-        if kind in (1, 4):  # the whole of a record, or the last part of one
+        if kind in (1, 4):  # kinds of TensorFlow's record format: whole, last part
             record, parts = Record.FromString(parts), b""
             items = record.history.item
             entries.append({"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items})

@@ -81,7 +81,7 @@ def test_loss_and_gradients_equal_the_plain_formula(monkeypatch, name, chunk_ele
 
 @pytest.mark.parametrize(
     "name", [name for name in FORMULAS if name != "lk_hybrid"]
-)  # whose weight is a constant to autograd alone
+)  # autograd takes this weight for a constant
 def test_gradcheck(monkeypatch, name):
     monkeypatch.setitem(losses.CHUNK_ELEMENTS, "cpu", 5 * V)
     student, head, *rest = inputs(torch.float64, seed=1)

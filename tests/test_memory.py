@@ -246,7 +246,7 @@ def test_an_adapter_needs_less_than_the_weights():
 
 
 def test_memory_report_prints_and_trains_nothing(train_flags, tmp_path, capsys):
-    half = {"eval_strategy": "steps", "eval_steps": 0.5}  # of the steps
+    half = {"eval_strategy": "steps", "eval_steps": 0.5}  # a share of all steps
     main(["train", *flags({**train_flags, **half, "memory_report": True, "memory_budget": 1})])
     printed = capsys.readouterr().out
     assert "predicted peak" in printed

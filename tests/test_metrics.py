@@ -65,7 +65,7 @@ def test_drafts_go_on_behind_what_is_accepted_and_start_afresh_with_each_answer(
         (0, 4, 3, 2),
         (0, 5, 3, 3),
         (0, 6, 3, 3),
-        (0, 7, 2, 1),  # the first draft's two tokens and the verifier's own are behind
+        (0, 7, 2, 1),  # the first draft's two tokens and one of the verifier lie before it
         (0, 8, 1, 1),
         (0, 20, 1, 0),  # another answer
         (1, 21, 4, 4),  # another document

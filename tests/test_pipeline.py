@@ -168,7 +168,7 @@ def test_a_finished_step_is_done_again_when_something_changed(
     caplog.set_level("INFO")
     log, refusal = AGAIN[change]
     change(pipeline, tmp_path)
-    for _ in range(2 if refusal else 1):  # what is refused stays refused
+    for _ in range(2 if refusal else 1):  # a second try is refused as well
         caplog.clear()
         if refusal:
             with pytest.raises(SystemExit):

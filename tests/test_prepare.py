@@ -457,7 +457,7 @@ def test_a_dataset_in_memory_is_prepared_as_a_file_is(arguments, tmp_path):
     from_file = prepared(prepare(arguments))
     in_memory = replace(arguments, data=[Dataset.from_list(rows)], output=str(tmp_path / "memory"))
     assert prepared(prepare(in_memory)) == from_file
-    assert prepared(prepare(in_memory)) == from_file  # kept
+    assert prepared(prepare(in_memory)) == from_file  # the dataset is kept as it is
     with pytest.raises(PeagleError, match="overwrite"):
         prepare(replace(in_memory, data=[Dataset.from_list(rows[1:])]))
     assert "Dataset in memory" in (tmp_path / "memory" / "config.yaml").read_text()
@@ -637,7 +637,7 @@ def test_rows_with_the_same_conversation_stay_together(arguments, tmp_path):
 
     ids = prepared(prepare(changed(arguments, data=data[:1], output=str(tmp_path / "one"))))["conversation_id"]
     assert len(set(ids)) == 7
-    assert all(ids[place : place + 3] == [0] * 3 for place in [ids.index(0)])  # side by side
+    assert all(ids[place : place + 3] == [0] * 3 for place in [ids.index(0)])  # the tokens stand side by side
     cut = prepare(changed(arguments, data=data[:1], output=str(tmp_path / "cut"), max_samples=ids.index(0) + 2))
     assert prepared(cut)["conversation_id"] == ids[: ids.index(0) + 2]
     assert json.loads((cut / "skipped.json").read_text())[-1]["reason"].startswith("beyond the")
@@ -1010,7 +1010,7 @@ def test_nothing_is_overwritten_under_hidden_states(arguments):
     (folder / "hidden_states").mkdir()
     (folder / "hidden_states" / "hs_0.safetensors").touch()
     before = contents(folder)
-    prepare(changed(arguments, overwrite=True))  # they fit, since it is the same dataset
+    prepare(changed(arguments, overwrite=True))  # the cached states fit, since it is the same dataset
     with pytest.raises(PeagleError, match=r"hidden_states holds hidden states .* \(seed was 0, is 1\)"):
         prepare(changed(arguments, overwrite=True, seed=1))
     assert contents(folder) == before
@@ -1058,7 +1058,7 @@ def test_the_output_must_be_a_folder(arguments):
 
 def test_token_counts_can_have_a_second_place(arguments, tmp_path):
     second = tmp_path / "elsewhere" / "counts.pt"
-    for _ in range(2):  # also when the dataset is already there
+    for _ in range(2):  # the second time the dataset is already there
         folder = prepare(changed(arguments, token_freq_path=str(second)))
         assert second.read_bytes() == (folder / "token_freq.pt").read_bytes()
         second.unlink()

@@ -70,7 +70,7 @@ def test_lost_rows_are_noticed(arguments):
     with pytest.raises(PeagleError, match=rf"{ARROW} is damaged, .*: it has \d+ instead of \d+ bytes since"):
         load_prepared(folder)
     record = json.loads((folder / "prepare.json").read_text())
-    del record["files"]  # as earlier versions wrote it
+    del record["files"]  # earlier versions wrote no list of files
     (folder / "prepare.json").write_text(json.dumps(record))
     with pytest.raises(PeagleError, match=r"hold 4 samples, but prepare\.json counts 6"):
         load_prepared(folder)
@@ -132,7 +132,7 @@ def test_every_command_names_the_damaged_file(folder, tiny_verifier, name, tmp_p
         ("run", [tmp_path / "pipeline.yaml"]),
     ):
         if command == "data" and "manifest" in name:
-            continue  # it doesn't look at hidden states
+            continue  # the command doesn't look at hidden states
         with pytest.raises(SystemExit):
             cli.main([command, *map(str, flags)])
         printed = capsys.readouterr().err

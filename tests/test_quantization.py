@@ -228,7 +228,7 @@ def test_each_method_of_transformers_works_or_is_refused_before_loading(tiny_ver
     monkeypatch.setattr("peagle_hf.verifier.quantization.find_spec", lambda name: None)
     name = settings["quant_method"]
     if METHODS.get(name) == ():
-        words = "can't be read"  # there are no weights
+        words = "can't be read"  # the folder has no weights
     elif name in METHODS:
         package = METHODS[name][0]
         words = rf"{name}, for which transformers needs {package}.*pip install {package.replace('_', '-')}.*--endpoint"

@@ -842,7 +842,7 @@ def test_an_output_of_another_template_of_the_model_itself_is_not_kept(target, p
     ):
         run(model, output, prompts=str(prompts))
     report = report_of(output)
-    del report["settings"]["tokenizer"]  # as of an earlier version
+    del report["settings"]["tokenizer"]  # earlier versions recorded no tokenizer
     output.with_suffix(".report.json").write_text(json.dumps(report))
     assert run(model, output, prompts=str(prompts)) == rows
 
@@ -862,7 +862,7 @@ def test_damaged_files_are_named(target, prompts, tmp_path):
     output.unlink()
     lines = journal.read_bytes().splitlines(keepends=True)
     for number, bad in (
-        (1, b'{"model": "m", "seed": 0}\n'),  # an older version's
+        (1, b'{"model": "m", "seed": 0}\n'),  # the first line of an older version
         (2, b'{"key":"a","ids":[1,"2"],"left":0}\n'),
         (3, b"\0" * 40 + b"\n"),
         (3, b"[]\n"),
@@ -990,7 +990,7 @@ def test_a_prompt_that_the_server_refuses_is_dropped_and_named(target, prompts, 
     assert drop["reason"].startswith(f"the server refuses it: Error code: {status}")
     assert "127.0.0.1" not in drop["reason"]
 
-    # Out of the file with it: the others' answers stay.
+    # Without this row in the file, the answers of the others stay.
     write_jsonl(prompts, [row for row in PROMPTS if row["question_id"] != 9])
     output.unlink()
     server.requests.clear()

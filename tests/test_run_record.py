@@ -282,7 +282,7 @@ def test_another_verifier_under_the_same_path_is_refused(finished, tiny_verifier
     shutil.copytree(tiny_verifier, verifier)
     data = tmp_path / "data"
     shutil.copytree(finished["data_path"], data)
-    (data / "hidden_states" / "manifest.json").unlink()  # which would refuse it before
+    (data / "hidden_states" / "manifest.json").unlink()  # the manifest's check would refuse it first
     flags = {
         **finished,
         "verifier_name_or_path": str(verifier),

@@ -285,7 +285,7 @@ def test_a_draft_counts_in_the_range_of_the_tokens_before_it():
     assert {name: row["num_drafts"] for name, row in whole.items()} == drafts
     generator = np.random.default_rng(1)
     run = random_run(generator, 12)
-    assert part_figures([run], Contexts(), True) is None  # a server that doesn't say how long prompts are
+    assert part_figures([run], Contexts(), True) is None  # this server doesn't say how long prompts are
     for chat in run.chats:
         for answer in chat:
             answer.num_prompt_tokens = int(generator.choice([5, 1010, 4090, 16380, 32760, 99999]))
@@ -358,7 +358,7 @@ def test_the_report_has_the_figures_of_each_segment(arguments, drafter, capsys):
     assert sum(row["num_drafts"] for row in contexts.values()) == report["num_drafts"]
     printed, page = capsys.readouterr().out, Path(arguments.output, "evaluation.html").read_text()
     for shown in (printed, page):
-        assert "By position in the context" not in shown  # all drafts are in one range
+        assert "By position in the context" not in shown  # all drafts lie in one range of positions
         assert "By segment of the answers" in shown
         assert "reasoning from w5 to w6" in shown
     assert ["reasoning", "2", "6", "1.500", "16.7%"] in [line.split() for line in printed.splitlines()]

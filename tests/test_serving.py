@@ -258,7 +258,7 @@ def test_servers_give_the_report_that_vllm_in_process_gives(arguments, server, b
     assert "Of those that reach it" in table
     assert "To first token, s" in table
     assert report["others"] == []
-    assert len(server.requests) == 1 + 2 * 2 * (1 + 4)  # and a request to warm up each time
+    assert len(server.requests) == 1 + 2 * 2 * (1 + 4)  # each run begins with a request that warms up
     (output / "evaluation.json").write_text(json.dumps(report | {"break_even_length": 1.4}))
     card = model_card(
         check_checkpoint(drafter), "my-lab/d", None, None, read_evaluation(output / "evaluation.json", drafter)
@@ -326,7 +326,7 @@ def test_k_by_load_is_read_from_the_evaluation_beside_the_drafter(arguments, bas
     beside = link.parent / "evaluation" / "evaluation.json"
     beside.parent.mkdir()
     path.rename(beside)
-    path.write_text(json.dumps(report | {"drafter_weights": "other"}))  # it is passed over
+    path.write_text(json.dumps(report | {"drafter_weights": "other"}))  # the report of another drafter is passed over
     assert drafting_command(ServeArguments(str(link), **auto), on_cpu=False) == command
     beside.unlink()
     with pytest.raises(PeagleError, match=r"evaluates a different checkpoint .*evaluate --model '[^']*'\."):
@@ -713,7 +713,7 @@ def check_that_a_server_counts_alike(served: VllmServer, here: dict, flags: dict
         assert same["intervals"].get("acceptance_length") == row["intervals"].get("acceptance_length")
     assert there["by_segment"] == here["by_segment"]
     assert there["counts"] == here["counts"]
-    if here["counts"] == "by draft":  # from vLLM 0.29 on
+    if here["counts"] == "by draft":  # vLLM counts drafts from 0.29 on
         assert sum(row["num_drafts"] for row in there["by_segment"].values()) == there["num_drafts"]
         assert there["by_segment"]["reasoning"]["num_accepted_tokens"] == there["num_accepted_tokens"]
     assert there["by_category"]["cycle"]["acceptance_length"] == 1 + 58 / 119

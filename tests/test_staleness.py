@@ -79,7 +79,7 @@ def save_as(kind: str, source: Path, folder: Path) -> Path:
 def test_weights_are_known_by_their_values(kind, tiny_verifier, tmp_path):
     folder = save_as(kind, tiny_verifier, tmp_path / "verifier")
     original = weights_of(folder)
-    moved = shutil.copytree(folder, tmp_path / "moved", copy_function=shutil.copyfile)  # with other times
+    moved = shutil.copytree(folder, tmp_path / "moved", copy_function=shutil.copyfile)  # the copies have other times
     assert weights_of(moved) == original
     assert has_weights(original, moved)
     fine_tune(folder)
@@ -179,7 +179,7 @@ def test_a_hub_model_and_a_copy_of_it_are_compared_by_their_weights(verifier, tm
     assert weights_of("org/m") == "d" * 40
     assert has_weights("c" * 40, "org/m", made_by="org/m") is True
     assert has_weights("c" * 40, str(verifier), made_by="org/m") is True
-    assert has_weights("e" * 40, str(verifier), made_by="org/m") is None  # a commit that isn't on this machine
+    assert has_weights("e" * 40, str(verifier), made_by="org/m") is None  # this commit isn't on this machine
     fine_tune(verifier)
     assert has_weights("c" * 40, str(verifier), made_by="org/m") is False
     for path in (hub / "snapshots" / ("d" * 40)).glob("*.safetensors"):
@@ -194,7 +194,7 @@ def test_manifests_of_earlier_versions_are_compared_by_their_own_fingerprint(ext
     old |= {"format_version": 2, "revision": fingerprint._ends_of(verifier)}
     (folder / "manifest.json").write_text(json.dumps(old))
     for path in folder.glob("hs_*"):
-        save_file(load_file(path), path)  # without the weights that it is of
+        save_file(load_file(path), path)  # the adapter alone, without its base model's weights
     row_path(folder, 3).unlink()
     assert extract(extracted).num_kept == 19
     assert extract(extracted).num_kept == 20

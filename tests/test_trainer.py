@@ -180,7 +180,7 @@ def test_row_weights_are_in_the_training_loss_alone(train_flags, tmp_path, head)
         "default": 0.5,
         "flat": 1.0,
     }
-    earlier = record_of_earlier_version({"loss": "kl_div"})  # which had no such weights
+    earlier = record_of_earlier_version({"loss": "kl_div"})  # earlier versions had no weights of slots
     assert earlier.arguments["per_position_loss_weight"] == "uniform"
 
 
@@ -306,7 +306,7 @@ def test_evaluation_drops_no_row(train_flags):
     trainer = run(train_flags, max_steps=1, num_depths=8)
     evaluated = trainer.evaluate()
     counters, by_context, expected_by_method = count(trainer.model, trainer.distillation, trainer.eval_dataset)
-    assert expected_by_method == {}  # only a SamplingObjective has them
+    assert expected_by_method == {}  # only a SamplingObjective has these expectations
     expected = summarize(torch.cat([counters[:2], by_context.sum(0)]))
     assert {name: evaluated[f"eval_{name}"] for name in expected} == expected
     assert evaluated["eval_anchor_acceptance_length"] == summarize(counters)["acceptance_length"]

@@ -138,7 +138,7 @@ def test_what_does_something_passes(name, monkeypatch):
     monkeypatch.setattr("peagle_hf.training.arguments.check_tracker", lambda name: None)
     args = make(**{name: GIVEN[name]}, **WITH[name])
     assert getattr(args, name) == GIVEN[name]
-    replace(args)  # what was derived is taken again
+    replace(args)  # derived values are derived anew
 
 
 BAD = [
@@ -287,7 +287,7 @@ def test_samples_are_read_ahead_only_by_processes_that_are_forked(monkeypatch):
     args = make(total_seq_len=64)
     args.use_cpu = False
     assert loading.loader_workers(args) > 0
-    monkeypatch.setattr(loading, "get_start_method", lambda allow_none: None)  # nothing is chosen
+    monkeypatch.setattr(loading, "get_start_method", lambda allow_none: None)  # no start method has been chosen
     for default, is_forked in (("forkserver", False), ("spawn", False), ("fork", True)):
         monkeypatch.setattr(loading, "get_all_start_methods", lambda default=default: [default, "others"])
         assert bool(loading.loader_workers(args)) == is_forked

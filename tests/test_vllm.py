@@ -114,7 +114,7 @@ def test_nothing_is_drafted_at_loads_above_the_border(chain, drafter, tmp_path):
     config = speculative_config(drafter, check_checkpoint(drafter)) | schedule
     prompts = [Prompt(str(number), "cycle", [], ["w9 w7"]) for number in range(8)]
     jobs = [Job(prompts, [Condition(0.0, 2), Condition(0.0, 8)], NEW_TOKENS)]
-    soon = [Prompt(str(number), "ends", [], ["w9 w20"]) for number in range(2, 14)]  # four at a time
+    soon = [Prompt(str(number), "ends", [], ["w9 w20"]) for number in range(2, 14)]  # four of them run at a time
     jobs.append(Job(prompts[:2] + soon, [Condition(0.0, 6)], NEW_TOKENS))
     engine = engine_arguments(str(chain), [8], max_model_len=CHAIN_LENGTH)
     runs: dict[str, list[Run]] = {"without": [], "with": []}

@@ -200,19 +200,20 @@ def train_peer(job: dict) -> Measured:
         *("--num-layers", str(job["layers"]), "--num-depths", str(job["depths"])),
         *("--draft-vocab-size", str(DRAFT_VOCAB)),
         *("--total-seq-len", str(LENGTH), "--max-steps", str(job["steps"])),
-        # Half a row more, so that rounding down gives the very number.
+        # Half a row is added, so that rounding down gives exactly this number.
         *("--train-data-ratio", str((len(train_rows) + 0.5) / len(train_rows + held_out))),
         *("--lr", str(LEARNING_RATES["peer"]), "--scheduler-type", "cosine"),
         *("--scheduler-warmup-steps", str(warmup_steps(job["steps"]))),
         *("--num-workers", str(job["workers"]), "--save-best", "--on-missing", "raise"),
         *("--hidden-states-dtype", "bfloat16" if on_gpu else "float32"),
-        # Its defaults are made of Triton.
+        # The peer's default kernels need Triton.
         *([] if on_gpu else ["--draft-attn-impl", "sdpa", "--loss-implementation", "eager"]),
         *job["flags"],
     ]
     measured = Measured(flags)
     config = TrainConfig.resolve(flags)
-    # It would go on with one step in each epoch after the last step: there must be just enough epochs.
+    # After its last step the peer would take one more step in each further epoch, so it gets exactly as many epochs as
+    # it needs.
     lengths = column(load_prepared(data), "seq_len")[: len(train_rows)]
     sampler = MultipackDistributedBatchSamplerV2(config.data.total_seq_len, lengths, 1, 0, seed=config.seed)
     epochs, steps = 0, 0
@@ -261,7 +262,7 @@ def fit_peer(on_gpu: bool) -> None:
         return
     # It would move the model and the batches to device 0 of an accelerator. Autocast, for one too, switches itself off.
     trainer.get_local_rank = lambda: "cpu"
-    # Its clock waits for the accelerator.
+    # The peer's clock waits for an accelerator.
     torch.accelerator.synchronize = lambda: None
 
 

@@ -142,7 +142,7 @@ def train_peer(folder: Path, job: Job, drafter_folder: Path, clock: Clock) -> di
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     rows = list(range(len(lengths)))
-    link_rows(folder / "train", work / "data", [*rows, 0])  # it wants rows to validate on
+    link_rows(folder / "train", work / "data", [*rows, 0])  # the peer wants rows to validate on
     on_gpu = torch.cuda.is_available()
     recipe = {name: BASE[name] for name in RECIPE} | job.get("flags", {})
     flags = [
@@ -157,7 +157,8 @@ def train_peer(folder: Path, job: Job, drafter_folder: Path, clock: Clock) -> di
         *([] if on_gpu else ["--draft-attn-impl", "sdpa", "--loss-implementation", "eager"]),
     ]
     config = TrainConfig.resolve(flags)
-    # It would go on with one step in each epoch after the last step: there must be just enough epochs.
+    # After its last step the peer would take one more step in each further epoch, so it gets exactly as many epochs as
+    # it needs.
     sampler = MultipackDistributedBatchSamplerV2(BASE["total_seq_len"], lengths, 1, 0, seed=config.seed)
     batches: list[Any] = []
     epochs = 0

@@ -61,7 +61,7 @@ def chi_square(verifier: str, prompt: list[int], short: list[list[int]], tempera
     """The statistic of the second and of the third token, and its distance from the mean in standard deviations."""
     model, parts = AutoModelForCausalLM.from_pretrained(verifier, dtype=torch.float32).eval(), []
     for place in (1, 2):
-        texts = torch.tensor([one[: place + 1] for one in short if len(one) > place])  # one may end with EOS here
+        texts = torch.tensor([one[: place + 1] for one in short if len(one) > place])  # a text may have ended
         prefixes, number = texts[:, :place].unique(dim=0, return_inverse=True)
         ids = torch.cat([torch.tensor(prompt).expand(len(prefixes), -1), prefixes], dim=1)
         with torch.no_grad():

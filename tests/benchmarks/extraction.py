@@ -44,7 +44,7 @@ def main() -> None:
             "--hidden-states-path",
             str(served),
             "--",
-            "--no-enable-prefix-caching",  # or a round would gain from the one before
+            "--no-enable-prefix-caching",  # else a round would reuse the one before
             "--host",
             "127.0.0.1",
             "--port",

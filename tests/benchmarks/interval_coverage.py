@@ -99,7 +99,7 @@ def draw(scenario: Scenario, trials: int, prompts: int, seed: int) -> Sample:
         counts = generate(tokens, chances, rng)
         drafts.append(counts[0])
         accepted.append(counts[1])
-    load = np.exp(rng.normal(0, 0.15, shape))  # what else runs at the time
+    load = np.exp(rng.normal(0, 0.15, shape))  # other programs' load at the time
     passes = (0.026 * drafts[0], 0.02 * tokens)
     seconds = [(0.2 + one) * load * np.exp(rng.normal(0, 0.05, shape)) for one in passes]
     return Sample(tokens, np.stack(drafts), np.stack(accepted), np.stack(seconds))

@@ -53,7 +53,7 @@ def main() -> None:
         if options.join_characters:
             chats = joined(options.chats, options.join_characters, options.output / "joined.jsonl")
         prepare(PrepareArguments(options.verifier, [str(chats)], str(data), seq_length=options.seq_length))
-    extract(ExtractArguments(options.verifier, str(data)))  # it keeps what is there
+    extract(ExtractArguments(options.verifier, str(data)))  # samples that are cached already are kept
     for window in options.windows:
         for seed in options.seeds:
             report = measured(options, data, window, seed)

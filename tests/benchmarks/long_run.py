@@ -121,7 +121,7 @@ def add(options: argparse.Namespace) -> None:
     for text in options.jobs:
         job = json.loads(text)
         for seed in job.pop("seeds", [0]):
-            path = queue / f"{time.time_ns()}.json"  # in the order in which they are added
+            path = queue / f"{time.time_ns()}.json"  # the names sort jobs by the time when they were added
             path.with_suffix(".tmp").write_text(json.dumps(job | {"seed": seed}))
             path.with_suffix(".tmp").rename(path)
 
@@ -255,7 +255,7 @@ def worker(folder: str, until_empty: bool) -> None:
                 result = run_job(Path(folder), job)
             except Exception:
                 result = job | {"error": traceback.format_exc()[-1500:]}
-            if "CUDA error" in result.get("error", ""):  # nothing runs in this process any more
+            if "CUDA error" in result.get("error", ""):  # after such an error this process can run nothing
                 taken.rename(path)
                 os._exit(1)
             (results / f"{path.stem}.json").write_text(json.dumps(result))

@@ -36,7 +36,7 @@ class ProcessTree:
                 memory = member.memory_info()
                 rss, private = rss + memory.rss, private + memory.rss - memory.shared
                 read += member.io_counters().read_bytes
-        except psutil.Error:  # one has just ended
+        except psutil.Error:  # a process may just have ended
             return
         self.rss, self.private, self.read = max(self.rss, rss), max(self.private, private), max(self.read, read)
 

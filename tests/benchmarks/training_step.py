@@ -377,7 +377,7 @@ def measure(implementation: str, sizes: Sizes, cases: list[Case], device: str, s
                 print(f"{implementation}, {case.label}, warm-up {index}: {seconds:.3f} s", file=sys.stderr, flush=True)
                 result.setdefault("first_step_s", round(seconds, 2))
             count = max(1, min(steps, int(25 / seconds)))
-            # Back to back, as training runs them: the GPU need not wait while the CPU prepares the next step.
+            # Steps run back to back, as in training, so the GPU doesn't wait while the CPU prepares the next step.
             start = wait()
             for _ in range(count):
                 loss = step(forward_and_backward)

@@ -87,7 +87,7 @@ class Benchmark:
     def model(self) -> None:
         start, facts = time.monotonic(), {}
         if not self.verifier.exists():
-            with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # whose memory on the GPU goes with it
+            with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # its memory on the GPU is free when it ends
                 arguments = (self.verifier, self.options.tokenizer, self.options.tiny)
                 pool.submit(make_verifier, *arguments).result()
             facts = {"seconds": round(time.monotonic() - start, 1)}
@@ -152,7 +152,7 @@ class Benchmark:
         output = f"checkpoints-{options.gpus}"
         flags = ["--epochs", str(options.epochs), "--on-missing", "generate" if missing else "raise"]
         flags += ["--save-total-limit", "2", *(["--max-steps", str(options.max_steps)] if options.max_steps else [])]
-        if self.deadline is not None:  # so that the same command goes on within an epoch
+        if self.deadline is not None:  # so that the same command can go on within an epoch
             flags += ["--save-strategy", "steps", "--save-steps", str(self.saved)]
         flags = self.train_flags(output, flags)
         planned = self.planned_steps(options.gpus)
@@ -181,7 +181,7 @@ class Benchmark:
         wanted = max(3, self.options.scaling_steps // self.logged)
         kinds = [(count, kind) for count in counts for kind in ("ddp", "fsdp2") if count > 1 or kind == "ddp"]
         for count, kind in kinds:
-            if kind == "fsdp2" and not gpu_names():  # accelerate has none on CPUs
+            if kind == "fsdp2" and not gpu_names():  # accelerate has no FSDP on CPUs
                 continue
             if self.results.get("scaling", {}).get(f"{kind}, {count}", {}).get("step_s"):
                 continue
@@ -259,7 +259,7 @@ class Benchmark:
                 command += ["--output", str(self.cache), "--storage", storage, "--dry-run"]
                 printed = subprocess.run(command, capture_output=True, text=True).stdout
                 found = re.search(r"would write ([\d.]+) GiB", printed)
-            if found is None:  # the cache is of another kind
+            if found is None:  # the cache holds another kind of states
                 continue
             print(f"{storage} needs {found[1]} GiB; {free:.0f} GiB can be used.", flush=True)
             if float(found[1]) < free:
@@ -384,7 +384,7 @@ def training_facts(timed: Timed, each: int) -> dict[str, Any]:
     step = statistics.median(end - begin for begin, end in plain) / each
     longer = [end - begin - each * step for begin, end in gaps[1:] if (begin, end) not in plain]
     facts |= {"step_s": step, "start_s": losses[1][0] - 2 * each * step}
-    if len(ends) > 1:  # of whole epochs, each with its validation and the saving before it
+    if len(ends) > 1:  # whole epochs, each with its validation and saving
         facts["epoch_s"] = (ends[-1] - ends[0]) / (len(ends) - 1)
     facts["tokens_per_s"] = statistics.median(float(values["tokens_per_second"]) for _, values in losses[2:])
     facts["loader_wait"] = statistics.median(float(values["loader_wait"]) for _, values in losses[2:])
