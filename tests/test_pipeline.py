@@ -93,6 +93,22 @@ def refused(pipeline, tmp_path, capsys, words):
     assert words in capsys.readouterr().err
 
 
+def test_a_step_that_only_says_what_it_would_do_is_not_finished(pipeline, tmp_path, capsys, caplog):
+    """And it ends the pipeline, as the next step would miss its output; a record of a finished step stays."""
+    caplog.set_level("INFO")
+    pipeline["prepare"]["dry_run"] = True
+    run(tmp_path, pipeline)
+    assert "would read 12 conversations" in capsys.readouterr().out
+    assert "prepare: not done, because of dry_run; the pipeline ends here." in caplog.messages
+    assert not (tmp_path / "pipeline.json").exists()
+    del pipeline["prepare"]["dry_run"]
+    run(tmp_path, pipeline)
+    before = (tmp_path / "pipeline.json").read_text()
+    pipeline["train"]["memory_report"] = True
+    run(tmp_path, pipeline)
+    assert (tmp_path / "pipeline.json").read_text() == before
+
+
 def test_a_training_that_was_begun_anew_and_cut_off_goes_on(pipeline, tmp_path, monkeypatch, caplog):
     pipeline["train"]["epochs"] = 2
     run(tmp_path, pipeline)

@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 STEPS = ("regenerate", "prepare", "extract", "train", "evaluate")
 LENGTHS = {"num_train_epochs", "max_steps"}
 """Arguments that may change for a finished training, which then continues."""
+TELLING = ("dry_run", "memory_report")
+"""Arguments with which a step only says what it would do or need: it isn't finished then, and later steps can't begin."""
 
 
 @dataclass
@@ -73,7 +75,8 @@ def run(arguments: RunArguments) -> None:
 
     A step has changed if its arguments, the content of its input or its output have. Its command decides what it can
     still use: it continues where it was interrupted, and refuses to mix data that doesn't belong together. All
-    arguments are parsed before the first step starts.
+    arguments are parsed before the first step starts. A step with `dry_run` or `memory_report` says what it would do,
+    and ends the pipeline.
 
     Raises:
         PeagleError: a changed step would keep its old output: training would continue from its last checkpoint with
@@ -89,6 +92,10 @@ def run(arguments: RunArguments) -> None:
         remove_leftovers(arguments.output, r"pipeline\.json|(config|run)\.yaml")
         write_config(arguments, config_path(arguments.output, "run"), "run")
         for step, section in public_settings(sections).items():  # without passwords, since they are recorded
+            if told := [name for name in TELLING if getattr(parsed[step], name, False)]:
+                COMMANDS[step].load()[0](parsed[step])
+                logger.info("%s: not done, because of %s; the pipeline ends here.", step, told[0])
+                return
             _run_step(step, parsed[step], section, Path(arguments.output) / "pipeline.json")
 
 
