@@ -59,6 +59,8 @@ def test_the_record_is_in_the_output_folder_and_in_each_checkpoint(finished):
     record = record_of(finished)
     assert record == RunRecord.read(finished["output_dir"])
     assert record.rows_per_step == record.processes == 1
+    assert record.device in ("CPU, 1 thread", f"CPU, {torch.get_num_threads()} threads")
+    assert record.device != "CPU, 1 threads"
     assert record.samples.startswith("16 (")
     assert record.validation_samples.startswith("4 (")
     assert record.start == "new"

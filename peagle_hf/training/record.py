@@ -22,6 +22,7 @@ from transformers.training_args import OptimizerNames
 
 from .. import __version__
 from ..arguments import plain
+from ..console import number_of
 from ..data.cache_manifest import Manifest
 from ..data.dataset import HiddenStatesDataset
 from ..data.prepared_dataset import read_chat_options, read_prepare_record, rows_fingerprint
@@ -238,7 +239,7 @@ def _precision(args: PeagleTrainingArguments) -> str:
 
 def _device_name(args: PeagleTrainingArguments) -> str:
     on_gpu = args.device.type == "cuda"
-    return torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    return torch.cuda.get_device_name() if on_gpu else f"CPU, {number_of(torch.get_num_threads(), 'thread')}"
 
 
 def _versions() -> dict[str, str]:
