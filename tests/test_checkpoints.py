@@ -395,7 +395,9 @@ DAMAGED = {
     "model.safetensors": None,
     "full_precision/model.safetensors": b"cut",
     "full_precision": None,
+    "run.json": b"[]",
 }
+FLIPPED = ("rng_state.pth", "optimizer_state_dict.pt", "scheduler_state_dict.pt")
 
 
 @pytest.mark.fault(
@@ -422,6 +424,20 @@ def test_a_damaged_checkpoint_is_named_with_the_one_to_resume_from(train_flags, 
             assert f"training then goes on from {folder / '0'}" in str(error.value)
     shutil.rmtree(folder / "1")
     assert train(PeagleTrainingArguments(**{**train_flags, "output_dir": str(folder)})).state.global_step == 10
+    for file in FLIPPED:
+        path = output / "1" / file
+        whole = path.read_bytes()
+        place = whole.index(b"data.pkl") + 200  # within what is pickled, which has no rest that nobody reads
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(PeagleError, match=rf"{path} is damaged .*training then goes on from {output / '0'}"):
+            run(train_flags, resume=True)
+        path.write_bytes(whole)
+    state = json.loads((output / "1" / "trainer_state.json").read_text())
+    for damage in ({"log_histpry": []}, {"log_history": [{}]}):
+        (output / "1" / "trainer_state.json").write_text(json.dumps(state | damage))
+        with pytest.raises(PeagleError, match=rf"trainer_state.json is damaged.*Remove {output / '1'}"):
+            run(train_flags, resume=True)
+    (output / "1" / "trainer_state.json").write_text(json.dumps(state))
     (output / "7").mkdir()
     (output / "7" / "notes.txt").write_text("a folder of the user's own")
     assert list(checkpoints_by_step(output)) == [5, 10]

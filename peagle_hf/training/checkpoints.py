@@ -214,8 +214,16 @@ def trainer_state(folder: Path) -> dict[str, Any]:
     """
     path = _content(folder) / TRAINER_STATE_NAME
     state = read_json(path, f"The checkpoint is damaged: remove {folder}, and training goes on from the one before it.")
-    if not isinstance(state.get("global_step"), int):
+    log = state.get("log_history")
+    if not isinstance(state.get("global_step"), int) or not isinstance(log, list) or not all("step" in one for one in log):
         raise PeagleError(f"{path} is damaged: it names no step. Remove {folder}, and training goes on from another.")
+    try:
+        TrainerState(**state)
+    except TypeError as error:
+        raise PeagleError(
+            f"{path} is damaged, or of another version of transformers: {error}. Remove {folder}, and training goes on "
+            "from another."
+        ) from error
     return state
 
 
@@ -387,21 +395,28 @@ def _content(folder: Path) -> Path:
 
 
 def _problems(content: Path) -> Iterator[str]:
-    """Missing and damaged files among those that training is resumed from, as phrases."""
+    """Missing and damaged files among those that training is resumed from, as phrases.
+
+    Of the files of torch.save all bytes are read and compared with their checksums, as torch doesn't compare them.
+    """
     for path in sorted(path for path in content.rglob("*") if path.is_file()):
         try:
             if path.suffix == ".json":
-                json.loads(path.read_text(encoding="utf-8"))
+                found = json.loads(path.read_text(encoding="utf-8"))
+                if not isinstance(found, dict) and path.name != "files.json":  # a list, of an earlier version
+                    raise ValueError("it holds no JSON object")
             elif path.suffix == ".safetensors":
                 with safe_open(path, framework="pt"):
                     pass
-            elif path.suffix in (".pt", ".pth") and not zipfile.is_zipfile(path):
-                yield f"{path} is damaged (cut short, or no file of torch.save)"
-        except (OSError, ValueError, SafetensorError) as error:
+            elif path.suffix in (".pt", ".pth", ".bin"):
+                with zipfile.ZipFile(path) as archive:
+                    if (part := archive.testzip()) is not None:
+                        raise ValueError(f"the checksum of {part} in it is wrong")
+        except Exception as error:  # zipfile raises many kinds for a damaged archive
             yield f"{path} is damaged ({' '.join(str(error).split())})"
-    if not (content / TRAINER_STATE_NAME).exists():
+    if not (content / TRAINER_STATE_NAME).is_file():
         yield f"{content / TRAINER_STATE_NAME} is missing"
-    if not any(content.glob("rng_state*")):
+    if not any(path.is_file() for path in content.glob("rng_state*")):
         yield f"{content / 'rng_state.pth'} is missing"
     is_of_earlier_version = any((content / name).exists() for name in _TRAINER_NAMES)
     if is_of_earlier_version:
@@ -414,9 +429,9 @@ def _problems(content: Path) -> Iterator[str]:
         )  # those are of DeepSpeed's own folders
         if (content / ADAPTER).is_dir():
             needed.append(f"{ADAPTER}/{ADAPTER_WEIGHTS}")
-        elif (content / CONFIG).exists() and read_json(content / CONFIG, "").get("dtype") != "float32":
+        elif (content / CONFIG).is_file() and read_json(content / CONFIG, "").get("dtype") != "float32":
             needed.append(f"{FULL_PRECISION}/{WEIGHTS}")
-    yield from (f"{content / name} is missing" for name in needed if not (content / name).exists())
+    yield from (f"{content / name} is missing" for name in needed if not (content / name).is_file())
 
 
 def _link_tree(source: Path, target: Path) -> None:
