@@ -23,7 +23,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from types import FrameType
 from typing import Any, NoReturn
@@ -74,6 +74,7 @@ def command_line(prog: str, argv: Sequence[str] = ()) -> Iterator[None]:
     except PeagleError as error:
         _end(FAILED, f"{prog}: {error}")
     except KeyboardInterrupt:
+        _end_at_next_interrupt()
         _end(INTERRUPTED, f"\n{prog}: interrupted. The same command goes on where finished work was kept.")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's last flush doesn't fail
@@ -182,6 +183,12 @@ def _end(code: int, message: str | None = None) -> NoReturn:
     if message:
         print(message, file=sys.stderr)
     raise SystemExit(code) from None
+
+
+def _end_at_next_interrupt() -> None:
+    """Let another Ctrl-C end the process at once, without a traceback of what Python does at its end."""
+    with suppress(ValueError):  # not in the main thread, where no handler can be set
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _end_at_sigterm(prog: str) -> None:

@@ -493,6 +493,30 @@ def test_signals_end_a_process_with_their_codes(tmp_path):
         assert len(error.strip().splitlines()) == 1
 
 
+@pytest.mark.fault("A second Ctrl-C while a command ends after the first", "It ends at once, without a traceback.")
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_a_second_interrupt_ends_the_process_at_once():
+    """Python has much to do at its end, such as the waiting for threads, after which it is too late to catch anything."""
+    code = (
+        "import atexit, signal, time\n"
+        "from peagle_hf.console import command_line\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it\n"
+        "atexit.register(time.sleep, 60)\n"
+        "with command_line('program'):\n"
+        "    print('ready', flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", code], **pipes)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    said = [process.stderr.readline() for _ in range(2)]
+    assert said[1].startswith("program: interrupted."), said
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30)[1] == ""
+    assert process.returncode == -signal.SIGINT
+
+
 @pytest.mark.fault("The program that reads the output ends", "The command ends quietly with exit code 141.")
 def test_a_closed_pipe_ends_a_command_quietly():
     command = f"{PROGRAM[0]} train --help-all | head -n 1"
