@@ -158,9 +158,12 @@ def locked_file(path: str | os.PathLike[str], remedy: str) -> Iterator[None]:
 
 @contextmanager
 def _locked(lock_path: Path, written: str | os.PathLike[str], remedy: str) -> Iterator[None]:
-    """Hold the lock file while the block runs; a file beside it names the holder for other processes."""
+    """Hold the lock file while the block runs; a file beside it names the holder for other processes.
+
+    Where this process can't write there is no lock: it can only find out that nothing is left to do, or fail.
+    """
     key = os.path.realpath(lock_path)
-    if key in _HELD:
+    if key in _HELD or not os.access(lock_path.parent, os.W_OK):
         yield
         return
     holder = lock_path.with_name(f"{lock_path.name}.holder")

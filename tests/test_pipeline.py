@@ -1,7 +1,9 @@
 """`peagle-hf run`: steps in order, finished ones skipped, bad ones found before any starts; the import direction."""
 
 import ast
+import errno
 import json
+import os
 import re
 import shutil
 from graphlib import TopologicalSorter
@@ -107,6 +109,46 @@ def test_a_step_that_only_says_what_it_would_do_is_not_finished(pipeline, tmp_pa
     pipeline["train"]["memory_report"] = True
     run(tmp_path, pipeline)
     assert (tmp_path / "pipeline.json").read_text() == before
+
+
+@pytest.mark.fault("All is done in a folder that can only be read", "The command says so; else it names the folder")
+def test_finished_work_is_found_where_nothing_can_be_written(pipeline, tmp_path, tiny_verifier, monkeypatch, caplog):
+    run(tmp_path, pipeline)
+    data = tmp_path / "data"
+    chats = str(tmp_path / "answers.jsonl")
+    asked = ["regenerate", "--model", str(with_template(tiny_verifier, tmp_path)), "--prompts", chats]
+    (tmp_path / "answers.jsonl").write_text(json.dumps({"turns": ["w1 w2"]}) + "\n")
+    asked += ["--output", str(tmp_path / "out" / "answered.jsonl"), "--max-new-tokens", "4", "--max-repetition", "1"]
+    cli.main(asked)
+    before = {path: path.stat().st_mtime_ns for path in [tmp_path, *tmp_path.rglob("*")]}
+    caplog.set_level("INFO")
+
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    monkeypatch.setattr("peagle_hf.files._acquired", refuse)
+    monkeypatch.setattr(os, "replace", refuse)
+    cli.main(["run", str(tmp_path / "pipeline.yaml")])
+    cli.main(asked)
+    cli.main(["extract", "--preprocessed-data", str(data)])
+    assert "train: finished earlier." in caplog.messages
+    assert f"{tmp_path / 'out' / 'answered.jsonl'} is complete already." in caplog.messages
+    assert "12 of 12 samples are cached; 0 are to be extracted." in caplog.messages
+    assert {path: path.stat().st_mtime_ns for path in [tmp_path, *tmp_path.rglob("*")]} == before
+    (data / "hidden_states" / "hs_3.safetensors").unlink()
+    (tmp_path / "out" / "answered.jsonl").unlink()
+    for command in (["extract", "--preprocessed-data", str(data)], asked):
+        with pytest.raises(SystemExit):
+            cli.main(command)
+
+
+def with_template(tiny_verifier, tmp_path):
+    """The tiny verifier with a chat template."""
+    folder = Path(shutil.copytree(tiny_verifier, tmp_path / "chatting"))
+    (folder / "chat_template.jinja").write_text("{% for message in messages %}{{ message['content'] }} {% endfor %}")
+    return folder
 
 
 def test_a_training_that_was_begun_anew_and_cut_off_goes_on(pipeline, tmp_path, monkeypatch, caplog):

@@ -19,7 +19,7 @@ from ..data.cache_storage import STATES_FILE, cache_folder
 from ..data.prepared_dataset import CHAT_TEMPLATE_FILE, DATASET_INFO, read_prepare_record, rows_fingerprint
 from ..data.sources import data_sha256, is_local_file
 from ..errors import PeagleError
-from ..files import locked_folder, read_json, remove_leftovers, write_json
+from ..files import check_writable, locked_folder, read_json, remove_leftovers, write_json
 from ..fingerprint import file_fingerprint, weights_of
 from ..redaction import public_settings
 from ..training.checkpoints import BEST, newest_checkpoint
@@ -90,7 +90,8 @@ def run(arguments: RunArguments) -> None:
     }
     with locked_folder(arguments.output, "Wait until it has ended, or name another output.", "run"):
         remove_leftovers(arguments.output, r"pipeline\.json|(config|run)\.yaml")
-        write_config(arguments, config_path(arguments.output, "run"), "run")
+        if os.access(arguments.output, os.W_OK):  # otherwise this only says what is finished
+            write_config(arguments, config_path(arguments.output, "run"), "run")
         for step, section in public_settings(sections).items():  # without passwords, since they are recorded
             if told := [name for name in TELLING if getattr(parsed[step], name, False)]:
                 COMMANDS[step].load()[0](parsed[step])
@@ -107,6 +108,7 @@ def _run_step(step: str, arguments: Any, section: dict[str, Any], record: Path) 
     if before is not None and not reasons:
         logger.info("%s: finished earlier.", step)
         return
+    check_writable(record.parent)
     if before is not None:
         _require_fresh(step, arguments, state, before)
         logger.info("%s: again, because %s.", step, "; ".join(reasons))

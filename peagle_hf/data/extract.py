@@ -261,7 +261,8 @@ def _extract_share(arguments: ExtractArguments, share: Share) -> ExtractReport:
         if share.is_first or not share.is_launched:
             print(plan(output, manifest, data, missing))
         return ExtractReport(output, manifest, len(lengths), len(lengths) - len(missing), {}, 0, 0.0)
-    check_writable(output)
+    if not lengths.keys() <= present:  # else the folder may be one that can only be read
+        check_writable(output)
     if share.size > 1 and not share.is_launched:
         warn_of_other_shares(output, manifest, data, {row: selected[row] for row in selected if row not in present})
     part = "extract" if share.size == 1 else f"extract-{share.rank}-of-{share.size}"

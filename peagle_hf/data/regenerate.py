@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal
 from ..arguments import Arguments, check_ranges, flag_of
 from ..console import progress_bar
 from ..errors import PeagleError
-from ..files import ANOTHER_OUTPUT, atomic_path, locked_file, remove_leftovers, write_json
+from ..files import ANOTHER_OUTPUT, atomic_path, check_writable, locked_file, remove_leftovers, write_json
 from ..fingerprint import has_weights, weights_of
 from .answer_journal import Journal
 from .chat_models import ChatModel, LocalChatModel, ServedChatModel
@@ -207,6 +207,7 @@ def _regenerate(arguments: RegenerateArguments, output: Path, report_path: Path)
         logger.info("%s is complete already.", output)
         return output
 
+    check_writable(output.parent)
     verifier = _load(arguments, options)
     with Journal(journal_path) as journal:
         answer_settings = _answer_settings(arguments) | options.description()
