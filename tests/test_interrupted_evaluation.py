@@ -125,22 +125,31 @@ def test_what_changed_is_named_and_all_is_measured_anew(arguments, server, suite
     interrupt(arguments(), server)
     evaluate(arguments(rounds=1))  # the number of rounds may change: the first is there
     assert len(server.requests) == 1
-    changes = {
-        "max_tokens is 9 and was 20": {"max_tokens": 9},
-        r"temperature is [0.5] and was [0.0]": {"temperature": 0.5},
-    }
-    for words, change in changes.items():
-        interrupt(arguments(), server)
-        caplog.clear()
-        evaluate(arguments(rounds=1, **change))
-        assert "Everything is measured again, without " in caplog.text
-        assert words in caplog.text
-        assert len(server.requests) == 1 + 2 * REQUESTS
+    interrupt(arguments(), server)
+    caplog.clear()
+    evaluate(arguments(rounds=1, max_tokens=9))
+    assert "Everything is measured again, without " in caplog.text
+    assert "max_tokens is 9 and was 20" in caplog.text
+    assert len(server.requests) == 1 + 2 * REQUESTS
     interrupt(arguments(), server)
     suite.write_text(suite.read_text().replace("a b c", "a b"))
     caplog.clear()
     evaluate(arguments(rounds=1))
     assert "prompts is 6, sha256" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "runs"), [({"concurrency": [1, 2, 3]}, 1), ({"concurrency": [2]}, 0), ({"temperature": [0, 0.5]}, 2)]
+)
+def test_another_list_of_loads_or_temperatures_keeps_the_runs_that_it_has_too(
+    arguments, server, change, runs, caplog, monkeypatch
+):
+    monkeypatch.setattr("peagle_hf.evaluation.benchmark._illustrate", lambda report, output: None)  # takes long
+    interrupt(arguments(), server)  # after both loads of the first round
+    report = evaluate(arguments(rounds=1, **change))
+    assert "Everything is measured again" not in caplog.text
+    assert len(server.requests) == 1 + runs * REQUESTS  # one finds out how the server counts
+    assert [one["concurrency"] for one in report["by_concurrency"]] == change.get("concurrency", [1, 2])
 
 
 @pytest.mark.fault(

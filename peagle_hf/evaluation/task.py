@@ -73,9 +73,12 @@ class Task:
         return FinishedRuns(Path(self.arguments.output) / FINISHED_RUNS, self._settings() | measured_on)
 
     def _settings(self) -> dict[str, Any]:
-        """Everything but a run's name that determines its figures, without passwords."""
+        """Everything but a run's name that determines its figures, without passwords.
+
+        Concurrency and temperature of a run are in its name, so that other lists of them leave it as it is.
+        """
         arguments = self.arguments
-        names = ("concurrency", "max_tokens", "temperature", "draft_sample_method", "seed", "dtype")
+        names = ("max_tokens", "draft_sample_method", "seed", "dtype")
         content = json.dumps([[prompt.id, prompt.category, prompt.digest] for prompt in self.prompts])
         return {
             "verifier": weights_of(self.verifier) or self.verifier,
