@@ -618,13 +618,25 @@ def test_prepare_refuses_the_token_ids_of_another_vocabulary(target, prompts, tm
     with pytest.raises(PeagleError, match=words):
         prepare(make(model=str(other), overwrite=True))
 
-    # Rows of earlier versions don't say which tokenizer made them. Another chat template changes no id.
+    # Rows of earlier versions don't say which tokenizer made them.
     write_jsonl(output, [{**row, "tokenizer": None} for row in rows])
     prepare(make(model=str(other), overwrite=True))
-    write_jsonl(output, rows)
-    same = shutil.copytree(target, tmp_path / "same")
+
+
+@pytest.mark.fault("The verifier's own chat template changes after its answers", "prepare refuses their token ids")
+def test_prepare_refuses_the_token_ids_of_an_older_chat_template(target, prompts, tmp_path):
+    """The drafter would be served with the template as it is now."""
+    output, same = tmp_path / "chats.jsonl", shutil.copytree(target, tmp_path / "same")
+    rows = run(same, output, prompts=str(prompts))
     (same / "chat_template.jinja").write_text("{{ messages }}")
-    prepare(make(model=str(same), overwrite=True))
+    make = partial(PrepareArguments, str(same), [str(output)], str(tmp_path / "data"))
+    with pytest.raises(
+        PeagleError, match=r"chats\.jsonl, line \d: the input_ids were written with another chat template"
+    ):
+        prepare(make())
+    # Rows of earlier versions don't say which template made them.
+    write_jsonl(output, [{name: row[name] for name in row if name != "template_fingerprint"} for row in rows])
+    prepare(make())
 
 
 def test_a_chosen_chat_template_and_its_variables_are_answered_and_remembered(

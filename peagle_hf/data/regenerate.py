@@ -32,6 +32,7 @@ from .tokenizer import (
     CHAT_TEMPLATE_KWARGS_HELP,
     ChatOptions,
     load_tokenizer,
+    template_fingerprint,
     tokenizer_fingerprint,
     vocabulary_fingerprint,
 )
@@ -163,9 +164,10 @@ def regenerate(arguments: RegenerateArguments) -> Path:
     Each line is a sample with `id`, `category`, `conversation` (the same text in all samples of one chat and in no
     other), `messages`, `tools` if the chat offers some, `input_ids`, `loss_mask` (1 on every token that the verifier
     wrote, its end-of-turn token included), `finish_reason` of the last answer ("stop" or "length"), `model`,
-    `tokenizer` (a fingerprint of the vocabulary of `input_ids`) and `chat_options` (a fingerprint of the chosen chat
-    template, and its variables). A chat is one sample, unless the chat template renders earlier turns differently
-    later: then each such turn starts a sample of its own.
+    `tokenizer` (a fingerprint of the vocabulary of `input_ids`), `chat_options` (a fingerprint of the chosen chat
+    template, and its variables) and `template_fingerprint` (of the chat template that was used, chosen or not). A chat
+    is one sample, unless the chat template renders earlier turns differently later: then each such turn starts a sample
+    of its own.
 
     The report lists what is dropped and why: near-duplicate, excluded and unusable prompts before they are answered,
     prompts that a server refuses, and chats with an answer that is empty, too short, cut off or looping. Answers are
@@ -375,6 +377,7 @@ def _chats(
         "model": Path(arguments.model).resolve().name if Path(arguments.model).is_dir() else arguments.model,
         "tokenizer": vocabulary_fingerprint(answers.verifier.tokenizer),
         "chat_options": answers.verifier.options.fingerprint(),
+        "template_fingerprint": template_fingerprint(answers.verifier.tokenizer),
     }
     for index, prompt in enumerate(progress_bar(prompts, desc="Writing", unit="chat")):
         if index in unanswerable:

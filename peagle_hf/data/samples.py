@@ -42,6 +42,7 @@ class SampleMaker:
         num_ids: one more than the largest id of the vocabulary.
         vocabulary: fingerprint of the vocabulary, which rows that are tokenized already must have.
         chat_options: those of `prepare`, which rows that are tokenized already must have.
+        template: fingerprint of the chat template, which rows that are tokenized already must have.
         seq_length: tokens after which a sample is cut.
         min_learnt_tokens: a sample with fewer tokens to train on is left out.
         preference: which answer of preference rows to take; None refuses such rows.
@@ -52,6 +53,7 @@ class SampleMaker:
     num_ids: int
     vocabulary: str
     chat_options: ChatOptions
+    template: str
     seq_length: int
     min_learnt_tokens: int
     preference: str | None
@@ -78,11 +80,52 @@ class SampleMaker:
         """The place of a row, and its content or the columns that say why it is left out."""
         place, content = _read(self.sources, number)
         if "input_ids" in content and "loss_mask" in content:
-            return place, _read_tokens(content, place, self.num_ids, self.vocabulary, self.chat_options)
+            return place, self._read_tokens(content, place)
         try:
             return place, read_chat(content, place, self.preference)
         except Unlearnable as error:
             return place, _left_out(str(error), place, error.field, count_answers(content))
+
+    def _read_tokens(self, row: dict[str, Any], place: str) -> MaskedSample:
+        """Check a row of the data that is tokenized already; each run of 1 in its loss mask is an answer.
+
+        `regenerate` writes into each row with which tokenizer, chat options and chat template it was made.
+        """
+        if row.get("tokenizer") not in (None, self.vocabulary):
+            raise PeagleError(
+                f"{place}: the input_ids are of another tokenizer, that of {row.get('model') or 'an unknown model'}. "
+                "Name that model with --model, run peagle-hf regenerate with this one, or remove `input_ids` from the "
+                "rows so that their `messages` are tokenized."
+            )
+        if row.get("chat_options") not in (None, self.chat_options.fingerprint()):
+            raise PeagleError(
+                f"{place}: the input_ids were written with other chat options ({row['chat_options']}) than those here "
+                f"({self.chat_options.fingerprint()}), which the drafter would be measured and served with. Give "
+                "peagle-hf prepare the --chat-template and --chat-template-kwargs that peagle-hf regenerate had, or "
+                "run peagle-hf regenerate again with those given here."
+            )
+        if row.get("template_fingerprint") not in (None, self.template):
+            raise PeagleError(
+                f"{place}: the input_ids were written with another chat template than the verifier's own is now, with "
+                "which the drafter would be measured and served. Put the old template back, or name another --output "
+                "for peagle-hf regenerate and run it again."
+            )
+        for name, limit in (("input_ids", self.num_ids), ("loss_mask", 2)):
+            values = row[name]
+            if not isinstance(values, list) or not all(type(value) is int and 0 <= value < limit for value in values):
+                what = "ids of the tokenizer's vocabulary" if name == "input_ids" else "a loss mask"
+                raise PeagleError(
+                    f"{place}: {name} must be a list of integers from 0 to {limit - 1}, {what}. Was it made for "
+                    "another model? Correct it or take the row out."
+                )
+        if len(row["input_ids"]) != len(row["loss_mask"]):
+            raise PeagleError(
+                f"{place}: there are {len(row['input_ids'])} input_ids but {len(row['loss_mask'])} values in "
+                "loss_mask. Correct the row or take it out."
+            )
+        loss_mask = np.array(row["loss_mask"], dtype=np.int8)
+        ends = (np.flatnonzero(np.diff(loss_mask, append=0) == -1) + 1).tolist()
+        return MaskedSample(np.array(row["input_ids"], dtype=np.int32), loss_mask, ends, [])
 
     def _sample(self, masked: MaskedSample) -> dict[str, Any]:
         """The columns of a sample, cut after `seq_length` tokens, or the reason why it is left out."""
@@ -180,47 +223,6 @@ def _conversation_values(source: Source) -> Iterator[Any]:
             value = row.get(CONVERSATION)
             is_messages = isinstance(value, list) and not row.keys() & {"messages", "conversations"}
             yield None if is_messages else value
-
-
-def _read_tokens(
-    row: dict[str, Any], place: str, num_ids: int, vocabulary: str, chat_options: ChatOptions
-) -> MaskedSample:
-    """Check a row of the data that is tokenized already; each run of 1 in its loss mask is an answer.
-
-    Args:
-        num_ids: one more than the largest id of the vocabulary.
-        vocabulary: its fingerprint, which `regenerate` writes into each row as `tokenizer`.
-        chat_options: those of `prepare`; `regenerate` writes its own into each row.
-    """
-    if row.get("tokenizer") not in (None, vocabulary):
-        raise PeagleError(
-            f"{place}: the input_ids are of another tokenizer, that of {row.get('model') or 'an unknown model'}. Name "
-            "that model with --model, run peagle-hf regenerate with this one, or remove `input_ids` from the rows so "
-            "that their `messages` are tokenized."
-        )
-    if row.get("chat_options") not in (None, chat_options.fingerprint()):
-        raise PeagleError(
-            f"{place}: the input_ids were written with other chat options ({row['chat_options']}) than those here "
-            f"({chat_options.fingerprint()}), which the drafter would be measured and served with. Give peagle-hf "
-            "prepare the --chat-template and --chat-template-kwargs that peagle-hf regenerate had, or run peagle-hf "
-            "regenerate again with those given here."
-        )
-    for name, limit in (("input_ids", num_ids), ("loss_mask", 2)):
-        values = row[name]
-        if not isinstance(values, list) or not all(type(value) is int and 0 <= value < limit for value in values):
-            what = "ids of the tokenizer's vocabulary" if name == "input_ids" else "a loss mask"
-            raise PeagleError(
-                f"{place}: {name} must be a list of integers from 0 to {limit - 1}, {what}. Was it made for another "
-                "model? Correct it or take the row out."
-            )
-    if len(row["input_ids"]) != len(row["loss_mask"]):
-        raise PeagleError(
-            f"{place}: there are {len(row['input_ids'])} input_ids but {len(row['loss_mask'])} values in loss_mask. "
-            "Correct the row or take it out."
-        )
-    loss_mask = np.array(row["loss_mask"], dtype=np.int8)
-    ends = (np.flatnonzero(np.diff(loss_mask, append=0) == -1) + 1).tolist()
-    return MaskedSample(np.array(row["input_ids"], dtype=np.int32), loss_mask, ends, [])
 
 
 def _candidate_features() -> "datasets.Features":

@@ -172,3 +172,8 @@ def tokenization_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 def vocabulary_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """32 hex digits of SHA-256 of the vocabulary with its added tokens, which says what token ids mean."""
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:32]
+
+
+def template_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """16 hex digits of SHA-256 of the chat template by which this tokenizer turns chats into text."""
+    return hashlib.sha256(json.dumps(tokenizer.chat_template, sort_keys=True).encode()).hexdigest()[:16]
