@@ -496,7 +496,7 @@ def test_signals_end_a_process_with_their_codes(tmp_path):
 @pytest.mark.fault("A second Ctrl-C while a command ends after the first", "It ends at once, without a traceback.")
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_a_second_interrupt_ends_the_process_at_once():
-    """Python has much to do at its end, such as the waiting for threads, after which it is too late to catch anything."""
+    """Python has much to do at its end, such as waiting for threads, and it is too late to catch anything then."""
     code = (
         "import atexit, signal, time\n"
         "from peagle_hf.console import command_line\n"

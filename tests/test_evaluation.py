@@ -27,9 +27,12 @@ from peagle_hf.evaluation.figures import Trial, compare, difference, figures
 from peagle_hf.evaluation.report import draw, html, text
 from peagle_hf.evaluation.runs import Run
 from peagle_hf.evaluation.suites import load_prompts
+from peagle_hf.evaluation.task import drafting_of, follow_links
+from peagle_hf.model import served_checkpoint
 from peagle_hf.model.served_checkpoint import check_checkpoint, speculative_config
 from peagle_hf.serving.client import Answer, summarize
 from peagle_hf.serving.environment import vllm_environment
+from peagle_hf.serving.launch import ServeArguments, drafting_command
 from peagle_hf.serving.tokens_by_load import describe, recommend, scheduled
 
 
@@ -118,6 +121,17 @@ def test_another_verifier_is_refused_by_both_names(drafter, chain, tmp_path):
         check_checkpoint(drafter, verifier=str(tmp_path))
     assert str(chain) in str(refused.value)
     assert str(tmp_path) in str(refused.value)
+
+
+def test_a_checkpoint_is_read_once_to_serve_and_to_evaluate_it(drafter, chain, tmp_path, monkeypatch):
+    read = []
+    check = served_checkpoint._check_tensors
+    monkeypatch.setattr(served_checkpoint, "_check_tensors", lambda *args: read.append(check(*args)))
+    drafting_command(ServeArguments(str(drafter)), on_cpu=True)
+    assert len(read) == 1
+    arguments = EvaluateArguments(model=str(drafter), suite=["prompts.jsonl"], output=str(tmp_path))
+    assert len(drafting_of(arguments, follow_links(arguments), str(chain))) == 1
+    assert len(read) == 2
 
 
 def test_missing_vllm_is_said_with_the_way_to_get_it(monkeypatch):

@@ -30,7 +30,7 @@ STEPS = ("regenerate", "prepare", "extract", "train", "evaluate")
 LENGTHS = {"num_train_epochs", "max_steps"}
 """Arguments that may change for a finished training, which then continues."""
 TELLING = ("dry_run", "memory_report")
-"""Arguments with which a step only says what it would do or need: it isn't finished then, and later steps can't begin."""
+"""Arguments with which a step only says what it would do or need: it isn't finished, and later steps can't begin."""
 
 
 @dataclass

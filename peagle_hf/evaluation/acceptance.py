@@ -148,7 +148,7 @@ def acceptance(arguments: AcceptanceArguments) -> dict[str, Any]:
     folder = drafter_folder(arguments.model)
     name, link = drafter_name(arguments.model, folder)
     config = check_checkpoint(folder)
-    verifier = verifier_of(folder, arguments.verifier)
+    verifier = verifier_of(folder, config, arguments.verifier)
     dtype: torch.dtype = getattr(torch, arguments.dtype)
     config.num_depths = arguments.num_speculative_tokens or config.num_depths
     drafter = _load_drafter(folder, config, dtype)

@@ -89,7 +89,7 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
             others too.
     """
     drafters = follow_links(arguments)
-    verifier = verifier_of(drafters[0].folder, arguments.verifier)
+    verifier = verifier_of(drafters[0].folder, drafters[0].config, arguments.verifier)
     drafting = drafting_of(arguments, drafters, verifier)
     dropped: list[dict[str, str]] = []
     prompts = load_prompts(arguments, dropped)

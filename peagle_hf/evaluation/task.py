@@ -12,7 +12,14 @@ from ..data.prompts import Prompt
 from ..data.tokenizer import ChatOptions
 from ..errors import PeagleError
 from ..fingerprint import weights_of
-from ..model.served_checkpoint import check_checkpoint, drafter_folder, drafter_name, speculative_config
+from ..model.config import PeagleConfig
+from ..model.served_checkpoint import (
+    check_checkpoint,
+    check_verifier,
+    drafter_folder,
+    drafter_name,
+    speculative_config,
+)
 from ..redaction import public_url
 from .arguments import EvaluateArguments
 from .figures import Trial
@@ -31,12 +38,14 @@ class Drafter:
         link: the name that was given, if that is a link to the folder.
         folder: the real path.
         weights: see `fingerprint.weights_of`.
+        config: its configuration.
     """
 
     name: str
     link: str | None
     folder: Path
     weights: str | None
+    config: PeagleConfig
 
     def description(self) -> dict[str, Any]:
         return {"drafter": self.name, "drafter_link": self.link, "drafter_weights": self.weights}
@@ -172,7 +181,7 @@ def follow_links(arguments: EvaluateArguments) -> list[Drafter]:
     """Resolve the drafters once, `--model` first: training may move `checkpoint_best` while it is measured.
 
     Raises:
-        PeagleError: two names lead to the same folder.
+        PeagleError: two names lead to the same folder, or vLLM would load a checkpoint wrongly.
     """
     drafters: list[Drafter] = []
     for given in (arguments.model, *arguments.compare):
@@ -184,7 +193,8 @@ def follow_links(arguments: EvaluateArguments) -> list[Drafter]:
                 f"--model and --compare name a drafter twice: {earlier.link or earlier.name} and {given} are both "
                 f"{folder}. Name each once."
             )
-        drafters.append(Drafter(name, link, folder, weights_of(folder)))
+        config = check_checkpoint(folder)
+        drafters.append(Drafter(name, link, folder, weights_of(folder), config))
     return drafters
 
 
@@ -192,12 +202,14 @@ def drafting_of(arguments: EvaluateArguments, drafters: Sequence[Drafter], verif
     """All pairs of drafter and K to measure, drafter by drafter; those of `--model` first.
 
     Raises:
-        PeagleError: vLLM would load a checkpoint wrongly, or it is for another verifier.
+        PeagleError: a drafter is for another verifier.
     """
     drafting = []
     for drafter in drafters:
-        config = check_checkpoint(drafter.folder, verifier, arguments.trust_remote_code)
-        for number in arguments.num_speculative_tokens or [config.num_depths]:
-            arguments_of_vllm = speculative_config(drafter.folder, config, number, arguments.draft_sample_method)
+        check_verifier(drafter.folder, drafter.config, verifier, arguments.trust_remote_code)
+        for number in arguments.num_speculative_tokens or [drafter.config.num_depths]:
+            arguments_of_vllm = speculative_config(
+                drafter.folder, drafter.config, number, arguments.draft_sample_method
+            )
             drafting.append(Drafting(drafter, arguments_of_vllm))
     return drafting

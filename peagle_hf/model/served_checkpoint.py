@@ -93,19 +93,19 @@ def check_checkpoint(
     config = _check_config(folder / "config.json")
     _check_tensors(folder / "model.safetensors", config)
     if verifier is not None:
-        _check_verifier(folder, config, verifier, trust_remote_code)
+        check_verifier(folder, config, verifier, trust_remote_code)
     return config
 
 
-def verifier_of(folder: str | os.PathLike[str], given: str | None) -> str:
-    """The verifier of a drafter: the one that is given, otherwise the one that the checkpoint names.
+def verifier_of(folder: str | os.PathLike[str], config: PeagleConfig, given: str | None) -> str:
+    """The verifier of a drafter: the one that is given, otherwise the one that its configuration names.
 
     Raises:
-        PeagleError: the checkpoint names a folder that isn't there; or see `check_checkpoint`.
+        PeagleError: the configuration names a folder that isn't there.
     """
     if given is not None:
         return given
-    name = str(check_checkpoint(folder).verifier_name_or_path)
+    name = str(config.verifier_name_or_path)
     try:
         if not os.path.isdir(name):
             validate_repo_id(name)
@@ -213,7 +213,10 @@ def _check_tensors(path: Path, config: PeagleConfig) -> None:
         )
 
 
-def _check_verifier(folder: Path, config: PeagleConfig, verifier: str, trust_remote_code: bool) -> None:
+def check_verifier(
+    folder: str | os.PathLike[str], config: PeagleConfig, verifier: str, trust_remote_code: bool
+) -> None:
+    """Make sure that a drafter was made for a model like this one (see `check_checkpoint`)."""
     target = load_verifier_config(verifier, trust_remote_code=trust_remote_code)
     layer_ids = config.eagle_aux_hidden_state_layer_ids
     same_sizes = (target.hidden_size, target.vocab_size) == (config.hidden_size, config.vocab_size)

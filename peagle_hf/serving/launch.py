@@ -35,6 +35,7 @@ from ..model.served_checkpoint import (
     DRAFTER_HELP,
     VERIFIER_HELP,
     check_checkpoint,
+    check_verifier,
     drafter_folder,
     speculative_config,
     verifier_of,
@@ -293,8 +294,9 @@ def drafting_command(arguments: ServeArguments, on_cpu: bool) -> list[str]:
         PeagleError: vLLM would load the checkpoint wrongly, or it was made for another verifier.
     """
     folder = drafter_folder(arguments.model)
-    verifier = verifier_of(folder, arguments.verifier)
-    config = check_checkpoint(folder, verifier, arguments.trust_remote_code)
+    config = check_checkpoint(folder)
+    verifier = verifier_of(folder, config, arguments.verifier)
+    check_verifier(folder, config, verifier, arguments.trust_remote_code)
     tokens = arguments.num_speculative_tokens
     number = None if tokens in (None, AUTO) else int(str(tokens))
     drafting = speculative_config(folder, config, number, arguments.draft_sample_method)

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from accelerate.utils.constants import FSDP_MODEL_NAME
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -215,7 +215,11 @@ def trainer_state(folder: Path) -> dict[str, Any]:
     path = _content(folder) / TRAINER_STATE_NAME
     state = read_json(path, f"The checkpoint is damaged: remove {folder}, and training goes on from the one before it.")
     log = state.get("log_history")
-    if not isinstance(state.get("global_step"), int) or not isinstance(log, list) or not all("step" in one for one in log):
+    if (
+        not isinstance(state.get("global_step"), int)
+        or not isinstance(log, list)
+        or not all("step" in one for one in log)
+    ):
         raise PeagleError(f"{path} is damaged: it names no step. Remove {folder}, and training goes on from another.")
     try:
         TrainerState(**state)
