@@ -859,7 +859,7 @@ def test_bad_files_stop_the_command(arguments, content, problem):
         ({"data": ["shargpt"]}, "neither a built-in dataset"),
         ({"data": ["./no_such_folder/x"]}, "./no_such_folder/x can't be read: there is no such file or folder"),
         ({"data": ["a/b:c:d:e"]}, "org/name:configuration:split"),
-        ({"model": "./no_such_model"}, "The tokenizer of --model ./no_such_model can't be loaded"),
+        ({"model": "./no_such_model"}, "The tokenizer of ./no_such_model can't be loaded"),
         ({"seq_length": 0}, "--seq-length is 0"),
         ({"max_samples": 0}, "--max-samples is 0"),
         ({"weights": [0.7, 0.3]}, r"--weights 0\.7 0\.3 must be finite numbers above 0, one for each of the 1 --d"),

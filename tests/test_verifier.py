@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from chat_templates import CHATML, make_tokenizer
 from conftest import VISION, save_verifier
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed
@@ -16,9 +17,15 @@ from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enab
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from peagle_hf.errors import PeagleError
+from peagle_hf.model.config import PeagleConfig
 from peagle_hf.verifier.draft_vocabulary import draft_vocabulary, load_token_freq
 from peagle_hf.verifier.head import VerifierHead, load_embedding
-from peagle_hf.verifier.loading import default_aux_layer_ids, load_verifier, load_verifier_config
+from peagle_hf.verifier.loading import (
+    default_aux_layer_ids,
+    load_verifier,
+    load_verifier_config,
+    load_verifier_tokenizer,
+)
 from peagle_hf.verifier.parts import verifier_parts
 
 SIZES = {
@@ -292,3 +299,48 @@ def test_a_checkpoint_that_does_not_load_completely_is_refused(llama, tmp_path, 
     ):
         with pytest.raises(PeagleError, match=words):
             load()
+
+
+def test_a_tokenizer_file_of_mistral_changes_nothing(llama):
+    """transformers takes another class for such models where mistral-common is installed."""
+    folder, _ = llama
+    make_tokenizer(CHATML).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "mistral"}))
+    (folder / "tekken.json").write_text("{}")
+    tokenizer = load_verifier_tokenizer(str(folder))
+    assert tokenizer.is_fast
+    assert tokenizer.chat_template == CHATML
+
+
+def test_the_chat_template_of_a_processor_is_the_tokenizers(llama):
+    folder, _ = llama
+    make_tokenizer(CHATML).save_pretrained(folder)
+    (folder / "chat_template.jinja").unlink()
+    assert load_verifier_tokenizer(str(folder)).chat_template is None
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": CHATML}))
+    assert load_verifier_tokenizer(str(folder)).chat_template == CHATML
+    (folder / "chat_template.jinja").write_text("{{ 1 }}")
+    assert load_verifier_tokenizer(str(folder)).chat_template == "{{ 1 }}"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "problem"),
+    [
+        ("tokenizer.json", "{}", "KeyError: 'added_tokens'"),
+        ("tokenizer.json", None, "Couldn't instantiate the backend tokenizer"),
+        ("tokenizer_config.json", "[1]", "AttributeError: 'list'"),
+        ("chat_template.json", "{}", "KeyError: 'chat_template'"),
+    ],
+)
+def test_a_damaged_tokenizer_is_named(llama, file, content, problem):
+    folder, _ = llama
+    tokenizer = make_tokenizer(CHATML)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(folder)
+    (folder / file).unlink(missing_ok=True)
+    if content is not None:
+        (folder / file).write_text(content)
+    message = rf"The tokenizer of {folder} can't be loaded: {problem}.*Check the name"
+    with pytest.raises(PeagleError, match=f"(?s){message}"):
+        PeagleConfig.from_verifier(str(folder), num_layers=1)

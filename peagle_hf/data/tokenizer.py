@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..errors import PeagleError
+from ..verifier.loading import load_verifier_tokenizer
 
 CHAT_TEMPLATE_HELP = (
     "Chat template to use instead of the tokenizer's default: a name among the tokenizer's own, or a Jinja file."
@@ -87,12 +88,7 @@ def load_tokenizer(model: str, trust_remote_code: bool, chat_template: str | Non
     Raises:
         PeagleError: that is not possible.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise PeagleError(
-            f"The tokenizer of --model {model} can't be loaded: {error} Check the name or the folder, and the network."
-        ) from error
+    tokenizer = load_verifier_tokenizer(model, trust_remote_code=trust_remote_code)
     if chat_template is not None:
         tokenizer.chat_template = read_chat_template(tokenizer, chat_template)
     return tokenizer

@@ -7,14 +7,13 @@ from huggingface_hub.dataclasses import strict
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
-    AutoTokenizer,
     LlamaConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
 
 from ..errors import PeagleError
-from ..verifier.loading import default_aux_layer_ids, load_verifier_config
+from ..verifier.loading import default_aux_layer_ids, load_verifier_config, load_verifier_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +157,7 @@ class PeagleConfig(PreTrainedConfig):
         target.allow_global_per_layer_attribute_access = True
         layer_ids = target_layer_ids or default_aux_layer_ids(target.num_hidden_layers)
         if mask_token_id is None:
-            tokenizer = AutoTokenizer.from_pretrained(verifier, revision=revision, trust_remote_code=trust_remote_code)
+            tokenizer = load_verifier_tokenizer(verifier, revision, trust_remote_code)
             mask_token_id, reason = choose_mask_token(tokenizer, target.vocab_size)
             logger.info("Mask token: %d, %s.", mask_token_id, reason)
         layer_config = _layer_config(target, draft_arch or "qwen3", num_layers, sliding_window)

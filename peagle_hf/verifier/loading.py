@@ -1,8 +1,10 @@
-"""Loading a verifier: its configuration, the whole model, the model without weights, and its default layers."""
+"""Loading a verifier: its configuration, tokenizer, whole model or model without weights, and its default layers."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -16,10 +18,14 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 from transformers.integrations import deepspeed as hf_deepspeed
+from transformers.utils import cached_file
+from transformers.utils.hub import LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE
 
 from ..errors import PeagleError
 from .quantization import (
@@ -67,6 +73,44 @@ def load_verifier_config(
             "isn't a decoder-only language model's. Name the chat model that the drafter is to speed up."
         )
     return config
+
+
+def load_verifier_tokenizer(
+    name_or_path: str, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load the verifier's tokenizer.
+
+    A chat template that only the model's processor has, in chat_template.json as some multimodal models, counts too.
+
+    Of a model with Mistral's own tokenizer file, tekken.json, it is the usual fast tokenizer too. transformers would
+    take another class as soon as mistral-common is installed, as it is beside vLLM, and that has no chat template.
+
+    Raises:
+        PeagleError: there is none, or a file of it is damaged.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            name_or_path, revision=revision, trust_remote_code=trust_remote_code, mistral_format=False
+        )
+        if tokenizer.chat_template is None and (file := _chat_template_file(name_or_path, revision)) is not None:
+            tokenizer.chat_template = json.loads(Path(file).read_text(encoding="utf-8"))["chat_template"]
+    except Exception as error:  # a damaged file may raise anything
+        reason = str(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}."
+        raise PeagleError(
+            f"The tokenizer of {name_or_path} can't be loaded: {reason} Check the name, or the files of the folder, "
+            "and the network."
+        ) from error
+    return tokenizer
+
+
+def _chat_template_file(name_or_path: str, revision: str | None) -> str | None:
+    return cached_file(
+        name_or_path,
+        LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
 
 
 def hub_verifier(name_or_path: str | None, hub_name: str | None = None) -> str:
