@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -27,10 +26,11 @@ from transformers import (
 from ..cpu import pack_linear_layers
 from ..errors import PeagleError
 from ..verifier.loading import load_verifier
+from .chat_template import ChatRenderer
 from .chats import Unlearnable
 from .endpoint import ask_any, concurrently, endpoint_urls, served_model
 from .errors import EndpointError, RefusedEndpointError
-from .tokenizer import ChatOptions, load_tokenizer, several_chat_templates
+from .tokenizer import ChatOptions, load_tokenizer, no_default_template
 
 _PLACEHOLDER = "PLACEHOLDER"
 
@@ -80,14 +80,16 @@ class ChatModel(ABC):
             ends = _generation_config(name, config).eos_token_id
         except (OSError, ValueError) as error:
             raise _not_loaded(name, error) from error
-        if self.tokenizer.chat_template is None:
-            raise PeagleError(
-                f"The tokenizer of {name} has no chat template, so it is unknown how a chat is written for this model. "
-                "Name a chat model, or add a chat_template.jinja to its folder."
-            )
-        if isinstance(self.tokenizer.chat_template, dict) and "default" not in self.tokenizer.chat_template:
-            raise several_chat_templates(self.tokenizer)
+        template = self.tokenizer.chat_template
+        if template is None or (isinstance(template, dict) and "default" not in template):
+            raise no_default_template(self.tokenizer)
+        self.renderer = ChatRenderer(self.tokenizer, self.options.kwargs)
         self.end_ids = {self.tokenizer.eos_token_id} if ends is None else {ends} if isinstance(ends, int) else set(ends)
+        if None in self.end_ids:
+            raise PeagleError(
+                f"Neither the generation_config.json nor the tokenizer of {name} names a token that ends an answer, so "
+                "none would end. Add eos_token_id to the generation_config.json."
+            )
         self.max_length: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
 
     @abstractmethod
@@ -113,29 +115,17 @@ class ChatModel(ABC):
             PeagleError: some batches failed; all others were yielded before, unless too many failed in succession.
         """
 
-    def render(
-        self, messages: list[dict[str, Any]], tools: list[Any] | None = None, add_generation_prompt: bool = True
-    ) -> str:
-        """Render a chat with the chat template.
-
-        Raises:
-            Unlearnable: the template refuses the chat.
-        """
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    messages,
-                    tools=tools,
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                    **self.options.kwargs,
-                )
-            )
-        except (TemplateError, TypeError) as error:
-            raise Unlearnable(f"the chat template refuses it ({error})") from error
-
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def encode_after(self, end: str, text: str) -> list[int]:
+        """The token ids of a text that follows a special token (empty at the beginning of a chat).
+
+        The token may take in the white space after it, and some tokenizers put a space before a text that has none.
+        """
+        anchor = self.encode(end)
+        ids = self.encode(end + text)
+        return ids[len(anchor) :] if ids[: len(anchor)] == anchor else self.encode(text)
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         return str(
@@ -149,7 +139,7 @@ class ChatModel(ABC):
             PeagleError: the chat template writes no tag before a user's words.
         """
         try:
-            text = self.render([{"role": "user", "content": _PLACEHOLDER}], add_generation_prompt=False)
+            text = self.renderer.prompt([{"role": "user", "content": _PLACEHOLDER}], add_generation_prompt=False)
         except Unlearnable:
             text = ""
         before, placeholder, after = text.partition(_PLACEHOLDER)

@@ -15,7 +15,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..errors import PeagleError
 from .chats import Chat, Unlearnable
-from .tokenizer import several_chat_templates
+from .tokenizer import no_default_template
 
 # A letter of Unicode's private use area, with which no answer and no chat template begins or ends.
 PROBE = "\ue000"
@@ -40,6 +40,7 @@ class TemplateKind:
         is_marking: whether it has {% generation %} marks.
         roles_of_parts: the roles whose content it wants as a list of parts.
         generation_prompt: the text that `add_generation_prompt` adds after a question; may be empty.
+        answer_header: the text that the verifier itself writes before a plain answer, if a special token is in it.
         prompt_tail: all text after a question with `add_generation_prompt`: its closing and the generation prompt.
         closing: the text after a plain answer; None if the template refuses the probe.
         end_of_turn: how many characters of the closing the verifier generates.
@@ -51,6 +52,7 @@ class TemplateKind:
     is_marking: bool
     roles_of_parts: frozenset[str]
     generation_prompt: str
+    answer_header: str
     prompt_tail: str
     closing: str | None
     end_of_turn: int
@@ -79,12 +81,18 @@ class ChatRenderer:
     Args:
         tokenizer: a tokenizer with a chat template.
         template_kwargs: variables for the chat template, such as `enable_thinking`.
+        template: another template than the tokenizer's own.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template_kwargs: dict[str, Any] | None = None,
+        template: str | None = None,
+    ) -> None:
         added = tokenizer.added_tokens_decoder
         special = {token.content for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
-        self._tokenizer = tokenizer
+        self._tokenizer, self._given = tokenizer, template
         self._kwargs: dict[str, Any] = {**tokenizer.special_tokens_map, **(template_kwargs or {})}
         self._special_token = re.compile(_any_of(special))
         self._kinds: dict[bool, TemplateKind] = {}
@@ -94,6 +102,30 @@ class ChatRenderer:
         is_text = not isinstance(chat.messages[index].get("content"), list)
         answer = {"role": "assistant", "content": content if is_text else as_parts(content)}
         return self.render(Chat([*chat.messages[:index], answer], chat.tools), index + 1)[0]
+
+    def prompt(
+        self, messages: list[dict[str, Any]], tools: list[Any] | None = None, add_generation_prompt: bool = True
+    ) -> str:
+        """Render messages up to the next answer, their contents as parts for the roles that need that.
+
+        Raises:
+            Unlearnable: the template refuses the messages.
+        """
+        roles = self.kind(bool(tools)).roles_of_parts
+        chat = Chat([in_parts(message, roles) for message in messages], tools)
+        return self.render(chat, len(messages), add_generation_prompt)[0]
+
+    def content_of(self, written: str, has_tools: bool) -> str | None:
+        """The text for later turns of what the verifier wrote, special tokens included but the last.
+
+        That is what follows the header that it writes before its text (as gpt-oss does, whose reasoning comes before);
+        empty if it wrote no text behind one. None if the template has no such header.
+        """
+        header = self.kind(has_tools).answer_header
+        if not header:
+            return None
+        _, found, text = written.rpartition(header)
+        return self._special_token.sub("", text).strip() if found or not self._special_token.search(written) else ""
 
     def render(self, chat: Chat, count: int, add_generation_prompt: bool = False) -> tuple[str, list[Span] | None]:
         """Render the first `count` messages of a chat; returns the text, and the spans that the template marks or None.
@@ -126,10 +158,12 @@ class ChatRenderer:
         return text, marks[0] if is_marking else None
 
     def _template(self, has_tools: bool) -> str:
+        if self._given is not None:
+            return self._given
         try:
             return self._tokenizer.get_chat_template(tools=[{}] if has_tools else None)
         except ValueError as error:
-            raise several_chat_templates(self._tokenizer) from error
+            raise no_default_template(self._tokenizer) from error
 
     def kind(self, has_tools: bool) -> TemplateKind:
         """The template's properties, probed once with tools and once without."""
@@ -160,6 +194,7 @@ class ChatRenderer:
         asked, prompt = text_of(question), text_of(question, prompted=True)
         generation_prompt = prompt[len(asked) :] if asked and prompt and prompt.startswith(asked) else ""
         plain, more = text_of(question, answer), text_of(question, answer, question)
+        header = plain[len(prompt) :].partition(PROBE)[0] if plain and prompt and plain.startswith(prompt) else ""
         prompt_tail = prompt.rpartition(PROBE)[2] if prompt and PROBE in prompt else ""
         closing = None if plain is None or plain.count(PROBE) < 2 else plain.rpartition(PROBE)[2]
         following = more.rpartition(PROBE)[0].rpartition(PROBE)[2] if more and more.count(PROBE) > 2 else ""
@@ -171,6 +206,7 @@ class ChatRenderer:
             is_marking=_GENERATION_MARK.search(self._template(has_tools)) is not None,
             roles_of_parts=frozenset(roles_of_parts),
             generation_prompt=generation_prompt,
+            answer_header=header if self._special_token.search(header) else "",
             prompt_tail=prompt_tail,
             closing=closing,
             end_of_turn=end_of_turn,
@@ -210,6 +246,13 @@ def _any_of(texts: set[str]) -> str:
 
 def _message(role: str, content: str, roles_of_parts: set[str] | frozenset[str]) -> dict[str, Any]:
     return {"role": role, "content": as_parts(content) if role in roles_of_parts else content}
+
+
+def in_parts(message: dict[str, Any], roles_of_parts: frozenset[str]) -> dict[str, Any]:
+    """The message with its content as parts, if its role needs that."""
+    if message["role"] in roles_of_parts and isinstance(message.get("content"), str):
+        return {**message, "content": as_parts(message["content"])}
+    return message
 
 
 def as_parts(content: str) -> list[dict[str, str]]:

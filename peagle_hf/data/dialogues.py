@@ -172,7 +172,7 @@ def _longest(verifier: ChatModel, prompt: Prompt) -> int:
     messages = [*prompt.system, {"role": "user", "content": prompt.turns[0]}]
     for turn in prompt.turns[1:]:
         messages += [{"role": "assistant", "content": "."}, {"role": "user", "content": turn}]
-    num_tokens = len(verifier.encode(verifier.render(messages, prompt.tools)))
+    num_tokens = len(verifier.encode(verifier.renderer.prompt(messages, prompt.tools)))
     return num_tokens + len(prompt.turns) * verifier.max_new_tokens
 
 
@@ -283,6 +283,8 @@ class Dialogue:
         self.prompt, self.verifier = prompt, verifier
         self.messages: list[dict[str, Any]] = list(prompt.system)
         self.text = ""  # the chat as text, up to the end of the last answer
+        self.end = ""  # the token that ended the last answer, if the tokens so far end with it
+        self.is_without_text = False  # whether the last answer has no text that a later turn could follow
         self.input_ids: list[int] = []
         self.loss_mask: list[int] = []
         self.finish_reason = ""
@@ -292,14 +294,16 @@ class Dialogue:
         """Add the user's message of a turn, and the template's text up to the answer, to `input_ids`.
 
         Raises:
-            Unlearnable: the chat template refuses the chat.
+            Unlearnable: the chat template refuses the chat, or the last answer has no text for a later turn.
         """
+        if self.is_without_text:
+            raise Unlearnable("an answer has no text, only reasoning or a tool call, so no user turn can follow it")
         self.messages.append({"role": "user", "content": self.prompt.turns[turn]})
-        text = self.verifier.render(self.messages, self.prompt.tools)
+        text = self.verifier.renderer.prompt(self.messages, self.prompt.tools)
         if not text.startswith(self.text):
             self._end_sample(self.messages[:-1])
-            self.text = ""
-        new_ids = self.verifier.encode(text[len(self.text) :])
+            self.text = self.end = ""
+        new_ids = self.verifier.encode_after(self.end, text[len(self.text) :])
         self.input_ids = self.input_ids + new_ids
         self.loss_mask = self.loss_mask + [0] * len(new_ids)
         self.text = text
@@ -308,9 +312,16 @@ class Dialogue:
         """Add the verifier's answer, as token ids."""
         ended = ids[-1] in self.verifier.end_ids
         self.finish_reason = "stop" if ended else "length"
-        content = self.verifier.decode(ids[:-1] if ended else ids).strip()
+        before = ids[:-1] if ended else ids
+        content = written = self.verifier.decode(before).strip()
+        whole = self.verifier.decode(before, skip_special_tokens=False)
+        text = self.verifier.renderer.content_of(whole, bool(self.prompt.tools))
+        if text is not None:
+            self.is_without_text = not text and bool(content)
+            content, written = text or content, whole
         self.messages.append({"role": "assistant", "content": content})
-        self.text += content + (self.verifier.decode(ids[-1:], skip_special_tokens=False) if ended else "")
+        self.end = self.verifier.decode(ids[-1:], skip_special_tokens=False) if ended else ""
+        self.text += written + self.end
         self.input_ids = self.input_ids + ids
         self.loss_mask = self.loss_mask + [1] * len(ids)
 

@@ -23,9 +23,9 @@ from .chat_template import (
     Refused,
     Span,
     TemplateKind,
-    as_parts,
     check_shown,
     hidden_message,
+    in_parts,
     joined,
     pieces_of,
 )
@@ -418,9 +418,7 @@ def _formed(chat: Chat, form: _Form, roles_of_parts: frozenset[str]) -> Chat:
                 message = {**message, "content": form.null}
             if form.arguments_are_text:
                 message = {**message, "tool_calls": [_with_text_arguments(call) for call in calls]}
-        if message["role"] in roles_of_parts and isinstance(message.get("content"), str):
-            message = {**message, "content": as_parts(message["content"])}
-        messages.append(message)
+        messages.append(in_parts(message, roles_of_parts))
     return Chat(messages, chat.tools)
 
 

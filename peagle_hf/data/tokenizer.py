@@ -114,8 +114,13 @@ def read_chat_template(tokenizer: PreTrainedTokenizerBase, name_or_file: str) ->
         ) from error
 
 
-def several_chat_templates(tokenizer: PreTrainedTokenizerBase) -> PeagleError:
-    """The error about a tokenizer whose named chat templates have no default."""
+def no_default_template(tokenizer: PreTrainedTokenizerBase) -> PeagleError:
+    """The error about a tokenizer that has no chat template, or several named ones of which none is the default."""
+    if tokenizer.chat_template is None:
+        return PeagleError(
+            f"The tokenizer of {tokenizer.name_or_path} has no chat template, so it is unknown how a chat is written "
+            "for this model. Name a chat model, or a template with --chat-template."
+        )
     return PeagleError(
         f"The tokenizer of {tokenizer.name_or_path} has several chat templates and none of them is the default: "
         f"{', '.join(tokenizer.chat_template)}. Name one with --chat-template."

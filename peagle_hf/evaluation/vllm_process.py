@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 import torch
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from .. import __version__
 from ..arguments import flag_of
 from ..console import number_of, progress_bar
+from ..data.chat_template import ChatRenderer
+from ..data.chats import Unlearnable
 from ..data.prompts import Prompt
 from ..data.tokenizer import ChatOptions, load_tokenizer
 from ..errors import PeagleError
@@ -336,6 +337,9 @@ class _Conversations:
         self.chats: list[list[Answer]] = [[] for _ in job.token_ids or job.prompts]
         self._engine, self._renderer = llm.llm_engine, llm.renderer
         self._tokenizer = tokenizer
+        self._chats: ChatRenderer | None = None
+        if tokenizer is not None:
+            self._chats = ChatRenderer(tokenizer, job.options.kwargs, job.options.template)
         self._asked: dict[str, tuple[int, float]] = {}
 
     def hold(self, indices: Sequence[int], concurrency: int, report_progress: Callable[[int], object]) -> None:
@@ -360,23 +364,21 @@ class _Conversations:
         if self.job.token_ids:
             return {"prompt_token_ids": self.job.token_ids[index]}
         assert self._tokenizer is not None
+        assert self._chats is not None
         prompt, chat = self.job.prompts[index], self.chats[index]
         said = [answer.text for answer in chat] if self.answers is None else self.answers[index]
         messages = list(prompt.system)
         for question, answer in zip(prompt.turns, said[: len(chat)], strict=False):
             messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         messages.append({"role": "user", "content": prompt.turns[len(chat)]})
-        given: dict[str, Any] = {"tools": prompt.tools, "chat_template": self.job.options.template}
-        given = {name: value for name, value in given.items() if value}
         try:
-            ids: Any = self._tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_dict=False, **given, **self.job.options.kwargs
-            )
-        except (TemplateError, TypeError, ValueError) as error:
+            text = self._chats.prompt(messages, prompt.tools)
+        except Unlearnable as error:
             raise PeagleError(
-                f"The chat template refuses turn {len(chat)} of prompt {prompt.id}: {error} Take the prompt out, or "
-                "name another template with --chat-template."
+                f"Turn {len(chat)} of prompt {prompt.id} can't be asked: {error}. Take the prompt out, or name another "
+                "template with --chat-template."
             ) from error
+        ids: Any = self._tokenizer.encode(text, add_special_tokens=False)
         if len(ids) + self.job.max_tokens > self.max_model_len:
             raise PeagleError(
                 f"Turn {len(chat)} of prompt {prompt.id} has {number_of(len(ids), 'token')}; with an answer of "
@@ -410,7 +412,7 @@ class _Conversations:
             drafts = drafts_in_order(counted.histogram, counted.per_step_accepted, counted.per_step_drafted)
         self.chats[index].append(
             Answer(
-                text=answer.text,
+                text=self._text(index, answer),
                 token_ids=list(answer.token_ids),
                 finish_reason=answer.finish_reason,
                 first_token_seconds=output.metrics.first_token_latency,
@@ -420,6 +422,15 @@ class _Conversations:
                 num_prompt_tokens=len(output.prompt_token_ids),
             )
         )
+
+    def _text(self, index: int, answer: Any) -> str:
+        """An answer's text as later turns follow it, and as a server would give it: without what stands before it."""
+        if self._tokenizer is None or self._chats is None:
+            return str(answer.text)
+        ids = list(answer.token_ids)
+        whole = str(self._tokenizer.decode(ids[:-1] if answer.finish_reason == "stop" else ids))
+        text = self._chats.content_of(whole, bool(self.job.prompts[index].tools))
+        return str(answer.text) if text is None else text
 
 
 def _since(before: list[int], llm: Any) -> list[int]:
