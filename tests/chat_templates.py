@@ -450,6 +450,22 @@ PATTERNS: dict[str, Pattern] = {
             )
         ],
     ),
+    "a thought is a part of the content": Pattern(
+        "{% for m in messages %}<|{{ m.role }}|>{% if m.content is string %}{{ m.content }}{% else %}"
+        "{% for p in m.content %}{{ '<think>' + p.thinking + '</think>' if p.type == 'thinking' else p.text }}"
+        "{% endfor %}{% endif %}" + CALLS + "<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}",
+        [
+            Case(THOUGHT, [["<think>Hm.</think>Well<|end|>", "<think>So.</think>Fine<|end|>"]]),
+            Case(
+                [user(), says([{"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": "Well"}])],
+                [["<think>Hm.</think>Well<|end|>"]],
+            ),
+            Case(
+                [user(), says(None, "Hm.", "Paris"), RESULT, says("Sunny.")],
+                [[f"<think>Hm.</think><call>{written('Paris')}</call><|end|>", "Sunny.<|end|>"]],
+            ),
+        ],
+    ),
     "a special token shares its first letter with the prompt": Pattern(
         "{% for m in messages %}<|{{ m.role }}|>"
         "{% if m.tool_calls %}<CALLS>{{ m.tool_calls[0].function | tojson }}</CALLS>"
@@ -518,11 +534,17 @@ PATTERNS: dict[str, Pattern] = {
     ),
     "content is trimmed": Pattern(
         CHATML.replace("{{ m.content }}", "{{ m.content | trim }}"),
-        [Case([user(), says(" Well \n")], [["Well" + END]])],
+        [
+            Case([user(), says(" Well \n")], [["Well" + END]]),
+            Case(THOUGHT, [], {1: "does not show reasoning", 3: "does not show reasoning"}),
+        ],
     ),
     "content is JSON": Pattern(
         CHATML.replace("{{ m.content }}", "{{ m.content | tojson }}"),
-        [Case([user(), says('"Well"\n')], [['"\\"Well\\"\\n"' + END]])],
+        [
+            Case([user(), says('"Well"\n')], [['"\\"Well\\"\\n"' + END]]),
+            Case(THOUGHT, [], {1: "does not show reasoning", 3: "does not show reasoning"}),
+        ],
     ),
     "the length of the chat is in the text": Pattern(
         "{{ messages | length }}" + CHATML, [Case(ONE, [], {1: "changes the conversation"})]

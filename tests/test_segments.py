@@ -50,6 +50,15 @@ BRACKETS = (
     "{{ '[THINK]' + p.thinking + '[/THINK]' if p.type == 'thinking' else p.text }}{% endfor %}{% endif %}</s>"
     "{% endif %}{% endfor %}"
 )
+WITH_IDS = BRACKETS.replace("{{ c.function | tojson }}", '{{ (c.function | tojson)[:-1] }}, "id": "{{ c.id }}"}')
+# As Command R7B's: there is reasoning before calls only, in a field of its own.
+PLANS = (
+    "{% for m in messages %}<|{{ m.role }}|>{% if m.tool_calls %}<|start|>{{ m.tool_plan }}<|end|><CALLS>"
+    "{{ m.tool_calls[0].function | tojson }}</CALLS>{% else %}<|reply|>{{ m.content }}<|/reply|>{% endif %}</s>"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+# As Nemotron's: it only takes reasoning away, from the last answer too.
+FORGETFUL = CHATML.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
 # As gpt-oss's: the field is called thinking, and a call names its recipient in the header.
 RECIPIENTS = (
     PATTERNS["channels"]
@@ -81,6 +90,9 @@ SMOLLM3 = CHATML.replace("{{ m.content }}", "{{ m.content if thinks else '<think
         (EMPTY_THOUGHTS, {"opens": True}, THINK, ("<tool_call>", "</tool_call>"), "reasoning"),
         (NESTED, {}, THINK, ("<|calls_begin|>", "<|calls_end|>"), "reasoning"),
         (BRACKETS, {}, ("[THINK]", "[/THINK]"), ("[TOOL_CALLS]", None), "text"),
+        (WITH_IDS, {}, ("[THINK]", "[/THINK]"), ("[TOOL_CALLS]", None), "text"),
+        (PLANS, {}, ("<|start|>", "<|end|>"), ("<CALLS>", "</CALLS>"), "text"),
+        (FORGETFUL, {}, THINK, NOTHING, "text"),
         (RECIPIENTS, {}, ("<|channel|>analysis", "<|end|>"), ("to=functions.", "<|call|>"), "text"),
         (IN_WORDS, {}, NOTHING, ("Action: ```json", "```"), "text"),
         (BARE_JSON, {}, NOTHING, NOTHING, "text"),

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .chat_template import PROBE, PROBE_TOOL, ChatRenderer, as_parts
+from .chat_template import PROBE, PROBE_TOOL, ChatRenderer, as_parts, with_thought
 from .chats import Chat, Unlearnable
 
 REASONING, TOOL_CALL, TEXT = "reasoning", "tool_call", "text"
@@ -16,6 +16,9 @@ REASONING, TOOL_CALL, TEXT = "reasoning", "tool_call", "text"
 _REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 _REASON, _NAME, _VALUE = "\ue001", "\ue002", "\ue003"
 """Letters of Unicode's private use area: the text of the reasoning, the tool's name, the value of its argument."""
+
+_ID = "call00001"
+"""The id of the tool call; Mistral's templates want nine letters or digits."""
 
 _TAG = r"<[^<>\s{}\"'=]+>|\[/?[A-Z][A-Z_]*\]"
 _PLAIN_TAG = re.compile(r"<[\w:-]+>|\[[A-Z_]+\]")
@@ -79,7 +82,8 @@ def find_answer_markers(
     if tokenizer.chat_template is None:
         return AnswerMarkers({})
     prober = _Prober(tokenizer, template_kwargs)
-    found = {REASONING: prober.reasoning(), TOOL_CALL: prober.tool_call()}
+    reasoning = prober.reasoning()
+    found = {REASONING: reasoning, TOOL_CALL: prober.tool_call(reasoning)}
     markers = {name: marker for name, marker in found.items() if marker is not None}
     return AnswerMarkers(markers, REASONING if prober.prompt_opens(markers.get(REASONING)) else TEXT)
 
@@ -96,16 +100,17 @@ class _Prober:
         self._source = str(tokenizer.chat_template)
 
     def reasoning(self) -> Marker | None:
-        plain = self._plain(has_tools=False)
-        for message in self._thoughts():
-            before, is_shown, after = (self._answer(False, message) or "").partition(_REASON)
-            if is_shown and (closing := self._closing_of_reasoning(after)):
-                opening = self._opening(before, plain, False) or self._opening_of_empty(before, plain, closing)
-                if opening is not None:
-                    return Marker(opening, closing)
-        return self._reasoning_not_shown(plain)
+        for has_call in (False, True):
+            plain = self._plain(has_call)
+            for message in self._thoughts(has_call):
+                before, is_shown, after = (self._answer(has_call, message) or "").partition(_REASON)
+                if is_shown and (closing := self._closing_of_reasoning(after)):
+                    opening = self._opening(before, plain, has_call) or self._opening_of_empty(before, plain, closing)
+                    if opening is not None:
+                        return Marker(opening, closing)
+        return self._reasoning_not_shown(self._plain(has_tools=False))
 
-    def tool_call(self) -> Marker | None:
+    def tool_call(self, reasoning: Marker | None) -> Marker | None:
         kind = self._renderer.kind(True)
         plain = self._plain(has_tools=True)
         for message in self._calls():
@@ -113,8 +118,11 @@ class _Prober:
             places = [place for place in (shown.find(_NAME), shown.find(_VALUE)) if place >= 0]
             if not places:
                 continue
-            opening = self._opening(shown[: min(places)], plain, True)
-            after = shown[max(shown.rfind(_NAME), shown.rfind(_VALUE)) + 1 :]
+            before = shown[: min(places)]
+            opening = self._opening(before, plain, True)
+            if reasoning and reasoning.closing and opening == reasoning.opening:  # empty, but always before a call
+                opening = self._opening(before.partition(reasoning.closing)[2], plain, True)
+            after = shown[max(shown.rfind(part) + len(part) for part in (_NAME, _VALUE, _ID) if part in shown) :]
             for end in filter(None, (*kind.stop_tokens, kind.closing)):
                 after = after.partition(end)[0]
             return None if opening is None else Marker(opening, self._closing_of_call(opening, after))
@@ -127,19 +135,22 @@ class _Prober:
             return False
         return tail.rfind(_squeezed(marker.opening)) > tail.rfind(_squeezed(marker.closing))
 
-    def _thoughts(self) -> Iterator[dict[str, Any]]:
-        """A message with reasoning, in the forms about which chat templates disagree."""
+    def _thoughts(self, has_call: bool) -> Iterator[dict[str, Any]]:
+        """A message with reasoning, in the forms about which templates disagree; some show it beside a call only."""
+        if has_call:
+            for name in (*_REASONING_FIELDS, "tool_plan"):
+                yield from (message | {name: _REASON} for message in self._calls())
+            return
         for name in _REASONING_FIELDS:
             yield {"content": self._content(PROBE, False), name: _REASON}
-        yield {"content": [{"type": "thinking", "thinking": _REASON}, *as_parts(PROBE)]}
+        yield {"content": with_thought(_REASON, PROBE)}
 
     def _calls(self) -> Iterator[dict[str, Any]]:
         """A message with a tool call, in the forms about which chat templates disagree."""
         for content in ("", None):
             for arguments in ({"value": _VALUE}, f'{{"value": "{_VALUE}"}}'):
                 function = {"name": _NAME, "arguments": arguments}
-                # Mistral's templates want ids of nine letters or digits.
-                call = {"type": "function", "id": "call00001", "function": function}
+                call = {"type": "function", "id": _ID, "function": function}
                 yield {"content": content and self._content(content, True), "tool_calls": [call]}
 
     def _content(self, text: str, has_tools: bool) -> Any:
@@ -210,7 +221,7 @@ class _Prober:
         given = self._atoms(self._renderer.kind(False).prompt_tail)
         if given and _PLAIN_TAG.fullmatch(given[-1]) and given[-1] not in plain:
             return Marker(given[-1], _closing_tag(given[-1]))
-        return Marker("<think>", "</think>") if "<think>" in self._source else None
+        return Marker("<think>", "</think>") if re.search("</?think>", self._source) else None
 
     def _atoms(self, text: str) -> list[str]:
         return [atom for piece in self._mark.split(text) if (atom := piece.strip())]

@@ -39,6 +39,7 @@ class TemplateKind:
     Args:
         is_marking: whether it has {% generation %} marks.
         roles_of_parts: the roles whose content it wants as a list of parts.
+        has_thinking_parts: whether it shows reasoning that is a part of the content.
         generation_prompt: the text that `add_generation_prompt` adds after a question; may be empty.
         answer_header: the text that the verifier itself writes before a plain answer, if a special token is in it.
         prompt_tail: all text after a question with `add_generation_prompt`: its closing and the generation prompt.
@@ -51,6 +52,7 @@ class TemplateKind:
 
     is_marking: bool
     roles_of_parts: frozenset[str]
+    has_thinking_parts: bool
     generation_prompt: str
     answer_header: str
     prompt_tail: str
@@ -191,6 +193,7 @@ class ChatRenderer:
                 if in_parts is not None and in_parts.count(PROBE) > number and "'text'" not in in_parts:
                     roles_of_parts.add(role)
         question, answer = (_message(role, PROBE, roles_of_parts) for role in ("user", "assistant"))
+        thinking = text_of(question, {"role": "assistant", "content": with_thought(PROBE, PROBE)}) or ""
         asked, prompt = text_of(question), text_of(question, prompted=True)
         generation_prompt = prompt[len(asked) :] if asked and prompt and prompt.startswith(asked) else ""
         plain, more = text_of(question, answer), text_of(question, answer, question)
@@ -205,6 +208,7 @@ class ChatRenderer:
         return TemplateKind(
             is_marking=_GENERATION_MARK.search(self._template(has_tools)) is not None,
             roles_of_parts=frozenset(roles_of_parts),
+            has_thinking_parts=thinking.count(PROBE) > 2 and not re.search("['\"]thinking['\"]", thinking),
             generation_prompt=generation_prompt,
             answer_header=header if self._special_token.search(header) else "",
             prompt_tail=prompt_tail,
@@ -259,9 +263,15 @@ def as_parts(content: str) -> list[dict[str, str]]:
     return [{"type": "text", "text": content}]
 
 
+def with_thought(thought: str, content: str) -> list[dict[str, str]]:
+    """Parts of reasoning and of text, as Mistral's templates take them."""
+    return [{"type": "thinking", "thinking": thought}, *(as_parts(content) if content else [])]
+
+
 def joined(content: Any) -> str:
+    """The text of a content, without its thinking parts."""
     if isinstance(content, list):
-        return "".join(part["text"] for part in content)
+        return "".join(part.get("text", "") for part in content)
     return content or ""
 
 

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product, starmap
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from .chat_template import (
     in_parts,
     joined,
     pieces_of,
+    with_thought,
 )
 from .chats import Chat, Unlearnable, check_text
 
@@ -79,18 +81,17 @@ class MaskedChat:
 
 @dataclass(frozen=True)
 class _Form:
-    """A form of tool calls in messages: chat templates disagree about it, so several are tried.
+    """A form of tool calls and reasoning in messages: chat templates disagree about it, so several are tried.
 
     Args:
-        null: content of an assistant message that only calls tools.
+        thoughts_are_parts: whether reasoning is a part of the content instead of a field, as Mistral's templates want.
         arguments_are_text: whether a tool call's arguments are JSON text instead of an object.
+        null: content of an assistant message that only calls tools.
     """
 
-    null: str | None
+    thoughts_are_parts: bool
     arguments_are_text: bool
-
-
-_FORMS = [_Form(null, arguments_are_text) for arguments_are_text in (False, True) for null in (None, "")]
+    null: str | None
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,9 @@ class ChatTokenizer:
         kind = self._renderer.kind(bool(chat.tools))
         has_calls = any(message.get("tool_calls") for message in chat.messages)
         best: _Plan | None = None
-        for form in _FORMS if has_calls else _FORMS[:1]:
+        has_parts = kind.has_thinking_parts and any(message.get("reasoning_content") for message in chat.messages)
+        choices = [(False, True)[: 1 + has_parts], (False, True)[: 1 + has_calls], (None, "")[: 1 + has_calls]]
+        for form in starmap(_Form, product(*choices)):
             plan = self._plan_form(_formed(chat, form, kind.roles_of_parts), chat.excluded, kind)
             if best is None or plan.badness < best.badness:
                 best = plan
@@ -413,6 +416,8 @@ def _formed(chat: Chat, form: _Form, roles_of_parts: frozenset[str]) -> Chat:
     """The chat with its messages in a form, and their contents as parts for the roles that need that."""
     messages = []
     for message in chat.messages:
+        if form.thoughts_are_parts and (thought := message.get("reasoning_content")):
+            message = {**message, "content": with_thought(thought, message.get("content") or "")}
         if calls := message.get("tool_calls"):
             if message.get("content") is None:
                 message = {**message, "content": form.null}
