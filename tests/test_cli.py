@@ -45,6 +45,13 @@ def parser_of(name):
     return CommandParser(COMMANDS[name].load()[1], COMMANDS[name].positional, prog=f"peagle-hf {name}")
 
 
+def test_help_shows_a_default_of_zero(capsys):
+    """0 equals False, whose flags show no default."""
+    text = " ".join(printed(capsys, "help", "regenerate").split())
+    assert "Seed of all sampling. (default: 0)" in text
+    assert "0 is greedy. (default: 0.0)" in text
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_shows_each_flag_once_in_groups_with_examples_that_parse(name, capsys):
     text = printed(capsys, name, "--help")

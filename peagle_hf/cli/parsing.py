@@ -317,11 +317,9 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         text = action.help or ""
         if action.required:
             return f"{text} (required)"
-        if (
-            action.nargs == 0
-            or action.default in (None, False, [], argparse.SUPPRESS)
-            or re.search(r"\bdefault:", text, re.I)
-        ):
+        is_number = type(action.default) in (int, float)  # 0 is a default to show, though it equals False
+        is_empty = not is_number and action.default in (None, False, [], argparse.SUPPRESS)
+        if action.nargs == 0 or is_empty or re.search(r"\bdefault:", text, re.I):
             return text
         default = plain(action.default)
         if isinstance(default, list):
