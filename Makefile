@@ -15,7 +15,7 @@ export PIP_NO_COMPILE := 1
 oldest := 'transformers==5.17.0' 'huggingface_hub==1.33.0'
 newest := 'transformers==5.24.0; python_version>="3.11"' 'transformers==5.20.2; python_version<"3.11"'
 
-demo: install  ## Train a drafter for SmolLM2-135M-Instruct and measure it in vLLM: output/demo/ (five to nine minutes)
+demo: install  ## Train a drafter for SmolLM2-135M-Instruct and measure it in vLLM: output/demo/ (five to ten minutes)
 	$(BIN)/python examples/smollm2.py output/demo/verifier
 	$(BIN)/peagle-hf run examples/demo.yaml
 
