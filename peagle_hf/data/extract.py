@@ -137,7 +137,8 @@ class ExtractArguments(Arguments):
         metadata={"help": "End when this many consecutive samples have failed (default: as many as --concurrency)."},
     )
     dtype: Literal["bfloat16", "float16", "float32"] = field(
-        default="bfloat16", metadata={"help": "What the states are read as; also how they are stored, fp8 apart."}
+        default="bfloat16",
+        metadata={"help": "dtype of the states when they are read, and when they are stored, unless that is in fp8."},
     )
     storage: Storage = field(
         default="plain",

@@ -78,7 +78,7 @@ class DataArguments(Arguments):
     chat_template_kwargs: dict | str | None = field(
         default=None, metadata={"help": f"template: {CHAT_TEMPLATE_KWARGS_HELP}"}
     )
-    html: str | None = field(default=None, metadata={"help": "template: write the same as a page there."})
+    html: str | None = field(default=None, metadata={"help": "template: write the same into this file, as a page."})
 
     GROUPS: ClassVar = {
         "Input and output": ("action", "folder", "output", "rows", "draft_vocab_sizes", "html"),

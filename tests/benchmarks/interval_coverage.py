@@ -1,6 +1,6 @@
 """How often the intervals of `peagle-hf evaluate` hold the true value, beside those of three bootstraps.
 
-    python tests/benchmarks/interval_coverage.py            # docs/acceptance.md has what it printed; minutes
+    python tests/benchmarks/interval_coverage.py            # docs/acceptance.md has a part of it; minutes
     python tests/benchmarks/interval_coverage.py --trials 200 --scenarios weak --prompts 6 --methods jackknife
 
 Prompts are drawn from a population whose figures are known: answers have lengths that are skewed and cut off at a
