@@ -370,7 +370,7 @@ def test_a_break_even_length_that_is_not_known_well_has_a_side(speed, side):
     report["by_concurrency"][0]["break_even_length"] = None
     said = text(report)
     assert (
-        f"It pays here, by the number of chats at a time, from acceptance length {side} at 2; this drafter has 1.45."
+        f"The acceptance length from which a drafter pays here is {side} with 2 chats at a time; this drafter has 1.45."
         in said
     )
     assert said.count(side) == 2
@@ -404,13 +404,13 @@ def test_the_fastest_k_at_each_load_is_recommended():
     assert [row["speed_up"] for row in recommended] == [2, 1.4, 1]
     assert recommended[0]["tokens_per_second_by_k"] == {"0": 20, "2": 30, "4": 40}
     assert describe(recommended) == (
-        "Fastest by the number of chats at a time: K 4 at 1 (2.00 times as fast as without), K 2 at 4 (1.40 times as "
-        "fast as without), no drafter at 16."
+        "Fastest: K 4 with 1 chat at a time (2.00 times as fast as without), K 2 with 4 (1.40 times as fast as "
+        "without), no drafter with 16."
     )
     for entry in entries:
         for row in entry["by_concurrency"]:
             row["tokens_per_second_without"] = None
-    assert "K 2 at 16." in describe(recommend(entries))
+    assert "K 2 with 16." in describe(recommend(entries))
     assert describe(recommend(entries[:1])) == ""
 
 

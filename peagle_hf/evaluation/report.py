@@ -392,10 +392,13 @@ def _break_even_sentences(report: dict[str, Any]) -> list[str]:
     """From which acceptance length the drafter pays, at each number of chats at a time."""
     if report["speed_up"] is None:
         return []
-    lengths = [f"{_pays_from(run)} at {_load(run)}" for run in report["by_concurrency"]]
+    first, *others = report["by_concurrency"]
+    chats = number_of(first["chats_at_a_time"], "chat") if _load(first).isdigit() else f"{_load(first)} chats"
+    lengths = [f"{_pays_from(first)} with {chats} at a time"]
+    lengths += [f"{_pays_from(run)} with {_load(run)}" for run in others]
     sentences = [
-        f"It pays here, by the number of chats at a time, from acceptance length {', '.join(lengths)}; this drafter "
-        f"has {report['acceptance_length']:.2f}."
+        f"The acceptance length from which a drafter pays here is {', '.join(lengths)}; this drafter has "
+        f"{report['acceptance_length']:.2f}."
     ]
     if any(run["break_even_length"] is None for run in report["by_concurrency"]):
         sentences.append(

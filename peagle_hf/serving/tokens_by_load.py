@@ -88,8 +88,9 @@ def describe(recommended: Sequence[Mapping[str, Any]]) -> str:
         tokens = row["num_speculative_tokens"]
         what = f"K {tokens}" if tokens else "no drafter"
         gain = f" ({row['speed_up']:.2f} times as fast as without)" if tokens and row["speed_up"] is not None else ""
-        parts.append(f"{what} at {row['concurrency']}{gain}")
-    return f"Fastest by the number of chats at a time: {', '.join(parts)}."
+        load = row["concurrency"] if parts else f"{number_of(row['concurrency'], 'chat')} at a time"
+        parts.append(f"{what} with {load}{gain}")
+    return f"Fastest: {', '.join(parts)}."
 
 
 def scheduled(recommended: Sequence[Mapping[str, Any]], takes_schedule: bool) -> dict[str, Any]:
