@@ -93,7 +93,10 @@ def _measured(report: dict[str, Any]) -> list[list[str]]:
         [
             "Prompts",
             f"{number_of(report['prompt_tokens'], 'random token')}, answers of {report['max_tokens']}; "
-            + ", ".join(f"{number_of(count, 'prompt')} at {concurrency} at a time" for concurrency, count in counts),
+            + ", ".join(
+                f"{number_of(count, 'prompt')} with {number_of(concurrency, 'chat')} at a time"
+                for concurrency, count in counts
+            ),
         ],
         *runners_row(report),
         ["Seed, rounds", f"{report['seed']}, {report['rounds']}"],
@@ -116,7 +119,7 @@ def _sentences(report: dict[str, Any]) -> list[str]:
             length, drafter, run = min(of_k, key=lambda one: one[0])
             sentences.append(
                 f"With K {tokens} the drafter with {_size(drafter)} pays first: from acceptance length {length:.2f} "
-                f"on, at {run['concurrency']} at a time."
+                f"on, with {number_of(run['concurrency'], 'chat')} at a time."
             )
     if sentences:
         sentences.append("peagle-hf evaluate says which acceptance length a trained drafter has.")
