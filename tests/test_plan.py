@@ -206,6 +206,7 @@ def report_of(**changes: object) -> dict:
 def test_the_text_says_what_pays_and_what_is_rough():
     assert "from acceptance length 1.40 on, with 1 chat at a time" in text(report_of())
     assert "1 layer, 32,000 tokens" in text(report_of())
+    assert "16 prompts with 1 chat at a time" in text(report_of())
     assert "no drafter" in text(report_of())
     never = text(report_of(break_even_length=3.5))
     assert "never: 3.50 of at most 3" in never

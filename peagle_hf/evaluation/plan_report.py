@@ -94,7 +94,7 @@ def _measured(report: dict[str, Any]) -> list[list[str]]:
             "Prompts",
             f"{number_of(report['prompt_tokens'], 'random token')}, answers of {report['max_tokens']}; "
             + ", ".join(
-                f"{number_of(count, 'prompt')} with {number_of(concurrency, 'chat')} at a time"
+                f"{number_of(count, 'prompt')} with {number_of(int(concurrency), 'chat')} at a time"
                 for concurrency, count in counts
             ),
         ],

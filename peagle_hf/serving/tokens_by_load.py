@@ -83,7 +83,7 @@ def describe(recommended: Sequence[Mapping[str, Any]]) -> str:
     """The recommendation in a sentence; "" if there was nothing to choose from."""
     if all(len(row["tokens_per_second_by_k"]) == 1 for row in recommended):
         return ""
-    parts = []
+    parts: list[str] = []
     for row in recommended:
         tokens = row["num_speculative_tokens"]
         what = f"K {tokens}" if tokens else "no drafter"
