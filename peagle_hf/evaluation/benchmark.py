@@ -81,7 +81,8 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
     Each finished run is kept in `evaluation.journal` in the output folder until the report is written. An evaluation
     that was interrupted and is started again measures only the runs that are missing; with other settings, prompts or
     weights it measures everything and logs why. The number of rounds may change, and so may the lists of concurrencies
-    and temperatures, of which only vLLM in a child process is started for the highest concurrency.
+    and temperatures. A child process of vLLM is started for the highest concurrency, so if that changes everything is
+    measured again.
 
     Raises:
         PeagleError: vLLM isn't installed or fails, it would load a checkpoint wrongly, the prompts are malformed, or
