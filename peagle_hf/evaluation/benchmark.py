@@ -78,11 +78,9 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
 
     Without `--baseline-endpoint` every figure that compares with the verifier alone is null.
 
-    Each finished run is kept in `evaluation.journal` in the output folder until the report is written. An evaluation
-    that was interrupted and is started again measures only the runs that are missing; with other settings, prompts or
-    weights it measures everything and logs why. The number of rounds may change, and so may the lists of concurrencies
-    and temperatures. A child process of vLLM is started for the highest concurrency, so if that changes everything is
-    measured again.
+    Each finished run is kept in `evaluation.journal` until the report is written, so an evaluation that was interrupted
+    goes on with the same command. Rounds, concurrencies (except the highest) and temperatures may change; with other
+    settings, prompts or weights everything is measured again, and the log says why.
 
     Raises:
         PeagleError: vLLM isn't installed or fails, it would load a checkpoint wrongly, the prompts are malformed, or
