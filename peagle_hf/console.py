@@ -13,6 +13,7 @@
 This module imports neither torch nor transformers, so that `peagle-hf --help` answers at once.
 """
 
+import errno
 import gc
 import logging
 import os
@@ -42,6 +43,7 @@ _OUT_OF_MEMORY = (
     "needs; --sequence-partitions auto, --gradient-checkpointing, a smaller --total-seq-len, fewer --num-layers or "
     "--num-depths need less. For the verifier, take a smaller --max-batch-tokens or --batch-size."
 )
+_DISK_FULL = "No space is left on the disk of {}. Free some space, and run the same command again."
 _verbosity = logging.INFO
 _sigterm_handler: Callable[[int, FrameType | None], None] | None = None
 
@@ -60,6 +62,11 @@ def command_line(prog: str, argv: Sequence[str] = ()) -> Iterator[None]:
     Raises:
         SystemExit: with the exit code, unless the block ends well.
     """
+    for name in ("stdin", "stdout", "stderr"):
+        if (
+            getattr(sys, name) is None
+        ):  # it is closed, as by `>&-`: else the next file that is opened would take its place
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))  # noqa: SIM115
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     verbosity, bars = _verbosity, os.environ.get("TQDM_DISABLE")
     set_verbosity(_verbosity)
@@ -82,6 +89,8 @@ def command_line(prog: str, argv: Sequence[str] = ()) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
             _end(FAILED, f"{prog}: {_OUT_OF_MEMORY.format(error=' '.join(str(error).split()))}")
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _end(FAILED, f"{prog}: {_DISK_FULL.format(error.filename or 'what is written or printed')}")
         _end(FAILED, f"{prog}: {_unexpected(error, prog, argv)}")
     # A process may run several commands, as a notebook does. The --quiet of one must not stay on for the next.
     finally:

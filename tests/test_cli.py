@@ -532,6 +532,35 @@ def test_a_closed_pipe_ends_a_command_quietly():
     assert done.stdout.startswith("usage")
 
 
+@pytest.mark.fault("A standard stream is closed", "The command does its work all the same.")
+@pytest.mark.skipif(os.name != "posix", reason="a shell")
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_is_no_obstacle(closed, tmp_path):
+    code = (
+        "import pathlib, sys\n"
+        "from peagle_hf.console import command_line\n"
+        "with command_line('program'):\n"
+        "    print('done', file=sys.stdout)\n"
+        "    print('done', file=sys.stderr)\n"
+        "    pathlib.Path(sys.argv[1]).write_text('whole')\n"
+    )
+    shell = ["bash", "-c", f'"$0" "$@" {closed}', sys.executable, "-c", code, str(tmp_path / "file")]
+    assert subprocess.run(shell, timeout=60).returncode == 0
+    assert (tmp_path / "file").read_text() == "whole"
+
+
+@pytest.mark.fault("The disk of a log is full", "One paragraph says so.")
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux")
+def test_output_that_finds_no_space_is_no_defect():
+    code = "from peagle_hf.console import command_line\nwith command_line('program'):\n    print('done')\n"
+    shell = ["bash", "-c", '"$0" "$@" >/dev/full', sys.executable, "-c", code]
+    done = subprocess.run(shell, capture_output=True, text=True, timeout=60)
+    assert done.stderr.startswith(
+        "program: No space is left on the disk of what is written or printed. Free some space"
+    )
+    assert done.returncode == 1
+
+
 def test_general_flags_are_said_once():
     assert GENERAL not in {title for name in COMMANDS for title in getattr(COMMANDS[name].load()[1], "GROUPS", {})}
 
