@@ -76,7 +76,7 @@ def test_lost_rows_are_noticed(arguments):
         load_prepared(folder)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"counts": 3}', "\x00"])
+@pytest.mark.parametrize("content", ["{", "[]", '{"counts": 3}', '{"model": []}', '{"data": 5}', "\x00"])
 def test_a_damaged_record_is_named_by_all_that_read_it(arguments, content):
     folder = prepare(arguments)
     (folder / "prepare.json").write_text(content)

@@ -101,9 +101,9 @@ def read_prepare_record(data_path: str | os.PathLike[str]) -> dict[str, Any]:
         f"Put it back, or replace the dataset with peagle-hf prepare --overwrite. Without {PREPARE_RECORD} the dataset "
         "can still be used, but what it was made from isn't known.",
     )
-    for name in ("counts", "files"):
-        if not isinstance(record.get(name, {}), dict):
-            raise PeagleError(f"{path} is damaged (its {name} are no object). Put it back, or remove it.")
+    for name, kind in (("counts", dict), ("files", dict), ("data", list), ("data_sha256", list), ("model", str)):
+        if not isinstance(record.get(name, kind()), kind):
+            raise PeagleError(f"{path} is damaged (its field {name} is no {kind.__name__}). Put it back, or remove it.")
     return resolve_relative_path(record, "model", data_path)
 
 
