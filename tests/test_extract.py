@@ -167,6 +167,7 @@ def test_files_are_bfloat16_and_trainable_by_others(arguments: ExtractArguments)
         "format_version": 3,
         "chat_template_kwargs": {"think": False},
         "rows": rows_fingerprint(arguments.preprocessed_data),
+        "verifier_dtype": "float32",
         "verifier_from_here": os.path.relpath(arguments.model, report.output),
     }
 
@@ -286,6 +287,18 @@ def test_two_spellings_of_a_folder_are_one_verifier(
     assert extract.extract(replace(arguments, model=f"./{Path(arguments.model).name}/")).num_kept == 1
 
 
+def test_states_of_another_precision_of_the_verifier_are_not_taken(arguments: ExtractArguments) -> None:
+    """Without a `--verifier-dtype` those of the folder will do."""
+    output = extract.extract(replace(arguments, max_samples=1)).output
+    with pytest.raises(PeagleError, match="verifier_dtype is 'float32', wanted is 'bfloat16'"):
+        extract.extract(replace(arguments, verifier_dtype="bfloat16"))
+    assert extract.extract(replace(arguments, verifier_dtype="float32", max_samples=2)).num_kept == 1
+    assert extract.extract(replace(arguments, max_samples=2)).num_kept == 2
+    manifest = Manifest.read(output)
+    assert manifest is not None
+    assert manifest.verifier_dtype == "float32"
+
+
 def test_nothing_is_added_to_states_of_unknown_origin(arguments: ExtractArguments) -> None:
     output = extract.extract(replace(arguments, max_samples=1)).output
     (output / "manifest.json").unlink()
@@ -304,6 +317,11 @@ def test_nothing_is_added_to_states_of_unknown_origin(arguments: ExtractArgument
         ('{"format_version": 3}', "newer"),
         (
             '{"verifier": "x", "revision": null, "architecture": "x", "num_layers": "4", "hidden_size": 16, '
+            '"aux_layer_ids": [1], "format_version": 2}',
+            "wrong kind",
+        ),
+        (
+            '{"verifier": null, "revision": null, "architecture": "x", "num_layers": 4, "hidden_size": 16, '
             '"aux_layer_ids": [1], "format_version": 2}',
             "wrong kind",
         ),

@@ -35,6 +35,7 @@ class Manifest:
         rows: fingerprint of the prepared samples that all files of the folder are of (see `rows_fingerprint`).
         storage: the kind of its files; folders of format version 1 are plain.
         format_version: of the folder.
+        verifier_dtype: what the verifier computed in, if `extract` ran it.
     """
 
     verifier: str
@@ -49,6 +50,7 @@ class Manifest:
     format_version: int = FORMAT_VERSION
     chat_template_kwargs: dict[str, Any] | None = None
     rows: str | None = None
+    verifier_dtype: str | None = None
 
     @classmethod
     def of(
@@ -60,6 +62,7 @@ class Manifest:
         dtype: str | None = None,
         storage: Storage | None = None,
         prepared: Mapping[str, Any] | None = None,
+        verifier_dtype: str | None = None,
     ) -> "Manifest":
         """Describe the states of a verifier with this (text) configuration.
 
@@ -79,6 +82,7 @@ class Manifest:
             storage=storage,
             chat_template_kwargs=prepared.get("chat_template_kwargs"),
             rows=prepared.get("rows_fingerprint"),
+            verifier_dtype=verifier_dtype,
         )
 
     @classmethod
@@ -106,7 +110,8 @@ class Manifest:
                 )
             manifest = cls(**content)
             numbers = [manifest.num_layers, manifest.hidden_size, *manifest.aux_layer_ids]
-            if not all(type(number) is int for number in numbers) or manifest.storage not in (None, *STORAGES):
+            are_right = isinstance(manifest.verifier, str) and all(type(number) is int for number in numbers)
+            if not are_right or manifest.storage not in (None, *STORAGES):
                 raise TypeError("a field has a value of the wrong kind")
         except (KeyError, TypeError) as error:
             raise PeagleError(f"{path} is not a manifest of hidden states ({error}). {remedy}") from error

@@ -48,7 +48,7 @@ from .endpoint import (
 from .endpoint_folder import check_layers, remove_unfetched, require_layers
 from .endpoint_states import Endpoint
 from .extract_from_servers import extract_from_servers
-from .extract_in_process import extract_in_process, load_for_extraction, use_device
+from .extract_in_process import computing_dtype, extract_in_process, load_for_extraction, use_device
 from .extract_share import Share, device_of, share_of, whole_shares
 from .prepared_dataset import check_skip_rows, load_prepared, read_prepare_record, rows_fingerprint
 
@@ -335,6 +335,7 @@ def _manifest(arguments: ExtractArguments, server_folder: Path | None) -> Manife
         dtype=arguments.dtype,
         storage=arguments.storage,
         prepared=record | {"rows_fingerprint": rows_fingerprint(arguments.preprocessed_data)},
+        verifier_dtype=None if arguments.verifier_dtype == "auto" else arguments.verifier_dtype,
     )
 
 
@@ -461,7 +462,8 @@ def _begin(
         write_config(arguments, config_path(output, "extract"), "extract")
     existing = Manifest.read(output)
     if existing is None:
-        manifest.write(output)
+        device = None if arguments.endpoint else device_of(arguments.device, share)
+        replace(manifest, verifier_dtype=computing_dtype(device, arguments.verifier_dtype)).write(output)
     origin = origin_of(existing or manifest)
 
     def write(row: int, states: CachedStates) -> None:

@@ -40,6 +40,15 @@ CPU_BATCHES, GPU_BATCHES = 2, 4
 """Batches that are computed at the same time: one uses the device while another waits or is written to disk."""
 
 
+def computing_dtype(device: str | torch.device | None, verifier_dtype: str) -> str | None:
+    """What the verifier computes in (see `load_for_extraction`); None without a device: a server doesn't say it."""
+    if device is None:
+        return None
+    if verifier_dtype != "auto":
+        return verifier_dtype
+    return "float32" if torch.device(device).type == "cpu" else "bfloat16"
+
+
 def load_for_extraction(
     name_or_path: str,
     device: str | torch.device,
@@ -55,10 +64,9 @@ def load_for_extraction(
     Raises:
         PeagleError: the verifier can't be loaded (see `load_verifier`), or its architecture isn't known.
     """
-    on_cpu = torch.device(device).type == "cpu"
-    dtype = getattr(torch, ("float32" if on_cpu else "bfloat16") if verifier_dtype == "auto" else verifier_dtype)
+    dtype = getattr(torch, str(computing_dtype(device, verifier_dtype)))
     model = load_verifier(name_or_path, dtype, device, revision, trust_remote_code)
-    if on_cpu:
+    if torch.device(device).type == "cpu":
         keep_freed_memory()
         pack_linear_layers(verifier_parts(model).decoder)
     return model
