@@ -227,7 +227,8 @@ def remove_leftovers(folder: str | os.PathLike[str], names: str) -> None:
     """
     for path in Path(folder).glob(".*"):
         if re.fullmatch(rf"\.({names})\.[0-9a-f]+\.(tmp|old)", path.name):
-            _remove(path)
+            with suppress(OSError):  # the folder can only be read
+                _remove(path)
 
 
 def save_file(

@@ -120,6 +120,8 @@ def test_finished_work_is_found_where_nothing_can_be_written(pipeline, tmp_path,
     (tmp_path / "answers.jsonl").write_text(json.dumps({"turns": ["w1 w2"]}) + "\n")
     asked += ["--output", str(tmp_path / "out" / "answered.jsonl"), "--max-new-tokens", "4", "--max-repetition", "1"]
     cli.main(asked)
+    for name in (".manifest.json.0123abcd.tmp", ".peagle-0123456789abcdef.client"):  # what killed processes left
+        (data / "hidden_states" / name).touch()
     before = {path: path.stat().st_mtime_ns for path in [tmp_path, *tmp_path.rglob("*")]}
     caplog.set_level("INFO")
 
@@ -130,6 +132,9 @@ def test_finished_work_is_found_where_nothing_can_be_written(pipeline, tmp_path,
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)
     monkeypatch.setattr("peagle_hf.files._acquired", refuse)
     monkeypatch.setattr(os, "replace", refuse)
+    unlink = os.unlink
+    refuse_here = lambda path, **how: refuse() if tmp_path in Path(path).parents else unlink(path, **how)  # noqa: E731
+    monkeypatch.setattr(os, "unlink", refuse_here)
     cli.main(["run", str(tmp_path / "pipeline.yaml")])
     cli.main(asked)
     cli.main(["extract", "--preprocessed-data", str(data)])
@@ -137,8 +142,8 @@ def test_finished_work_is_found_where_nothing_can_be_written(pipeline, tmp_path,
     assert f"{tmp_path / 'out' / 'answered.jsonl'} is complete already." in caplog.messages
     assert "12 of 12 samples are cached; 0 are to be extracted." in caplog.messages
     assert {path: path.stat().st_mtime_ns for path in [tmp_path, *tmp_path.rglob("*")]} == before
-    (data / "hidden_states" / "hs_3.safetensors").unlink()
-    (tmp_path / "out" / "answered.jsonl").unlink()
+    os.remove(data / "hidden_states" / "hs_3.safetensors")
+    os.remove(tmp_path / "out" / "answered.jsonl")
     for command in (["extract", "--preprocessed-data", str(data)], asked):
         with pytest.raises(SystemExit):
             cli.main(command)

@@ -249,14 +249,15 @@ def remove_unwanted(folder: str | os.PathLike[str], own: OwnRequests | None = No
                 path.unlink()
     for marker in Path(folder).glob(".peagle-*.client"):
         if not is_locked(marker):
-            marker.unlink(missing_ok=True)
+            with suppress(OSError):
+                marker.unlink()
 
 
 def remove_unfetched(folder: str | os.PathLike[str], request_timeout: float) -> None:
     """Remove what killed clients left in a folder: old temporary files of the cache, and unfetched answers."""
     age = max(LEFTOVER_SECONDS, 2 * request_timeout)
     for temporary in Path(folder).glob(".hs_*.tmp"):
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # it is gone, or the folder can only be read
             if time.time() - temporary.stat().st_mtime > age:
                 temporary.unlink()
     remove_unwanted(folder)
