@@ -28,6 +28,7 @@ from peagle_hf.evaluation.report import draw, html, text
 from peagle_hf.evaluation.runs import Run
 from peagle_hf.evaluation.suites import load_prompts
 from peagle_hf.evaluation.task import drafting_of, follow_links
+from peagle_hf.hub.training_json import recorded_chat_options
 from peagle_hf.model import served_checkpoint
 from peagle_hf.model.served_checkpoint import check_checkpoint, speculative_config
 from peagle_hf.serving.client import Answer, summarize
@@ -77,6 +78,9 @@ def test_sound_checkpoint_is_served_as_it_was_trained(drafter, chain, spoil):
         ({"draft_vocab_size": "many"}, "draft_vocab_size"),
         ({"eagle_aux_hidden_state_layer_ids": "absent"}, "eagle_aux_hidden_state_layer_ids"),
         ({"eagle_aux_hidden_state_layer_ids": [1, 2]}, "num_aux_hidden_states must be 2"),
+        ({"eagle_aux_hidden_state_layer_ids": 5}, "type 'int' has no len"),
+        ({"speculators_config": "x"}, "'str' object has no attribute"),
+        ({"dtype": "x"}, "has no attribute 'x'"),
         ({"fc_norm": True}, "fc_norm"),
         ({"norm_output": True}, "norm_output"),
         ({"layer": {"model_type": "gemma3"}}, "gemma3"),
@@ -109,9 +113,14 @@ def test_broken_files_are_refused(drafter, spoil, tmp_path):
     (tmp_path / "model.safetensors").write_bytes((drafter / "model.safetensors").read_bytes()[:1000])
     with pytest.raises(PeagleError, match=r"model\.safetensors can't be read"):
         check_checkpoint(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(PeagleError, match=r"config\.json is not valid JSON"):
-        check_checkpoint(tmp_path)
+    for damage in ("{", "[]"):
+        (tmp_path / "config.json").write_text(damage)
+        with pytest.raises(PeagleError, match=r"config\.json is damaged: .*Export the checkpoint again"):
+            check_checkpoint(tmp_path)
+    for damage in ("[]", '{"chat_template": 5}', '{"seed": "x"}'):
+        (tmp_path / "training.json").write_text(damage)
+        with pytest.raises(PeagleError, match=r"training\.json is damaged: .*Copy it from another checkpoint"):
+            recorded_chat_options(tmp_path)
 
 
 def test_another_verifier_is_refused_by_both_names(drafter, chain, tmp_path):

@@ -325,6 +325,11 @@ def test_nothing_is_added_to_states_of_unknown_origin(arguments: ExtractArgument
             '"aux_layer_ids": [1], "format_version": 2}',
             "wrong kind",
         ),
+        (
+            '{"verifier": "x", "revision": 5, "architecture": "x", "num_layers": 4, "hidden_size": 16, '
+            '"aux_layer_ids": [1], "format_version": 2}',
+            "wrong kind",
+        ),
     ],
 )
 def test_a_damaged_or_newer_manifest_is_named(

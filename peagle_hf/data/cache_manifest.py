@@ -110,8 +110,12 @@ class Manifest:
                 )
             manifest = cls(**content)
             numbers = [manifest.num_layers, manifest.hidden_size, *manifest.aux_layer_ids]
-            are_right = isinstance(manifest.verifier, str) and all(type(number) is int for number in numbers)
-            if not are_right or manifest.storage not in (None, *STORAGES):
+            are_right = isinstance(manifest.verifier, str) and isinstance(manifest.revision, str | None)
+            if (
+                not are_right
+                or not all(type(number) is int for number in numbers)
+                or manifest.storage not in (None, *STORAGES)
+            ):
                 raise TypeError("a field has a value of the wrong kind")
         except (KeyError, TypeError) as error:
             raise PeagleError(f"{path} is not a manifest of hidden states ({error}). {remedy}") from error

@@ -198,13 +198,12 @@ def _kept_back(arguments: AcceptanceArguments, folder: Path) -> list[int]:
     """Numbers of the samples on which the training of this drafter validated."""
     seed = arguments.seed
     if seed is None:
-        record = read_record(folder)
-        if record is None:
+        seed = (read_record(folder) or {}).get("seed")
+        if seed is None:
             raise PeagleError(
                 f"{arguments.model} has no training.json with the seed of its training, which determines the "
                 "validation samples. Pass --seed."
             )
-        seed = int(record["seed"])
     assert arguments.train_data_ratio is not None
     return split_rows(arguments.data_path, arguments.train_data_ratio, seed)[1]
 

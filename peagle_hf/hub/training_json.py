@@ -28,13 +28,15 @@ def read_record(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     """
     for path in (Path(folder) / RECORD, Path(folder) / "trainer_state" / RECORD):
         if path.exists():
-            try:
-                return dict(json.loads(path.read_text(encoding="utf-8")))
-            except (ValueError, TypeError) as error:
-                raise PeagleError(
-                    f"{path} is damaged ({error}). Copy it from another checkpoint of the same training, or remove it; "
-                    "without it the card says that the training was not recorded."
-                ) from error
+            remedy = (
+                "Copy it from another checkpoint of the same training, or remove it; without it the card says that the "
+                "training was not recorded."
+            )
+            record = read_json(path, remedy)
+            for name, kind in (("chat_template", str), ("chat_template_kwargs", dict), ("seed", int)):
+                if not isinstance(record.get(name), kind | None):
+                    raise PeagleError(f"{path} is damaged: {name} is {record[name]!r}. {remedy}")
+            return record
     return None
 
 

@@ -1,6 +1,5 @@
 """A drafter's files as vLLM serves them: where they are, whether vLLM loads them rightly, and what it must be told."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 from ..errors import PeagleError
+from ..files import read_json
 from ..verifier.loading import load_verifier_config
 from .config import VLLM_AUX_HIDDEN_STATES, PeagleConfig
 from .drafter import PeagleForSpeculation
@@ -141,17 +141,23 @@ def speculative_config(
 
 
 def _check_config(path: Path) -> PeagleConfig:
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise PeagleError(f"{path} is not valid JSON ({error}). Export the checkpoint again.") from error
-
+    fields = read_json(path, "Export the checkpoint again.")
     if "speculators_model_type" not in fields and "speculators_config" not in fields:
         raise PeagleError(
             f"{path} describes a model of type {fields.get('model_type')} and not a drafter. Name the folder of a "
             "drafter, such as checkpoints/checkpoint_best; its verifier is known from there."
         )
+    try:
+        wrong = _wrong_fields(fields)
+        if not wrong:
+            return PeagleConfig.from_dict(fields)
+    except (PeagleError, StrictDataclassError, TypeError, AttributeError, LookupError, ValueError) as error:
+        raise PeagleError(f"{path}: {' '.join(str(error).split())}") from error
+    raise PeagleError(f"vLLM would not serve this drafter as trained: in {path}, {'; '.join(wrong)}. Correct it.")
 
+
+def _wrong_fields(fields: dict[str, Any]) -> list[str]:
+    """What vLLM would refuse or misunderstand in a configuration, as clauses."""
     speculators_config = fields.get("speculators_config") or {}
     methods = speculators_config.get("proposal_methods") or [{}]
     layer_ids = fields.get("eagle_aux_hidden_state_layer_ids") or []
@@ -173,12 +179,7 @@ def _check_config(path: Path) -> PeagleConfig:
         wrong.append(
             f"transformer_layer_config.num_aux_hidden_states must be {len(layer_ids)}, the number of auxiliary layers"
         )
-    if wrong:
-        raise PeagleError(f"vLLM would not serve this drafter as trained: in {path}, {'; '.join(wrong)}. Correct it.")
-    try:
-        return PeagleConfig.from_dict(fields)
-    except (PeagleError, StrictDataclassError, TypeError) as error:
-        raise PeagleError(f"{path}: {' '.join(str(error).split())}") from error
+    return wrong
 
 
 def _check_tensors(path: Path, config: PeagleConfig) -> None:
