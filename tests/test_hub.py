@@ -411,10 +411,14 @@ def test_what_vllm_would_not_serve_is_not_pushed(hub, trained, evaluation, tmp_p
     save_file(weights | {"norm.weight": -weights["norm.weight"]}, other / "model.safetensors")
     with pytest.raises(PeagleError, match="evaluates a different checkpoint"):
         push(PushArguments(str(other), "my-lab/d", str(evaluation), VERIFIER))
+    report = json.loads(evaluation.read_text())
     evaluation.write_text("{}")
     with pytest.raises(PeagleError, match=r"not a report of peagle-hf evaluate"):
         push(PushArguments(str(trained), "my-lab/d", str(evaluation), VERIFIER))
     assert "my-lab/d" not in hub.repos
+    evaluation.write_text(json.dumps(report | {"versions": None}))
+    with pytest.raises(PeagleError, match=rf"{evaluation} is not a report .* or is damaged"):
+        push(PushArguments(str(trained), "my-lab/d", str(evaluation), VERIFIER))
 
 
 @pytest.mark.vllm

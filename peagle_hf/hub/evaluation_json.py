@@ -3,6 +3,8 @@
 import json
 import os
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ def read_evaluation(path: str | os.PathLike[str], model: str | os.PathLike[str])
     Raises:
         PeagleError: there is no such file, it is something else, or it is about another drafter.
     """
-    try:
+    with damage_named(path):
         report = json.loads(Path(path).read_text(encoding="utf-8"))
         weights, rates = report["drafter_weights"], report["per_position_acceptance"]
         of_parts = [*report["by_category"].values(), *(report.get("by_segment") or {}).values()]
@@ -31,16 +33,30 @@ def read_evaluation(path: str | os.PathLike[str], model: str | os.PathLike[str])
         for figures in [{name: report[name] for name in _EVALUATION}, *of_parts]:
             for name in ("num_prompts", "acceptance_length", "acceptance_rate"):
                 float(figures[name])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PeagleError(
-            f"{path} is not a report of peagle-hf evaluate, or is damaged ({type(error).__name__}: {error}). Name its "
-            "evaluation.json, or run peagle-hf evaluate again."
-        ) from error
+        is_of_drafter = weights is not None and has_weights(weights, model)
     if not rates:
         raise PeagleError(f"{path} has no acceptance, because vLLM drafted nothing. Run peagle-hf evaluate again.")
-    if weights is None or not has_weights(weights, model):
+    if not is_of_drafter:
         raise PeagleError(
             f"{path} evaluates a different checkpoint than {model}: {report['drafter']}. Run peagle-hf evaluate "
             f"--model {shlex.quote(str(model))}."
         )
     return report
+
+
+@contextmanager
+def damage_named(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn an error of the block, which reads fields of a report, into a `PeagleError` about the report's file.
+
+    Raises:
+        PeagleError: the report can't be read, lacks a field, or has one of the wrong kind.
+    """
+    try:
+        yield
+    except PeagleError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise PeagleError(
+            f"{path} is not a report of peagle-hf evaluate, or is damaged ({type(error).__name__}: {error}). Name its "
+            "evaluation.json, or run peagle-hf evaluate again."
+        ) from error

@@ -4,7 +4,7 @@ import json
 import logging
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -16,7 +16,7 @@ from ..errors import PeagleError
 from ..model.served_checkpoint import check_checkpoint
 from ..verifier.loading import hub_verifier
 from .card import model_card
-from .evaluation_json import read_evaluation
+from .evaluation_json import damage_named, read_evaluation
 from .training_json import chat_option_files, read_record, recorded_chat_options
 
 logger = logging.getLogger(__name__)
@@ -94,15 +94,16 @@ def push(
     fields["speculators_config"]["verifier"]["name_or_path"] = verifier
     with hub_errors(f"The checkpoint is complete in {arguments.model}; upload it later with: {arguments.command}"):
         repo_id = open_repo(arguments.repo_id, verifier, arguments.private or None, token)
-        card = card or model_card(
-            config,
-            repo_id,
-            verifier,
-            read_record(folder),
-            evaluation,
-            chat_options=chat_options,
-            license=arguments.license,
-        )
+        with damage_named(arguments.evaluation) if arguments.evaluation else nullcontext():
+            card = card or model_card(
+                config,
+                repo_id,
+                verifier,
+                read_record(folder),
+                evaluation,
+                chat_options=chat_options,
+                license=arguments.license,
+            )
         files: dict[str, bytes | str] = {
             "config.json": (json.dumps(fields, indent=2) + "\n").encode(),
             "model.safetensors": str(folder / "model.safetensors"),

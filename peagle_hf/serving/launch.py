@@ -28,7 +28,7 @@ from ..data.endpoint_folder import (
 from ..data.tokenizer import CHAT_KWARGS_OF_DRAFTER_HELP, CHAT_TEMPLATE_OF_DRAFTER_HELP
 from ..errors import PeagleError
 from ..files import atomic_path, check_writable
-from ..hub.evaluation_json import read_evaluation
+from ..hub.evaluation_json import damage_named, read_evaluation
 from ..hub.training_json import chosen_chat_options
 from ..model.served_checkpoint import (
     DRAFT_SAMPLE_METHOD_HELP,
@@ -316,7 +316,9 @@ def _tokens_by_load(arguments: ServeArguments, folder: Path) -> dict[str, Any]:
     if RECOMMENDED not in report:
         raise PeagleError(f"{path} comes from an older peagle-hf evaluate and recommends nothing. Run it again.")
     logger.info("K by load comes from the report %s.", path)
-    return scheduled(report[RECOMMENDED], installed_vllm(arguments.vllm_python).takes(SCHEDULE))
+    takes_schedule = installed_vllm(arguments.vllm_python).takes(SCHEDULE)
+    with damage_named(path):
+        return scheduled(report[RECOMMENDED], takes_schedule)
 
 
 def _report(arguments: ServeArguments, folder: Path) -> tuple[Path, dict[str, Any]]:
