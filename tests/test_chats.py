@@ -263,6 +263,10 @@ PAIR = [("user", "Hello"), ("assistant", "Well")]
         ({"prompt": "Hello"}, PAIR[:1]),
         ({"instruction": "Hello", "input": "", "output": "Well"}, PAIR),
         ({"instruction": "Say", "input": "it", "output": "Well"}, [("user", "Say\nit"), PAIR[1]]),
+        ({"instruction": "", "input": "Hello", "output": "Well"}, PAIR),
+        ({"instruction": "Say", "context": "it", "response": "Well"}, [("user", "Say\nit"), PAIR[1]]),
+        ({"question": "Say", "context": "it", "answer": "Well"}, [("user", "Say\nit"), PAIR[1]]),
+        ({"question": "Hello", "context": {"id": 3}, "answer": "Well"}, PAIR),
         (
             {"instruction": "Say", "output": "Well", "system": "Be kind.", "history": [["Hello", "Well"]]},
             [("system", "Be kind."), *PAIR, ("user", "Say"), PAIR[1]],
@@ -346,6 +350,11 @@ def test_preference_rows_need_a_choice():
             "different reasoning in content and reasoning",
             "messages[1]",
         ),
+        (
+            {"messages": [HELLO, {**WELL, "channel": "analysis"}, {**WELL, "channel": "final"}]},
+            "in the channel analysis; reasoning belongs to `reasoning`",
+            "messages[1].channel",
+        ),
         ({"messages": [SYSTEM, HELLO], "system": "Be rude."}, "two system prompts", "system"),
     ],
 )
@@ -414,6 +423,9 @@ def test_a_call_without_arguments_has_empty_ones():
         ({"train": False}, "not to train on it (train: false)"),
         ({"loss": False}, "not to train on it (loss: false)"),
         ({"content": None, "refusal": "I can't."}, "the answer is a `refusal`"),
+        ({"weight": "0"}, "not to train on it (weight: 0)"),
+        ({"train": "False"}, "not to train on it (train: false)"),
+        ({"weight": "1", "loss": "true"}, None),
         ({"weight": 1}, None),
         ({"weight": 0.5, "train": True}, None),
         ({"refusal": None}, None),

@@ -33,9 +33,13 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _CONVERSATION_FIELDS = ("messages", "conversations", "conversation")
 _QUESTION_FIELDS = ("prompt", "instruction", "question", "query")
 _ANSWER_FIELDS = ("completion", "response", "output", "answer")
+_GIVEN_FIELDS = {"instruction": ("input", "context"), "question": ("context",)}
+"""What belongs to a question beside it, such as the text that it is about."""
 _PAIR_FIELDS = (("human", "assistant"), ("user", "assistant"), ("input", "output"))
 _MEDIA_FIELDS = ("images", "image", "audios", "audio", "videos", "video")
 _TRAIN_FIELDS = ("weight", "train", "loss")
+_CHANNELS = ("analysis", "commentary")
+"""Those of gpt-oss that hold no answer; its chat template doesn't read a message's channel."""
 _REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 
 
@@ -84,7 +88,8 @@ def read_chat(row: dict[str, Any], place: str, preference: str | None = None) ->
 
     - `messages`, `conversations` or `conversation`: messages with role/content or from/value, or pairs of question and
       answer;
-    - `prompt`, `instruction` (with `input`), `question` or `query`, and `completion`, `response`, `output` or `answer`;
+    - `prompt`, `instruction` (with `input` or `context`), `question` (with `context`) or `query`, and `completion`,
+      `response`, `output` or `answer`;
     - a preference row with `chosen` and `rejected`, with or without a `prompt`; `preference` says which to take.
 
     Every field of a message that isn't null is kept for the chat template. Reasoning is stored under each name that
@@ -200,8 +205,9 @@ def _with_question(row: dict[str, Any], place: str, question: str | None, answer
         if name is None:
             continue
         value = row[name]
-        if isinstance(value, str) and name == "instruction" and isinstance(row.get("input"), str) and row["input"]:
-            value = f"{value}\n{row['input']}"
+        if isinstance(value, str) and role == "user":
+            given = [row[more] for more in _GIVEN_FIELDS.get(name, ()) if isinstance(row.get(more), str)]
+            value = "\n".join(filter(None, [value, *given]))
         if isinstance(value, str):
             messages.append({"role": role, "content": value})
             fields.append(name)
@@ -226,6 +232,8 @@ def _exclusion(fields: dict[str, Any]) -> str | None:
     """The reason why a message or a row must not be trained on, if one of its fields says so."""
     for name in (*_TRAIN_FIELDS, "label"):
         value = fields.get(name)
+        if isinstance(value, str):  # as in CSV
+            value = {"false": False, "0": 0, "0.0": 0.0}.get(value.strip().lower())
         is_no = value is False or (name != "label" and isinstance(value, int | float) and value == 0)
         if is_no:
             return f"the data says not to train on it ({name}: {json.dumps(value)})"
@@ -250,6 +258,9 @@ def _read_message(message: Any, place: str, field: str) -> dict[str, Any]:
             f"{place}: {field} has the role {role!r}, which is unknown. Known roles are {', '.join(ROLES)}: rename it "
             "or take the row out."
         )
+    if message.get("channel") in _CHANNELS:
+        advice = "reasoning belongs to `reasoning` of the answer, calls to `tool_calls`"
+        raise Unlearnable(f"a message is in the channel {message['channel']}; {advice}", f"{field}.channel")
     message["role"] = ROLES[role]
     content = message.pop("value", message.get("content"))
     calls = message.pop("tool_calls", None)
