@@ -125,6 +125,20 @@ def test_the_end_of_an_answer_takes_in_the_white_space_after_it(tmp_path):
     assert "\n" not in tokenizer.decode(row["input_ids"])
 
 
+def test_the_marks_of_reasoning_stay_in_the_text_where_they_are_special_tokens(tmp_path):
+    """By them the template takes the reasoning out of earlier answers."""
+    template = CHATML.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
+    tokenizer = make_tokenizer(template, eos="<|im_end|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    answer = ["<think>", "H", "<|sep|>", "</think>", "W", "<|im_end|>"]
+    folder = save_chain(tmp_path / "model", tokenizer, ["\u010a", *answer])
+    rows, _ = asked(folder, tmp_path, ["Hello", "How?"])
+    assert rows[-1]["messages"][1]["content"] == "<think>H</think>W"
+    text = tokenizer.decode(rows[-1]["input_ids"])
+    assert text.startswith("<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\nW<|im_end|>\n")
+    assert text.endswith("".join(answer))
+
+
 def test_a_later_turn_follows_the_text_behind_the_reasoning(tmp_path):
     folder = save_headed(tmp_path / "model", ANSWER)
     rows, dropped = asked(folder, tmp_path, ["one", "two"])
@@ -140,7 +154,7 @@ def test_a_later_turn_follows_the_text_behind_the_reasoning(tmp_path):
 def test_no_turn_follows_an_answer_that_has_no_text(tmp_path):
     folder = save_headed(tmp_path / "model", CALL)
     rows, dropped = asked(folder, tmp_path, ["one"], ["one two", "two"])
-    assert [row["messages"][-1]["content"] for row in rows] == ["look"]
+    assert [row["messages"][-1]["content"] for row in rows] == ["<|act|> look <|/act|>"]
     assert dropped == {"1": "an answer has no text, only reasoning or a tool call, so no user turn can follow it"}
 
 

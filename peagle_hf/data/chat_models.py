@@ -26,6 +26,7 @@ from transformers import (
 from ..cpu import pack_linear_layers
 from ..errors import PeagleError
 from ..verifier.loading import load_verifier
+from .answer_markers import find_answer_markers
 from .chat_template import ChatRenderer
 from .chats import Unlearnable
 from .endpoint import ask_any, concurrently, endpoint_urls, served_model
@@ -84,6 +85,10 @@ class ChatModel(ABC):
         if template is None or (isinstance(template, dict) and "default" not in template):
             raise no_default_template(self.tokenizer)
         self.renderer = ChatRenderer(self.tokenizer, self.options.kwargs)
+        markers = find_answer_markers(self.tokenizer, self.options.kwargs).by_segment.values()
+        shown = "".join(f"{marker.opening}{marker.closing or ''}" for marker in markers)
+        added = self.tokenizer.added_tokens_decoder.items()
+        self._hidden_ids = {id_ for id_, token in added if token.special and token.content not in shown}
         self.end_ids = {self.tokenizer.eos_token_id} if ends is None else {ends} if isinstance(ends, int) else set(ends)
         if None in self.end_ids:
             raise PeagleError(
@@ -126,6 +131,10 @@ class ChatModel(ABC):
         anchor = self.encode(end)
         ids = self.encode(end + text)
         return ids[len(anchor) :] if ids[: len(anchor)] == anchor else self.encode(text)
+
+    def content(self, ids: list[int]) -> str:
+        """The text of an answer, of whose special tokens only those are left that enclose reasoning or a tool call."""
+        return self.decode([id_ for id_ in ids if id_ not in self._hidden_ids], skip_special_tokens=False).strip()
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         return str(

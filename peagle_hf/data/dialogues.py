@@ -313,12 +313,12 @@ class Dialogue:
         ended = ids[-1] in self.verifier.end_ids
         self.finish_reason = "stop" if ended else "length"
         before = ids[:-1] if ended else ids
-        content = written = self.verifier.decode(before).strip()
+        content = written = self.verifier.content(before)
         whole = self.verifier.decode(before, skip_special_tokens=False)
         text = self.verifier.renderer.content_of(whole, bool(self.prompt.tools))
         if text is not None:
+            content, written = text or whole.strip(), whole
             self.is_without_text = not text and bool(content)
-            content, written = text or content, whole
         self.messages.append({"role": "assistant", "content": content})
         self.end = self.verifier.decode(ids[-1:], skip_special_tokens=False) if ended else ""
         self.text += written + self.end
