@@ -125,9 +125,12 @@ def test_the_end_of_an_answer_takes_in_the_white_space_after_it(tmp_path):
     assert "\n" not in tokenizer.decode(row["input_ids"])
 
 
-def test_the_marks_of_reasoning_stay_in_the_text_where_they_are_special_tokens(tmp_path):
-    """By them the template takes the reasoning out of earlier answers."""
-    template = CHATML.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
+@pytest.mark.parametrize(
+    "before", ["", "{{ '<think>\n\n</think>\n\n' if loop.last and m.role == 'assistant' else '' }}"]
+)
+def test_the_marks_of_reasoning_stay_in_the_text_where_they_are_special_tokens(tmp_path, before):
+    """By them the template takes the reasoning out of earlier answers; an empty thought is no header of the answer."""
+    template = CHATML.replace("{{ m.content }}", before + "{{ m.content.split('</think>')[-1] }}")
     tokenizer = make_tokenizer(template, eos="<|im_end|>")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
     answer = ["<think>", "H", "<|sep|>", "</think>", "W", "<|im_end|>"]
@@ -173,6 +176,8 @@ def test_an_evaluation_in_this_process_goes_on_with_the_text_that_a_server_gives
     assert take(*ANSWER, reason="stop") == "well"
     assert take(*ANSWER[:5]) == "well"
     assert take(*ANSWER[:2]) == ""
+    chats.job = Job([], [], 8, token_ids=[[1]])
+    assert take(*ANSWER) == "hm well"
 
 
 def test_a_model_without_an_end_of_answer_is_refused(tmp_path):

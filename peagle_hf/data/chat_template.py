@@ -20,6 +20,8 @@ from .tokenizer import no_default_template
 # A letter of Unicode's private use area, with which no answer and no chat template begins or ends.
 PROBE = "\ue000"
 _THINK_TAG = re.compile(r"</?think>")
+_EMPTY_THOUGHT = re.compile(r"([<\[])(\S+?)([>\]])\s*\1/\2\3")
+"""A tag that is closed at once, as templates put it before an answer without reasoning."""
 TEMPLATE_ERROR = "the chat template refuses it"
 _ROLES = ("system", "user", "assistant", "tool")
 _GENERATION_MARK = re.compile(r"{%-?\s*generation\s*-?%}")
@@ -114,7 +116,7 @@ class ChatRenderer:
             Unlearnable: the template refuses the messages.
         """
         roles = self.kind(bool(tools)).roles_of_parts
-        chat = Chat([in_parts(message, roles) for message in messages], tools)
+        chat = Chat([with_parts(message, roles) for message in messages], tools)
         return self.render(chat, len(messages), add_generation_prompt)[0]
 
     def content_of(self, written: str, has_tools: bool) -> str | None:
@@ -198,6 +200,7 @@ class ChatRenderer:
         generation_prompt = prompt[len(asked) :] if asked and prompt and prompt.startswith(asked) else ""
         plain, more = text_of(question, answer), text_of(question, answer, question)
         header = plain[len(prompt) :].partition(PROBE)[0] if plain and prompt and plain.startswith(prompt) else ""
+        header = _EMPTY_THOUGHT.sub("", header)
         prompt_tail = prompt.rpartition(PROBE)[2] if prompt and PROBE in prompt else ""
         closing = None if plain is None or plain.count(PROBE) < 2 else plain.rpartition(PROBE)[2]
         following = more.rpartition(PROBE)[0].rpartition(PROBE)[2] if more and more.count(PROBE) > 2 else ""
@@ -210,7 +213,7 @@ class ChatRenderer:
             roles_of_parts=frozenset(roles_of_parts),
             has_thinking_parts=thinking.count(PROBE) > 2 and not re.search("['\"]thinking['\"]", thinking),
             generation_prompt=generation_prompt,
-            answer_header=header if self._special_token.search(header) else "",
+            answer_header=header.strip() if self._special_token.search(header) else "",
             prompt_tail=prompt_tail,
             closing=closing,
             end_of_turn=end_of_turn,
@@ -252,7 +255,7 @@ def _message(role: str, content: str, roles_of_parts: set[str] | frozenset[str])
     return {"role": role, "content": as_parts(content) if role in roles_of_parts else content}
 
 
-def in_parts(message: dict[str, Any], roles_of_parts: frozenset[str]) -> dict[str, Any]:
+def with_parts(message: dict[str, Any], roles_of_parts: frozenset[str]) -> dict[str, Any]:
     """The message with its content as parts, if its role needs that."""
     if message["role"] in roles_of_parts and isinstance(message.get("content"), str):
         return {**message, "content": as_parts(message["content"])}

@@ -26,9 +26,9 @@ from .chat_template import (
     TemplateKind,
     check_shown,
     hidden_message,
-    in_parts,
     joined,
     pieces_of,
+    with_parts,
     with_thought,
 )
 from .chats import Chat, Unlearnable, check_text
@@ -423,7 +423,7 @@ def _formed(chat: Chat, form: _Form, roles_of_parts: frozenset[str]) -> Chat:
                 message = {**message, "content": form.null}
             if form.arguments_are_text:
                 message = {**message, "tool_calls": [_with_text_arguments(call) for call in calls]}
-        messages.append(in_parts(message, roles_of_parts))
+        messages.append(with_parts(message, roles_of_parts))
     return Chat(messages, chat.tools)
 
 

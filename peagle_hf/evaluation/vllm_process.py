@@ -425,7 +425,7 @@ class _Conversations:
 
     def _text(self, index: int, answer: Any) -> str:
         """An answer's text as later turns follow it, and as a server would give it: without what stands before it."""
-        if self._tokenizer is None or self._chats is None:
+        if self.job.token_ids or self._tokenizer is None or self._chats is None:
             return str(answer.text)
         ids = list(answer.token_ids)
         whole = str(self._tokenizer.decode(ids[:-1] if answer.finish_reason == "stop" else ids))
