@@ -456,10 +456,18 @@ def test_cli_yaml_example_and_python_give_the_same_losses(train_flags, cli_flags
     assert losses_in(tmp_path / "example") == python
 
 
-@pytest.mark.parametrize("workers", [2])
-def test_loader_workers_change_no_loss(train_flags, tmp_path, workers):
+@pytest.mark.parametrize(
+    ("workers", "method"),
+    [
+        (2, "fork"),
+        pytest.param(1, "forkserver", marks=pytest.mark.slow),
+        pytest.param(1, "spawn", marks=pytest.mark.slow),
+    ],
+)
+def test_loader_workers_change_no_loss(train_flags, tmp_path, workers, method):
     expected = losses(run(train_flags))
-    assert losses(run(train_flags, output_dir=str(tmp_path / "w"), dataloader_num_workers=workers)) == expected
+    options = {"dataloader_num_workers": workers, "dataloader_multiprocessing_context": method}
+    assert losses(run(train_flags, output_dir=str(tmp_path / "w"), **options)) == expected
 
 
 def test_accumulation_gives_the_loss_of_the_larger_batch(train_flags, tmp_path):

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import itertools
+import multiprocessing
 import re
 from dataclasses import fields, replace
 from types import SimpleNamespace
@@ -286,13 +287,39 @@ def test_samples_are_read_ahead_on_a_gpu_as_far_as_cores_and_shared_memory_allow
 def test_samples_are_read_ahead_only_by_processes_that_are_forked(monkeypatch):
     args = make(total_seq_len=64)
     args.use_cpu = False
-    assert loading.loader_workers(args) > 0
-    monkeypatch.setattr(loading, "get_start_method", lambda allow_none: None)  # no start method has been chosen
-    for default, is_forked in (("forkserver", False), ("spawn", False), ("fork", True)):
+    for platform, default, chosen, is_forked in (
+        ("linux", "fork", None, True),
+        ("linux", "forkserver", None, True),  # Python 3.14
+        ("linux", "forkserver", "forkserver", True),  # the same, after a progress bar has used multiprocessing
+        ("linux", "forkserver", "spawn", False),
+        ("linux", "fork", "forkserver", False),  # by multiprocessing.set_start_method
+        ("darwin", "spawn", None, False),
+        ("darwin", "spawn", "fork", True),
+    ):
+        monkeypatch.setattr(loading.sys, "platform", platform)
+        monkeypatch.setattr(loading, "get_start_method", lambda allow_none, chosen=chosen: chosen)
         monkeypatch.setattr(loading, "get_all_start_methods", lambda default=default: [default, "others"])
-        assert bool(loading.loader_workers(args)) == is_forked
+        assert bool(loading.loader_workers(args)) == is_forked, (platform, default, chosen)
     args.dataloader_multiprocessing_context = "spawn"
     assert loading.loader_workers(args) == 0
+
+
+def test_workers_are_forked_where_python_would_start_them_anew(train_flags, monkeypatch):
+    """As on Linux from Python 3.14 on, where each worker would import everything again, a user's script included."""
+    expected = trainer_of(train_flags)
+    expected.train()
+    monkeypatch.setattr(multiprocessing.context._default_context, "_actual_context", None)
+    monkeypatch.setattr(
+        multiprocessing.context._default_context, "_default_context", multiprocessing.get_context("forkserver")
+    )
+    monkeypatch.setattr(loading, "get_all_start_methods", lambda: ["forkserver", "fork", "spawn"])
+    assert multiprocessing.get_context().get_start_method() == "forkserver"
+    trainer = trainer_of(train_flags, {"dataloader_num_workers": 1})
+    assert trainer.get_train_dataloader().multiprocessing_context.get_start_method() == "fork"
+    assert trainer.get_eval_dataloader().multiprocessing_context.get_start_method() == "fork"
+    trainer.train()
+    for name, tensor in state(expected).items():
+        assert torch.equal(state(trainer)[name], tensor), name
 
 
 def trainer_of(train_flags, changes=(), **options):

@@ -33,7 +33,7 @@ from .argument_rules import (
     refused_arguments,
     warn_of_unused,
 )
-from .loader_workers import loader_workers
+from .loader_workers import choose_workers
 from .losses import parse_loss
 from .memory import GIB, MemoryPlan, cut_to_fit, device_memory, processes_of, verifier_memory
 from .optimizer import MUON, MUON_WEIGHT_DECAY
@@ -390,8 +390,7 @@ class PeagleTrainingArguments(TrainingArguments):
         # Without an accelerator the Trainer would leave the processes of torchrun unconnected, each training alone.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self._choose_precision()
-        if self.dataloader_num_workers is None:
-            self.dataloader_num_workers = loader_workers(self)
+        choose_workers(self)
         if is_launched() and self.use_cpu:
             connect_on_cpu(self.ddp_timeout)
         # Every process builds the same drafter: accelerate's loading from the first one knows no buffers, such as d2t.

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 from multiprocessing import get_all_start_methods, get_start_method
 from pathlib import Path
 from shutil import disk_usage
@@ -20,13 +21,24 @@ SHARED_MEMORY = Path("/dev/shm")
 """Through which workers hand over what they have read."""
 
 
+def choose_workers(args: Any) -> None:
+    """Set how many loader workers a training has, unless it is given, and how they are started.
+
+    Args:
+        args: the `PeagleTrainingArguments`, whose `use_cpu` is decided.
+    """
+    if args.dataloader_num_workers is None:
+        args.dataloader_num_workers = loader_workers(args)
+    if args.dataloader_num_workers and sys.platform == "linux":
+        args.dataloader_multiprocessing_context = start_method(args)
+
+
 def loader_workers(args: Any) -> int:
     """The number of loader workers for each process of a training: 0, or as many as there are cores for.
 
     A training on a GPU would wait for its samples if it read them itself, and one that asks a server for them would
-    wait for the server. On a CPU training needs all cores itself. Where new processes import everything anew instead of
-    being forked, as on Windows and from Python 3.14 on, each epoch and validation would wait for them, and a script
-    would need a guard against running again in each of them.
+    wait for the server. On a CPU training needs all cores itself. Where workers aren't forked (see `start_method`), each
+    epoch and validation would wait for them, and a script would need a guard against running again in each of them.
 
     Args:
         args: the `PeagleTrainingArguments`, whose `use_cpu` is decided.
@@ -35,8 +47,7 @@ def loader_workers(args: Any) -> int:
     num_workers = min(MOST_WORKERS, max(1, available_cores() // processes))
     if args.on_missing == "generate" and args.vllm_endpoint:
         return num_workers
-    how = args.dataloader_multiprocessing_context or get_start_method(allow_none=True) or get_all_start_methods()[0]
-    if args.use_cpu or how != "fork":
+    if args.use_cpu or start_method(args) != "fork":
         return 0
     # During a validation the workers of the training wait, and each still holds its batches.
     rows = args.per_device_train_batch_size
@@ -54,3 +65,18 @@ def loader_workers(args: Any) -> int:
         )
         return 0
     return num_workers
+
+
+def start_method(args: Any) -> str:
+    """How a training starts its loader workers: as the user has chosen, else as Python does, but on Linux by a fork.
+
+    From Python 3.14 on they would import everything anew there too, which takes seconds in each epoch and validation.
+    Python's default is not a choice of the user's, even once some library has made it the method of the process.
+
+    Args:
+        args: the `PeagleTrainingArguments`.
+    """
+    default = get_all_start_methods()[0]
+    method: str = args.dataloader_multiprocessing_context or get_start_method(allow_none=True) or default
+    is_chosen = args.dataloader_multiprocessing_context is not None or method != default
+    return method if is_chosen or sys.platform != "linux" else "fork"
