@@ -64,33 +64,49 @@ __all__ = [*_MODULE_OF]
 if Path(sys.argv[0]).stem != "peagle-hf":
     import_module(".model.drafter", __name__)
 
-if TYPE_CHECKING:
-    from .cli.parsing import parse_arguments
-    from .console import command_line, end_processes
-    from .data.collator import CODDataCollator
-    from .data.dataset import HiddenStatesDataset
-    from .data.endpoint_states import Endpoint
-    from .data.extract import ExtractArguments, extract
-    from .data.prepare import PrepareArguments, prepare
-    from .data.regenerate import RegenerateArguments, regenerate
-    from .errors import PeagleError
-    from .evaluation.acceptance import AcceptanceArguments, acceptance
-    from .evaluation.benchmark import EvaluateArguments, evaluate
-    from .evaluation.plan import PlanArguments, plan
-    from .hub.push import PushArguments, push
-    from .model.config import PeagleConfig
-    from .model.drafter import PeagleForSpeculation
-    from .model.generation import draft_and_verify
-    from .training.adapters import add_adapter, load_adapter, merge_adapter, save_adapter
-    from .training.arguments import PeagleTrainingArguments
-    from .training.export_callback import VllmExportCallback
-    from .training.initialization import start_linearly
-    from .training.losses import register_loss
-    from .training.push_callback import PushToHubCallback
-    from .training.run import build_datasets, build_drafter, build_trainer, checkpoint_to_resume, train
-    from .training.trainer import PeagleTrainer
-    from .verifier.head import VerifierHead
-    from .verifier.parts import VerifierParts, register_verifier
+if TYPE_CHECKING:  # `as` makes them names of this package for type checkers
+    from .cli.parsing import parse_arguments as parse_arguments
+    from .console import command_line as command_line
+    from .console import end_processes as end_processes
+    from .data.collator import CODDataCollator as CODDataCollator
+    from .data.dataset import HiddenStatesDataset as HiddenStatesDataset
+    from .data.endpoint_states import Endpoint as Endpoint
+    from .data.extract import ExtractArguments as ExtractArguments
+    from .data.extract import extract as extract
+    from .data.prepare import PrepareArguments as PrepareArguments
+    from .data.prepare import prepare as prepare
+    from .data.regenerate import RegenerateArguments as RegenerateArguments
+    from .data.regenerate import regenerate as regenerate
+    from .errors import PeagleError as PeagleError
+    from .evaluation.acceptance import AcceptanceArguments as AcceptanceArguments
+    from .evaluation.acceptance import acceptance as acceptance
+    from .evaluation.benchmark import EvaluateArguments as EvaluateArguments
+    from .evaluation.benchmark import evaluate as evaluate
+    from .evaluation.plan import PlanArguments as PlanArguments
+    from .evaluation.plan import plan as plan
+    from .hub.push import PushArguments as PushArguments
+    from .hub.push import push as push
+    from .model.config import PeagleConfig as PeagleConfig
+    from .model.drafter import PeagleForSpeculation as PeagleForSpeculation
+    from .model.generation import draft_and_verify as draft_and_verify
+    from .training.adapters import add_adapter as add_adapter
+    from .training.adapters import load_adapter as load_adapter
+    from .training.adapters import merge_adapter as merge_adapter
+    from .training.adapters import save_adapter as save_adapter
+    from .training.arguments import PeagleTrainingArguments as PeagleTrainingArguments
+    from .training.export_callback import VllmExportCallback as VllmExportCallback
+    from .training.initialization import start_linearly as start_linearly
+    from .training.losses import register_loss as register_loss
+    from .training.push_callback import PushToHubCallback as PushToHubCallback
+    from .training.run import build_datasets as build_datasets
+    from .training.run import build_drafter as build_drafter
+    from .training.run import build_trainer as build_trainer
+    from .training.run import checkpoint_to_resume as checkpoint_to_resume
+    from .training.run import train as train
+    from .training.trainer import PeagleTrainer as PeagleTrainer
+    from .verifier.head import VerifierHead as VerifierHead
+    from .verifier.parts import VerifierParts as VerifierParts
+    from .verifier.parts import register_verifier as register_verifier
 
 
 def __getattr__(name: str) -> Any:

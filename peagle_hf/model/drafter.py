@@ -7,7 +7,7 @@ vocabulary, Vd draft vocabulary. A batch of `forward` is one packed sequence, so
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +72,9 @@ class PeagleForSpeculation(PreTrainedModel):
     config: PeagleConfig
     d2t: Tensor | None
     t2d: Tensor | None
+    if TYPE_CHECKING:  # the decorator of the inherited one hides its arguments
+
+        def to(self, *args: Any, **kwargs: Any) -> "PeagleForSpeculation": ...  # type: ignore[override]
 
     def __init__(self, config: PeagleConfig):
         super().__init__(config)

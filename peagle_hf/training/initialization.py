@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from peft import PeftModel
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -32,7 +33,7 @@ POSITIONS_A_FEATURE = 16
 
 @torch.no_grad()
 def start_linearly(
-    drafter: PeagleForSpeculation,
+    drafter: PeagleForSpeculation | PeftModel,
     dataset: HiddenStatesDataset,
     head: VerifierHead | None = None,
     num_workers: int = 0,

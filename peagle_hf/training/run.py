@@ -105,7 +105,7 @@ def build_trainer(
     if args.linear_start and not (args.from_pretrained or resumed):
         assert isinstance(drafter, PeagleForSpeculation)  # only a trained drafter gets an adapter
         with together():
-            drafter.to(args.device)  # type: ignore[arg-type]
+            drafter.to(args.device)
             head = load_head(drafter, head_dtype(args), args.verifier_revision, args.trust_remote_code)
             workers = args.dataloader_num_workers or 0, args.dataloader_multiprocessing_context
             start_linearly(drafter, train_dataset, head, *workers)

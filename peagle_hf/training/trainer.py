@@ -283,9 +283,9 @@ class PeagleTrainer(Trainer):
             batches = on_all_processes(lambda: list(islice(completed, num_batches)))
             return super().get_batch_samples(iter(batches), num_batches, device)
 
-    def training_step(  # type: ignore[no-untyped-def]
-        self, model, inputs, num_items_in_batch=None
-    ):
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
         """Forward and backward, part by part with `sequence_partitions`; gradients are reduced with the last part."""
         if num_items_in_batch is None:
             num_items_in_batch = (inputs["labels"] != -100).sum()
@@ -305,9 +305,13 @@ class PeagleTrainer(Trainer):
             run.require_finite()
         return loss
 
-    def compute_loss(  # type: ignore[no-untyped-def]
-        self, model, inputs, return_outputs=False, num_items_in_batch=None
-    ):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
         """The loss of a batch, or of a part of one in training; in `evaluation_loop` its sums are kept."""
         if self.validation is not None:
             parts = self._partitioner.parts(inputs, is_training=False)
@@ -382,9 +386,15 @@ class PeagleTrainer(Trainer):
         finally:
             del drafter["should_save_on_this_rank"]
 
-    def hyperparameter_search(  # type: ignore[no-untyped-def]
-        self, hp_space=None, compute_objective=None, n_trials=20, direction=None, *args, **kwargs
-    ):
+    def hyperparameter_search(
+        self,
+        hp_space: Callable[[Any], dict[str, Any]] | None = None,
+        compute_objective: Callable[[dict[str, float]], float] | None = None,
+        n_trials: int = 20,
+        direction: str | list[str] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         """Like the Trainer's, but the objective defaults to `metric_for_best_model`, to be improved."""
         compute_objective = compute_objective or (lambda metrics: metrics[metric_name(self.args)])
         direction = direction or ("maximize" if self.args.greater_is_better else "minimize")
