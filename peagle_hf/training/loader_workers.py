@@ -37,8 +37,8 @@ def loader_workers(args: Any) -> int:
     """The number of loader workers for each process of a training: 0, or as many as there are cores for.
 
     A training on a GPU would wait for its samples if it read them itself, and one that asks a server for them would
-    wait for the server. On a CPU training needs all cores itself. Where workers aren't forked (see `start_method`), each
-    epoch and validation would wait for them, and a script would need a guard against running again in each of them.
+    wait for the server. On a CPU training needs all cores itself. Where workers aren't forked (see `start_method`),
+    each epoch and validation would wait for them, and a script would need a guard against running again in each.
 
     Args:
         args: the `PeagleTrainingArguments`, whose `use_cpu` is decided.
