@@ -89,7 +89,7 @@ def has_weights(
         None if the weights weren't known then, or aren't all on this machine now.
     """
     folder = _folder(name_or_path, revision)
-    if recorded is None:
+    if not isinstance(recorded, str):  # not known, or damaged
         return None
     if recorded.startswith(("sha256 ", "config ")):
         if folder is None or not (Path(name_or_path).is_dir() or _is_whole(folder)):

@@ -606,10 +606,13 @@ def test_the_example_says_errors_in_one_paragraph(train_flags):
 
 
 @pytest.mark.fault("The record of a pipeline is damaged", "An error names the file and what to do.")
-@pytest.mark.parametrize("content", ["{", "[]", '"words"'])
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", '"words"', '{"extract": "x"}', '{"extract": {"arguments": {}, "read": {}, "written": null}}'],
+)
 def test_a_damaged_record_of_a_pipeline_is_named(tmp_path, content, capsys):
     (tmp_path / "pipeline.json").write_text(content)
-    (tmp_path / "pipeline.yaml").write_text(f"output: {tmp_path}\nextract: {{model: m}}\n")
+    (tmp_path / "pipeline.yaml").write_text(f"output: {tmp_path}\nextract: {{model: m, preprocessed_data: d}}\n")
     text = printed(capsys, "run", str(tmp_path / "pipeline.yaml"), code=1)
     assert f"{tmp_path}/pipeline.json is damaged" in text
     assert "Remove it" in text

@@ -101,10 +101,16 @@ def run(arguments: RunArguments) -> None:
 
 
 def _run_step(step: str, arguments: Any, section: dict[str, Any], record: Path) -> None:
-    finished = read_json(record, "Remove it: steps that are complete are kept as they are.") if record.exists() else {}
+    remedy = "Remove it: steps that are complete are kept as they are."
+    finished = read_json(record, remedy) if record.exists() else {}
     before = finished.pop(step, None)
     state = _State.now(step, arguments, section)
-    reasons = [] if before is None else state.differences(before)
+    try:
+        reasons = [] if before is None else state.differences(before)
+    except (AttributeError, TypeError) as error:
+        raise PeagleError(
+            f"{record} is damaged: what it says of {step} has another form ({error}). {remedy}"
+        ) from error
     if before is not None and not reasons:
         logger.info("%s: finished earlier.", step)
         return
