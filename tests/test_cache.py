@@ -300,6 +300,24 @@ def test_a_conversion_that_is_cut_off_is_no_cache_and_goes_on(tiny_data, tmp_pat
         cache_command.convert(source, new, "fp8")
 
 
+def test_a_conversion_that_is_killed_at_its_end_does_not_pass_for_another(tiny_data, tmp_path, monkeypatch):
+    """All files are written, but don't have their folder's name yet."""
+    source, new = tiny_data / "hidden_states", tmp_path / "new"
+
+    def kill(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.rename", kill)
+        with pytest.raises(KeyboardInterrupt):
+            cache_command.convert(source, new, "fp8")
+    with pytest.raises(PeagleError, match="of something else that isn't finished"):
+        cache_command.convert(source, new, "learnt", str(tiny_data))
+    cache_command.convert(source, new, "fp8")
+    assert sorted(os.listdir(new)) == sorted([*(f"hs_{row}.safetensors" for row in range(20)), "manifest.json"])
+    assert cache_command.inspect(str(new)).storages == {"fp8": 20}
+
+
 def test_folders_of_speculators_are_converted_as_they_are(tmp_path):
     utils = pytest.importorskip("hs_connectors.fp8_utils")
     states, _ = make_states()

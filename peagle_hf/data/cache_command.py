@@ -306,8 +306,8 @@ def _convert(folder: Path, destination: Path, storage: Storage, preprocessed_dat
     if manifest is not None:
         dtype = "bfloat16" if {storage, manifest.storage} & {*FP8_STORAGES} else manifest.dtype
         replace(manifest, storage=storage, dtype=dtype).write(working)
-    record.unlink(missing_ok=True)
     os.rename(working, destination)
+    (destination / CONVERSION_RECORD).unlink(missing_ok=True)  # not before: it says what is in `working`
     logger.info("Converted %s to %s in %s.", number_of(len(rows), "sample"), storage, destination)
 
 
