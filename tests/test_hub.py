@@ -33,6 +33,7 @@ from peagle_hf import (
     push,
 )
 from peagle_hf.cli.parsing import flags
+from peagle_hf.console import number_of
 from peagle_hf.fingerprint import weights_of
 from peagle_hf.hub.card import model_card
 from peagle_hf.hub.evaluation_json import read_evaluation
@@ -295,7 +296,7 @@ def test_the_card_says_what_was_measured(trained, evaluation):
         "| packed sequences per step, positions in each | 2, 64 |",
         "cosine from 0.001 |",
         "| precision, seed | float32, 42 |",
-        f"| hardware | 1 x CPU, {torch.get_num_threads()} threads |",
+        f"| hardware | 1 x CPU, {number_of(torch.get_num_threads(), 'thread')} |",
         f"| minutes, with validation and saving | {record['seconds'] / 60:.1f} |",
         f"transformers {transformers.__version__}, torch {torch.__version__} |",
         f"| acceptance length | {record['validation']['acceptance_length']:.4f} |",
