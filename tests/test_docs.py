@@ -16,6 +16,7 @@ import pytest
 import yaml
 from site_hooks import command_line, faults, faults_page
 
+import peagle_hf
 from peagle_hf.cli import COMMANDS
 from peagle_hf.cli.parsing import CommandParser
 
@@ -100,6 +101,11 @@ def test_pages_have_no_dead_anchor_and_no_markup_that_is_shown_as_text():
             if linked in anchors and anchor not in anchors[linked] and not is_documented:
                 broken.append(f"{path.name}: {target}#{anchor}")
     assert broken == []
+
+
+def test_the_reference_has_every_public_name():
+    documented = re.findall(r"^::: peagle_hf\.(\w+)$", (ROOT / "docs" / "reference.md").read_text(), re.M)
+    assert [name for name in peagle_hf.__all__ if name not in documented] == []
 
 
 def test_command_line_page_has_every_flag():
