@@ -241,6 +241,13 @@ def test_the_model_may_stand_anywhere(argv):
     assert (parsed.model, parsed.target_layer_ids, parsed.trust_remote_code) == ("MODEL", [1, 2], True)
 
 
+def test_help_shows_defaults_of_0_and_the_order_of_the_groups(capsys):
+    shown = printed(capsys, "train", "--help")
+    places = [shown.index(f"  {flag}") for flag in ("--verifier-name-or-path", "--data-path", "--output-dir")]
+    assert places == sorted(places)
+    assert "Seed of all sampling. (default: 0)" in " ".join(printed(capsys, "regenerate", "--help").split())
+
+
 def test_a_repeated_list_flag_extends_and_takes_the_place_of_the_default():
     needed = ["--model", "m", "--output", "o"]
     parsed = parse_arguments(EvaluateArguments, [*needed, "--suite", "a", "b", "--prompts", "c"])
