@@ -104,7 +104,8 @@ class CommandParser(HfArgumentParser):
             epilog=epilog,
             **kwargs,
         )
-        for title, names in _groups(arguments).items():  # argparse has the order of the dataclass, the Trainer's first
+        # argparse keeps the order of the dataclass, in which the Trainer's own fields come first.
+        for title, names in _groups(arguments).items():
             if title in self._groups:
                 self._groups[title]._group_actions.sort(key=lambda action, names=names: names.index(action.dest))
         self.add_argument("-h", "--help", action=_ShowHelp, nargs=0, help="Show this help and stop.")
