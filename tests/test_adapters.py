@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from test_modeling import make_batch, make_config, make_drafter, make_pair
 from test_trainer import StopAt, losses, run
@@ -126,6 +126,24 @@ def test_an_adapter_of_peft_alone_on_the_head_is_refused_by_the_trainer(train_fl
             get_peft_model(drafter, LoraConfig(target_modules=["lm_head"])),
             PeagleTrainingArguments(**train_flags, eval_strategy="no", metric_for_best_model=None),
         )
+
+
+def test_adapters_that_could_not_be_trained_saved_or_merged_are_refused(train_flags, tmp_path):
+    config = {"r": 2, "target_modules": ["q_proj"]}
+    with pytest.raises(PeagleError, match="task_type 'CAUSAL_LM'"):
+        add_adapter(make_drafter(make_config()), LoraConfig(**config, task_type="CAUSAL_LM"))
+    with pytest.raises(PeagleError, match="AdaLoRA"):
+        add_adapter(make_drafter(make_config()), AdaLoraConfig(target_modules=["q_proj"], total_step=10))
+    args = PeagleTrainingArguments(**train_flags, eval_strategy="no", metric_for_best_model=None)
+    inserted = build_drafter(args)
+    inserted.add_adapter(LoraConfig(**config))
+    named = get_peft_model(build_drafter(args), LoraConfig(**config), adapter_name="code")
+    task = get_peft_model(build_drafter(args), LoraConfig(**config, task_type="FEATURE_EXTRACTION"))
+    for model, words in ((inserted, "add_adapter"), (named, "the adapters code, "), (task, "Leave task_type out")):
+        with pytest.raises(PeagleError, match=words):
+            PeagleTrainer(model, args)
+    with pytest.raises(PeagleError, match="the adapters code, "):
+        save_adapter(named, tmp_path)
 
 
 def test_virtual_tokens_are_refused():

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model, get_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file
 
@@ -31,16 +31,22 @@ def add_adapter(drafter: PeagleForSpeculation, config: PeftConfig) -> PeftModel:
     Load the verifier's head before (`PeagleForSpeculation.load_verifier`).
 
     Raises:
-        PeagleError: the adapter puts layers on the drafter's head, or virtual tokens before its input, or its
-            `modules_to_save` names what the drafter doesn't have.
+        PeagleError: the adapter puts layers on the drafter's head, or virtual tokens before its input, its
+            `modules_to_save` names what the drafter doesn't have, it has a `task_type`, or see `check_adapter`.
     """
     if config.is_prompt_learning:
         raise PeagleError(
             f"A drafter can't be adapted by {type(config).__name__}: it has no prompt that virtual tokens could "
             "precede. Take an adapter of its layers, such as LoraConfig."
         )
+    if config.task_type is not None:
+        raise PeagleError(
+            f"{type(config).__name__} has task_type {config.task_type!r}, for which PEFT would call the drafter as a "
+            "language model. Leave task_type out."
+        )
     _check_modules_to_save(drafter, getattr(config, "modules_to_save", None) or ())
     model = cast(PeftModel, get_peft_model(drafter, config))
+    check_adapter(model)
     check_adapted_head(drafter)
     use_onednn(model)
     drafter.mask_hidden.requires_grad_(True)
@@ -76,8 +82,37 @@ def check_adapted_head(drafter: PeagleForSpeculation) -> None:
         )
 
 
+def check_adapter(model: PeftModel) -> None:
+    """Refuse an adapter that couldn't be trained, saved or merged.
+
+    Raises:
+        PeagleError: PEFT wraps the drafter as a model of some task, there are several adapters or one of another name
+            than PEFT's default, or it is AdaLoRA, which wants to be told of each step.
+    """
+    names = list(model.peft_config)
+    if type(model) is not PeftModel:
+        raise PeagleError(
+            f"The drafter is wrapped as {type(model).__name__}, which calls it with other arguments than it has. Leave "
+            "task_type out of the adapter's configuration."
+        )
+    if names != ["default"]:
+        raise PeagleError(
+            f"The drafter has the adapters {', '.join(names)}, but one of the name default is saved and merged. Make "
+            "it with peagle_hf.add_adapter; merge an earlier one into the drafter before (peagle_hf.merge_adapter)."
+        )
+    if model.peft_config["default"].peft_type == PeftType.ADALORA:
+        raise PeagleError(
+            "AdaLoRA needs update_and_allocate after each step, which the Trainer doesn't call. Take LoraConfig."
+        )
+
+
 def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
-    """Save the adapter with `mask_hidden` in the layout of PEFT."""
+    """Save the adapter with `mask_hidden` in the layout of PEFT.
+
+    Raises:
+        PeagleError: see `check_adapter`.
+    """
+    check_adapter(model)
     model.save_pretrained(str(folder))
     add_mask_hidden(model, folder)
 

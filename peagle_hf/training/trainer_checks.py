@@ -6,11 +6,14 @@ import math
 from collections.abc import Mapping, Sized
 from typing import Any
 
+from peft import PeftModel
 from torch import nn
 
+from ..data.collator import CODDataCollator
 from ..data.dataset import HiddenStatesDataset
 from ..errors import PeagleError
 from ..model.drafter import PeagleForSpeculation
+from .adapters import check_adapter
 from .argument_rules import REFUSED_PARAMETERS
 from .arguments import PeagleTrainingArguments
 from .metrics import is_metric, metric_names
@@ -29,13 +32,16 @@ def check_parameters(others: Mapping[str, Any]) -> None:
         raise PeagleError(f"PeagleTrainer can't be given {name}: {reason}.")
 
 
-def check_dataset(dataset: Any) -> None:
+def check_dataset(dataset: Any, may_lack: bool = True) -> None:
     """Refuse a data set that a trainer can't ask for packed sequences.
+
+    Args:
+        may_lack: None is no error.
 
     Raises:
         PeagleError: it is such a data set; the message says what to give instead.
     """
-    if dataset is not None and not isinstance(dataset, HiddenStatesDataset):
+    if not isinstance(dataset, HiddenStatesDataset) and not (may_lack and dataset is None):
         raise PeagleError(
             f"A {type(dataset).__name__} can't be trained or measured on: packed sequences are asked for with their "
             "epoch. Give a HiddenStatesDataset; its argument rows chooses from the prepared ones, and "
@@ -43,14 +49,84 @@ def check_dataset(dataset: Any) -> None:
         )
 
 
-def check_drafter(model: nn.Module) -> None:
-    """Refuse a model that is no drafter and holds none.
+def check_drafter(model: Any) -> None:
+    """Refuse a model that is no drafter and holds none, and one with an adapter that can't be saved.
 
     Raises:
-        PeagleError: the model is no drafter; the message names its class.
+        PeagleError: the model is no drafter, and the message names its class; or its adapter can't be saved or merged.
     """
-    if not any(isinstance(module, PeagleForSpeculation) for module in model.modules()):
-        raise PeagleError(f"PeagleTrainer trains a PeagleForSpeculation, not a {type(model).__name__}.")
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    drafters = [module for module in modules if isinstance(module, PeagleForSpeculation)]
+    if not drafters:
+        raise PeagleError(
+            f"PeagleTrainer trains a PeagleForSpeculation, not a {type(model).__name__}. Make one with build_drafter, "
+            "or load one with PeagleForSpeculation.from_pretrained and its load_verifier."
+        )
+    if isinstance(model, PeftModel):
+        check_adapter(model)
+    elif getattr(drafters[0], "_hf_peft_config_loaded", False):
+        raise PeagleError(
+            "The drafter has an adapter that transformers has put into it, which can't be merged into the checkpoints. "
+            "Take peagle_hf.add_adapter for a new adapter and peagle_hf.load_adapter for a saved one."
+        )
+
+
+def check_given(args: Any, model: Any, optimizers: tuple[Any, Any], processing_class: Any) -> None:
+    """Refuse arguments of `PeagleTrainer` that would fail later, or with which nothing would be trained.
+
+    Raises:
+        PeagleError: says which, and what to give instead.
+    """
+    if args is not None and not isinstance(args, PeagleTrainingArguments):
+        raise PeagleError(
+            f"PeagleTrainer takes PeagleTrainingArguments, not {type(args).__name__}. They have the fields of "
+            "TrainingArguments too, with defaults that suit a drafter."
+        )
+    if model is not None:
+        check_drafter(model)
+    if processing_class is not None and not hasattr(processing_class, "save_pretrained"):
+        raise PeagleError(
+            f"processing_class is {processing_class!r}, which can't be saved. Give a tokenizer, such as that of "
+            "AutoTokenizer.from_pretrained, or leave it out: training needs none."
+        )
+    optimizer, schedule = optimizers
+    bare = getattr(optimizer, "optimizer", optimizer)
+    if schedule is not None and getattr(schedule, "optimizer", bare) not in (optimizer, bare):
+        raise PeagleError(
+            "The schedule in optimizers=(optimizer, schedule) sets the rates of another optimizer than the one beside "
+            "it, so it would change nothing. Give it together with its own optimizer."
+        )
+    if optimizer is not None and model is not None:
+        weights = {id(parameter) for parameter in model.parameters()}
+        if not any(id(one) in weights for group in optimizer.param_groups for one in group["params"]):
+            raise PeagleError(
+                "The optimizer in optimizers=(optimizer, schedule) has none of the weights of the model, so nothing "
+                "would be trained. Make it from the parameters of the model that the trainer is given."
+            )
+
+
+def check_collator(collator: Any, num_depths: int) -> None:
+    """Refuse a collator that draws slots of more depths than the drafter has.
+
+    Raises:
+        PeagleError: names both numbers.
+    """
+    if isinstance(collator, CODDataCollator) and collator.num_depths > num_depths:
+        raise PeagleError(
+            f"The data_collator draws {collator.num_depths} depths, but the drafter has num_depths {num_depths}. Make "
+            "it with CODDataCollator.from_config(drafter.config), or leave it out."
+        )
+
+
+def check_named(name: Any, validations: Any) -> None:
+    """Refuse the name of a data set to evaluate on that isn't among those of the trainer.
+
+    Raises:
+        PeagleError: says which there are.
+    """
+    if isinstance(name, str) and (not isinstance(validations, Mapping) or name not in validations):
+        names = ", ".join(validations) if isinstance(validations, Mapping) else "none, as eval_dataset is no dict"
+        raise PeagleError(f"There is no eval_dataset called {name!r}. Names that there are: {names}.")
 
 
 def name_metric(args: PeagleTrainingArguments, validations: Any) -> PeagleTrainingArguments:
