@@ -372,6 +372,21 @@ def test_another_verifiers_head_is_refused():
         Objective(drafter, VerifierHead(nn.RMSNorm(32), torch.randn(50, 32)))
 
 
+def test_the_vocabulary_stays_the_verifiers():
+    drafter = make_drafter(make_config())
+    size = drafter.config.vocab_size
+    assert drafter.resize_token_embeddings(size) is drafter.embed_tokens
+    for changes in ({"new_num_tokens": size + 8}, {"pad_to_multiple_of": 64}):
+        with pytest.raises(PeagleError, match=f"vocabulary of its verifier, {size} tokens"):
+            drafter.resize_token_embeddings(**changes)
+    assert drafter.embed_tokens.num_embeddings == size
+
+
+def test_the_folder_of_another_model_is_named_as_such(tiny_verifier):
+    with pytest.raises(PeagleError, match="of a llama model, not of a drafter"):
+        PeagleForSpeculation.from_pretrained(tiny_verifier)
+
+
 def test_import_is_light():
     code = (
         "import sys, peagle_hf; heavy = {'vllm', 'openai', 'datasets', 'peft', 'matplotlib'} & set(sys.modules); "

@@ -187,6 +187,12 @@ class PeagleConfig(PreTrainedConfig):
         Raises:
             PeagleError: a field is missing without which the drafter can't be what it was; names it.
         """
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise PeagleError(
+                f"This is the configuration of a {model_type} model, not of a drafter. Name a folder that training "
+                "wrote, such as checkpoints/checkpoint_best."
+            )
         missing = [name for name in REQUIRED if config_dict.get(name) is None]
         if missing:
             raise PeagleError(f"The drafter's config.json lacks {', '.join(missing)}. Export the drafter again.")

@@ -136,6 +136,21 @@ class PeagleForSpeculation(PreTrainedModel):
     def get_output_embeddings(self) -> nn.Linear:
         return self.lm_head
 
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *_: Any, **__: Any
+    ) -> nn.Embedding:
+        """The token embeddings, whose number is the verifier's.
+
+        Raises:
+            PeagleError: another number is asked for.
+        """
+        if new_num_tokens not in (None, self.config.vocab_size) or pad_to_multiple_of is not None:
+            raise PeagleError(
+                f"A drafter has the vocabulary of its verifier, {self.config.vocab_size} tokens, and can't be resized. "
+                "Train a new drafter for the verifier with other tokens; --draft-vocab-size makes its head smaller."
+            )
+        return self.embed_tokens
+
     def push_to_hub(self, *args: Any, **kwargs: Any) -> str:  # type: ignore[override]
         """Push a drafter whose verifier is on the hub, as `PreTrainedModel.push_to_hub` does.
 
