@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from enum import Enum
+from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
@@ -46,6 +47,7 @@ class Arguments:
 
     def __post_init__(self) -> None:
         self._take_python_values()
+        check_types(self)
         check_names(self, [one.name for one in fields(self) if one.name not in (VLLM_ARGS, *self.TEXTS)])
         for word in getattr(self, VLLM_ARGS, []):
             if re.match(r"--?[\w-]+\s", word):
@@ -59,7 +61,7 @@ class Arguments:
         hints = get_type_hints(type(self))
         for one in fields(self):
             value, kind = getattr(self, one.name), _without_none(hints[one.name])
-            if get_origin(kind) is list and isinstance(value, str | os.PathLike):
+            if get_origin(kind) is list and isinstance(value, str | os.PathLike | Real):
                 value = [value]
             values = [os.fspath(item) if isinstance(item, os.PathLike) else item for item in _items(value)]
             setattr(self, one.name, values if isinstance(value, list | tuple) else values[0])
@@ -76,6 +78,25 @@ def _without_none(kind: Any) -> Any:
 
 def _items(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
+
+
+_KINDS = {int: (Integral, "a whole number"), float: (Real, "a number"), bool: (bool, "True or False")}
+
+
+def check_types(arguments: Any) -> None:
+    """Make sure that numbers and switches have values of their kind; only Python and other parsers give others.
+
+    Raises:
+        PeagleError: names the field and its value, such as "false", which would count as true.
+    """
+    hints = get_type_hints(type(arguments))
+    for one in fields(arguments):
+        kind = _without_none(hints[one.name])
+        kind = get_args(kind)[0] if get_origin(kind) is list else kind
+        for value in _items(getattr(arguments, one.name)) if kind in _KINDS else ():
+            wanted, words = _KINDS[kind]
+            if value is not None and (not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool)):
+                raise PeagleError(f"{flag_of(one.name)} is {value!r} but must be {words}.")
 
 
 def check_names(arguments: Any, names: Sequence[str]) -> None:

@@ -12,10 +12,21 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import ConcatDataset, IterableDataset, Subset
-from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, get_constant_schedule
 from transformers.training_args import OptimizerNames
 
-from peagle_hf import PeagleError, PeagleTrainer, PeagleTrainingArguments, build_datasets, build_drafter
+from peagle_hf import (
+    CODDataCollator,
+    EvaluateArguments,
+    PeagleError,
+    PeagleForSpeculation,
+    PeagleTrainer,
+    PeagleTrainingArguments,
+    PrepareArguments,
+    VllmExportCallback,
+    build_datasets,
+    build_drafter,
+)
 from peagle_hf.arguments import default_of, flag_of
 from peagle_hf.cli import main
 from peagle_hf.training import loader_workers as loading
@@ -214,12 +225,24 @@ def make_unchecked(changes):
         ({"save_strategy": "steps", "save_steps": 2.5}, "save_steps"),
         ({"load_best_model_at_end": True, "train_data_ratio": 1.0}, "load_best_model_at_end"),
         ({"on_missing": "generate", "verifier_device": "gpu"}, "--verifier-device gpu can't be used"),
+        ({"learning_rate": "1e-4"}, "--learning-rate is '1e-4' but must be a number"),  # as YAML 1.1 reads 1e-4
+        ({"linear_start": "false"}, "--linear-start is 'false' but must be True or False"),
+        ({"max_steps": "4"}, "--max-steps is '4' but must be a whole number"),
+        ({"total_seq_len": 64.0}, "--total-seq-len is 64.0 but must be a whole number"),
+        ({"target_layer_ids": ["1", "2"]}, "--target-layer-ids is '1' but must be a whole number"),
     ],
     ids=str,
 )
 def test_values_that_would_be_ignored_or_break_later_are_refused(changes, words):
     with pytest.raises(PeagleError, match=words):
         make(**changes)
+
+
+def test_commands_want_numbers_too_and_take_a_single_one_without_its_list():
+    with pytest.raises(PeagleError, match="--max-samples is '3' but must be a whole number"):
+        PrepareArguments(model="m", data="d", output="o", max_samples="3")
+    arguments = EvaluateArguments(model="m", suite="s", output="o", concurrency=4, temperature=0)
+    assert (arguments.concurrency, arguments.temperature) == ([4], [0])
 
 
 @pytest.mark.fault("accelerate launch asks for a precision that the device lacks", "It is refused, not replaced.")
@@ -327,6 +350,62 @@ def trainer_of(train_flags, changes=(), **options):
     train_dataset, eval_dataset = build_datasets(args)
     given = {"model": build_drafter(args), "train_dataset": train_dataset, "eval_dataset": eval_dataset, **options}
     return PeagleTrainer(args=args, **given)
+
+
+def test_what_is_given_beside_the_arguments_is_checked_before_training(train_flags):
+    args = PeagleTrainingArguments(**train_flags)
+    weights = list(build_drafter(args).parameters())
+    ours, others = torch.optim.SGD(weights, 0.1), torch.optim.SGD(weights[:1], 0.1)
+    for given, words in (
+        ({"args": TrainingArguments(train_flags["output_dir"])}, "takes PeagleTrainingArguments, not TrainingArg"),
+        ({"model": train_flags["data_path"]}, "trains a PeagleForSpeculation, not a str"),
+        ({"processing_class": "Qwen/Qwen3-8B"}, "processing_class is 'Qwen/Qwen3-8B', which can't be saved"),
+        ({"optimizers": (ours, None), "model": build_drafter(args)}, "none of the weights of the model"),
+        ({"optimizers": (None, get_constant_schedule(ours))}, "rates of another optimizer"),
+        ({"optimizers": (ours, get_constant_schedule(others))}, "rates of another optimizer"),
+    ):
+        with pytest.raises(PeagleError, match=words):
+            PeagleTrainer(**{"args": args, **given})
+    with pytest.raises(PeagleError, match=r"draws 5 depths, .* num_depths 3"):
+        trainer_of(train_flags, data_collator=CODDataCollator(num_depths=5))
+
+
+def test_a_validation_that_there_is_not_is_named(train_flags):
+    trainer = trainer_of(train_flags)
+    with pytest.raises(PeagleError, match="no eval_dataset called 'chats'"):
+        trainer.evaluate("chats")
+    with pytest.raises(PeagleError, match="NoneType"):
+        trainer.predict(None)
+    trainer.eval_dataset = {"code": trainer.eval_dataset}
+    with pytest.raises(PeagleError, match=r"called 'chats'\. Names that there are: code"):
+        trainer.evaluate("chats")
+    assert trainer.evaluate("code")["eval_loss"] > 0
+
+
+class OwnLoader(PeagleTrainer):
+    def get_train_dataloader(self):
+        return torch.utils.data.DataLoader(self.train_dataset, collate_fn=self.data_collator)
+
+
+def test_a_loader_that_knows_no_epochs_is_refused(train_flags):
+    args = PeagleTrainingArguments(**train_flags, max_steps=1)
+    train_dataset, eval_dataset = build_datasets(args)
+    with pytest.raises(PeagleError, match="same slots in each epoch"):
+        OwnLoader(build_drafter(args), args, train_dataset=train_dataset, eval_dataset=eval_dataset).train()
+
+
+@pytest.mark.parametrize("callback", [VllmExportCallback, VllmExportCallback(), VllmExportCallback("float16")])
+def test_weights_are_exported_as_the_arguments_or_the_callback_say(train_flags, callback):
+    changes = {"save_strategy": "epoch", "max_steps": 1, "export_dtype": "float32"}
+    trainer = trainer_of(train_flags, changes, callbacks=[callback])
+    trainer.train()
+    folder = f"{train_flags['output_dir']}/checkpoint_best"
+    wanted = torch.float16 if getattr(callback, "dtype", None) == torch.float16 else torch.float32
+    assert PeagleForSpeculation.from_pretrained(folder).fc.weight.dtype == wanted
+    assert sum(isinstance(one, VllmExportCallback) for one in trainer.callback_handler.callbacks) == 1
+    trainer.remove_callback(VllmExportCallback)
+    with pytest.raises(PeagleError, match=r"VllmExportCallback, .* was removed"):
+        trainer.train(resume_from_checkpoint=True)
 
 
 @pytest.mark.parametrize("name", [*REFUSED_PARAMETERS, "colour"])

@@ -150,6 +150,23 @@ def test_a_bad_value_in_a_search_is_named(train_flags):
         trainer.hyperparameter_search(lambda trial: {"loss_fn": "no_such_loss"}, n_trials=1, backend="optuna")
 
 
+def test_a_trial_is_held_to_the_rules_of_the_arguments(train_flags):
+    for values, words in (
+        ({"label_smoothing_factor": 0.1}, "--label-smoothing-factor can't be used here"),
+        ({"learning_rate": -1.0}, "--learning-rate is -1.0 but must be above 0"),
+    ):
+        trainer = make_trainer(train_flags, fresh=True)
+        with pytest.raises(PeagleError, match=words):
+            trainer.hyperparameter_search(lambda trial, values=values: values, n_trials=1, backend="optuna")
+
+
+def test_the_optimizer_of_a_trial_has_its_own_weight_decay(train_flags):
+    for changes, decay in (({}, 0.0), ({"weight_decay": 0.3}, 0.3)):
+        trainer = make_trainer(train_flags, {"max_steps": 1, "save_strategy": "no", **changes}, fresh=True)
+        trainer.hyperparameter_search(lambda trial: {"optim": "adamw_torch"}, n_trials=1, backend="optuna")
+        assert trainer.args.weight_decay == decay
+
+
 def test_optimizer_and_schedule_may_be_given(train_flags):
     args = PeagleTrainingArguments(**train_flags)
     drafter = build_drafter(args)

@@ -26,7 +26,8 @@ args = PeagleTrainingArguments(verifier_name_or_path="Qwen/Qwen3-8B", data_path=
 drafter = build_drafter(args).to(args.device)
 train_dataset, eval_dataset = build_datasets(args)
 start_linearly(drafter, train_dataset)
-trainer = Doubled(drafter, args, None, train_dataset, eval_dataset, callbacks=[VllmExportCallback()])
+callbacks = [VllmExportCallback()]
+trainer = Doubled(drafter, args, train_dataset=train_dataset, eval_dataset=eval_dataset, callbacks=callbacks)
 trainer.train(resume_from_checkpoint=True)
 print(trainer.evaluate()["eval_loss"], PeagleForSpeculation.from_pretrained("out").to("cpu").config.num_depths + 1)
 PeagleConfig(num_depths="4")

@@ -4,7 +4,7 @@ import copy
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, NamedTuple
@@ -16,8 +16,9 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.training_args import OptimizerNames
 
-from ..arguments import check_ranges, default_of, flag_of, plain
+from ..arguments import check_ranges, check_types, default_of, flag_of, plain
 from ..errors import PeagleError
+from .optimizer import default_weight_decay
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,12 @@ WORKS = frozenset(
     )
 )
 """Arguments of the Trainer that do here what its documentation says, within `check_trainer_arguments`."""
+
+HELP = {
+    "gradient_checkpointing": "The older name of --activation-checkpointing.",
+    "resume_from_checkpoint": "Go on from this checkpoint (default: from the newest one in the output folder).",
+}
+"""What `--help` says of arguments that do something else here than the Trainer's own help says."""
 
 REFUSED = {
     "label_smoothing_factor": "the drafter learns from the verifier's distributions, which have no labels to smooth",
@@ -284,17 +291,36 @@ def check_names_of_trainer(args: TrainingArguments) -> None:
 
 
 def check_numbers(args: Any) -> None:
-    """Refuse numbers out of their ranges.
+    """Refuse numbers out of their ranges, and what is no number where one is needed.
 
     Raises:
         PeagleError: a number is out of its range; the message names its flag and the range.
     """
+    check_types(args)
     check_ranges(args, _RANGES)
     for name in _ABOVE_0:
         value = getattr(args, name)
         is_unused = name == "num_train_epochs" and args.max_steps > 0
         if value is not None and not is_unused and not 0 < value < math.inf:
             raise PeagleError(f"{flag_of(name)} is {value} but must be above 0.")
+
+
+def check_trial(args: Any, before: Mapping[str, Any]) -> None:
+    """Refuse what a trial of a search has set and training wouldn't heed; an optimizer gets its own weight decay.
+
+    Args:
+        args: a `PeagleTrainingArguments` as the trial has changed it.
+        before: its values until then.
+
+    Raises:
+        PeagleError: names the flag and the reason.
+    """
+    changed = {name for name, value in vars(args).items() if value != before.get(name)}
+    for name in sorted(changed & REFUSED.keys()):
+        raise PeagleError(f"{flag_of(name)} can't be used here: {REFUSED[name]}.")
+    check_numbers(args)
+    if "optim" in changed and "weight_decay" not in changed and args.as_given["weight_decay"] is None:
+        args.weight_decay = default_weight_decay(args.optim, args.lora_r)
 
 
 def check_contradictions(args: TrainingArguments) -> None:

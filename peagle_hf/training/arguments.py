@@ -22,6 +22,7 @@ from ..model.config import PeagleConfig
 from ..processes import connect_on_cpu, is_launched
 from ..verifier.loading import hub_verifier, usable_device
 from .argument_rules import (
+    HELP,
     check_contradictions,
     check_names_of_trainer,
     check_numbers,
@@ -36,7 +37,7 @@ from .argument_rules import (
 from .loader_workers import choose_workers
 from .losses import parse_loss
 from .memory import GIB, MemoryPlan, cut_to_fit, device_memory, processes_of, verifier_memory
-from .optimizer import MUON, MUON_WEIGHT_DECAY
+from .optimizer import MUON, default_weight_decay
 
 
 @dataclass
@@ -325,7 +326,7 @@ class PeagleTrainingArguments(TrainingArguments):
     ddp_broadcast_buffers: bool | None = field(default=False, metadata={"help": "Nothing needs broadcasting."})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "None is ever unused."})
 
-    HELP: ClassVar = {"gradient_checkpointing": "The older name of --activation-checkpointing."}
+    HELP: ClassVar = HELP
     GROUPS: ClassVar = {
         "Input and output": (
             "verifier_name_or_path",
@@ -441,7 +442,7 @@ class PeagleTrainingArguments(TrainingArguments):
             raise PeagleError(f"optim is {self.optim!r}; it must be one of {', '.join(names)}.")
         is_muon = self.optim == MUON
         if self.weight_decay is None:
-            self.weight_decay = MUON_WEIGHT_DECAY if is_muon and self.lora_r is None else 0.0
+            self.weight_decay = default_weight_decay(self.optim, self.lora_r)
         if is_muon and self.optim_args:
             raise PeagleError(f"optim_args {self.optim_args!r} are for the Trainer's own optimizers, not for {MUON}.")
         if is_muon and uses_deepspeed:

@@ -230,9 +230,15 @@ class CurrentRun(TrainerCallback):
 
         Raises:
             NothingLeft: all steps are done; the Trainer would take one more.
+            PeagleError: the loader isn't that of `PeagleTrainer`, whose sampler knows of epochs.
         """
         if state.global_step >= state.max_steps:
             raise NothingLeft
+        if not hasattr(self._trainer, "train_sampler"):
+            raise PeagleError(
+                "get_train_dataloader gives a loader of its own, which would draw the same slots in each epoch. Let it "
+                "call super().get_train_dataloader(); a HiddenStatesDataset and a data_collator may be your own."
+            )
         self._trainer.train_sampler.set_epoch(self._epoch)
         self._epoch += 1
 

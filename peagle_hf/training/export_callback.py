@@ -38,14 +38,15 @@ class VllmExportCallback(TrainerCallback):
     `metrics.draw`), from its beginning also when it was resumed.
 
     Args:
-        dtype: of the weights that vLLM serves: "bfloat16", "float16" or "float32".
+        dtype: of the weights that vLLM serves: "bfloat16", "float16" or "float32"; default: `export_dtype` of the
+            training's arguments.
 
     Attributes:
         run_folder: where the checkpoints are, which `PeagleTrainer` sets: `output_dir`, or a trial's folder in it.
     """
 
-    def __init__(self, dtype: str = "bfloat16"):
-        self.dtype: torch.dtype = getattr(torch, dtype)
+    def __init__(self, dtype: str | None = None):
+        self.dtype: torch.dtype | None = None if dtype is None else getattr(torch, dtype)
         self.run_folder: Path | None = None
         self._saved_step: int | None = None
         self._is_described = False

@@ -20,6 +20,12 @@ MUON = "muon"
 MUON_WEIGHT_DECAY = 1.0
 """The weight decay of its matrices by default: what long trainings gained most from (docs/ablations.md)."""
 
+
+def default_weight_decay(optim: str, lora_r: int | None) -> float:
+    """The weight decay of an optimizer of `--optim` where none is given; LoRA's factors must not shrink."""
+    return MUON_WEIGHT_DECAY if optim == MUON and lora_r is None else 0.0
+
+
 _TABLES = {"embed_tokens", "lm_head"}
 
 

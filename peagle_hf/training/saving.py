@@ -75,7 +75,8 @@ def written_to(trainer: "PeagleTrainer", folder: Path, superseded: Sequence[Path
             with together():
                 if should_save:
                     merged = merge_adapter(model) if isinstance(model, PeftModel) else None
-                    export_served_weights(temporary, trainer.export_callback.dtype, merged)
+                    dtype = trainer.export_callback.dtype or getattr(torch, trainer.args.export_dtype)
+                    export_served_weights(temporary, dtype, merged)
                     put_in_place(temporary, folder, superseded)
         except BaseException:
             if should_save:

@@ -5,7 +5,7 @@ of the loop in `current_run`, before the first step in `resuming`, checkpoints i
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -23,12 +23,13 @@ from ..data.collator import CODDataCollator
 from ..data.dataset import HiddenStatesDataset
 from ..data.errors import RowError, on_all_processes
 from ..data.packing import EpochSampler
+from ..errors import PeagleError
 from ..files import check_writable
 from ..model.config import PeagleConfig
 from ..model.drafter import PeagleForSpeculation
 from ..processes import lost_process_explained, on_first, together
 from ..verifier.head import VerifierHead
-from .argument_rules import refused_arguments
+from .argument_rules import check_trial, refused_arguments
 from .arguments import PeagleTrainingArguments
 from .checkpoints import checkpoints_by_step, metric_name
 from .current_run import VALIDATION_OWED, CurrentRun, NothingLeft
@@ -44,9 +45,12 @@ from .sequence_partitions import Partitioner, without_reduction
 from .sharding import gradient_norm, require_whole_weights
 from .time_left import TimeLeft
 from .trainer_checks import (
+    check_collator,
     check_dataset,
     check_drafter,
+    check_given,
     check_metric,
+    check_named,
     check_parameters,
     check_there_is_a_step,
     name_metric,
@@ -91,20 +95,22 @@ class PeagleTrainer(Trainer):
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         model_init: Callable[..., PreTrainedModel] | None = None,
-        callbacks: list[TrainerCallback] | None = None,
+        callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
         verifier_head: VerifierHead | None = None,
         **refused: Any,
     ):
         check_parameters(refused)
+        check_given(args, model, optimizers, processing_class)
         args = name_metric(args or PeagleTrainingArguments(), eval_dataset)
         for one in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])):
             check_dataset(one)
         if args.should_save:
             check_writable(args.output_dir)
-        if not any(isinstance(one, VllmExportCallback) for one in callbacks or []):
-            callbacks = [VllmExportCallback(args.export_dtype), *(callbacks or [])]
+        own_callbacks: list[Any] = [*(callbacks or [])]
+        if not any(one is VllmExportCallback or isinstance(one, VllmExportCallback) for one in own_callbacks):
+            own_callbacks.insert(0, VllmExportCallback())
         given = optimizer_cls_and_kwargs[0] if optimizer_cls_and_kwargs else type(optimizers[0])
         self.own_optimizer = None if given is type(None) else given.__name__
         self._collator_is_own, self._verifier_head = data_collator is None, verifier_head
@@ -121,7 +127,7 @@ class PeagleTrainer(Trainer):
                 eval_dataset=eval_dataset,
                 processing_class=processing_class,
                 model_init=model_init and in_float32(model_init),
-                callbacks=callbacks,
+                callbacks=own_callbacks,
                 optimizers=optimizers,
                 optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             )
@@ -149,7 +155,13 @@ class PeagleTrainer(Trainer):
 
     @property
     def export_callback(self) -> VllmExportCallback:
-        return next(one for one in self.callback_handler.callbacks if isinstance(one, VllmExportCallback))
+        for one in self.callback_handler.callbacks:
+            if isinstance(one, VllmExportCallback):
+                return one
+        raise PeagleError(
+            "The VllmExportCallback, by which checkpoints are saved, was removed from the trainer. Leave it there; "
+            'with save_strategy="no" it saves nothing.'
+        )
 
     @property
     def is_sharded(self) -> bool:
@@ -173,6 +185,7 @@ class PeagleTrainer(Trainer):
         args = self.args
         if self._collator_is_own:
             self.data_collator = CODDataCollator.from_config(self.config, seed=args.seed)
+        check_collator(self.data_collator, self.config.num_depths)
         self.eval_collator = self.data_collator
         if isinstance(self.data_collator, CODDataCollator):
             self.eval_collator = replace(self.data_collator, every_slot=True)
@@ -212,6 +225,7 @@ class PeagleTrainer(Trainer):
             with together():
                 check_there_is_a_step(self.args, self.train_dataset)
             run.begin(folder, trial)
+            vars(self).pop("train_sampler", None)
             if self.own_optimizer is None:
                 # The optimizer is made anew, because the arguments may differ from those of an earlier call.
                 self.optimizer = None
@@ -240,7 +254,7 @@ class PeagleTrainer(Trainer):
         In place of `Trainer._get_dataloader` of transformers 5.17 to 5.24, from which all loaders come. An argument for
         samplers, and one for another collator in validation, would replace it.
         """
-        check_dataset(dataset)
+        check_dataset(dataset, may_lack=False)
         # This is the first call of the Trainer after the model and the arguments of a trial are known.
         if is_training:
             require_trained(self.model)
@@ -266,6 +280,10 @@ class PeagleTrainer(Trainer):
         if self.args.dataloader_persistent_workers and dataloader_key is not None:
             self._eval_loaders[id(dataset)] = loader
         return loader
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        check_named(eval_dataset, self.eval_dataset)
+        return super().get_eval_dataloader(eval_dataset)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
@@ -385,6 +403,12 @@ class PeagleTrainer(Trainer):
             super()._save(output_dir, state_dict)
         finally:
             del drafter["should_save_on_this_rank"]
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """Like the Trainer's, with the checks of the arguments that a trial sets."""
+        before = dict(vars(self.args))
+        super()._hp_search_setup(trial)
+        check_trial(self.args, before)
 
     def hyperparameter_search(
         self,
