@@ -29,7 +29,7 @@ def choose_workers(args: Any) -> None:
     """
     if args.dataloader_num_workers is None:
         args.dataloader_num_workers = loader_workers(args)
-    if args.dataloader_num_workers and sys.platform == "linux":
+    if args.dataloader_num_workers and start_method(args) != get_all_start_methods()[0]:
         args.dataloader_multiprocessing_context = start_method(args)
 
 
