@@ -115,8 +115,7 @@ class PeagleTrainer(Trainer):
         self.own_optimizer = None if given is type(None) else given.__name__
         self._collator_is_own, self._verifier_head = data_collator is None, verifier_head
         config = getattr(model, "config", None)
-        # The Trainer would make the repository too, but without these checks.
-        if args.push_to_hub and args.process_index == 0 and config is not None:
+        if args.push_to_hub and args.process_index == 0 and config is not None:  # the Trainer makes it unchecked
             make_repo(args, config.verifier_name_or_path)
         with refused_arguments():
             super().__init__(
