@@ -194,6 +194,8 @@ def _end(code: int, message: str | None = None) -> NoReturn:
 
 def _end_at_next_interrupt() -> None:
     """Let another Ctrl-C end the process at once, without a traceback of what Python does at its end."""
+    if hasattr(sys, "ps1"):  # a notebook or a prompt, which goes on
+        return
     with suppress(ValueError):  # not in the main thread, where no handler can be set
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
