@@ -36,6 +36,7 @@ BLOCKS_NOT_RUN = {
 """Patterns of whole blocks, and why those are not run."""
 COMMANDS_NOT_RUN = {
     r"^(pip|uv|git|source|cd|docker) ": "it changes the machine; `tests/test_release.py` installs the wheel",
+    r"^(head|tail) ": "programs of the system",
     r"^peagle-hf evaluate ": "it starts vLLM several times; `make demo` and `tests/test_docs.py` run it",
     r"^peagle-hf plan ": "it starts vLLM several times; `tests/test_plan.py` runs it",
     r"^peagle-hf push |--push-to-hub": "it needs the hub; `tests/test_hub.py` uploads to one",

@@ -9,7 +9,7 @@ COUNTERPARTS = {
     **dict.fromkeys(("--allow-empty-output", "--hidden-states-backend", "--mooncake-*"), NOT_THERE),
     **dict.fromkeys(("--full-attention-indices", "--draft-config", "--draft-hidden-act"), NOT_THERE),
     **dict.fromkeys(("--draft-mrope-full-head-hack", "--sliding-window-non-causal"), NOT_THERE),
-    **dict.fromkeys(("--fc-norm", "--norm-output", "--generation-validation-retries"), NOT_THERE),
+    **dict.fromkeys(("--norm-output", "--generation-validation-retries"), NOT_THERE),
     **dict.fromkeys(("--max-consecutive-generation-failures", "--language-filter"), NOT_THERE),
     **dict.fromkeys(("--optimizer", "--muon-*"), "--optim"),
     **dict.fromkeys(("--scheduler-warmup-steps", "--scheduler-warmup-ratio"), "--warmup-steps"),
