@@ -1218,8 +1218,9 @@ def test_nothing_to_answer_is_refused(target, tmp_path):
             RegenerateArguments(**{"model": str(target), "output": "chats.jsonl", "invent": 3} | flags)
     values = [-1.5, -1, 0, 0.5, 1, 1.5, math.nan]
     allowed = {
-        **dict.fromkeys(("max_samples", "max_new_tokens", "concurrency", "batch_size"), (1, 1.5)),
-        **dict.fromkeys(("invent", "temperature", "top_k", "min_answer_tokens", "max_retries"), (0, 0.5, 1, 1.5)),
+        **dict.fromkeys(("max_samples", "max_new_tokens", "concurrency", "batch_size"), (1,)),
+        **dict.fromkeys(("invent", "top_k", "min_answer_tokens", "max_retries"), (0, 1)),
+        "temperature": (0, 0.5, 1, 1.5),
         **dict.fromkeys(("invent_temperature", "request_timeout"), (0.5, 1, 1.5)),
         **dict.fromkeys(("min_p", "max_repetition"), (0, 0.5, 1)),
         "top_p": (0.5, 1),
