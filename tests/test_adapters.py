@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    PeftModel,
+    PromptTuningConfig,
+    get_peft_model,
+    inject_adapter_in_model,
+)
 from safetensors.torch import load_file
 from test_modeling import make_batch, make_config, make_drafter, make_pair
 from test_trainer import StopAt, losses, run
@@ -136,7 +145,9 @@ def test_adapters_that_could_not_be_trained_saved_or_merged_are_refused(train_fl
         add_adapter(make_drafter(make_config()), AdaLoraConfig(target_modules=["q_proj"], total_step=10))
     args = PeagleTrainingArguments(**train_flags, eval_strategy="no", metric_for_best_model=None)
     inserted = build_drafter(args)
-    inserted.add_adapter(LoraConfig(**config))
+    # As the drafter's own add_adapter does, which in transformers 5.24 wants a newer PEFT than the one of the tests.
+    inject_adapter_in_model(LoraConfig(**config), inserted)
+    inserted._hf_peft_config_loaded = True
     named = get_peft_model(build_drafter(args), LoraConfig(**config), adapter_name="code")
     task = get_peft_model(build_drafter(args), LoraConfig(**config, task_type="FEATURE_EXTRACTION"))
     for model, words in ((inserted, "add_adapter"), (named, "the adapters code, "), (task, "Leave task_type out")):
