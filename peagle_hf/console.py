@@ -63,7 +63,8 @@ def command_line(prog: str, argv: Sequence[str] = ()) -> Iterator[None]:
         SystemExit: with the exit code, unless the block ends well.
     """
     for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed, as by `>&-`: the next file that is opened would take its place
+        # A shell closes a stream with `>&-`. Without this, the next file that is opened would take its place.
+        if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))  # noqa: SIM115
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     verbosity, bars = _verbosity, os.environ.get("TQDM_DISABLE")

@@ -31,12 +31,15 @@ class Command:
         module = import_module(f"..{self.module}", __package__)
         return getattr(module, self.function), getattr(module, self.arguments)
 
+    def takes_vllm_args(self) -> bool:
+        """Whether vLLM's own flags may stand after `--`."""
+        return VLLM_ARGS in {one.name for one in fields(self.load()[1])}
+
     def usage(self) -> str:
         """What follows the command's name in a command line."""
-        arguments = fields(self.load()[1])
-        needed = {one.name for one in arguments if one.default is MISSING}
+        needed = {one.name for one in fields(self.load()[1]) if one.default is MISSING}
         first = [name.upper() if name in needed else f"[{name.upper()}]" for name in self.positional]
-        flags = ["[-- vLLM's flags]"] if VLLM_ARGS in {one.name for one in arguments} else []
+        flags = ["[-- vLLM's flags]"] if self.takes_vllm_args() else []
         return " ".join([*(first or ["[config.yaml]"]), "[--flag value ...]", *flags])
 
 
@@ -208,7 +211,7 @@ def _run(name: str, argv: list[str]) -> None:
     check_one_process(name)
     command = COMMANDS[name]
     function, arguments = command.load()
-    if "--" in argv and VLLM_ARGS in {one.name for one in fields(arguments)}:
+    if "--" in argv and command.takes_vllm_args():
         end = argv.index("--")
         argv = [*argv[:end], *(f"{flag_of(VLLM_ARGS)}={word}" for word in argv[end + 1 :])]
     from .parsing import parse_arguments  # importing it above would import transformers for --help

@@ -307,7 +307,8 @@ def _convert(folder: Path, destination: Path, storage: Storage, preprocessed_dat
         dtype = "bfloat16" if {storage, manifest.storage} & {*FP8_STORAGES} else manifest.dtype
         replace(manifest, storage=storage, dtype=dtype).write(working)
     os.rename(working, destination)
-    (destination / CONVERSION_RECORD).unlink(missing_ok=True)  # not before: it says what is in `working`
+    # Until the folder has its name, this record says what is in `working`.
+    (destination / CONVERSION_RECORD).unlink(missing_ok=True)
     logger.info("Converted %s to %s in %s.", number_of(len(rows), "sample"), storage, destination)
 
 

@@ -262,7 +262,7 @@ def _extract_share(arguments: ExtractArguments, share: Share) -> ExtractReport:
         if share.is_first or not share.is_launched:
             print(plan(output, manifest, data, missing))
         return ExtractReport(output, manifest, len(lengths), len(lengths) - len(missing), {}, 0, 0.0)
-    if not lengths.keys() <= present:  # else the folder may be one that can only be read
+    if not lengths.keys() <= present:  # nothing is written where every sample is cached
         check_writable(output)
     if share.size > 1 and not share.is_launched:
         warn_of_other_shares(output, manifest, data, {row: selected[row] for row in selected if row not in present})
