@@ -57,7 +57,9 @@ def spoil(drafter, tmp_path):
 def test_sound_checkpoint_is_served_as_it_was_trained(drafter, chain, spoil):
     config = check_checkpoint(drafter, verifier=str(chain))
     expected = {"model": str(drafter), "method": "eagle3", "parallel_drafting": True, "num_speculative_tokens": 3}
+    expected["draft_sample_method"] = "probabilistic"
     assert speculative_config(drafter, config) == expected
+    assert speculative_config(drafter, config, None, "greedy") == {**expected, "draft_sample_method": "greedy"}
     assert speculative_config(drafter, config, 8) == {**expected, "num_speculative_tokens": 8}
     check_checkpoint(spoil(model_type="absent", tensors={"embed_tokens.weight": None}))
 

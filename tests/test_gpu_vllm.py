@@ -39,10 +39,11 @@ def flags(drafter, tmp_path_factory) -> dict:
 
 @pytest.fixture(scope="module")
 def here(flags, tmp_path_factory) -> dict:
-    """The report of vLLM in processes, which need the GPU's memory for themselves: before any server starts."""
+    """The report of vLLM in processes of their own."""
     gc.collect()  # frees what other test modules left in this process
     torch.cuda.empty_cache()
-    return evaluate(EvaluateArguments(**flags, output=str(tmp_path_factory.mktemp("here")), dtype=DTYPE))
+    output = str(tmp_path_factory.mktemp("here"))
+    return evaluate(EvaluateArguments(**flags, output=output, dtype=DTYPE, vllm_args=list(A_THIRD)))
 
 
 @pytest.fixture(scope="module")

@@ -307,7 +307,7 @@ def test_the_card_says_what_was_measured(trained, evaluation):
         "`hf download my-lab/d chat_template.jinja --local-dir .`",
         f"vllm serve my-lab/d {flags_of_chat}\n",
         f'vllm serve {VERIFIER} {flags_of_chat} --speculative-config \'{{"model": "my-lab/d", "method": "eagle3", '
-        '"parallel_drafting": true, "num_speculative_tokens": 3}\'',
+        '"parallel_drafting": true, "num_speculative_tokens": 3, "draft_sample_method": "probabilistic"}\'',
     ):
         assert words in card, words
     assert "secret" not in card

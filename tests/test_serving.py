@@ -83,10 +83,13 @@ def test_the_drafter_is_served_beside_the_verifier_that_it_names(drafter, chain)
     assert command[:5] == [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(chain)]
     assert command[-2:] == ["--port", "8001"]
     wanted = {"model": str(drafter), "method": "eagle3", "parallel_drafting": True, "num_speculative_tokens": 5}
+    wanted["draft_sample_method"] = "probabilistic"
     assert option(command, "--speculative-config") == wanted
     on_cpu = drafting_command(ServeArguments(str(drafter)), on_cpu=True)
     assert on_cpu[2:5] == ["vllm.entrypoints.openai.api_server", "--model", str(chain)]
     assert option(on_cpu, "--speculative-config")["num_speculative_tokens"] == 3
+    likely = drafting_command(ServeArguments(str(drafter), draft_sample_method="greedy"), on_cpu=False)
+    assert option(likely, "--speculative-config")["draft_sample_method"] == "greedy"
 
 
 @pytest.mark.fault(
@@ -377,8 +380,9 @@ def test_several_temperatures_are_measured_side_by_side(arguments, server, basel
     assert "by_temperature" not in evaluate(arguments(temperature=0))
     with pytest.raises(PeagleError, match=r"--temperature is 1\.0 0\.0 but needs distinct and ascending"):
         arguments(temperature=[1, 0])
-    with pytest.raises(PeagleError, match=r"its own .*--draft-sample-method"):
-        arguments(draft_sample_method="probabilistic")
+    for method in ("probabilistic", "greedy"):
+        with pytest.raises(PeagleError, match=r"its own .*--draft-sample-method"):
+            arguments(draft_sample_method=method)
 
 
 def test_without_a_baseline_nothing_is_compared(arguments, drafter, capsys):

@@ -75,8 +75,8 @@ class EvaluateArguments(Arguments):
             "ascending; each is measured, and the main figures of the report are those of the first."
         },
     )
-    draft_sample_method: Literal["probabilistic", "greedy"] = field(
-        default="greedy", metadata={"help": DRAFT_SAMPLE_METHOD_HELP}
+    draft_sample_method: Literal["probabilistic", "greedy"] | None = field(
+        default=None, metadata={"help": DRAFT_SAMPLE_METHOD_HELP}
     )
     seed: int = field(default=0, metadata={"help": "Seed of vLLM in the first round; each later round adds 1."})
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
@@ -177,8 +177,8 @@ class EvaluateArguments(Arguments):
                 "--load-format dummy stands after --, but a verifier of random weights accepts no drafter's tokens. "
                 "Leave it out; peagle-hf plan measures speed with random weights."
             )
-        draws_drafts = self.draft_sample_method != "greedy"
-        if self.endpoint and (self.num_speculative_tokens or self.max_model_len or self.compare or draws_drafts):
+        of_the_server = (self.num_speculative_tokens, self.draft_sample_method, self.max_model_len, self.compare)
+        if self.endpoint and any(of_the_server):
             raise PeagleError(
                 "A running server has one drafter and its own --num-speculative-tokens, --draft-sample-method and "
                 "--max-model-len. Leave these and --compare out with --endpoint, or leave --endpoint out, so that "

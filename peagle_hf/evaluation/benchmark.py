@@ -148,7 +148,7 @@ def _report(task: Task, measured: Measured, num_drafters: int, segmenter: Segmen
         RECOMMENDED: recommended,
         "max_tokens": arguments.max_tokens,
         "temperature": arguments.temperature[0],
-        "draft_sample_method": _draft_sample_method(arguments),
+        "draft_sample_method": _draft_sample_method(task),
         **task.options.description(),
         **(segmenter.description() if segmenter else {}),
         "seed": arguments.seed if arguments.endpoint is None else None,
@@ -161,11 +161,11 @@ def _report(task: Task, measured: Measured, num_drafters: int, segmenter: Segmen
     }
 
 
-def _draft_sample_method(arguments: EvaluateArguments) -> str | None:
+def _draft_sample_method(task: Task) -> str | None:
     """How this vLLM drafts at temperatures above 0: greedily if it has no choice; None for a server."""
-    if arguments.endpoint is not None:
+    if task.arguments.endpoint is not None:
         return None
-    return arguments.draft_sample_method if installed_vllm().takes("draft_sample_method") else "greedy"
+    return task.draft_sample_method if installed_vllm().takes("draft_sample_method") else "greedy"
 
 
 def _entries(task: Task, runs: AtTemperature, num_drafters: int, segmenter: Segmenter | None) -> list[dict[str, Any]]:

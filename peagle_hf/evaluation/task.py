@@ -73,6 +73,11 @@ class Task:
     prompts: list[Prompt]
     options: ChatOptions
 
+    @property
+    def draft_sample_method(self) -> str:
+        """Of all drafters, as `speculative_config` names it."""
+        return str(self.drafting[0].config["draft_sample_method"])
+
     def finished_runs(self, measured_on: dict[str, Any]) -> FinishedRuns:
         """The runs that an interrupted evaluation of the same task has finished.
 
@@ -87,13 +92,14 @@ class Task:
         Concurrency and temperature of a run are in its name, so that other lists of them leave it as it is.
         """
         arguments = self.arguments
-        names = ("max_tokens", "draft_sample_method", "seed", "dtype")
+        names = ("max_tokens", "seed", "dtype")
         content = json.dumps([[prompt.id, prompt.category, prompt.digest] for prompt in self.prompts])
         return {
             "verifier": weights_of(self.verifier) or self.verifier,
             "drafters": [f"{tried.drafter.weights}, K {tried.num_speculative_tokens}" for tried in self.drafting],
             "prompts": f"{len(self.prompts)}, sha256 {hashlib.sha256(content.encode()).hexdigest()[:16]}",
             **self.options.description(),
+            "draft_sample_method": self.draft_sample_method,
             **{name: getattr(arguments, name) for name in names},
             **{
                 name: None if (url := getattr(arguments, name)) is None else public_url(url)

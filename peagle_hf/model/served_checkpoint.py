@@ -20,9 +20,9 @@ CHECKPOINT_FILES = ("config.json", "model.safetensors")
 DRAFTER_HELP = "The drafter: a checkpoint folder, such as checkpoints/checkpoint_best, or a hub name."
 VERIFIER_HELP = "Folder or hub name of the verifier; default: the one in the checkpoint."
 DRAFT_SAMPLE_METHOD_HELP = (
-    "How tokens are drafted at a temperature above 0: the drafter's most likely ones (greedy), or drawn from its "
-    "distribution (probabilistic), often accepted more, but it takes GPU memory and ignores the seeds of requests. "
-    "The text is distributed alike with both."
+    "How tokens are drafted for requests with a temperature above 0: drawn from the drafter's distribution "
+    "(probabilistic, the default), or the drafter's most likely ones (greedy), which are accepted less often, but need "
+    "no more GPU memory and keep the seeds of requests. The text is distributed alike with both."
 )
 OPTIONAL_TENSORS = {"embed_tokens.weight"}
 """What vLLM takes from the verifier where a checkpoint doesn't have it."""
@@ -121,23 +121,24 @@ def speculative_config(
     folder: str | os.PathLike[str],
     config: PeagleConfig,
     num_speculative_tokens: int | None = None,
-    draft_sample_method: str = "greedy",
+    draft_sample_method: str | None = None,
 ) -> dict[str, Any]:
     """What vLLM's `--speculative-config` (`speculative_config=` of `vllm.LLM`) must say about this drafter.
 
     Args:
         config: the drafter's.
         num_speculative_tokens: tokens to propose at a time; default: as many as it was trained for.
-        draft_sample_method: `greedy`, vLLM's own default, takes the drafter's most likely tokens at any temperature;
-            `probabilistic` draws them from its distribution if the temperature is above 0.
+        draft_sample_method: how tokens are drafted for requests with a temperature above 0. `probabilistic`, the
+            default here, draws them from the drafter's distribution; `greedy`, vLLM's own default, takes its most
+            likely tokens.
     """
-    drafting = {
+    return {
         "model": str(folder),
         "method": "eagle3",  # without it vLLM runs the drafter as a language model
         "parallel_drafting": True,  # without it vLLM drafts token by token and accepts fewer
         "num_speculative_tokens": num_speculative_tokens or config.num_depths,
+        "draft_sample_method": draft_sample_method or "probabilistic",
     }
-    return drafting | ({} if draft_sample_method == "greedy" else {"draft_sample_method": draft_sample_method})
 
 
 def _check_config(path: Path) -> PeagleConfig:

@@ -119,8 +119,8 @@ class ServeArguments(Arguments):
             "drafter's folder or in one of the three above it, or in a folder evaluation there."
         },
     )
-    draft_sample_method: Literal["probabilistic", "greedy"] = field(
-        default="greedy", metadata={"help": DRAFT_SAMPLE_METHOD_HELP}
+    draft_sample_method: Literal["probabilistic", "greedy"] | None = field(
+        default=None, metadata={"help": DRAFT_SAMPLE_METHOD_HELP}
     )
     dry_run: bool = field(default=False, metadata={"help": DRY_RUN_HELP})
     vllm_python: str | None = field(default=None, metadata={"help": VLLM_PYTHON_HELP})

@@ -332,8 +332,9 @@ def serve(options: argparse.Namespace) -> None:
     These also count in versions without the counts of single requests, which `peagle-hf evaluate` needs.
     """
     if len(options.names) > 1:
+        share = ["--gpu-memory-utilization", str(options.gpu_memory_utilization)]
         for name in options.names:
-            subprocess.run([sys.executable, __file__, "serve", options.folder, name], check=True)
+            subprocess.run([sys.executable, __file__, "serve", options.folder, name, *share], check=True)
         return
     from vllm import LLM, SamplingParams
 
@@ -341,6 +342,7 @@ def serve(options: argparse.Namespace) -> None:
     drafting = {"model": str(folder / "drafters" / name), "method": "eagle3", "parallel_drafting": True}
     drafting["num_speculative_tokens"] = BASE["num_depths"]
     settings = {"dtype": "bfloat16", "max_model_len": 1024, "disable_log_stats": False, "enable_prefix_caching": False}
+    settings["gpu_memory_utilization"] = options.gpu_memory_utilization
     llm = LLM((folder / "verifier.txt").read_text(), speculative_config=drafting, **settings)
     questions = [json.loads(line)["turns"][0] for line in TEST_PROMPTS.read_text().splitlines()]
     chats = [[{"role": "user", "content": question}] for question in questions]
@@ -385,6 +387,7 @@ def main() -> None:
         stage.set_defaults(stage=function)
         if function is serve:
             stage.add_argument("names", nargs="+")
+            stage.add_argument("--gpu-memory-utilization", type=float, default=0.9)
         if function is run:
             stage.add_argument("--processes", type=int, default=5, help="trainings at a time on each GPU")
             stage.add_argument("--jobs", help="a file with a training a line, as JSON, to run instead of the curve's")

@@ -85,6 +85,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--concurrency", type=int, default=16)
     parser.add_argument("--copies", type=int, default=1000)
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(options.verifier)
     questions = [json.loads(line)["turns"][0] for line in Path(options.prompts).read_text().splitlines()]
@@ -104,6 +105,7 @@ def main() -> None:
             "enforce_eager": not torch.cuda.is_available(),
             "max_model_len": max(map(len, prompts)) + options.max_tokens,
             "max_num_seqs": options.concurrency,
+            "gpu_memory_utilization": options.gpu_memory_utilization,
             "enable_prefix_caching": False,
             "disable_log_stats": False,
             "speculative_config": speculative_config(folder, check_checkpoint(folder), None, method),
