@@ -114,7 +114,7 @@ class SlowRows(HiddenStatesDataset):
 
 
 def test_minutes_left_count_steps_validations_and_saves_to_come(monkeypatch):
-    """Three epochs of 20 steps of 2 s, the first four of which take longer.
+    """Three epochs of 20 steps of 2 s, the first four and the tenth of which take longer.
 
     Before the first step there is a validation; each epoch ends with one on two data sets (30 s) and a save (13 s).
     """
@@ -128,14 +128,15 @@ def test_minutes_left_count_steps_validations_and_saves_to_come(monkeypatch):
         save_strategy=SaveStrategy.STEPS,
         save_steps=1 / 3,
     )
-    trainer = type("Trainer", (), {"args": args, "eval_dataset": range(20)})()
+    drafter = torch.nn.Linear(2**14, 2**16, bias=False, device="meta")  # 2^30 weights: a checkpoint of 12 GiB
+    trainer = type("Trainer", (), {"args": args, "eval_dataset": range(20), "model": drafter})()
     left, state, said = TimeLeft(trainer), TrainerState(max_steps=60, save_steps=20), []
     left.on_train_begin(args, state, None, train_dataloader=range(20))
     clock.now += 30
     left.on_evaluate(args, state, None)
     for step in range(1, 61):
         left.on_step_begin(args, state, None)
-        clock.now += {1: 26, 2: 5, 3: 3, 4: 4}.get(step, 2)
+        clock.now += {1: 26, 2: 5, 3: 3, 4: 4, 10: 20}.get(step, 2)
         state.global_step = step
         left.on_step_end(args, state, None)
         logs = {"loss": 1.0}
@@ -151,7 +152,7 @@ def test_minutes_left_count_steps_validations_and_saves_to_come(monkeypatch):
             left.on_save(args, state, None)
             clock.now += 1
     for now, seconds in said:
-        if now > 150:  # after the first validation and save
+        if now > 110:  # after step 11
             assert seconds == pytest.approx(clock.now - now, rel=0.1), now
     assert said[-1][1] == pytest.approx(43)
 

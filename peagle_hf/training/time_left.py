@@ -16,14 +16,20 @@ if TYPE_CHECKING:
 FIRST_STEPS = 5
 """Steps that don't count, since kernels are compiled and tuned in them; of fewer than twice as many the first half."""
 LATEST_STEPS = 100
+STALLED_SHARE = 0.02
+"""The slowest of the latest steps, which don't count: kernels are compiled again when sizes pass a limit."""
 VALIDATION_SHARE = 0.7
 """Time of a batch in validation as a share of a training step's, until the first validation has been timed."""
+BYTES_A_WEIGHT, BYTES_A_SECOND = 12, 2**30
+"""Of a checkpoint, until the first save has been timed: float32 weights with two states of the optimizer, and the speed
+of the disk of a machine with H200s (docs/measured.md)."""
 
 
 class TimeLeft(TrainerCallback):
     """Adds `minutes_left` to each log of a training, as the second callback at the events of the Trainer's loop.
 
-    A step lasts as long as the latest ones did on average, from the end of the one before, data and logging included.
+    A step lasts as long as the latest ones did on average, from the end of the one before, data and logging included;
+    the slowest of them don't count.
     Validations and saves are timed apart, and counted for as many as are still to come.
     """
 
@@ -91,16 +97,18 @@ class TimeLeft(TrainerCallback):
 
     @property
     def step_seconds(self) -> float:
-        """Mean seconds of the latest steps; 0 before the first one has ended."""
-        counted: Sequence[float] = self._seconds
+        """Mean seconds of the latest steps, without the slowest; 0 before the first one has ended."""
+        counted = sorted(self._seconds)
         if len(counted) < FIRST_STEPS:
             seen = [*self._first, *self._seconds]
             counted = seen[len(seen) // 2 :]
+        elif len(counted) > FIRST_STEPS:
+            counted = counted[: -math.ceil(STALLED_SHARE * len(counted))]
         return _mean(counted, 0.0)
 
     @property
     def steps_timed(self) -> int:
-        """Steps that `step_seconds` is the mean of once there are enough."""
+        """The latest steps, of which `step_seconds` is the mean once there are enough."""
         return len(self._seconds)
 
     def seconds_left(self, args: TrainingArguments, state: TrainerState) -> float:
@@ -112,7 +120,8 @@ class TimeLeft(TrainerCallback):
         is_best = args.save_strategy == SaveStrategy.BEST  # whether to save is decided after each validation
         strategy, every = (args.eval_strategy, state.eval_steps) if is_best else (args.save_strategy, state.save_steps)
         saves_left = self._times_left("save", strategy, every, state)
-        save = _mean([*self._pauses["save"].values()], 0.0)
+        weights = sum(weight.numel() for weight in self._trainer.model.parameters())
+        save = _mean([*self._pauses["save"].values()], BYTES_A_WEIGHT * weights / BYTES_A_SECOND)
         return (state.max_steps - state.global_step) * step + evaluates_left * validation + saves_left * save
 
     def _times_left(self, kind: str, strategy: Any, every: int, state: TrainerState) -> int:
