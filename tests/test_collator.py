@@ -254,3 +254,17 @@ def test_a_split_that_leaves_a_side_empty_is_refused(tmp_path):
     write_prepared(tmp_path, [10, 10], [0, 0])
     with pytest.raises(PeagleError, match="1 conversation can't be split"):
         split_rows(tmp_path, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        ({"num_depths": 0}, "num_depths 0 must be at least 1"),
+        ({"down_sample_ratio": 0.0}, r"down_sample_ratio 0\.0 is not in \(0, 1\]"),
+        ({"down_sample_ratio_min": 1.5}, r"down_sample_ratio_min 1\.5 is not in \[0, 1\]"),
+        ({"max_anchors": 0}, "max_anchors 0 must be at least 1"),
+    ],
+)
+def test_settings_that_draw_nothing_are_refused(changed, problem):
+    with pytest.raises(PeagleError, match=problem):
+        CODDataCollator(**changed)

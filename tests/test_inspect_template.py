@@ -89,6 +89,7 @@ def test_the_command_and_its_page(tmp_path, capsys):
     [
         ([], "needs --model"),
         (["--chat-template", "tool"], "is neither a template of .* \\(it has default\\) nor a file"),
+        (["--chat-template", "{folder}/model/tokenizer_config.json"], "is a JSON file, not a Jinja template"),
         (["--chat-template-kwargs", "{"], "chat-template-kwargs is not valid JSON"),
         (["--chat-template-kwargs", "[1]"], "must be a JSON object"),
         (["--chat-template-kwargs", '{"messages": 1}'], "can't set messages"),
@@ -96,8 +97,9 @@ def test_the_command_and_its_page(tmp_path, capsys):
 )
 def test_what_the_command_refuses(tmp_path, capsys, flags, problem):
     make_tokenizer(CHATML).save_pretrained(tmp_path / "model")
+    given = [flag.replace("{folder}", str(tmp_path)) for flag in flags]
     with pytest.raises(SystemExit):
-        main(["data", "template", *(["--model", str(tmp_path / "model")] if flags else []), *flags])
+        main(["data", "template", *(["--model", str(tmp_path / "model")] if flags else []), *given])
     error = capsys.readouterr().err
     assert re.search(problem, error.replace("\n", " ")), error
 

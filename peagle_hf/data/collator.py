@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..model.config import PeagleConfig
+from ..errors import PeagleError
+from ..model.config import PeagleConfig, wrong_sampling
 from ..model.slots import every_slot, sample_slots, target_tokens, trained_positions
 
 TO_GENERATE = "to_generate"
@@ -50,6 +51,9 @@ class CODDataCollator:
         seed: of the drawing.
         every_slot: keep all slots and ignore the ratios (see `model.slots.every_slot`), for evaluation.
 
+    Raises:
+        PeagleError: a number is out of its range.
+
     Returns (from the call):
         A batch for `training.objective.Objective`: the keyword arguments of `PeagleForSpeculation.forward`, and labels
         and targets. If the states of a sample are still to be computed, `HiddenStatesDataset.completed` adds them.
@@ -73,6 +77,10 @@ class CODDataCollator:
     max_anchors: int | None = None
     seed: int = 0
     every_slot: bool = False
+
+    def __post_init__(self) -> None:
+        if wrong := wrong_sampling(self):
+            raise PeagleError(f"CODDataCollator can't draw with these settings: {'; '.join(wrong)}. Correct them.")
 
     @classmethod
     def from_config(cls, config: PeagleConfig, seed: int = 0, every_slot: bool = False) -> "CODDataCollator":

@@ -38,14 +38,14 @@ def check_disk(output: Path, manifest: Manifest, data: "datasets.Dataset", lengt
     replaced = sum(path.stat().st_size for row in lengths if (path := row_path(output, row)).exists())
     a_token = f"{needed / max(1, num_tokens) / KIB:.1f} KiB a token as {manifest.storage} {manifest.dtype}"
     logger.info(
-        "%d tokens need %.2f GiB in %s (%s); %.2f GiB are free.", num_tokens, needed / GIB, output, a_token, free / GIB
+        "%d tokens need %s GiB in %s (%s); %s GiB are free.", num_tokens, in_gib(needed), output, a_token, in_gib(free)
     )
     if needed <= free + replaced:
         return
     smaller = _kinds(manifest, data, lengths, free + replaced)
     raise PeagleError(
-        f"The hidden states of {num_tokens} tokens need {needed / GIB:.2f} GiB in {output} ({a_token}), but only "
-        f"{free / GIB:.2f} GiB are free. Free some space, name an --output on another disk, take fewer samples with "
+        f"The hidden states of {num_tokens} tokens need {in_gib(needed)} GiB in {output} ({a_token}), but only "
+        f"{in_gib(free)} GiB are free. Free some space, name an --output on another disk, take fewer samples with "
         f"--max-samples, {f'store less with --storage {smaller}, ' if smaller else ''}or store nothing: peagle-hf "
         "train --on-missing generate runs the verifier during training."
     )
@@ -56,11 +56,10 @@ def warn_of_other_shares(output: Path, manifest: Manifest, data: "datasets.Datas
     needed, free = bytes_needed(manifest, data, lengths), free_bytes(output)
     if needed > free:
         logger.warning(
-            "All shares together need %.2f GiB, but %s has %.2f GiB free, which is too little if all of them write "
-            "there.",
-            needed / GIB,
+            "All shares together need %s GiB, but %s has %s GiB free, which is too little if all of them write there.",
+            in_gib(needed),
             output,
-            free / GIB,
+            in_gib(free),
         )
 
 
@@ -73,7 +72,7 @@ def _kinds(manifest: Manifest, data: "datasets.Dataset", lengths: dict[int, int]
         other = bytes_needed(replace(manifest, storage=kind, dtype=dtype), data, lengths)
         if other < needed:
             fits = ", which fits" if other <= free else ""
-            found.append(f"{kind} ({other / num_tokens / KIB:.1f} KiB a token, {other / GIB:.2f} GiB{fits})")
+            found.append(f"{kind} ({other / num_tokens / KIB:.1f} KiB a token, {in_gib(other)} GiB{fits})")
     folder = " in a folder of its own" if found else ""
     return f"{' or '.join(found)}{folder}"
 
@@ -100,10 +99,15 @@ def plan(output: Path, manifest: Manifest, data: "datasets.Dataset", missing: di
             f"would run {manifest.verifier} ({manifest.architecture}, {manifest.num_layers} layers) and store layers "
             f"{', '.join(map(str, manifest.aux_layer_ids))} and the last one, as {manifest.storage} {manifest.dtype}",
             f"would make {len(missing)} of {number_of(len(data), 'sample')}, {sum(missing.values())} tokens",
-            f"would write {needed / GIB:.3f} GiB into {output}, where {free / GIB:.1f} GiB are free",
+            f"would write {in_gib(needed)} GiB into {output}, where {in_gib(free)} GiB are free",
             *([f"less would be written with --storage {smaller}"] if smaller else []),
         ]
     )
+
+
+def in_gib(size: int) -> str:
+    """A number of bytes in GiB, with enough digits for a small one."""
+    return f"{size / GIB:.2f}" if size >= GIB / 10 else f"{size / GIB:.6f}"
 
 
 def free_bytes(folder: Path) -> int:

@@ -98,7 +98,7 @@ def read_chat_template(tokenizer: PreTrainedTokenizerBase, name_or_file: str) ->
     """The text of a chat template: one of the tokenizer's own by its name, or a file.
 
     Raises:
-        PeagleError: there is neither such a template nor such a file.
+        PeagleError: there is neither such a template nor such a file, or the file is JSON.
     """
     own = tokenizer.chat_template
     named = own if isinstance(own, dict) else {} if own is None else {"default": own}
@@ -106,12 +106,20 @@ def read_chat_template(tokenizer: PreTrainedTokenizerBase, name_or_file: str) ->
         return str(named[name_or_file])
     path = Path(name_or_file).expanduser()
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise PeagleError(
             f"--chat-template {name_or_file} is neither a template of {tokenizer.name_or_path} (it has "
             f"{', '.join(named) or 'none'}) nor a file that can be read ({error}). Name one of these, or a Jinja file."
         ) from error
+    try:
+        json.loads(text)
+    except ValueError:
+        return text
+    raise PeagleError(
+        f"--chat-template {name_or_file} is a JSON file, not a Jinja template. Write the text that is its "
+        "chat_template into a file of its own, without the quotes and with its escapes resolved, and name that file."
+    )
 
 
 def no_default_template(tokenizer: PreTrainedTokenizerBase) -> PeagleError:

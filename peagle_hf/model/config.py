@@ -233,14 +233,7 @@ class PeagleConfig(PreTrainedConfig):
             wrong.append(f"target_hidden_size {self.target_hidden_size} differs from the drafter's {hidden_size}")
         if rotated != 1.0:
             wrong.append(f"partial_rotary_factor {rotated} is not supported: drafters rotate whole heads")
-        if self.num_depths < 1:
-            wrong.append(f"num_depths {self.num_depths} must be at least 1")
-        if not 0 < self.down_sample_ratio <= 1:
-            wrong.append(f"down_sample_ratio {self.down_sample_ratio} is not in (0, 1]")
-        if not 0 <= self.down_sample_ratio_min <= 1:
-            wrong.append(f"down_sample_ratio_min {self.down_sample_ratio_min} is not in [0, 1]")
-        if self.max_anchors is not None and self.max_anchors < 1:
-            wrong.append(f"max_anchors {self.max_anchors} must be at least 1")
+        wrong += wrong_sampling(self)
         if wrong:
             raise PeagleError(
                 f"The drafter's configuration can't be used: {'; '.join(wrong)}. Correct it and try again."
@@ -267,6 +260,20 @@ class PeagleConfig(PreTrainedConfig):
     @property
     def verifier_name_or_path(self) -> str | None:
         return self.speculators_config["verifier"].get("name_or_path")
+
+
+def wrong_sampling(of: Any) -> list[str]:
+    """What is wrong with the settings of COD sampling of a configuration or a collator, as parts of a sentence."""
+    wrong = []
+    if of.num_depths < 1:
+        wrong.append(f"num_depths {of.num_depths} must be at least 1")
+    if not 0 < of.down_sample_ratio <= 1:
+        wrong.append(f"down_sample_ratio {of.down_sample_ratio} is not in (0, 1]")
+    if not 0 <= of.down_sample_ratio_min <= 1:
+        wrong.append(f"down_sample_ratio_min {of.down_sample_ratio_min} is not in [0, 1]")
+    if of.max_anchors is not None and of.max_anchors < 1:
+        wrong.append(f"max_anchors {of.max_anchors} must be at least 1")
+    return wrong
 
 
 UNRELATED_TO_TRAINING = {

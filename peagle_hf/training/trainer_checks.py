@@ -67,7 +67,8 @@ def check_drafter(model: Any) -> None:
     elif getattr(drafters[0], "_hf_peft_config_loaded", False):
         raise PeagleError(
             "The drafter has an adapter that transformers has put into it, which can't be merged into the checkpoints. "
-            "Take peagle_hf.add_adapter for a new adapter and peagle_hf.load_adapter for a saved one."
+            "Take peagle_hf.add_adapter for a new adapter, and peagle_hf.load_adapter for one that "
+            "peagle_hf.save_adapter wrote."
         )
 
 
