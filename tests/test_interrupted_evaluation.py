@@ -21,8 +21,14 @@ from peagle_hf.evaluation.task import FINISHED_RUNS
 from peagle_hf.serving.environment import installed_vllm
 
 ROWS = [{"question_id": number, "turns": [f"a b c {'d ' * number}", "e f"]} for number in range(6)]
-REQUESTS = 1 + 2 * len(ROWS)
-"""Of a run: one to warm up, and two turns of each prompt."""
+
+
+def requests_of(*loads: int) -> int:
+    """Requests of runs with so many chats at a time: as many to warm up, and two turns of each prompt."""
+    return sum(load + 2 * len(ROWS) for load in loads)
+
+
+A_ROUND = requests_of(1, 2)
 TIMES = ("recommended", "second", "speed", "break_even", "latency", "interval", "command")
 
 
@@ -79,7 +85,7 @@ def test_a_killed_evaluation_asks_only_what_is_missing_and_gives_the_same_report
     process = None
 
     def kill(message: str) -> None:
-        if process is not None and len(baseline.requests) == 2 * REQUESTS + 3:
+        if process is not None and len(baseline.requests) == A_ROUND + 3:
             os.kill(process.pid, signal.SIGKILL)
 
     baseline.chat_fault = kill
@@ -98,15 +104,15 @@ def test_a_killed_evaluation_asks_only_what_is_missing_and_gives_the_same_report
     caplog.set_level(logging.INFO, logger="peagle_hf")
     report = evaluate(arguments(output=str(moved), **thinking))
     assert "Read 4 finished runs of an interrupted command" in caplog.text
-    assert len(baseline.requests) == 2 * REQUESTS
-    assert len(server.requests) == 1 + 2 * REQUESTS  # one more request finds out how the server counts
+    assert len(baseline.requests) == A_ROUND
+    assert len(server.requests) == 1 + A_ROUND  # one more request finds out how the server counts
     assert not (moved / FINISHED_RUNS).exists()
     assert without_times(report) == without_times(evaluate(arguments(output=str(tmp_path / "whole"), **thinking)))
     assert report["by_segment"]["reasoning"]["num_drafts"] > 0
     assert report["intervals"].keys() > {"acceptance_length", "speed_up"}
 
 
-def interrupt(arguments, server, requests: int = 2 * REQUESTS + 3) -> None:
+def interrupt(arguments, server, requests: int = A_ROUND + 3) -> None:
     """Fail in the third run of the server with the drafter."""
     server.requests.clear()
     server.chat_fault = lambda message: "400" if len(server.requests) > requests else None
@@ -130,7 +136,7 @@ def test_what_changed_is_named_and_all_is_measured_anew(arguments, server, suite
     evaluate(arguments(rounds=1, max_tokens=9))
     assert "Everything is measured again, without " in caplog.text
     assert "max_tokens is 9 and was 20" in caplog.text
-    assert len(server.requests) == 1 + 2 * REQUESTS
+    assert len(server.requests) == 1 + A_ROUND
     interrupt(arguments(), server)
     suite.write_text(suite.read_text().replace("a b c", "a b"))
     caplog.clear()
@@ -139,16 +145,17 @@ def test_what_changed_is_named_and_all_is_measured_anew(arguments, server, suite
 
 
 @pytest.mark.parametrize(
-    ("change", "runs"), [({"concurrency": [1, 2, 3]}, 1), ({"concurrency": [2]}, 0), ({"temperature": [0, 0.5]}, 2)]
+    ("change", "loads"),
+    [({"concurrency": [1, 2, 3]}, [3]), ({"concurrency": [2]}, []), ({"temperature": [0, 0.5]}, [1, 2])],
 )
 def test_another_list_of_loads_or_temperatures_keeps_the_runs_that_it_has_too(
-    arguments, server, change, runs, caplog, monkeypatch
+    arguments, server, change, loads, caplog, monkeypatch
 ):
     monkeypatch.setattr("peagle_hf.evaluation.benchmark._illustrate", lambda report, output: None)  # takes long
     interrupt(arguments(), server)  # after both loads of the first round
     report = evaluate(arguments(rounds=1, **change))
     assert "Everything is measured again" not in caplog.text
-    assert len(server.requests) == 1 + runs * REQUESTS  # one finds out how the server counts
+    assert len(server.requests) == 1 + requests_of(*loads)  # one finds out how the server counts
     assert [one["concurrency"] for one in report["by_concurrency"]] == change.get("concurrency", [1, 2])
 
 

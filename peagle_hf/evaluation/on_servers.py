@@ -130,9 +130,7 @@ def measure(
         PeagleError: the server fails, or it generates more than was requested here, because others use it too.
     """
     temperature, concurrency = condition
-    before = client.counters()
-    warmed_up = client.ask([{"role": "user", "content": prompts[0].turns[0]}], 8, temperature, extra)
-    client.since(before, len(warmed_up.token_ids))
+    _warm_up(client, prompts[:concurrency], temperature, extra)
 
     def ask(
         indices: Sequence[int], given: Sequence[Sequence[str]] | None, report: Callable[[int], object]
@@ -164,6 +162,23 @@ def measure(
         return replace(run, counters=dict.fromkeys(groups, counted))
     said = answers or run.texts
     return replace(run, counters={name: ask(indices, said, lambda count: None)[1] for name, indices in groups.items()})
+
+
+def _warm_up(client: Client, prompts: Sequence[Prompt], temperature: float, extra: dict[str, Any] | None) -> None:
+    """Ask all prompts at once for short answers.
+
+    The first passes are slower, and a GPU compiles some kernels for the number of sequences.
+    """
+    before, generated = client.counters(), 0
+
+    def ask(index: int) -> Answer:
+        return client.ask([{"role": "user", "content": prompts[index].turns[0]}], 8, temperature, extra)
+
+    for _, answer in concurrently(ask, range(len(prompts)), len(prompts)):
+        if isinstance(answer, BaseException):
+            raise answer
+        generated += len(answer.token_ids)
+    client.since(before, generated)
 
 
 def _counted(client: Client, before: Counters, run: Run) -> list[int]:

@@ -216,12 +216,12 @@ def _do(
     """Do one job of a process."""
     from vllm import SamplingParams
 
-    num_chats, max_tokens = 1, 8
-    if job.token_ids is not None:
-        num_chats, max_tokens = min(max(one.concurrency for one in job.conditions), len(job.token_ids)), 32
+    # As many sequences at a time as will run, because a GPU compiles some kernels for their number.
+    num_chats = min(max(one.concurrency for one in job.conditions), len(job.token_ids or job.prompts))
+    max_tokens = 8 if job.token_ids is None else 32
     for temperature in {condition.temperature for condition in job.conditions}:
         first = _Conversations(llm, tokenizer, job, temperature, None)
-        llm.generate(  # warms up, because the first forward passes are slower
+        llm.generate(  # the first forward passes are slower
             [first.inputs(index) for index in range(num_chats)],
             SamplingParams(temperature=temperature, max_tokens=max_tokens, detokenize=job.token_ids is None),
             use_tqdm=False,
