@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from fake_vllm import FakeDraftingVllm
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -187,6 +188,20 @@ def chain(tmp_path_factory):
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def server(chain):
+    """A server with a drafter for `chain`; some modules have another fixture of this name."""
+    with FakeDraftingVllm(str(chain)) as server:
+        yield server
+
+
+@pytest.fixture
+def baseline(chain):
+    """A server of `chain` without a drafter."""
+    with FakeDraftingVllm(str(chain), drafts=False) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

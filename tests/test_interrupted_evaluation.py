@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fake_vllm import FakeDraftingVllm
 
 from peagle_hf import EvaluateArguments, PeagleError, evaluate
 from peagle_hf.evaluation.runs import Run
@@ -37,18 +36,6 @@ def suite(tmp_path) -> Path:
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return path
-
-
-@pytest.fixture
-def server(chain):
-    with FakeDraftingVllm(str(chain)) as server:
-        yield server
-
-
-@pytest.fixture
-def baseline(chain):
-    with FakeDraftingVllm(str(chain), drafts=False) as server:
-        yield server
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import VllmServer, ended
-from fake_vllm import FakeDraftingVllm
 
 from peagle_hf import EvaluateArguments, PeagleError, cli, evaluate
 from peagle_hf.data.prompts import Prompt
@@ -46,18 +45,6 @@ def prompts(tmp_path) -> Path:
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return path
-
-
-@pytest.fixture
-def server(chain):
-    with FakeDraftingVllm(str(chain)) as server:
-        yield server
-
-
-@pytest.fixture
-def baseline(chain):
-    with FakeDraftingVllm(str(chain), drafts=False) as server:
-        yield server
 
 
 @pytest.fixture
