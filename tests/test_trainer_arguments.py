@@ -100,6 +100,7 @@ GIVEN = {
     "eval_delay": 1,
     "eval_on_start": True,
     "metric_for_best_model": "loss",
+    "dpace_alpha": 0.3,
     "save_total_limit": 1,
     "save_only_model": True,
     "warmup_steps": 3,
@@ -117,6 +118,7 @@ GIVEN = {
 WITHOUT = {
     "logging_steps": {"logging_strategy": "epoch"},
     **{name: {"train_data_ratio": 1.0} for name in ("eval_delay", "eval_on_start", "metric_for_best_model")},
+    "dpace_alpha": {"per_position_loss_weight": "uniform"},
     **{name: {"save_strategy": "no"} for name in ("save_total_limit", "save_only_model")},
     "warmup_steps": {"lr_scheduler_type": "constant"},
 }
@@ -128,6 +130,7 @@ WITH = {
     "verifier_device": {"on_missing": "generate"},
     "memory_budget": {"sequence_partitions": "auto"},
     "keep_attention": {"activation_checkpointing": True},
+    "dpace_alpha": {},
     "eval_steps": {"eval_strategy": "steps"},
     "save_steps": {"save_strategy": "steps"},
     "optim_target_modules": {"optim": "galore_adamw"},

@@ -109,6 +109,11 @@ NEEDS = (
         "--draft-vocab-size",
     ),
     Need(
+        ("dpace_alpha",),
+        lambda args: args.per_position_loss_weight == "dpace",
+        "--per-position-loss-weight dpace",
+    ),
+    Need(
         ("vllm_endpoint", "on_generate"),
         lambda args: args.on_missing == "generate",
         "--on-missing generate",
