@@ -72,7 +72,7 @@ def torchrun(program, *arguments, environment=None, processes=2, ends_well=True)
         [*command, *program, *arguments], env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert (done.returncode == 0) == ends_well, done.stdout[-2000:] + done.stderr[-6000:]
-    return done.stdout if ends_well else done.stderr
+    return done.stdout * ends_well + done.stderr
 
 
 def launch(kind, train_flags, **changes):
@@ -139,9 +139,13 @@ def test_resume_is_bit_equal_on_two_processes(train_flags, tmp_path, kind):
 
 
 @pytest.mark.slow
-def test_two_processes_plan_once(train_flags):
-    printed = torchrun(["-m", "peagle_hf"], "train", *flags({**train_flags, "use_cpu": None}), "--dry-run")
-    assert printed.count("would take") == 1
+def test_two_processes_plan_once_and_log_once(train_flags, tmp_path):
+    missing = {"on_missing": "generate", "hidden_states_path": str(tmp_path / "none"), "max_steps": 1, "use_cpu": None}
+    command = ["train", *flags({**train_flags, **missing})]
+    assert torchrun(["-m", "peagle_hf"], *command, "--dry-run").count("would take") == 1
+    printed = torchrun(["-m", "peagle_hf"], *command)
+    assert printed.count("The first layer starts from a linear fit") == 1
+    assert printed.count("the verifier computes their hidden states") == 2  # of training, and of validation
 
 
 def test_two_processes_resume_in_the_middle_of_a_later_epoch(train_flags, tmp_path):

@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from ..console import number_of
+from ..console import less_verbose, number_of
 from ..data.cache_manifest import Manifest, check_cache, check_folder
 from ..data.cache_storage import cache_folder, cached_rows
 from ..data.dataset import GENERATED_DTYPE, HiddenStatesDataset
@@ -52,8 +52,13 @@ def train(args: PeagleTrainingArguments) -> PeagleTrainer | None:
     """Train a drafter on cached hidden states; resumes from the output folder's newest checkpoint if there is one.
 
     With `memory_report` or `dry_run`, print a prediction instead and return None; `memory_report` also trains for some
-    steps, to see how long they take, and keeps nothing of it.
+    steps, to see how long they take, and keeps nothing of it. Of several processes the first one shows log lines.
     """
+    with less_verbose(not args.should_log):
+        return _train_or_predict(args)
+
+
+def _train_or_predict(args: PeagleTrainingArguments) -> PeagleTrainer | None:
     if args.memory_report:
         config = build_config(args)
         if args.process_index == 0:
@@ -183,7 +188,7 @@ def _time_steps(args: PeagleTrainingArguments, config: PeagleConfig) -> str:
         for shown in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(shown)
         trainer.train()
-        step, steps_timed = trainer.time_left.step_seconds, trainer.time_left.steps_timed
+        step, steps_timed = trainer.time_left.step_seconds, len(trainer.time_left.counted)
         steps, steps_an_epoch = planned_steps(args, len(cast(HiddenStatesDataset, trainer.train_dataset)))
         validations, validation, validated = 0, 0.0, []
         if args.eval_strategy != IntervalStrategy.NO and trainer.eval_dataset is not None:

@@ -97,19 +97,19 @@ class TimeLeft(TrainerCallback):
 
     @property
     def step_seconds(self) -> float:
-        """Mean seconds of the latest steps, without the slowest; 0 before the first one has ended."""
+        """Mean of `counted`; 0 before the first step has ended."""
+        return _mean(self.counted, 0.0)
+
+    @property
+    def counted(self) -> list[float]:
+        """Seconds of the latest steps, without the slowest."""
         counted = sorted(self._seconds)
         if len(counted) < FIRST_STEPS:
             seen = [*self._first, *self._seconds]
-            counted = seen[len(seen) // 2 :]
-        elif len(counted) > FIRST_STEPS:
-            counted = counted[: -math.ceil(STALLED_SHARE * len(counted))]
-        return _mean(counted, 0.0)
-
-    @property
-    def steps_timed(self) -> int:
-        """The latest steps, of which `step_seconds` is the mean once there are enough."""
-        return len(self._seconds)
+            return seen[len(seen) // 2 :]
+        if len(counted) == FIRST_STEPS:
+            return counted
+        return counted[: -math.ceil(STALLED_SHARE * len(counted))]
 
     def seconds_left(self, args: TrainingArguments, state: TrainerState) -> float:
         """Seconds until the last step, its validation and its save are over."""
