@@ -83,6 +83,9 @@ def test_small_tutorial_goes_on_where_it_was_stopped(tmp_path):
     assert re.fullmatch(r"[\d.]+", found["extract"])
     assert re.fullmatch(r"\*[\d.]+\*", found["train: 5 epochs"])  # in italics, since only 4 steps were run
     assert re.fullmatch(r"\*[\d.]+\*", found["everything"])
+    results, _ = run("all", "--max-steps", "6")
+    assert results["prepare"] == prepared
+    assert [one["logged_steps"] for one in results["train, 1 GPUs"]["attempts"]] == [4, 2]
 
 
 def attempt(steps: int, **facts: float) -> dict:
@@ -135,7 +138,11 @@ def test_the_tutorial_goes_on_from_folders_of_other_runs(tmp_path, monkeypatch, 
     weights.save_pretrained(tmp_path / "verifier", max_shard_size="1MB")
     options = {"folder": tmp_path, "results": tmp_path / "new", "minutes": 60, "hidden_states": None, "tiny": True}
     options |= {"gpus": 2, "endpoint": "http://server/v1", "storage": "plain", "max_samples": None, "epochs": 1}
-    benchmark = Asked(SimpleNamespace(**options, max_steps=None, extra=[]))
+    options |= {"conversations": 10, "tokenizer": None, "max_steps": None, "extra": []}
+    alone = Asked(SimpleNamespace(**options | {"results": tmp_path / "train alone"}))
+    alone.train()
+    assert "MFU" in tutorial_size.report([alone.results])
+    benchmark = Asked(SimpleNamespace(**options))
     benchmark.model()
     assert benchmark.results["model"]["weights"] == sum(one.numel() for one in weights.parameters())
     benchmark.extract()
@@ -144,6 +151,14 @@ def test_the_tutorial_goes_on_from_folders_of_other_runs(tmp_path, monkeypatch, 
     assert "extract, 2 GPUs, vLLM server" in benchmark.results
     benchmark.train()
     assert "--save-strategy steps --save-steps 2" in " ".join(asked["train"])
+    assert not benchmark.is_complete("train"), "no checkpoints are there"
+    (tmp_path / "checkpoints-2").mkdir()
+    assert benchmark.is_complete("train")
+    assert not Asked(SimpleNamespace(**options | {"epochs": 2})).is_complete("train")
+    for place in ("folder", "results"):
+        other = {"folder": tmp_path / "empty", "results": tmp_path / "empty"} | {place: options[place]}
+        with pytest.raises(SystemExit, match="was made with conversations 10, and now conversations is 20"):
+            Asked(SimpleNamespace(**options | other | {"conversations": 20}))
 
     run, started = subprocess.run, []
     monkeypatch.setattr(subprocess, "run", lambda *args, **flags: started.append(args) or run(*args, **flags))

@@ -83,6 +83,8 @@ def training_rows(one: dict[str, Any], facts: dict[str, Any]) -> list[str]:
         row(f"train: {EPOCHS} epochs", gpus, minutes(whole, not ran_whole), {}, f"{how}; {logged} steps run at once"),
     ]
     extraction = one.get(f"extract, {gpus} GPUs") or one.get(f"extract, {gpus} GPUs, vLLM server", {})
+    if "prepare" not in one:
+        return lines
     total = whole + one["prepare"]["seconds"]
     if facts["generated"]:
         lines.append(row("everything", gpus, minutes(total, not ran_whole), {}, "prepare, train"))

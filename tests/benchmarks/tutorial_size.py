@@ -36,6 +36,7 @@ from tutorial_inputs import facts_of_verifier, make_verifier, write_chats
 from tutorial_report import EPOCHS, report
 
 from peagle_hf.data.cache_storage import cached_rows
+from peagle_hf.errors import PeagleError
 from peagle_hf.files import write_json
 
 STEPS = ("model", "chats", "prepare", "extract", "train")
@@ -62,18 +63,54 @@ class Benchmark:
         options.results.mkdir(parents=True, exist_ok=True)
         self.file = options.results.absolute() / "results.json"
         self.results: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else {}
+        self.keep_settings()
         self.results |= machine()
         self.deadline = time.monotonic() + 60 * options.minutes if options.minutes else None
         self.verifier, self.data = self.folder / "verifier", self.folder / "data"
         self.cache = (options.hidden_states or self.data / "hidden_states").absolute()
         self.length, self.logged, self.saved = (256, 1, 2) if options.tiny else (LENGTH, LOGGED, SAVED)
 
+    def keep_settings(self) -> None:
+        """Note what the folder and the results are made with.
+
+        Raises:
+            SystemExit: they were made with other settings, so that their parts would be taken for those of these.
+        """
+        settings = {name: getattr(self.options, name) for name in ("tiny", "conversations", "tokenizer")}
+        record = self.folder / "settings.json"
+        earlier = json.loads(record.read_text()) if record.exists() else {}
+        for file, made in ((record, earlier), (self.file, self.results.get("settings", {}))):
+            for name in settings:
+                if made and made.get(name) != settings[name]:
+                    raise SystemExit(
+                        f"{file} was made with {name} {made.get(name)}, and now {name} is {settings[name]}. Give the "
+                        "same again, or name another --folder and other --results."
+                    )
+        write_json(record, settings)
+        self.results["settings"] = settings
+
     def save(self, step: str, facts: dict[str, Any]) -> None:
         self.results[step] = facts
         write_json(self.file, self.results)
 
     def is_complete(self, step: str) -> bool:
-        return bool(self.results.get(self.key(step), {}).get("complete"))
+        """Whether a step has been run to its end as it is asked for now, and what it made is still in the folder."""
+        facts = self.results.get(self.key(step), {})
+        made = {"model": self.verifier, "chats": self.folder / "chats.jsonl", "prepare": self.data}
+        made |= {"extract": self.cache, "train": self.folder / f"checkpoints-{self.options.gpus}"}
+        return bool(facts.get("complete")) and made[step].exists() and facts.get("asked") == self.asked(step)
+
+    def asked(self, step: str) -> list[Any] | None:
+        """The options that decide how much of a step is run."""
+        options = self.options
+        if step == "extract":
+            return [options.storage, options.max_samples]
+        return [options.epochs, options.max_steps, options.extra] if step == "train" else None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Of the verifier."""
+        return json.loads((self.verifier / "config.json").read_text())
 
     def key(self, step: str) -> str:
         server = ", vLLM server" if step == "extract" and self.options.endpoint else ""
@@ -123,7 +160,8 @@ class Benchmark:
         wanted = self.options.max_samples or (len(lengths) if fits else len(lengths) // 10)
         if len(before) >= wanted:
             print("The samples are cached already, so there is no speed of extraction to measure.")
-            self.save(self.key("extract"), self.results.get(self.key("extract"), {}) | {"complete": True})
+            facts = {"complete": True, "asked": self.asked("extract")}
+            self.save(self.key("extract"), self.results.get(self.key("extract"), {}) | facts)
             return
         command = ["extract", "--model", str(self.verifier), "--preprocessed-data", str(self.data)]
         command += ["--output", str(self.cache), "--storage", storage, "--validate-outputs"]
@@ -136,6 +174,7 @@ class Benchmark:
         made = sum(lengths[row] for row in cached_rows(self.cache) - before)
         earlier = self.results.get(self.key("extract"), {})
         facts = timed.facts() | {"complete": timed.returncode == 0 and not timed.cut, "storage": storage}
+        facts["asked"] = self.asked("extract")
         if earlier.get("tokens") and not earlier["complete"]:
             made, facts["seconds"] = made + earlier["tokens"], facts["seconds"] + earlier["seconds"]
         facts |= {"samples": len(cached_rows(self.cache)), "of_samples": len(lengths), "tokens": made}
@@ -158,6 +197,7 @@ class Benchmark:
         planned = self.planned_steps(options.gpus)
         key, attempts = self.key("train"), self.results.get(self.key("train"), {}).get("attempts", [])
         facts = {"steps_an_epoch": planned, "epochs": options.epochs, "generated": missing, "gpus": options.gpus}
+        facts["asked"] = self.asked("train")
 
         def note(timed: Timed) -> bool:
             if timed.lines[-1][1].startswith("{'"):
@@ -291,7 +331,7 @@ class Benchmark:
         from peagle_hf.data.prepared_dataset import load_prepared
         from peagle_hf.model.slots import target_tokens
 
-        config = self.results["model"]["config"]
+        config = self.config
         sizes = Sizes(
             config["hidden_size"],
             config["intermediate_size"],
@@ -317,7 +357,7 @@ class Benchmark:
 
     def verifier_flops(self) -> float:
         """Operations for one token of the verifier: its layers' products and half of the attention's square."""
-        config, lengths = self.results["model"]["config"], self.lengths()
+        config, lengths = self.config, self.lengths()
         size, query = config["hidden_size"], config["num_attention_heads"] * config["head_dim"]
         key = config["num_key_value_heads"] * config["head_dim"]
         products = size * (2 * query + 2 * key) + 3 * size * config["intermediate_size"]
@@ -429,9 +469,15 @@ def main() -> None:
     options.extra = sys.argv[split + 1 :]
     if options.step == "report":
         files = [options.results / "results.json", *options.compare]
+        for file in files:
+            if not file.is_file():
+                sys.exit(f"{file} isn't there. Name the folder with --results, other machines' files with --compare.")
         print(report([json.loads(file.read_text()) for file in files]))
     else:
-        getattr(Benchmark(options), options.step)()
+        try:
+            getattr(Benchmark(options), options.step)()
+        except PeagleError as error:
+            sys.exit(f"{options.step}: {error}")
 
 
 if __name__ == "__main__":
