@@ -65,9 +65,21 @@ class Arguments:
                 value = [value]
             values = [os.fspath(item) if isinstance(item, os.PathLike) else item for item in _items(value)]
             setattr(self, one.name, values if isinstance(value, list | tuple) else values[0])
-            if get_origin(kind) is Literal and value is not None and value not in get_args(kind):
-                choices = ", ".join(map(str, get_args(kind)))
-                raise PeagleError(f"{flag_of(one.name)} is {value!r} but must be one of {choices}.")
+        check_choices(self)
+
+
+def check_choices(arguments: Any) -> None:
+    """Make sure that fields with a choice of values have one of them; the command line checks this itself.
+
+    Raises:
+        PeagleError: names the field, its value and the choices.
+    """
+    hints = get_type_hints(type(arguments))
+    for one in fields(arguments):
+        value, kind = getattr(arguments, one.name), _without_none(hints[one.name])
+        if get_origin(kind) is Literal and value is not None and value not in get_args(kind):
+            choices = ", ".join(map(str, get_args(kind)))
+            raise PeagleError(f"{flag_of(one.name)} is {value!r} but must be one of {choices}.")
 
 
 def _without_none(kind: Any) -> Any:

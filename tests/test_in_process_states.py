@@ -155,6 +155,8 @@ def test_sources_of_states_are_not_mixed(generating, tiny_verifier):
     for given in ({"on_missing": "generate"}, {"verifier": verifier}):
         with pytest.raises(PeagleError, match="takes either an endpoint or a verifier"):
             HiddenStatesDataset(data, **given)
+    with pytest.raises(PeagleError, match="on_missing is 'ignore' but must be one of raise, skip, warn, generate"):
+        HiddenStatesDataset(data, on_missing="ignore")
     with pytest.raises(PeagleError, match=r"the layers \[1, 2, 3\], but the drafter reads"):
         HiddenStatesDataset(data, on_missing="generate", verifier=verifier).check_layers(AUX)
 

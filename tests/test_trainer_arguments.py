@@ -230,6 +230,8 @@ def make_unchecked(changes):
         ({"on_missing": "generate", "verifier_device": "gpu"}, "--verifier-device gpu can't be used"),
         ({"learning_rate": "1e-4"}, "--learning-rate is '1e-4' but must be a number"),  # as YAML 1.1 reads 1e-4
         ({"linear_start": "false"}, "--linear-start is 'false' but must be True or False"),
+        ({"per_position_loss_weight": "D-PACE"}, "-weight is 'D-PACE' but must be one of dpace, uniform"),
+        ({"on_generate": "keep"}, "--on-generate is 'keep' but must be one of cache, delete"),
         ({"max_steps": "4"}, "--max-steps is '4' but must be a whole number"),
         ({"total_seq_len": 64.0}, "--total-seq-len is 64.0 but must be a whole number"),
         ({"target_layer_ids": ["1", "2"]}, "--target-layer-ids is '1' but must be a whole number"),

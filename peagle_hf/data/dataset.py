@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -96,6 +96,8 @@ class HiddenStatesDataset(Dataset):
         self.skip_rows = check_skip_rows(skip_rows, len(self.data), data_path)
         self.hidden_states_path = cache_folder(data_path, hidden_states_path)
         self.endpoint, self.verifier, self.keep_generated = endpoint, verifier, keep_generated
+        if on_missing not in get_args(OnMissing):
+            raise PeagleError(f"on_missing is {on_missing!r} but must be one of {', '.join(get_args(OnMissing))}.")
         if (endpoint is not None) + (verifier is not None) != (on_missing == "generate"):
             raise PeagleError('on_missing="generate" takes either an endpoint or a verifier, and others take neither.')
         self.total_seq_len = total_seq_len

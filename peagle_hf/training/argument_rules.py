@@ -16,7 +16,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.training_args import OptimizerNames
 
-from ..arguments import check_ranges, check_types, default_of, flag_of, plain
+from ..arguments import check_choices, check_ranges, check_types, default_of, flag_of, plain
 from ..errors import PeagleError
 from .optimizer import default_weight_decay
 
@@ -295,12 +295,13 @@ def check_names_of_trainer(args: TrainingArguments) -> None:
             raise PeagleError(f"{flag_of(name)} can't be used here: {reason}.")
 
 
-def check_numbers(args: Any) -> None:
-    """Refuse numbers out of their ranges, and what is no number where one is needed.
+def check_own_values(args: Any) -> None:
+    """Refuse numbers out of their ranges, what is no number where one is needed, and what is none of the choices.
 
     Raises:
-        PeagleError: a number is out of its range; the message names its flag and the range.
+        PeagleError: there is such a value; the message names its flag and the range or the choices.
     """
+    check_choices(args)
     check_types(args)
     check_ranges(args, _RANGES)
     for name in _ABOVE_0:
@@ -323,7 +324,7 @@ def check_trial(args: Any, before: Mapping[str, Any]) -> None:
     changed = {name for name, value in vars(args).items() if value != before.get(name)}
     for name in sorted(changed & REFUSED.keys()):
         raise PeagleError(f"{flag_of(name)} can't be used here: {REFUSED[name]}.")
-    check_numbers(args)
+    check_own_values(args)
     if "optim" in changed and "weight_decay" not in changed and args.as_given["weight_decay"] is None:
         args.weight_decay = default_weight_decay(args.optim, args.lora_r)
 

@@ -25,8 +25,8 @@ from .argument_rules import (
     HELP,
     check_contradictions,
     check_names_of_trainer,
-    check_numbers,
     check_optimizer,
+    check_own_values,
     check_scheduler,
     check_tracker,
     check_values,
@@ -381,7 +381,7 @@ class PeagleTrainingArguments(TrainingArguments):
         check_names(self, [name for name in PeagleTrainingArguments.__annotations__ if name != "GROUPS"])
         check_names_of_trainer(self)
         parse_loss(self.loss_fn)
-        check_numbers(self)
+        check_own_values(self)
         self.sequence_partitions = str(self.sequence_partitions)
         check_contradictions(self)
         if self.push_to_hub and self.verifier_name_or_path:
