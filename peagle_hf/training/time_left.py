@@ -22,7 +22,7 @@ VALIDATION_SHARE = 0.7
 """Time of a batch in validation as a share of a training step's, until the first validation has been timed."""
 BYTES_A_WEIGHT, BYTES_A_SECOND = 12, 2**30
 """Of a checkpoint, until the first save has been timed: float32 weights with two states of the optimizer, and the speed
-of the disk of a machine with H200s (docs/measured.md)."""
+of the disk of a machine with H200s (docs/performance.md, a whole training)."""
 
 
 class TimeLeft(TrainerCallback):
