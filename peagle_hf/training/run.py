@@ -52,7 +52,7 @@ def train(args: PeagleTrainingArguments) -> PeagleTrainer | None:
     """Train a drafter on cached hidden states; resumes from the output folder's newest checkpoint if there is one.
 
     With `memory_report` or `dry_run`, print a prediction instead and return None; `memory_report` also trains for some
-    steps, to see how long they take, and keeps nothing of it. Of several processes the first one shows log lines.
+    steps, to see how long they take, and keeps nothing of it. Log lines are those of the first process of each machine.
     """
     with less_verbose(not args.should_log):
         return _train_or_predict(args)
