@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,8 @@ from peagle_hf import EvaluateArguments, PeagleError, cli, evaluate
 from peagle_hf.data.prompts import Prompt
 from peagle_hf.data.tokenizer import ChatOptions, load_tokenizer
 from peagle_hf.evaluation.report import text
-from peagle_hf.evaluation.vllm_process import Job, _Conversations
+from peagle_hf.evaluation.runs import Condition
+from peagle_hf.evaluation.vllm_process import Job, _Conversations, _do
 from peagle_hf.hub.card import model_card
 from peagle_hf.hub.evaluation_json import read_evaluation
 from peagle_hf.model.served_checkpoint import check_checkpoint
@@ -215,6 +217,22 @@ def test_vllm_in_this_machine_is_given_the_template_and_the_tools(chain):
         _Conversations(llm, tokenizer, refusing, 0.0, None).inputs(0)
 
 
+def test_each_load_is_warmed_up_with_as_many_chats_before_it_is_timed(chain, monkeypatch):
+    pytest.importorskip("vllm")
+    done: list[tuple[str, int]] = []
+    llm = SimpleNamespace(
+        llm_engine=SimpleNamespace(model_config=SimpleNamespace(max_model_len=99)),
+        renderer=None,
+        get_metrics=list,
+        generate=lambda inputs, sampling, use_tqdm: done.append((f"{sampling.max_tokens} tokens", len(inputs))),
+    )
+    monkeypatch.setattr(_Conversations, "hold", lambda self, indices, load, report: done.append(("timed", load)))
+    prompts = [Prompt(str(number), "chat", [], ["w5"]) for number in range(3)]
+    job = Job(prompts, [Condition(0.0, load) for load in (1, 2, 9)], 60)
+    _do(job, llm, load_tokenizer(str(chain), False), False, lambda run: None)
+    assert done == [("8 tokens", 1), ("timed", 1), ("8 tokens", 2), ("timed", 2), ("8 tokens", 3), ("timed", 9)]
+
+
 def test_servers_give_the_report_that_vllm_in_process_gives(arguments, server, baseline, drafter, capsys):
     report = evaluate(arguments(baseline_endpoint=baseline.url, concurrency=[1, 3], rounds=2))
     categories = report["by_category"]
@@ -248,8 +266,8 @@ def test_servers_give_the_report_that_vllm_in_process_gives(arguments, server, b
     assert "Of those that reach it" in table
     assert "To first token, s" in table
     assert report["others"] == []
-    # Each run begins with as many requests as run at the same time, which warm up.
-    assert len(server.requests) == 1 + 2 * ((1 + 4) + (3 + 4))
+    # Each run begins with as many short requests at a time as it will have, since vLLM compiles kernels for them.
+    assert Counter(request["max_tokens"] for request in server.requests) == {2: 1, 8: 2 * (1 + 3), 60: 2 * 2 * 4}
     (output / "evaluation.json").write_text(json.dumps(report | {"break_even_length": 1.4}))
     card = model_card(
         check_checkpoint(drafter), "my-lab/d", None, None, read_evaluation(output / "evaluation.json", drafter)
@@ -288,8 +306,8 @@ def test_what_is_asked_is_what_vllm_in_process_is_given(arguments, server, basel
     second = next(request for request in server.requests if len(request["messages"]) == 3)
     assert second["messages"][1]["content"].startswith("w50 w51")
     assert (second["temperature"], second["repetition_penalty"], second["max_tokens"]) == (0, 1, 60)
-    measured = [request for request in server.requests if request["max_tokens"] == 60]
-    assert len({request["cache_salt"] for request in measured}) == len(measured) == 4
+    assert [request["max_tokens"] for request in server.requests] == [2, 8, 8, 8, 60, 60, 60, 60]
+    assert len({request["cache_salt"] for request in server.requests[1:]}) == 7
     assert report["text_identical"] is False
     assert [place["token"] for place in report["differences"]] == [0, 0, 0]
 

@@ -130,7 +130,7 @@ def measure(
         PeagleError: the server fails, or it generates more than was requested here, because others use it too.
     """
     temperature, concurrency = condition
-    _warm_up(client, prompts[:concurrency], temperature, extra)
+    _warm_up(client, prompts[0], min(concurrency, len(prompts)), temperature, extra)
 
     def ask(
         indices: Sequence[int], given: Sequence[Sequence[str]] | None, report: Callable[[int], object]
@@ -164,21 +164,25 @@ def measure(
     return replace(run, counters={name: ask(indices, said, lambda count: None)[1] for name, indices in groups.items()})
 
 
-def _warm_up(client: Client, prompts: Sequence[Prompt], temperature: float, extra: dict[str, Any] | None) -> None:
-    """Ask all prompts at once for short answers.
+def _warm_up(client: Client, prompt: Prompt, num_chats: int, temperature: float, extra: dict[str, Any] | None) -> None:
+    """Begin as many chats as will run at a time: vLLM compiles kernels when it first has so many."""
 
-    The first passes are slower, and a GPU compiles some kernels for the number of sequences.
-    """
+    def begin(_: int) -> Answer:
+        return client.ask([{"role": "user", "content": prompt.turns[0]}], 8, temperature, _fields(prompt, extra))
+
     before, generated = client.counters(), 0
-
-    def ask(index: int) -> Answer:
-        return client.ask([{"role": "user", "content": prompts[index].turns[0]}], 8, temperature, extra)
-
-    for _, answer in concurrently(ask, range(len(prompts)), len(prompts)):
+    for _, answer in concurrently(begin, range(num_chats), num_chats):
         if isinstance(answer, BaseException):
             raise answer
         generated += len(answer.token_ids)
     client.since(before, generated)
+
+
+def _fields(prompt: Prompt, extra: dict[str, Any] | None) -> dict[str, Any]:
+    """More fields of a request: the server's own sampling and its prefix cache are kept out."""
+    fields = {**PLAIN_SAMPLING, "cache_salt": secrets.token_hex(8), **(extra or {})}
+    # The model sees the tools, and its calls stay part of the answer's text.
+    return fields | ({"tools": prompt.tools, "tool_choice": "none"} if prompt.tools else {})
 
 
 def _counted(client: Client, before: Counters, run: Run) -> list[int]:
@@ -210,12 +214,8 @@ def _converse(
     messages, said = list(prompt.system), []
     for turn, question in enumerate(prompt.turns):
         messages.append({"role": "user", "content": question})
-        fields = {**PLAIN_SAMPLING, "cache_salt": secrets.token_hex(8), **(extra or {})}
-        # The model sees the tools, and its calls stay part of the answer's text.
-        if prompt.tools:
-            fields |= {"tools": prompt.tools, "tool_choice": "none"}
         try:
-            answer = client.ask(messages, max_tokens, temperature, fields)
+            answer = client.ask(messages, max_tokens, temperature, _fields(prompt, extra))
         except PeagleError as error:
             raise PeagleError(f"Turn {turn} of prompt {prompt.id} got no answer. {error}") from error
         if answer.finish_reason == "length" and len(answer.token_ids) < max_tokens:
