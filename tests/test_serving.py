@@ -29,7 +29,7 @@ from peagle_hf.hub.evaluation_json import read_evaluation
 from peagle_hf.model.served_checkpoint import check_checkpoint
 from peagle_hf.serving.chat import ChatArguments
 from peagle_hf.serving.environment import installed_vllm
-from peagle_hf.serving.launch import ServeArguments, drafting_command
+from peagle_hf.serving.launch import LaunchArguments, ServeArguments, drafting_command, server_command
 
 TEMPLATE = "{% for message in messages %}{{ message.content }} {% endfor %}{{ 'w9' if enable_thinking else 'w8' }}"
 ROWS = [
@@ -79,6 +79,26 @@ def test_the_drafter_is_served_beside_the_verifier_that_it_names(drafter, chain)
     assert option(on_cpu, "--speculative-config")["num_speculative_tokens"] == 3
     likely = drafting_command(ServeArguments(str(drafter), draft_sample_method="greedy"), on_cpu=False)
     assert option(likely, "--speculative-config")["draft_sample_method"] == "greedy"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--speculative-config", '{"method": "ngram"}'],
+        ["--speculative_config.num_speculative_tokens", "2"],
+        ["-sc.num_speculative_tokens=2"],
+        ["--spec-tokens", "2"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_flags_by_which_vllm_would_forget_the_drafter_are_refused(drafter, servable_verifier, tmp_path, words):
+    with pytest.raises(PeagleError, match=f"{re.escape(words[0])} stands after --, but .* sets --speculative-config"):
+        drafting_command(ServeArguments(str(drafter), vllm_args=words), on_cpu=False)
+    states = LaunchArguments(str(servable_verifier), str(tmp_path), vllm_args=["--kv-transfer-config", "{}"])
+    with pytest.raises(PeagleError, match="--kv-transfer-config stands after --"):
+        server_command(states, on_cpu=False)
+    with_kv = ServeArguments(str(drafter), vllm_args=["--kv-transfer-config", "{}", "--port", "1"])
+    assert drafting_command(with_kv, on_cpu=False)[-4:] == with_kv.vllm_args
 
 
 @pytest.mark.fault(

@@ -5,11 +5,13 @@ import json
 import logging
 import math
 import os
+import re
 import shlex
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -374,8 +376,9 @@ def _vllm_command(
         options: values of vLLM's arguments, by name with underscores; True for a switch.
 
     Raises:
-        PeagleError: this vLLM lacks one that is needed.
+        PeagleError: this vLLM lacks one that is needed, or vLLM's own flags would replace one.
     """
+    _check_not_replaced(arguments.vllm_args, options)
     if on_cpu:
         # `vllm serve` can't find the version of the CPU builds, which have another package name.
         server = ["vllm.entrypoints.openai.api_server", "--model", model]
@@ -390,6 +393,19 @@ def _vllm_command(
         if value is not True:
             words.append(json.dumps(value) if isinstance(value, dict) else str(value))
     return [*words, *arguments.vllm_args]
+
+
+def _check_not_replaced(vllm_args: Sequence[str], options: Mapping[str, Any]) -> None:
+    """Make sure that vLLM's own flags don't name a configuration again: vLLM takes the last one, and merges none."""
+    for word in vllm_args:
+        flag = re.split("[=.]", word)[0].replace("_", "-")
+        if flag == "-sc" or flag.startswith("--spec-"):
+            flag = flag_of("speculative_config")
+        if flag in {flag_of(name) for name in ("speculative_config", "kv_transfer_config") if name in options}:
+            raise PeagleError(
+                f"{word} stands after --, but this command itself sets {flag}, and vLLM would replace all of it. Leave "
+                "it out. What the flags before -- can't say, write into the command that --dry-run prints."
+            )
 
 
 def _on_cpu(environment: dict[str, str]) -> bool:
