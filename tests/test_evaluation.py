@@ -724,7 +724,9 @@ def test_drafter_serves_by_itself_where_peagle_hf_was_never_imported(drafter):
 @pytest.mark.vllm
 def test_failure_inside_vllm_is_reported_with_its_log(drafter, tmp_path, caplog):
     rows = [{"turns": ["w7"]}]
-    with pytest.raises(PeagleError, match=r"vLLM failed without the drafter.*vllm_without_drafter\.log"):
+    with pytest.raises(
+        PeagleError, match=r"vLLM failed without the drafter.*vllm_without_drafter\.log\. It said: \S*Error: 1 "
+    ):
         evaluate(arguments(drafter, tmp_path, rows, max_model_len=10 * CHAIN_LENGTH))
     assert "max_model_len" in caplog.text
     assert not (tmp_path / "out" / "evaluation.json").exists()

@@ -82,8 +82,8 @@ class EvaluateArguments(Arguments):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto",
         metadata={
-            "help": "Precision of both models; auto is float32 on a CPU, the verifier's own on a GPU. With --endpoint "
-            "it is only written into the report: the precision of the servers."
+            "help": "Precision of both models; auto is float32 on a CPU; on a GPU the verifier's own, or bfloat16 if "
+            "that is float32. With --endpoint it is only written into the report: the precision of the servers."
         },
     )
     max_model_len: int | None = field(

@@ -101,7 +101,10 @@ class PlanArguments(Arguments):
     seed: int = field(default=0, metadata={"help": "Seed of the random weights and prompts, and of vLLM."})
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto",
-        metadata={"help": "Precision of both models; auto is float32 on a CPU, the verifier's own on a GPU."},
+        metadata={
+            "help": "Precision of both models; auto is float32 on a CPU; on a GPU the verifier's own, or bfloat16 if "
+            "that is float32."
+        },
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the verifier."})
     vllm_args: list[str] = field(default_factory=list, metadata={"help": VLLM_ARGS_HELP})

@@ -8,6 +8,7 @@ standard input, and answers in such lines.
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import time
@@ -149,11 +150,13 @@ class VllmProcess:
         line = self._process.stdout.readline()
         if not line:
             status = self._process.wait()
-            end = self.log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)[-30:]
-            logger.error("%s", "".join(end))
+            lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+            logger.error("%s", "\n".join(lines[-30:]))
+            reason = next((one[:500] for one in reversed(lines) if re.match(r"[\w.]*(Error|Exception): ", one)), "")
             raise PeagleError(
                 f"vLLM failed {self.what} (exit status {status}); the end of its output is above, all of it is in "
-                f"{self.log}. If memory ran out, {self.if_memory_ran_out}."
+                f"{self.log}. {reason and f'It said: {reason} '}If memory ran out, {self.if_memory_ran_out}; if other "
+                "programs use the GPU too, give vLLM a smaller share with -- --gpu-memory-utilization."
             )
         message: dict[str, Any] = json.loads(line)
         if "error" in message:
