@@ -332,8 +332,9 @@ def test_what_is_asked_is_what_vllm_in_process_is_given(arguments, server, basel
     assert [place["token"] for place in report["differences"]] == [0, 0, 0]
 
 
-def test_k_by_load_is_read_from_the_evaluation_beside_the_drafter(arguments, baseline, drafter, tmp_path):
+def test_k_by_load_is_read_from_the_evaluation_beside_the_drafter(arguments, baseline, drafter, tmp_path, caplog):
     """Of this drafter, named or found; where it doesn't pay, vLLM is told to draft nothing."""
+    caplog.set_level("INFO", logger="peagle_hf")
     report = evaluate(arguments(baseline_endpoint=baseline.url, concurrency=[1, 3]))
     one, three = report["recommended_num_speculative_tokens"]
     assert [row["concurrency"] for row in (one, three)] == [1, 3]
@@ -352,6 +353,7 @@ def test_k_by_load_is_read_from_the_evaluation_beside_the_drafter(arguments, bas
         config = json.loads(command[command.index("--speculative-config") + 1])
         assert config["num_speculative_tokens"] == 3
         assert config["num_speculative_tokens_per_batch_size"] == [[1, 1, 3], [2, 3, 0]]
+    assert f"comes from the report {path}, measured on a vLLM server with vLLM 0.32.0" in caplog.text
     beside = link.parent / "evaluation" / "evaluation.json"
     beside.parent.mkdir()
     path.rename(beside)

@@ -317,9 +317,15 @@ def _tokens_by_load(arguments: ServeArguments, folder: Path) -> dict[str, Any]:
     path, report = _report(arguments, folder)
     if RECOMMENDED not in report:
         raise PeagleError(f"{path} comes from an older peagle-hf evaluate and recommends nothing. Run it again.")
-    logger.info("K by load comes from the report %s.", path)
     takes_schedule = installed_vllm(arguments.vllm_python).takes(SCHEDULE)
     with damage_named(path):
+        device, version = report["device"], report["versions"]["vllm"]
+        logger.info(
+            "K by load comes from the report %s, measured on %s with vLLM %s. Others may want another K.",
+            path,
+            device,
+            version,
+        )
         return scheduled(report[RECOMMENDED], takes_schedule)
 
 
