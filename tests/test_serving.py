@@ -23,7 +23,7 @@ from peagle_hf.data.prompts import Prompt
 from peagle_hf.data.tokenizer import ChatOptions, load_tokenizer
 from peagle_hf.evaluation.report import text
 from peagle_hf.evaluation.runs import Condition
-from peagle_hf.evaluation.vllm_process import Job, _Conversations, _do
+from peagle_hf.evaluation.vllm_process import Job, _Conversations, _device, _do
 from peagle_hf.hub.card import model_card
 from peagle_hf.hub.evaluation_json import read_evaluation
 from peagle_hf.model.served_checkpoint import check_checkpoint
@@ -235,6 +235,14 @@ def test_vllm_in_this_machine_is_given_the_template_and_the_tools(chain):
     refusing = replace(job, options=ChatOptions("{{ raise_exception('no tools here') }}"))
     with pytest.raises(PeagleError, match=r"Turn 0 of prompt 1 .*refuses it \(no tools here\)"):
         _Conversations(llm, tokenizer, refusing, 0.0, None).inputs(0)
+
+
+def test_a_report_says_how_many_gpus_were_used(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    for number, device in ((1, "NVIDIA H200"), (8, "8 x NVIDIA H200")):
+        config = SimpleNamespace(parallel_config=SimpleNamespace(world_size=number))
+        assert _device(SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=config))) == device
 
 
 def test_each_load_is_warmed_up_with_as_many_chats_before_it_is_timed(chain, monkeypatch):

@@ -183,13 +183,10 @@ def _work(receive: Callable[[], dict[str, Any]], send: Callable[..., object]) ->
             "vLLM uses its second model runner, but drafts for P-EAGLE in the first one only. Set "
             f"{MODEL_RUNNER}=0, and leave out what needs the second one."
         )
-    on_gpu = torch.cuda.is_available()
     send(
         measured_on={
             "dtype": str(llm.llm_engine.model_config.dtype).removeprefix("torch."),
-            "device": torch.cuda.get_device_name()
-            if on_gpu
-            else f"CPU, {number_of(torch.get_num_threads(), 'thread')}",
+            "device": _device(llm),
             "model_runner": "second" if is_second else "first",
             "versions": {
                 "peagle_hf": __version__,
@@ -211,6 +208,14 @@ def _work(receive: Callable[[], dict[str, Any]], send: Callable[..., object]) ->
             # vLLM's own tokenizer of a Mistral model takes neither a template nor variables.
             tokenizer = load_tokenizer(engine["model"], engine["trust_remote_code"])
         _do(job, llm, tokenizer, bool(drafting), send)
+
+
+def _device(llm: Any) -> str:
+    """The device, or all GPUs among which vLLM shares the models (`--tensor-parallel-size`)."""
+    if not torch.cuda.is_available():
+        return f"CPU, {number_of(torch.get_num_threads(), 'thread')}"
+    number, name = llm.llm_engine.vllm_config.parallel_config.world_size, torch.cuda.get_device_name()
+    return name if number == 1 else f"{number} x {name}"
 
 
 def _do(
