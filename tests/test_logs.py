@@ -113,10 +113,12 @@ class SlowRows(HiddenStatesDataset):
         return super().__getitem__(key)
 
 
-def test_minutes_left_count_steps_validations_and_saves_to_come(monkeypatch):
+@pytest.mark.parametrize("delay", [0, 2])
+def test_minutes_left_count_steps_validations_and_saves_to_come(monkeypatch, delay):
     """Three epochs of 20 steps of 2 s, the first four and the tenth of which take longer.
 
-    Before the first step there is a validation; each epoch ends with one on two data sets (30 s) and a save (13 s).
+    Before the first step there is a validation; each epoch, or each from the second on, ends with one on two data sets
+    (30 s), and with a save (13 s).
     """
     clock = Clock()
     monkeypatch.setattr(time, "perf_counter", clock)
@@ -125,6 +127,7 @@ def test_minutes_left_count_steps_validations_and_saves_to_come(monkeypatch):
         per_device_eval_batch_size=1,
         gradient_accumulation_steps=1,
         eval_strategy=IntervalStrategy.EPOCH,
+        eval_delay=delay,
         save_strategy=SaveStrategy.STEPS,
         save_steps=1 / 3,
     )
@@ -145,7 +148,7 @@ def test_minutes_left_count_steps_validations_and_saves_to_come(monkeypatch):
         assert state.log_history[-1]["minutes_left"] == logs["minutes_left"]
         said.append((clock.now, logs["minutes_left"] * 60))
         if step % 20 == 0:
-            for seconds in (20, 10):
+            for seconds in (20, 10) if step >= 20 * delay else ():
                 clock.now += seconds
                 left.on_evaluate(args, state, None)
             clock.now += 12

@@ -38,7 +38,7 @@ from .memory import report
 from .model_setup import head_dtype
 from .objective import load_head
 from .resuming import only_training
-from .time_left import FIRST_STEPS, updates_in, validation_batches
+from .time_left import FIRST_STEPS, delayed, updates_in, validation_batches
 from .trainer import PeagleTrainer
 from .warm_start import continued_config, load_drafter, sampling
 
@@ -195,7 +195,8 @@ def _time_steps(args: PeagleTrainingArguments, config: PeagleConfig) -> str:
             every: float = steps_an_epoch
             if args.eval_strategy == IntervalStrategy.STEPS and args.eval_steps:
                 every = args.eval_steps if args.eval_steps >= 1 else math.ceil(steps * args.eval_steps)
-            validations = math.ceil(steps / every)
+            left_out = delayed(args.eval_strategy, args.eval_delay, every, steps_an_epoch)
+            validations = max(0, math.ceil(steps / every) - left_out)
             validation = _time_validation(trainer)
             batches = number_of(validation_batches(trainer), "batch", "batches")
             validated = [f"{f'a validation of {batches}':<44}{validation:>8.1f} s"]

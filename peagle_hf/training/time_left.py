@@ -116,21 +116,33 @@ class TimeLeft(TrainerCallback):
         step = self.step_seconds
         predicted = VALIDATION_SHARE * step * validation_batches(self._trainer)
         validation = _mean([*self._pauses["evaluate"].values()], predicted)
-        evaluates_left = self._times_left("evaluate", args.eval_strategy, state.eval_steps, state)
+        evaluation: tuple[Any, int, float] = (args.eval_strategy, state.eval_steps, args.eval_delay)
+        evaluates_left = self._times_left("evaluate", state, *evaluation)
         is_best = args.save_strategy == SaveStrategy.BEST  # whether to save is decided after each validation
-        strategy, every = (args.eval_strategy, state.eval_steps) if is_best else (args.save_strategy, state.save_steps)
-        saves_left = self._times_left("save", strategy, every, state)
+        saving = evaluation if is_best else (args.save_strategy, state.save_steps, 0)
+        saves_left = self._times_left("save", state, *saving)
         weights = sum(weight.numel() for weight in self._trainer.model.parameters())
         save = _mean([*self._pauses["save"].values()], BYTES_A_WEIGHT * weights / BYTES_A_SECOND)
         return (state.max_steps - state.global_step) * step + evaluates_left * validation + saves_left * save
 
-    def _times_left(self, kind: str, strategy: Any, every: int, state: TrainerState) -> int:
+    def _times_left(self, kind: str, state: TrainerState, strategy: Any, every: int, delay: float) -> int:
         """How often there still is a validation or a save; one at the step at which the training began is extra."""
         if strategy == IntervalStrategy.NO:
             return 0
         interval = every if strategy == IntervalStrategy.STEPS and every else self._steps_an_epoch
-        total = math.ceil(state.max_steps / interval) - int(self._begun_at // interval)
+        earlier = max(int(self._begun_at // interval), delayed(strategy, delay, interval, self._steps_an_epoch))
+        total = math.ceil(state.max_steps / interval) - earlier
         return max(0, total - sum(step > self._begun_at for step in self._pauses[kind]))
+
+
+def delayed(strategy: Any, delay: float, interval: float, steps_an_epoch: int) -> int:
+    """Validations, one each `interval` steps, that `--eval-delay` leaves out.
+
+    Args:
+        delay: in steps if they are counted in steps, else in epochs.
+    """
+    steps = delay if strategy == IntervalStrategy.STEPS else delay * steps_an_epoch
+    return max(0, math.ceil(steps / interval) - 1)
 
 
 def updates_in(batches: int, args: TrainingArguments) -> int:
