@@ -1,8 +1,10 @@
 """Pages that mkdocs makes with the site: the architecture, the command line from its parsers, the code blocks that CI
-skips, and the faults that the tests inject."""
+skips, and the faults that the tests inject; and labels in the cells of wide tables, for phones."""
 
 import argparse
 import ast
+import html
+import itertools
 import os
 import re
 from collections.abc import Iterator
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
     from mkdocs.structure.files import Files
 
 ROOT = Path(__file__).parents[1]
+WIDE_COLUMNS = 5
+LONG_ROW = 100
+"""A table doesn't fit a phone if it has so many columns, or three columns and a row of so many characters."""
 CLI_INTRODUCTION = """# Command line
 
 `peagle-hf <command> [config.yaml] [--flag value ...]`. This page is made from the parsers when the site is built;
@@ -72,6 +77,24 @@ def on_files(files: "Files", config: "MkDocsConfig") -> "Files":
     files.append(File.generated(config, "not-run.md", content=code_blocks.not_run()))
     files.append(File.generated(config, "faults.md", content=faults_page()))
     return files
+
+
+def on_page_content(html_of_page: str, **_: Any) -> str:
+    """Write the head of its column into each cell of a wide table (mkdocs calls this); site.css shows it on a phone."""
+    return re.sub(r"<table>.*?</table>", lambda table: _labelled(table[0]), html_of_page, flags=re.S)
+
+
+def _labelled(table: str) -> str:
+    heads = [_text(head) for head in re.findall(r"<th\b[^>]*>(.*?)</th>", table, re.S)]
+    longest_row = max(len(" ".join(_text(row).split())) for row in table.split("</tr>"))
+    if len(heads) < WIDE_COLUMNS and (len(heads) < 3 or longest_row < LONG_ROW):
+        return table
+    labels = itertools.cycle(html.escape(head) for head in heads)
+    return re.sub(r"<td\b", lambda _: f'<td data-label="{next(labels)}"', table)
+
+
+def _text(element: str) -> str:
+    return html.unescape(re.sub(r"<[^>]+>", "", element))
 
 
 def faults_page() -> str:
