@@ -4,8 +4,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from browser import browser, find_browser
 from html5lib import HTMLParser
-from test_evaluation import make_report
+from test_evaluation import make_comparison, make_report
 from test_trainer import run
 
 from peagle_hf.evaluation.report import html
@@ -25,6 +26,25 @@ def test_a_table_shows_any_text_and_aligns_numbers():
     assert head.index("count") == lines[-1].index("7") + 1, "one character that is two columns wide"
     assert "<thead>" not in Table("", ["", ""], [["a", "b"]]).html()
     assert Table("", ["a"], []).html().count("<tr>") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_browser() is None, reason="no Chromium or Chrome is installed")
+def test_a_wide_table_is_a_list_on_a_phone(tmp_path):
+    table = Table("", ['a "name"', "long " * 6, ""], [["x", "word " * 5, "y"]])
+    (tmp_path / "report.html").write_text(html(make_comparison()).replace("</body>", f"{table.html()}</body>"))
+    wide = (
+        "[document.documentElement, ...document.querySelectorAll('.table')].filter(e => e.scrollWidth > e.clientWidth)"
+    )
+    cells = "[...document.querySelectorAll('.table:last-child td')]"
+    with browser(tmp_path) as page:
+        page.open((tmp_path / "report.html").as_uri(), width=390)
+        assert page.evaluate(f"{wide}.length") == 0
+        shown = page.evaluate(f"{cells}.map(cell => getComputedStyle(cell, '::before').content)")
+        assert shown == ['"a \\"name\\": "', f'"{"long " * 6}: "', "none"]
+        page.open((tmp_path / "report.html").as_uri(), width=1280)
+        assert page.evaluate(f"getComputedStyle({cells}[0], '::before').content") == "none"
+        assert page.faults == []
 
 
 def test_escaped_markdown_is_the_text_itself():

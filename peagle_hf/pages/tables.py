@@ -9,6 +9,8 @@ from markupsafe import Markup, escape
 
 _SHORT, _LONG = 24, 40
 """Up to how many characters a cell of a page stays in one line, and from how many on it may break anywhere."""
+_PHONE = 40
+"""Up to how many characters a row of a page's table fits a phone; page.html makes wider tables lists there."""
 
 
 @dataclass(frozen=True)
@@ -42,16 +44,21 @@ class Table:
             for column in zip(*self.rows, strict=True)
         ] or [False] * len(self.head)
 
+        columns = list(zip(self.head, *self.rows, strict=True))
+        is_wide = any(self.head) and sum(2 + max(map(_width, column)) for column in columns) > _PHONE
+
         def cells(tag: str, row: Sequence[str]) -> str:
+            labels = [f' data-label="{escape(name)}"' if is_wide and tag == "td" else "" for name in self.head]
             return "".join(
-                f'<{tag} class="{"number " if number else ""}{_length(cell)}">{escape(cell)}</{tag}>'
-                for number, cell in zip(is_number, row, strict=True)
+                f'<{tag} class="{"number " if number else ""}{_length(cell)}"{label}>{escape(cell)}</{tag}>'
+                for number, cell, label in zip(is_number, row, labels, strict=True)
             )
 
         title = f"<h2>{escape(self.title)}</h2>\n" if self.title else ""
         head = f"<thead><tr>{cells('th', self.head)}</tr></thead>\n" if any(self.head) else ""
         rows = "\n".join(f"<tr>{cells('td', row)}</tr>" for row in self.rows)
-        return Markup(f'{title}<div class="table">\n<table>\n{head}<tbody>\n{rows}\n</tbody>\n</table>\n</div>')
+        kind = ' class="wide"' if is_wide else ""
+        return Markup(f'{title}<div class="table">\n<table{kind}>\n{head}<tbody>\n{rows}\n</tbody>\n</table>\n</div>')
 
     def markdown(self) -> str:
         """The table for a Markdown page; cells are taken for Markdown, so escape what may hold anything."""
