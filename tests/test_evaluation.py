@@ -359,6 +359,7 @@ def make_report(*others, **changes):
 def test_text_says_what_was_measured():
     said = text(make_report())
     assert re.search(r"  1\.450 \(1\.\d+ to 1\.\d+\) ", said)
+    assert "\nSpeed with 2 chats at a time: 20.0 tokens/s with the drafter, 40.0 without: 0.50 (" in said
     assert "The drafter slows vLLM down" in said
     assert "identical with and without the drafter for all 12 prompts" in said
 
@@ -457,6 +458,8 @@ def make_comparison():
 def test_drafters_are_compared_in_words():
     said = text(make_comparison())
     assert "Acceptance length of B, K=1 against A, K=1: higher, +0.100 (" in said
+    assert "A, K=1: Speed with 2 chats at a time: 20.0 tokens/s with the drafter" in said
+    assert "A, K=1: The acceptance length from which a drafter pays here" in said
     lines = [line.split() for line in said.splitlines()]
     (easy,) = [line for line in lines if "length," in line and "easy" in line]
     (hard,) = [line for line in lines if "length," in line and "hard" in line]

@@ -311,6 +311,23 @@ def labels(monkeypatch):
     return found
 
 
+def test_a_single_value_is_drawn_as_a_point(tmp_path, monkeypatch):
+    """A line of one point has no length, so it isn't seen without a marker."""
+    from matplotlib.axes import Axes
+
+    markers, plot = {}, Axes.plot
+    monkeypatch.setattr(
+        Axes,
+        "plot",
+        lambda axes, x, y, **style: (markers.update({len(x): style["marker"]}), plot(axes, x, y, **style))[1],
+    )
+    metrics.draw(
+        [{"step": 1, "loss": 2.0}, {"step": 2, "acceptance_length": 1.1}, {"step": 3, "acceptance_length": 1.2}],
+        tmp_path / "one.png",
+    )
+    assert (markers[1], markers[2]) == (".", None)
+
+
 def test_curves_are_those_of_the_log(train_flags, tmp_path, monkeypatch):
     trainer = run(train_flags)
     folder = Path(train_flags["output_dir"])

@@ -330,10 +330,11 @@ def _markers(report: dict[str, Any]) -> str:
 
 
 def _sentences(report: dict[str, Any]) -> list[str]:
-    found = [_speed_sentence(report), describe_not_reached(report), describe(report[RECOMMENDED])]
-    found += _break_even_sentences(report)
-    sentences = [sentence for sentence in found if sentence]
     labelled, labels = _entries(report), _labels(report)
+    prefix = f"{labelled[0][0]}: " if len(labelled) > 1 else ""
+    found = [prefix + _speed_sentence(report), describe_not_reached(report), describe(report[RECOMMENDED])]
+    found += [prefix + sentence for sentence in _break_even_sentences(report)]
+    sentences = [sentence for sentence in found if sentence]
     for label, entry in labelled:
         prefix = f"{label}: " if len(labelled) > 1 else ""
         sentences.append(prefix + _text_sentence(entry, report))
@@ -364,14 +365,16 @@ def _load(run: dict[str, Any]) -> str:
     return str(ran) if ran == asked else f"{ran} of {asked}"
 
 
+def _chats(run: dict[str, Any]) -> str:
+    return number_of(run["chats_at_a_time"], "chat") if _load(run).isdigit() else f"{_load(run)} chats"
+
+
 def _speed_sentence(report: dict[str, Any]) -> str:
     speed, speed_without = report["tokens_per_second"], report["tokens_per_second_without"]
+    start = f"Speed with {_chats(report['by_concurrency'][-1])} at a time: {speed:.1f} tokens/s with the drafter"
     if speed_without is None:
-        return f"Speed: {speed:.1f} tokens/s with the drafter; the speed without it was not measured."
-    sentence = (
-        f"Speed: {speed:.1f} tokens/s with the drafter, {speed_without:.1f} without: "
-        f"{_figure(report, 'speed_up', '.2f')} times as fast."
-    )
+        return f"{start}; the speed without it was not measured."
+    sentence = f"{start}, {speed_without:.1f} without: {_figure(report, 'speed_up', '.2f')} times as fast."
     if report["is_speed_up_or_down"] is None:
         return (
             f"{sentence} Run at least {MIN_PROMPTS} prompts with --rounds 2 or more to tell whether the difference is "
@@ -393,8 +396,7 @@ def _break_even_sentences(report: dict[str, Any]) -> list[str]:
     if report["speed_up"] is None:
         return []
     first, *others = report["by_concurrency"]
-    chats = number_of(first["chats_at_a_time"], "chat") if _load(first).isdigit() else f"{_load(first)} chats"
-    lengths = [f"{_pays_from(first)} with {chats} at a time"]
+    lengths = [f"{_pays_from(first)} with {_chats(first)} at a time"]
     lengths += [f"{_pays_from(run)} with {_load(run)}" for run in others]
     sentences = [
         f"The acceptance length from which a drafter pays here is {', '.join(lengths)}; this drafter has "

@@ -147,7 +147,8 @@ def draw(history: list[dict[str, Any]], path: str | os.PathLike[str]) -> None:
 
     def curve(axes: Any, name: str, **style: Any) -> None:
         points = [(entry["step"], entry[name]) for entry in history if name in entry]
-        axes.plot([step for step, _ in points], [value for _, value in points], **style)
+        marker = "." if len(points) == 1 else None  # without one a line of a single point isn't seen
+        axes.plot([step for step, _ in points], [value for _, value in points], **{"marker": marker, **style})
 
     def finish(axes: Any, label: str) -> None:
         axes.set(xlabel="Step", ylabel=label)
