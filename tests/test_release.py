@@ -39,7 +39,8 @@ def distributions(tmp_path_factory) -> tuple[Path, Path]:
     """The sdist, and the wheel that is built from it."""
     folder = tmp_path_factory.mktemp("release")
     source = shutil.copytree(ROOT, folder / "source", ignore=shutil.ignore_patterns(*UNPACKED))
-    execute(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist", source, folder=folder)
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist", source]
+    execute(*command, folder=folder, PEAGLE_HF_REPOSITORY="https://example.org/peagle_hf/")
     (sdist,), (wheel,) = (folder / "dist").glob("*.tar.gz"), (folder / "dist").glob("*.whl")
     return sdist, wheel
 
@@ -80,6 +81,11 @@ def test_the_distributions_have_what_belongs_into_them(distributions):
         for path in ROOT.glob("peagle_hf/**/*"):
             if path.suffix in (".py", ".html", ".typed"):
                 assert archive.read(path.relative_to(ROOT).as_posix()) == path.read_bytes()
+    shown = metadata.get_payload()
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert "](https://example.org/peagle_hf/raw/main/docs/images/drafting.svg)" in shown
+    assert "[tutorial](https://example.org/peagle_hf/blob/main/docs/tutorial.md)" in shown
+    assert re.findall(r"\]\((?!https://)[^)]*\)", shown) == [], "links that lead nowhere on a package index"
     examples = {f"examples/{path.relative_to(ROOT / 'examples').as_posix()}" for path in _files(ROOT / "examples")}
     assert {name.removeprefix("peagle_hf/") for name in names if name.startswith("peagle_hf/examples/")} == examples
     assert not [
