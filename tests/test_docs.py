@@ -62,6 +62,14 @@ def test_pictures_and_table_are_those_of_their_scripts(tmp_path, monkeypatch):
     assert Path(page).read_text() == (ROOT / "docs" / "performance.md").read_text()
 
 
+def test_all_pages_and_scripts_give_the_whole_training_the_same_minutes():
+    table = re.search(r"\*whole training\* \| 1 \| \*(\d+) minutes", (ROOT / "docs" / "performance.md").read_text())[1]
+    sources = [*code_blocks.pages(), *(ROOT / "examples").rglob("*.sh")]
+    found = [one for path in sources for one in re.findall(r"(\d+)\s+minutes\s+on\s+one\s+H200", path.read_text())]
+    assert len(found) > 4
+    assert set(found) == {table}
+
+
 def test_the_peer_has_no_figure_where_it_is_not_measured():
     """training_step.py leaves peers out of cases with activation checkpointing, so these compare nothing."""
     with (ROOT / "docs" / "data" / "training_step.csv").open(newline="") as file:
