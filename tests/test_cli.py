@@ -532,11 +532,12 @@ def test_a_second_interrupt_ends_the_process_at_once():
 
 
 @pytest.mark.fault("The program that reads the output ends", "The command ends quietly with exit code 141.")
-def test_a_closed_pipe_ends_a_command_quietly():
-    command = f"{PROGRAM[0]} train --help-all | head -n 1"
+@pytest.mark.parametrize("words", ["train --help-all", "--help", "--version"])
+def test_a_closed_pipe_ends_a_command_quietly(words):
+    command = f"{PROGRAM[0]} {words} | true"
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, timeout=300)
     assert done.stderr == ""
-    assert done.stdout.startswith("usage")
+    assert done.returncode in (0, 141)  # argparse itself takes no notice of a closed pipe
 
 
 @pytest.mark.fault("A standard stream is closed", "The command does its work all the same.")

@@ -193,10 +193,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if name == "help" and rest:
         name, rest = rest[0], ["--help"]
-    if name in ("-h", "--help", "help"):
-        print(_usage())
-    elif name == "--version":
-        print(versions())
+    if name in ("-h", "--help", "help", "--version"):
+        with command_line("peagle-hf"):
+            print(versions() if name == "--version" else _usage())
     elif name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         meant = f" Did you mean {close[0]}?" if close else ""
