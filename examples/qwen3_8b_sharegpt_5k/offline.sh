@@ -8,7 +8,7 @@
 # others (examples/data/eval_prompts.jsonl); for a fair comparison name a file with SpecBench's prompts in PROMPTS.
 #
 # Not run with Qwen3-8B itself; the tests run it with SmolLM2-135M-Instruct and a few chats. docs/performance.md has the
-# time of its parts at Qwen3-8B's sizes, from which the whole takes about 46 minutes on one H200 before the evaluation.
+# time of its parts at Qwen3-8B's sizes, from which the whole takes about 50 minutes on one H200 before the evaluation.
 # On several GPUs: LAUNCH="torchrun --standalone --nproc-per-node 4 -m peagle_hf", by which they share the extraction and the
 # training. Disk for Qwen3-8B: 32 KiB a token, so about 225 GiB for ShareGPT's lengths, and 21 GB an epoch.
 set -euo pipefail
