@@ -1,6 +1,7 @@
 """Extraction in this process beside a vLLM server's, on the same rows in one run: tokens a second, by turns.
 
-    python tests/benchmarks/extraction.py MODEL PREPARED [--rounds 3] [--max-samples 100] [-- --dtype float32]
+    python tests/benchmarks/extraction.py MODEL PREPARED [--rounds 3] [--max-samples 100] [--concurrency 32 128] \\
+        [-- --dtype float32]
 
 MODEL is the verifier, PREPARED a folder of `peagle-hf prepare`; flags after `--` go to vLLM. The server idles while the
 embedded backend runs. Its start and the loading of the embedded verifier are not counted.
@@ -27,6 +28,7 @@ def main() -> None:
     parser.add_argument("prepared")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-samples", type=int, default=100)
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[32], help="requests to the server at a time")
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     arguments = parser.parse_args(sys.argv[1:split])
     with socket.socket() as free:
@@ -58,19 +60,16 @@ def main() -> None:
                 with suppress(OSError), urllib.request.urlopen(f"{url}/models", timeout=5):
                     break
                 time.sleep(1)
-            speeds: dict[str, list[float]] = {"embedded": [], "vLLM server": []}
+            asked = {"endpoint": url, "server_hidden_states_path": str(served)}
+            backends = {"embedded": {}} | {
+                f"vLLM server, {number} at a time": asked | {"concurrency": number} for number in arguments.concurrency
+            }
+            speeds: dict[str, list[float]] = {name: [] for name in backends}
             for number in range(arguments.rounds):
-                for name, backend in (("embedded", {}), ("vLLM server", {"endpoint": url})):
-                    report = extract(
-                        ExtractArguments(
-                            arguments.model,
-                            arguments.prepared,
-                            output=f"{folder}/{name} {number}",
-                            max_samples=arguments.max_samples,
-                            **backend,
-                            **({"server_hidden_states_path": str(served)} if backend else {}),
-                        )
-                    )
+                for name, backend in backends.items():
+                    output = f"{folder}/{name} {number}"
+                    given = {"output": output, "max_samples": arguments.max_samples, **backend}
+                    report = extract(ExtractArguments(arguments.model, arguments.prepared, **given))
                     speeds[name].append(report.num_tokens / report.seconds)
             print(f"| backend | tokens/s, median of {arguments.rounds} | all |\n|---|---|---|")
             for name, found in speeds.items():
