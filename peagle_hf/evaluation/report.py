@@ -331,12 +331,11 @@ def _markers(report: dict[str, Any]) -> str:
 
 def _sentences(report: dict[str, Any]) -> list[str]:
     labelled, labels = _entries(report), _labels(report)
-    prefix = f"{labelled[0][0]}: " if len(labelled) > 1 else ""
-    found = [prefix + _speed_sentence(report), describe_not_reached(report), describe(report[RECOMMENDED])]
-    found += [prefix + sentence for sentence in _break_even_sentences(report)]
+    prefixes = [f"{label}: " if len(labelled) > 1 else "" for label, _ in labelled]
+    found = [prefixes[0] + _speed_sentence(report), describe_not_reached(report), describe(report[RECOMMENDED])]
+    found += [prefixes[0] + sentence for sentence in _break_even_sentences(report)]
     sentences = [sentence for sentence in found if sentence]
-    for label, entry in labelled:
-        prefix = f"{label}: " if len(labelled) > 1 else ""
+    for prefix, (_, entry) in zip(prefixes, labelled, strict=True):
         sentences.append(prefix + _text_sentence(entry, report))
         if entry.get("num_drafts") == 0:
             sentences.append(

@@ -152,10 +152,11 @@ class VllmProcess:
             status = self._process.wait()
             lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
             logger.error("%s", "\n".join(lines[-30:]))
-            reason = next((one[:500] for one in reversed(lines) if re.match(r"[\w.]*(Error|Exception): ", one)), "")
+            said = next((one[:500] for one in reversed(lines) if re.match(r"[\w.]*(Error|Exception): ", one)), "")
+            reason = said and f"It said: {said.rstrip('.')}. "
             raise PeagleError(
                 f"vLLM failed {self.what} (exit status {status}); the end of its output is above, all of it is in "
-                f"{self.log}. {reason and f'It said: {reason} '}If memory ran out, {self.if_memory_ran_out}; if other "
+                f"{self.log}. {reason}If memory ran out, {self.if_memory_ran_out}; if other "
                 "programs use the GPU too, give vLLM a smaller share with -- --gpu-memory-utilization."
             )
         message: dict[str, Any] = json.loads(line)

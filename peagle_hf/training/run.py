@@ -38,7 +38,7 @@ from .memory import report
 from .model_setup import head_dtype
 from .objective import load_head
 from .resuming import only_training
-from .time_left import FIRST_STEPS, delayed, updates_in, validation_batches
+from .time_left import BYTES_A_WEIGHT, FIRST_STEPS, delayed, updates_in, validation_batches
 from .trainer import PeagleTrainer
 from .warm_start import continued_config, load_drafter, sampling
 
@@ -137,6 +137,7 @@ def plan(args: PeagleTrainingArguments) -> str:
     a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     newest = newest_checkpoint(args.output_dir) if args.resume else None
     exported = num_weights * getattr(torch, args.export_dtype).itemsize
+    to_resume = num_weights * BYTES_A_WEIGHT
     return "\n".join(
         [
             f"would train a drafter of {num_weights / 1e6:.1f} million weights for {_verifier(args)}: "
@@ -146,7 +147,7 @@ def plan(args: PeagleTrainingArguments) -> str:
             f"would take {number_of(steps, 'step')}, {steps_an_epoch} an epoch, of "
             f"{number_of(a_step, 'packed sequence')} each",
             f"would {f'go on from {newest}' if newest else f'write into {args.output_dir}'}: each exported checkpoint "
-            f"takes {exported / 2**30:.2f} GiB, each one to resume from about {num_weights * 12 / 2**30:.2f} GiB more",
+            f"takes {exported / 2**30:.2f} GiB, each one to resume from about {to_resume / 2**30:.2f} GiB more",
         ]
     )
 
