@@ -31,6 +31,10 @@ from transformers import (
 from peagle_hf.data.cache_manifest import Manifest
 from peagle_hf.data.cache_storage import write_states
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell script lets its background jobs ignore Ctrl-C, and with them the commands that tests start and interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 VOCAB, HIDDEN, LAYERS = 96, 32, 7
 AUX = [2, 3, 4]
 FOLLOWERS = {5: 6, 6: 7, 7: 5, 20: 21, 21: 22, 22: 2}

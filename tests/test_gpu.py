@@ -65,6 +65,18 @@ def test_mixed_precision_stays_near_float32(attention):
     assert max(relative(grad, full_grads[name]) for name, grad in mixed_grads.items()) < 0.1
 
 
+def test_batches_of_all_sizes_are_computed_by_the_same_kernels(monkeypatch):
+    """Compiling again takes seconds, and under DDP all processes wait."""
+    monkeypatch.setitem(SIZES, "hidden_size", 1024)
+    num_tokens = make_config("llama", SIZES).draft_vocab_size
+    monkeypatch.setitem(losses.CHUNK_ELEMENTS, "cuda", 7 * num_tokens)  # the last chunk of a batch has 1 to 7 slots
+    for lengths in ((300, 200), (150,)):
+        step("flex_attention", lengths=lengths)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for lengths in ((90, 57, 33), (700,), (257, 129), (20,), (5,), (3000, 2900, 2800)):
+            step("flex_attention", lengths=lengths)
+
+
 def test_rectangles_stay_near_float32(monkeypatch):
     monkeypatch.setattr(attention, "STRIPE", 256)
     monkeypatch.setattr(attention, "KEY_UNIT", 128)

@@ -11,6 +11,10 @@ from torch._functorch import config as autograd_compiler
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+FOR_ALL_SIZES = "triton.mix_order_reduction_non_strict_mode"
+"""Without this option the compiler chooses by the number of slots how it computes the gradients of a norm. It would
+compile a function again when a batch crosses a limit, such as 8,192 slots at a hidden size of 4,096."""
+
 
 def fuse_on_gpu(dynamic_dim: int) -> Callable[[Function], Function]:
     """Compile the decorated function at its first call with CUDA tensors; on a CPU it runs as it is.
@@ -24,18 +28,20 @@ def fuse_on_gpu(dynamic_dim: int) -> Callable[[Function], Function]:
         @cache
         def compiled() -> Any:
             # The first call compiles, not the import of this module, because it takes seconds.
-            return torch.compile(function)
+            options: dict[str, Any] = {FOR_ALL_SIZES: True} if FOR_ALL_SIZES in torch._inductor.list_options() else {}
+            return torch.compile(function, options=options)
 
         @wraps(function)
         def run(*args: Any) -> Any:
             tensors = [
                 arg for arg in args if isinstance(arg, Tensor) and arg.is_cuda and not isinstance(arg, nn.Parameter)
             ]
-            if not tensors or torch.compiler.is_compiling():
+            # The compiler takes a size of 1 for a constant, and would compile the function again, which takes seconds.
+            is_single = any(tensor.shape[dynamic_dim] == 1 for tensor in tensors)
+            if not tensors or is_single or torch.compiler.is_compiling():
                 return function(*args)
             for tensor in tensors:
-                if tensor.shape[dynamic_dim] > 1:
-                    torch._dynamo.maybe_mark_dynamic(tensor, dynamic_dim)
+                torch._dynamo.maybe_mark_dynamic(tensor, dynamic_dim)
             with small_functions():
                 return compiled()(*args)
 

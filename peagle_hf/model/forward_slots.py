@@ -3,7 +3,6 @@
 Shape letters: L positions, R slots, N trained slots, B sequences, K tokens of a draft, D size of an attention head.
 """
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,8 +20,9 @@ if TYPE_CHECKING:
 class PackedSlots:
     """The slots of one training pass: their positions, what each may attend to, and which of them are trained on.
 
-    FlexAttention works on whole blocks, so there slots and trained slots are padded by repeating the last one.
-    `num_slots` and `num_trained` count them without the padding.
+    FlexAttention works on whole blocks, so there slots and trained slots are padded by repeating the last one, to two
+    blocks at least: the compiler takes a size of 1 for a constant, and would compile its kernels again for a batch with
+    a single block. `num_slots` and `num_trained` count slots without the padding.
 
     Args:
         anchors: int64 [R].
@@ -42,20 +42,24 @@ class PackedSlots:
         max_length: int,
         attention: str,
     ):
-        block = BLOCK if attention == "flex_attention" else 1
+        self.in_blocks = attention == "flex_attention"
         self.attention = ATTENTION[attention]
         self.num_slots = anchors.numel()
-        self.padding = -self.num_slots % block
+        self.padding = self.num_padding(self.num_slots)
         self.anchors, self.depths, self.document_ids, self.max_length = anchors, depths, document_ids, max_length
         self.documents = self.pad(document_ids[anchors])
         self.trained = self.num_trained = None
         if trained is not None:
             self.num_trained = trained.numel()
-            num_queries = max(1, math.ceil(self.num_trained / block)) * block
-            padding = num_queries - self.num_trained
             last = trained[-1:] if self.num_trained else trained.new_zeros(1)
-            self.trained = torch.cat([trained, last.expand(padding)])
+            self.trained = torch.cat([trained, last.expand(self.num_padding(self.num_trained))])
         self._attend: dict[tuple[int | None, bool], Attend] = {}
+
+    def num_padding(self, count: int) -> int:
+        """How many slots are added to so many; there is always one at least."""
+        if not self.in_blocks:
+            return 0 if count else 1
+        return max(-count % BLOCK, 2 * BLOCK - count)
 
     def pad(self, slots: Tensor) -> Tensor:
         """[..., R before padding] -> [..., R]."""
