@@ -6,6 +6,7 @@ from torch.nn.attention.flex_attention import create_mask
 from torch.nn.functional import scaled_dot_product_attention
 
 from peagle_hf.model import attention, slots
+from peagle_hf.model.forward_slots import PackedSlots
 
 
 def long_document(length, num_depths=4, seed=0, documents=1):
@@ -111,3 +112,14 @@ def test_merging_rectangles_gives_dense_attention_and_its_gradients(monkeypatch)
         grads = torch.autograd.grad(output, states, output_grad)
         for grad, expected_grad in zip(grads, expected_grads, strict=True):
             torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("number", "blocks"), [(1, 2), (127, 2), (256, 2), (257, 3), (1000, 8)])
+def test_flex_attention_gets_two_blocks_or_more(number, blocks):
+    positions = torch.arange(number)
+    documents = torch.zeros(number, dtype=torch.long)
+    packed = PackedSlots(positions, documents, documents, positions[-1:], number, "flex_attention")
+    assert number + packed.padding == blocks * attention.BLOCK
+    assert packed.trained.tolist() == [number - 1] * 2 * attention.BLOCK
+    unpadded = PackedSlots(positions, documents, documents, positions[-1:], number, "sdpa")
+    assert (unpadded.padding, unpadded.trained.tolist()) == (0, [number - 1])

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peagle_hf.cpu import linear, pack_linear_layers, use_onednn
+from peagle_hf.model.compile import FOR_ALL_SIZES, fuse_on_gpu
 
 
 def outputs(rows: int, dtype: torch.dtype, fast: bool) -> list[Tensor]:
@@ -92,3 +93,22 @@ def test_packed_layers_give_the_same_and_are_not_held_twice() -> None:
     assert given_up() is None
     assert torch.equal(layers[0].weight, weight)
     assert type(other[0]) is nn.Linear
+
+
+def test_a_function_for_a_gpu_is_compiled_once_for_all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A size of 1, which the compiler takes for a constant, is left uncompiled."""
+    real_compile, options_seen = torch.compile, []
+
+    def compile_here(function, options):  # type: ignore[no-untyped-def]
+        options_seen.append(options)
+        return real_compile(function, backend="aot_eager")
+
+    monkeypatch.setattr(torch, "compile", compile_here)
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    squares = fuse_on_gpu(dynamic_dim=0)(lambda states, more: (states * more).sum(-1))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for size in (5, 300, 1, 2, 8192):
+            states = torch.randn(size, 4)
+            torch.testing.assert_close(squares(states, states), states.square().sum(-1))
+    assert options_seen == [{FOR_ALL_SIZES: True}]
+    assert FOR_ALL_SIZES in torch._inductor.list_options()
