@@ -18,7 +18,7 @@ from peagle_hf.data.collator import CODDataCollator
 from peagle_hf.data.dataset import HiddenStatesDataset
 from peagle_hf.data.errors import RowError
 from peagle_hf.data.extract import ExtractArguments, extract
-from peagle_hf.data.in_process_states import InProcessVerifier
+from peagle_hf.data.in_process_states import InProcessVerifier, batches_of_a_step
 from peagle_hf.training import memory
 from peagle_hf.training.memory import estimate, report
 from peagle_hf.training.run import build_config, train
@@ -196,3 +196,13 @@ def test_a_verifier_that_is_never_loaded_is_not_counted(generating, cached):
     assert args.memory_plan(build_config(args)).verifier > 0
     args.skip_rows = [3]
     assert args.memory_plan(build_config(args)).batches_ahead == 0
+
+
+def test_the_samples_of_a_step_share_passes_on_a_gpu():
+    """Padding is 35 % of a sample at most."""
+    lengths = dict(enumerate([600, 1450, 900, 1200]))
+    assert batches_of_a_step(lengths, "cuda") == [[1, 3], [2, 0]]
+    assert batches_of_a_step(lengths, "cpu") == [[1], [3], [2], [0]]
+    assert batches_of_a_step(dict(enumerate([4000, 50, 40])), "cuda") == [[0], [1, 2]]
+    assert batches_of_a_step(dict(enumerate([1000] * 4)), "cuda") == [[0, 1, 2, 3]]
+    assert batches_of_a_step(dict(enumerate([3000] * 4)), "cuda") == [[0, 1], [2, 3]]

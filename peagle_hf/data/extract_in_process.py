@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_PADDING = 0.05
-"""Largest share of padding in a batch."""
+"""Largest share of padding in a sample of a batch."""
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 2048, 8192
 """Tokens of a batch, its padding included, unless `--max-batch-tokens` says otherwise."""
 CPU_BATCHES, GPU_BATCHES = 2, 4
@@ -170,7 +170,7 @@ def use_device(device: str | torch.device) -> None:
         torch.cuda.set_device(device)
 
 
-def plan_batches(lengths: dict[int, int], max_tokens: int) -> list[list[int]]:
+def plan_batches(lengths: dict[int, int], max_tokens: int, max_padding: float = MAX_PADDING) -> list[list[int]]:
     """Group samples of similar length, longest first, into batches of at most `max_tokens` tokens, padding included.
 
     The longest come first so that a lack of memory shows at once. A sample longer than `max_tokens` is a batch of its
@@ -178,12 +178,13 @@ def plan_batches(lengths: dict[int, int], max_tokens: int) -> list[list[int]]:
 
     Args:
         lengths: tokens of each sample, by row.
+        max_padding: largest share of padding in a sample of a batch.
     """
     batches: list[list[int]] = []
     longest = 0
     for row in sorted(lengths, key=lambda row: (-lengths[row], row)):
         fits = batches and (len(batches[-1]) + 1) * longest <= max_tokens
-        if fits and lengths[row] >= (1 - MAX_PADDING) * longest:
+        if fits and lengths[row] >= (1 - max_padding) * longest:
             batches[-1].append(row)
         else:
             batches.append([row])

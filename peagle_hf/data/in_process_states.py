@@ -24,6 +24,10 @@ from ..verifier.parts import residual_streams, verifier_parts
 from .collator import TO_GENERATE, StatesRequest
 from .extract_in_process import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, load_for_extraction, plan_batches
 
+GPU_PADDING = 0.35
+"""Largest share of padding in a sample on a GPU: to start the kernels of another pass of the verifier takes longer than
+to compute so much padding."""
+
 STATES = ("hidden_states", "target_states")
 """Keys of a batch for what a `StatesRequest` asks for."""
 
@@ -93,9 +97,8 @@ class InProcessVerifier:
     def states(self, samples: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
         """The residual streams [T, L, H] of samples, int64 [T] each, on the verifier's device."""
         model, lengths = self.load(), {index: len(token_ids) for index, token_ids in enumerate(samples)}
-        max_tokens = CPU_BATCH_TOKENS if self.device.type == "cpu" else GPU_BATCH_TOKENS
         found: dict[int, Tensor] = {}
-        for batch in plan_batches(lengths, max_tokens):
+        for batch in batches_of_a_step(lengths, self.device.type):
             ids_BT = pad_sequence([samples[index] for index in batch], batch_first=True)
             for index, states_TLH in zip(batch, residual_streams(model, self.layer_ids, ids_BT, dtype), strict=True):
                 found[index] = states_TLH[: lengths[index]]
@@ -157,6 +160,16 @@ class InProcessVerifier:
                     stack.enter_context(torch.cuda.stream(stream))
                     stack.callback(stream.synchronize)
             return compute(requests, device)
+
+
+def batches_of_a_step(lengths: dict[int, int], device: str) -> list[list[int]]:
+    """Group the samples of a step into batches for the verifier.
+
+    Args:
+        lengths: tokens of each sample.
+        device: its kind, such as "cuda".
+    """
+    return plan_batches(lengths, *((CPU_BATCH_TOKENS,) if device == "cpu" else (GPU_BATCH_TOKENS, GPU_PADDING)))
 
 
 def _complete(batch: dict[str, Any], requests: list[StatesRequest], future: Future[list[States]]) -> dict[str, Any]:

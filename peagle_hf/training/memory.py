@@ -18,6 +18,7 @@ from accelerate.utils import parse_flag_from_env
 
 from ..data.cache_storage import cache_folder, cached_rows
 from ..data.extract_in_process import GPU_BATCH_TOKENS
+from ..data.in_process_states import GPU_PADDING
 from ..data.prepared_dataset import load_prepared
 from ..errors import PeagleError
 from ..model.config import PeagleConfig
@@ -109,8 +110,9 @@ class MemoryPlan:
 
     @property
     def verifier_work(self) -> int:
-        """Bytes that the verifier needs beside its weights for the batch that it reads."""
-        return min(self.num_positions, max(self.positions, GPU_BATCH_TOKENS)) * self.verifier_token
+        """Bytes that the verifier needs beside its weights for the largest batch that it reads, padding included."""
+        padded = round(self.num_positions / (1 - GPU_PADDING))
+        return min(padded, max(self.positions, GPU_BATCH_TOKENS)) * self.verifier_token
 
     @property
     def slots(self) -> int:
