@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import AUX, HIDDEN, LAYERS, write_prepared
-from fake_vllm import NOT_VLLM, FakeVllm, states_of
+from fake_vllm import NOT_VLLM, FakeVllm, FakeWritingVllm, states_of
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
@@ -26,7 +26,7 @@ from peagle_hf.data.cache_manifest import Manifest
 from peagle_hf.data.cache_storage import cached_rows, check_file, row_path
 from peagle_hf.data.collator import CODDataCollator
 from peagle_hf.data.dataset import HiddenStatesDataset
-from peagle_hf.data.endpoint import concurrently, endpoint_urls
+from peagle_hf.data.endpoint import Server, concurrently, endpoint_urls
 from peagle_hf.data.endpoint_folder import OwnRequests, remove_unwanted, write_server_record
 from peagle_hf.data.endpoint_states import Endpoint
 from peagle_hf.data.errors import EndpointError, RefusedEndpointError, RowError
@@ -120,6 +120,34 @@ def test_model_and_layers_are_the_servers_where_none_are_named(arguments, server
     assert (report.manifest.verifier, report.manifest.aux_layer_ids) == (str(tiny_verifier), [3, 1, 0])
     states = load_file(row_path(output, 2))["hidden_states"]
     torch.testing.assert_close(states, states_of(tokens[2], [3, 1, 0, LAYERS], HIDDEN))
+
+
+def test_a_long_prompt_is_sent_without_work_on_each_token(server, tiny_verifier):
+    prompt = [7] * 20_000
+
+    def seconds(function, *arguments) -> float:
+        start = time.thread_time()
+        function(*arguments)
+        return time.thread_time() - start
+
+    with FakeWritingVllm(str(tiny_verifier), lambda token_ids, *_: token_ids[:1]) as writing:
+        ask, complete = Server(server.url, 60.0, 0).ask, Server(writing.url, 60.0, 0).complete
+        ask([7], "warm-up"), complete([7], 1, {7}, {})
+        limit = 40 * seconds(json.dumps, prompt)
+        assert seconds(ask, prompt, "long") < limit
+        assert seconds(complete, prompt, 1, {7}, {}) < limit
+        assert server.asked[-1] == writing.requests[-1]["prompt"] == prompt
+
+
+def test_states_of_several_samples_are_converted_on_one_core_each(arguments, monkeypatch):
+    num_cores, used = torch.get_num_threads(), set()
+    monkeypatch.setattr("peagle_hf.data.extract.save_states", lambda *_: used.add(torch.get_num_threads()))
+    try:
+        torch.set_num_threads(3)
+        extract(arguments)
+        assert (used, torch.get_num_threads()) == ({1}, 3)
+    finally:
+        torch.set_num_threads(num_cores)
 
 
 REASONS = {

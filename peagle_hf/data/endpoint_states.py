@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import PeagleError
-from .cache_storage import STATES_FILE
+from .cache_storage import STATES_FILE, all_finite
 from .endpoint import (
     MAX_RETRIES,
     REQUEST_TIMEOUT,
@@ -160,8 +160,8 @@ class Endpoint:
                 "the server gave the states of other tokens than it was asked for",
                 "start it without flags that change prompts",
             )
-        states = states[:, [served.index(layer) for layer in self.layer_ids]].to(dtype)
-        if not states.isfinite().all():
+        states = states.index_select(1, torch.tensor([served.index(layer) for layer in self.layer_ids])).to(dtype)
+        if not all_finite(states):
             raise EndpointError(f"the server's states are not finite as {dtype}", "start it with --dtype float32")
         return states
 

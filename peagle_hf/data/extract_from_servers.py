@@ -5,7 +5,8 @@ Shape letters: T tokens, A auxiliary layers, H the verifier's hidden size.
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,7 +62,10 @@ def extract_from_servers(
 
     start = time.perf_counter()
     longest_first = sorted(lengths, key=lambda row: (-lengths[row], row))
-    with progress_bar(total=sum(lengths.values()), desc="Extracting", unit="tok", unit_scale=True) as progress:
+    with (
+        _one_core_a_thread(),
+        progress_bar(total=sum(lengths.values()), desc="Extracting", unit="tok", unit_scale=True) as progress,
+    ):
         for row, result in concurrently(extract_sample, longest_first, arguments.concurrency):
             if isinstance(result, WrongServerEndpointError):
                 raise RowError.of(row, Path(arguments.preprocessed_data), result) from result
@@ -85,6 +89,17 @@ def extract_from_servers(
         ended = f"{num_consecutive} consecutive samples failed, so no more were tried. "
         raise _failed_samples(failed, len(lengths), failed_record, ended if num_consecutive >= limit else "")
     return seconds
+
+
+@contextmanager
+def _one_core_a_thread() -> Iterator[None]:
+    """Let each thread that is started in the block convert states on one core, as there are many such threads."""
+    num_cores = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_cores)
 
 
 def _failed_samples(failed: dict[int, str], num_samples: int, record: Path, ended: str) -> PeagleError:
