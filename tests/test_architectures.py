@@ -29,6 +29,7 @@ from peagle_hf import (
 )
 from peagle_hf.data import extract_in_process
 from peagle_hf.data.cache_storage import read_states
+from peagle_hf.data.in_process_states import InProcessVerifier
 from peagle_hf.training.objective import Objective
 from peagle_hf.verifier import parts as target
 from peagle_hf.verifier.loading import default_aux_layer_ids, load_verifier
@@ -40,6 +41,19 @@ LINEAR = {
     "linear_num_key_heads": 2,
     "linear_key_head_dim": 4,
     "linear_value_head_dim": 4,
+}
+LONGCAT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 4,
+    "n_routed_experts": 4,
+    "ffn_hidden_size": 24,
+    "expert_ffn_hidden_size": 8,
+    "moe_topk": 2,
+    "zero_expert_num": 1,
 }
 MIXED_LAYERS = ["sliding_attention", "full_attention"] * (LAYERS // 2)
 ARCHITECTURES = {
@@ -100,7 +114,29 @@ ARCHITECTURES = {
         qk_nope_head_dim=4,
     ),
     "olmo2": lambda: tiny("olmo2"),
+    "cohere2-moe": lambda: tiny("cohere2_moe", logit_scale=0.3, sliding_window=8, layer_types=MIXED_LAYERS, **EXPERTS),
+    "gpt-neox": lambda: tiny("gpt_neox"),  # its head has another name in the file
+    "nanochat": lambda: tiny("nanochat"),  # its final norm also norms the embeddings
+    "lfm2": lambda: tiny("lfm2", layer_types=["conv", "full_attention"] * (LAYERS // 2), block_ff_dim=24),
+    "nemotron-h": lambda: tiny(
+        "nemotron_h",
+        layers_block_type=["mamba", "attention", "moe", "attention"],
+        mamba_num_heads=4,
+        mamba_head_dim=8,
+        ssm_state_size=8,
+        n_groups=1,
+        n_routed_experts=4,
+        moe_shared_expert_intermediate_size=8,
+        **EXPERTS,
+    ),
 }
+
+
+def long_rope(border: int) -> transformers.PreTrainedConfig:
+    """A Phi-3 whose texts of more than `border` tokens are rotated otherwise, from their first token on."""
+    factors = {"short_factor": [1.0, 1.0], "long_factor": [2.0, 3.0]}
+    rope = {"rope_type": "longrope", "rope_theta": 5e4, **factors}
+    return tiny("phi3", original_max_position_embeddings=border, rope_parameters=rope)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -135,6 +171,48 @@ def test_states_are_the_layers_outputs_and_give_the_verifiers_logits(
         assert not torch.allclose(cached.last_hidden_states, layers[-1], atol=1e-2), "the last slot must not be normed"
         close(padded[row, : len(token_ids), :-1].flatten(1), wanted)
         close(padded[row, : len(token_ids), -1], cached.last_hidden_states)
+
+
+def test_a_text_is_rotated_by_its_own_length_whatever_is_computed_beside_it(tmp_path: Path) -> None:
+    folder, data = tmp_path / "verifier", tmp_path / "data"
+    model = save_verifier(folder, long_rope(29))
+    rows = save_prepared(data, (30, 29, 30, 28))
+    report = extract(ExtractArguments(model=str(folder), preprocessed_data=str(data), dtype="float32"))
+    online = InProcessVerifier(str(folder), default_aux_layer_ids(LAYERS), "cpu").states(rows, torch.float32)
+    for row, token_ids in enumerate(rows):
+        layers, _ = own_states(model, token_ids)
+        wanted = torch.cat([layers[layer_id] for layer_id in default_aux_layer_ids(LAYERS)], dim=-1)
+        torch.testing.assert_close(read_states(report.output, row).hidden_states, wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(online[row][:, :-1].flatten(1), wanted, rtol=1e-4, atol=1e-4)
+    config = PeagleConfig.from_verifier(str(folder), mask_token_id=VOCAB - 1)
+    assert config.transformer_layer_config.rope_parameters == {"rope_type": "default", "rope_theta": 5e4}
+
+
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        (
+            lambda: tiny(
+                "gemma3n_text",
+                layer_types=MIXED_LAYERS,
+                num_kv_shared_layers=0,
+                vocab_size_per_layer_input=VOCAB,
+                hidden_size_per_layer_input=4,
+                intermediate_size=[24] * LAYERS,
+                activation_sparsity_pattern=[0.0] * LAYERS,
+                laurel_rank=4,
+            ),
+            r"read \(4, 1, 16, 16\), \(1, 16, 16\)",
+        ),
+        (lambda: tiny("longcat_flash", num_layers=LAYERS // 2, **LONGCAT), "but its 2 layers and the norm"),
+    ],
+    ids=["several streams", "layers of two"],
+)
+def test_layers_that_read_no_single_stream_are_refused(config: Any, found: str, tmp_path: Path) -> None:
+    save_verifier(tmp_path / "verifier", config())
+    save_prepared(tmp_path / "data")
+    with pytest.raises(PeagleError, match=rf"can't be a verifier: .* its 4 layers .*{found}"):
+        extract(ExtractArguments(model=str(tmp_path / "verifier"), preprocessed_data=str(tmp_path / "data")))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -1,9 +1,17 @@
 """Draft and verify: the verifier's own text and distribution, whatever the drafter proposes, and vLLM's counts."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from conftest import VISION
+from test_architectures import long_rope
+from test_extract import VOCAB, tiny
 from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     DynamicCache,
+    Gemma3Config,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
@@ -161,6 +169,30 @@ def test_a_window_of_the_verifier_is_kept_for_one_prompt_and_refused_for_several
     assert torch.equal(windowed.generate(**inputs, **GREEDY, **ASSISTED, drafter=oracle).sequences, expected)
     with pytest.raises(PeagleError, match="sliding window"):
         windowed.generate(**padded((9, 8)), **GREEDY, **ASSISTED, drafter=oracle)
+
+
+def test_the_text_of_a_multimodal_verifier_is_its_own():
+    """From transformers 5.24 on `generate` passes such a model the states of its images, without images none."""
+    text = tiny("gemma3_text", num_hidden_layers=7, vocab_size=96, hidden_size=32, intermediate_size=64)
+    config = Gemma3Config(text_config=text, vision_config=VISION, mm_tokens_per_image=1)
+    set_seed(0)
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    inputs, drafter = padded((9,)), make_drafter(SimpleNamespace(config=text))
+    expected = model.generate(**inputs, **GREEDY)
+    assert torch.equal(model.generate(**inputs, **GREEDY, **ASSISTED, drafter=drafter).sequences, expected)
+
+
+def test_a_text_that_would_be_rotated_otherwise_at_its_end_is_refused():
+    set_seed(0)
+    model = AutoModelForCausalLM.from_config(long_rope(29)).eval()
+    drafter = make_drafter(model)
+    options = {**ASSISTED, "do_sample": False, "drafter": drafter, "eos_token_id": -1}
+    inputs = padded((9,), vocab_size=VOCAB)
+    with pytest.raises(PeagleError, match=r"another one for texts of more than 29 tokens.*\(30\)"):
+        model.generate(**inputs, **options, max_new_tokens=18)
+    for prompt, max_new_tokens in ((inputs, 17), (padded((30,), vocab_size=VOCAB), 9)):
+        expected = model.generate(**prompt, do_sample=False, eos_token_id=-1, max_new_tokens=max_new_tokens)
+        assert torch.equal(model.generate(**prompt, **options, max_new_tokens=max_new_tokens).sequences, expected)
 
 
 def test_what_is_not_supported_is_refused_by_name(verifier, tiny_verifier):

@@ -4,6 +4,7 @@ Shape letters: B samples of a batch, T tokens, A auxiliary layers, H the verifie
 """
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from ..console import progress_bar
 from ..cpu import keep_freed_memory, pack_linear_layers
 from ..errors import PeagleError
 from ..verifier.loading import load_verifier
-from ..verifier.parts import residual_streams, verifier_parts
+from ..verifier.parts import residual_streams, rotary_border, verifier_parts
 from .cache_storage import FP8_STORAGES, CachedStates, all_finite
 from .errors import RowError
 
@@ -95,7 +96,8 @@ def extract_in_process(
     """
     num_tokens = sum(lengths.values())
     on_cpu = model.device.type == "cpu"
-    batches = plan_batches(lengths, arguments.max_batch_tokens or (CPU_BATCH_TOKENS if on_cpu else GPU_BATCH_TOKENS))
+    max_tokens = arguments.max_batch_tokens or (CPU_BATCH_TOKENS if on_cpu else GPU_BATCH_TOKENS)
+    batches = plan_batches(lengths, max_tokens, rotary_border(model.config.get_text_config(decoder=True)))
     num_cores = torch.get_num_threads()
     at_once = batches_at_once(model.device)
     own = threading.local()
@@ -170,7 +172,9 @@ def use_device(device: str | torch.device) -> None:
         torch.cuda.set_device(device)
 
 
-def plan_batches(lengths: dict[int, int], max_tokens: int, max_padding: float = MAX_PADDING) -> list[list[int]]:
+def plan_batches(
+    lengths: dict[int, int], max_tokens: int, border: float = math.inf, max_padding: float = MAX_PADDING
+) -> list[list[int]]:
     """Group samples of similar length, longest first, into batches of at most `max_tokens` tokens, padding included.
 
     The longest come first so that a lack of memory shows at once. A sample longer than `max_tokens` is a batch of its
@@ -178,13 +182,15 @@ def plan_batches(lengths: dict[int, int], max_tokens: int, max_padding: float = 
 
     Args:
         lengths: tokens of each sample, by row.
+        border: samples of more tokens are not together with others, see `rotary_border`.
         max_padding: largest share of padding in a sample of a batch.
     """
     batches: list[list[int]] = []
     longest = 0
     for row in sorted(lengths, key=lambda row: (-lengths[row], row)):
         fits = batches and (len(batches[-1]) + 1) * longest <= max_tokens
-        if fits and lengths[row] >= (1 - max_padding) * longest:
+        is_apart = lengths[row] <= border < longest
+        if fits and not is_apart and lengths[row] >= (1 - max_padding) * longest:
             batches[-1].append(row)
         else:
             batches.append([row])

@@ -8,6 +8,7 @@ Shape letters: T tokens, L layers (the auxiliary ones and the last), A auxiliary
 tokens that are a target.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from ..verifier.head import check_logits
-from ..verifier.parts import residual_streams, verifier_parts
+from ..verifier.parts import residual_streams, rotary_border, verifier_parts
 from .collator import TO_GENERATE, StatesRequest
 from .extract_in_process import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, load_for_extraction, plan_batches
 
@@ -98,7 +99,8 @@ class InProcessVerifier:
         """The residual streams [T, L, H] of samples, int64 [T] each, on the verifier's device."""
         model, lengths = self.load(), {index: len(token_ids) for index, token_ids in enumerate(samples)}
         found: dict[int, Tensor] = {}
-        for batch in batches_of_a_step(lengths, self.device.type):
+        border = rotary_border(model.config.get_text_config(decoder=True))
+        for batch in batches_of_a_step(lengths, self.device.type, border):
             ids_BT = pad_sequence([samples[index] for index in batch], batch_first=True)
             for index, states_TLH in zip(batch, residual_streams(model, self.layer_ids, ids_BT, dtype), strict=True):
                 found[index] = states_TLH[: lengths[index]]
@@ -162,14 +164,17 @@ class InProcessVerifier:
             return compute(requests, device)
 
 
-def batches_of_a_step(lengths: dict[int, int], device: str) -> list[list[int]]:
+def batches_of_a_step(lengths: dict[int, int], device: str, border: float = math.inf) -> list[list[int]]:
     """Group the samples of a step into batches for the verifier.
 
     Args:
         lengths: tokens of each sample.
         device: its kind, such as "cuda".
+        border: see `plan_batches`.
     """
-    return plan_batches(lengths, *((CPU_BATCH_TOKENS,) if device == "cpu" else (GPU_BATCH_TOKENS, GPU_PADDING)))
+    if device == "cpu":
+        return plan_batches(lengths, CPU_BATCH_TOKENS, border)
+    return plan_batches(lengths, GPU_BATCH_TOKENS, border, GPU_PADDING)
 
 
 def _complete(batch: dict[str, Any], requests: list[StatesRequest], future: Future[list[States]]) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from ..verifier.loading import default_aux_layer_ids, load_verifier_config, load
 logger = logging.getLogger(__name__)
 
 DRAFT_MODEL_TYPES = ("llama", "qwen3")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Kinds of rotary embedding that transformers and vLLM compute alike, whatever the length of a text."""
 SPECULATORS_VERSION = "0.9.0"
 VLLM_AUX_HIDDEN_STATES = 3
 """How many verifier states vLLM expects unless `num_aux_hidden_states` in the layer configuration says otherwise."""
@@ -333,7 +335,7 @@ def _layer_config(
         num_key_value_heads=getattr(target, "num_key_value_heads", None) or target.num_attention_heads,
         head_dim=getattr(target, "head_dim", None) or target.hidden_size // target.num_attention_heads,
         max_position_embeddings=target.max_position_embeddings,
-        rms_norm_eps=getattr(target, "rms_norm_eps", 1e-6),
+        rms_norm_eps=getattr(target, "rms_norm_eps", None) or 1e-6,
         rope_parameters=_rope_parameters(target),
         tie_word_embeddings=False,
         **_window_fields(draft_arch, sliding_window, num_layers),
@@ -344,12 +346,14 @@ def _layer_config(
 def _rope_parameters(target: PreTrainedConfig) -> dict[str, Any]:
     """The verifier's rotary embedding; of a verifier with one a layer type, that of full attention.
 
-    Always of whole heads and of places in a text: of one that rotates a part of a head the base alone is taken, and
-    what is for places in an image is left out.
+    Always of whole heads and of places in a text: what is for places in an image is left out. Only the base is taken
+    where a part of a head is rotated, and of a kind that depends on the length of the text ("longrope", "dynamic") or
+    that not every decoder knows: vLLM would rotate otherwise than training did.
     """
     parameters = getattr(target, "rope_parameters", None) or {}
     parameters = parameters.get("full_attention", parameters)
-    if "rope_theta" not in parameters or parameters.get("partial_rotary_factor", 1.0) != 1.0:
+    is_usual = parameters.get("rope_type", "default") in ROPE_TYPES and "rope_theta" in parameters
+    if not is_usual or parameters.get("partial_rotary_factor", 1.0) != 1.0:
         return {"rope_type": "default", "rope_theta": parameters.get("rope_theta", 10000.0)}
     left_out = ("partial_rotary_factor", "mrope_section", "mrope_interleaved")
     return {name: value for name, value in parameters.items() if name not in left_out}

@@ -36,7 +36,7 @@ from transformers.generation import SynthIDTextWatermarkLogitsProcessor, Unbatch
 from transformers.utils import ModelOutput
 
 from ..errors import PeagleError
-from ..verifier.parts import recorded_streams
+from ..verifier.parts import recorded_streams, rotary_border
 from .drafter import PeagleForSpeculation
 
 # transformers 5.24 renamed a model's `past_key_values` to `cache`.
@@ -44,6 +44,8 @@ RENAMED = "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_genera
 CACHE = "cache" if RENAMED else "past_key_values"
 ONCE_EACH_TOKEN = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
 PREPARED_BY_GENERATE = {"attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep"}
+OF_IMAGES = "mm_encoder_outputs"
+"""What `generate` passes to multimodal models from transformers 5.24 on, empty for a text alone."""
 
 
 @dataclass
@@ -100,7 +102,7 @@ def draft_and_verify(
     _check(
         model,
         drafter,
-        len(input_ids),
+        input_ids,
         logits_processor,
         generation_config,
         num_tokens,
@@ -295,7 +297,7 @@ def append(texts: list[Tensor], drafts: Tensor) -> list[Tensor]:
 def _check(
     model: PreTrainedModel,
     drafter: PeagleForSpeculation,
-    num_sequences: int,
+    input_ids: Tensor,
     logits_processor: LogitsProcessorList,
     generation_config: GenerationConfig,
     num_tokens: int,
@@ -305,6 +307,9 @@ def _check(
     config = model.config.get_text_config(decoder=True)
     kinds = {type(layer) for layer in DynamicCache(config=config).layers}
     superfluous = sorted(model_kwargs.keys() - PREPARED_BY_GENERATE)
+    if not model_kwargs.get(OF_IMAGES):
+        superfluous = [name for name in superfluous if name != OF_IMAGES]
+    border, longest = rotary_border(config), generation_config.max_length + num_tokens
     if generation_config.return_dict_in_generate:
         superfluous += [name for name in ("output_scores", "output_logits") if getattr(generation_config, name)]
     attention_mask = model_kwargs.get("attention_mask")
@@ -317,7 +322,12 @@ def _check(
         )
     if not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
         wrong.append("the verifier keeps more than keys and values, so rejected tokens can't be removed from its cache")
-    if DynamicSlidingWindowLayer in kinds and num_sequences > 1:
+    if input_ids.shape[1] <= border < longest:
+        wrong.append(
+            f"the verifier's rotary embedding is another one for texts of more than {border} tokens, which prompt, "
+            f"answer and {num_tokens} drafted tokens may reach ({longest}); set a smaller max_new_tokens"
+        )
+    if DynamicSlidingWindowLayer in kinds and len(input_ids) > 1:
         wrong.append("the verifier has a sliding window, so prompts must come one at a time")
     if superfluous:
         wrong.append(f"arguments are not supported: {', '.join(superfluous)}")

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..cpu import linear
 from ..errors import PeagleError
 from .loading import verifier_without_weights
-from .parts import verifier_parts
+from .parts import recorded_streams, verifier_parts
 from .weights import VerifierWeights
 
 
@@ -134,22 +134,25 @@ CHECKED_TOKENS = 16
 
 @torch.inference_mode()
 def check_logits(model: PreTrainedModel) -> None:
-    """Make sure that `VerifierHead` computes the verifier's own logits from its last residual stream.
+    """Make sure that each layer has a residual stream, of the last of which `VerifierHead` gives the verifier's logits.
 
     Raises:
-        PeagleError: the architecture computes logits in a way that `VerifierHead` doesn't know.
+        PeagleError: the architecture has other layers, or computes logits in a way that `VerifierHead` doesn't know.
     """
-    vocab_size = model.config.get_text_config(decoder=True).vocab_size
-    ids_BT = torch.arange(CHECKED_TOKENS, device=model.device)[None] % vocab_size
-    last: list[Tensor] = []
-    reader = verifier_parts(model).final_norm
-    handle = reader.register_forward_pre_hook(lambda module, args: last.append(args[0]))
-    try:
+    config, num_layers = model.config.get_text_config(decoder=True), len(verifier_parts(model).layers)
+    ids_BT = torch.arange(CHECKED_TOKENS, device=model.device)[None] % config.vocab_size
+    with recorded_streams(model, range(num_layers + 1), model.dtype) as streams:
         own = model(input_ids=ids_BT, use_cache=False).logits.float()
-    finally:
-        handle.remove()
+    shapes = [tuple(streams[layer_id].shape) for layer_id in range(num_layers + 1)]
+    wanted = [(*ids_BT.shape, config.hidden_size)] * (config.num_hidden_layers + 1)
+    if shapes != wanted:
+        raise PeagleError(
+            f"{type(model).__name__} can't be a verifier: for {CHECKED_TOKENS} tokens its {config.num_hidden_layers} "
+            f"layers and its final norm should each read one residual stream of shape {wanted[0]}, but its "
+            f"{num_layers} layers and the norm read {', '.join(map(str, dict.fromkeys(shapes)))}. Choose another model."
+        )
     head = VerifierHead.of(model)
-    found = head.logits(head.normalize(last[0])).float()
+    found = head.logits(head.normalize(streams[num_layers])).float()
     tolerance = max(1e-4, 4 * torch.finfo(model.dtype).eps) * own.abs().max()
     if found.shape != own.shape or (found - own).abs().max() > tolerance:
         raise PeagleError(

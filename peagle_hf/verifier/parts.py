@@ -3,6 +3,7 @@
 Shape letters: B sequences of a batch, T tokens, A auxiliary layers, H hidden size.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import PeagleError
 
-FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm")
+FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "norm_f", "embedding_norm")
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,14 @@ def _logit_scale(config: PreTrainedConfig) -> float:
         return 1.0 / getattr(config, "logits_scaling", 1.0)
     fields = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
     return next((getattr(config, name) for name in fields if getattr(config, name, None) is not None), 1.0)
+
+
+def rotary_border(config: PreTrainedConfig) -> float:
+    """Tokens of the longest texts with the rotary embedding of short ones; longer ones have another from the start."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    by_layer_type = [parameters, *(one for one in parameters.values() if isinstance(one, dict))]
+    borders = [one["original_max_position_embeddings"] for one in by_layer_type if one.get("rope_type") == "longrope"]
+    return min(borders, default=math.inf)
 
 
 @contextmanager

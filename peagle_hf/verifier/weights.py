@@ -10,6 +10,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from ..errors import PeagleError
@@ -34,6 +36,8 @@ class VerifierWeights:
         self.module_names = {module: name for name, module in model.named_modules()}
         self.wrappers = WRAPPERS | {model.base_model_prefix}
         self.file_of_key = self._keys()
+        renamings = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming)]
+        self.names_of_key = {key: {key, rename_source_key(key, renamings, [])[0]} for key in self.file_of_key}
 
     def _keys(self) -> dict[str, str]:
         """The name of the file of each tensor, by the tensor's key."""
@@ -56,13 +60,14 @@ class VerifierWeights:
     def of(self, module: nn.Module) -> dict[str, str]:
         """The checkpoint's keys of a module's tensors, by their last part; quantised modules have several tensors.
 
-        Names in the checkpoint may differ from the module's name only in `WRAPPERS`; the one that differs least is
-        taken. So "language_model.model.norm.weight" in the file is "model.language_model.norm.weight" in the model.
+        transformers renames what some architectures call otherwise in the checkpoint, such as GPT-NeoX's `embed_out`.
+        Beyond that, names may differ from the module's name only in `WRAPPERS`; the one that differs least is taken. So
+        "language_model.model.norm.weight" in the file is "model.language_model.norm.weight" in the model.
         """
         parts = self.module_names[module].split(".")
         found: dict[str, dict[str, str]] = {}
-        for key in self.file_of_key:
-            prefix, _, last = key.rpartition(".")
+        for key, name in ((key, name) for key, names in self.names_of_key.items() for name in names):
+            prefix, _, last = name.rpartition(".")
             if prefix.rpartition(".")[2] == parts[-1]:
                 found.setdefault(prefix, {})[last] = key
         differences = {prefix: set(prefix.split(".")) ^ set(parts) for prefix in found}
