@@ -99,7 +99,8 @@ def test_parquet_and_csv(read, tmp_path):
     assert read(tmp_path / "rows.tsv")[0][1] == {"prompt": "Hello", "completion": "Well"}
 
 
-def test_a_folder_of_files_and_its_splits(read, tmp_path, monkeypatch):
+def test_a_folder_of_files_and_its_splits(read, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "org" / "name"
     (folder / "more").mkdir(parents=True)
@@ -108,7 +109,11 @@ def test_a_folder_of_files_and_its_splits(read, tmp_path, monkeypatch):
     (folder / "test.jsonl").write_bytes(LINES)
     (folder / "README.md").write_text("no data")
     (folder / ".hidden.jsonl").write_bytes(LINES)
+    for name in ("dataset_infos.json", "more/b.report.json"):  # of `datasets`, and of `regenerate`
+        (folder / name).write_text("{}")
     assert [row for _, row in read("org/name")] == [*ROWS, ROWS[0]]
+    read_files = "2 files are read (a-train.jsonl.gz, more/b.json). Not read: the split test."
+    assert caplog.messages == [f"org/name, split train: {read_files}"]
     assert [place for place, _ in read("org/name:test")] == [f"org/name/test.jsonl, line {n}" for n in (1, 2, 3)]
     with pytest.raises(PeagleError, match="has no files of the split validation, only of train, test"):
         read("org/name:validation")

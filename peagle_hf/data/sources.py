@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import io
 import json
+import logging
 import lzma
 import re
 import sys
@@ -23,12 +24,18 @@ from .prepared_dataset import PREPARE_RECORD
 if TYPE_CHECKING:
     import datasets
 
+logger = logging.getLogger(__name__)
+
 BUILT_IN_DATASETS = {
     "sharegpt": "Aeala/ShareGPT_Vicuna_unfiltered:train",
     "ultrachat": "HuggingFaceH4/ultrachat_200k:train_sft",
 }
 FILE_KINDS = (".jsonl", ".json", ".ndjson", ".parquet", ".csv", ".tsv")
+NAMED_FILES = 5
+"""Files of a folder that the log names."""
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+_NO_DATA = ("dataset_infos.json", ".report.json")
+"""Ends of names of files beside data: what `datasets` says of a data set, and what `regenerate` dropped."""
 _SPLIT_WORDS = {
     "train": "train training",
     "test": "test testing eval evaluation",
@@ -210,7 +217,7 @@ def _files_of_split(folder: Path, split: str | None) -> list[Path]:
     """The data files of a split in a folder: those named after it; for `train` also those named after no split."""
     by_split: dict[str, list[Path]] = {}
     for file in _files_in(folder):
-        if _kind(file) is not None:
+        if _kind(file) is not None and not file.name.endswith(_NO_DATA):
             words = set(re.split(r"[^a-z]+", str(file.relative_to(folder)).lower()))
             named = next((name for name, those in _SPLIT_WORDS.items() if words & set(those.split())), "train")
             by_split.setdefault(named, []).append(file)
@@ -223,7 +230,11 @@ def _files_of_split(folder: Path, split: str | None) -> list[Path]:
         raise PeagleError(
             f"{folder} has no files of the split {wanted}, only of {', '.join(by_split)}. Name {folder}:SPLIT."
         )
-    return by_split[wanted]
+    names = [str(file.relative_to(folder)) for file in by_split.pop(wanted)]
+    others = f" Not read: the split {', '.join(by_split)}." if by_split else ""
+    first = ", ".join(names[:NAMED_FILES]) + (", …" if len(names) > NAMED_FILES else "")
+    logger.info("%s, split %s: %d files are read (%s).%s", folder, wanted, len(names), first, others)
+    return [folder / name for name in names]
 
 
 def _items(path: Path) -> tuple[str, Iterator[tuple[int, Any]]]:
