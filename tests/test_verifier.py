@@ -12,7 +12,15 @@ from chat_templates import CHATML, make_tokenizer
 from conftest import VISION, save_verifier
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed
-from transformers import CLIPConfig, Gemma3Config, Gemma3TextConfig, GPT2Config, LlamaConfig, PreTrainedModel
+from transformers import (
+    CLIPConfig,
+    FalconMambaConfig,
+    Gemma3Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedModel,
+)
 from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -174,6 +182,9 @@ def test_what_is_no_verifier_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "no such model"}')
     with pytest.raises(PeagleError, match=r"can't be read.*no such model"):
         load_verifier_config(tmp_path)
+    FalconMambaConfig().save_pretrained(tmp_path / "mamba")
+    with pytest.raises(PeagleError, match=r"falcon_mamba\) has no num_attention_heads, max_position_embeddings"):
+        load_verifier_config(tmp_path / "mamba")
     CLIPConfig().save_pretrained(tmp_path)
     with pytest.raises(PeagleError, match="clip"):
         VerifierHead.from_pretrained(tmp_path)

@@ -38,6 +38,9 @@ from .quantization import (
 )
 from .weights import readable
 
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
+"""What a verifier's configuration must have."""
+
 
 def usable_device(flag: str, name: str) -> torch.device:
     """The device of a name, on which a tensor can be made.
@@ -66,11 +69,12 @@ def load_verifier_config(
         PeagleError: there is no configuration, or it isn't a language model's.
     """
     config = _load_config(name_or_path, revision, trust_remote_code).get_text_config(decoder=True)
-    lacking = [name for name in ("hidden_size", "num_hidden_layers", "vocab_size") if not hasattr(config, name)]
+    lacking = [name for name in SIZES if not hasattr(config, name)]
     if lacking:
         raise PeagleError(
             f"The configuration of {name_or_path} (model type {config.model_type}) has no {', '.join(lacking)}: it "
-            "isn't a decoder-only language model's. Name the chat model that the drafter is to speed up."
+            "isn't that of a decoder-only language model with attention, whose sizes a drafter takes. Name the chat "
+            "model that the drafter is to speed up."
         )
     return config
 
