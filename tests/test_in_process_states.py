@@ -206,3 +206,11 @@ def test_the_samples_of_a_step_share_passes_on_a_gpu():
     assert batches_of_a_step(dict(enumerate([4000, 50, 40])), "cuda") == [[0], [1, 2]]
     assert batches_of_a_step(dict(enumerate([1000] * 4)), "cuda") == [[0, 1, 2, 3]]
     assert batches_of_a_step(dict(enumerate([3000] * 4)), "cuda") == [[0, 1], [2, 3]]
+
+
+@pytest.mark.parametrize("report", [False, True])
+def test_the_log_says_nothing_twice(generating, report, caplog):
+    with caplog.at_level("INFO", "peagle_hf"):
+        train(PeagleTrainingArguments(**{**generating, "num_train_epochs": 1, "memory_report": report}))
+    assert len([message for message in caplog.messages if message.startswith("Mask token")]) == 1
+    assert len(set(caplog.messages)) == len(caplog.messages)

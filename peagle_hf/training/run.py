@@ -104,7 +104,7 @@ def build_trainer(
     """
     with together():
         drafter = build_drafter(args)
-        train_dataset, eval_dataset = build_datasets(args)
+        train_dataset, eval_dataset = build_datasets(args, cast(PeagleConfig, drafter.config))
     # Without a head the trainer reads it from the verifier.
     head = None
     if args.linear_start and not (args.from_pretrained or resumed):
@@ -162,7 +162,8 @@ def print_time(args: PeagleTrainingArguments, config: PeagleConfig) -> None:
         with together():
             _datasets(args, _source(args, config))
         has_data = True
-        times = _time_steps(args, config)
+        with less_verbose(True):  # the log has named the mask token and the samples without states already
+            times = _time_steps(args)
     except PeagleError as error:
         if has_data and are_several():
             # The other processes may wait for this one, so it must end with an error.
@@ -172,15 +173,13 @@ def print_time(args: PeagleTrainingArguments, config: PeagleConfig) -> None:
         print(times)
 
 
-def _time_steps(args: PeagleTrainingArguments, config: PeagleConfig) -> str:
+def _time_steps(args: PeagleTrainingArguments) -> str:
     """Train and validate for some steps in a temporary folder, and say what the training takes at this speed."""
     brief = copy(args)
     brief.max_steps, brief.logging_strategy, brief.logging_steps = TIMED_STEPS, IntervalStrategy.STEPS, FIRST_STEPS
     brief.eval_strategy, brief.save_strategy, brief.load_best_model_at_end = IntervalStrategy.NO, SaveStrategy.NO, False
     brief.linear_start, brief.resume, brief.resume_from_checkpoint, brief.on_generate = False, False, None, "delete"
     brief.push_to_hub, brief.report_to = False, []
-    # The log has named the mask token already.
-    brief.mask_token_id = config.mask_token_id
     # Persistent workers would keep the plan of the first validation, and the next one has another plan.
     brief.dataloader_persistent_workers = False
     with TemporaryDirectory() as folder:
@@ -346,16 +345,21 @@ def build_drafter(args: PeagleTrainingArguments) -> PeagleForSpeculation | PeftM
     )
 
 
-def build_datasets(args: PeagleTrainingArguments) -> tuple[HiddenStatesDataset, HiddenStatesDataset | None]:
+def build_datasets(
+    args: PeagleTrainingArguments, config: PeagleConfig | None = None
+) -> tuple[HiddenStatesDataset, HiddenStatesDataset | None]:
     """The training and validation data that the arguments describe; no validation with `train_data_ratio` 1.
+
+    Args:
+        config: the drafter's, for missing states; default: made from the arguments anew.
 
     Raises:
         PeagleError: see `HiddenStatesDataset`; of missing states also if their source can't be had (`build_endpoint`,
             `InProcessVerifier.load`).
     """
-    source: Endpoint | InProcessVerifier | None = build_endpoint(args) if _asks_server(args) else None
+    source: Endpoint | InProcessVerifier | None = build_endpoint(args, config) if _asks_server(args) else None
     if args.runs_verifier:
-        source = build_verifier(args)
+        source = build_verifier(args, config)
     datasets = _datasets(args, source)
     if isinstance(source, InProcessVerifier) and any(dataset.num_missing for dataset in datasets if dataset):
         source.load()
@@ -384,7 +388,7 @@ def _datasets(
     return dataset(train_rows), dataset(eval_rows) if eval_rows else None
 
 
-def build_endpoint(args: PeagleTrainingArguments) -> Endpoint:
+def build_endpoint(args: PeagleTrainingArguments, config: PeagleConfig | None = None) -> Endpoint:
     """The vLLM servers that generate missing hidden states; writes the cache's manifest if these are to be kept.
 
     Raises:
@@ -392,7 +396,7 @@ def build_endpoint(args: PeagleTrainingArguments) -> Endpoint:
     """
     if args.target_layer_ids is None:
         require_layers(_server_folder(args))
-    config = build_config(args)
+    config = config or build_config(args)
     endpoint = _source(args, config)
     assert isinstance(endpoint, Endpoint)
     served_model(endpoint.urls, _verifier(args), args.request_timeout)
@@ -402,7 +406,7 @@ def build_endpoint(args: PeagleTrainingArguments) -> Endpoint:
     return endpoint
 
 
-def build_verifier(args: PeagleTrainingArguments) -> InProcessVerifier:
+def build_verifier(args: PeagleTrainingArguments, config: PeagleConfig | None = None) -> InProcessVerifier:
     """The verifier that generates missing hidden states in this process; writes the manifest as `build_endpoint` does.
 
     It isn't loaded yet.
@@ -410,7 +414,7 @@ def build_verifier(args: PeagleTrainingArguments) -> InProcessVerifier:
     Raises:
         PeagleError: its configuration can't be read, or the cache is of another verifier or other layers.
     """
-    config = build_config(args)
+    config = config or build_config(args)
     verifier = _source(args, config)
     assert isinstance(verifier, InProcessVerifier)
     if served_layers(_server_folder(args)) is not None:
