@@ -138,10 +138,18 @@ def test_finished_work_is_found_where_nothing_can_be_written(pipeline, tmp_path,
     cli.main(["run", str(tmp_path / "pipeline.yaml")])
     cli.main(asked)
     cli.main(["extract", "--preprocessed-data", str(data)])
+    training = ["train", str(tmp_path / "checkpoints" / "config.yaml")]
+    cli.main(training)
     assert "train: finished earlier." in caplog.messages
+    assert any(
+        re.search(r"checkpoints/\d is complete: its last step is (\d+), .* at step \1\.", m) for m in caplog.messages
+    )
     assert f"{tmp_path / 'out' / 'answered.jsonl'} is complete already." in caplog.messages
     assert "12 of 12 samples are cached; 0 are to be extracted." in caplog.messages
     assert {path: path.stat().st_mtime_ns for path in [tmp_path, *tmp_path.rglob("*")]} == before
+    for others in (["--num-depths", "2"], ["--loss-fn", "tv"], ["--epochs", "9"], ["--no-resume"]):
+        with pytest.raises(SystemExit):
+            cli.main([*training, *others])
     os.remove(data / "hidden_states" / "hs_3.safetensors")
     os.remove(tmp_path / "out" / "answered.jsonl")
     for command in (["extract", "--preprocessed-data", str(data)], asked):

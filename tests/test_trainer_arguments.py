@@ -31,6 +31,7 @@ from peagle_hf.arguments import default_of, flag_of
 from peagle_hf.cli import main
 from peagle_hf.training import loader_workers as loading
 from peagle_hf.training.argument_rules import CONTRADICTIONS, NEEDS, REFUSED, REFUSED_PARAMETERS, WORKS, has_bfloat16
+from peagle_hf.training.time_left import planned_steps
 from peagle_hf.training.trainer_checks import check_metric
 
 LATER = {"activation_checkpointing", "activation_checkpointing_kwargs"}
@@ -569,3 +570,12 @@ def test_an_empty_collection_of_validations_is_refused():
     with pytest.raises(PeagleError, match="holds no data set to validate on"):
         check_metric(make(), 3, {})
     check_metric(make(eval_strategy="no"), 3, {})
+
+
+@pytest.mark.parametrize(("drops", "steps"), [(False, (4, 2)), (True, (2, 1))])
+def test_planned_steps_are_those_of_the_training(train_flags, drops, steps):
+    """Five packed sequences, three a step."""
+    args = PeagleTrainingArguments(**train_flags, per_device_train_batch_size=3, dataloader_drop_last=drops)
+    trainer = PeagleTrainer(build_drafter(args), args, None, *build_datasets(args))
+    assert planned_steps(args, len(trainer.train_dataset)) == steps
+    assert len(trainer.get_train_dataloader()) == steps[1]

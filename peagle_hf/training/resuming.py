@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +11,10 @@ import torch
 from peft import PeftModel
 from transformers.trainer import OPTIMIZER_NAME
 
+from ..data.prepared_dataset import rows_fingerprint
 from ..errors import PeagleError
 from ..files import locked_folder
+from ..model.config import PeagleConfig
 from ..processes import on_first, together
 from .arguments import PeagleTrainingArguments
 from .checkpoints import (
@@ -26,11 +29,15 @@ from .checkpoints import (
     resumable_folder,
     scores_by_step,
     step_of_best,
+    trainer_state,
     trainer_view,
 )
 from .optimizer import set_rates, set_settings, settings_of, settings_of_schedule
-from .record import RunRecord
+from .record import RunRecord, arguments_of
+from .resume_rules import check_resume
 from .sharding import bare_optimizer, is_fsdp2, scatter_optimizer_state
+from .time_left import planned_steps
+from .warm_start import configuration_changes
 
 if TYPE_CHECKING:
     from .trainer import PeagleTrainer
@@ -51,6 +58,22 @@ def only_training(args: PeagleTrainingArguments) -> Iterator[None]:
                 remedy = "Wait until that training has ended, or train into another --save-path."
                 stack.enter_context(locked_folder(args.output_dir, remedy))
         yield
+
+
+def is_finished(args: PeagleTrainingArguments, newest: Path, config: PeagleConfig, num_packs: int) -> bool:
+    """Whether a checkpoint is of the last step of a run with these arguments; the log says so. Nothing is written.
+
+    Raises:
+        PeagleError: it is, but of a run with other arguments, other samples or another drafter.
+    """
+    done, steps = trainer_state(newest)["global_step"], planned_steps(args, num_packs)[0]
+    if done < steps:
+        return False
+    before = RunRecord.read(newest) or RunRecord(arguments_of(args))
+    now = replace(before, arguments=arguments_of(args), data=rows_fingerprint(args.data_path))
+    check_resume(newest, before, now, done, configuration_changes(newest, config, is_verifier_known=True))
+    logger.info("%s is complete: its last step is %d, and these arguments end at step %d.", newest, done, steps)
+    return True
 
 
 def checkpoint_to_go_on_from(trainer: "PeagleTrainer", wanted: str | bool | None, trial: Any) -> Path | None:

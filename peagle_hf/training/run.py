@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import time
 from collections.abc import Sequence
 from copy import copy
@@ -37,8 +38,8 @@ from .initialization import start_linearly
 from .memory import report
 from .model_setup import head_dtype
 from .objective import load_head
-from .resuming import only_training
-from .time_left import BYTES_A_WEIGHT, FIRST_STEPS, delayed, updates_in, validation_batches
+from .resuming import is_finished, only_training
+from .time_left import BYTES_A_WEIGHT, FIRST_STEPS, delayed, planned_steps, validation_batches
 from .trainer import PeagleTrainer
 from .warm_start import continued_config, load_drafter, sampling
 
@@ -52,7 +53,8 @@ def train(args: PeagleTrainingArguments) -> PeagleTrainer | None:
     """Train a drafter on cached hidden states; resumes from the output folder's newest checkpoint if there is one.
 
     With `memory_report` or `dry_run`, print a prediction instead and return None; `memory_report` also trains for some
-    steps, to see how long they take, and keeps nothing of it. Log lines are those of the first process of each machine.
+    steps, to see how long they take, and keeps nothing of it. Where the last step is done already in a folder that can
+    only be read, the log says so, and None is returned too. Log lines are those of the first process of each machine.
     """
     with less_verbose(not args.should_log):
         return _train_or_predict(args)
@@ -75,8 +77,19 @@ def _train_or_predict(args: PeagleTrainingArguments) -> PeagleTrainer | None:
             "--save-strategy no leaves nothing behind: the drafter would be lost when training ends. Leave the flag "
             "out, or train in Python with PeagleTrainer, which keeps the drafter in memory."
         )
+    if on_first(lambda: _is_finished(args)):
+        return None
     with only_training(args):
         return _train(args)
+
+
+def _is_finished(args: PeagleTrainingArguments) -> bool:
+    """Whether nothing can be trained further in an output folder that can only be read; see `resuming.is_finished`."""
+    newest = newest_checkpoint(args.output_dir) if args.resume and not args.resume_from_checkpoint else None
+    if newest is None or os.access(args.output_dir, os.W_OK):
+        return False
+    config = build_config(args)
+    return is_finished(args, newest, config, len(_datasets(args, _source(args, config))[0]))
 
 
 def _train(args: PeagleTrainingArguments) -> PeagleTrainer:
@@ -225,14 +238,6 @@ def _time_validation(trainer: PeagleTrainer) -> float:
         seconds = time.perf_counter() - start
     dataset.plan = plan
     return seconds * batches / few
-
-
-def planned_steps(args: PeagleTrainingArguments, num_packs: int) -> tuple[int, int]:
-    """Steps of the training, and of an epoch, given the number of packed sequences."""
-    batches = math.ceil(math.ceil(num_packs / args.per_device_train_batch_size) / args.world_size)
-    steps_an_epoch = updates_in(batches, args)
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(steps_an_epoch * args.num_train_epochs)
-    return steps, steps_an_epoch
 
 
 def checkpoint_to_resume(args: PeagleTrainingArguments) -> str | None:

@@ -150,6 +150,16 @@ def updates_in(batches: int, args: TrainingArguments) -> int:
     return max(1, math.ceil(batches / args.gradient_accumulation_steps))
 
 
+def planned_steps(args: TrainingArguments, num_packs: int) -> tuple[int, int]:
+    """Steps of the training, and of an epoch, given the number of packed sequences."""
+    at_once = args.per_device_train_batch_size * args.world_size
+    # On several processes the sampler fills the last batch up, so that none is smaller.
+    leaves_out = args.dataloader_drop_last and args.world_size == 1
+    steps_an_epoch = updates_in(num_packs // at_once if leaves_out else math.ceil(num_packs / at_once), args)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(steps_an_epoch * args.num_train_epochs)
+    return steps, steps_an_epoch
+
+
 def validation_batches(trainer: "PeagleTrainer") -> int:
     """Batches of a validation on each process, over all of its data sets."""
     given: Any = trainer.eval_dataset
