@@ -89,6 +89,27 @@ def test_a_finished_training_does_not_pass_for_another_one(pipeline, tmp_path, c
         refused(pipeline, tmp_path, capsys, "the prepared dataset, the hidden states changed since train was finished")
 
 
+def test_a_file_of_settings_that_changed_is_noticed_wherever_it_lies(pipeline, tmp_path, capsys, caplog):
+    """Of the Trainer's, and of token counts; the same settings written into the pipeline count as arguments."""
+    settings, counts = tmp_path / "settings.json", tmp_path / "counts" / "counts.pt"
+    settings.write_text(json.dumps({"non_blocking": True}))
+    pipeline["prepare"]["token_freq_path"] = str(counts)
+    pipeline["train"]["accelerator_config"] = str(settings)
+    run(tmp_path, pipeline)
+    (tmp_path / "moved").mkdir()
+    settings = settings.rename(tmp_path / "moved" / "settings.json")
+    pipeline["train"]["accelerator_config"] = str(settings)
+    counts.unlink()
+    caplog.set_level("INFO")
+    run(tmp_path, pipeline)
+    assert "prepare: again, because counts.pt is missing." in caplog.messages
+    assert counts.exists()
+    settings.write_text(json.dumps({"non_blocking": False}))
+    refused(pipeline, tmp_path, capsys, "the file of accelerator_config changed since train was finished")
+    pipeline["train"]["accelerator_config"] = {"non_blocking": True}
+    refused(pipeline, tmp_path, capsys, "accelerator_config, the file of accelerator_config changed since")
+
+
 def refused(pipeline, tmp_path, capsys, words):
     with pytest.raises(SystemExit):
         run(tmp_path, pipeline)

@@ -146,7 +146,8 @@ class _State:
     @classmethod
     def now(cls, step: str, arguments: Any, section: dict[str, Any]) -> "_State":
         reads, writes = _PLACES[step]
-        in_places = {name for names in (reads, writes) for name, _ in names.values()}
+        places = {name for names in (reads, writes) for name, _ in names.values()}
+        in_places = {name for name in places if _place(step, arguments, name) is not None}
         named = field_names(type(arguments), section)
         told = {name: value for name, value in named.items() if name not in in_places}
         states = (_states_of(names, step, arguments) for names in (reads, writes))
@@ -184,7 +185,7 @@ class _State:
 
     def changed_inputs(self, before: dict[str, Any]) -> list[str]:
         then = before["read"]
-        return [what for what in {**self.read, **then} if self.read.get(what) != then.get(what)]
+        return [what for what in {**self.read, **then} if self.read.get(what, {}) != then.get(what, {})]
 
     def changed_outputs(self, before: dict[str, Any]) -> tuple[list[str], list[str]]:
         """Names of parts that are missing, and of parts that differ."""
@@ -229,8 +230,10 @@ def _require_fresh(step: str, arguments: Any, state: _State, before: dict[str, A
 
 
 def _place(step: str, arguments: Any, name: str) -> Any:
-    """The path in a step's argument, or the default path if it isn't given."""
-    value = getattr(arguments, name)
+    """The path in a step's argument, or the default path if it isn't given; None for a configuration without a file."""
+    value = getattr(arguments, "as_given", vars(arguments))[name]
+    if isinstance(value, dict) or (name in _CONFIGURATIONS and str(value).lstrip().startswith("{")):
+        return None
     if value is not None:
         return value
     if (step, name) == ("extract", "output"):
@@ -325,6 +328,8 @@ def _report(folder: Path) -> dict[str, str]:
 
 
 HIDDEN_STATES = "the hidden states"
+_CONFIGURATIONS = ("deepspeed", "fsdp_config", "accelerator_config")
+"""Arguments of the Trainer that name a file, or hold what could stand in one."""
 _TOKENIZER_FILES = ("tokenizer", "special_tokens", "added_tokens", "chat_template", "vocab", "merges", "spiece")
 _CHECKPOINT = re.compile(r"(\d+|checkpoint-\d+)/")
 _Places = dict[str, tuple[str, Callable[[Path], dict[str, str]]]]
@@ -344,7 +349,7 @@ _PLACES: dict[str, tuple[_Places, _Places]] = {
             "the data": ("data", _data),
             "the chat template": ("chat_template", _file),
         },
-        {"the prepared dataset": ("output", _prepared)},
+        {"the prepared dataset": ("output", _prepared), "the file of token counts": ("token_freq_path", _file)},
     ),
     "extract": (
         {"the verifier": ("model", _weights), "the prepared dataset": ("preprocessed_data", _prepared)},
@@ -357,6 +362,7 @@ _PLACES: dict[str, tuple[_Places, _Places]] = {
             HIDDEN_STATES: ("hidden_states_path", _hidden_states),
             "the file of token counts": ("token_freq_path", _file),
             "the drafter": ("from_pretrained", _weights),
+            **{f"the file of {name}": (name, _file) for name in _CONFIGURATIONS},
         },
         {"the checkpoints": ("output_dir", _checkpoints)},
     ),
