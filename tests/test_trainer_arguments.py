@@ -579,3 +579,23 @@ def test_planned_steps_are_those_of_the_training(train_flags, drops, steps):
     trainer = PeagleTrainer(build_drafter(args), args, None, *build_datasets(args))
     assert planned_steps(args, len(trainer.train_dataset)) == steps
     assert len(trainer.get_train_dataloader()) == steps[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "changed"),
+    [
+        ({}, {"optim": "adamw_torch"}),
+        ({}, {"metric_for_best_model": "loss"}),
+        ({"train_data_ratio": 1.0}, {"train_data_ratio": 0.5}),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, {"lr_scheduler_type": "cosine"}),
+        ({}, {"lora_r": 4, "from_pretrained": "drafter"}),
+        ({"vllm_endpoint": "http://a/v1", "on_missing": "generate"}, {"on_missing": "raise", "vllm_endpoint": None}),
+        ({"activation_checkpointing": True}, {"activation_checkpointing": None}),
+        ({"sequence_partitions": "2", "lr_scheduler_kwargs": '{"num_cycles": 2}'}, {"learning_rate": 1e-4}),
+    ],
+)
+def test_changed_arguments_are_those_that_are_made_at_once(train_flags, given, changed):
+    """By `as_given`, which has nothing that was derived from the values before."""
+    given = {**train_flags, **given}
+    again = PeagleTrainingArguments(**PeagleTrainingArguments(**given).as_given | changed)
+    assert again.to_dict() == PeagleTrainingArguments(**given | changed).to_dict()

@@ -45,7 +45,7 @@ class PeagleTrainingArguments(TrainingArguments):
     """Arguments of `PeagleTrainer`; all of `transformers.TrainingArguments` plus the following.
 
     The command line and YAML files also know the flag names of vLLM's speculators (`--save-path`, `--epochs`, `--lr`,
-    `--scheduler-type` …) as aliases of the Trainer's.
+    `--scheduler-type` …) as aliases of the Trainer's. `as_given` has the values by name before others were derived.
     """
 
     verifier_name_or_path: str | None = field(
