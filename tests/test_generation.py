@@ -1,5 +1,7 @@
 """Draft and verify: the verifier's own text and distribution, whatever the drafter proposes, and vLLM's counts."""
 
+import itertools
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -13,13 +15,16 @@ from transformers import (
     DynamicCache,
     Gemma3Config,
     LlamaForCausalLM,
+    LogitsProcessorList,
     MistralConfig,
     MistralForCausalLM,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
     set_seed,
 )
 
 from peagle_hf import PeagleConfig, PeagleError, PeagleForSpeculation
-from peagle_hf.model.generation import draft_and_verify
+from peagle_hf.model.generation import accept, draft_and_verify
 
 PAD, NEW_TOKENS = 3, 24
 
@@ -306,3 +311,43 @@ def test_sampled_text_is_distributed_as_the_verifiers(verifier, draft_vocab_size
             statistic += (rest[1] - rest[0]) ** 2 / rest[0]
         freedom = int(frequent.sum())
         assert statistic < freedom + 4 * (2 * freedom) ** 0.5
+
+
+@pytest.mark.parametrize("method", ["probabilistic", "greedy"])
+@pytest.mark.parametrize("narrowed", ["both", "verifier"], ids=lambda which: f"{which} narrowed")
+def test_acceptance_is_that_of_an_enumeration_with_top_k_and_top_p(narrowed, method):
+    """All outcomes of two drafted tokens; in vLLM only the verifier's distributions are narrowed."""
+    copies, vocab = 200_000, 6
+    logits = torch.randn(5, vocab, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    narrow = LogitsProcessorList([TopKLogitsWarper(5), TopPLogitsWarper(0.8)])
+    p, q = narrow(None, logits[:3]).softmax(-1), logits[3:].softmax(-1)
+    if narrowed == "both":
+        q = narrow(None, logits[3:]).softmax(-1)
+    if method == "greedy":
+        q = torch.nn.functional.one_hot(q.argmax(-1), vocab).double()
+    assert (p == 0).any(1).all()
+
+    expected, first = Counter(), torch.zeros(vocab, dtype=torch.float64)
+    for drafts in itertools.product(range(vocab), repeat=2):
+        reached = float(q[0, drafts[0]] * q[1, drafts[1]])
+        for place in range(3):
+            taken = min(1.0, float(p[place, drafts[place]] / q[place, drafts[place]])) if reached and place < 2 else 0.0
+            left = (p[place] - q[place]).clamp(min=0) if place < 2 else p[place]
+            for token in range(vocab) if reached and taken < 1 else ():
+                expected[(place, *drafts[:place], token)] += reached * (1 - taken) * float(left[token] / left.sum())
+            reached *= taken
+    for (count, *tokens), chance in expected.items():
+        first[tokens[0]] += chance
+        assert count == len(tokens) - 1
+    torch.testing.assert_close(first, p[0])  # the text is the verifier's
+    by_estimate = torch.minimum(p[0], q[0]).sum() if method == "probabilistic" else p[0, q[0].argmax()]
+    assert sum(chance for (count, *_), chance in expected.items() if count) == pytest.approx(float(by_estimate))
+
+    set_seed(0)
+    drafts = torch.stack([row.multinomial(copies, replacement=True) for row in q], 1)
+    counts, following = accept(drafts, q.expand(copies, -1, -1), p.expand(copies, -1, -1))
+    rows = zip(counts.tolist(), drafts.tolist(), following.tolist(), strict=True)
+    found = Counter((count, *tokens[:count], last) for count, tokens, last in rows)
+    assert found.keys() <= {outcome for outcome, chance in expected.items() if chance}
+    for outcome, chance in expected.items():
+        assert abs(found[outcome] - copies * chance) < 5 * (copies * chance * (1 - chance)) ** 0.5 + 1e-6, outcome

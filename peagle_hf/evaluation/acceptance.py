@@ -62,7 +62,11 @@ class AcceptanceArguments(Arguments):
         default=None, metadata={"help": "K, the tokens to draft at a time; default: the K that it was trained with."}
     )
     temperature: float = field(
-        default=1.0, metadata={"help": "The temperature, above 0, at which acceptance by sampling is estimated too."}
+        default=1.0,
+        metadata={
+            "help": "The temperature, above 0, at which acceptance by sampling is estimated too, without top-p "
+            "and top-k."
+        },
     )
     train_data_ratio: float | None = field(
         default=None,

@@ -93,7 +93,8 @@ def draft_and_verify(
         num_speculative_tokens: K, from 1 on; default: as many as the drafter was trained for.
         draft_sample_method: how tokens are drafted where the text is sampled, as of vLLM's `--speculative-config`:
             `probabilistic` draws them from the drafter's distribution, `greedy` takes its most likely ones. The text is
-            distributed alike with both.
+            distributed alike with both. What narrows or changes the verifier's distribution, such as `top_p`, does so
+            with the drafter's too; vLLM heeds only the temperature there, and often accepts fewer.
 
     Raises:
         PeagleError: the drafter belongs to another verifier, or the verifier or an argument isn't supported.
