@@ -69,7 +69,7 @@ def test_sound_checkpoint_is_served_as_it_was_trained(drafter, chain, spoil):
     [
         (
             {"model_type": "qwen3", "speculators_model_type": "absent", "speculators_config": "absent"},
-            "describes a model of type qwen3 and not a drafter",
+            "config.json: This is the configuration of a qwen3 model, not of a drafter. Name a folder",
         ),
         ({"model_type": "peagle"}, "model_type must be 'speculators'"),
         ({"speculators_model_type": "eagle3"}, "speculators_model_type must be 'peagle'"),

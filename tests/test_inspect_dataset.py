@@ -218,7 +218,8 @@ def test_a_dataset_without_a_record_says_what_is_not_known(tmp_path, tiny_verifi
     ("flags", "words"),
     [
         ({"rows": [3, 32]}, r"There is no row 32 in .*: name rows from 0 to 31"),
-        ({"output": "page.pdf"}, r"--output page\.pdf must end in \.html"),
+        ({"output": "page.pdf"}, r"--output page\.pdf must end in \.html, as it names the page: take page\.html, for"),
+        ({"output": "/tmp"}, r"--output /tmp must end in \.html, as it names the page: take /tmp/inspect\.html, for"),
         ({"draft_vocab_sizes": [1 << 20]}, "draft_vocab_size is 1048576"),
         ({"model": "./no/such-model"}, "The tokenizer of ./no/such-model can't be loaded"),
         ({"folder": "nowhere"}, "nowhere is not a prepared dataset"),

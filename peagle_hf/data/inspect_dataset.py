@@ -179,7 +179,8 @@ def inspect_data(arguments: DataArguments) -> DataReport:
     folder = Path(arguments.folder)
     page = Path(arguments.output) if arguments.output else folder / f"{INSPECTION}.html"
     if page.suffix != ".html":
-        raise PeagleError(f"--output {page} must end in .html.")
+        example = page / f"{INSPECTION}.html" if page.is_dir() else page.with_suffix(".html")
+        raise PeagleError(f"--output {page} must end in .html, as it names the page: take {example}, for example.")
     data = load_prepared(folder)
     record = read_prepare_record(folder)
     tokenizer = _tokenizer(arguments, folder, record)

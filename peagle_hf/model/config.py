@@ -31,6 +31,10 @@ else:
     Filled = Optional
 REQUIRED = ("transformer_layer_config", "speculators_config", "mask_token_id", "eagle_aux_hidden_state_layer_ids")
 """Fields that a saved configuration must have; no default could be right for its drafter."""
+NOT_OF_A_DRAFTER = (
+    "This is the configuration of a {} model, not of a drafter. Name a folder that training wrote, such as "
+    "checkpoints/checkpoint_best; the verifier is known from there."
+)
 
 
 @strict
@@ -191,10 +195,7 @@ class PeagleConfig(PreTrainedConfig):
         """
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type != cls.model_type:
-            raise PeagleError(
-                f"This is the configuration of a {model_type} model, not of a drafter. Name a folder that training "
-                "wrote, such as checkpoints/checkpoint_best."
-            )
+            raise PeagleError(NOT_OF_A_DRAFTER.format(model_type))
         missing = [name for name in REQUIRED if config_dict.get(name) is None]
         if missing:
             raise PeagleError(f"The drafter's config.json lacks {', '.join(missing)}. Export the drafter again.")

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from ..errors import PeagleError
 from ..files import read_json
 from ..verifier.loading import load_verifier_config
-from .config import VLLM_AUX_HIDDEN_STATES, PeagleConfig
+from .config import NOT_OF_A_DRAFTER, VLLM_AUX_HIDDEN_STATES, PeagleConfig
 from .drafter import PeagleForSpeculation
 
 CHECKPOINT_FILES = ("config.json", "model.safetensors")
@@ -144,10 +144,7 @@ def speculative_config(
 def _check_config(path: Path) -> PeagleConfig:
     fields = read_json(path, "Export the checkpoint again.")
     if "speculators_model_type" not in fields and "speculators_config" not in fields:
-        raise PeagleError(
-            f"{path} describes a model of type {fields.get('model_type')} and not a drafter. Name the folder of a "
-            "drafter, such as checkpoints/checkpoint_best; its verifier is known from there."
-        )
+        raise PeagleError(f"{path}: {NOT_OF_A_DRAFTER.format(fields.get('model_type'))}")
     try:
         wrong = _wrong_fields(fields)
         if not wrong:
