@@ -252,10 +252,12 @@ def test_memory_report_prints_and_trains_nothing(train_flags, tmp_path, capsys):
     assert "predicted peak" in printed
     assert "1.00 GiB" in printed
     assert not (tmp_path / "checkpoints").exists()
-    step, validation, minutes = (float(found) for found in re.findall(r" ([\d.]+) (?:ms|s|minutes)$", printed, re.M))
-    assert "10 steps and 2 validations" in printed
+    step, validation, save, minutes = (
+        float(found) for found in re.findall(r" ([\d.]+) (?:ms|s|minutes)$", printed, re.M)
+    )
+    assert "10 steps, 2 validations and 2 saves" in printed
     assert "a step here, mean of 19 " in printed  # 25 without the first 5 and the slowest
-    assert minutes == pytest.approx((10 * step / 1e3 + 2 * validation) / 60, abs=0.1)
+    assert minutes == pytest.approx((10 * step / 1e3 + 2 * validation + 2 * save) / 60, abs=0.1)
     assert step > 0
 
     main(["train", *flags({**train_flags, "memory_report": True, "hidden_states_path": tmp_path})])

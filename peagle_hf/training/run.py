@@ -1,7 +1,6 @@
 """`peagle-hf train`: builds the drafter, the data sets and the trainer that the arguments describe, and trains."""
 
 import logging
-import math
 import os
 import time
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from typing import cast
 
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState, set_seed
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ..console import less_verbose, number_of
@@ -39,7 +38,7 @@ from .memory import report
 from .model_setup import head_dtype
 from .objective import load_head
 from .resuming import is_finished, only_training
-from .time_left import BYTES_A_WEIGHT, FIRST_STEPS, delayed, planned_steps, validation_batches
+from .time_left import BYTES_A_WEIGHT, FIRST_STEPS, pauses, planned_steps, save_seconds, validation_batches
 from .trainer import PeagleTrainer
 from .warm_start import continued_config, load_drafter, sampling
 
@@ -203,24 +202,25 @@ def _time_steps(args: PeagleTrainingArguments) -> str:
         trainer.train()
         step, steps_timed = trainer.time_left.step_seconds, len(trainer.time_left.counted)
         steps, steps_an_epoch = planned_steps(args, len(cast(HiddenStatesDataset, trainer.train_dataset)))
-        validations, validation, validated = 0, 0.0, []
-        if args.eval_strategy != IntervalStrategy.NO and trainer.eval_dataset is not None:
-            every: float = steps_an_epoch
-            if args.eval_strategy == IntervalStrategy.STEPS and args.eval_steps:
-                every = args.eval_steps if args.eval_steps >= 1 else math.ceil(steps * args.eval_steps)
-            left_out = delayed(args.eval_strategy, args.eval_delay, every, steps_an_epoch)
-            validations = max(0, math.ceil(steps / every) - left_out)
+        state = TrainerState(max_steps=steps)
+        state.compute_steps(args, steps)
+        has_validation = trainer.eval_dataset is not None
+        times = pauses(args, state, steps_an_epoch)
+        validations, saves, save = times["evaluate"] * has_validation, times["save"], save_seconds(trainer.model)
+        validation, validated = 0.0, []
+        if validations:
             validation = _time_validation(trainer)
             batches = number_of(validation_batches(trainer), "batch", "batches")
             validated = [f"{f'a validation of {batches}':<44}{validation:>8.1f} s"]
-    minutes = (steps * step + validations * validation) / 60
-    all_steps = f"{number_of(steps, 'step')} and {number_of(validations, 'validation')}"
+    minutes = (steps * step + validations * validation + saves * save) / 60
+    whole = f"{number_of(steps, 'step')}, {number_of(validations, 'validation')} and {number_of(saves, 'save')}"
     return "\n".join(
         [
             f"{f'a step here, mean of {steps_timed}':<44}{step * 1e3:>8.0f} ms",
             *validated,
-            f"{all_steps:<44}{minutes:>8.1f} minutes",
-            "The start, with the compiling of kernels, and the saving of checkpoints come on top.",
+            f"{'a save, by an estimate':<44}{save:>8.1f} s",
+            f"{whole:<44}{minutes:>8.1f} minutes",
+            "The start, with the compiling of kernels, comes on top.",
         ]
     )
 

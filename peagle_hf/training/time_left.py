@@ -116,23 +116,36 @@ class TimeLeft(TrainerCallback):
         step = self.step_seconds
         predicted = VALIDATION_SHARE * step * validation_batches(self._trainer)
         validation = _mean([*self._pauses["evaluate"].values()], predicted)
-        evaluation: tuple[Any, int, float] = (args.eval_strategy, state.eval_steps, args.eval_delay)
-        evaluates_left = self._times_left("evaluate", state, *evaluation)
-        is_best = args.save_strategy == SaveStrategy.BEST  # whether to save is decided after each validation
-        saving = evaluation if is_best else (args.save_strategy, state.save_steps, 0)
-        saves_left = self._times_left("save", state, *saving)
-        weights = sum(weight.numel() for weight in self._trainer.model.parameters())
-        save = _mean([*self._pauses["save"].values()], BYTES_A_WEIGHT * weights / BYTES_A_SECOND)
+        evaluates_left, saves_left = (
+            max(0, total - sum(at > self._begun_at for at in self._pauses[kind]))
+            for kind, total in pauses(args, state, self._steps_an_epoch, self._begun_at).items()
+        )
+        save = _mean([*self._pauses["save"].values()], save_seconds(self._trainer.model))
         return (state.max_steps - state.global_step) * step + evaluates_left * validation + saves_left * save
 
-    def _times_left(self, kind: str, state: TrainerState, strategy: Any, every: int, delay: float) -> int:
-        """How often there still is a validation or a save; one at the step at which the training began is extra."""
+
+def pauses(args: TrainingArguments, state: TrainerState, steps_an_epoch: int, begun_at: int = 0) -> dict[str, int]:
+    """How often a training validates and saves after the step at which it began; one at that step is extra.
+
+    Args:
+        state: with `max_steps`, `eval_steps` and `save_steps`.
+    """
+
+    def times(strategy: Any, every: int, delay: float) -> int:
         if strategy == IntervalStrategy.NO:
             return 0
-        interval = every if strategy == IntervalStrategy.STEPS and every else self._steps_an_epoch
-        earlier = max(int(self._begun_at // interval), delayed(strategy, delay, interval, self._steps_an_epoch))
-        total = math.ceil(state.max_steps / interval) - earlier
-        return max(0, total - sum(step > self._begun_at for step in self._pauses[kind]))
+        interval = every if strategy == IntervalStrategy.STEPS and every else steps_an_epoch
+        earlier = max(int(begun_at // interval), delayed(strategy, delay, interval, steps_an_epoch))
+        return max(0, math.ceil(state.max_steps / interval) - earlier)
+
+    evaluations = times(args.eval_strategy, state.eval_steps, args.eval_delay)
+    is_best = args.save_strategy == SaveStrategy.BEST  # whether to save is decided after each validation
+    return {"evaluate": evaluations, "save": evaluations if is_best else times(args.save_strategy, state.save_steps, 0)}
+
+
+def save_seconds(model: Any) -> float:
+    """What saving a checkpoint is taken to last until one was timed."""
+    return BYTES_A_WEIGHT * sum(weight.numel() for weight in model.parameters()) / BYTES_A_SECOND
 
 
 def delayed(strategy: Any, delay: float, interval: float, steps_an_epoch: int) -> int:
