@@ -1,9 +1,13 @@
 """`peagle-hf plan`: the model of speed, and the whole command in real vLLM with a verifier that has no weights."""
 
 import json
+import subprocess
+import sys
 from functools import partial
+from importlib.util import find_spec
 
 import pytest
+import torch
 from conftest import VOCAB
 from transformers import LlamaConfig
 
@@ -119,6 +123,20 @@ def test_vllms_flags_leave_what_is_measured_as_it_is(given, words):
     check_flags(engine, {"enable_prefix_caching": False, "max_num_seqs": 8, "max_model_len": 64, "dtype": "float32"})
     with pytest.raises(PeagleError, match=words):
         check_flags(engine, given)
+
+
+@pytest.mark.skipif(find_spec("vllm") is None or torch.cuda.is_available(), reason="vLLM for a CPU isn't installed")
+def test_each_process_of_vllm_on_a_cpu_accepts_synthetically():
+    """A worker of `--tensor-parallel-size` is told the rates, and nothing else of `plan` runs in it."""
+    code = (
+        "import torch; from types import SimpleNamespace as N; from vllm.v1.sample import rejection_sampler\n"
+        "from peagle_hf.evaluation import synthetic_acceptance as ours\n"
+        "rates = torch.zeros(3); worker = N(model_runner=N(rejection_sampler=N(synthetic_conditional_rates=rates)))\n"
+        "assert ours._set_rates(worker, 2.5) and rates.tolist() == [1, 0.5, 0]\n"
+        "assert rejection_sampler.rejection_sample is ours._rejection_sample"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_only_the_load_format_asks_for_random_weights_and_no_file_holds_flags():

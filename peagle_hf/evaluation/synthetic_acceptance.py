@@ -62,6 +62,7 @@ def set_acceptance_length(llm: Any, length: float) -> None:
 
 def _set_rates(worker: Any, length: float) -> bool:
     """Set the rates in one process of vLLM; false if it has none, such as the early stages of a pipeline."""
+    accept_synthetically_on_cpu()  # with `--tensor-parallel-size` this is another process than the one that began
     sampler = getattr(worker.model_runner, "rejection_sampler", None)
     rates_K = getattr(sampler, "synthetic_conditional_rates", None)
     if rates_K is None:
