@@ -97,7 +97,7 @@ def extract_in_process(
     num_tokens = sum(lengths.values())
     on_cpu = model.device.type == "cpu"
     max_tokens = arguments.max_batch_tokens or (CPU_BATCH_TOKENS if on_cpu else GPU_BATCH_TOKENS)
-    batches = plan_batches(lengths, max_tokens, rotary_border(model.config.get_text_config(decoder=True)))
+    batches = plan_batches(lengths, max_tokens, rotary_border(model.config))
     num_cores = torch.get_num_threads()
     at_once = batches_at_once(model.device)
     own = threading.local()
@@ -182,7 +182,7 @@ def plan_batches(
 
     Args:
         lengths: tokens of each sample, by row.
-        border: samples of more tokens are not together with others, see `rotary_border`.
+        border: samples of more tokens than this are in no batch with shorter ones, see `rotary_border`.
         max_padding: largest share of padding in a sample of a batch.
     """
     batches: list[list[int]] = []

@@ -99,8 +99,7 @@ class InProcessVerifier:
         """The residual streams [T, L, H] of samples, int64 [T] each, on the verifier's device."""
         model, lengths = self.load(), {index: len(token_ids) for index, token_ids in enumerate(samples)}
         found: dict[int, Tensor] = {}
-        border = rotary_border(model.config.get_text_config(decoder=True))
-        for batch in batches_of_a_step(lengths, self.device.type, border):
+        for batch in batches_of_a_step(lengths, self.device.type, rotary_border(model.config)):
             ids_BT = pad_sequence([samples[index] for index in batch], batch_first=True)
             for index, states_TLH in zip(batch, residual_streams(model, self.layer_ids, ids_BT, dtype), strict=True):
                 found[index] = states_TLH[: lengths[index]]

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
+from ..console import number_of
 from ..errors import PeagleError
 from .chats import wrong_value
 from .prepared_dataset import PREPARE_RECORD
@@ -230,11 +231,12 @@ def _files_of_split(folder: Path, split: str | None) -> list[Path]:
         raise PeagleError(
             f"{folder} has no files of the split {wanted}, only of {', '.join(by_split)}. Name {folder}:SPLIT."
         )
-    names = [str(file.relative_to(folder)) for file in by_split.pop(wanted)]
+    files = by_split.pop(wanted)
+    names = [str(file.relative_to(folder)) for file in files[:NAMED_FILES]] + ["…"] * (len(files) > NAMED_FILES)
     others = f" Not read: the split {', '.join(by_split)}." if by_split else ""
-    first = ", ".join(names[:NAMED_FILES]) + (", …" if len(names) > NAMED_FILES else "")
-    logger.info("%s, split %s: %d files are read (%s).%s", folder, wanted, len(names), first, others)
-    return [folder / name for name in names]
+    read = f"{number_of(len(files), 'file')} {'is' if len(files) == 1 else 'are'} read ({', '.join(names)})"
+    logger.info("%s, split %s: %s.%s", folder, wanted, read, others)
+    return files
 
 
 def _items(path: Path) -> tuple[str, Iterator[tuple[int, Any]]]:

@@ -56,7 +56,7 @@ class PackedSlots:
         self._attend: dict[tuple[int | None, bool], Attend] = {}
 
     def num_padding(self, count: int) -> int:
-        """How many slots are added to so many; there is always one at least."""
+        """How many slots are added to `count`, so that there is one at least, or two whole blocks."""
         if not self.in_blocks:
             return 0 if count else 1
         return max(-count % BLOCK, 2 * BLOCK - count)

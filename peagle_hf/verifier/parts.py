@@ -99,7 +99,7 @@ def _logit_scale(config: PreTrainedConfig) -> float:
 
 def rotary_border(config: PreTrainedConfig) -> float:
     """Tokens of the longest texts with the rotary embedding of short ones; longer ones have another from the start."""
-    parameters = getattr(config, "rope_parameters", None) or {}
+    parameters = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
     by_layer_type = [parameters, *(one for one in parameters.values() if isinstance(one, dict))]
     borders = [one["original_max_position_embeddings"] for one in by_layer_type if one.get("rope_type") == "longrope"]
     return min(borders, default=math.inf)
