@@ -11,8 +11,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export PYTHONDONTWRITEBYTECODE :=
 export PIP_NO_COMPILE := 1
 
-# The oldest and the newest transformers that pyproject.toml allows. From 5.21 on it needs Python 3.11.
-oldest := 'transformers==5.17.0' 'huggingface_hub==1.33.0'
+# The oldest versions that pyproject.toml allows, with what datasets needs beside them, and the newest transformers, which
+# needs Python 3.11 from 5.21 on. Compiled packages stay those of .venv.
+PURE := accelerate|datasets|evaluate|filelock|huggingface_hub|jinja2|peft|tqdm|transformers
+oldest := $(shell sed -nE 's/^  "($(PURE))>=([0-9.]+).*/\1==\2/p' pyproject.toml) \
+	dill==0.4.0 fsspec==2025.10.0 multiprocess==0.70.18
 newest := 'transformers==5.24.0; python_version>="3.11"' 'transformers==5.20.2; python_version<"3.11"'
 
 demo: install  ## Train a drafter for SmolLM2-135M-Instruct and measure it in vLLM: output/demo/ (five to ten minutes)
@@ -45,8 +48,8 @@ install: .venv/.installed
 clean:
 	rm -rf .venv .versions build site *.egg-info
 
-# A folder that stands before .venv on the path: with another transformers, and what that needs in another version too.
-.versions/%: Makefile
+# A folder of other versions, which stands before .venv on Python's path.
+.versions/%: Makefile pyproject.toml
 	rm -rf $@
 	$(PIP) install --quiet --no-deps --target $@ $($*)
 

@@ -1,6 +1,7 @@
 """A tiny verifier, a prepared dataset and its cached hidden states, all real files made by the real code."""
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -31,6 +32,8 @@ from transformers import (
 from peagle_hf.data.cache_manifest import Manifest
 from peagle_hf.data.cache_storage import write_states
 
+# Processes that tests start import this checkout too, and the versions that make test-versions puts on the path.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell script lets its background jobs ignore Ctrl-C, and with them the commands that tests start and interrupt.
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import os
 import re
 import runpy
 import shutil
@@ -14,7 +15,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import write_prepared
-from test_trainer import ROOT
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from peagle_hf.model.served_checkpoint import check_checkpoint
@@ -41,7 +41,7 @@ def test_small_benchmark_reports_every_case(tmp_path):
 def test_a_peer_that_fails_is_a_line_of_the_table(tmp_path, monkeypatch, capsys):
     (tmp_path / "speculators").mkdir()
     (tmp_path / "speculators" / "__init__.py").write_text("raise RuntimeError('two | three\\nfour')\n")
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import training_step
 

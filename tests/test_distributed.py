@@ -67,7 +67,7 @@ KINDS = ["ddp", "fsdp2", *(pytest.param(kind, marks=pytest.mark.slow) for kind i
 
 def torchrun(program, *arguments, environment=None, processes=2, ends_well=True):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | (environment or {})
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {})
     done = subprocess.run(
         [*command, *program, *arguments], env=environment, capture_output=True, text=True, timeout=300, check=False
     )
@@ -286,7 +286,7 @@ def test_processes_of_torchrun_share_an_extraction(prepared, tmp_path, capfd):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "peagle_hf"]
     done = subprocess.run(
         [*command, *extraction(prepared, two), *batches],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=200,
@@ -352,7 +352,7 @@ def test_each_configuration_of_the_examples_trains_on_cpus_or_says_why_not(train
     given = flags({**train_flags, "use_cpu": None, "bf16": None, "max_steps": 1, "optim": "adamw_torch"})
     done = subprocess.run(
         [sys.executable, *command, "-m", "peagle_hf", "train", *given],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         timeout=200,
@@ -404,9 +404,7 @@ def test_a_process_that_fails_takes_the_others_down_with_a_reason(train_flags, f
                     "--ddp-timeout",
                     "20",
                 ],
-                env=os.environ
-                | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-                | {name: str(value) for name, value in environment.items()},
+                env=os.environ | {"OMP_NUM_THREADS": "1"} | {name: str(value) for name, value in environment.items()},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,

@@ -32,7 +32,6 @@ def run(command: list[str | Path], folder: Path, **variables: str) -> None:
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
         "MPLBACKEND": "agg",
         **variables,
     }

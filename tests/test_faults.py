@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
-from test_trainer import ROOT, losses, run, weights
+from test_trainer import losses, run, weights
 from transformers import TrainerState
 from transformers.modeling_utils import safe_save_file
 
@@ -27,7 +27,6 @@ WORKER = Path(__file__).parent / "workers" / "killed.py"
 def start(*command):
     environment = os.environ | {
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
-        "PYTHONPATH": str(ROOT),
         "PYTHONUNBUFFERED": "1",
     }
     return subprocess.Popen(

@@ -13,7 +13,6 @@ import yaml
 from conftest import FOLLOWERS
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[1]
 WORKER = Path(__file__).parent / "workers" / "forks.py"
 KILLS = int(os.environ.get("PEAGLE_KILLS", "5"))
 """Random instants, and renames spread over all of them; PEAGLE_KILLS=1000 kills before every rename."""
@@ -23,7 +22,7 @@ class Forks:
     """The worker process; see its docstring."""
 
     def __init__(self):
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         self.process = subprocess.Popen(
             [sys.executable, str(WORKER)], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )

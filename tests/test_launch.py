@@ -174,8 +174,7 @@ def stand_in(tmp_path, monkeypatch) -> Path:
     (root / "vllm" / "__init__.py").write_text("from vllm.tree import LLM\n")
     (root / "vllm" / "tree.py").write_text(TREE)
     server.write_text(SERVER)
-    paths = [str(root), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+    monkeypatch.setenv("PYTHONPATH", str(root), prepend=os.pathsep)
     monkeypatch.setenv("VLLM_TARGET_DEVICE", "cpu")
     monkeypatch.syspath_prepend(str(root))
     monkeypatch.setenv("TREE", str(tmp_path / "tree"))

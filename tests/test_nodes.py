@@ -44,7 +44,7 @@ def command(kind: str, node: int, port: int) -> list[str]:
 def start(kind: str, train_flags: dict, folders: list[Path]) -> list[subprocess.Popen]:
     """An agent on each node, whose working directory is its disk."""
     port = free_port()
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     agents = []
     for node, folder in enumerate(folders):
         folder.mkdir(exist_ok=True)

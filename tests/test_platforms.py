@@ -21,8 +21,8 @@ def test_prepare_train_and_push_need_nothing_that_only_linux_has(servable_verifi
     chat = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3 w4 w5"}]
     chats.write_text("".join(json.dumps({"conversations": chat}) + "\n" for _ in range(3)))
     command = [sys.executable, str(WORKER), str(tiny_verifier), str(servable_verifier), str(chats), str(data)]
-    paths = [str(WORKER.parents[1]), str(WORKER.parents[2]), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "0"}
+    paths = os.pathsep.join([str(WORKER.parents[1]), os.environ["PYTHONPATH"]])
+    environment = os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "0"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.strip().endswith("all of it ran")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import short_run
 from safetensors.torch import load_file, save_file
-from test_trainer import ROOT, logged, losses, run, weights
+from test_trainer import logged, losses, run, weights
 
 from peagle_hf import PeagleError, PeagleTrainingArguments
 from peagle_hf.files import locked_folder
@@ -347,9 +347,7 @@ HOLDER = (
 @pytest.mark.fault("A training is killed with SIGKILL.", "The lock that it leaves is no obstacle.")
 def test_a_second_training_in_a_folder_is_refused_and_a_dead_ones_lock_is_not_in_the_way(train_flags, tmp_path):
     folder = train_flags["output_dir"]
-    first = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, folder], stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)}
-    )
+    first = subprocess.Popen([sys.executable, "-c", HOLDER, folder], stdout=subprocess.PIPE)
     assert first.stdout.readline() == b"held\n"
     words = rf"{folder} is being written by another process \(process {first.pid} on .*\)\. Wait .*another --save-path"
     with pytest.raises(PeagleError, match=words):
@@ -380,7 +378,6 @@ def test_without_file_locks_a_named_holder_stands_for_them(tmp_path, monkeypatch
     first = subprocess.Popen(
         [sys.executable, "-c", script, str(tmp_path)],
         stdout=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert first.stdout.readline() == b"held\n"
     with (
