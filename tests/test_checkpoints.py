@@ -21,7 +21,6 @@ from transformers.trainer import TRAINER_STATE_NAME
 from peagle_hf import PeagleConfig, PeagleError, PeagleTrainer, PeagleTrainingArguments, VllmExportCallback
 from peagle_hf.model.served_checkpoint import check_checkpoint
 from peagle_hf.training.checkpoints import (
-    EARLIER_VERSION,
     checkpoints_by_step,
     epoch_folders,
     newest_checkpoint,
@@ -346,44 +345,6 @@ def test_another_run_never_mixes_with_the_checkpoints_of_a_folder(train_flags, t
     assert [folder.name for folder in epoch_folders(output)] == ["0", "1"]
     third = {**train_flags, "output_dir": str(tmp_path / "third")}
     assert run(third, resume=str(output / "0")).state.global_step == 10
-
-
-def as_earlier_version(folder, is_epoch):
-    """Turn a checkpoint into what this library wrote before: the Trainer's own, in an epoch's folder or by itself."""
-    inner = folder / EARLIER_VERSION
-    inner.mkdir()
-    (folder / "run.json").unlink()
-    for path in [path for path in folder.iterdir() if path != inner]:
-        path.rename(inner / path.name)
-    for ours, theirs in {"optimizer_state_dict.pt": "optimizer.pt", "scheduler_state_dict.pt": "scheduler.pt"}.items():
-        (inner / ours).rename(inner / theirs)
-        if is_epoch:
-            os.link(inner / theirs, folder / ours)
-    if is_epoch:
-        shutil.copy(inner / "config.json", folder)
-        (inner / "model.safetensors").rename(folder / "model.safetensors")
-    (inner / "full_precision" / "model.safetensors").replace(inner / "model.safetensors")
-    (inner / "full_precision").rmdir()
-    (inner / "files.json").write_text(json.dumps(sorted(path.name for path in inner.iterdir())))
-    if not is_epoch:
-        inner.rename(folder.with_name("inner"))
-        folder.rmdir()
-        folder.with_name("inner").rename(folder)
-
-
-@pytest.mark.parametrize("name", ["0", "checkpoint-3"])
-def test_checkpoints_of_earlier_versions_are_resumed(train_flags, name):
-    with pytest.raises(KeyboardInterrupt):
-        run(train_flags, [StopAt(7 if name == "0" else 4)], save_strategy="steps", save_steps=3)
-    output = Path(train_flags["output_dir"])
-    for other in checkpoints_by_step(output).values():
-        if other.name != name:
-            shutil.rmtree(other)
-    as_earlier_version(output / name, is_epoch=name == "0")
-    resumed = run(train_flags, resume=True)
-    whole = run(train_flags, output_dir=str(output) + "-whole")
-    assert losses(resumed) == losses(whole)
-    assert all(torch.equal(weights(whole)[name], tensor) for name, tensor in weights(resumed).items())
 
 
 DAMAGED = {

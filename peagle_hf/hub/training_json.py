@@ -21,23 +21,23 @@ RECORD = "training.json"
 
 
 def read_record(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The record of the training that wrote a checkpoint or an epoch folder; None where there is none.
+    """The record of the training that wrote a checkpoint; None where there is none.
 
     Raises:
         PeagleError: the file is damaged.
     """
-    for path in (Path(folder) / RECORD, Path(folder) / "trainer_state" / RECORD):
-        if path.exists():
-            remedy = (
-                "Copy it from another checkpoint of the same training, or remove it; without it the card says that the "
-                "training was not recorded."
-            )
-            record = read_json(path, remedy)
-            for name, kind in (("chat_template", str), ("chat_template_kwargs", dict), ("seed", int)):
-                if not isinstance(record.get(name), kind | None):
-                    raise PeagleError(f"{path} is damaged: {name} is {record[name]!r}. {remedy}")
-            return record
-    return None
+    path = Path(folder) / RECORD
+    if not path.exists():
+        return None
+    remedy = (
+        "Copy it from another checkpoint of the same training, or remove it; without it the card says that the "
+        "training was not recorded."
+    )
+    record = read_json(path, remedy)
+    for name, kind in (("chat_template", str), ("chat_template_kwargs", dict), ("seed", int)):
+        if not isinstance(record.get(name), kind | None):
+            raise PeagleError(f"{path} is damaged: {name} is {record[name]!r}. {remedy}")
+    return record
 
 
 def recorded_chat_options(folder: str | os.PathLike[str]) -> ChatOptions | None:

@@ -44,8 +44,6 @@ OPTIMIZER, SCHEDULER = "optimizer_state_dict.pt", "scheduler_state_dict.pt"
 FULL_PRECISION = "full_precision"
 ADAPTER = "adapter"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-EARLIER_VERSION = "trainer_state"
-"""Folder in an epoch folder of an earlier version of this library, which holds the Trainer's own checkpoint."""
 
 _NAME = re.compile(r"\d+|checkpoint-\d+")
 _SUPERSEDED = ".superseded-by-"
@@ -157,7 +155,7 @@ def recover(run_folder: str | os.PathLike[str]) -> None:
 
 def folders_of_run(run_folder: str | os.PathLike[str]) -> list[Path]:
     """All folders of checkpoints, damaged ones too; not folders of other content that have such a name by chance."""
-    names = (TRAINER_STATE_NAME, WEIGHTS, OPTIMIZER, EARLIER_VERSION, "optimizer.pt")
+    names = (TRAINER_STATE_NAME, WEIGHTS, OPTIMIZER)
     return [
         path
         for path in Path(run_folder).glob("*")
@@ -212,7 +210,7 @@ def trainer_state(folder: Path) -> dict[str, Any]:
     Raises:
         PeagleError: the state can't be read.
     """
-    path = _content(folder) / TRAINER_STATE_NAME
+    path = folder / TRAINER_STATE_NAME
     state = read_json(path, f"The checkpoint is damaged: remove {folder}, and training goes on from the one before it.")
     log = state.get("log_history")
     if (
@@ -261,23 +259,22 @@ def resumable_folder(checkpoint: str | os.PathLike[str]) -> Path:
         PeagleError: the folder is no checkpoint, it holds the model only, or a file is missing or damaged.
     """
     folder = Path(checkpoint).resolve()
-    content = _content(folder)
-    if not any((content / name).exists() for name in (TRAINER_STATE_NAME, OPTIMIZER, "optimizer.pt")):
+    if not any((folder / name).exists() for name in (TRAINER_STATE_NAME, OPTIMIZER)):
         raise PeagleError(
             f"{checkpoint} holds no checkpoint of a training, so training can't be resumed from it. Name a folder that "
             "training wrote, such as checkpoints/0, checkpoint-N or checkpoint_best; to start from its weights alone "
             "use --from-pretrained."
         )
-    states = [(content / name).exists() for name in (*_TRAINER_NAMES, *_TRAINER_NAMES.values(), "latest")]
-    if not any(states) and not any(content.glob("rng_state*")):
+    states = [(folder / name).exists() for name in (OPTIMIZER, SCHEDULER, "latest")]
+    if not any(states) and not any(folder.glob("rng_state*")):
         raise PeagleError(
             f"{checkpoint} was saved without optimizer and schedule (save_only_model), so that training can't be "
             "resumed from it. Start anew with --no-resume, or from its weights with --from-pretrained and another "
             "--save-path."
         )
-    problem = next(_problems(content), None)
+    problem = next(_problems(folder), None)
     if problem is not None:
-        sound = (path for path in folders_of_run(folder.parent) if next(_problems(_content(path)), None) is None)
+        sound = (path for path in folders_of_run(folder.parent) if next(_problems(path), None) is None)
         others = list(_by_step(sound).values())
         instead = (
             f"remove {folder}: training then goes on from {others[-1]}" if others else "train anew with --no-resume"
@@ -306,7 +303,7 @@ def trainer_view(
     """
     view = run_folder / f".resume.{secrets.token_hex(4)}.tmp"
     try:
-        _link_tree(_content(checkpoint), view)
+        _link_tree(checkpoint, view)
         for part in (FULL_PRECISION, ADAPTER):
             for path in (view / part).glob("*"):
                 path.replace(view / path.name)
@@ -322,9 +319,6 @@ def trainer_view(
         for theirs, ours in _TRAINER_NAMES.items():
             if has_optimizer and (view / ours).exists():
                 _link_or_copy(view / ours, view / theirs)
-            # Checkpoints of an earlier version of this package have the Trainer's names.
-            elif not has_optimizer and (view / theirs).exists() and theirs != "optimizer.bin":
-                (view / theirs).replace(view / ours)
         yield view
     finally:
         shutil.rmtree(view, ignore_errors=True)
@@ -393,21 +387,15 @@ def remove_over_limit(run_folder: Path, limit: int, kept: set[Path]) -> None:
         remove_folder(folder)
 
 
-def _content(folder: Path) -> Path:
-    """The folder with the files that training is resumed from."""
-    return folder / EARLIER_VERSION if (folder / EARLIER_VERSION).is_dir() else folder
-
-
-def _problems(content: Path) -> Iterator[str]:
+def _problems(folder: Path) -> Iterator[str]:
     """Missing and damaged files among those that training is resumed from, as phrases.
 
     Of the files of torch.save all bytes are read and compared with their checksums, as torch doesn't compare them.
     """
-    for path in sorted(path for path in content.rglob("*") if path.is_file()):
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         try:
             if path.suffix == ".json":
-                found = json.loads(path.read_text(encoding="utf-8"))
-                if not isinstance(found, dict) and path.name != "files.json":  # a list, of an earlier version
+                if not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
                     raise ValueError("it holds no JSON object")
             elif path.suffix == ".safetensors":
                 with safe_open(path, framework="pt"):
@@ -418,24 +406,16 @@ def _problems(content: Path) -> Iterator[str]:
                         raise ValueError(f"the checksum of {part} in it is wrong")
         except Exception as error:  # zipfile raises many kinds for a damaged archive
             yield f"{path} is damaged ({' '.join(str(error).split())})"
-    if not (content / TRAINER_STATE_NAME).is_file():
-        yield f"{content / TRAINER_STATE_NAME} is missing"
-    if not any(path.is_file() for path in content.glob("rng_state*")):
-        yield f"{content / 'rng_state.pth'} is missing"
-    is_of_earlier_version = any((content / name).exists() for name in _TRAINER_NAMES)
-    if is_of_earlier_version:
-        needed = ["optimizer.bin" if (content / "optimizer.bin").exists() else "optimizer.pt", "scheduler.pt"]
-        needed += [] if (content / ADAPTER_WEIGHTS).exists() else [WEIGHTS]
-    else:
-        needed = [CONFIG, WEIGHTS]
-        needed += (
-            [] if (content / "latest").exists() else [OPTIMIZER, SCHEDULER]
-        )  # those are of DeepSpeed's own folders
-        if (content / ADAPTER).is_dir():
-            needed.append(f"{ADAPTER}/{ADAPTER_WEIGHTS}")
-        elif (content / CONFIG).is_file() and read_json(content / CONFIG, "").get("dtype") != "float32":
-            needed.append(f"{FULL_PRECISION}/{WEIGHTS}")
-    yield from (f"{content / name} is missing" for name in needed if not (content / name).is_file())
+    if not any(path.is_file() for path in folder.glob("rng_state*")):
+        yield f"{folder / 'rng_state.pth'} is missing"
+    needed = [TRAINER_STATE_NAME, CONFIG, WEIGHTS]
+    if not (folder / "latest").exists():  # this file names the folder in which DeepSpeed keeps both
+        needed += [OPTIMIZER, SCHEDULER]
+    if (folder / ADAPTER).is_dir():
+        needed.append(f"{ADAPTER}/{ADAPTER_WEIGHTS}")
+    elif (folder / CONFIG).is_file() and read_json(folder / CONFIG, "").get("dtype") != "float32":
+        needed.append(f"{FULL_PRECISION}/{WEIGHTS}")
+    yield from (f"{folder / name} is missing" for name in needed if not (folder / name).is_file())
 
 
 def _link_tree(source: Path, target: Path) -> None:
