@@ -356,7 +356,7 @@ DAMAGED = {
     "model.safetensors": None,
     "full_precision/model.safetensors": b"cut",
     "full_precision": None,
-    "run.json": b"[]",
+    "run.json": None,
 }
 FLIPPED = ("rng_state.pth", "optimizer_state_dict.pt", "scheduler_state_dict.pt")
 

@@ -299,21 +299,6 @@ def test_another_verifier_under_the_same_path_is_refused(finished, tiny_verifier
         again(flags, num_train_epochs=2)
 
 
-@pytest.mark.fault("A checkpoint of an earlier version, without run.json, is resumed.", "What it recorded is compared.")
-def test_a_run_of_an_earlier_version_is_compared_as_far_as_it_is_recorded(finished, tmp_path, caplog):
-    folder = tmp_path / "checkpoints"
-    shutil.copytree(finished["output_dir"], folder, symlinks=True)
-    for name in (RUN_RECORD, "files.json"):  # without the list of files, a file may be missing
-        for path in folder.rglob(name):
-            path.unlink()
-    flags = {**finished, "output_dir": str(folder)}
-    with pytest.raises(PeagleError, match=r"--seed was 42, is 7; .*the optimizer was muon, adamw_torch now"):
-        again(flags, num_train_epochs=2, seed=7, optim="adamw_torch")
-    assert again(flags, num_train_epochs=2).state.global_step == 2 * max(checkpoints_by_step(finished["output_dir"]))
-    assert "recorded less. Not compared" in caplog.text
-    assert "the prepared samples" in caplog.text
-
-
 @pytest.mark.fault("The optimizer's file is that of another model.", "One paragraph names the file.")
 def test_states_of_another_optimizer_are_named(finished, tmp_path):
     folder = tmp_path / "checkpoints"

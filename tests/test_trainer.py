@@ -33,7 +33,6 @@ from peagle_hf.data.prepare import PrepareArguments, prepare
 from peagle_hf.evaluation.acceptance import count
 from peagle_hf.training.checkpoints import checkpoints_by_step, epoch_folders
 from peagle_hf.training.metrics import summarize
-from peagle_hf.training.record import record_of_earlier_version
 from peagle_hf.training.run import build_datasets, build_drafter, build_trainer, train
 from peagle_hf.verifier.head import load_embedding
 
@@ -180,8 +179,6 @@ def test_row_weights_are_in_the_training_loss_alone(train_flags, tmp_path, head)
         "default": 0.5,
         "flat": 1.0,
     }
-    earlier = record_of_earlier_version({"loss": "kl_div"})  # earlier versions had no weights of slots
-    assert earlier.arguments["per_position_loss_weight"] == "uniform"
 
 
 def logged(trainer, name):

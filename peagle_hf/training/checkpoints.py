@@ -41,6 +41,7 @@ BEST = "checkpoint_best"
 CURVES = "training.png"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 OPTIMIZER, SCHEDULER = "optimizer_state_dict.pt", "scheduler_state_dict.pt"
+RUN_RECORD = "run.json"
 FULL_PRECISION = "full_precision"
 ADAPTER = "adapter"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -408,7 +409,7 @@ def _problems(folder: Path) -> Iterator[str]:
             yield f"{path} is damaged ({' '.join(str(error).split())})"
     if not any(path.is_file() for path in folder.glob("rng_state*")):
         yield f"{folder / 'rng_state.pth'} is missing"
-    needed = [TRAINER_STATE_NAME, CONFIG, WEIGHTS]
+    needed = [TRAINER_STATE_NAME, RUN_RECORD, CONFIG, WEIGHTS]
     if not (folder / "latest").exists():  # this file names the folder in which DeepSpeed keeps both
         needed += [OPTIMIZER, SCHEDULER]
     if (folder / ADAPTER).is_dir():

@@ -31,7 +31,7 @@ from .memory import report
 from .metrics import COUNTERS, summarize
 from .nan_check import NanCheck, listed, rows_of
 from .optimizer import describe_optimizer
-from .record import RunRecord, describe_run, packing_of, record_of_earlier_version
+from .record import RunRecord, describe_run, packing_of
 from .resume_rules import check_resume, note_settings
 from .resuming import find_best_again, load_best, load_optimizer_and_schedule, settings_as_made, view_of
 from .sharding import bare_optimizer
@@ -123,7 +123,7 @@ class CurrentRun(TrainerCallback):
             now = describe_run(trainer)
             if folder is None:
                 return None, now
-            before = RunRecord.read(folder) or record_of_earlier_version(read_record(folder) or {})
+            before = RunRecord.read(folder)
             others = configuration_changes(folder, trainer.config, bool(before.verifier and now.verifier))
             return before, check_resume(folder, before, now, trainer_state(folder)["global_step"], others)
 

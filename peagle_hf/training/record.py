@@ -32,13 +32,13 @@ from ..files import read_json, write_json
 from ..fingerprint import weights_of
 from ..redaction import public_settings
 from .arguments import PeagleTrainingArguments
+from .checkpoints import RUN_RECORD
 from .optimizer import MUON
 from .sharding import sharding_of
 
 if TYPE_CHECKING:
     from .trainer import PeagleTrainer
 
-RUN_RECORD = "run.json"
 FORMAT_VERSION = 1
 
 _NO_SETTINGS_OF_ADAPTER = {"base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version"}
@@ -97,15 +97,13 @@ class RunRecord:
     format_version: int = FORMAT_VERSION
 
     @classmethod
-    def read(cls, folder: str | os.PathLike[str]) -> "RunRecord | None":
-        """The record in a checkpoint or an output folder; None where there is none.
+    def read(cls, folder: str | os.PathLike[str]) -> "RunRecord":
+        """The record in a checkpoint or an output folder.
 
         Raises:
-            PeagleError: the record is damaged, or a later version wrote it.
+            PeagleError: the record is missing or damaged, or a later version wrote it.
         """
         path = Path(folder) / RUN_RECORD
-        if not path.exists():
-            return None
         remedy = "Copy it from another checkpoint of the same run, or start anew with --no-resume."
         content = read_json(path, remedy)
         if content.get("format_version", 0) > FORMAT_VERSION:
@@ -115,8 +113,6 @@ class RunRecord:
         known = {one.name for one in fields(cls)}
         if not isinstance(content.get("arguments"), dict):
             raise PeagleError(f"{path} is damaged: it has no arguments. {remedy}")
-        # Records of earlier versions lack this argument, which then had only one value.
-        content["arguments"].setdefault("per_position_loss_weight", "uniform")
         return cls(**{name: value for name, value in content.items() if name in known})
 
     def write(self, folder: str | os.PathLike[str]) -> None:
@@ -209,28 +205,6 @@ def describe_training(trainer: "PeagleTrainer") -> dict[str, Any]:
         "validation": validation or None,
         "versions": _versions(),
     }
-
-
-def record_of_earlier_version(training: Mapping[str, Any]) -> RunRecord:
-    """The record of a run as far as `training.json` tells it, for a checkpoint without `run.json`."""
-    names = {
-        "seed": "seed",
-        "total_seq_len": "total_seq_len",
-        "loss": "loss_fn",
-        "depth_loss_decay": "depth_loss_decay",
-    }
-    arguments = {argument: training[name] for name, argument in names.items() if training.get(name) is not None}
-    arguments["per_position_loss_weight"] = "uniform" if training.get("dpace_alpha") is None else "dpace"
-    optimizer = str(training.get("optimizer") or "").partition(",")[0]
-    return RunRecord(
-        arguments=arguments,
-        rows_per_step=training.get("rows_per_step"),
-        processes=training.get("processes"),
-        precision=training.get("precision"),
-        optimizer="muon" if optimizer == "Muon and AdamW" else optimizer or None,
-        format_version=0,
-        versions=training.get("versions"),
-    )
 
 
 def _precision(args: PeagleTrainingArguments) -> str:

@@ -214,14 +214,6 @@ def check_resume(folder: Path, before: RunRecord, now: RunRecord, step: int, oth
         raise PeagleError(f"{folder} can't be resumed, as it is of another run: {'; '.join(refused)}. {_REMEDY}")
     if taken:
         _log_changes(taken)
-    if before.format_version == 0:
-        unknown = [words.rpartition(" ")[0] for name, words in _WORDS.items() if getattr(before, name) is None]
-        logger.warning(
-            "%s was written by a version of peagle_hf that recorded less. Not compared, so make sure that they are the "
-            "same: %s.",
-            folder,
-            ", ".join(unknown),
-        )
     changes = [*before.changes, *([{"step": step, **taken}] if taken else [])]
     return replace(now, changes=changes)
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
-from transformers.trainer import OPTIMIZER_NAME
 
 from ..data.prepared_dataset import rows_fingerprint
 from ..errors import PeagleError
@@ -69,7 +68,7 @@ def is_finished(args: PeagleTrainingArguments, newest: Path, config: PeagleConfi
     done, steps = trainer_state(newest)["global_step"], planned_steps(args, num_packs)[0]
     if done < steps:
         return False
-    before = RunRecord.read(newest) or RunRecord(arguments_of(args))
+    before = RunRecord.read(newest)
     now = replace(before, arguments=arguments_of(args), data=rows_fingerprint(args.data_path))
     check_resume(newest, before, now, done, configuration_changes(newest, config, is_verifier_known=True))
     logger.info("%s is complete: its last step is %d, and these arguments end at step %d.", newest, done, steps)
@@ -190,11 +189,6 @@ def load_optimizer_and_schedule(trainer: "PeagleTrainer", view: Path, before: Ru
 def _load_optimizer(trainer: "PeagleTrainer", view: Path) -> None:
     args, folder = trainer.args, trainer.current_run.resumed_from
     path, optimizer = view / OPTIMIZER, bare_optimizer(trainer)
-    if not path.exists():
-        raise PeagleError(
-            f"{folder} has no {OPTIMIZER_NAME}: under FSDP earlier versions saved the optimizer's states in "
-            "another way. Start from its weights alone with --from-pretrained and another --save-path."
-        )
     is_read = not is_fsdp2(trainer) or args.process_index == 0
     # A training on a GPU copies the states there, so the processes can map one file instead of reading it each.
     on_gpu = args.device.type == "cuda"
