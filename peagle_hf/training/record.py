@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 
 _NO_SETTINGS_OF_ADAPTER = {"base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version"}
-_PATHS = ("data_path", "hidden_states_path", "output_dir", "from_pretrained", "token_freq_path", "logging_dir")
+_PATHS = ("data_path", "hidden_states_path", "output_dir", "from_pretrained", "token_freq_path")
 
 
 @dataclass(frozen=True)

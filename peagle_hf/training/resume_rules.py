@@ -24,7 +24,7 @@ def _names(rule: str, names: str) -> dict[str, str]:
 
 ON_RESUME: dict[str, str] = {
     # The schedule and the settings of the optimizer, which take effect from the resumed step on.
-    **_names(FREE, "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio max_grad_norm"),
+    **_names(FREE, "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps max_grad_norm"),
     **_names(FREE, "weight_decay adam_beta1 adam_beta2 adam_epsilon num_train_epochs max_steps"),
     # Validation, saving, logging and uploads.
     **_names(FREE, "do_eval eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size"),
@@ -32,17 +32,16 @@ ON_RESUME: dict[str, str] = {
     **_names(FREE, "bf16_full_eval fp16_full_eval batch_eval_metrics include_for_metrics do_predict"),
     **_names(FREE, "metric_for_best_model greater_is_better load_best_model_at_end"),
     **_names(FREE, "save_strategy save_steps save_total_limit save_only_model save_on_each_node export_dtype"),
-    **_names(FREE, "save_safetensors enable_jit_checkpoint output_dir overwrite_output_dir logging_dir"),
     **_names(FREE, "logging_strategy logging_steps logging_first_step logging_nan_inf_filter log_on_each_node"),
-    **_names(FREE, "log_level log_level_replica disable_tqdm include_num_input_tokens_seen include_tokens_per_second"),
+    **_names(FREE, "log_level log_level_replica disable_tqdm include_num_input_tokens_seen"),
     **_names(FREE, "report_to run_name project trackio_space_id trackio_bucket_id trackio_static_space_id"),
     **_names(FREE, "skip_memory_metrics push_to_hub hub_token hub_private_repo hub_model_id hub_strategy"),
-    **_names(FREE, "hub_always_push hub_revision verifier_name push_to_hub_token push_to_hub_model_id"),
+    **_names(FREE, "hub_always_push hub_revision verifier_name output_dir enable_jit_checkpoint"),
     # How it is computed, with the same result up to rounding.
-    **_names(FREE, "use_cpu no_cuda use_mps_device tf32 torch_compile torch_compile_backend torch_compile_mode"),
+    **_names(FREE, "use_cpu tf32 torch_compile torch_compile_backend torch_compile_mode"),
     **_names(FREE, "gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing"),
     **_names(FREE, "activation_checkpointing_kwargs keep_attention sequence_partitions memory_budget"),
-    **_names(FREE, "torch_empty_cache_steps use_cache full_determinism debug jit_mode_eval"),
+    **_names(FREE, "torch_empty_cache_steps use_cache full_determinism debug"),
     **_names(FREE, "dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers"),
     **_names(FREE, "dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order"),
     **_names(FREE, "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend"),
@@ -57,7 +56,7 @@ ON_RESUME: dict[str, str] = {
     # What decides which samples a step trains on.
     **_names(EQUIVALENT, "per_device_train_batch_size gradient_accumulation_steps"),
     **_names(REFUSED, "seed data_seed train_data_ratio total_seq_len dataloader_drop_last auto_find_batch_size"),
-    **_names(REFUSED, "train_sampling_strategy group_by_length length_column_name accelerator_config"),
+    **_names(REFUSED, "train_sampling_strategy length_column_name accelerator_config"),
     **_names(REFUSED, "remove_unused_columns label_names average_tokens_across_devices"),
     # What decides the loss, the kind of optimizer and the precision.
     **_names(REFUSED, "loss_fn depth_loss_decay per_position_loss_weight dpace_alpha optim optim_args bf16 fp16"),
@@ -77,16 +76,8 @@ it is taken if each step still has the same samples: 1 process with 2 accumulati
 """
 
 _UNMENTIONED = {
-    *(
-        "output_dir",
-        "overwrite_output_dir",
-        "logging_dir",
-        "run_name",
-        "resume",
-        "resume_from_checkpoint",
-        "local_rank",
-    ),
-    *("disable_tqdm", "hub_token", "push_to_hub_token", "dry_run", "memory_report", "project", "eval_on_start"),
+    *("output_dir", "run_name", "project", "resume", "resume_from_checkpoint", "local_rank", "disable_tqdm"),
+    *("hub_token", "dry_run", "memory_report", "eval_on_start"),
 }
 """Free arguments that the log doesn't mention when they change."""
 
