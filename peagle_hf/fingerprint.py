@@ -29,8 +29,6 @@ READERS = 16
 """Blocks that are read at the same time: on a network disk most of the time is latency."""
 NOT_OF_THE_WEIGHTS = ("_name_or_path", "transformers_version")
 """Fields of config.json that say where a model came from, not what it computes, and aren't compared."""
-END_BYTES = 1 << 20
-"""Bytes at both ends of each file that earlier versions of peagle_hf read."""
 
 
 class _Piece(NamedTuple):
@@ -75,11 +73,9 @@ def has_weights(
     revision: str | None = None,
     made_by: str | None = None,
 ) -> bool | None:
-    """Whether a model has the weights that `weights_of` recorded, also in an earlier version of peagle_hf.
+    """Whether a model has the weights that `weights_of` recorded.
 
-    Earlier versions read only both ends of each file, so their records also match a model that was changed in
-    between. A commit of the hub is compared with another commit, or a folder, by fingerprints if both are on this
-    machine.
+    A commit of the hub is compared with another commit, or a folder, by fingerprints if both are on this machine.
 
     Args:
         recorded: what `weights_of` returned then.
@@ -91,10 +87,10 @@ def has_weights(
     folder = _folder(name_or_path, revision)
     if not isinstance(recorded, str):  # not known, or damaged
         return None
-    if recorded.startswith(("sha256 ", "config ")):
+    if recorded.startswith("config "):
         if folder is None or not (Path(name_or_path).is_dir() or _is_whole(folder)):
             return None
-        return recorded == (_ends_of(folder) if recorded.startswith("sha256 ") else _fingerprint(folder))
+        return recorded == _fingerprint(folder)
     if folder is None:
         return None if revision is None else recorded == revision
     if folder.name == recorded:
@@ -232,16 +228,3 @@ def _read(descriptor: int, start: int, size: int) -> bytes:
     if len(content) < size:
         raise ValueError("a file of weights is shorter than its header says")
     return content
-
-
-def _ends_of(folder: Path) -> str:
-    """Fingerprint as in earlier versions: of config.json, and of the sizes and both ends of all safetensors."""
-    digest = hashlib.sha256()
-    for path in sorted([*folder.glob("config.json"), *folder.glob("*.safetensors")]):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size} ".encode())
-        with open(path, "rb") as file:
-            digest.update(file.read(END_BYTES))
-            file.seek(max(0, size - END_BYTES))
-            digest.update(file.read())
-    return f"sha256 {digest.hexdigest()[:16]}"

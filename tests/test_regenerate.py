@@ -846,17 +846,13 @@ def test_other_arguments_are_refused(target, prompts, tmp_path):
 
 def test_an_output_of_another_template_of_the_model_itself_is_not_kept(target, prompts, tmp_path):
     model, output = shutil.copytree(target, tmp_path / "model"), tmp_path / "chats.jsonl"
-    rows = run(model, output, prompts=str(prompts))
+    run(model, output, prompts=str(prompts))
     template = model / "chat_template.jinja"
     template.write_text(template.read_text() + "{# the same text, but that isn't known #}")
     with pytest.raises(
         PeagleError, match=r"tokenizer: with its chat template sha256 \w+ there, with its chat template"
     ):
         run(model, output, prompts=str(prompts))
-    report = report_of(output)
-    del report["settings"]["tokenizer"]  # earlier versions recorded no tokenizer
-    output.with_suffix(".report.json").write_text(json.dumps(report))
-    assert run(model, output, prompts=str(prompts)) == rows
 
 
 def test_damaged_files_are_named(target, prompts, tmp_path):

@@ -107,7 +107,7 @@ def _run_step(step: str, arguments: Any, section: dict[str, Any], record: Path) 
     state = _State.now(step, arguments, section)
     try:
         reasons = [] if before is None else state.differences(before)
-    except (AttributeError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise PeagleError(
             f"{record} is damaged: what it says of {step} has another form ({error}). {remedy}"
         ) from error
@@ -170,8 +170,6 @@ class _State:
 
     def differences(self, before: dict[str, Any]) -> list[str]:
         """Changes since the step was finished, as parts of a sentence."""
-        if not before.keys() >= {"arguments", "read", "written"}:
-            return ["an earlier version of peagle_hf didn't record what it had read and written"]
         changes = [f"{name} changed" for name in self.changed_arguments(before)]
         changes += [f"{what} changed" for what in self.changed_inputs(before)]
         missing, changed = self.changed_outputs(before)
@@ -208,7 +206,7 @@ def _require_fresh(step: str, arguments: Any, state: _State, before: dict[str, A
         PeagleError: training would continue from checkpoints of other arguments or data, or a file that the command
             would keep as complete was changed.
     """
-    if step not in ("train", "regenerate") or "written" not in before:
+    if step not in ("train", "regenerate"):
         return
     _, changed = state.changed_outputs(before)
     changed = [name for name in changed if name != BEST]  # training itself moves this link

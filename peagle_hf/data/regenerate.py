@@ -202,9 +202,6 @@ def _regenerate(arguments: RegenerateArguments, output: Path, report_path: Path)
     journal_path = output.with_suffix(".journal")
     if output.exists():
         found = _settings_of(output, report_path)
-        if has_weights(found.get("weights"), arguments.model):  # also by the fingerprint of an earlier version
-            found["weights"] = settings.get("weights")
-        found.setdefault("tokenizer", settings["tokenizer"])  # an earlier version didn't record it
         _require_same_settings(settings, found, output, journal_path)
         logger.info("%s is complete already.", output)
         return output
@@ -214,7 +211,7 @@ def _regenerate(arguments: RegenerateArguments, output: Path, report_path: Path)
     with Journal(journal_path) as journal:
         answer_settings = _answer_settings(arguments) | options.description()
         before = (journal.settings or {}).get("model")
-        if has_weights(before, arguments.model):  # also by the fingerprint of an earlier version
+        if has_weights(before, arguments.model):  # a commit on the hub, and now its files in a folder
             answer_settings["model"] = before
         _log_changes(journal, answer_settings)
         journal.begin(answer_settings)
