@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
@@ -184,13 +183,12 @@ class CurrentRun(TrainerCallback):
         if step == 0:
             return "Training ended before its first step"
         # A checkpoint of this step may also belong to an earlier run, which this run replaces.
-        is_saved = not self.superseded and step in checkpoints_by_step(folder)
-        if not broadcast_object_list([is_saved])[0]:
+        if not on_first(lambda: not self.superseded and step in checkpoints_by_step(folder)):
             try:
                 trainer._save_checkpoint(trainer.model, self._trial)
             except (PeagleError, OSError) as error:
                 return f"Training ended after step {step}, which could not be saved ({str(error).removesuffix('.')})"
-        saved = broadcast_object_list([str(checkpoints_by_step(folder).get(step))])[0]
+        saved = on_first(lambda: checkpoints_by_step(folder).get(step))
         return (
             f"Training ended after step {step}{', in its validation' if self.owes_validation else ''}, and is saved "
             f"in {saved}, from which the same command{'' if trainer.args.resume else ' without --no-resume'} goes on"

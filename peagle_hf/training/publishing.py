@@ -4,13 +4,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerate.utils import broadcast_object_list
 from huggingface_hub import HfApi, ModelCard
 
 from ..errors import PeagleError
 from ..hub.card import model_card
 from ..hub.push import PushArguments, open_repo, push
 from ..hub.training_json import read_record
+from ..processes import on_first
 from ..verifier.loading import hub_verifier
 from .arguments import PeagleTrainingArguments
 from .checkpoints import BEST
@@ -99,7 +99,7 @@ def upload(
 def _servable_folder(trainer: "PeagleTrainer") -> Path:
     """On all processes: `checkpoint_best`, or the model as it is now, exported."""
     output = Path(trainer.args.output_dir)
-    if broadcast_object_list([(output / BEST).exists()])[0]:
+    if on_first((output / BEST).exists):
         return output / BEST
     with written_to(trainer, output / "exported"):
         return output / "exported"

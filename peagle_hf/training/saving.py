@@ -8,14 +8,13 @@ from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from ..files import write_json, writing
 from ..hub.training_json import RECORD
-from ..processes import together
+from ..processes import on_first, together
 from .adapters import add_mask_hidden, merge_adapter
 from .checkpoints import (
     ADAPTER,
@@ -60,7 +59,7 @@ def written_to(trainer: "PeagleTrainer", folder: Path, superseded: Sequence[Path
     Args:
         superseded: folders that are removed then, as is an older `folder`.
     """
-    temporary = folder.with_name(f".{folder.name}.{broadcast_object_list([token_hex(4)])[0]}.tmp")
+    temporary = folder.with_name(f".{folder.name}.{on_first(lambda: token_hex(4))}.tmp")
     should_save, model = trainer.args.should_save, trainer.model
     weights = temporary / (ADAPTER if isinstance(model, PeftModel) else FULL_PRECISION)
     with writing(folder):
