@@ -55,12 +55,15 @@ def test_escaped_markdown_is_the_text_itself():
     assert text == " ".join(HOSTILE.split())
 
 
-def test_a_picture_that_can_not_be_drawn_gives_the_reason():
+def test_a_picture_that_can_not_be_drawn_gives_the_reason(tmp_path, caplog):
     def draw(axes):
         raise ValueError("no <numbers>")
 
     shown = pictures.picture("lengths", draw)
     assert shown == "<p>The picture “lengths” could not be drawn: no &lt;numbers&gt;</p>"
+    pictures.save_png(tmp_path / "curves.png", [draw], (4, 3), "curves.json")
+    assert "curves.png could not be drawn (ValueError: no <numbers>). All figures are in curves.json." in caplog.text
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.fault("matplotlib is not installed", "Reports and training have no pictures and say what to install.")

@@ -18,7 +18,6 @@ from ..data.tokenizer import ChatOptions
 from ..files import ANOTHER_OUTPUT, atomic_path, locked_folder, write_json
 from ..hub.training_json import chosen_chat_options, recorded_chat_options
 from ..model.served_checkpoint import verifier_of
-from ..pages.pictures import can_draw
 from ..serving.environment import installed_vllm
 from ..serving.tokens_by_load import RECOMMENDED, recommend
 from .arguments import EvaluateArguments
@@ -193,20 +192,8 @@ def _illustrate(report: dict[str, Any], output: Path) -> None:
     with atomic_path(output / "evaluation.html") as temporary:
         temporary.write_text(html(report), encoding="utf-8")
     picture = output / "evaluation.png"
-    if not can_draw():
-        picture.unlink(missing_ok=True)  # the picture of an earlier evaluation
-        return
-    try:
-        with atomic_path(picture) as temporary:
-            draw(report, temporary)
-    except Exception as error:
-        picture.unlink(missing_ok=True)  # the picture of an earlier evaluation
-        logger.warning(
-            "%s could not be drawn (%s: %s). All figures are in evaluation.json and evaluation.html beside it.",
-            picture,
-            type(error).__name__,
-            error,
-        )
+    picture.unlink(missing_ok=True)  # that of an earlier evaluation
+    draw(report, picture)
 
 
 def _warn_of_few_prompts(concurrency: Sequence[int], num_prompts: int) -> None:

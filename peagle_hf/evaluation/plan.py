@@ -23,12 +23,11 @@ from ..arguments import (
 )
 from ..console import number_of
 from ..errors import PeagleError
-from ..files import ANOTHER_OUTPUT, atomic_path, locked_folder, write_json
+from ..files import ANOTHER_OUTPUT, locked_folder, write_json
 from ..fingerprint import weights_of
 from ..model.config import PeagleConfig
 from ..model.drafter import PeagleForSpeculation
 from ..model.served_checkpoint import speculative_config
-from ..pages.pictures import can_draw
 from ..redaction import public_command
 from ..serving.client import summarize
 from ..serving.environment import installed_vllm, vllm_environment
@@ -180,7 +179,9 @@ def plan(arguments: PlanArguments) -> dict[str, Any]:
         write_json(output / "plan.json", report)
         print(text(report), flush=True)
         logger.info("\nWritten to %s.", output / "plan.json")
-        _draw(report, output / "plan.png")
+        picture = output / "plan.png"
+        picture.unlink(missing_ok=True)  # that of an earlier plan
+        draw(report, picture)
         measurement.finished.remove()
     return report
 
@@ -437,17 +438,3 @@ def _has_tokenizer(model: str) -> bool:
 
 
 _TOKENIZER_FILES = ("tokenizer*", "tekken.json", "vocab*", "*.tiktoken", "*.model")
-
-
-def _draw(report: dict[str, Any], path: Path) -> None:
-    """Draw the picture; if it can't be drawn, the log says why, and all figures are in plan.json."""
-    path.unlink(missing_ok=True)  # the picture of an earlier plan
-    if not can_draw():
-        return
-    try:
-        with atomic_path(path) as temporary:
-            draw(report, temporary)
-    except Exception as error:
-        logger.warning(
-            "%s could not be drawn (%s: %s). All figures are in plan.json beside it.", path, type(error).__name__, error
-        )

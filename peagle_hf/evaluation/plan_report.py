@@ -22,7 +22,8 @@ def text(report: dict[str, Any]) -> str:
 
 def draw(report: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """Draw, as a PNG, the length from which each drafter pays and its speed-up at length 2, both by load."""
-    save_png(path, [partial(_draw_break_even, report), partial(_draw_speed_up, report)], (6.2, 4.4))
+    drawings = [partial(_draw_break_even, report), partial(_draw_speed_up, report)]
+    save_png(path, drawings, (6.2, 4.4), "plan.json beside it")
 
 
 def _size(entry: dict[str, Any]) -> str:

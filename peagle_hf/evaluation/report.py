@@ -44,7 +44,8 @@ def html(report: dict[str, Any]) -> str:
 
 def draw(report: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """Draw all pictures of the report side by side into a PNG; error bars are the intervals."""
-    save_png(path, [partial(drawing, report) for _, drawing in _PICTURES], (6.2, 3.6))
+    drawings = [partial(drawing, report) for _, drawing in _PICTURES]
+    save_png(path, drawings, (6.2, 3.6), "evaluation.json and evaluation.html beside it")
 
 
 def _summary(entry: dict[str, Any], report: dict[str, Any]) -> dict[str, str]:

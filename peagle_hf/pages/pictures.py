@@ -16,6 +16,8 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
+from ..files import atomic_path
+
 logger = logging.getLogger(__name__)
 
 GREY, BLUE = "#8593a1", "#4a86c5"
@@ -60,10 +62,22 @@ def picture(title: str, draw: Draw) -> Markup:
     )
 
 
-def save_png(path: str | os.PathLike[str], drawings: Sequence[Draw], size: tuple[float, float]) -> None:
-    """Draw side by side into a PNG file on white; `size` is that of one drawing, in inches."""
-    with _style(_INKS["light"]):
-        _figure(drawings, size).savefig(path, format="png", dpi=_DOTS_PER_INCH, facecolor="white")
+def save_png(path: str | os.PathLike[str], drawings: Sequence[Draw], size: tuple[float, float], source: str) -> None:
+    """Draw side by side into a PNG file on white, atomically; if that can't be done, the log says why.
+
+    Args:
+        size: of one drawing, in inches.
+        source: the files that have all figures, for the log.
+    """
+    if not can_draw():
+        return
+    try:
+        with atomic_path(path) as temporary, _style(_INKS["light"]):
+            _figure(drawings, size).savefig(temporary, format="png", dpi=_DOTS_PER_INCH, facecolor="white")
+    except Exception as error:
+        logger.warning(
+            "%s could not be drawn (%s: %s). All figures are in %s.", path, type(error).__name__, error, source
+        )
 
 
 def _svg(draw: Draw, ink: str) -> str:

@@ -8,8 +8,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import SaveStrategy
 
 from ..arguments import config_path, write_config
-from ..files import atomic_path
-from ..pages.pictures import can_draw
 from .checkpoints import (
     CURVES,
     best_checkpoint,
@@ -84,7 +82,7 @@ class VllmExportCallback(TrainerCallback):
             self._describe(args)
             self._update(args, state)
             if checkpoints_by_step(self._folder(args))[state.global_step].name.isdecimal():
-                self._draw(args, state)
+                draw(state.log_history, self._folder(args) / CURVES)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -92,7 +90,7 @@ class VllmExportCallback(TrainerCallback):
         if not args.should_save:
             return
         if state.global_step in checkpoints_by_step(self._folder(args)):
-            self._draw(args, state)
+            draw(state.log_history, self._folder(args) / CURVES)
         if scores_by_step(args, state) and not metric_name(args).endswith("loss"):
             logger.info(
                 "checkpoint_best is chosen by %s. With --metric-for-best-model loss the lowest validation loss "
@@ -104,11 +102,6 @@ class VllmExportCallback(TrainerCallback):
         if not self._is_described:
             write_config(args, config_path(self._folder(args), "train"), "train")
         self._is_described = True
-
-    def _draw(self, args: TrainingArguments, state: TrainerState) -> None:
-        if can_draw():
-            with atomic_path(self._folder(args) / CURVES) as temporary:
-                draw(state.log_history, temporary)
 
     def _folder(self, args: TrainingArguments) -> Path:
         return self.run_folder or Path(args.output_dir or ".")

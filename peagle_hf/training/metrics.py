@@ -143,7 +143,6 @@ def draw(history: list[dict[str, Any]], path: str | os.PathLike[str]) -> None:
     Args:
         history: the Trainer's `state.log_history`.
     """
-    from matplotlib import colormaps
 
     def curve(axes: Any, name: str, **style: Any) -> None:
         points = [(entry["step"], entry[name]) for entry in history if name in entry]
@@ -161,6 +160,8 @@ def draw(history: list[dict[str, Any]], path: str | os.PathLike[str]) -> None:
         finish(axes, label)
 
     def by_depth(axes: Any) -> None:
+        from matplotlib import colormaps
+
         prefix = "eval_" if any("eval_loss" in entry for entry in history) else ""
         names = {name for entry in history for name in entry if re.fullmatch(rf"{prefix}acceptance_\d+", name)}
         for depth in range(len(names)):
@@ -168,5 +169,6 @@ def draw(history: list[dict[str, Any]], path: str | os.PathLike[str]) -> None:
             curve(axes, f"{prefix}acceptance_{depth}", label=f"depth {depth}", color=color, marker=".")
         finish(axes, "Acceptance by depth")
 
+    losses = partial(both, "loss", LOSS_LABEL)
     lengths = partial(both, "acceptance_length", "Acceptance length")
-    save_png(path, [partial(both, "loss", LOSS_LABEL), lengths, by_depth], (13 / 3, 3.8))
+    save_png(path, [losses, lengths, by_depth], (13 / 3, 3.8), "the trainer_state.json of each checkpoint")
