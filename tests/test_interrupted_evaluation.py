@@ -206,7 +206,7 @@ def test_vllm_in_process_does_only_what_is_missing(arguments, monkeypatch, capsy
         def wait_until_ready(self):
             pass
 
-        def run(self, job, keep):
+        def run(self, job):
             for index, (temperature, concurrency) in enumerate(job.conditions):
                 assert temperature == 0.7
                 if dies and (self.seed, self.what, concurrency) == (8, "with the drafter", 2):
@@ -217,7 +217,7 @@ def test_vllm_in_process_does_only_what_is_missing(arguments, monkeypatch, capsy
                 chats = [[fields] * len(prompt.turns) for prompt in job.prompts]
                 runner = "first" if job.answers else "second"
                 run = Run.of({"concurrency": concurrency, "chats": chats, "seconds": 2.0})
-                keep(run, MEASURED_ON | {"model_runner": runner})
+                yield run, MEASURED_ON | {"model_runner": runner}
 
     monkeypatch.setattr("peagle_hf.evaluation.in_processes.VllmProcess", FakeProcess)
     samples_rightly = replace(installed_vllm(), samples_wrongly_on_cpu=False)

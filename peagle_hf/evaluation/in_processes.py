@@ -1,10 +1,9 @@
 """Measure vLLM in child processes, one for each drafter and K, and one without a drafter."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from ..serving.environment import installed_vllm, vllm_environment
 from ..serving.installed import MODEL_RUNNER, REQUEST_COUNTS, InstalledVllm, drafting_environment
 from ..verifier.loading import load_verifier_config
 from .arguments import MAX_MODEL_LEN
-from .runs import BY_CATEGORY, BY_DRAFT, DRAFTED, NOT_DRAFTED, Condition, FinishedRuns, Run
+from .runs import BY_CATEGORY, BY_DRAFT, DRAFTED, NOT_DRAFTED, Condition, Run
 from .task import Drafting, Measured, Task, by_temperature, conditions, name_of_run
 from .vllm_process import Job, VllmProcess
 
@@ -73,7 +72,8 @@ def measure_processes(task: Task) -> Measured:
                     job = replace(job, answers=[runs[0][condition][-1].texts for condition in missing[number]])
                 if missing[number]:
                     with process:
-                        process.run(job, partial(_add, finished, iter([names[one] for one in missing[number]])))
+                        for condition, made in zip(missing[number], process.run(job), strict=True):
+                            finished.add(names[condition], *made)
                 for condition, so_far in runs[number].items():
                     run, measured_on = finished[names[condition]]
                     so_far.append(run)
@@ -89,10 +89,6 @@ def _check_sampling(temperatures: Sequence[float], installed: InstalledVllm) -> 
             f"{installed.sampling_fault} Acceptance would be wrong, too. Measure with --temperature 0 or on a GPU; "
             "peagle-hf acceptance --temperature and draft_and_verify need no vLLM."
         )
-
-
-def _add(finished: FinishedRuns, names: Iterator[str], run: Run, measured_on: dict[str, Any]) -> None:
-    finished.add(next(names), run, measured_on)
 
 
 def _process(

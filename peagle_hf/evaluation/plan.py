@@ -3,7 +3,7 @@
 import logging
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -350,7 +350,8 @@ class _Measurement:
         known, flags = self.installed.known(engine), self.arguments.vllm_args
         with VllmProcess(known, environment, log, what, flags, IF_MEMORY_RAN_OUT) as process:
             for name, job in missing.items():
-                process.run(job, _keeper(self.finished, name))
+                for run, measured_on in process.run(job):
+                    self.finished.add(name, run, measured_on)
 
     def _models(self, size: _Size, tokens: int, concurrency: int) -> list[SpeedModel]:
         """The model of each round."""
@@ -388,10 +389,6 @@ class _Measurement:
             "speed_up": {f"{length:g}": _speed_up(models, length, tokens) for length in LENGTHS},
             "model_error": max(model.error for model in models),
         }
-
-
-def _keeper(finished: FinishedRuns, name: str) -> Callable[[Run, dict[str, Any]], None]:
-    return lambda run, measured_on: finished.add(name, run, measured_on)
 
 
 def _fastest(models: dict[int, list[SpeedModel]]) -> list[dict[str, Any]]:

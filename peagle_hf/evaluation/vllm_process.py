@@ -14,7 +14,7 @@ import sys
 import time
 from argparse import Namespace
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -117,12 +117,12 @@ class VllmProcess:
         while self._measured_on is None:
             self._measured_on = self._receive().get("measured_on")
 
-    def run(self, job: Job, keep: Callable[[Run, dict[str, Any]], object]) -> None:
+    def run(self, job: Job) -> Iterator[tuple[Run, dict[str, Any]]]:
         """Do a job.
 
-        Args:
-            keep: called with the run of each condition, in order, as soon as it is finished, and with its `dtype`,
-                `device`, `model_runner` and `versions`.
+        Yields:
+            the run of each condition, in order, as soon as it is finished, with its `dtype`, `device`, `model_runner`
+            and `versions`.
 
         Raises:
             PeagleError: vLLM fails, or a prompt is too long.
@@ -135,7 +135,7 @@ class VllmProcess:
             for _ in job.conditions:
                 while "run" not in (message := self._receive()):
                     progress.update(message.get("done", 0))
-                keep(Run.of(message["run"]), self._measured_on)
+                yield Run.of(message["run"]), self._measured_on
 
     def _send(self, content: dict[str, Any]) -> None:
         assert self._process is not None
