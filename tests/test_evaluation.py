@@ -30,7 +30,7 @@ from peagle_hf.evaluation.suites import load_prompts
 from peagle_hf.evaluation.task import drafting_of, follow_links
 from peagle_hf.hub.training_json import recorded_chat_options
 from peagle_hf.model import served_checkpoint
-from peagle_hf.model.served_checkpoint import check_checkpoint, speculative_config
+from peagle_hf.model.served_checkpoint import check_checkpoint, check_verifier, speculative_config
 from peagle_hf.serving.client import Answer, summarize
 from peagle_hf.serving.environment import vllm_environment
 from peagle_hf.serving.launch import ServeArguments, drafting_command
@@ -55,7 +55,8 @@ def spoil(drafter, tmp_path):
 
 
 def test_sound_checkpoint_is_served_as_it_was_trained(drafter, chain, spoil):
-    config = check_checkpoint(drafter, verifier=str(chain))
+    config = check_checkpoint(drafter)
+    check_verifier(drafter, config, str(chain), False)
     expected = {"model": str(drafter), "method": "eagle3", "parallel_drafting": True, "num_speculative_tokens": 3}
     expected["draft_sample_method"] = "probabilistic"
     assert speculative_config(drafter, config) == expected
@@ -129,7 +130,7 @@ def test_another_verifier_is_refused_by_both_names(drafter, chain, tmp_path):
     config = json.loads((chain / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
     with pytest.raises(PeagleError, match="2 layers") as refused:
-        check_checkpoint(drafter, verifier=str(tmp_path))
+        check_verifier(drafter, check_checkpoint(drafter), str(tmp_path), False)
     assert str(chain) in str(refused.value)
     assert str(tmp_path) in str(refused.value)
 

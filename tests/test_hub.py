@@ -250,7 +250,7 @@ def test_push_to_hub_of_the_model_gives_a_repository_that_vllm_serves(hub, train
     assert files.keys() == SERVED
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
-    assert check_checkpoint(tmp_path, verifier=VERIFIER).verifier_name_or_path == VERIFIER
+    assert check_checkpoint(tmp_path).verifier_name_or_path == VERIFIER
     assert "speculators" in metadata(hub, "my-lab/plain", "v2").tags
 
 

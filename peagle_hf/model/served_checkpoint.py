@@ -64,15 +64,11 @@ def drafter_name(name_or_path: str | os.PathLike[str], folder: Path) -> tuple[st
     return (str(folder) if os.path.isabs(given) else os.path.relpath(folder)), given
 
 
-def check_checkpoint(
-    folder: str | os.PathLike[str], verifier: str | None = None, trust_remote_code: bool = False
-) -> PeagleConfig:
+def check_checkpoint(folder: str | os.PathLike[str]) -> PeagleConfig:
     """Make sure that vLLM would load a checkpoint, and would load it rightly: vLLM itself is silent about much.
 
     Args:
         folder: holds `config.json` and `model.safetensors`.
-        verifier: also make sure that the drafter was made for a model like this one (hub name or folder).
-        trust_remote_code: let the verifier's configuration run code from its repository.
 
     Returns:
         The drafter's configuration.
@@ -92,8 +88,6 @@ def check_checkpoint(
             raise PeagleError(f"{folder} holds no {name}, so it is no drafter checkpoint. {advice}.")
     config = _check_config(folder / "config.json")
     _check_tensors(folder / "model.safetensors", config)
-    if verifier is not None:
-        check_verifier(folder, config, verifier, trust_remote_code)
     return config
 
 
@@ -215,7 +209,17 @@ def _check_tensors(path: Path, config: PeagleConfig) -> None:
 def check_verifier(
     folder: str | os.PathLike[str], config: PeagleConfig, verifier: str, trust_remote_code: bool
 ) -> None:
-    """Make sure that a drafter was made for a model like this one (see `check_checkpoint`)."""
+    """Make sure that a drafter was made for a model like this one.
+
+    Args:
+        folder: of the drafter, for the message.
+        config: of the drafter.
+        verifier: hub name or folder of the model.
+        trust_remote_code: let the verifier's configuration run code from its repository.
+
+    Raises:
+        PeagleError: the model has other sizes or too few layers; the message names both.
+    """
     target = load_verifier_config(verifier, trust_remote_code=trust_remote_code)
     layer_ids = config.eagle_aux_hidden_state_layer_ids
     same_sizes = (target.hidden_size, target.vocab_size) == (config.hidden_size, config.vocab_size)
