@@ -120,12 +120,12 @@ NEEDS = (
     ),
     Need(
         ("server_hidden_states_path", "request_timeout", "max_retries"),
-        lambda args: args.on_missing == "generate" and args.vllm_endpoint,
+        lambda args: args.asks_servers,
         "--on-missing generate and --vllm-endpoint",
     ),
     Need(
         ("verifier_device",),
-        lambda args: args.on_missing == "generate" and not args.vllm_endpoint,
+        lambda args: args.runs_verifier,
         "--on-missing generate, which runs the verifier in this process without --vllm-endpoint",
     ),
     Need(

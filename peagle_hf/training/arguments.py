@@ -352,14 +352,9 @@ class PeagleTrainingArguments(TrainingArguments):
         ),
         "Training": (
             *("num_train_epochs", "learning_rate", "lr_scheduler_type", "optim", "weight_decay"),
-            *(
-                "per_device_train_batch_size",
-                "per_device_eval_batch_size",
-                "total_seq_len",
-                "train_data_ratio",
-                "eval_strategy",
-            ),
-            *("save_strategy", "logging_steps", "metric_for_best_model", "seed", "use_cpu", "dataloader_num_workers"),
+            *("per_device_train_batch_size", "per_device_eval_batch_size", "total_seq_len", "train_data_ratio"),
+            *("eval_strategy", "save_strategy", "logging_steps", "metric_for_best_model", "seed", "use_cpu"),
+            "dataloader_num_workers",
         ),
         "LoRA adapter": ("lora_r", "lora_alpha", "lora_dropout", "lora_modules_to_save"),
         "Memory": (
@@ -468,9 +463,14 @@ class PeagleTrainingArguments(TrainingArguments):
         os.environ.update({} if self.bf16 or self.fp16 else {"ACCELERATE_MIXED_PRECISION": "no"})
 
     @property
+    def asks_servers(self) -> bool:
+        """Whether vLLM servers are asked for samples that have no cached hidden states."""
+        return self.on_missing == "generate" and self.vllm_endpoint is not None
+
+    @property
     def runs_verifier(self) -> bool:
         """Whether the verifier runs in this process for samples that have no cached hidden states."""
-        return self.on_missing == "generate" and not self.vllm_endpoint
+        return self.on_missing == "generate" and self.vllm_endpoint is None
 
     def memory_plan(self, config: PeagleConfig) -> MemoryPlan:
         """The settings that memory depends on; on a CPU, or without mixed precision, the prediction is too low."""

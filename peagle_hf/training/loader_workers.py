@@ -45,7 +45,7 @@ def loader_workers(args: Any) -> int:
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     num_workers = min(MOST_WORKERS, max(1, available_cores() // processes))
-    if args.on_missing == "generate" and args.vllm_endpoint:
+    if args.asks_servers:
         return num_workers
     if args.use_cpu or start_method(args) != "fork":
         return 0

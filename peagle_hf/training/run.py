@@ -284,7 +284,7 @@ def build_config(args: PeagleTrainingArguments, earlier: str | None = None) -> P
     if args.from_pretrained:
         return continued_config(args, earlier or args.from_pretrained, verifier)
     manifest = Manifest.read(_cache_folder(args))
-    served = served_layers(_server_folder(args)) if _asks_server(args) and manifest is None else None
+    served = served_layers(_server_folder(args)) if args.asks_servers and manifest is None else None
     layer_ids = manifest.aux_layer_ids if manifest else served[:-1] if served else None
     return PeagleConfig.from_verifier(
         verifier,
@@ -332,7 +332,7 @@ def build_drafter(args: PeagleTrainingArguments) -> PeagleForSpeculation | PeftM
         verifier,
         initialize=not args.from_pretrained,
         train_head=args.train_head,
-        dtype=torch.bfloat16 if args.bf16 else torch.float32,
+        dtype=head_dtype(args),
         revision=args.verifier_revision,
         trust_remote_code=args.trust_remote_code,
     )
@@ -362,8 +362,10 @@ def build_datasets(
         PeagleError: see `HiddenStatesDataset`; of missing states also if their source can't be had (`build_endpoint`,
             `InProcessVerifier.load`).
     """
-    source: Endpoint | InProcessVerifier | None = build_endpoint(args, config) if _asks_server(args) else None
-    if args.runs_verifier:
+    source: Endpoint | InProcessVerifier | None = None
+    if args.asks_servers:
+        source = build_endpoint(args, config)
+    elif args.runs_verifier:
         source = build_verifier(args, config)
     datasets = _datasets(args, source)
     if isinstance(source, InProcessVerifier) and any(dataset.num_missing for dataset in datasets if dataset):
@@ -451,21 +453,17 @@ def _begin_cache(args: PeagleTrainingArguments, config: PeagleConfig) -> None:
         wanted.write(cache)
 
 
-def _asks_server(args: PeagleTrainingArguments) -> bool:
-    return args.on_missing == "generate" and args.vllm_endpoint is not None
-
-
 def _source(args: PeagleTrainingArguments, config: PeagleConfig) -> Endpoint | InProcessVerifier | None:
     """What generates missing states by the arguments, if anything does; nothing is asked or loaded."""
     name, layer_ids = _verifier(args), config.eagle_aux_hidden_state_layer_ids
     if args.runs_verifier:
         device = args.verifier_device or args.device
         return InProcessVerifier(name, layer_ids, device, args.verifier_revision, args.trust_remote_code)
-    if args.vllm_endpoint is None or not _asks_server(args):
+    if not args.asks_servers:
         return None
     num_layers = load_verifier_config(name, args.verifier_revision, args.trust_remote_code).num_hidden_layers
     return Endpoint(
-        endpoint_urls(args.vllm_endpoint),
+        endpoint_urls(args.vllm_endpoint or ""),
         _server_folder(args),
         (*layer_ids, num_layers),
         config.hidden_size,
