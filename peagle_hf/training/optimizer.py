@@ -20,13 +20,12 @@ MUON = "muon"
 MUON_WEIGHT_DECAY = 1.0
 """The weight decay of its matrices by default: what long trainings gained most from (docs/ablations.md)."""
 
+_TABLES = {"embed_tokens", "lm_head"}
+
 
 def default_weight_decay(optim: str, lora_r: int | None) -> float:
     """The weight decay of an optimizer of `--optim` where none is given; LoRA's factors must not shrink."""
     return MUON_WEIGHT_DECAY if optim == MUON and lora_r is None else 0.0
-
-
-_TABLES = {"embed_tokens", "lm_head"}
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
@@ -65,17 +64,18 @@ class MuonWithAdamW(torch.optim.Optimizer):
                 (matrices if is_matrix else others).append(parameter)
         tables = [parameter for parameter in others if parameter.ndim == 2]
         vectors = [parameter for parameter in others if parameter.ndim != 2]
-        self._parts: list[torch.optim.Optimizer] = [
-            *(
-                _muon(parameters, lr, weight_decay, momentum, process_group, device_type or parameters[0].device.type)
-                for parameters in (matrices,)
-                if parameters
-            ),
-            *(
-                torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, betas=betas, eps=eps, fused=True)
-                for parameters in (tables, vectors)
-                if parameters
-            ),
+        self._parts: list[torch.optim.Optimizer] = []
+        if matrices:
+            settings: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
+            if (device_type or matrices[0].device.type) == "cpu":
+                # On a CPU the bfloat16 products of PyTorch's Muon take half the time of the float32 ones of ours.
+                self._parts.append(torch.optim.Muon(matrices, **settings, adjust_lr_fn="match_rms_adamw"))
+            else:
+                self._parts.append(Muon(matrices, **settings, process_group=process_group))
+        self._parts += [
+            torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, betas=betas, eps=eps, fused=True)
+            for parameters in (tables, vectors)
+            if parameters
         ]
         super().__init__([group for part in self._parts for group in part.param_groups], {"lr": lr})
 
@@ -88,22 +88,6 @@ class MuonWithAdamW(torch.optim.Optimizer):
             part.param_groups, part.state = [group], self.state
             part.step()
         return None
-
-
-def _muon(
-    matrices: list[nn.Parameter],
-    lr: float,
-    weight_decay: float,
-    momentum: float,
-    process_group: Any,
-    device_type: str,
-) -> torch.optim.Optimizer:
-    """PyTorch's Muon on a CPU, where its bfloat16 products take half the time of the float32 ones of ours."""
-    if device_type == "cpu":
-        return torch.optim.Muon(
-            matrices, lr=lr, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn="match_rms_adamw"
-        )
-    return Muon(matrices, lr=lr, weight_decay=weight_decay, momentum=momentum, process_group=process_group)
 
 
 def make_muon(model: nn.Module, args: TrainingArguments) -> MuonWithAdamW:
