@@ -19,6 +19,7 @@ from ..arguments import (
     check_ranges,
     command_text,
     config_path,
+    flag_of,
     write_config,
 )
 from ..console import number_of
@@ -39,7 +40,6 @@ from .plan_report import draw, text
 from .runs import BY_CATEGORY, BY_DRAFT, DRAFTED, NOT_DRAFTED, Condition, FinishedRuns, Run
 from .speed_model import SpeedModel, fastest, median_break_even, median_speed_up
 from .synthetic_acceptance import SYNTHETIC, check_synthetic_acceptance
-from .task import name_of_run
 from .vllm_process import Job, VllmProcess
 
 logger = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ class PlanArguments(Arguments):
         check_ascending(self, ("num_layers", "draft_vocab_size", "num_speculative_tokens", "concurrency"))
         for name in ("num_layers", "num_speculative_tokens", "concurrency"):
             if not getattr(self, name):
-                raise PeagleError(f"--{name.replace('_', '-')} is empty. Give it a number or leave it out.")
+                raise PeagleError(f"{flag_of(name)} is empty. Give it a number or leave it out.")
         at_least_1 = ("num_prompts", "prompt_tokens", "rounds")
         check_ranges(self, {**dict.fromkeys(at_least_1, (1, math.inf)), "max_tokens": (8, math.inf)})
         check_ranges(self, {"seed": (0, MAX_SEED - self.rounds + 1)})
@@ -304,8 +304,9 @@ class _Measurement:
     def _name(
         self, round_number: int, concurrency: int, size: _Size | None = None, tokens: int = 0, length: float = 1.0
     ) -> str:
-        name = name_of_run(round_number, Condition(0.0, concurrency), 0)
-        return name if size is None else name.replace("no drafter", f"{size.name}, K {tokens}, length {length:g}")
+        """Of a run in the journal."""
+        drafter = "no drafter" if size is None else f"{size.name}, K {tokens}, length {length:g}"
+        return f"round {round_number}, {concurrency} at a time, {drafter}"
 
     def _measure(self, round_number: int) -> None:
         """One round: first without a drafter, then with one after another."""
