@@ -145,8 +145,6 @@ class EvaluateArguments(Arguments):
         check_ascending(self, ("concurrency", "num_speculative_tokens"))
         if not self.concurrency:
             raise PeagleError("--concurrency is empty but needs numbers of chats at a time, for example 1 4 16.")
-        if isinstance(self.temperature, int | float):
-            self.temperature = [self.temperature]
         for one in self.temperature:
             if not 0 <= one < math.inf:
                 raise PeagleError(f"--temperature is {one} but must be at least 0; 0 is greedy.")

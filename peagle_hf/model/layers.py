@@ -130,7 +130,7 @@ class PeagleLayer(nn.Module):
     def forward(self, states: Tensor, slots: PassSlots, embeds: Tensor | None = None) -> Tensor:
         """[1, R, H] -> [1, R, H] ([1, N, H] in the last layer); the first layer takes [1, L + 1, H] and embeddings."""
         if not (self.gradient_checkpointing and self.training):
-            return self.feed_forward(*self.attention(states, embeds, slots, None))
+            return self._whole(states, embeds, slots)
         recomputed = self._gradient_checkpointing_func
         if not self.keep_attention:
             return recomputed(self._whole, states, embeds, slots)

@@ -231,7 +231,7 @@ def estimate(plan: MemoryPlan) -> MemoryEstimate:
 def verifier_memory(args: Any, config: PeagleConfig) -> dict[str, Any]:
     """The fields of `MemoryPlan` for a verifier that generates states in this process, as the arguments describe it.
 
-    None where all samples have their states: then it is never loaded.
+    Empty where all samples have their states: then it is never loaded.
 
     Args:
         args: a `PeagleTrainingArguments`.
