@@ -616,7 +616,10 @@ def test_the_example_says_errors_in_one_paragraph(train_flags):
 @pytest.mark.fault("The record of a pipeline is damaged", "An error names the file and what to do.")
 @pytest.mark.parametrize(
     "content",
-    ["{", "[]", '"words"', '{"extract": "x"}', '{"extract": {"arguments": {}, "read": {}, "written": null}}'],
+    [
+        *("{", "[]", '"words"', '{"extract": "x"}', '{"extract": {}}'),
+        '{"extract": {"arguments": {}, "read": {}, "written": null}}',
+    ],
 )
 def test_a_damaged_record_of_a_pipeline_is_named(tmp_path, content, capsys):
     (tmp_path / "pipeline.json").write_text(content)
