@@ -359,14 +359,10 @@ def build_datasets(
         config: the drafter's, for missing states; default: made from the arguments anew.
 
     Raises:
-        PeagleError: see `HiddenStatesDataset`; of missing states also if their source can't be had (`build_endpoint`,
+        PeagleError: see `HiddenStatesDataset`; of missing states also if their source can't be had (`_ready_source`,
             `InProcessVerifier.load`).
     """
-    source: Endpoint | InProcessVerifier | None = None
-    if args.asks_servers:
-        source = build_endpoint(args, config)
-    elif args.runs_verifier:
-        source = build_verifier(args, config)
+    source = _ready_source(args, config) if args.on_missing == "generate" else None
     datasets = _datasets(args, source)
     if isinstance(source, InProcessVerifier) and any(dataset.num_missing for dataset in datasets if dataset):
         source.load()
@@ -395,42 +391,30 @@ def _datasets(
     return dataset(train_rows), dataset(eval_rows) if eval_rows else None
 
 
-def build_endpoint(args: PeagleTrainingArguments, config: PeagleConfig | None = None) -> Endpoint:
-    """The vLLM servers that generate missing hidden states; writes the cache's manifest if these are to be kept.
+def _ready_source(args: PeagleTrainingArguments, config: PeagleConfig | None) -> Endpoint | InProcessVerifier | None:
+    """What generates missing states: servers that were asked for their model and layers, or a verifier not loaded yet.
+
+    Writes the cache's manifest if the states are to be kept.
 
     Raises:
-        PeagleError: a server can't be reached, or runs another model or other layers, or its layers aren't known.
+        PeagleError: a server can't be reached, or runs another model or other layers, or its layers aren't known; the
+            verifier's configuration can't be read; or the cache is of another verifier or other layers.
     """
-    if args.target_layer_ids is None:
+    if args.asks_servers and args.target_layer_ids is None:
         require_layers(_server_folder(args))
     config = config or build_config(args)
-    endpoint = _source(args, config)
-    assert isinstance(endpoint, Endpoint)
-    served_model(endpoint.urls, _verifier(args), args.request_timeout)
-    check_layers(endpoint.folder, endpoint.layer_ids)
-    remove_unfetched(endpoint.folder, args.request_timeout)
-    _begin_cache(args, config)
-    return endpoint
-
-
-def build_verifier(args: PeagleTrainingArguments, config: PeagleConfig | None = None) -> InProcessVerifier:
-    """The verifier that generates missing hidden states in this process; writes the manifest as `build_endpoint` does.
-
-    It isn't loaded yet.
-
-    Raises:
-        PeagleError: its configuration can't be read, or the cache is of another verifier or other layers.
-    """
-    config = config or build_config(args)
-    verifier = _source(args, config)
-    assert isinstance(verifier, InProcessVerifier)
-    if served_layers(_server_folder(args)) is not None:
+    source = _source(args, config)
+    if isinstance(source, Endpoint):
+        served_model(source.urls, _verifier(args), args.request_timeout)
+        check_layers(source.folder, source.layer_ids)
+        remove_unfetched(source.folder, args.request_timeout)
+    elif served_layers(_server_folder(args)) is not None:
         logger.info(
             "A vLLM server has used %s, but no --vllm-endpoint is given: the verifier runs in this process.",
             _server_folder(args),
         )
     _begin_cache(args, config)
-    return verifier
+    return source
 
 
 def _begin_cache(args: PeagleTrainingArguments, config: PeagleConfig) -> None:
