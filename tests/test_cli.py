@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from peagle_hf import PeagleError, PeagleTrainingArguments
-from peagle_hf.arguments import Arguments, check_ranges, config_path, config_text, write_config
+from peagle_hf.arguments import Arguments, check_ranges, command_text, config_path, config_text, write_config
 from peagle_hf.cli import COMMANDS, main
 from peagle_hf.cli.parsing import GENERAL, TRAINER, CommandParser, flags, parse_arguments, read_yaml
 from peagle_hf.cli.speculators import COUNTERPARTS, counterpart
@@ -427,7 +427,7 @@ def test_vllms_flags_stand_after_the_dashes_or_in_a_list_of_a_file(name, tmp_pat
 def test_a_command_line_ends_with_vllms_flags_without_passwords():
     arguments = EvaluateArguments("m", ["s"], "o", vllm_args=["--tensor-parallel-size", "2", "--hf-token", "secret"])
     line = "peagle-hf evaluate --model m --suite s --output o -- --tensor-parallel-size 2 --hf-token '***'"
-    assert arguments.command() == line
+    assert command_text(arguments, "evaluate") == line
 
 
 def test_numbers_out_of_range_are_refused_by_flag():

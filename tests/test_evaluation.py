@@ -21,6 +21,7 @@ from html5lib import HTMLParser
 from safetensors.torch import load_file, save_file
 
 from peagle_hf import EvaluateArguments, PeagleError, evaluate
+from peagle_hf.arguments import command_text
 from peagle_hf.cli.parsing import parse_arguments
 from peagle_hf.data.prompts import Prompt
 from peagle_hf.evaluation.figures import Trial, compare, difference, figures
@@ -595,7 +596,7 @@ def test_a_row_whose_text_no_tokenizer_takes_is_left_out_and_named(tmp_path, cap
 def test_the_command_is_the_one_that_says_the_same():
     argv = ["--model", "a b", "--prompts", "x.jsonl", "--output", "out", "--concurrency", "1", "4", "--seed", "3"]
     arguments = parse_arguments(EvaluateArguments, argv)
-    command = arguments.command()
+    command = command_text(arguments, "evaluate")
     assert command == "peagle-hf evaluate --model 'a b' --suite x.jsonl --output out --seed 3 --concurrency 1 4"
     assert parse_arguments(EvaluateArguments, shlex.split(command)[2:]) == arguments
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from peagle_hf import EvaluateArguments, PeagleError, evaluate
+from peagle_hf.arguments import command_text
 from peagle_hf.evaluation.runs import Run
 from peagle_hf.evaluation.task import FINISHED_RUNS
 from peagle_hf.serving.environment import installed_vllm
@@ -68,7 +69,7 @@ def test_a_killed_evaluation_asks_only_what_is_missing_and_gives_the_same_report
         "{% for m in messages %}{{ 'w5 ' + m.reasoning + ' w7 ' if m.reasoning else '' }}{{ m.content }} {% endfor %}"
     )
     thinking = {"chat_template": str(template)}
-    command = [sys.executable, "-m", "peagle_hf", *shlex.split(arguments(**thinking).command())[1:]]
+    command = [sys.executable, "-m", "peagle_hf", *shlex.split(command_text(arguments(**thinking), "evaluate"))[1:]]
     process = None
 
     def kill(message: str) -> None:

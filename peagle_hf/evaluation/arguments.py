@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import ClassVar, Literal
 
-from ..arguments import VLLM_ARGS_HELP, Arguments, check_ascending, check_ranges, command_text
+from ..arguments import VLLM_ARGS_HELP, Arguments, check_ascending, check_ranges
 from ..data.tokenizer import CHAT_KWARGS_OF_DRAFTER_HELP, CHAT_TEMPLATE_OF_DRAFTER_HELP, read_template_kwargs
 from ..errors import PeagleError
 from ..model.served_checkpoint import DRAFT_SAMPLE_METHOD_HELP, DRAFTER_HELP, VERIFIER_HELP
@@ -182,7 +182,3 @@ class EvaluateArguments(Arguments):
                 "--max-model-len. Leave these and --compare out with --endpoint, or leave --endpoint out, so that "
                 "peagle-hf evaluate starts vLLM itself."
             )
-
-    def command(self) -> str:
-        """The command line with these arguments, without passwords."""
-        return command_text(self, "evaluate")

@@ -10,7 +10,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from ..arguments import config_path, write_config
+from ..arguments import command_text, config_path, write_config
 from ..console import number_of
 from ..data.prompts import Prompt
 from ..data.sources import source_name
@@ -155,7 +155,7 @@ def _report(task: Task, measured: Measured, num_drafters: int, segmenter: Segmen
         "interval_method": {"confidence": CONFIDENCE, "name": METHOD},
         "concurrency": min(arguments.concurrency[-1], len(task.prompts)),
         "counts": measured.counts,
-        "command": arguments.command(),
+        "command": command_text(arguments, "evaluate"),
         **measured.measured_on,
     }
 

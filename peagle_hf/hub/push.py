@@ -2,16 +2,15 @@
 
 import json
 import logging
-import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard
 
-from ..arguments import Arguments, flag_of
+from ..arguments import Arguments, command_text
 from ..errors import PeagleError
 from ..model.served_checkpoint import check_checkpoint
 from ..verifier.loading import hub_verifier
@@ -56,12 +55,6 @@ class PushArguments(Arguments):
         "Model card": ("evaluation", "verifier_name", "license"),
     }
 
-    @property
-    def command(self) -> str:
-        """The command line with these arguments."""
-        flags = {name: value for name, value in asdict(self).items() if value}
-        return " ".join(["peagle-hf push", *(f"{flag_of(name)} {shlex.quote(str(flags[name]))}" for name in flags)])
-
 
 def push(
     arguments: PushArguments,
@@ -92,7 +85,8 @@ def push(
     chat_options = recorded_chat_options(folder)
     fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     fields["speculators_config"]["verifier"]["name_or_path"] = verifier
-    with hub_errors(f"The checkpoint is complete in {arguments.model}; upload it later with: {arguments.command}"):
+    later = f"upload it later with: {command_text(arguments, 'push')}"
+    with hub_errors(f"The checkpoint is complete in {arguments.model}; {later}"):
         repo_id = open_repo(arguments.repo_id, verifier, arguments.private or None, token)
         with damage_named(arguments.evaluation) if arguments.evaluation else nullcontext():
             card = card or model_card(
