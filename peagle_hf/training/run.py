@@ -29,6 +29,7 @@ from ..model.config import PeagleConfig
 from ..model.drafter import PeagleForSpeculation
 from ..processes import are_several, on_first, together
 from ..verifier.draft_vocabulary import draft_vocabulary, load_token_freq
+from ..verifier.head import VerifierHead
 from ..verifier.loading import load_verifier_config
 from .adapters import add_adapter
 from .arguments import PeagleTrainingArguments
@@ -36,7 +37,6 @@ from .checkpoints import newest_checkpoint, recover, resumable_folder
 from .initialization import start_linearly
 from .memory import report
 from .model_setup import head_dtype
-from .objective import load_head
 from .resuming import is_finished, only_training
 from .time_left import BYTES_A_WEIGHT, FIRST_STEPS, pauses, planned_steps, save_seconds, validation_batches
 from .trainer import PeagleTrainer
@@ -115,15 +115,12 @@ def build_trainer(
         PeagleError: see `build_drafter` and `build_datasets`; on all processes.
     """
     with together():
-        drafter = build_drafter(args)
+        drafter, head = _drafter_and_head(args)
         train_dataset, eval_dataset = build_datasets(args, cast(PeagleConfig, drafter.config))
-    # Without a head the trainer reads it from the verifier.
-    head = None
     if args.linear_start and not (args.from_pretrained or resumed):
         assert isinstance(drafter, PeagleForSpeculation)  # only a trained drafter gets an adapter
         with together():
             drafter.to(args.device)
-            head = load_head(drafter, head_dtype(args), args.verifier_revision, args.trust_remote_code)
             workers = args.dataloader_num_workers or 0, args.dataloader_multiprocessing_context
             start_linearly(drafter, train_dataset, head, *workers)
     return PeagleTrainer(
@@ -311,6 +308,11 @@ def build_drafter(args: PeagleTrainingArguments) -> PeagleForSpeculation | PeftM
     Raises:
         PeagleError: no verifier is named, or the cache was made by another one.
     """
+    return _drafter_and_head(args)[0]
+
+
+def _drafter_and_head(args: PeagleTrainingArguments) -> tuple[PeagleForSpeculation | PeftModel, VerifierHead]:
+    """See `build_drafter`; and the verifier's head, so that the trainer need not read it again."""
     set_seed(args.seed)
     # A link such as checkpoint_best may move between reading the configuration and reading the weights, so it is
     # followed once.
@@ -328,7 +330,7 @@ def build_drafter(args: PeagleTrainingArguments) -> PeagleForSpeculation | PeftM
     target = load_verifier_config(verifier, args.verifier_revision, args.trust_remote_code)
     layer_ids = config.eagle_aux_hidden_state_layer_ids
     check_cache(_cache_folder(args), verifier, target, layer_ids, args.verifier_revision)
-    drafter.load_verifier(
+    head = drafter.load_verifier(
         verifier,
         initialize=not args.from_pretrained,
         train_head=args.train_head,
@@ -337,17 +339,15 @@ def build_drafter(args: PeagleTrainingArguments) -> PeagleForSpeculation | PeftM
         trust_remote_code=args.trust_remote_code,
     )
     if args.lora_r is None:
-        return drafter
-    return add_adapter(
-        drafter,
-        LoraConfig(
-            r=args.lora_r,
-            lora_alpha=args.lora_alpha,
-            lora_dropout=args.lora_dropout,
-            target_modules="all-linear",
-            modules_to_save=args.lora_modules_to_save,
-        ),
+        return drafter, head
+    adapter = LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules="all-linear",
+        modules_to_save=args.lora_modules_to_save,
     )
+    return add_adapter(drafter, adapter), head
 
 
 def build_datasets(
