@@ -122,6 +122,46 @@ def test_a_folder_of_files_and_its_splits(read, tmp_path, monkeypatch, caplog):
         read("nothing")
 
 
+CARD = """---
+configs:
+- config_name: all
+  data_files: [{split: train, path: all/*}, {split: held_out, path: other/rows-1.jsonl}]
+- config_name: rest
+  data_files: [{split: train_sft, path: other/*}]
+---
+"""
+
+
+def test_a_downloaded_hub_dataset_has_the_splits_of_its_card_or_of_its_files_names(read, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path("data/org")
+    for name in ("all/test-1.jsonl", "other/rows-1.jsonl", "other/rows-2.jsonl", "train_sft-00000-of-00001.jsonl"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps(ROWS[0]))
+    (folder / "train_gen-00000-of-00001-a3ecf925.jsonl.gz").write_bytes(gzip.compress(LINES, mtime=0))
+
+    def files(data: str) -> list[str]:
+        return [place.rpartition(",")[0] for place, _ in read(data)]
+
+    assert files("data/org:train_sft") == ["data/org/train_sft-00000-of-00001.jsonl"]
+    assert len(files("data/org:train_gen")) == 3
+    assert files("data/org") == ["data/org/other/rows-1.jsonl", "data/org/other/rows-2.jsonl"]
+    (folder / "README.md").write_text(CARD)
+    assert files("data/org:all:train") == ["data/org/all/test-1.jsonl"]
+    assert files("data/org:all:held_out") == ["data/org/other/rows-1.jsonl"]
+    assert files(f"{folder.resolve()}:rest:train_sft") == [f"{folder.resolve()}/other/rows-{n}.jsonl" for n in (1, 2)]
+    assert is_local_file("data/org:all:held_out")
+    with pytest.raises(
+        PeagleError, match=r"data/org can't be read as its README.md says: .*\['all', 'rest'\].* Name data"
+    ):
+        read("data/org")
+    with pytest.raises(PeagleError, match="no files of the split train, only of train_sft"):
+        read("data/org:rest:train")
+    (folder / "README.md").write_text("---\na: [\n---\n")
+    with pytest.raises(PeagleError, match=r"data/org can't be read as its README.md says: .*files themselves"):
+        read("data/org")
+
+
 def test_a_folder_that_datasets_saved(read, tmp_path):
     Dataset.from_list(ROWS).save_to_disk(tmp_path / "one")
     DatasetDict({"train": Dataset.from_list(ROWS), "test": Dataset.from_list(ROWS[:1])}).save_to_disk(tmp_path / "two")

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
-from ..console import number_of
 from ..errors import PeagleError
 from .chats import wrong_value
+from .folders import files_in, files_of_split, kind_of
 from .prepared_dataset import PREPARE_RECORD
 
 if TYPE_CHECKING:
@@ -30,17 +30,6 @@ logger = logging.getLogger(__name__)
 BUILT_IN_DATASETS = {
     "sharegpt": "Aeala/ShareGPT_Vicuna_unfiltered:train",
     "ultrachat": "HuggingFaceH4/ultrachat_200k:train_sft",
-}
-FILE_KINDS = (".jsonl", ".json", ".ndjson", ".parquet", ".csv", ".tsv")
-NAMED_FILES = 5
-"""Files of a folder that the log names."""
-COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
-_NO_DATA = ("dataset_infos.json", ".report.json")
-"""Ends of names of files beside data: what `datasets` says of a data set, and what `regenerate` dropped."""
-_SPLIT_WORDS = {
-    "train": "train training",
-    "test": "test testing eval evaluation",
-    "validation": "validation valid dev val",
 }
 _CHUNK_CHARACTERS = 1 << 20
 _MOST_CHARACTERS = 100 << 20
@@ -99,8 +88,8 @@ def open_source(data: "str | datasets.Dataset", folder: Path) -> Source:
     A file holds rows as JSON (an object a line, objects over several lines, or one array of objects), as Parquet or as
     CSV, and may be compressed; its ending says which (`FILE_KINDS`, `COMPRESSIONS`, in any case). A folder holds such
     files, or what `datasets` saved. What exists on this machine is never looked for on the hub. A hub dataset is
-    `org/name`, `org/name:split` or `org/name:configuration:split`, and a folder may have a split too; the split is
-    `train` if none is named.
+    `org/name`, `org/name:split` or `org/name:configuration:split`, and so is a folder with the files of one; the split
+    is `train` if none is named.
 
     Files are checked from end to end and copied into `folder`, from which rows are read without holding all of them
     in memory.
@@ -128,8 +117,8 @@ def is_local_file(data: "str | datasets.Dataset") -> bool:
     """Whether a source is a file or folder of this machine, or looks like the path of one; else it is a dataset."""
     if not isinstance(data, str):
         return False
-    path, _ = _split_of(data)
-    return path.exists() or _kind(path) is not None or data.startswith(("/", "./", "../", "~"))
+    path, _ = _parts_of(data)
+    return path.exists() or kind_of(path) is not None or data.startswith(("/", "./", "../", "~"))
 
 
 def data_sha256(data: "str | datasets.Dataset") -> str | None:
@@ -140,11 +129,11 @@ def data_sha256(data: "str | datasets.Dataset") -> str | None:
     """
     if not isinstance(data, str) or not is_local_file(data):
         return None
-    path, _ = _split_of(data)
+    path, _ = _parts_of(data)
     if path.is_file():
         return _file_sha256(path)
     _check_exists(data, path)
-    names = [(str(file.relative_to(path)), _file_sha256(file)) for file in _files_in(path)]
+    names = [(str(file.relative_to(path)), _file_sha256(file)) for file in files_in(path)]
     return hashlib.sha256(json.dumps(names).encode()).hexdigest()
 
 
@@ -153,7 +142,7 @@ def _open_local(data: str, folder: Path) -> Source:
     from datasets import Dataset, DatasetDict, Features, Value, load_from_disk
     from datasets.arrow_writer import ArrowWriter
 
-    path, split = _split_of(data)
+    path, parts = _parts_of(data)
     if (path / PREPARE_RECORD).exists():
         raise PeagleError(
             f"{path} is a prepared dataset already. Go on with it as it is, with peagle-hf extract, or name the "
@@ -162,14 +151,13 @@ def _open_local(data: str, folder: Path) -> Source:
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         saved = load_from_disk(str(path))
         if isinstance(saved, DatasetDict):
-            if (split or "train") not in saved:
-                raise PeagleError(
-                    f"{path} has no split {split or 'train'}, only {', '.join(saved)}. Name {path}:SPLIT."
-                )
-            saved = saved[split or "train"]
+            split = ":".join(parts) or "train"
+            if split not in saved:
+                raise PeagleError(f"{path} has no split {split}, only {', '.join(saved)}. Name {path}:SPLIT.")
+            saved = saved[split]
         return Source(data, saved.with_format(None))
     _check_exists(data, path)
-    files = [path] if path.is_file() else _files_of_split(path, split)
+    files = [path] if path.is_file() else files_of_split(path, parts)
 
     # Rows are kept as text, because Arrow wants the same fields and types in every row, and tool calls differ.
     copy = folder / f"{len(list(folder.iterdir()))}.arrow"
@@ -192,56 +180,19 @@ def _check_exists(data: str, path: Path) -> None:
         raise PeagleError(f"{data} can't be read: there is no such file or folder. Check the path, or name a dataset.")
 
 
-def _split_of(data: str) -> tuple[Path, str | None]:
-    """The path of a local source, and the split if one is named: `PATH:SPLIT`."""
+def _parts_of(data: str) -> tuple[Path, list[str]]:
+    """The path of a local source, and what is named behind it: `PATH`, `PATH:SPLIT` or `PATH:CONFIGURATION:SPLIT`."""
     path = Path(data).expanduser()
-    before, colon, split = data.rpartition(":")
-    if colon and not path.exists() and Path(before).expanduser().is_dir():
-        return Path(before).expanduser(), split
-    return path, None
-
-
-def _kind(path: Path) -> str | None:
-    """The ending that tells a file's format, one of `FILE_KINDS`, or None."""
-    name = path.name.lower()
-    for compression in COMPRESSIONS:
-        name = name.removesuffix(compression)
-    return next((kind for kind in FILE_KINDS if name.endswith(kind)), None)
-
-
-def _files_in(folder: Path) -> list[Path]:
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
-
-
-def _files_of_split(folder: Path, split: str | None) -> list[Path]:
-    """The data files of a split in a folder: those named after it; for `train` also those named after no split."""
-    by_split: dict[str, list[Path]] = {}
-    for file in _files_in(folder):
-        if _kind(file) is not None and not file.name.endswith(_NO_DATA):
-            words = set(re.split(r"[^a-z]+", str(file.relative_to(folder)).lower()))
-            named = next((name for name, those in _SPLIT_WORDS.items() if words & set(those.split())), "train")
-            by_split.setdefault(named, []).append(file)
-    if not by_split:
-        raise PeagleError(
-            f"The folder {folder} holds no data file, which would end in {', '.join(FILE_KINDS)}, perhaps with "
-            f"{', '.join(COMPRESSIONS)}. Name another folder, or the file itself."
-        )
-    if (wanted := split or "train") not in by_split:
-        raise PeagleError(
-            f"{folder} has no files of the split {wanted}, only of {', '.join(by_split)}. Name {folder}:SPLIT."
-        )
-    files = by_split.pop(wanted)
-    names = [str(file.relative_to(folder)) for file in files[:NAMED_FILES]] + ["…"] * (len(files) > NAMED_FILES)
-    others = f" Not read: the split {', '.join(by_split)}." if by_split else ""
-    read = f"{number_of(len(files), 'file')} {'is' if len(files) == 1 else 'are'} read ({', '.join(names)})"
-    logger.info("%s, split %s: %s.%s", folder, wanted, read, others)
-    return files
+    for number in (1, 2):
+        before, *parts = data.rsplit(":", number)
+        if parts and not path.exists() and Path(before).expanduser().is_dir():
+            return Path(before).expanduser(), parts
+    return path, []
 
 
 def _items(path: Path) -> tuple[str, Iterator[tuple[int, Any]]]:
     """What a file's rows are called in messages (line, item or row), and the rows with their numbers."""
-    kind = _kind(path)
+    kind = kind_of(path)
     if kind == ".parquet":
         return "row", _parquet_items(path)
     if kind in (".csv", ".tsv"):
@@ -475,7 +426,7 @@ def _open_hub_dataset(name: str) -> Source:
         rows = load_dataset(path, *rest, split=split)
     except (OSError, ValueError, DatasetsError) as error:
         raise PeagleError(
-            f"The dataset {path} (split {split}) can't be loaded: {error} Check its name and split and the network, "
-            "or name a local file."
+            f"The dataset {path} (split {split}) can't be loaded: {' '.join(str(error).split())} Check its name and "
+            "split and the network, or name a local file."
         ) from error
     return Source(name, rows)
