@@ -829,6 +829,16 @@ def test_an_unknown_role_stops_the_command_from_any_process(arguments, num_worke
         prepare(changed(arguments, num_workers=num_workers))
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_the_first_wrong_row_is_named_whatever_the_order_and_the_others_are_counted(arguments, seed):
+    path = Path(arguments.data[0])
+    wrong = "".join(json.dumps({"conversations": [{"from": name, "value": "Once"}]}) + "\n" for name in "abc")
+    path.write_text(path.read_text() + wrong + path.read_text() + wrong)
+    problem = r"chats\.jsonl, line 7: conversations\[0\] has the role 'a', .* 5 other rows can't be read either\.$"
+    with pytest.raises(PeagleError, match=problem):
+        prepare(changed(arguments, seed=seed, num_workers=1 + seed % 2))
+
+
 @pytest.mark.parametrize(
     ("content", "problem"),
     [

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..console import number_of
 from ..errors import PeagleError
 from .chats import Chat, Unlearnable, count_answers, read_chat
 from .loss_mask import ChatTokenizer, MaskedSample
@@ -85,6 +86,22 @@ class SampleMaker:
             return place, read_chat(content, place, self.preference)
         except Unlearnable as error:
             return place, _left_out(str(error), place, error.field, count_answers(content))
+
+    def of_first_wrong_row(self, error: PeagleError) -> PeagleError:
+        """The error of the first wrong row of the data, with how many others there are; `error` if no row is wrong.
+
+        Conversations are read in a drawn order and by several processes, so another wrong row may have been met first.
+        """
+        first, num_others = "", -1
+        for number in range(sum(map(len, self.sources))):
+            try:
+                self._read_row(number)
+            except PeagleError as found:
+                first, num_others = first or str(found), num_others + 1
+        if num_others < 1:
+            return PeagleError(first) if first else error
+        others = number_of(num_others, "other row can't be read", "other rows can't be read")
+        return PeagleError(f"{first} {others} either.")
 
     def _read_tokens(self, row: dict[str, Any], place: str) -> MaskedSample:
         """Check a row of the data that is tokenized already; each run of 1 in its loss mask is an answer.
@@ -270,6 +287,9 @@ def tokenize_in_order(
 
     Returns:
         The candidates, and the number of conversations that they come from.
+
+    Raises:
+        PeagleError: rows are wrong; names the first one.
     """
     from datasets import Dataset, concatenate_datasets
 
@@ -283,8 +303,9 @@ def tokenize_in_order(
         wanted = max(max_samples - num_kept, LEAST_READ) if max_samples else len(order)
         start, num_read = ends[num_read - 1] if num_read else 0, min(num_read + wanted, len(order))
         part = numbers[start : ends[num_read - 1]]
-        parts.append(
-            Dataset.from_dict({"number": part, "conversation_id": conversation_ids[part]}).map(
+        rows = Dataset.from_dict({"number": part, "conversation_id": conversation_ids[part]})
+        try:
+            made = rows.map(
                 maker,
                 batched=True,
                 batch_size=100,
@@ -294,7 +315,9 @@ def tokenize_in_order(
                 new_fingerprint=hashlib.sha256(f"{origin} {start}".encode()).hexdigest()[:16],
                 desc="Tokenizing",
             )
-        )
+        except PeagleError as error:
+            raise maker.of_first_wrong_row(error) from error
+        parts.append(made)
         num_kept += column(parts[-1], "reason").count(None)
     candidates = concatenate_datasets(parts)
     if max_samples is None or num_kept < max_samples:
