@@ -102,6 +102,7 @@ class Pattern:
 
 PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}" + PROMPT
+CUTS = CHATML.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
 CALLS = "{% for c in m.tool_calls %}<call>{{ c.function | tojson }}</call>{% endfor %}"
 TOOL_CHATML = CHATML.replace("{{ m.content }}", "{{ m.content or '' }}" + CALLS)
 THINKS = "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
@@ -150,6 +151,7 @@ CHANNELS = (
     "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
 )
 END = "<|im_end|>"
+IN_TEXT = [user(), says("<think>\nHm.\n</think>Well"), user(), says("<think>So.</think>Fine")]
 
 PATTERNS: dict[str, Pattern] = {
     "plain": Pattern(
@@ -417,11 +419,22 @@ PATTERNS: dict[str, Pattern] = {
         ],
     ),
     "a thought in the text is taken out": Pattern(
-        CHATML.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}"),
+        CUTS,
         [
             Case(TWO, [["Well" + END, "Fine" + END]]),
-            Case([user(), says("<think>Hm.</think>Well"), *ONE], [["Well" + END]], {1: "takes the reasoning out"}),
+            Case([user(), says(" <think>Hm.</think>Well\n"), *ONE], [["<think>Hm.</think>Well" + END], ["Well" + END]]),
+            Case([user(), says("So <think>Hm.</think>Well")], [], {1: "takes the reasoning out"}),
+            Case([user(), says("<think>Hm.</think>Well\ud83d")], [], {1: "half a surrogate pair"}),
+            Case([user(), says("<think>Hm.</think>Well", None, "Paris")], [], {1: "takes the reasoning out"}),
         ],
+    ),
+    "a thought in the text is taken out and the prompt opens it": Pattern(
+        CUTS + "{% if add_generation_prompt %}<think>\n{% endif %}",
+        [Case(IN_TEXT, [["Hm.\n</think>Well" + END], ["So.</think>Fine" + END]])],
+    ),
+    "a thought in the text is taken out and the prompt closes it": Pattern(
+        CUTS + "{% if add_generation_prompt %}</think>{% endif %}",
+        [Case(IN_TEXT, [], {1: "takes the reasoning out", 3: "takes the reasoning out"})],
     ),
     "a thought in the text is taken out later": Pattern(
         CHATML.replace("{{ m.content }}", "{{ m.content if loop.last else m.content.split('</think>')[-1] }}"),

@@ -23,6 +23,7 @@ _THINK_TAG = re.compile(r"</?think>")
 _EMPTY_THOUGHT = re.compile(r"([<\[])(\S+?)([>\]])\s*\1/\2\3")
 """A tag that is closed at once, as templates put it before an answer without reasoning."""
 TEMPLATE_ERROR = "the chat template refuses it"
+THOUGHT_TAKEN_OUT = "the chat template takes the reasoning out of the answer's text"
 _ROLES = ("system", "user", "assistant", "tool")
 _GENERATION_MARK = re.compile(r"{%-?\s*generation\s*-?%}")
 
@@ -351,7 +352,7 @@ def pieces_of(message: dict[str, Any]) -> Iterator[tuple[str, str]]:
     pieces = [piece.strip() for piece in _THINK_TAG.split(content)]
     reason = "the chat template does not show all of the answer's text"
     if len(pieces) > 1:
-        reason = "the chat template takes the reasoning out of the answer's text"
+        reason = THOUGHT_TAKEN_OUT
     elif message.get("tool_calls"):
         reason = "the chat template does not show the text beside a tool call"
     for piece in pieces:

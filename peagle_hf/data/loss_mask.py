@@ -20,6 +20,7 @@ from ..errors import PeagleError
 from .chat_template import (
     PROBE,
     TEMPLATE_ERROR,
+    THOUGHT_TAKEN_OUT,
     ChatRenderer,
     Refused,
     Span,
@@ -268,7 +269,14 @@ class ChatTokenizer:
                 seen = index
                 if hidden:
                     raise Refused(hidden)
-                text, answer = self._find_answer(chat, index, prompt, kind)
+                try:
+                    text, answer = self._find_answer(chat, index, prompt, kind)
+                except Refused as error:
+                    written = _as_written(message, prompt, kind) if str(error) == THOUGHT_TAKEN_OUT else None
+                    if written is None:
+                        raise
+                    text, answer = written, _Answer(index, len(prompt), len(written), False, None)
+                check_text(text)
             except Unlearnable as error:
                 plan.left_out.append(LeftOut(index, str(error), isinstance(error, Refused)))
                 continue
@@ -290,7 +298,6 @@ class ChatTokenizer:
             text, start, shift = self._start_without_prompt(chat, index, text, prompt, kind)
             marks = [(begin + shift, end + shift) for begin, end in marks or []]
         end, is_open = self._end_of_answer(chat, index, text, start, kind)
-        check_text(text)
         answer = _Answer(index, start, end, is_open and not kind.is_marking, None)
         if kind.is_marking:
             inside = [(max(begin, start), min(stop, end)) for begin, stop in marks or []]
@@ -398,6 +405,21 @@ class ChatTokenizer:
                 return at + len(known), False
         specials = list(kind.special_token.finditer(text, shown, last))
         return (specials[-1].end(), False) if specials else (last, not kind.end_of_turn)
+
+
+def _as_written(message: dict[str, Any], prompt: str, kind: TemplateKind) -> str | None:
+    """The prompt and an answer as the verifier writes it, though the template takes the reasoning out of its text.
+
+    Templates of reasoning models such as DeepSeek-R1 show the reasoning of no answer, not even of the last one, and
+    some open it in the prompt. None if the prompt closes the reasoning, or if the answer's form isn't known.
+    """
+    before, tag, text = joined(message.get("content")).partition("<think>")
+    is_known = tag and not before.strip() and not message.get("tool_calls") and kind.end_of_turn
+    if not is_known or kind.is_marking or prompt.rstrip().endswith("</think>"):
+        return None
+    opened = re.search(r"<think>(\s*)\Z", prompt)
+    answer = tag + text if opened is None else text.lstrip() if opened.group(1) else text
+    return prompt + answer.rstrip() + (kind.closing or "")[: kind.end_of_turn]
 
 
 def _closed(answer: _Answer, text: str, messages: list[dict[str, Any]], kind: TemplateKind) -> _Answer:
