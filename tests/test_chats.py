@@ -303,6 +303,8 @@ PAIR = [("user", "Hello"), ("assistant", "Well")]
         ({"prompt": "Hello", "response": "Well"}, PAIR),
         ({"question": "Hello", "answer": "Well", "id": 3}, PAIR),
         ({"query": "Hello", "response": "Well"}, PAIR),
+        ({"input": [HELLO], "output": "Well"}, PAIR),
+        ({"query": "Hello", "answers": {"text": ["Well"]}}, PAIR[:1]),
         ({"prompt": [HELLO], "completion": [WELL]}, PAIR),
         ({"prompt": "unused", "messages": [HELLO, WELL]}, PAIR),
         ({"prompt": "Hello"}, PAIR[:1]),
@@ -343,6 +345,13 @@ PAIR = [("user", "Hello"), ("assistant", "Well")]
 )
 def test_shapes_of_rows(row, expected):
     assert exchange(row) == expected
+
+
+def test_answers_that_are_json_text_are_tool_calls():
+    calls = [{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {}}]
+    chat = read_chat({"query": "Hello", "answers": json.dumps(calls), "tools": json.dumps([{"name": "f"}])}, "x")
+    assert [call["function"] for call in chat.messages[1]["tool_calls"]] == calls
+    assert (chat.messages[1]["content"], chat.field_of(1)) == (None, "answers")
 
 
 def test_preference_rows_need_a_choice():

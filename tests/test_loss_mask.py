@@ -3,8 +3,9 @@
 from itertools import groupby
 
 import pytest
-from chat_templates import PATTERNS, make_tokenizer
+from chat_templates import ONE, PATTERNS, make_tokenizer
 
+from peagle_hf.data import loss_mask
 from peagle_hf.data.chats import read_chat
 from peagle_hf.data.loss_mask import ChatTokenizer, MaskedChat
 
@@ -37,3 +38,13 @@ def test_every_answer_is_learnt_whole_or_left_out_with_its_reason(pattern, case)
         assert case.left_out[entry.message] in entry.reason
     turns = [index for index, message in enumerate(case.messages) if message["role"] == "assistant"]
     assert sorted([*(i for row in masked.samples for i in row.messages), *case.left_out]) == turns
+
+
+def test_a_chats_own_variables_come_before_the_given_ones(monkeypatch):
+    tokenizer = make_tokenizer("{% for m in messages %}{{ m.content }}{{ how }}{{ sign }}{% endfor %}")
+    monkeypatch.setattr(loss_mask, "_MOST_VARIANTS", 2)
+    given = [{"how": "a", "sign": None}, '{"how": "b", "sign": "?"}', None, {"how": "c"}, {"how": "a"}, {}]
+    chats = [read_chat({"messages": ONE, "chat_template_kwargs": kwargs}, "here") for kwargs in given]
+    masked = ChatTokenizer(tokenizer, {"how": "!", "sign": "."}).mask(chats)
+    texts = [tokenizer.decode(sample.input_ids).removeprefix("Hello") for one in masked for sample in one.samples]
+    assert texts == ["a.Wella.", "b?Wellb?", "!.Well!.", "c.Wellc.", "a.Wella.", "!.Well!."]

@@ -31,7 +31,7 @@ PREFERENCES = ("chosen", "rejected")
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _CONVERSATION_FIELDS = ("messages", "conversations", "conversation")
-_QUESTION_FIELDS = ("prompt", "instruction", "question", "query")
+_QUESTION_FIELDS = ("prompt", "instruction", "question", "query", "input")
 _ANSWER_FIELDS = ("completion", "response", "output", "answer")
 _GIVEN_FIELDS = {"instruction": ("input", "context"), "question": ("context",)}
 """What belongs to a question beside it, such as the text that it is about."""
@@ -71,12 +71,14 @@ class Chat:
         tools: JSON schemas of the tools on offer, or None.
         excluded: the assistant messages that must not be trained on, by index, and why.
         fields: the field of its row in which each message was found, such as `messages[2]`.
+        template_kwargs: variables for the chat template that the row itself sets.
     """
 
     messages: list[dict[str, Any]]
     tools: list[Any] | None
     excluded: dict[int, str] = field(default_factory=dict)
     fields: tuple[str, ...] = field(default=(), compare=False)
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
 
     def field_of(self, index: int) -> str:
         """The field of its row in which a message was found, such as `messages[2]`."""
@@ -88,11 +90,12 @@ def read_chat(row: dict[str, Any], place: str, preference: str | None = None) ->
 
     - `messages`, `conversations` or `conversation`: messages with role/content or from/value, or pairs of question and
       answer;
-    - `prompt`, `instruction` (with `input` or `context`), `question` (with `context`) or `query`, and `completion`,
-      `response`, `output` or `answer`;
+    - `prompt`, `instruction` (with `input` or `context`), `question` (with `context`), `query` or `input`, and
+      `completion`, `response`, `output` or `answer`, or `answers` with tool calls as JSON text;
     - a preference row with `chosen` and `rejected`, with or without a `prompt`; `preference` says which to take.
 
-    Every field of a message that isn't null is kept for the chat template. Reasoning is stored under each name that
+    The row's `chat_template_kwargs` are variables for the chat template, as TRL has them. Every field of a message that
+    isn't null is kept for it. Reasoning is stored under each name that
     templates know, and a tool call's arguments as an object also if the row has them as JSON text. Tools are the row's
     `tools`, or `functions` as they were called before; one without `{"type": "function"}` around it gets that. The
     row's `system` becomes the first message. Answers with `weight` 0, `train` false or `loss` false are not trained on,
@@ -119,7 +122,11 @@ def read_chat(row: dict[str, Any], place: str, preference: str | None = None) ->
         messages.append({name: value for name, value in read.items() if name not in _TRAIN_FIELDS})
     if reason := _exclusion(row):
         excluded = {index: reason for index, message in enumerate(messages) if message["role"] == "assistant"}
-    return Chat(messages, _read_tools(row, place), excluded, tuple(fields))
+    kwargs = _decoded(row.get("chat_template_kwargs") or {}, place, "chat_template_kwargs")
+    if not isinstance(kwargs, dict):
+        raise wrong_value(place, "chat_template_kwargs", "a JSON object", kwargs)
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}  # Arrow adds nulls
+    return Chat(messages, _read_tools(row, place), excluded, tuple(fields), kwargs)
 
 
 def count_answers(row: dict[str, Any]) -> int:
@@ -148,6 +155,9 @@ def _raw_messages(row: dict[str, Any], place: str, preference: str | None) -> tu
         messages, fields = _with_question(row, place, question, preference)
     elif question is not None:
         messages, fields = _with_question(row, place, question, answer)
+        calls = row.get("answers")
+        if answer is None and isinstance(calls, str) and calls.lstrip().startswith("["):
+            messages, fields = [*messages, {"from": "function_call", "value": calls}], [*fields, "answers"]
     else:
         raise PeagleError(
             f"{place}: there is neither {' nor '.join(f'`{name}`' for name in _CONVERSATION_FIELDS)} nor `prompt` with "

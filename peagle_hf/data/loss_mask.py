@@ -37,6 +37,9 @@ from .chats import Chat, Unlearnable, check_text
 _OPEN_TAG = re.compile(r"[<\[][^<>\[\]\s]*\Z")
 """An unfinished tag at the end of a text: two tags that begin with the same characters have no token in common."""
 
+_MOST_VARIANTS = 100
+"""Of the chats' own variables for the chat template so many are kept, as each takes some renderings to begin with."""
+
 
 @dataclass(frozen=True)
 class LeftOut:
@@ -150,7 +153,7 @@ class ChatTokenizer:
 
     Args:
         tokenizer: a fast tokenizer with a chat template.
-        template_kwargs: variables for the chat template, such as `enable_thinking`.
+        template_kwargs: variables for the chat template, such as `enable_thinking`; a chat may set others.
 
     Raises:
         PeagleError: the chat template is no valid Jinja.
@@ -158,7 +161,8 @@ class ChatTokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any] | None = None) -> None:
         added = tokenizer.added_tokens_decoder
-        self._tokenizer = tokenizer
+        self._tokenizer, self._template_kwargs = tokenizer, template_kwargs or {}
+        self._others: dict[str, ChatTokenizer] = {}
         self._renderer = ChatRenderer(tokenizer, template_kwargs)
         self._added_text = {id_: token.content for id_, token in added.items()}
         self._is_added = np.zeros(max([*added, *tokenizer.get_vocab().values(), 0]) + 1, dtype=bool)
@@ -180,7 +184,7 @@ class ChatTokenizer:
                 "are needed to turn conversations into tokens. Name a chat model with both, give a template with "
                 "--chat-template, or give rows with `input_ids` and `loss_mask`."
             )
-        plans = [self._plan(chat) for chat in chats]
+        plans = [self._with(chat.template_kwargs)._plan(chat) for chat in chats]
         texts = [rendering.text for plan in plans for rendering in plan.renderings]
         encoding: Any = (
             self._tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -192,6 +196,17 @@ class ChatTokenizer:
             MaskedChat([self._mask(rendering, *next(tokens)) for rendering in plan.renderings], plan.left_out)
             for plan in plans
         ]
+
+    def _with(self, template_kwargs: dict[str, Any]) -> "ChatTokenizer":
+        """This object, or one in which a chat's own variables for the chat template come before the given ones."""
+        if not template_kwargs:
+            return self
+        key = json.dumps(template_kwargs, sort_keys=True)
+        if key not in self._others:
+            if len(self._others) == _MOST_VARIANTS:
+                self._others.clear()
+            self._others[key] = ChatTokenizer(self._tokenizer, self._template_kwargs | template_kwargs)
+        return self._others[key]
 
     def _mask(self, rendering: _Rendering, ids: list[int], offsets: list[Span]) -> MaskedSample:
         """The loss mask of a rendered text's tokens: a token counts if it lies wholly in an answer."""
