@@ -171,6 +171,20 @@ def test_a_folder_that_datasets_saved(read, tmp_path):
         read(f"{tmp_path / 'two'}:dev")
 
 
+@pytest.mark.parametrize("damage", ["state.json", "dataset_info.json", "data-00000-of-00001.arrow", "missing"])
+def test_a_damaged_folder_that_datasets_saved_is_named(read, tmp_path, damage):
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "one")
+    if damage == "missing":
+        (tmp_path / "one" / "data-00000-of-00001.arrow").unlink()
+    else:
+        (tmp_path / "one" / damage).write_bytes((tmp_path / "one" / damage).read_bytes()[:100])
+    with pytest.raises(PeagleError, match=r"one can't be read as what Dataset.save_to_disk wrote .*copy it again"):
+        read(tmp_path / "one")
+    (tmp_path / "one" / "state.json").unlink()
+    with pytest.raises(PeagleError, match="holds no data file"):
+        read(tmp_path / "one")
+
+
 def test_what_exists_here_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, read):
     monkeypatch.chdir(tmp_path)
     for name in ("org/rows", "sharegpt"):
@@ -223,6 +237,9 @@ def test_a_changed_file_of_a_folder_is_noticed(tmp_path):
         ("a.csv", 'a,b\n"1,2\n', "no valid CSV"),
         ("a.csv", b"a,b\n\xff,2\n", "no valid CSV in UTF-8"),
         ("a.jsonl", '{"a": 1}\n[2]\n', "line 2: the row must be a JSON object, but is list"),
+        ("a.jsonl", '{"a": 1}\n' + "[" * 10_000 + "]" * 10_000, "line 2: this is not valid JSON"),
+        ("a.json", "[" * 10_000 + "]" * 10_000, "item 1: this is not valid JSON"),
+        ("a.zip", b"PK\3\4", r"is no JSON, and its ending is none of \.jsonl, .*Rename, unpack or convert it"),
     ],
 )
 def test_a_damaged_file_is_named(read, tmp_path, name, content, problem):

@@ -15,7 +15,7 @@ FILE_KINDS = (".jsonl", ".json", ".ndjson", ".parquet", ".csv", ".tsv")
 NAMED_FILES = 5
 """Files of a folder that the log names."""
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
-_NO_DATA = ("dataset_infos.json", ".report.json")
+_NO_DATA = ("dataset_infos.json", "dataset_info.json", ".report.json")
 """Ends of names of files beside data: what `datasets` says of a data set, and what `regenerate` dropped."""
 _SPLIT_WORDS = {
     "train": "train training",

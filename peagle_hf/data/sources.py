@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 from ..errors import PeagleError
 from .chats import wrong_value
-from .folders import files_in, files_of_split, kind_of
+from .folders import COMPRESSIONS, FILE_KINDS, files_in, files_of_split, kind_of
 from .prepared_dataset import PREPARE_RECORD
 
 if TYPE_CHECKING:
@@ -149,7 +149,13 @@ def _open_local(data: str, folder: Path) -> Source:
             "conversations that it was made from."
         )
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-        saved = load_from_disk(str(path))
+        try:
+            saved = load_from_disk(str(path))
+        except (OSError, ValueError, KeyError) as error:
+            raise PeagleError(
+                f"{path} can't be read as what Dataset.save_to_disk wrote ({error}). It is damaged or not complete: "
+                "save or copy it again."
+            ) from error
         if isinstance(saved, DatasetDict):
             split = ":".join(parts) or "train"
             if split not in saved:
@@ -203,6 +209,11 @@ def _items(path: Path) -> tuple[str, Iterator[tuple[int, Any]]]:
         raise PeagleError(f"{path} is text in UTF-16, and JSON files must be in UTF-8. Save it as UTF-8.")
     if kind is None and start.startswith(b"PAR1"):
         return "row", _parquet_items(path)
+    if kind is None and not start.removeprefix(codecs.BOM_UTF8).lstrip().startswith((b"{", b"[")):
+        raise PeagleError(
+            f"{path} is no JSON, and its ending is none of {', '.join(FILE_KINDS)}, perhaps with "
+            f"{', '.join(COMPRESSIONS)}. Rename, unpack or convert it."
+        )
     is_array = start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
     return ("item", _array_items(path)) if is_array else ("line", _line_items(path))
 
@@ -249,7 +260,7 @@ def _line_items(path: Path) -> Iterator[tuple[int, Any]]:
                 continue
             try:
                 item = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 if not (isinstance(error, json.JSONDecodeError) and _is_incomplete(error)):
                     raise _malformed(f"{path}, line {number}", error) from error
                 rest = io.TextIOWrapper(file, encoding="utf-8", newline="")
@@ -308,7 +319,7 @@ def _streamed_items(path: Path, file: IO[str], text: str, line: int | None) -> I
             yield number, item
             number += text.count("\n", start, end) if line else 1
             start = end
-    except UnicodeDecodeError as error:
+    except (UnicodeDecodeError, RecursionError) as error:
         raise _malformed(f"{path}, {'line' if line else 'item'} {number}", error) from error
 
 
@@ -328,7 +339,7 @@ def _is_incomplete(error: json.JSONDecodeError) -> bool:
     return "Unterminated" in error.msg or error.pos >= len(error.doc.rstrip()) - 10
 
 
-def _malformed(place: str, error: ValueError | str) -> PeagleError:
+def _malformed(place: str, error: Exception | str) -> PeagleError:
     return PeagleError(f"{place}: this is not valid JSON ({error}). Correct it or take it out, and run again.")
 
 
