@@ -61,7 +61,7 @@ class Arguments:
         hints = get_type_hints(type(self))
         for one in fields(self):
             value, kind = getattr(self, one.name), _without_none(hints[one.name])
-            if get_origin(kind) is list and isinstance(value, str | os.PathLike | Real):
+            if get_origin(kind) is list and value is not None and not isinstance(value, list | tuple):
                 value = [value]
             values = [os.fspath(item) if isinstance(item, os.PathLike) else item for item in _items(value)]
             setattr(self, one.name, values if isinstance(value, list | tuple) else values[0])

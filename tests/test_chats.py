@@ -6,7 +6,7 @@ import json
 import lzma
 from pathlib import Path
 
-import pyarrow
+import pyarrow.parquet
 import pytest
 from datasets import Dataset, DatasetDict
 
@@ -77,6 +77,21 @@ def test_a_column_that_comes_twice_is_refused(read, tmp_path):
     (tmp_path / "a.csv").write_text("prompt,prompt,completion\nHello,Bye,Well\n")
     with pytest.raises(PeagleError, match=r"a\.csv: its header has the column 'prompt' more than once"):
         read(tmp_path / "a.csv")
+
+
+def test_text_in_bytes_is_text_and_other_bytes_are_none(read, tmp_path):
+    rows = {"prompt": [b"Hello", "H\u00e9".encode()], "completion": [b"Well", b"\xff\xfe"]}
+    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "rows.parquet")
+    (_, first), (_, second) = read(tmp_path / "rows.parquet")
+    assert exchange(first) == PAIR
+    with pytest.raises(PeagleError, match="completion has no content"):
+        exchange(second)
+
+
+def test_a_transform_is_refused_as_it_would_not_be_applied(tmp_path):
+    rows = Dataset.from_list(ROWS).with_transform(lambda batch: batch)
+    with pytest.raises(PeagleError, match=r"has a transform.*Dataset\.map first"):
+        open_source(rows, tmp_path)
 
 
 def test_places_name_the_line_where_an_object_begins(read, tmp_path):

@@ -455,7 +455,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_a_dataset_in_memory_is_prepared_as_a_file_is(arguments, tmp_path):
     rows = [json.loads(line) for line in Path(arguments.data[0]).read_text().splitlines()]
     from_file = prepared(prepare(arguments))
-    in_memory = replace(arguments, data=[Dataset.from_list(rows)], output=str(tmp_path / "memory"))
+    in_memory = replace(arguments, data=Dataset.from_list(rows), output=str(tmp_path / "memory"))
     assert prepared(prepare(in_memory)) == from_file
     assert prepared(prepare(in_memory)) == from_file  # the dataset is kept as it is
     with pytest.raises(PeagleError, match="overwrite"):
@@ -980,6 +980,22 @@ def test_a_dataset_that_is_no_json_file(arguments, tmp_path, monkeypatch):
     make_tokenizer(LLAMA).save_pretrained(arguments.model)
     folder = prepare(changed(arguments, data=["org/name", "org/name:test"]))
     assert sorted(prepared(folder)["conversation_id"]) == [0, 1, 2]
+
+
+def test_a_dataset_inside_the_folder_of_its_data_is_none_of_the_data(arguments, tmp_path, caplog):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    Path(arguments.data[0]).rename(folder / "chats.jsonl")
+    inside = changed(arguments, data=[str(folder)], output=str(folder / "out"))
+    prepare(inside)
+    before = contents(folder / "out")
+    (folder / "out" / "chats.jsonl").write_text("[")
+    caplog.set_level("INFO")
+    prepare(inside)
+    assert f"{folder / 'out'} already holds this dataset; it is kept as it is." in caplog.messages
+    (folder / "out" / "chats.jsonl").unlink()
+    assert contents(folder / "out") == before
+    prepare(changed(inside, output=str(folder / "again")))
 
 
 def test_the_same_command_again_does_nothing(arguments, caplog):

@@ -8,6 +8,7 @@ import yaml
 
 from ..console import number_of
 from ..errors import PeagleError
+from .prepared_dataset import PREPARE_RECORD
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,9 @@ def kind_of(path: Path) -> str | None:
 
 
 def files_in(folder: Path) -> list[Path]:
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    """The files in a folder and below, but no hidden ones and none of a prepared dataset, which may be made of it."""
+    made = {record.parent for record in folder.rglob(PREPARE_RECORD)}
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and made.isdisjoint(file.parents))
     return [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
 
 

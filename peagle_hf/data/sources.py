@@ -98,7 +98,10 @@ def open_source(data: "str | datasets.Dataset", folder: Path) -> Source:
         PeagleError: the file or the dataset can't be read, a row is not an object, or there is no row.
     """
     if not isinstance(data, str):
-        source = Source(source_name(data), data.with_format(None))
+        name = source_name(data)
+        if data.format["type"] == "custom":
+            raise PeagleError(f"{name} has a transform, which would not be applied. Apply it with Dataset.map first.")
+        source = Source(name, data.with_format(None))
     elif is_local_file(data):
         source = _open_local(data, folder)
     elif "/" in (name := BUILT_IN_DATASETS.get(data, data)):
@@ -409,9 +412,14 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def _described(value: Any) -> str:
-    """Text for a value of Parquet that JSON can't hold, such as an image's bytes or a time."""
-    return f"{len(value)} bytes" if isinstance(value, bytes) else str(value)
+def _described(value: Any) -> str | dict[str, int]:
+    """A value of Parquet that JSON can't hold: bytes as the text that they are, or their number; others as text."""
+    if not isinstance(value, bytes):
+        return str(value)
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return {"bytes": len(value)}
 
 
 def _file_sha256(path: Path) -> str:
