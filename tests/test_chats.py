@@ -224,8 +224,8 @@ def test_a_changed_file_of_a_folder_is_noticed(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(LINES + LINES)
     seen.append(data_sha256(str(tmp_path)))
     (tmp_path / "b.jsonl").write_bytes(LINES)
-    seen += [data_sha256(str(tmp_path)), data_sha256(f"{tmp_path}:train")]
-    assert len(set(seen)) == 3
+    seen += [data_sha256(f"{tmp_path}{split}") for split in ("", ":train", ":test", ":a:test")]
+    assert len(set(seen)) == 5
     assert seen[2] == seen[3]
 
 

@@ -982,6 +982,16 @@ def test_a_dataset_that_is_no_json_file(arguments, tmp_path, monkeypatch):
     assert sorted(prepared(folder)["conversation_id"]) == [0, 1, 2]
 
 
+def test_another_split_of_the_same_folder_is_another_dataset(arguments, tmp_path):
+    (tmp_path / "data").mkdir()
+    for name in ("train", "test"):
+        write_lines(tmp_path / "data" / f"{name}.jsonl", [{"messages": HELLO}])
+    of_train = changed(arguments, data=[f"{tmp_path / 'data'}:train"])
+    assert prepare(of_train) == prepare(of_train)
+    with pytest.raises(PeagleError, match=r"data was .*data:train, is .*data:test\. Pass --overwrite"):
+        prepare(changed(arguments, data=[f"{tmp_path / 'data'}:test"]))
+
+
 def test_a_dataset_inside_the_folder_of_its_data_is_none_of_the_data(arguments, tmp_path, caplog):
     folder = tmp_path / "data"
     folder.mkdir()

@@ -125,19 +125,21 @@ def is_local_file(data: "str | datasets.Dataset") -> bool:
 
 
 def data_sha256(data: "str | datasets.Dataset") -> str | None:
-    """SHA-256 of a file's or folder's content and names; None for a dataset that is no local file.
+    """SHA-256 of a file's content, or of a folder's content and names and the split that is named; None for a dataset
+    that is no local file.
 
     Raises:
         PeagleError: the file or folder can't be read.
     """
     if not isinstance(data, str) or not is_local_file(data):
         return None
-    path, _ = _parts_of(data)
+    path, parts = _parts_of(data)
     if path.is_file():
         return _file_sha256(path)
     _check_exists(data, path)
     names = [(str(file.relative_to(path)), _file_sha256(file)) for file in files_in(path)]
-    return hashlib.sha256(json.dumps(names).encode()).hexdigest()
+    split = [] if parts == ["train"] else parts  # which is read if none is named
+    return hashlib.sha256(json.dumps([*names, *split]).encode()).hexdigest()
 
 
 def _open_local(data: str, folder: Path) -> Source:
