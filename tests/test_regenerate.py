@@ -1208,6 +1208,8 @@ def test_nothing_to_answer_is_refused(target, tmp_path):
     for flags, words in (
         ({"endpoint": "http://localhost:8000", "dtype": "bfloat16"}, "--dtype is for a verifier in this process"),
         ({"output": "chats.json"}, r"--output chats.json must end in \.jsonl"),
+        ({"prompts": "./chats.jsonl"}, r"--output chats\.jsonl is a file that is read here"),
+        ({"exclude": ["chats.jsonl"]}, r"--output chats\.jsonl is a file that is read here"),
         ({"min_answer_tokens": 300}, "--min-answer-tokens 300 is more than --max-new-tokens 256"),
     ):
         with pytest.raises(PeagleError, match=words):

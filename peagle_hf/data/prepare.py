@@ -78,8 +78,8 @@ class PrepareArguments(Arguments):
     data: list[str] = field(
         metadata={
             "help": "Conversations, one or more of: sharegpt, ultrachat, a file (.jsonl, .json, .parquet, .csv, also "
-            "compressed as .gz or .zst), a folder of such files, a hub dataset as org/name, org/name:split or "
-            "org/name:configuration:split. The flag may be repeated.",
+            "compressed as .gz or .zst), a folder of such files, a hub dataset as org/name, and each of the last two "
+            "with :split or :configuration:split behind it. The flag may be repeated.",
             "action": "extend",
         }
     )

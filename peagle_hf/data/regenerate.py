@@ -72,8 +72,8 @@ class RegenerateArguments(Arguments):
     prompts: str | None = field(
         default=None,
         metadata={
-            "help": "Prompts to answer: a .jsonl or .json file or a hub dataset with `turns` (Spec-Bench's shape), "
-            "`messages` or `conversations`, whose user turns are kept and whose assistant turns are answered anew."
+            "help": "Prompts to answer: a file, a folder or a hub dataset, as for prepare --data, or rows with `turns` "
+            "(Spec-Bench's shape). User turns are kept, and assistant turns are answered anew."
         },
     )
     invent: int = field(
@@ -82,7 +82,7 @@ class RegenerateArguments(Arguments):
     )
     exclude: list[str] = field(
         default_factory=list,
-        metadata={"help": "Files of prompts that no prompt may resemble, such as those of the evaluation."},
+        metadata={"help": "Prompts that no prompt may resemble, as for --prompts, such as those of the evaluation."},
     )
     max_samples: int | None = field(default=None, metadata={"help": "Take at most this many of the given prompts."})
     max_new_tokens: int = field(default=256, metadata={"help": "Longest answer, and longest invented prompt."})
@@ -142,6 +142,9 @@ class RegenerateArguments(Arguments):
             raise PeagleError("There is nothing to answer: name a file with --prompts, or give --invent a number.")
         if Path(self.output).suffix != ".jsonl":
             raise PeagleError(f"--output {self.output} must end in .jsonl, as it gets a JSON object a line.")
+        read = [Path(path).resolve() for path in (self.prompts, *self.exclude) if isinstance(path, str)]
+        if Path(self.output).resolve() in read:
+            raise PeagleError(f"--output {self.output} is a file that is read here. Name another one.")
         check_ranges(self, _RANGES)
         for name in ("temperature", "invent_temperature", "top_p", "request_timeout"):
             value, above_0 = getattr(self, name), "" if name == "temperature" else " above 0"
