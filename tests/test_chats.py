@@ -304,8 +304,8 @@ def test_fillers_of_arrow_are_not_there(read, tmp_path):
     ]
     Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
     Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
-    Dataset.from_list(rows)
-    for data in ("a.parquet", "saved"):
+    Dataset.from_list([{"functions": row["tools"], **row} for row in rows]).to_parquet(tmp_path / "b.parquet")
+    for data in ("a.parquet", "saved", "b.parquet"):
         (_, first), (_, second) = read(tmp_path / data)
         assert [
             read_chat(row, "x").messages[1]["tool_calls"][0]["function"]["arguments"] for row in (first, second)
@@ -313,7 +313,7 @@ def test_fillers_of_arrow_are_not_there(read, tmp_path):
             {"city": "Paris"},
             {"zone": 1},
         ]
-        assert read_chat(first, "x").tools == tools
+        assert read_chat(first, "x").tools == tools == first.get("functions", tools)
         assert read_chat(first, "x").messages[1]["content"] is None
     # In JSON a null is what somebody wrote.
     call = {"name": "f", "arguments": '{"zone": null}'}

@@ -392,10 +392,10 @@ def _csv_items(path: Path, delimiter: str) -> Iterator[tuple[int, Any]]:
 def _without_filler(row: dict[str, Any]) -> dict[str, Any]:
     """Remove the nulls that Arrow adds to tool calls and schemas for fields that only other rows have."""
     row = dict(row)
-    if isinstance(row.get("tools"), list):
-        row["tools"] = _without_nulls(row["tools"])
     for name, value in row.items():
-        if isinstance(value, list) and value and isinstance(value[0], dict):
+        if name in ("tools", "functions"):
+            row[name] = _without_nulls(value)
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
             row[name] = [
                 {
                     key: _without_nulls(item) if key in ("tool_calls", "function_call") else item

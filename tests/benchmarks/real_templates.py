@@ -81,6 +81,9 @@ def judge_as(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, Any]],
             verdicts["not comparable"] += 1
             continue
         written = whole[len(prompt) :]
+        content = messages[index].get("content") or ""
+        if "</think>" in content and "</think>" not in written:  # the template takes out what the verifier writes
+            written = written.replace(content.rpartition("</think>")[2].strip(), content.strip(), 1)
         # Without the last token where the end of the turn is the next turn's first token.
         if written.startswith(answer.rstrip()) or written.rstrip() == open_answer.rstrip() or index in row.marked:
             verdicts["right"] += 1
