@@ -6,6 +6,7 @@ import json
 import lzma
 from pathlib import Path
 
+import datasets
 import pyarrow.parquet
 import pytest
 from datasets import Dataset, DatasetDict
@@ -319,6 +320,17 @@ def test_fillers_of_arrow_are_not_there(read, tmp_path):
     call = {"name": "f", "arguments": '{"zone": null}'}
     chat = read_chat({"messages": [HELLO, {"role": "assistant", "tool_calls": [call]}]}, "x")
     assert chat.messages[1]["tool_calls"][0]["function"]["arguments"] == {"zone": None}
+
+
+@pytest.mark.skipif(not hasattr(datasets, "Json"), reason="this version of datasets has no type for mixed fields")
+def test_fields_that_datasets_writes_as_json_are_decoded(read, tmp_path):
+    parts = [{"type": "text", "text": "Hello"}]
+    rows = [{"messages": [{"role": "user", "content": content}, WELL]} for content in ("Hello", parts, None)]
+    Dataset.from_list(rows, on_mixed_types="use_json").to_parquet(tmp_path / "mixed.parquet")
+    features = {"messages": [{"role": datasets.Value("string"), "content": datasets.Json()}]}
+    Dataset.from_list(rows, features=datasets.Features(features)).to_parquet(tmp_path / "typed.parquet")
+    for name in ("mixed.parquet", "typed.parquet"):
+        assert [row for _, row in read(tmp_path / name)] == rows
 
 
 def exchange(row: dict, **options) -> list[tuple[str, str]]:

@@ -354,13 +354,29 @@ def _parquet_items(path: Path) -> Iterator[tuple[int, Any]]:
 
     try:
         with _opened(path) as file, parquet.ParquetFile(file) as content:
+            types = {field.name: field.type for field in content.schema_arrow if "arrow.json" in str(field.type)}
             rows = (row for batch in content.iter_batches(batch_size=256) for row in batch.to_pylist())
-            yield from ((number, _without_filler(row)) for number, row in enumerate(rows))
+            for number, row in enumerate(rows):
+                row |= {name: _from_json(row[name], type_) for name, type_ in types.items()}
+                yield number, _without_filler(row)
     except (pyarrow.ArrowException, OSError, EOFError) as error:
         raise PeagleError(
             f"{path} can't be read as a Parquet file ({error}). It is damaged or not complete: create or download "
             "it again."
         ) from error
+
+
+def _from_json(value: Any, type_: Any) -> Any:
+    """Decode what Arrow holds as JSON text, as `datasets` writes fields whose type differs from row to row."""
+    from pyarrow import types
+
+    if value is None:
+        return None
+    if types.is_struct(type_):
+        return {field.name: _from_json(value[field.name], field.type) for field in type_}
+    if types.is_list(type_) or types.is_large_list(type_):
+        return [_from_json(item, type_.value_type) for item in value]
+    return json.loads(value) if str(type_).startswith("extension<arrow.json") else value
 
 
 def _csv_items(path: Path, delimiter: str) -> Iterator[tuple[int, Any]]:
