@@ -89,6 +89,17 @@ def test_text_in_bytes_is_text_and_other_bytes_are_none(read, tmp_path):
         exchange(second)
 
 
+def test_pictures_and_sounds_are_not_decoded(tmp_path):
+    content = {"bytes": b"none", "path": None}
+    rows = [{**ROWS[0], "audio": content, "images": [content]}, {**ROWS[1], "audio": None, "images": []}]
+    data = Dataset.from_list(rows).cast_column("audio", datasets.Audio())
+    data = data.cast_column("images", datasets.List(datasets.Image()))
+    source = open_source(data.with_format("torch"), tmp_path)
+    with pytest.raises(Unlearnable, match="the row has images"):
+        read_chat(*reversed(source.read(0)))
+    assert read_chat(*reversed(source.read(1))).messages == ROWS[1]["messages"]
+
+
 def test_a_transform_is_refused_as_it_would_not_be_applied(tmp_path):
     rows = Dataset.from_list(ROWS).with_transform(lambda batch: batch)
     with pytest.raises(PeagleError, match=r"has a transform.*Dataset\.map first"):

@@ -13,7 +13,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
@@ -101,7 +101,7 @@ def open_source(data: "str | datasets.Dataset", folder: Path) -> Source:
         name = source_name(data)
         if data.format["type"] == "custom":
             raise PeagleError(f"{name} has a transform, which would not be applied. Apply it with Dataset.map first.")
-        source = Source(name, data.with_format(None))
+        source = Source(name, _as_stored(data))
     elif is_local_file(data):
         source = _open_local(data, folder)
     elif "/" in (name := BUILT_IN_DATASETS.get(data, data)):
@@ -166,7 +166,7 @@ def _open_local(data: str, folder: Path) -> Source:
             if split not in saved:
                 raise PeagleError(f"{path} has no split {split}, only {', '.join(saved)}. Name {path}:SPLIT.")
             saved = saved[split]
-        return Source(data, saved.with_format(None))
+        return Source(data, _as_stored(saved))
     _check_exists(data, path)
     files = [path] if path.is_file() else files_of_split(path, parts)
 
@@ -184,6 +184,16 @@ def _open_local(data: str, folder: Path) -> Source:
                 writer.write({"file": index, "number": number, "json": json.dumps(item, default=_described)})
         writer.finalize()
     return Source(data, Dataset.from_file(str(copy)), units)
+
+
+def _as_stored(rows: "datasets.Dataset") -> "datasets.Dataset":
+    """The rows without a format and with pictures and sounds undecoded: that takes other packages, and time."""
+    for name, feature in rows.features.items():
+        media = getattr(feature, "feature", feature)
+        if type(media).__name__ in ("Audio", "Image", "Pdf", "Video"):
+            stored = replace(media, decode=False)
+            rows = rows.cast_column(name, stored if media is feature else replace(feature, feature=stored))
+    return rows.with_format(None)
 
 
 def _check_exists(data: str, path: Path) -> None:
@@ -466,4 +476,4 @@ def _open_hub_dataset(name: str) -> Source:
             f"The dataset {path} (split {split}) can't be loaded: {' '.join(str(error).split())} Check its name and "
             "split and the network, or name a local file."
         ) from error
-    return Source(name, rows)
+    return Source(name, _as_stored(rows))
