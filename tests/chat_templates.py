@@ -430,7 +430,11 @@ PATTERNS: dict[str, Pattern] = {
     ),
     "a thought in the text is taken out and the prompt opens it": Pattern(
         CUTS + "{% if add_generation_prompt %}<think>\n{% endif %}",
-        [Case(IN_TEXT, [["Hm.\n</think>Well" + END], ["So.</think>Fine" + END]])],
+        [
+            Case(IN_TEXT, [["Hm.\n</think>Well" + END], ["So.</think>Fine" + END]]),
+            Case([user(), says("\nHm.</think>Well\n")], [["Hm.</think>Well" + END]]),
+            Case([user(), says("So <think>Hm.</think>Well")], [], {1: "takes the reasoning out"}),
+        ],
     ),
     "a thought in the text is taken out and the prompt closes it": Pattern(
         CUTS + "{% if add_generation_prompt %}</think>{% endif %}",

@@ -162,7 +162,8 @@ configs:
 def test_a_downloaded_hub_dataset_has_the_splits_of_its_card_or_of_its_files_names(read, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = Path("data/org")
-    for name in ("all/test-1.jsonl", "other/rows-1.jsonl", "other/rows-2.jsonl", "train_sft-00000-of-00001.jsonl"):
+    names = ["all/test-1.jsonl", "other/rows-1.jsonl", "other/rows-2.jsonl", "train_sft-00000-of-00001.jsonl"]
+    for name in (*names, "data/chats-00000-of-00001.jsonl", "part-00000-of-00001.jsonl"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(json.dumps(ROWS[0]))
     (folder / "train_gen-00000-of-00001-a3ecf925.jsonl.gz").write_bytes(gzip.compress(LINES, mtime=0))
@@ -172,7 +173,9 @@ def test_a_downloaded_hub_dataset_has_the_splits_of_its_card_or_of_its_files_nam
 
     assert files("data/org:train_sft") == ["data/org/train_sft-00000-of-00001.jsonl"]
     assert len(files("data/org:train_gen")) == 3
-    assert files("data/org") == ["data/org/other/rows-1.jsonl", "data/org/other/rows-2.jsonl"]
+    assert files("data/org:chats") == ["data/org/data/chats-00000-of-00001.jsonl"]
+    others = ["other/rows-1.jsonl", "other/rows-2.jsonl", "part-00000-of-00001.jsonl"]
+    assert files("data/org") == [f"data/org/{name}" for name in others]
     (folder / "README.md").write_text(CARD)
     assert files("data/org:all:train") == ["data/org/all/test-1.jsonl"]
     assert files("data/org:all:held_out") == ["data/org/other/rows-1.jsonl"]
@@ -369,6 +372,7 @@ PAIR = [("user", "Hello"), ("assistant", "Well")]
         ({"instruction": "Say", "context": "it", "response": "Well"}, [("user", "Say\nit"), PAIR[1]]),
         ({"question": "Say", "context": "it", "answer": "Well"}, [("user", "Say\nit"), PAIR[1]]),
         ({"question": "Hello", "context": {"id": 3}, "answer": "Well"}, PAIR),
+        ({"question": "Say", "context": ["it", "", "now"], "answer": "Well"}, [("user", "Say\nit\nnow"), PAIR[1]]),
         (
             {"instruction": "Say", "output": "Well", "system": "Be kind.", "history": [["Hello", "Well"]]},
             [("system", "Be kind."), *PAIR, ("user", "Say"), PAIR[1]],

@@ -216,8 +216,9 @@ def _with_question(row: dict[str, Any], place: str, question: str | None, answer
             continue
         value = row[name]
         if isinstance(value, str) and role == "user":
-            given = [row[more] for more in _GIVEN_FIELDS.get(name, ()) if isinstance(row.get(more), str)]
-            value = "\n".join(filter(None, [value, *given]))
+            given = [row[more] for more in _GIVEN_FIELDS.get(name, ()) if row.get(more)]
+            texts = [text for one in given for text in (one if isinstance(one, list) else [one])]
+            value = "\n".join(filter(None, [value, *(text for text in texts if isinstance(text, str))]))
         if isinstance(value, str):
             messages.append({"role": role, "content": value})
             fields.append(name)

@@ -97,11 +97,16 @@ def _splits_of_card(folder: Path, configuration: list[str]) -> dict[str, list[Pa
 
 
 def _split_by_name(file: Path) -> str:
-    """The split of a file: `train_sft` of `train_sft-00000-of-00003.parquet`, or the one that its path is named after.
+    """The split of a file in a folder: the one that its path is named after, or else `train`.
 
-    A file that is named after no split is of `train`.
+    Hub datasets name their files as `data/train_sft-00000-of-00003.parquet`, of the split `train_sft`.
     """
-    if shard := _SHARD.match(file.name):
+    shard = _SHARD.match(file.name)
+    if shard and (file.parent == Path("data") or _split_word(shard.group(1))):
         return shard.group(1)
-    words = set(re.split(r"[^a-z]+", str(file).lower()))
-    return next((name for name, those in _SPLIT_WORDS.items() if words & set(those.split())), "train")
+    return _split_word(str(file)) or "train"
+
+
+def _split_word(text: str) -> str | None:
+    words = set(re.split(r"[^a-z]+", text.lower()))
+    return next((name for name, those in _SPLIT_WORDS.items() if words & set(those.split())), None)

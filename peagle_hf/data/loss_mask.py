@@ -426,15 +426,21 @@ def _as_written(message: dict[str, Any], prompt: str, kind: TemplateKind) -> str
     """The prompt and an answer as the verifier writes it, though the template takes the reasoning out of its text.
 
     Templates of reasoning models such as DeepSeek-R1 show the reasoning of no answer, not even of the last one, and
-    some open it in the prompt. None if the prompt closes the reasoning, or if the answer's form isn't known.
+    some open it in the prompt, so that the verifier doesn't write `<think>` itself. None if the prompt closes the
+    reasoning, or if the answer's form isn't known.
     """
-    before, tag, text = joined(message.get("content")).partition("<think>")
-    is_known = tag and not before.strip() and not message.get("tool_calls") and kind.end_of_turn
-    if not is_known or kind.is_marking or prompt.rstrip().endswith("</think>"):
-        return None
     opened = re.search(r"<think>(\s*)\Z", prompt)
-    answer = tag + text if opened is None else text.lstrip() if opened.group(1) else text
-    return prompt + answer.rstrip() + (kind.closing or "")[: kind.end_of_turn]
+    content = joined(message.get("content")).strip()
+    answer = content.removeprefix("<think>")
+    is_closed = prompt.rstrip().endswith("</think>")
+    is_known = (opened or answer != content) and "<think>" not in answer and not is_closed
+    if not is_known or message.get("tool_calls") or kind.is_marking or not kind.end_of_turn:
+        return None
+    if opened is None:
+        answer = content
+    elif opened.group(1):
+        answer = answer.lstrip()
+    return prompt + answer + (kind.closing or "")[: kind.end_of_turn]
 
 
 def _closed(answer: _Answer, text: str, messages: list[dict[str, Any]], kind: TemplateKind) -> _Answer:
