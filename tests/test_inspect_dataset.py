@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shutil
 import xml.etree.ElementTree
 from collections import Counter
 from dataclasses import asdict
@@ -188,7 +189,8 @@ def test_spaces_stay_where_a_tokenizer_takes_them_from_the_first_word():
 
 
 def test_the_command_and_its_place_in_the_prepared_folder(model, tmp_path, capsys):
-    """Two words and a folder; the page goes when the dataset is replaced."""
+    """Two words and a folder; the page goes when the dataset is replaced, and the model may be moved."""
+    model = shutil.copytree(model, tmp_path / "model")
     arguments = PrepareArguments(
         str(model), [write_chats(tmp_path / "chats.jsonl", 12, "Why?")], str(tmp_path / "data")
     )
@@ -201,6 +203,10 @@ def test_the_command_and_its_place_in_the_prepared_folder(model, tmp_path, capsy
     arguments.seq_length, arguments.overwrite = 30, True
     prepare(arguments)
     assert not list(folder.glob("inspect.*"))
+    model.rename(tmp_path / "moved")
+    with pytest.raises(PeagleError, match=r"prepare\.json names it; if it is somewhere else now, name it with --model"):
+        inspect_data(DataArguments("inspect", str(folder)))
+    inspect_data(DataArguments("inspect", str(folder), model=str(tmp_path / "moved")))
 
 
 def test_a_dataset_without_a_record_says_what_is_not_known(tmp_path, tiny_verifier):

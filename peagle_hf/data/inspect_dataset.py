@@ -222,7 +222,14 @@ def _tokenizer(arguments: DataArguments, folder: Path, record: dict[str, Any]) -
         raise PeagleError(
             f"{arguments.folder} has no {PREPARE_RECORD}, so the tokenizer isn't known. Name the model with --model."
         )
-    tokenizer = load_tokenizer(model, arguments.trust_remote_code, chat_options(folder)[0])
+    try:
+        tokenizer = load_tokenizer(model, arguments.trust_remote_code, chat_options(folder)[0])
+    except PeagleError as error:
+        if arguments.model is not None:
+            raise
+        raise PeagleError(
+            f"{error} {folder / PREPARE_RECORD} names it; if it is somewhere else now, name it with --model."
+        ) from error
     if record.get("tokenizer_fingerprint") not in (None, tokenizer_fingerprint(tokenizer)):
         raise PeagleError(
             f"{arguments.folder} was prepared with another tokenizer than that of {model}, or it has changed since: "
