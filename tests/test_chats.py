@@ -180,6 +180,8 @@ def test_a_downloaded_hub_dataset_has_the_splits_of_its_card_or_of_its_files_nam
     assert files("data/org:all:train") == ["data/org/all/test-1.jsonl"]
     assert files("data/org:all:held_out") == ["data/org/other/rows-1.jsonl"]
     assert files(f"{folder.resolve()}:rest:train_sft") == [f"{folder.resolve()}/other/rows-{n}.jsonl" for n in (1, 2)]
+    Path("linked").symlink_to(folder)
+    assert files("linked:all:held_out") == ["linked/other/rows-1.jsonl"]
     assert is_local_file("data/org:all:held_out")
     with pytest.raises(
         PeagleError, match=r"data/org can't be read as its README.md says: .*\['all', 'rest'\].* Name data"

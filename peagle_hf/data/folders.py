@@ -1,6 +1,7 @@
 """Folders of data: which files hold data, and which of them belong to a split."""
 
 import logging
+import os
 import re
 from pathlib import Path
 
@@ -82,18 +83,17 @@ def _splits_of_card(folder: Path, configuration: list[str]) -> dict[str, list[Pa
     from datasets import load_dataset_builder
     from huggingface_hub import metadata_load
 
-    card = folder / "README.md"
+    card, root = folder / "README.md", folder.resolve()
     try:
         if not card.is_file() or not (metadata_load(card) or {}).get("configs"):
             return None
-        found = load_dataset_builder(str(folder), *configuration).config.data_files or {}
+        found = load_dataset_builder(str(root), *configuration).config.data_files or {}
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise PeagleError(
             f"{folder} can't be read as its README.md says: {' '.join(str(error).split())} Name "
             f"{folder}:CONFIGURATION:SPLIT if it has several configurations, or name the files themselves."
         ) from error
-    root = folder.resolve()
-    return {str(split): [folder / Path(file).relative_to(root) for file in files] for split, files in found.items()}
+    return {str(split): [folder / os.path.relpath(file, root) for file in files] for split, files in found.items()}
 
 
 def _split_by_name(file: Path) -> str:
