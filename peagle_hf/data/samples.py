@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..console import number_of
+from ..console import number_of, progress_bar
 from ..errors import PeagleError
 from .chats import Chat, Unlearnable, count_answers, read_chat
 from .loss_mask import ChatTokenizer, MaskedSample
@@ -93,7 +93,7 @@ class SampleMaker:
         Conversations are read in a drawn order and by several processes, so another wrong row may have been met first.
         """
         first, num_others = "", -1
-        for number in range(sum(map(len, self.sources))):
+        for number in progress_bar(range(sum(map(len, self.sources))), desc="Looking for wrong rows"):
             try:
                 self._read_row(number)
             except PeagleError as found:
