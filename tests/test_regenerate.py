@@ -552,9 +552,21 @@ def test_prompts_come_in_every_shape_that_prepare_reads(tmp_path):
         {"prompt": "Who sings?", "chosen": "A bird.", "rejected": "Nobody."},
         {"instruction": "Why is the grass green?", "output": "It is."},
         {"question": "Who plays?", "answer": "You."},
+        {"prompt": ["Name a river.", "Where does it end?"], "reference": []},
     ]
     prompts = prompts_module.read_prompts(str(write_jsonl(tmp_path / "prompts.jsonl", rows)), [])
-    assert [prompt.turns for prompt in prompts] == [["Who sings?"], ["Why is the grass green?"], ["Who plays?"]]
+    assert [prompt.turns[0] for prompt in prompts] == [
+        *("Who sings?", "Why is the grass green?", "Who plays?", "Name a river.")
+    ]
+    assert prompts[-1].turns[1:] == ["Where does it end?"]
+
+
+def test_turns_keep_the_rows_system_message_and_tools(tmp_path):
+    tool = {"type": "function", "function": {"name": "weather"}}
+    row = {"turns": ["Will it rain?"], "system": "You are brief.", "tools": [tool]}
+    (prompt,) = prompts_module.read_prompts(str(write_jsonl(tmp_path / "prompts.jsonl", [row])), [])
+    assert prompt.system == [{"role": "system", "content": "You are brief."}]
+    assert (prompt.turns, prompt.tools) == (["Will it rain?"], [tool])
 
 
 def test_a_file_with_a_byte_order_mark_and_windows_lines(target, prompts, tmp_path):

@@ -28,6 +28,7 @@ from peagle_hf.hub.card import model_card
 from peagle_hf.hub.evaluation_json import read_evaluation
 from peagle_hf.model.served_checkpoint import check_checkpoint
 from peagle_hf.serving.chat import ChatArguments
+from peagle_hf.serving.client import Client
 from peagle_hf.serving.environment import installed_vllm
 from peagle_hf.serving.launch import LaunchArguments, ServeArguments, drafting_command, server_command
 
@@ -97,6 +98,12 @@ def test_flags_by_which_vllm_would_forget_the_drafter_are_refused(drafter, serva
     states = LaunchArguments(str(servable_verifier), str(tmp_path), vllm_args=["--kv-transfer-config", "{}"])
     with pytest.raises(PeagleError, match="--kv-transfer-config stands after --"):
         server_command(states, on_cpu=False)
+    for command, arguments in {
+        drafting_command: ServeArguments(str(drafter), vllm_args=["--model=another"]),
+        server_command: LaunchArguments(str(servable_verifier), str(tmp_path), vllm_args=["--model", "another"]),
+    }.items():
+        with pytest.raises(PeagleError, match="stands after --, but this command itself sets --model"):
+            command(arguments, on_cpu=True)
     with_kv = ServeArguments(str(drafter), vllm_args=["--kv-transfer-config", "{}", "--port", "1"])
     assert drafting_command(with_kv, on_cpu=False)[-4:] == with_kv.vllm_args
 
@@ -613,6 +620,28 @@ def test_a_chat_shows_what_each_answer_accepted(server, monkeypatch, capsys):
     assert server.requests[1]["messages"][2]["content"] == "w0 w1 w2 w3 "
     assert (server.requests[0]["max_tokens"], server.requests[0]["temperature"]) == (9, 0)
     assert [request["chat_template_kwargs"] for request in server.requests] == [{"enable_thinking": False}] * 2
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"http_proxy": "http://me:secret@localhost:9"}, "the proxy http://localhost:9: .* add 127.0.0.1 to no_"),
+        ({"all_proxy": "socks://me:secret@localhost:9", "no_proxy": "127.0.0.1"}, "Unknown scheme .* unset all_proxy"),
+        ({"VLLM_API_KEY": "secret\nkey"}, "VLLM_API_KEY holds a character that no key can have"),
+        ({"http_proxy": "http://localhost:9", "no_proxy": "127.0.0.1", "VLLM_API_KEY": "\n"}, ""),
+    ],
+)
+def test_an_error_of_a_proxy_or_key_names_the_variable_and_shows_no_secret(server, monkeypatch, variables, words):
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if not words:
+        assert Client(server.url).model["id"]
+        return
+    with pytest.raises(PeagleError, match=words) as error:
+        Client(server.url)
+    assert "secret" not in str(error.value)
 
 
 def test_a_chat_without_a_drafter_or_beside_others_says_so(server, baseline, monkeypatch, capsys):

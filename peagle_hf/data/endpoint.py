@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from functools import cache, cached_property
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from ..errors import PeagleError
 from ..files import canonical_path
@@ -266,13 +267,23 @@ class Server:
         (self.url,) = endpoint_urls(url)
         credentials = _CREDENTIALS.get(self.url)
         headers = {"Authorization": f"Basic {base64.b64encode(credentials.encode()).decode()}"} if credentials else None
-        self.client = openai.OpenAI(
-            base_url=self.url,
-            api_key=os.environ.get("VLLM_API_KEY", "none"),
-            timeout=timeout,
-            max_retries=max_retries,
-            default_headers=headers,
-        )
+        key = os.environ.get("VLLM_API_KEY", "").strip() or "none"
+        if not (key.isascii() and key.isprintable()):  # the errors of other packages would show it
+            raise PeagleError("VLLM_API_KEY holds a character that no key can have. Set it to the server's key.")
+        try:
+            self.client = openai.OpenAI(
+                base_url=self.url,
+                api_key=key,
+                timeout=timeout,
+                max_retries=max_retries,
+                default_headers=headers,
+            )
+        except (ImportError, ValueError) as error:  # httpx reads the variables even if no_proxy names the server
+            raise PeagleError(
+                f"No request can be sent to {self.url}, because a proxy that the environment names can't be used: "
+                f"{shorten(public_url(str(error)))}. Correct or unset all_proxy, http_proxy and https_proxy (also in "
+                "capitals)."
+            ) from error
         self.if_slow = if_slow
         self.in_flight = self.rests_in_turn = 0
         self.is_resting = False
@@ -386,7 +397,7 @@ class Server:
             yield
         except openai.APIStatusError as error:
             kind = RefusedEndpointError if error.status_code in REFUSALS else EndpointError
-            raise kind(shorten(str(error)), STATUS_ADVICE.get(error.status_code, "")) from error
+            raise kind(shorten(str(error)), self._advice(STATUS_ADVICE.get(error.status_code, ""))) from error
         except UnicodeEncodeError as error:
             raise RefusedEndpointError(f"the text has characters that can't be sent ({error.reason})") from error
         except openai.OpenAIError as error:
@@ -394,13 +405,25 @@ class Server:
             advice = "start the server again, or correct its address"
             if isinstance(error, openai.APITimeoutError):
                 advice = self.if_slow
-            raise EndpointError(f"{shorten(str(error))}{cause}", advice) from error
+            raise EndpointError(f"{shorten(str(error))}{cause}", self._advice(advice)) from error
         except (json.JSONDecodeError, AttributeError, IndexError, KeyError, TypeError) as error:
             raise EndpointError(
                 "its answer isn't one of vLLM's: another program may answer at this address, such as a proxy with a "
                 "web page",
-                "name the address of vLLM itself",
+                self._advice("name the address of vLLM itself"),
             ) from error
+
+    def _advice(self, advice: str) -> str:
+        """The advice, and which proxy requests to this server go through, which may be what failed."""
+        address, proxies = urlsplit(self.url), getproxies()
+        name = next((name for name in (address.scheme, "all") if name in proxies), None)
+        if name is None or proxy_bypass(address.netloc):
+            return advice
+        proxy = (
+            f"{name}_proxy sends requests through the proxy {public_url(proxies[name])}: if that is wrong, add "
+            f"{address.hostname} to no_proxy"
+        )
+        return f"{advice}; {proxy}" if advice else proxy
 
     def succeeded(self) -> None:
         self.rests_in_turn, self.is_resting = 0, False

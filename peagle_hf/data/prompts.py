@@ -121,20 +121,21 @@ def _writable(text: str) -> str:
 
 def _with_content(prompt: Prompt, row: dict[str, Any], place: str) -> tuple[Prompt, list[str]]:
     """The prompt with the content of a row, and the roles of the row's messages."""
-    tools = None
-    if (turns := row.get("turns")) is not None:
+    turns, listed = row.get("turns"), row.get("prompt")
+    if turns is None and listed and isinstance(listed, list) and all(isinstance(turn, str) for turn in listed):
+        turns = listed  # as in MT-bench on the hub
+    if turns is not None:
         if not (isinstance(turns, list) and turns and all(isinstance(turn, str) and turn.strip() for turn in turns)):
             raise PeagleError(f"{place}: `turns` must be a list of texts, none of them empty. Correct the row.")
-        messages = [{"role": "user", "content": turn} for turn in turns]
-    else:
-        # The chosen and the rejected answer follow the same user turns, so either will do.
-        chat = read_chat(row, place, preference="chosen")
-        messages, tools = chat.messages, chat.tools
+        row = {**row, "messages": [{"role": "user", "content": turn} for turn in turns]}
+    # The chosen and the rejected answer follow the same user turns, so either will do.
+    chat = read_chat(row, place, preference="chosen")
+    messages = chat.messages
     turns = [message["content"] for message in messages if message["role"] == "user"]
     if not any(turn.strip() for turn in turns):
         raise Unlearnable("no user turn")
     system = [message for message in messages if message["role"] in ("system", "developer")]
-    return replace(prompt, system=system, turns=turns, tools=tools), [message["role"] for message in messages]
+    return replace(prompt, system=system, turns=turns, tools=chat.tools), [message["role"] for message in messages]
 
 
 def distinct(prompts: list[Prompt], excluded: list[Prompt], dropped: list[dict[str, str]]) -> list[Prompt]:

@@ -79,9 +79,10 @@ class Client:
         try:
             self.model = self._server.model
         except EndpointError as error:
+            advice = error.advice or "start one and wait until it is ready, or correct the endpoint"
             raise PeagleError(
-                f"The vLLM server {self.url} can't be asked which model it runs: {error}. Start one with peagle-hf "
-                "serve and wait until it is ready, or correct the endpoint."
+                f"The vLLM server {self.url} can't be asked which model it runs: {error.reason}. "
+                f"{advice[:1].upper()}{advice[1:]}. peagle-hf serve starts such a server."
             ) from error
 
     def version(self) -> str:

@@ -402,8 +402,8 @@ def _vllm_command(
 
 
 def _check_not_replaced(vllm_args: Sequence[str], options: Mapping[str, Any]) -> None:
-    """Make sure that vLLM's own flags don't name a configuration again: vLLM takes the last one, and merges none."""
-    ours = {flag_of(name) for name in ("speculative_config", "kv_transfer_config") if name in options}
+    """Make sure that vLLM's own flags don't name the model or a configuration again: vLLM takes the last one."""
+    ours = {"--model", *(flag_of(name) for name in ("speculative_config", "kv_transfer_config") if name in options)}
     for word in vllm_args:
         flag = re.split("[=.]", word)[0].replace("_", "-")
         if flag == "-sc" or flag.startswith("--spec-"):
@@ -411,7 +411,8 @@ def _check_not_replaced(vllm_args: Sequence[str], options: Mapping[str, Any]) ->
         if flag in ours:
             raise PeagleError(
                 f"{word} stands after --, but this command itself sets {flag}, and vLLM would replace all of it. Leave "
-                "it out. What the flags before -- can't say, write into the command that --dry-run prints."
+                "it out: the flags before -- name the models. What they can't say, write into the command that "
+                "--dry-run prints."
             )
 
 
