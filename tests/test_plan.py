@@ -1,6 +1,7 @@
 """`peagle-hf plan`: the model of speed, and the whole command in real vLLM with a verifier that has no weights."""
 
 import json
+import math
 import subprocess
 import sys
 from functools import partial
@@ -15,7 +16,7 @@ from peagle_hf import EvaluateArguments, PeagleError
 from peagle_hf.cli import main
 from peagle_hf.evaluation.arguments import asks_for_random_weights
 from peagle_hf.evaluation.plan import FINISHED_RUNS, PlanArguments, plan
-from peagle_hf.evaluation.plan_report import text
+from peagle_hf.evaluation.plan_report import _draw_break_even, text
 from peagle_hf.evaluation.speed_model import (
     SpeedModel,
     fastest,
@@ -236,3 +237,17 @@ def test_the_text_says_what_pays_and_what_is_rough():
     assert "pays first" not in always
     assert "1.40 (1.30 to 1.50)" in text(report_of(break_even_range=[1.3, 1.5]))
     assert "deviate from the model of speed by up to 12%" in text(report_of(model_error=0.12))
+
+
+def test_the_picture_has_no_length_that_the_table_says_is_never_reached():
+    axes = pytest.importorskip("matplotlib.figure").Figure().subplots()
+    _draw_break_even(report_of(break_even_length=8.3), axes)
+    assert "never: 8.30 of at most 3" in text(report_of(break_even_length=8.3))
+    assert math.isnan(axes.lines[0].get_ydata()[0])
+
+
+def test_each_k_has_a_line_of_its_own_in_the_picture():
+    report, axes = report_of(), pytest.importorskip("matplotlib.figure").Figure().subplots()
+    report["drafters"] = [report["drafters"][0] | {"num_speculative_tokens": tokens} for tokens in range(1, 9)]
+    _draw_break_even(report, axes)
+    assert len({(line.get_linestyle(), line.get_marker()) for line in axes.lines}) == 8

@@ -108,9 +108,7 @@ def _measured(report: dict[str, Any]) -> list[list[str]]:
 def _sentences(report: dict[str, Any]) -> list[str]:
     runs = [(drafter, run) for drafter in report["drafters"] for run in drafter["by_concurrency"]]
     reachable = [
-        (run["break_even_length"], drafter, run)
-        for drafter, run in runs
-        if run["break_even_length"] is not None and run["break_even_length"] <= drafter["num_speculative_tokens"] + 1
+        (length, drafter, run) for drafter, run in runs if (length := _reachable_length(drafter, run)) is not None
     ]
     sentences = []
     # Acceptance lengths can be compared for the same K only.
@@ -140,29 +138,38 @@ def _sentences(report: dict[str, Any]) -> list[str]:
     return sentences
 
 
+def _reachable_length(drafter: dict[str, Any], run: dict[str, Any]) -> float | None:
+    """The acceptance length from which a drafter pays; None if it never has so high a one."""
+    length: float | None = run["break_even_length"]
+    return length if length is not None and length <= drafter["num_speculative_tokens"] + 1 else None
+
+
 def _draw_break_even(report: dict[str, Any], axes: Any) -> None:
-    _draw_by_load(axes, report, lambda run: run["break_even_length"])
-    axes.set(ylabel="Acceptance length", title="A drafter pays from this acceptance length")
+    _draw_by_load(axes, report, _reachable_length)
+    axes.set(ylabel="Acceptance length", title="A drafter pays from this acceptance length (no point: never)")
 
 
 def _draw_speed_up(report: dict[str, Any], axes: Any) -> None:
-    _draw_by_load(axes, report, lambda run: run["speed_up"]["2"])
+    _draw_by_load(axes, report, lambda drafter, run: run["speed_up"]["2"])
     axes.axhline(1, color=GREY, linewidth=0.8)
     axes.set(ylabel="Times as fast as without a drafter", title="Speed-up at acceptance length 2")
 
 
-def _draw_by_load(axes: Any, report: dict[str, Any], value: Callable[[dict[str, Any]], float | None]) -> None:
-    """One line for each drafter and K: the colour says which drafter, the dashes which K."""
+def _draw_by_load(
+    axes: Any, report: dict[str, Any], value: Callable[[dict[str, Any], dict[str, Any]], float | None]
+) -> None:
+    """One line for each drafter and K: the colour says which drafter, the dashes and points which K."""
     sizes = list(dict.fromkeys(map(_size, report["drafters"])))
     tokens = sorted({drafter["num_speculative_tokens"] for drafter in report["drafters"]})
     for drafter in report["drafters"]:
-        values = [value(run) for run in drafter["by_concurrency"]]
+        values = [value(drafter, run) for run in drafter["by_concurrency"]]
+        of_k = tokens.index(drafter["num_speculative_tokens"])
         axes.plot(
             [str(run["concurrency"]) for run in drafter["by_concurrency"]],
             [float("nan") if one is None else one for one in values],
             color=COLOURS[sizes.index(_size(drafter)) % len(COLOURS)],
-            linestyle=("-", "--", ":", "-.")[tokens.index(drafter["num_speculative_tokens"]) % 4],
-            marker=".",
+            linestyle=("-", "--", ":", "-.")[of_k % 4],
+            marker=".x^s"[of_k // 4 % 4],
             label=f"{_size(drafter)}, K {drafter['num_speculative_tokens']}",
         )
     axes.set_xlabel("Chats at a time")
