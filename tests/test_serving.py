@@ -123,7 +123,7 @@ def test_a_bad_checkpoint_or_another_verifier_is_found_before_vllm_starts(drafte
         assert words in capsys.readouterr().err
 
 
-def test_a_verifier_that_was_moved_is_asked_for(drafter, chain, prompts, tmp_path, capsys):
+def test_a_verifier_that_was_moved_is_asked_for(drafter, chain, prompts, tmp_path, monkeypatch, capsys):
     folder, gone = shutil.copytree(drafter, tmp_path / "made elsewhere"), tmp_path / "gone"
     config = folder / "config.json"
     config.write_text(config.read_text().replace(str(chain), str(gone)))
@@ -140,6 +140,11 @@ def test_a_verifier_that_was_moved_is_asked_for(drafter, chain, prompts, tmp_pat
         assert "name it with --verifier" in said
     cli.main(["serve", str(folder), "--verifier", str(chain), "--dry-run"])
     assert str(chain) in capsys.readouterr().out
+    config.write_text(config.read_text().replace(str(gone), "gone/verifier"))  # it could be a name on the hub
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(SystemExit):
+        cli.main(["serve", str(folder), "--dry-run"])
+    assert re.search(r"verifier gone/verifier can't be read.* name it with --verifier", capsys.readouterr().err, re.S)
 
 
 @pytest.fixture

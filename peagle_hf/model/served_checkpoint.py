@@ -218,9 +218,16 @@ def check_verifier(
         trust_remote_code: let the verifier's configuration run code from its repository.
 
     Raises:
-        PeagleError: the model has other sizes or too few layers; the message names both.
+        PeagleError: the model's configuration can't be read, or it has other sizes or too few layers.
     """
-    target = load_verifier_config(verifier, trust_remote_code=trust_remote_code)
+    try:
+        target = load_verifier_config(verifier, trust_remote_code=trust_remote_code)
+    except PeagleError as error:
+        if verifier != config.verifier_name_or_path:
+            raise
+        raise PeagleError(
+            f"{error} The drafter {folder} names its verifier so; if it is somewhere else now, name it with --verifier."
+        ) from error
     layer_ids = config.eagle_aux_hidden_state_layer_ids
     same_sizes = (target.hidden_size, target.vocab_size) == (config.hidden_size, config.vocab_size)
     if not same_sizes or max(layer_ids) > target.num_hidden_layers:
