@@ -443,7 +443,9 @@ def test_vllm_is_told_one_k_and_where_it_drafts(caplog):
     assert "No drafter was faster by at most 5 % with so many chats at a time: 4. vLLM" in caplog.text
     pays = recommendation({0: 20, 2: 30, 4: 40}, {0: 50, 2: 90, 4: 60})
     assert scheduled(pays, True) == {"num_speculative_tokens": 2}
+    assert "no speed of the verifier alone" not in caplog.text
     assert scheduled(recommendation({2: 30, 4: 40}, {2: 90, 4: 60}), True) == {"num_speculative_tokens": 2}
+    assert "no speed of the verifier alone" in caplog.text
     with pytest.raises(PeagleError, match="it had fewer prompts than chats at a time"):
         scheduled([], True)
     with pytest.raises(PeagleError, match=r"slower than the verifier alone at each load .*\(chats at a time: 1, 4\)"):

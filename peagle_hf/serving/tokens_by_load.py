@@ -129,6 +129,11 @@ def scheduled(recommended: Sequence[Mapping[str, Any]], takes_schedule: bool) ->
             "parallel.",
             best,
         )
+    if any(0 not in by_k for by_k in speeds):
+        logger.warning(
+            "The report has no speed of the verifier alone, so K is chosen as if the drafter paid at every load. Evaluate "
+            "without --endpoint, or with --baseline-endpoint, to know where it doesn't."
+        )
     loads = [row["concurrency"] for row in recommended]
     gains = [by_k.get(0, 0.0) / by_k[best] - 1 for by_k in speeds]  # how much faster vLLM is without a drafter
     pays = [gain <= MARGIN for gain in gains]
