@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import VllmServer, ended
+from safetensors.torch import load_file, save_file
 
 from peagle_hf import EvaluateArguments, PeagleError, cli, evaluate
 from peagle_hf.data.prompts import Prompt
@@ -24,9 +25,10 @@ from peagle_hf.data.tokenizer import ChatOptions, load_tokenizer
 from peagle_hf.evaluation.report import text
 from peagle_hf.evaluation.runs import Condition
 from peagle_hf.evaluation.vllm_process import Job, _Conversations, _device, _do
+from peagle_hf.fingerprint import weights_of
 from peagle_hf.hub.card import model_card
 from peagle_hf.hub.evaluation_json import read_evaluation
-from peagle_hf.model.served_checkpoint import check_checkpoint
+from peagle_hf.model.served_checkpoint import RUN_RECORD, check_checkpoint
 from peagle_hf.serving.chat import ChatArguments
 from peagle_hf.serving.client import Client
 from peagle_hf.serving.environment import installed_vllm
@@ -121,6 +123,18 @@ def test_a_bad_checkpoint_or_another_verifier_is_found_before_vllm_starts(drafte
         with pytest.raises(SystemExit):
             cli.main(["serve", *flags])
         assert words in capsys.readouterr().err
+
+
+def test_a_verifier_with_other_weights_than_in_training_is_warned_of(drafter, chain, tmp_path, caplog):
+    folder, other = shutil.copytree(drafter, tmp_path / "drafter"), shutil.copytree(chain, tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    (folder / RUN_RECORD).write_text(json.dumps({"verifier": weights_of(chain)}))
+    drafting_command(ServeArguments(str(folder)), on_cpu=False)
+    drafting_command(ServeArguments(str(drafter), verifier=str(other)), on_cpu=False)  # it has no record
+    assert "other weights" not in caplog.text
+    drafting_command(ServeArguments(str(folder), verifier=str(other)), on_cpu=False)
+    assert f"{other} has other weights than the verifier that the drafter {folder} was trained with" in caplog.text
 
 
 def test_a_verifier_that_was_moved_is_asked_for(drafter, chain, prompts, tmp_path, monkeypatch, capsys):

@@ -1,6 +1,9 @@
 """A drafter's files as vLLM serves them: where they are, whether vLLM loads them rightly, and what it must be told."""
 
+import json
+import logging
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +15,12 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import PeagleError
 from ..files import read_json
+from ..fingerprint import has_weights
 from ..verifier.loading import load_verifier_config
 from .config import NOT_OF_A_DRAFTER, VLLM_AUX_HIDDEN_STATES, PeagleConfig
 from .drafter import PeagleForSpeculation
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINT_FILES = ("config.json", "model.safetensors")
 DRAFTER_HELP = "The drafter: a checkpoint folder, such as checkpoints/checkpoint_best, or a hub name."
@@ -24,6 +30,8 @@ DRAFT_SAMPLE_METHOD_HELP = (
     "(probabilistic, the default), or the drafter's most likely ones (greedy), which are accepted less often, but need "
     "no more GPU memory and keep the seeds of requests. The text is distributed alike with both."
 )
+RUN_RECORD = "run.json"
+"""File of a checkpoint with the record of its training (see `training.record`)."""
 OPTIONAL_TENSORS = {"embed_tokens.weight"}
 """What vLLM takes from the verifier where a checkpoint doesn't have it."""
 
@@ -209,7 +217,7 @@ def _check_tensors(path: Path, config: PeagleConfig) -> None:
 def check_verifier(
     folder: str | os.PathLike[str], config: PeagleConfig, verifier: str, trust_remote_code: bool
 ) -> None:
-    """Make sure that a drafter was made for a model like this one.
+    """Make sure that a drafter was made for a model like this one; warn of other weights than in its training.
 
     Args:
         folder: of the drafter, for the message.
@@ -236,4 +244,15 @@ def check_verifier(
             f"vocabulary {config.vocab_size}, states after layers {layer_ids}), but {verifier} has hidden size "
             f"{target.hidden_size}, vocabulary {target.vocab_size} and {target.num_hidden_layers} layers. Name the "
             "verifier that it was trained with."
+        )
+    recorded = None
+    with suppress(OSError, ValueError, AttributeError):  # a drafter of the hub or of speculators has no such file
+        recorded = json.loads((Path(folder) / RUN_RECORD).read_bytes()).get("verifier")
+    if has_weights(recorded, verifier, made_by=config.verifier_name_or_path) is False:
+        logger.warning(
+            "%s has other weights than the verifier that the drafter %s was trained with, so fewer drafts may be accepted. "
+            "If that isn't a version of it that you mean to use, such as a quantised one, name the right one with "
+            "--verifier.",
+            verifier,
+            folder,
         )

@@ -25,6 +25,11 @@ RECOMMENDED = "recommended_num_speculative_tokens"
 MARGIN = 0.05
 """By which share the verifier alone must be faster at a load for vLLM to be told to draft nothing there."""
 
+NOT_COMPARED = (
+    "The report has no speed of the verifier alone, so K is chosen as if the drafter paid at every load. Evaluate without "
+    "--endpoint, or with --baseline-endpoint, to know where it doesn't."
+)
+
 
 def recommend(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The fastest K at each number of chats at a time; 0, no drafter, if that was faster.
@@ -130,10 +135,7 @@ def scheduled(recommended: Sequence[Mapping[str, Any]], takes_schedule: bool) ->
             best,
         )
     if any(0 not in by_k for by_k in speeds):
-        logger.warning(
-            "The report has no speed of the verifier alone, so K is chosen as if the drafter paid at every load. Evaluate "
-            "without --endpoint, or with --baseline-endpoint, to know where it doesn't."
-        )
+        logger.warning("%s", NOT_COMPARED)
     loads = [row["concurrency"] for row in recommended]
     gains = [by_k.get(0, 0.0) / by_k[best] - 1 for by_k in speeds]  # how much faster vLLM is without a drafter
     pays = [gain <= MARGIN for gain in gains]

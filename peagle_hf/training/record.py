@@ -30,6 +30,7 @@ from ..data.tokenizer import ChatOptions
 from ..errors import PeagleError
 from ..files import read_json, write_json
 from ..fingerprint import weights_of
+from ..model.served_checkpoint import RUN_RECORD
 from ..redaction import public_settings
 from .arguments import PeagleTrainingArguments
 from .checkpoints import RUN_RECORD
