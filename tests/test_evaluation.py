@@ -541,6 +541,9 @@ def test_suites_are_run_together_evenly_by_category(tmp_path, caplog):
     arguments.suite = [one, str(tmp_path / "x" / ".." / "one.jsonl")]
     with pytest.raises(PeagleError, match="names a suite twice"):
         load_prompts(arguments, [])
+    (tmp_path / "one.txt").write_text("Another text.")
+    arguments.suite = [one, str(tmp_path / "one.txt")]
+    assert {prompt.category for prompt in load_prompts(arguments, [])} == {"one.jsonl/a", "one.jsonl/b", "one.txt/text"}
 
 
 def test_a_text_file_is_one_prompt(tmp_path):

@@ -79,20 +79,22 @@ def _text_prompt(path: str) -> Prompt:
 
 
 def _suite_names(suites: Sequence[str]) -> list[str]:
-    """Short, distinct names of suites: of a file its name without ending, with parent folders where names are equal.
+    """Short, distinct names of suites: of a file its name, with its ending or parent folders where names are equal.
 
     Raises:
         PeagleError: a suite is named twice.
     """
     suites = [source_name(suite) for suite in suites]
-    paths = [Path(suite).resolve().with_suffix("") if is_local_file(suite) else Path(suite) for suite in suites]
-    if len({(path, is_local_file(suite)) for path, suite in zip(paths, suites, strict=True)}) < len(suites):
+    files = [Path(suite).resolve() if is_local_file(suite) else Path(suite) for suite in suites]
+    if len({(path, is_local_file(suite)) for path, suite in zip(files, suites, strict=True)}) < len(suites):
         raise PeagleError(f"--suite names a suite twice: {', '.join(suites)}. Name each once.")
+    paths = [path.with_suffix("") if is_local_file(suite) else path for path, suite in zip(files, suites, strict=True)]
     for length in range(1, max(len(path.parts) for path in paths) + 1):
-        names = [
-            "/".join(path.parts[-length:]) if is_local_file(suite) else suite
-            for path, suite in zip(paths, suites, strict=True)
-        ]
-        if len(set(names)) == len(names):
-            return names
+        for named in (paths, files):
+            names = [
+                "/".join(path.parts[-length:]) if is_local_file(suite) else suite
+                for path, suite in zip(named, suites, strict=True)
+            ]
+            if len(set(names)) == len(names):
+                return names
     return list(suites)
