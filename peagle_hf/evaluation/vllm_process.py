@@ -176,7 +176,7 @@ def _work(receive: Callable[[], dict[str, Any]], send: Callable[..., object]) ->
     engine = _with_flags(**receive())
     drafting = engine.get("speculative_config") or {}
     if SYNTHETIC.keys() <= drafting.keys():
-        accept_synthetically_on_cpu()  # before `set_acceptance_length`: compiling (`--no-enforce-eager`) tries the sampler
+        accept_synthetically_on_cpu()  # vLLM already tries its sampler when it compiles (`--no-enforce-eager`)
     llm = vllm.LLM(**engine)
     is_second = getattr(llm.llm_engine.vllm_config, "use_v2_model_runner", False)
     if drafting and is_second:

@@ -250,9 +250,9 @@ def check_verifier(
         recorded = json.loads((Path(folder) / RUN_RECORD).read_bytes()).get("verifier")
     if has_weights(recorded, verifier, made_by=config.verifier_name_or_path) is False:
         logger.warning(
-            "%s has other weights than the verifier that the drafter %s was trained with, so fewer drafts may be accepted. "
-            "If that isn't a version of it that you mean to use, such as a quantised one, name the right one with "
-            "--verifier.",
+            "%s has other weights than the verifier that the drafter %s was trained with, so fewer drafts may be "
+            "accepted. If that isn't a version of it that you mean to use, such as a quantised one, name the right one "
+            "with --verifier.",
             verifier,
             folder,
         )

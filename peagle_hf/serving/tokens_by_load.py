@@ -26,8 +26,8 @@ MARGIN = 0.05
 """By which share the verifier alone must be faster at a load for vLLM to be told to draft nothing there."""
 
 NOT_COMPARED = (
-    "The report has no speed of the verifier alone, so K is chosen as if the drafter paid at every load. Evaluate without "
-    "--endpoint, or with --baseline-endpoint, to know where it doesn't."
+    "The report has no speed of the verifier alone, so K is chosen as if the drafter paid at every load. Evaluate "
+    "without --endpoint, or with --baseline-endpoint, to know where it doesn't."
 )
 
 
