@@ -402,7 +402,7 @@ def _break_even_sentences(report: dict[str, Any]) -> list[str]:
         f"The acceptance length from which a drafter pays here is {', '.join(lengths)}; this drafter has "
         f"{report['acceptance_length']:.2f}."
     ]
-    if any(run["break_even_length"] is None for run in report["by_concurrency"]):
+    if any(_pays_from(run).startswith(("more than", "less than")) for run in report["by_concurrency"]):
         sentences.append(
             "Where only one side of that length is given, the prompts' own passes may take a large part of the time, "
             "while other answers go on. --concurrency 1 as well, or longer answers, tell more, and peagle-hf plan "
