@@ -125,6 +125,17 @@ def test_a_bad_checkpoint_or_another_verifier_is_found_before_vllm_starts(drafte
         assert words in capsys.readouterr().err
 
 
+def test_more_tokens_than_the_drafter_was_trained_for_are_warned_of(drafter, caplog):
+    trained = check_checkpoint(drafter).num_depths
+    for number in (None, trained):
+        drafting_command(ServeArguments(str(drafter), num_speculative_tokens=number and str(number)), on_cpu=False)
+    assert "never learnt" not in caplog.text
+    drafting_command(ServeArguments(str(drafter), num_speculative_tokens=str(trained + 2)), on_cpu=False)
+    assert f"was trained to draft {trained} tokens at a time and never learnt the further ones up to {trained + 2}" in (
+        caplog.text
+    )
+
+
 def test_a_verifier_with_other_weights_than_in_training_is_warned_of(drafter, chain, tmp_path, caplog):
     folder, other = shutil.copytree(drafter, tmp_path / "drafter"), shutil.copytree(chain, tmp_path / "other")
     weights = load_file(other / "model.safetensors")

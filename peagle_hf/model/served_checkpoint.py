@@ -134,11 +134,19 @@ def speculative_config(
             default here, draws them from the drafter's distribution; `greedy`, vLLM's own default, takes its most
             likely tokens.
     """
+    tokens = num_speculative_tokens or config.num_depths
+    if tokens > config.num_depths:
+        logger.warning(
+            "%s was trained to draft %d tokens at a time and never learnt the further ones up to %d, which cost time.",
+            folder,
+            config.num_depths,
+            tokens,
+        )
     return {
         "model": str(folder),
         "method": "eagle3",  # without it vLLM runs the drafter as a language model
         "parallel_drafting": True,  # without it vLLM drafts token by token and accepts fewer
-        "num_speculative_tokens": num_speculative_tokens or config.num_depths,
+        "num_speculative_tokens": tokens,
         "draft_sample_method": draft_sample_method or "probabilistic",
     }
 
