@@ -73,8 +73,9 @@ def test_the_last_layer_is_always_extracted(tiny_verifier, tmp_path):
     assert slots(target_layer_ids=[1, 3]) == [1, 3, 7]
     assert slots(target_layer_ids=[1, 3, 7]) == [1, 3, 7]
     assert slots(target_layer_ids=[1, 3, 7], include_last_layer=False) == [1, 3, 7]
-    with pytest.raises(PeagleError, match="that end with 7"):
-        slots(target_layer_ids=[1, 3], include_last_layer=False)
+    for is_dry in (False, True):
+        with pytest.raises(PeagleError, match="that end with 7"):
+            slots(target_layer_ids=[1, 3], include_last_layer=False, dry_run=is_dry)
     with pytest.raises(PeagleError, match=r"in 0 \.\. 7"):
         slots(target_layer_ids=[1, 9])
 

@@ -264,19 +264,18 @@ def server_command(arguments: LaunchArguments, on_cpu: bool) -> tuple[list[str],
 def _extracted_layers(arguments: LaunchArguments) -> list[int]:
     """The layers to extract, the last one at the end."""
     wanted = arguments.target_layer_ids
-    if arguments.dry_run and wanted and not arguments.include_last_layer:
-        return wanted
     try:
         config = load_verifier_config(arguments.model, trust_remote_code=arguments.trust_remote_code)
     except PeagleError as error:
         if not arguments.dry_run or not wanted:
             raise
-        logger.warning(
-            "%s So the number of its last layer, which the server must extract too, isn't known: the command below has "
-            "the layers %s only. Add the last layer to --target-layer-ids, with --no-include-last-layer.",
-            error,
-            wanted,
-        )
+        if arguments.include_last_layer:
+            logger.warning(
+                "%s So the number of its last layer, which the server must extract too, isn't known: the command below "
+                "has the layers %s only. Add the last layer to --target-layer-ids, with --no-include-last-layer.",
+                error,
+                wanted,
+            )
         return wanted
     last = config.num_hidden_layers
     if wanted and wanted[-1] == last and len(wanted) > 1:
