@@ -20,6 +20,8 @@ from conftest import VllmServer, ended
 from safetensors.torch import load_file, save_file
 
 from peagle_hf import EvaluateArguments, PeagleError, cli, evaluate
+from peagle_hf.data.endpoint import Server
+from peagle_hf.data.errors import EndpointError
 from peagle_hf.data.prompts import Prompt
 from peagle_hf.data.tokenizer import ChatOptions, load_tokenizer
 from peagle_hf.evaluation.report import text
@@ -672,6 +674,18 @@ def test_an_error_of_a_proxy_or_key_names_the_variable_and_shows_no_secret(serve
     with pytest.raises(PeagleError, match=words) as error:
         Client(server.url)
     assert "secret" not in str(error.value)
+
+
+def test_https_is_answered_with_what_to_do(server):
+    with pytest.raises(PeagleError, match=r"Write http:// in place of https://"):
+        Client(server.url.replace("http", "https"))
+    with (
+        pytest.raises(EndpointError, match="certificate in the variable SSL_CERT_FILE"),
+        Server(server.url, 1.0, 0).reasons(),
+    ):
+        raise pytest.importorskip("openai").OpenAIError from OSError(
+            "[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: self-signed"
+        )
 
 
 def test_a_chat_without_a_drafter_or_beside_others_says_so(server, baseline, monkeypatch, capsys):

@@ -49,6 +49,11 @@ STATUS_ADVICE = {
     **dict.fromkeys((502, 503, 504), "wait until the server is ready, or start it again"),
 }
 """What to do about an HTTP status, a clause."""
+TLS_ADVICE = {
+    "CERTIFICATE_VERIFY_FAILED": "name a file with the server's certificate in the variable SSL_CERT_FILE",
+    "WRONG_VERSION_NUMBER": "write http:// in place of https://, which the server doesn't speak",
+}
+"""What to do about an error of OpenSSL, a clause."""
 _CHOICE = threading.Lock()
 """Lock that is held while a server is chosen."""
 _CREDENTIALS: dict[str, str] = {}
@@ -402,7 +407,8 @@ class Server:
             raise RefusedEndpointError(f"the text has characters that can't be sent ({error.reason})") from error
         except openai.OpenAIError as error:
             cause = f" ({shorten(str(error.__cause__))})" if error.__cause__ else ""
-            advice = "start the server again, or correct its address"
+            of_tls = (advice for name, advice in TLS_ADVICE.items() if name in cause)
+            advice = next(of_tls, "start the server again, or correct its address")
             if isinstance(error, openai.APITimeoutError):
                 advice = self.if_slow
             raise EndpointError(f"{shorten(str(error))}{cause}", self._advice(advice)) from error
