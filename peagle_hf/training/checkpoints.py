@@ -33,7 +33,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from ..errors import PeagleError
 from ..files import allow_as_umask, atomic_path, read_json, remove_folder, remove_leftovers, save_file, write_json
 from ..model.drafter import PeagleForSpeculation
-from ..model.served_checkpoint import check_checkpoint
+from ..model.served_checkpoint import RUN_RECORD, check_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,6 @@ BEST = "checkpoint_best"
 CURVES = "training.png"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 OPTIMIZER, SCHEDULER = "optimizer_state_dict.pt", "scheduler_state_dict.pt"
-RUN_RECORD = "run.json"
 FULL_PRECISION = "full_precision"
 ADAPTER = "adapter"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

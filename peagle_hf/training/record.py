@@ -33,7 +33,6 @@ from ..fingerprint import weights_of
 from ..model.served_checkpoint import RUN_RECORD
 from ..redaction import public_settings
 from .arguments import PeagleTrainingArguments
-from .checkpoints import RUN_RECORD
 from .optimizer import MUON
 from .sharding import sharding_of
 
