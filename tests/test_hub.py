@@ -13,7 +13,7 @@ import torch
 import transformers
 from fake_hub import READ_TOKEN, TOKEN, fake_hub
 from huggingface_hub import ModelCard
-from safetensors.torch import load, load_file, save_file
+from safetensors.torch import load, load_file, save, save_file
 from test_distributed import torchrun
 from test_evaluation import serve_by_itself
 from test_trainer import StopAt, run
@@ -40,6 +40,7 @@ from peagle_hf.hub.evaluation_json import read_evaluation
 from peagle_hf.hub.training_json import read_record
 from peagle_hf.model.served_checkpoint import check_checkpoint
 from peagle_hf.serving.launch import ServeArguments, drafting_command
+from peagle_hf.verifier.head import check_trainable
 
 VERIFIER = "some-lab/tiny-chat"
 SERVED = {"config.json", "model.safetensors", "README.md"}
@@ -446,3 +447,22 @@ def test_a_drafter_of_the_hub_is_served_from_its_files(hub, drafter):
     assert Path(command[command.index("--chat-template") + 1]).read_text() == TEMPLATE
     with pytest.raises(PeagleError, match=r"no drafter of that name came from the hub: .*Repository"):
         drafting_command(ServeArguments("my-lab/nothing"), on_cpu=True)
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_a_head_that_cannot_be_read_is_known_before_any_weights_are_downloaded(
+    hub, tiny_verifier, tmp_path, is_sharded
+):
+    weights = load_file(tiny_verifier / "model.safetensors")
+    weights["lm_head.qweight"] = weights.pop("lm_head.weight").int()
+    config = json.loads((tiny_verifier / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq"}}
+    files = {"config.json": json.dumps(config).encode(), "model.safetensors": save(weights)}
+    if is_sharded:
+        index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "model-1.safetensors")}
+        files["model.safetensors.index.json"] = json.dumps(index).encode()
+        files["model-1.safetensors"] = files.pop("model.safetensors")
+    hub.add("a-lab/quantised", files)
+    with pytest.raises(PeagleError, match="lm_head of the verifier a-lab/quantised is quantised"):
+        check_trainable("a-lab/quantised")
+    check_trainable(VERIFIER)
+    assert not list((tmp_path / "hf_cache").rglob("*.safetensors"))

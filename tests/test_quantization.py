@@ -1,6 +1,7 @@
 """Verifiers with quantised weights give the states of those weights, or are refused in words before they are loaded."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -14,11 +15,21 @@ from transformers.integrations.finegrained_fp8 import replace_with_fp8_linear
 from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
-from peagle_hf import PeagleError, VerifierHead
+from peagle_hf import (
+    ExtractArguments,
+    PeagleError,
+    PrepareArguments,
+    RegenerateArguments,
+    VerifierHead,
+    extract,
+    prepare,
+    regenerate,
+)
 from peagle_hf.cpu import pack_linear_layers
 from peagle_hf.data.chat_models import LocalChatModel, Sampling
 from peagle_hf.data.extract_in_process import load_for_extraction
-from peagle_hf.verifier.head import load_embedding
+from peagle_hf.evaluation.plan import PlanArguments, plan
+from peagle_hf.verifier.head import load_embedding, warn_if_untrainable
 from peagle_hf.verifier.loading import inference_memory, load_verifier
 from peagle_hf.verifier.parts import residual_streams, verifier_parts
 from peagle_hf.verifier.quantization import METHODS
@@ -154,6 +165,50 @@ def test_a_head_that_cannot_be_made_dense_is_refused_by_name(tiny_verifier, tmp_
         with pytest.raises(PeagleError, match=r"lm_head of the verifier .* is quantised \((fp8|gptq|by an unknown)"):
             VerifierHead.from_pretrained(folder)
         assert load_embedding(folder).shape == (VOCAB, HIDDEN), "the rest can be read"
+
+
+@pytest.fixture(params=["gptq", "bitsandbytes"])
+def untrainable(request, chain, tmp_path) -> Path:
+    """A verifier whose output head training can't read."""
+    tensors = load_file(chain / "model.safetensors")
+    head = tensors.pop("lm_head.weight").to(torch.uint8)
+    names = {"gptq": ["lm_head.qweight"], "bitsandbytes": ["lm_head.weight", "lm_head.weight.absmax"]}[request.param]
+    tensors |= {name: head.clone() for name in names}
+    return write(chain, tmp_path / "quantised", tensors, {"quant_method": request.param})
+
+
+@pytest.mark.fault(
+    "The verifier's head is quantised so that training can't read it, and an earlier step is begun",
+    "extract refuses the verifier before its hours of work; regenerate, prepare and plan warn.",
+)
+def test_each_earlier_step_says_that_training_will_refuse_the_head(untrainable, tiny_data, tmp_path, caplog):
+    words = "lm_head of the verifier .* is quantised"
+    for dry_run in (True, False):
+        with pytest.raises(PeagleError, match=words):
+            extract(ExtractArguments(model=str(untrainable), preprocessed_data=str(tiny_data), dry_run=dry_run))
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text(json.dumps({"messages": [{"role": "user", "content": "w5"}]}))
+    model = str(untrainable)
+    for step in (
+        lambda: prepare(PrepareArguments(model=model, data=[str(chats)], output=str(tmp_path / "out"))),
+        lambda: plan(PlanArguments(model=model, output=str(tmp_path / "plan"), max_tokens=100_000)),
+        lambda: regenerate(RegenerateArguments(model=model, prompts=str(chats), output=str(tmp_path / "r.jsonl"))),
+    ):
+        caplog.clear()
+        with pytest.raises(PeagleError):  # for other reasons: no answer, no room, no package for the method
+            step()
+        assert re.search(f"extract and train will refuse this verifier. {words}", caplog.text)
+
+
+def test_a_tokenizer_alone_is_prepared_with_without_a_warning(tiny_verifier, tmp_path, caplog):
+    for path in tiny_verifier.iterdir():
+        if path.name.startswith("tokenizer"):
+            shutil.copy(path, tmp_path)
+    warn_if_untrainable(str(tmp_path))
+    shutil.copy(tiny_verifier / "config.json", tmp_path)
+    warn_if_untrainable(str(tmp_path))
+    warn_if_untrainable(str(tiny_verifier))
+    assert not caplog.text
 
 
 def test_block_wise_fp8_gives_the_states_of_its_values(tiny_verifier, tmp_path):

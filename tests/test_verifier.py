@@ -19,6 +19,9 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
+    MoshiConfig,
+    OPTConfig,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
@@ -27,14 +30,14 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from peagle_hf.errors import PeagleError
 from peagle_hf.model.config import PeagleConfig
 from peagle_hf.verifier.draft_vocabulary import draft_vocabulary, load_token_freq
-from peagle_hf.verifier.head import VerifierHead, load_embedding
+from peagle_hf.verifier.head import VerifierHead, check_trainable, load_embedding
 from peagle_hf.verifier.loading import (
     default_aux_layer_ids,
     load_verifier,
     load_verifier_config,
     load_verifier_tokenizer,
 )
-from peagle_hf.verifier.parts import verifier_parts
+from peagle_hf.verifier.parts import verifier_embeddings, verifier_parts
 
 SIZES = {
     "vocab_size": 40,
@@ -191,6 +194,30 @@ def test_what_is_no_verifier_is_refused(tmp_path: Path) -> None:
     save_verifier(tmp_path / "gpt2", GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=16))
     with pytest.raises(PeagleError, match=r"GPT2LMHeadModel is not supported.*register_verifier\('gpt2'"):
         VerifierHead.from_pretrained(tmp_path / "gpt2")
+
+
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        (MoshiConfig(**SIZES, ffn_dim=16, audio_vocab_size=8), r"have the shape \(41, 16\)"),
+        (OPTConfig(**SIZES, ffn_dim=16, word_embed_proj_dim=4), r"have the shape \(40, 4\)"),
+    ],
+)
+def test_embeddings_of_another_shape_are_refused(config: PreTrainedConfig, found: str, tmp_path: Path) -> None:
+    save_verifier(tmp_path, config)
+    for read in (check_trainable, load_embedding, VerifierHead.from_pretrained):
+        with pytest.raises(PeagleError, match=f"can't be a verifier: its token embeddings {found}"):
+            read(tmp_path)
+
+
+def test_a_model_without_a_head_or_embeddings_is_refused(llama: tuple[Path, PreTrainedModel]) -> None:
+    model = llama[1]
+    model.lm_head = None
+    with pytest.raises(PeagleError, match="can't be a verifier: it has no output head with a weight"):
+        VerifierHead.of(model)
+    model.model.embed_tokens = None
+    with pytest.raises(PeagleError, match="can't be a verifier: its token embeddings aren't found"):
+        verifier_embeddings(model)
 
 
 def test_the_loaded_verifier_is_ready_to_run(llama: tuple[Path, PreTrainedModel]) -> None:

@@ -20,7 +20,7 @@ from ..errors import PeagleError
 from ..files import ANOTHER_OUTPUT, check_writable, locked_folder, remove_leftovers
 from ..model.slots import target_tokens
 from ..processes import gather, on_first, together
-from ..verifier.head import check_logits
+from ..verifier.head import check_logits, check_trainable
 from ..verifier.loading import check_layer_ids, load_verifier_config, usable_device
 from .cache_manifest import Manifest, check_folder, origin_of
 from .cache_storage import (
@@ -322,7 +322,7 @@ def _manifest(arguments: ExtractArguments, server_folder: Path | None) -> Manife
         server_folder: that of the vLLM servers; None without an endpoint.
     """
     assert arguments.model is not None
-    config = load_verifier_config(arguments.model, arguments.revision, arguments.trust_remote_code)
+    config = check_trainable(arguments.model, arguments.revision, arguments.trust_remote_code)
     layer_ids = arguments.target_layer_ids
     if server_folder is not None and layer_ids is None:
         layer_ids = require_layers(server_folder)[:-1]

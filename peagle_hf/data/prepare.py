@@ -19,6 +19,7 @@ from ..arguments import Arguments, check_ranges, config_path, write_config
 from ..console import number_of
 from ..errors import PeagleError
 from ..files import ANOTHER_OUTPUT, add_relative_path, atomic_path, locked_folder, remove_leftovers, write_json
+from ..verifier.head import warn_if_untrainable
 from .loss_mask import ChatTokenizer
 from .prepared_dataset import (
     CHAT_TEMPLATE_FILE,
@@ -183,6 +184,7 @@ def prepare(arguments: PrepareArguments) -> Path:
         )
     output = Path(arguments.output)
     tokenizer = load_tokenizer(arguments.model, arguments.trust_remote_code, arguments.chat_template)
+    warn_if_untrainable(arguments.model, arguments.trust_remote_code)
     origin = _origin(arguments, tokenizer)
     if output.exists() and not output.is_dir():
         raise PeagleError(f"--output {output} is a file. Name a folder.")

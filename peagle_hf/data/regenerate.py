@@ -22,6 +22,7 @@ from ..console import progress_bar
 from ..errors import PeagleError
 from ..files import ANOTHER_OUTPUT, atomic_path, check_writable, locked_file, remove_leftovers, write_json
 from ..fingerprint import has_weights, weights_of
+from ..verifier.head import warn_if_untrainable
 from .answer_journal import Journal
 from .chat_models import ChatModel, LocalChatModel, ServedChatModel
 from .dialogues import Answers, answer_prompts, fitting_prompts, invent_prompts, replay
@@ -210,6 +211,7 @@ def _regenerate(arguments: RegenerateArguments, output: Path, report_path: Path)
         return output
 
     check_writable(output.parent)
+    warn_if_untrainable(arguments.model, arguments.trust_remote_code)
     verifier = _load(arguments, options)
     with Journal(journal_path) as journal:
         answer_settings = _answer_settings(arguments) | options.description()

@@ -33,6 +33,7 @@ from ..redaction import public_command
 from ..serving.client import summarize
 from ..serving.environment import installed_vllm, vllm_environment
 from ..serving.installed import REQUEST_COUNTS, drafting_environment
+from ..verifier.head import warn_if_untrainable
 from ..verifier.loading import load_verifier_config
 from .arguments import MAX_SEED, asks_for_random_weights, check_vllm_args
 from .in_processes import engine_arguments, machine_settings
@@ -165,6 +166,7 @@ def plan(arguments: PlanArguments) -> dict[str, Any]:
             read; the journal is damaged.
     """
     config = load_verifier_config(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    warn_if_untrainable(arguments.model, arguments.trust_remote_code)
     sizes = [
         _Size(layers, vocabulary)
         for layers in arguments.num_layers

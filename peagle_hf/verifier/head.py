@@ -3,18 +3,22 @@
 Shape letters: H hidden size, V verifier vocabulary, Vd draft vocabulary.
 """
 
+import logging
 import os
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..cpu import linear
 from ..errors import PeagleError
-from .loading import verifier_without_weights
-from .parts import recorded_streams, verifier_parts
-from .weights import VerifierWeights
+from .loading import load_verifier_config, verifier_without_weights
+from .parts import parts_with_head, recorded_streams, verifier_embeddings, verifier_parts
+from .weights import VerifierWeights, known_keys
+
+logger = logging.getLogger(__name__)
 
 
 class VerifierHead(nn.Module):
@@ -68,8 +72,8 @@ class VerifierHead(nn.Module):
         """
         model = verifier_without_weights(name_or_path, revision, trust_remote_code)
         weights = VerifierWeights(name_or_path, revision, model, dtype)
-        parts = verifier_parts(model)
-        norm, head, embedding = parts.final_norm, parts.head, model.get_input_embeddings()
+        parts = parts_with_head(model)
+        norm, head, embedding = parts.final_norm, parts.head, verifier_embeddings(model)
         for name, _ in list(norm.named_parameters(recurse=False)):
             setattr(norm, name, nn.Parameter(weights.read(norm, name), requires_grad=False))
         tied = head.weight is embedding.weight and not weights.of(head)
@@ -85,7 +89,7 @@ class VerifierHead(nn.Module):
     @classmethod
     def of(cls, model: PreTrainedModel) -> "VerifierHead":
         """The head of a loaded verifier, which isn't changed; the weight is shared with it."""
-        parts = verifier_parts(model)
+        parts = parts_with_head(model)
         weight, bias = (getattr(parts.head, name, None) for name in ("weight", "bias"))
         assert weight is not None
         return cls(
@@ -125,7 +129,45 @@ def load_embedding(
         PeagleError: as `VerifierHead.from_pretrained`.
     """
     model = verifier_without_weights(name_or_path, revision, trust_remote_code)
-    return VerifierWeights(name_or_path, revision, model, dtype).read(model.get_input_embeddings(), "weight")
+    return VerifierWeights(name_or_path, revision, model, dtype).read(verifier_embeddings(model), "weight")
+
+
+def check_trainable(
+    name_or_path: str | os.PathLike[str], revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedConfig:
+    """Make sure, before hours of work, that training will be able to read the verifier's norm, head and embeddings.
+
+    That is cheap: no weights are read or downloaded. Where it isn't known which ones there are, nothing is refused.
+
+    Returns:
+        The verifier's configuration, see `load_verifier_config`.
+
+    Raises:
+        PeagleError: they won't be readable, or the verifier isn't supported.
+    """
+    config = load_verifier_config(name_or_path, revision, trust_remote_code)
+    model = verifier_without_weights(name_or_path, revision, trust_remote_code)
+    parts, embeddings = parts_with_head(model), verifier_embeddings(model)
+    if (keys := known_keys(name_or_path, revision)) is None:
+        return config
+    weights = VerifierWeights(name_or_path, revision, model, None, keys)
+    is_tied: Any = parts.head.weight is embeddings.weight and not weights.of(parts.head)
+    has_norm = any(True for _ in parts.final_norm.parameters(recurse=False))
+    for module in [parts.final_norm] * has_norm + [embeddings] + [parts.head] * (not is_tied):
+        weights.check(module)
+    return config
+
+
+def warn_if_untrainable(name_or_path: str, trust_remote_code: bool = False) -> None:
+    """Say at an early step, which itself doesn't need it, that training will refuse a verifier."""
+    try:
+        load_verifier_config(name_or_path, None, trust_remote_code)
+    except PeagleError:  # only a tokenizer, perhaps; the verifier may have another place
+        return
+    try:
+        check_trainable(name_or_path, None, trust_remote_code)
+    except PeagleError as error:
+        logger.warning("peagle-hf extract and train will refuse this verifier. %s", error)
 
 
 CHECKED_TOKENS = 16

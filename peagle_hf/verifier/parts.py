@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,44 @@ def verifier_parts(model: PreTrainedModel) -> VerifierParts:
             f"{type(model).__name__} is not supported as a verifier as it is: {error}. Say where its layers, final "
             f"norm and head are with peagle_hf.register_verifier({model_type!r}, …), as docs/how-to/verifiers.md shows."
         ) from error
+
+
+def parts_with_head(model: PreTrainedModel) -> VerifierParts:
+    """A verifier's parts, as `verifier_parts`, where its head is needed.
+
+    Raises:
+        PeagleError: see `verifier_parts`, or it has no head.
+    """
+    parts = verifier_parts(model)
+    if getattr(parts.head, "weight", None) is None:
+        raise PeagleError(
+            f"{type(model).__name__} can't be a verifier: it has no output head with a weight. Choose another model."
+        )
+    return parts
+
+
+def verifier_embeddings(model: PreTrainedModel) -> nn.Module:
+    """A verifier's token embeddings, with which a new drafter begins.
+
+    Raises:
+        PeagleError: they aren't found, or are other than one vector of the hidden size for each token.
+    """
+    config = model.config.get_text_config(decoder=True)
+    wanted = (config.vocab_size, config.hidden_size)
+    try:
+        embeddings: Any = model.get_input_embeddings()
+        found = tuple(embeddings.weight.shape)
+    except (AttributeError, NotImplementedError) as error:
+        raise PeagleError(
+            f"{type(model).__name__} can't be a verifier: its token embeddings aren't found ({error}). Choose another "
+            "model."
+        ) from error
+    if found != wanted:
+        raise PeagleError(
+            f"{type(model).__name__} can't be a verifier: its token embeddings have the shape {found}, but a drafter "
+            f"takes one vector of the hidden size for each token of the vocabulary, {wanted}. Choose another model."
+        )
+    return cast(nn.Module, embeddings)
 
 
 def _usual_parts(model: PreTrainedModel) -> VerifierParts:

@@ -105,6 +105,27 @@ def finish_dense_layers(model: PreTrainedModel, dtype: torch.dtype | None) -> No
             del module.quantization_scheme
 
 
+def check_decompressible(name: object, model: PreTrainedModel, path: str, tensors: Iterable[str]) -> None:
+    """Make sure that the weight of one module of a quantised verifier can be decompressed.
+
+    Args:
+        name: of the verifier, for messages.
+        path: of the module in `model`.
+        tensors: last parts of the names of its tensors in the checkpoint.
+
+    Raises:
+        PeagleError: its quantisation isn't compressed-tensors.
+    """
+    settings = quantization_of(model.config) or {}
+    if settings.get("quant_method") != COMPRESSED_TENSORS or find_spec("compressed_tensors") is None:
+        raise PeagleError(
+            f"{path} of the verifier {name} is quantised ({settings.get('quant_method', 'by an unknown method')}: "
+            f"{', '.join(sorted(tensors))}), and the drafter needs its values. Only with compressed-tensors, if that "
+            "package is installed, can they be read. Train with a copy of the verifier whose head and embeddings are "
+            "not quantised."
+        )
+
+
 def dense_weight(name: object, model: PreTrainedModel, module: nn.Module, tensors: dict[str, Tensor]) -> Tensor:
     """Decompress the weight of one module of a quantised verifier.
 
@@ -119,13 +140,7 @@ def dense_weight(name: object, model: PreTrainedModel, module: nn.Module, tensor
     """
     settings = quantization_of(model.config) or {}
     path = next(path for path, one in model.named_modules() if one is module)
-    if settings.get("quant_method") != COMPRESSED_TENSORS or find_spec("compressed_tensors") is None:
-        raise PeagleError(
-            f"{path} of the verifier {name} is quantised ({settings.get('quant_method', 'by an unknown method')}: "
-            f"{', '.join(sorted(tensors))}), and the drafter needs its values. Only with compressed-tensors, if that "
-            "package is installed, can they be read. Train with a copy of the verifier whose head and embeddings are "
-            "not quantised."
-        )
+    check_decompressible(name, model, path, tensors)
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.compressors.format import infer_module_format
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
