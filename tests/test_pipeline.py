@@ -110,6 +110,33 @@ def test_a_file_of_settings_that_changed_is_noticed_wherever_it_lies(pipeline, t
     refused(pipeline, tmp_path, capsys, "accelerator_config, the file of accelerator_config changed since")
 
 
+def test_a_checkpoint_to_resume_from_that_changed_is_noticed(pipeline, tmp_path, capsys, caplog):
+    """One of another folder; the run's own are among its outputs, and training itself removes old ones."""
+    run(tmp_path, pipeline)
+    shutil.move(tmp_path / "checkpoints", tmp_path / "earlier")
+    shutil.rmtree(tmp_path / "earlier" / "1")
+    pipeline["train"]["resume_from_checkpoint"] = str(tmp_path / "earlier" / "0")
+    run(tmp_path, pipeline | {"output": str(tmp_path / "second")})
+    caplog.set_level("INFO")
+    run(tmp_path, pipeline | {"output": str(tmp_path / "second")})
+    assert "train: finished earlier." in caplog.messages
+    (tmp_path / "earlier" / "0" / "optimizer_state_dict.pt").write_bytes(b"of another training")
+    words = "the checkpoint to resume from changed since train was finished"
+    refused(pipeline | {"output": str(tmp_path / "second")}, tmp_path, capsys, words)
+
+    pipeline["train"] |= {"resume_from_checkpoint": None, "output_dir": str(tmp_path / "own"), "save_strategy": "steps"}
+    pipeline["train"]["save_steps"] = 1
+    run(tmp_path, pipeline | {"output": str(tmp_path / "third")})
+    shutil.rmtree(tmp_path / "own" / "1")
+    own = sorted((tmp_path / "own").glob("checkpoint-*"))[-1]
+    pipeline["train"] |= {"resume_from_checkpoint": str(own), "save_total_limit": 1}
+    run(tmp_path, pipeline | {"output": str(tmp_path / "fourth")})
+    assert not own.exists()
+    caplog.clear()
+    run(tmp_path, pipeline | {"output": str(tmp_path / "fourth")})
+    assert "train: finished earlier." in caplog.messages
+
+
 def refused(pipeline, tmp_path, capsys, words):
     with pytest.raises(SystemExit):
         run(tmp_path, pipeline)

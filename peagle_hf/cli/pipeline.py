@@ -230,6 +230,10 @@ def _require_fresh(step: str, arguments: Any, state: _State, before: dict[str, A
 def _place(step: str, arguments: Any, name: str) -> Any:
     """The path in a step's argument, or the default path if it isn't given; None for a configuration without a file."""
     value = getattr(arguments, "as_given", vars(arguments))[name]
+    if (step, name) == ("train", "resume_from_checkpoint") and value is not None:
+        # Training removes old checkpoints of its own folder, which the outputs include.
+        is_own = Path(arguments.output_dir).resolve() in Path(value).resolve().parents
+        return None if is_own else value
     if isinstance(value, dict) or (name in _CONFIGURATIONS and str(value).lstrip().startswith("{")):
         return None
     if value is not None:
@@ -321,6 +325,11 @@ def _checkpoints(folder: Path) -> dict[str, str]:
     )
 
 
+def _files(folder: Path) -> dict[str, str]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): file_fingerprint(path) for path in files}
+
+
 def _report(folder: Path) -> dict[str, str]:
     return {path.name: file_fingerprint(path) for path in sorted(folder.glob("evaluation.*")) if path.suffix != ".yaml"}
 
@@ -360,6 +369,7 @@ _PLACES: dict[str, tuple[_Places, _Places]] = {
             HIDDEN_STATES: ("hidden_states_path", _hidden_states),
             "the file of token counts": ("token_freq_path", _file),
             "the drafter": ("from_pretrained", _weights),
+            "the checkpoint to resume from": ("resume_from_checkpoint", _files),
             **{f"the file of {name}": (name, _file) for name in _CONFIGURATIONS},
         },
         {"the checkpoints": ("output_dir", _checkpoints)},
