@@ -12,7 +12,7 @@ from test_distributed import history, launch
 from test_trainer import losses, run, weights
 from transformers import AutoModelForCausalLM
 
-from peagle_hf import PeagleError, PeagleTrainingArguments
+from peagle_hf import PeagleError, PeagleTrainingArguments, build_datasets, build_drafter
 from peagle_hf.data.cache_storage import cached_rows, row_path
 from peagle_hf.data.collator import CODDataCollator
 from peagle_hf.data.dataset import HiddenStatesDataset
@@ -66,6 +66,14 @@ def test_training_is_bit_equal_to_that_on_a_cache(train_flags, generating, cache
     wanted = run({**train_flags, "data_path": str(cached)}, **changes)
     assert_equal(run(generating, **changes), wanted)
     assert cached_rows(Path(generating["data_path"]) / "hidden_states") == set()
+
+
+def test_building_drafter_and_data_reads_the_configuration_once(generating, caplog):
+    caplog.set_level("INFO")
+    args = PeagleTrainingArguments(**generating)
+    build_drafter(args)
+    build_datasets(args)
+    assert sum(message.startswith("Mask token") for message in caplog.messages) == 1
 
 
 def test_samples_that_the_verifier_reads_together_differ_in_rounding_only(train_flags, generating, cached):

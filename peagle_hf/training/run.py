@@ -30,7 +30,7 @@ from ..model.drafter import PeagleForSpeculation
 from ..processes import are_several, on_first, together
 from ..verifier.draft_vocabulary import draft_vocabulary, load_token_freq
 from ..verifier.head import VerifierHead
-from ..verifier.loading import load_verifier_config
+from ..verifier.loading import default_aux_layer_ids, load_verifier_config
 from .adapters import add_adapter
 from .arguments import PeagleTrainingArguments
 from .checkpoints import newest_checkpoint, recover, resumable_folder
@@ -40,7 +40,7 @@ from .model_setup import head_dtype
 from .resuming import is_finished, only_training
 from .time_left import BYTES_A_WEIGHT, FIRST_STEPS, pauses, planned_steps, save_seconds, validation_batches
 from .trainer import PeagleTrainer
-from .warm_start import continued_config, load_drafter, sampling
+from .warm_start import continued_config, load_drafter, sampling, saved_config
 
 logger = logging.getLogger(__name__)
 
@@ -87,8 +87,7 @@ def _is_finished(args: PeagleTrainingArguments) -> bool:
     newest = newest_checkpoint(args.output_dir) if args.resume and not args.resume_from_checkpoint else None
     if newest is None or os.access(args.output_dir, os.W_OK):
         return False
-    config = build_config(args)
-    return is_finished(args, newest, config, len(_datasets(args, _source(args, config))[0]))
+    return is_finished(args, newest, build_config(args), len(_datasets(args, _source(args))[0]))
 
 
 def _train(args: PeagleTrainingArguments) -> PeagleTrainer:
@@ -116,7 +115,7 @@ def build_trainer(
     """
     with together():
         drafter, head = _drafter_and_head(args)
-        train_dataset, eval_dataset = build_datasets(args, cast(PeagleConfig, drafter.config))
+        train_dataset, eval_dataset = build_datasets(args)
     if args.linear_start and not (args.from_pretrained or resumed):
         assert isinstance(drafter, PeagleForSpeculation)  # only a trained drafter gets an adapter
         with together():
@@ -139,7 +138,7 @@ def plan(args: PeagleTrainingArguments) -> str:
     with torch.device("meta"):
         num_weights = sum(parameter.numel() for parameter in PeagleForSpeculation(config).parameters())
     # The source of hidden states is only described here: no server is asked and no verifier is loaded.
-    train_dataset, eval_dataset = _datasets(args, _source(args, config))
+    train_dataset, eval_dataset = _datasets(args, _source(args))
     packs = [len(dataset.plan) for dataset in (train_dataset, eval_dataset) if dataset]
     samples = [dataset.num_samples for dataset in (train_dataset, eval_dataset) if dataset]
     steps, steps_an_epoch = planned_steps(args, packs[0])
@@ -169,7 +168,7 @@ def print_time(args: PeagleTrainingArguments, config: PeagleConfig) -> None:
             raise PeagleError("show this process one GPU with CUDA_VISIBLE_DEVICES, or start it with torchrun.")
         # The data are checked before the drafter is built, which may need more memory than this machine has.
         with together():
-            _datasets(args, _source(args, config))
+            _datasets(args, _source(args))
         has_data = True
         with less_verbose(True):  # the log has named the mask token and the samples without states already
             times = _time_steps(args)
@@ -280,16 +279,13 @@ def build_config(args: PeagleTrainingArguments, earlier: str | None = None) -> P
     verifier = _verifier(args)
     if args.from_pretrained:
         return continued_config(args, earlier or args.from_pretrained, verifier)
-    manifest = Manifest.read(_cache_folder(args))
-    served = served_layers(_server_folder(args)) if args.asks_servers and manifest is None else None
-    layer_ids = manifest.aux_layer_ids if manifest else served[:-1] if served else None
     return PeagleConfig.from_verifier(
         verifier,
         num_layers=args.num_layers,
         draft_arch=args.draft_arch,
         draft_vocab_size=args.draft_vocab_size,
         mask_token_id=args.mask_token_id,
-        target_layer_ids=args.target_layer_ids or layer_ids,
+        target_layer_ids=_layer_ids(args),
         norm_before_residual=args.norm_before_residual,
         norm_before_fc=args.norm_before_fc,
         fc_norm=args.fc_norm,
@@ -350,19 +346,14 @@ def _drafter_and_head(args: PeagleTrainingArguments) -> tuple[PeagleForSpeculati
     return add_adapter(drafter, adapter), head
 
 
-def build_datasets(
-    args: PeagleTrainingArguments, config: PeagleConfig | None = None
-) -> tuple[HiddenStatesDataset, HiddenStatesDataset | None]:
+def build_datasets(args: PeagleTrainingArguments) -> tuple[HiddenStatesDataset, HiddenStatesDataset | None]:
     """The training and validation data that the arguments describe; no validation with `train_data_ratio` 1.
-
-    Args:
-        config: the drafter's, for missing states; default: made from the arguments anew.
 
     Raises:
         PeagleError: see `HiddenStatesDataset`; of missing states also if their source can't be had (`_ready_source`,
             `InProcessVerifier.load`).
     """
-    source = _ready_source(args, config) if args.on_missing == "generate" else None
+    source = _ready_source(args) if args.on_missing == "generate" else None
     datasets = _datasets(args, source)
     if isinstance(source, InProcessVerifier) and any(dataset.num_missing for dataset in datasets if dataset):
         source.load()
@@ -391,7 +382,7 @@ def _datasets(
     return dataset(train_rows), dataset(eval_rows) if eval_rows else None
 
 
-def _ready_source(args: PeagleTrainingArguments, config: PeagleConfig | None) -> Endpoint | InProcessVerifier | None:
+def _ready_source(args: PeagleTrainingArguments) -> Endpoint | InProcessVerifier | None:
     """What generates missing states: servers that were asked for their model and layers, or a verifier not loaded yet.
 
     Writes the cache's manifest if the states are to be kept.
@@ -402,8 +393,7 @@ def _ready_source(args: PeagleTrainingArguments, config: PeagleConfig | None) ->
     """
     if args.asks_servers and args.target_layer_ids is None:
         require_layers(_server_folder(args))
-    config = config or build_config(args)
-    source = _source(args, config)
+    source = _source(args)
     if isinstance(source, Endpoint):
         served_model(source.urls, _verifier(args), args.request_timeout)
         check_layers(source.folder, source.layer_ids)
@@ -413,11 +403,11 @@ def _ready_source(args: PeagleTrainingArguments, config: PeagleConfig | None) ->
             "A vLLM server has used %s, but no --vllm-endpoint is given: the verifier runs in this process.",
             _server_folder(args),
         )
-    _begin_cache(args, config)
+    _begin_cache(args)
     return source
 
 
-def _begin_cache(args: PeagleTrainingArguments, config: PeagleConfig) -> None:
+def _begin_cache(args: PeagleTrainingArguments) -> None:
     """Write the manifest of a cache that generated states are to be kept in, unless it has one that fits."""
     if args.on_generate != "cache":
         return
@@ -426,7 +416,7 @@ def _begin_cache(args: PeagleTrainingArguments, config: PeagleConfig) -> None:
     wanted = Manifest.of(
         verifier,
         load_verifier_config(verifier, args.verifier_revision, args.trust_remote_code),
-        config.eagle_aux_hidden_state_layer_ids,
+        _layer_ids(args),
         args.verifier_revision,
         existing.dtype if existing else GENERATED_DTYPE,
         existing.storage if existing else "plain",
@@ -437,19 +427,33 @@ def _begin_cache(args: PeagleTrainingArguments, config: PeagleConfig) -> None:
         wanted.write(cache)
 
 
-def _source(args: PeagleTrainingArguments, config: PeagleConfig) -> Endpoint | InProcessVerifier | None:
+def _layer_ids(args: PeagleTrainingArguments) -> list[int]:
+    """The verifier's layers whose states the drafter reads: its own, or those of the arguments, cache or servers."""
+    if args.from_pretrained:
+        return list(saved_config(args.from_pretrained).eagle_aux_hidden_state_layer_ids)
+    if args.target_layer_ids:
+        return args.target_layer_ids
+    if manifest := Manifest.read(_cache_folder(args)):
+        return manifest.aux_layer_ids
+    if args.asks_servers and (served := served_layers(_server_folder(args))):
+        return list(served[:-1])
+    config = load_verifier_config(_verifier(args), args.verifier_revision, args.trust_remote_code)
+    return default_aux_layer_ids(config.num_hidden_layers)
+
+
+def _source(args: PeagleTrainingArguments) -> Endpoint | InProcessVerifier | None:
     """What generates missing states by the arguments, if anything does; nothing is asked or loaded."""
-    name, layer_ids = _verifier(args), config.eagle_aux_hidden_state_layer_ids
+    name = _verifier(args)
     if args.runs_verifier:
         device = args.verifier_device or args.device
-        return InProcessVerifier(name, layer_ids, device, args.verifier_revision, args.trust_remote_code)
+        return InProcessVerifier(name, _layer_ids(args), device, args.verifier_revision, args.trust_remote_code)
     if not args.asks_servers:
         return None
-    num_layers = load_verifier_config(name, args.verifier_revision, args.trust_remote_code).num_hidden_layers
+    config = load_verifier_config(name, args.verifier_revision, args.trust_remote_code)
     return Endpoint(
         endpoint_urls(args.vllm_endpoint or ""),
         _server_folder(args),
-        (*layer_ids, num_layers),
+        (*_layer_ids(args), config.num_hidden_layers),
         config.hidden_size,
         args.request_timeout,
         args.max_retries,

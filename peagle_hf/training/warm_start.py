@@ -27,7 +27,7 @@ def continued_config(args: PeagleTrainingArguments, drafter: str, verifier: str)
     Raises:
         PeagleError: the drafter can't be read, the arguments ask for another drafter, or the verifier has other sizes.
     """
-    saved = _saved_config(drafter)
+    saved = saved_config(drafter)
     _check_arguments(args, drafter, saved)
     target = load_verifier_config(verifier, args.verifier_revision, args.trust_remote_code)
     wrong = [
@@ -72,7 +72,7 @@ def load_drafter(name_or_path: str, config: PeagleConfig) -> PeagleForSpeculatio
             f"The weights of {name_or_path} are not those of its config.json: {len(wrong)} tensors are missing or too "
             f"many, such as {wrong[0]}. Name a folder that save_pretrained, or vLLM's speculators, wrote."
         )
-    changes = config.differences(_saved_config(name_or_path))
+    changes = config.differences(saved_config(name_or_path))
     changed = [f"{name} {changes[name][1]} -> {changes[name][0]}" for name in SAMPLING if name in changes]
     new, old = changes.get("speculators_config.verifier.name_or_path", (None, None))
     parts = [f"Reused: all {len(drafter.state_dict())} tensors of {name_or_path}"]
@@ -94,7 +94,12 @@ def configuration_changes(folder: Path, config: PeagleConfig, is_verifier_known:
     return [f"{name} (there {theirs!r}, here {ours!r})" for name, (ours, theirs) in differences.items()]
 
 
-def _saved_config(name_or_path: str) -> PeagleConfig:
+def saved_config(name_or_path: str) -> PeagleConfig:
+    """The configuration of a trained drafter.
+
+    Raises:
+        PeagleError: it can't be read.
+    """
     with _readable(name_or_path):
         return PeagleConfig.from_pretrained(name_or_path)
 
