@@ -243,3 +243,47 @@ def test_callbacks_see_all_events_and_can_stop_the_run(train_flags):
     assert (counting.events["on_step_end"], counting.events["on_evaluate"], counting.events["on_log"]) == (3, 1, 5)
     assert counting.events["on_train_begin"] == counting.events["on_train_end"] == 1
     assert (Path(train_flags["output_dir"]) / "0").is_dir()
+
+
+class WithItsOwn(PeagleTrainer):
+    """A subclass that makes its optimizer and its schedule."""
+
+    def create_optimizer(self, model=None):
+        self.optimizer = torch.optim.SGD([one for one in self.model.parameters() if one.requires_grad], lr=0.1)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        self.lr_scheduler = torch.optim.lr_scheduler.StepLR(optimizer or self.optimizer, 2)
+        return self.lr_scheduler
+
+
+def test_the_records_name_a_subclass_that_makes_its_optimizer(train_flags):
+    args = PeagleTrainingArguments(**train_flags | {"num_train_epochs": 1})
+    drafter, (train_dataset, eval_dataset) = build_drafter(args), build_datasets(args)
+    trainer = WithItsOwn(drafter, args, train_dataset=train_dataset, eval_dataset=eval_dataset)
+    trainer.train()
+    assert trainer.record()["optimizer"] == "WithItsOwn.create_optimizer, WithItsOwn.create_scheduler"
+    words = "the optimizer was WithItsOwn.create_optimizer, muon now"
+    with pytest.raises(PeagleError, match=words):
+        PeagleTrainer(drafter, args, None, train_dataset, eval_dataset).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("name", ["create_optimizer_and_scheduler", "_get_train_sampler"])
+def test_a_method_that_would_never_be_called_is_refused(train_flags, name):
+    args = PeagleTrainingArguments(**train_flags)
+    trainer = type("Mine", (PeagleTrainer,), {name: lambda self, *_: None})
+    with pytest.raises(PeagleError, match=f"Mine overrides {name}, which is never called"):
+        trainer(build_drafter(args), args, train_dataset=build_datasets(args)[0])
+
+
+@pytest.mark.fault("A tracker of --report-to isn't logged in", "Training ends; the tracker and its reason are named.")
+def test_a_tracker_that_fails_is_named(train_flags, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    args = PeagleTrainingArguments(**train_flags | {"report_to": "wandb"})
+    trainer = PeagleTrainer(build_drafter(args), args, None, *build_datasets(args))
+    with pytest.raises(PeagleError, match=r"tracker wandb of --report-to failed: .*wandb login.*--report-to none"):
+        trainer.train()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ..data.dataset import HiddenStatesDataset
@@ -176,6 +177,14 @@ class CurrentRun(TrainerCallback):
             if self._has_begun or isinstance(error, PeagleError):
                 raise
             raise PeagleError(f"The Trainer refuses these arguments: {' '.join(str(error).split())}") from error
+        except Exception as error:
+            tracker = type(error).__module__.partition(".")[0]
+            if tracker not in INTEGRATION_TO_CALLBACK:
+                raise
+            raise PeagleError(
+                f"The tracker {tracker} of --report-to failed: {' '.join(str(error).split())} Set it up, or train "
+                "without it: --report-to none."
+            ) from error
 
     def _save_what_was_trained(self) -> str:
         """Save the last finished step on all processes; returns a clause that says where, for the error message."""

@@ -17,7 +17,7 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel
 from torch import nn
-from transformers import SchedulerType
+from transformers import SchedulerType, Trainer
 from transformers.training_args import OptimizerNames
 
 from .. import __version__
@@ -61,7 +61,8 @@ class RunRecord:
         draft_vocabulary: digest of its tokens.
         trained: number and digest of the names and shapes of the parameters that are trained.
         adapter: PEFT's settings of a LoRA adapter, "none" without one.
-        optimizer: the class of an optimizer that was given to the trainer, else the name of `optim`.
+        optimizer: the class of an optimizer that was given to the trainer, a subclass's method that makes it, or the
+            name of `optim`.
         optimizer_settings: of each parameter group as the optimizer was made, without its parameters.
         schedule: class and settings of the learning-rate schedule as it was made.
         rows_per_step: packed sequences in an optimizer step: processes x batch size x accumulation steps.
@@ -158,7 +159,9 @@ def describe_run(trainer: "PeagleTrainer") -> RunRecord:
         draft_vocabulary=_draft_vocabulary(model),
         trained=_trained(model),
         adapter=_adapter(model),
-        optimizer=trainer.own_optimizer or (MUON if args.optim == MUON else str(OptimizerNames(args.optim).value)),
+        optimizer=trainer.own_optimizer
+        or _own_method(trainer, "create_optimizer")
+        or (MUON if args.optim == MUON else str(OptimizerNames(args.optim).value)),
         rows_per_step=args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps,
         processes=args.world_size,
         sharding=sharding_of(trainer),
@@ -176,7 +179,9 @@ def describe_training(trainer: "PeagleTrainer") -> dict[str, Any]:
     if isinstance(dataset, HiddenStatesDataset) and (origin := read_prepare_record(dataset.data_path)):
         options = read_chat_options(dataset.data_path)
     optimizer = "Muon and AdamW" if args.optim == MUON else OptimizerNames(args.optim).value
+    optimizer = _own_method(trainer, "create_optimizer") or optimizer
     schedule = f"{SchedulerType(args.lr_scheduler_type).value} from {args.learning_rate:g}"
+    schedule = _own_method(trainer, "create_scheduler") or schedule
     validation = {
         name.removeprefix("eval_"): value
         for entry in state.log_history
@@ -205,6 +210,12 @@ def describe_training(trainer: "PeagleTrainer") -> dict[str, Any]:
         "validation": validation or None,
         "versions": _versions(),
     }
+
+
+def _own_method(trainer: "PeagleTrainer", name: str) -> str | None:
+    """A method that a subclass has in place of the Trainer's, such as `MyTrainer.create_optimizer`, else None."""
+    own = trainer.__class__  # of a weak proxy, type() would be another
+    return None if getattr(own, name) is getattr(Trainer, name) else f"{own.__name__}.{name}"
 
 
 def _precision(args: PeagleTrainingArguments) -> str:

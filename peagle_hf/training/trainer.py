@@ -52,6 +52,7 @@ from .trainer_checks import (
     check_metric,
     check_named,
     check_parameters,
+    check_subclass,
     check_there_is_a_step,
     name_metric,
 )
@@ -101,6 +102,7 @@ class PeagleTrainer(Trainer):
         verifier_head: VerifierHead | None = None,
         **refused: Any,
     ):
+        check_subclass(self)
         check_parameters(refused)
         check_given(args, model, optimizers, processing_class)
         args = name_metric(args or PeagleTrainingArguments(), eval_dataset)

@@ -8,6 +8,7 @@ from typing import Any
 
 from peft import PeftModel
 from torch import nn
+from transformers import Trainer
 
 from ..data.collator import CODDataCollator
 from ..data.dataset import HiddenStatesDataset
@@ -70,6 +71,23 @@ def check_drafter(model: Any) -> None:
             "Take peagle_hf.add_adapter for a new adapter, and peagle_hf.load_adapter for one that "
             "peagle_hf.save_adapter wrote."
         )
+
+
+_NOT_CALLED = {
+    "create_optimizer_and_scheduler": "transformers 5 calls create_optimizer and create_scheduler instead",
+    "_get_train_sampler": "packed sequences are drawn by data_seed, from the data set's own plan",
+}
+
+
+def check_subclass(trainer: Trainer) -> None:
+    """Refuse a subclass with a method of its own that is never called.
+
+    Raises:
+        PeagleError: names the method, and what is called in its place.
+    """
+    for name, instead in _NOT_CALLED.items():
+        if getattr(type(trainer), name) is not getattr(Trainer, name):
+            raise PeagleError(f"{type(trainer).__name__} overrides {name}, which is never called: {instead}.")
 
 
 def check_given(args: Any, model: Any, optimizers: tuple[Any, Any], processing_class: Any) -> None:
