@@ -303,6 +303,10 @@ def test_a_yaml_file_says_what_flags_say(tmp_path, monkeypatch):
     assert (args.output_dir, args.data_path) == (f"{tmp_path}/there", f"{tmp_path}/data")
     assert (args.eval_strategy, args.report_to) == ("no", ["tensorboard", "wandb"])
     assert not list(tmp_path.glob("~*"))
+    as_json = tmp_path / "train.json"
+    as_json.write_text(json.dumps({"lr": 1e-5, "num_layers": 2, "use_cpu": True, "draft_arch": None}, indent=4))
+    args = parse_arguments(PeagleTrainingArguments, [str(as_json)])
+    assert (args.learning_rate, args.num_layers, args.draft_arch) == (1e-5, 2, None)
 
 
 @pytest.mark.fault("A YAML file of arguments is damaged", "An error names the file and the line.")

@@ -35,7 +35,7 @@ def parse_arguments(
     usage: str = "[config.yaml] [--flag value ...]",
     examples: Sequence[str] = (),
 ) -> Parsed:
-    """Parse a command line into a dataclass: an optional YAML file first, whose values flags override.
+    """Parse a command line into a dataclass: an optional YAML or JSON file first, whose values flags override.
 
     Keys of the file are flag names without the dashes, including aliases and negations (`no_linear_start: true`). An
     unknown key or flag is an error. A flag replaces the file's value, also a whole list; repeating a list's flag adds
@@ -56,7 +56,7 @@ def parse_arguments(
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = CommandParser(arguments, positional, prog=prog, usage=f"%(prog)s {usage}", examples=examples)
     given: list[tuple[str, str]] = []
-    if argv and argv[0].endswith((".yaml", ".yml")):
+    if argv and argv[0].endswith((".yaml", ".yml", ".json")):
         given = parser.read_mapping(read_yaml(argv[0]), argv.pop(0))
     return parser.parse([*given], argv)
 
