@@ -49,10 +49,9 @@ from .trainer_checks import (
     check_dataset,
     check_drafter,
     check_given,
+    check_made,
     check_metric,
     check_named,
-    check_parameters,
-    check_subclass,
     check_there_is_a_step,
     name_metric,
 )
@@ -102,8 +101,7 @@ class PeagleTrainer(Trainer):
         verifier_head: VerifierHead | None = None,
         **refused: Any,
     ):
-        check_subclass(self)
-        check_parameters(refused)
+        check_made(self, refused)
         check_given(args, model, optimizers, processing_class)
         args = name_metric(args or PeagleTrainingArguments(), eval_dataset)
         for one in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])):

@@ -21,16 +21,25 @@ from .metrics import is_metric, metric_names
 
 logger = logging.getLogger(__name__)
 
+_NOT_CALLED = {
+    "create_optimizer_and_scheduler": "transformers 5 calls create_optimizer and create_scheduler instead",
+    "_get_train_sampler": "packed sequences are drawn by data_seed, from the data set's own plan",
+}
+"""Methods of the Trainer that a subclass would override in vain, and what is done in their place."""
 
-def check_parameters(others: Mapping[str, Any]) -> None:
-    """Refuse parameters that `PeagleTrainer` doesn't have, with the reason where the Trainer has them.
+
+def check_made(trainer: Trainer, others: Mapping[str, Any]) -> None:
+    """Refuse parameters that `PeagleTrainer` doesn't have, and a subclass with a method that is never called.
 
     Raises:
-        PeagleError: such a parameter is given.
+        PeagleError: there is one; the message says why.
     """
     for name in others:
         reason = REFUSED_PARAMETERS.get(name, "neither this trainer nor the Trainer has it")
         raise PeagleError(f"PeagleTrainer can't be given {name}: {reason}.")
+    for name, instead in _NOT_CALLED.items():
+        if getattr(type(trainer), name) is not getattr(Trainer, name):
+            raise PeagleError(f"{type(trainer).__name__} overrides {name}, which is never called: {instead}.")
 
 
 def check_dataset(dataset: Any, may_lack: bool = True) -> None:
@@ -71,23 +80,6 @@ def check_drafter(model: Any) -> None:
             "Take peagle_hf.add_adapter for a new adapter, and peagle_hf.load_adapter for one that "
             "peagle_hf.save_adapter wrote."
         )
-
-
-_NOT_CALLED = {
-    "create_optimizer_and_scheduler": "transformers 5 calls create_optimizer and create_scheduler instead",
-    "_get_train_sampler": "packed sequences are drawn by data_seed, from the data set's own plan",
-}
-
-
-def check_subclass(trainer: Trainer) -> None:
-    """Refuse a subclass with a method of its own that is never called.
-
-    Raises:
-        PeagleError: names the method, and what is called in its place.
-    """
-    for name, instead in _NOT_CALLED.items():
-        if getattr(type(trainer), name) is not getattr(Trainer, name):
-            raise PeagleError(f"{type(trainer).__name__} overrides {name}, which is never called: {instead}.")
 
 
 def check_given(args: Any, model: Any, optimizers: tuple[Any, Any], processing_class: Any) -> None:
