@@ -152,8 +152,12 @@ def known_keys(name_or_path: str | os.PathLike[str], revision: str | None) -> di
     with readable(name_or_path):
         if file := cached_file(name_or_path, SAFE_WEIGHTS_NAME, revision=revision, local_files_only=True, **quiet):
             return _keys_of_file(file)
-        if index := cached_file(name_or_path, SAFE_WEIGHTS_INDEX_NAME, revision=revision, **quiet):
-            return _keys_of_index(index)
+        for local in (True, False):  # without a network the hub is asked in vain for half a minute
+            index = cached_file(
+                name_or_path, SAFE_WEIGHTS_INDEX_NAME, revision=revision, local_files_only=local, **quiet
+            )
+            if index is not None:
+                return _keys_of_index(index)
     if os.path.isdir(name_or_path):
         return None
     try:
