@@ -95,11 +95,11 @@ def read_chat(row: dict[str, Any], place: str, preference: str | None = None) ->
     - a preference row with `chosen` and `rejected`, with or without a `prompt`; `preference` says which to take.
 
     The row's `chat_template_kwargs` are variables for the chat template, as TRL has them. Every field of a message that
-    isn't null is kept for it. Reasoning is stored under each name that
-    templates know, and a tool call's arguments as an object also if the row has them as JSON text. Tools are the row's
-    `tools`, or `functions` as they were called before; one without `{"type": "function"}` around it gets that. The
-    row's `system` becomes the first message. Answers with `weight` 0, `train` false or `loss` false are not trained on,
-    nor are those that were cut off within `<think>`.
+    isn't null is kept for the template. Reasoning is stored under each name that templates know, and a tool call's
+    arguments as an object also if the row has them as JSON text. Tools are the row's `tools`, or `functions` as they
+    were called before; one without `{"type": "function"}` around it gets that. The row's `system` becomes the first
+    message. Answers with `weight` 0, `train` false or `loss` false are not trained on, nor are those that were cut off
+    within `<think>`.
 
     Args:
         place: where the row was found, for error messages.

@@ -38,7 +38,7 @@ _OPEN_TAG = re.compile(r"[<\[][^<>\[\]\s]*\Z")
 """An unfinished tag at the end of a text: two tags that begin with the same characters have no token in common."""
 
 _MOST_VARIANTS = 100
-"""Of the chats' own variables for the chat template so many are kept, as each takes some renderings to begin with."""
+"""Largest number of `ChatTokenizer`s that are kept for chats with template variables of their own."""
 
 
 @dataclass(frozen=True)
