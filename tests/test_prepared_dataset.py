@@ -62,6 +62,15 @@ def test_the_same_command_makes_a_damaged_dataset_anew(arguments, name, damage, 
     assert (folder / "hidden_states" / "hs_0.safetensors").exists()
 
 
+def test_a_missing_list_of_what_was_left_out_is_written_again(arguments, caplog):
+    folder = prepare(arguments)
+    whole = (folder / "skipped.json").read_bytes()
+    (folder / "skipped.json").unlink()
+    prepare(arguments)
+    assert "skipped.json is missing" in caplog.text
+    assert (folder / "skipped.json").read_bytes() == whole
+
+
 def test_lost_rows_are_noticed(arguments):
     """An Arrow file that ends between two batches is a whole one with fewer rows."""
     folder = prepare(arguments)

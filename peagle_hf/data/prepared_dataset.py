@@ -223,6 +223,8 @@ def is_made(output: Path, origin: dict[str, Any], overwrite: bool) -> bool:
     try:
         load_prepared(output)
         load_token_freq(output / "token_freq.pt")
+        if not (output / SKIPPED).exists():
+            raise PeagleError(f"{output / SKIPPED} is missing.")
     except PeagleError as error:
         logger.warning("The dataset is prepared again: %s", error)
         return False
