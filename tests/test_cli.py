@@ -342,6 +342,7 @@ def test_a_yaml_file_that_can_not_be_read_is_named(tmp_path, content, words):
         ("num_workers: 2", "unknown key num_workers. speculators has this flag; here it is dataloader_num_workers."),
         ("no_linear_start: 3", "no_linear_start is a switch"),
         ("num_layers: [1, 2]", "num_layers takes one value"),
+        ("target_layer_ids: [2, null, 4]", "target_layer_ids has an empty item"),
         ("num_layers: two", "invalid int value"),
         ("save_path: ''", "--output-dir is empty"),
     ],
@@ -349,7 +350,7 @@ def test_a_yaml_file_that_can_not_be_read_is_named(tmp_path, content, words):
 def test_a_bad_value_in_a_yaml_file_is_named(tmp_path, content, words, capsys):
     path = tmp_path / "train.yaml"
     path.write_text(content)
-    text = printed(capsys, "train", str(path), code=1 if "empty" in words else 2)
+    text = printed(capsys, "train", str(path), code=1 if "is empty" in words else 2)
     assert words in text
 
 

@@ -166,6 +166,8 @@ class CommandParser(HfArgumentParser):
                 continue
             if isinstance(value, list) and action.nargs != "+":
                 self.error(f"{source}: {key} takes one value, not a list.")
+            if isinstance(value, list) and None in value:
+                self.error(f"{source}: {key} has an empty item. Give it a value, or remove it.")
             for one in value if isinstance(value, list) else [value]:
                 text = json.dumps(one) if isinstance(one, dict | list | bool) else str(one)
                 given.append((action.dest, f"--{key}={text}"))
