@@ -21,13 +21,9 @@ from .quantization import check_decompressible, dense_weight
 DENSE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 WRAPPERS = {"model", "language_model", "text_model"}
 """Parts of a parameter's name that a checkpoint may have in another order, omit or add."""
-_UNREADABLE = (
-    *(OSError, ValueError, KeyError, ImportError, SafetensorError, StrictDataclassError),
-    *(
-        AttributeError,
-        TypeError,
-    ),  # of an architecture's code, where config.json lacks a field or code of its own is old
-)
+_UNREADABLE = (OSError, ValueError, KeyError, ImportError, SafetensorError, StrictDataclassError)
+_OF_ITS_CODE = (AttributeError, TypeError)
+"""Errors of an architecture's code where config.json lacks a field, or where code in the repository is too old."""
 
 
 class VerifierWeights:
@@ -174,8 +170,8 @@ def readable(name_or_path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except PeagleError:
         raise
-    except _UNREADABLE as error:
-        reason = f"{type(error).__name__}: {error}." if isinstance(error, AttributeError | TypeError) else error
+    except (*_UNREADABLE, *_OF_ITS_CODE) as error:
+        reason = f"{type(error).__name__}: {error}." if isinstance(error, _OF_ITS_CODE) else error
         raise PeagleError(
             f"The verifier {name_or_path} can't be read: {reason} Name a folder that holds config.json and "
             "safetensors, or a model of the hub that this machine can reach or has in its cache."
