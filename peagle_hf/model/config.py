@@ -25,6 +25,8 @@ VLLM_AUX_HIDDEN_STATES = 3
 """How many verifier states vLLM expects unless `num_aux_hidden_states` in the layer configuration says otherwise."""
 T = TypeVar("T")
 UNSET: Any = None
+# A field that may be left out is None until the configuration is made, so `strict` needs `Optional`. mypy sees the type
+# that the field has from then on.
 if TYPE_CHECKING:
     Filled = Annotated[T, "may be left out, and is never None once the configuration is made"]
 else:

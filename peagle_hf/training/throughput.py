@@ -12,7 +12,7 @@ from .memory import GIB
 
 
 class Throughput:
-    """Measures a process's training between two logs; only the second log waits for the GPU.
+    """Measures a process's training from one log to the next; only `take` waits for the GPU.
 
     Attributes:
         positions: trained on since the last log; the training loop counts them up.
