@@ -202,7 +202,8 @@ def _acquired(lock_path: Path) -> filelock.BaseFileLock:
         if getattr(error, "errno", None) not in (None, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
             raise
         lock = filelock.SoftFileLock(lock_path.with_name(f"{lock_path.name}.soft"))
-        lock.acquire(timeout=0)
+        # In filelock 3.24 to 4.0 a first attempt only removes the file of a process that has ended; a second takes it.
+        lock.acquire(timeout=0.1)
     return lock
 
 
