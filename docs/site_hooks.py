@@ -32,8 +32,8 @@ CLI_INTRODUCTION = """# Command line
 
 - **Flags** may be written with dashes or underscores. The flag of a list may be repeated: `--suite a --suite b`. Every
   command takes `--quiet`, `--verbose` and `--print-config`.
-- **A YAML file** as the first argument holds flag names without the dashes (`no_linear_start: true` works too), and
-  flags take precedence over it. Numbers follow YAML 1.2: `lr: 2e-3` is a number. `~/` is the home folder.
+- **A YAML or JSON file** as the first argument holds flag names without the dashes (`no_linear_start: true` works too),
+  and flags take precedence over it. Numbers follow YAML 1.2: `lr: 2e-3` is a number. `~/` is the home folder.
 - **`config.yaml`** in the output folder of prepare, extract, train and evaluate holds its arguments,
   without passwords and tokens, and can be given to the same command again: `peagle-hf train checkpoints/config.yaml`.
   If the folder already has the `config.yaml` of another command, the file is `<command>.yaml`, such as `train.yaml`.

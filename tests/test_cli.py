@@ -334,6 +334,12 @@ def test_a_yaml_file_that_can_not_be_read_is_named(tmp_path, content, words):
     assert str(path) in str(refused.value)
 
 
+def test_a_damaged_json_file_is_not_called_yaml(tmp_path):
+    (tmp_path / "broken.json").write_text('{"lr": ')
+    with pytest.raises(PeagleError, match=r"broken\.json is not valid JSON.* line 1"):
+        read_yaml(tmp_path / "broken.json")
+
+
 @pytest.mark.fault("A YAML file holds a value of the wrong kind", "An error names the file, the field and the value.")
 @pytest.mark.parametrize(
     ("content", "words"),

@@ -378,7 +378,7 @@ for _kind, _pattern, _first in (
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML mapping with text keys.
+    """Read a YAML mapping with text keys, or a JSON one, which YAML includes.
 
     Raises:
         PeagleError: the file can't be read or isn't such a mapping; the message names the file and the line.
@@ -394,7 +394,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise PeagleError(f"{path} can't be read: {error.strerror}.") from error
     except yaml.YAMLError as error:
-        raise PeagleError(f"{path} is not valid YAML: {' '.join(str(error).split())}. Correct it there.") from error
+        kind = "JSON" if str(path).endswith(".json") else "YAML"
+        raise PeagleError(f"{path} is not valid {kind}: {' '.join(str(error).split())}. Correct it there.") from error
     if not isinstance(content, dict):
         raise PeagleError(f"{path} must hold a mapping of arguments, such as `num_layers: 2`.")
     for key in content:
